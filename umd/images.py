@@ -1,0 +1,38 @@
+"""Between model tensors ([B, C, H, W] in [-1, 1]) and pictures (uint8 [B, H, W, C])."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """Floats [B, C, H, W] in [-1, 1] (clipped) to uint8 [B, H, W, C]."""
+    x = (x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
+    return x.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def from_uint8(images: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, C] to float32 [B, C, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def grid(images: np.ndarray, columns: int, pad: int = 2) -> np.ndarray:
+    """Lay uint8 [N, H, W, C] out in rows of `columns` pictures on white. Returns uint8 [H', W', 3]."""
+    n, h, w, c = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = pad + (i // columns) * (h + pad), pad + (i % columns) * (w + pad)
+        sheet[top : top + h, left : left + w] = image if c == 3 else image[..., :1]
+    return sheet
+
+
+def save_png(image: np.ndarray, path: Path | str, scale: int = 1) -> Path:
+    """Write uint8 [H, W, 3] as a PNG, each pixel repeated `scale` times. Returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)).save(path)
+    return path
