@@ -1,0 +1,305 @@
+"""Checkpoints: safetensors files and one JSON file in a folder, written whole or not at all, checked at load.
+
+    root/step-00000100/model.safetensors       one file for each entry of `tensors`
+                       optimizer.safetensors
+                       state.json              format, step, state, size and sha256 of each file
+
+A save goes into a hidden folder beside its destination, is flushed to the disk, and takes its name by one
+rename. Whatever kills the process, every `step-*` is therefore complete. One process writes to a root.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from umd.errors import UserError
+
+FORMAT = 1
+STATE = "state.json"
+_FOLDER = re.compile(r"step-(\d+)(\.replaced)?")  # .replaced: an earlier save of the same step, soon removed
+_UNFINISHED = ".unfinished-"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, found, trusted or used."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_checkpoint` returns: `tensors[part][name]`, and `state` as it came out of JSON."""
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict
+
+
+def save_checkpoint(
+    root: Path | str, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict, keep: int = 3
+) -> Path:
+    """Write `root/step-{step:08d}` and return it; then remove all complete checkpoints but the newest `keep`.
+
+    `tensors[part][name]` may have any device, dtype, shape and strides, and may share memory: each name is
+    stored as a contiguous copy of its own. `state` is JSON data. Raises CheckpointError if the disk refuses;
+    what was there before is then still there, and nothing else.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}, but the checkpoint being written must stay: pass 1 or more.")
+    # Through JSON once: what it cannot hold fails before anything is written, and the digest is the reader's.
+    document = {"format": FORMAT, "step": step, "state": json.loads(json.dumps(state)), "files": {}}
+    root = Path(root)
+    path = root / f"step-{step:08d}"
+    replaced = path.with_name(f"{path.name}.replaced")
+    unfinished = root / f"{_UNFINISHED}{path.name}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(f"{_UNFINISHED}*"):  # of killed saves and removals
+            shutil.rmtree(leftover)
+        unfinished.mkdir()
+        for part, named in tensors.items():
+            file = unfinished / f"{part}.safetensors"
+            save_file(_storable(named), file, metadata={"format": "pt"})
+            _flush(file)
+            document["files"][file.name] = {"sha256": _sha256(file), "bytes": file.stat().st_size}
+        document["sha256"] = _digest(document)
+        (unfinished / STATE).write_text(json.dumps(document, indent=1))
+        _flush(unfinished / STATE)
+        _flush(unfinished)
+        if path.exists():  # its first save can be found until the second has the name
+            _discard(replaced)
+            path.rename(replaced)
+        unfinished.rename(path)
+        _flush(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(
+            f"Could not write checkpoint {path}: {getattr(error, 'strerror', None) or error}; "
+            "make room there or choose another run folder (earlier checkpoints are untouched)."
+        ) from error
+    except BaseException:  # Ctrl-C in the middle of a save
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    earlier = [other for other in list_checkpoints(root) if other not in (path, replaced)]
+    for other in [replaced, *earlier[: max(0, len(earlier) - keep + 1)]]:
+        _discard(other)
+    return path
+
+
+def load_checkpoint(
+    path_or_root: Path | str, parts: Sequence[str] | None = None, device: str | torch.device = "cpu"
+) -> Checkpoint:
+    """Read one checkpoint, or the newest complete one in a root, and verify it against its checksums.
+
+    `parts` names what to load (default: all of it). On the CPU tensors are memory-mapped, copy-on-write:
+    changing one never changes the file. Raises CheckpointError if nothing is there, or not as it was written.
+    """
+    path = Path(path_or_root)
+    if not path.is_dir():
+        raise CheckpointError(f"There is no folder {path}; pass a checkpoint, or a folder of checkpoints.")
+    if not _FOLDER.fullmatch(path.name) and not (path / STATE).exists():
+        newest = latest_checkpoint(path)
+        if newest is None:
+            raise CheckpointError(
+                f"There is no checkpoint in {path}; expected complete folders such as step-00000100."
+            )
+        path = newest
+    document = _document(path)
+    files = {Path(name).stem: path / name for name in document["files"]}
+    tensors = {}
+    for part in files if parts is None else parts:
+        if part not in files:
+            raise CheckpointError(f"Checkpoint {path} has no part {part!r}; it holds {', '.join(files)}.")
+        if _sha256(files[part]) != document["files"][files[part].name]["sha256"]:
+            raise _damaged(files[part], "differs from its checksum")
+        with safe_open(files[part], framework="pt", device=str(device)) as opened:
+            tensors[part] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+    return Checkpoint(path, document["step"], tensors, document["state"])
+
+
+def list_checkpoints(root: Path | str) -> list[Path]:
+    """The complete checkpoints in `root`, lowest step first; a damaged one is left out with a warning."""
+    complete = []
+    for path in Path(root).glob("step-*"):
+        if match := _FOLDER.fullmatch(path.name):
+            try:
+                _document(path)
+                complete.append((int(match[1]), not match[2], path))
+            except CheckpointError as error:
+                warnings.warn(f"Skipped: {error}", stacklevel=2)
+    return [path for *_, path in sorted(complete)]
+
+
+def latest_checkpoint(root: Path | str) -> Path | None:
+    """The complete checkpoint in `root` with the highest step, or None."""
+    return next(reversed(list_checkpoints(root)), None)
+
+
+def load_model_state(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    allow_missing: Sequence[str] = (),
+    saved_config: Mapping | None = None,
+    config: Mapping | None = None,
+) -> None:
+    """Copy `tensors` into the model's parameters and buffers, or change nothing and raise CheckpointError.
+
+    Names that start with one of `allow_missing` may be absent from `tensors` and then keep their values. The
+    message tells the first differences, and those of `saved_config` (the checkpoint's) and `config` (now).
+    """
+    own = model.state_dict()
+    both = [name for name in own if name in tensors]
+    found = {
+        "missing from the checkpoint": [
+            name for name in own if name not in tensors and not name.startswith(tuple(allow_missing))
+        ],
+        "only in the checkpoint": [name for name in tensors if name not in own],
+        "of another shape": [
+            f"{name} ({list(tensors[name].shape)} saved, {list(own[name].shape)} here)"
+            for name in both
+            if tensors[name].shape != own[name].shape
+        ],
+        "settings changed": _changes(saved_config or {}, config or {}),
+    }
+    if any(names for what, names in found.items() if what != "settings changed"):
+        listed = (
+            f"{len(names)} {what}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+            for what, names in found.items()
+            if names
+        )
+        raise CheckpointError(
+            f"The checkpoint is of another architecture ({'; '.join(listed)}); "
+            "use the settings it was trained with, or start a new run folder."
+        )
+    model.load_state_dict(dict(tensors), strict=False)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's state as `{"exp_avg::blocks.0.fc1.weight": tensor, …}`, independent of its groups."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{key}::{names[parameter]}": torch.as_tensor(value)
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave, bit for bit: unlike `load_state_dict` it casts no moments.
+
+    Raises CheckpointError if a tensor is of no parameter of the optimiser, or of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    groups: dict[Tensor, dict] = {p: group for group in optimizer.param_groups for p in group["params"]}
+    state: dict[Tensor, dict[str, Tensor]] = {}
+    for full_name, value in tensors.items():
+        key, _, name = full_name.partition("::")
+        parameter = parameters.get(name)
+        if parameter is None or parameter not in groups or (value.ndim and value.shape != parameter.shape):
+            raise CheckpointError(
+                f"The optimiser state {full_name} {list(value.shape)} fits no parameter trained here; "
+                "use the settings it was trained with, or start from its weights alone."
+            )
+        # AdamW wants its step count beside the parameter when fused or capturable, on the CPU otherwise.
+        group = groups[parameter]
+        beside = value.ndim or group.get("fused") or group.get("capturable")
+        state.setdefault(parameter, {})[key] = value.to(parameter.device if beside else "cpu", copy=True)
+    optimizer.state.clear()
+    optimizer.state.update(state)
+
+
+def _storable(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors, each with its memory to itself: safetensors refuses what shares."""
+    seen: set[int] = set()
+    storable = {}
+    for name, tensor in named.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        shared = storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes
+        seen.add(storage.data_ptr())
+        storable[name] = tensor.clone() if shared else tensor
+    return storable
+
+
+def _document(path: Path) -> dict:
+    """`state.json` of a checkpoint, once its format, its checksum and the sizes of the files are right."""
+    try:
+        document = json.loads((path / STATE).read_text())
+        version = document["format"]
+    except FileNotFoundError:
+        raise _damaged(path, f"has no {STATE}") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(path / STATE, f"is not what was written ({error})") from None
+    if version != FORMAT:
+        raise CheckpointError(
+            f"Checkpoint {path} has format {version!r}, and this version of umd reads format {FORMAT}; "
+            "use the version that wrote it."
+        )
+    if document.get("sha256") != _digest(document):
+        raise _damaged(path / STATE, "differs from its checksum")
+    for name, expected in document["files"].items():
+        if not (path / name).is_file():
+            raise _damaged(path, f"lacks its file {name}")
+        size = (path / name).stat().st_size
+        if size != expected["bytes"]:
+            raise _damaged(path / name, f"has {size} bytes where {expected['bytes']} were written")
+    return document
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: it {what}; remove that checkpoint, or pass an earlier one.")
+
+
+def _changes(saved: Mapping, here: Mapping, prefix: str = "") -> list[str]:
+    """`["model.depth (12 saved, 6 here)", …]` for nested mappings, of the fields both have."""
+    found = []
+    for key in sorted(saved.keys() & here.keys()):
+        a, b = saved[key], here[key]
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += _changes(a, b, f"{prefix}{key}.")
+        elif a != (list(b) if isinstance(b, tuple) else b):  # JSON made lists of tuples
+            found.append(f"{prefix}{key} ({a} saved, {b} here)")
+    return found
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint, if there, in a way that never shows a reader half of it."""
+    if path.exists():
+        hidden = path.with_name(f"{_UNFINISHED}removed-{path.name}")
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def _digest(document: dict) -> str:
+    """sha256 of the document less its own `sha256`."""
+    content = {key: value for key, value in document.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """fsync of a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
