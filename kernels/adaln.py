@@ -1,0 +1,235 @@
+"""LayerNorm with adaLN modulation on a packed stream, alone or behind a gated residual.
+
+    modulated_layer_norm       y = LN(x)·(1 + scale) + shift
+    gated_residual_layer_norm  r = x + gate·h,  y = LN(r)·(1 + scale) + shift
+
+`scale`, `shift` and `gate` are tables `[R, D]` (usually strided views of one projection); a sample finds its row
+through `packing.cond_index`. LN's own affine `weight`, `bias` `[D]` may be there or not:
+
+    (x̂·w + b)·(1 + scale) + shift = x̂·[w·(1 + scale)] + [b·(1 + scale) + shift]
+
+so it folds into the tables, which have a few rows, and costs nothing on the stream. On the CPU each segment of
+equal modulation is one call of torch's own LayerNorm with that row as its affine: one pass over the stream forward
+and one backward, statistics and sums in fp32 whatever the storage type, in a fixed order.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .packing import Packing
+
+
+def _per_sample(table: Tensor, x: Tensor, packing: Packing) -> Tensor:
+    """Spread table rows [R, D] over the stream: [N, D]."""
+    return table.index_select(
+        0, packing.cond_index.repeat_interleave(packing.cu_seqlens.diff(), output_size=len(x))
+    )
+
+
+def modulated_layer_norm_ref(
+    x: Tensor,
+    packing: Packing,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The definition of `modulated_layer_norm`, in fp32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = F.layer_norm(wide, x.shape[-1:], weight, bias, eps)
+    if scale is not None:
+        y = y * (1 + _per_sample(scale, x, packing))
+    if shift is not None:
+        y = y + _per_sample(shift, x, packing)
+    return y.to(x.dtype)
+
+
+def gated_residual_layer_norm_ref(
+    x: Tensor,
+    h: Tensor,
+    packing: Packing,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """The definition of `gated_residual_layer_norm`, in fp32 or wider; r is rounded to x's type before the norm."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    branch = h.to(wide) if gate is None else h.to(wide) * _per_sample(gate, x, packing)
+    r = (x.to(wide) + branch).to(x.dtype)
+    return r, modulated_layer_norm_ref(r, packing, shift, scale, weight, bias, eps)
+
+
+def _fold(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """LN's affine and the modulation as one affine: (alpha, beta), each [R, D] in fp32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    alpha = torch.ones(1, x.shape[-1], dtype=wide, device=x.device) if scale is None else 1 + scale.to(wide)
+    beta = torch.zeros_like(alpha) if shift is None else shift.to(wide)
+    if bias is not None:
+        beta = torch.addcmul(beta, alpha, bias.to(wide))
+    if weight is not None:
+        alpha = alpha * weight.to(wide)
+    return tuple(torch.broadcast_tensors(alpha, beta))
+
+
+def _segments(packing: Packing, rows: int) -> tuple[tuple[int, int, int], ...]:
+    return packing.segments if rows > 1 else ((0, packing.num_tokens, 0),)
+
+
+class ModulatedLayerNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, alpha, beta, packing, eps):
+        y = torch.empty_like(x)
+        mean, rstd = x.new_empty(2, len(x), 1, dtype=alpha.dtype)
+        for start, stop, row in _segments(packing, len(alpha)):
+            part = slice(start, stop)
+            y[part], mean[part], rstd[part] = torch.native_layer_norm(
+                x[part], x.shape[-1:], alpha[row], beta[row], eps
+            )
+        ctx.save_for_backward(x, alpha, beta, mean, rstd)
+        ctx.packing = packing
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, alpha, beta, mean, rstd = ctx.saved_tensors
+        dx, dalpha, dbeta = torch.empty_like(x), torch.zeros_like(alpha), torch.zeros_like(alpha)
+        for start, stop, row in _segments(ctx.packing, len(alpha)):
+            part = slice(start, stop)
+            dx[part], da, db = torch.ops.aten.native_layer_norm_backward(
+                dy[part],
+                x[part],
+                x.shape[-1:],
+                mean[part],
+                rstd[part],
+                alpha[row],
+                beta[row],
+                [True, True, True],
+            )
+            dalpha[row] += da
+            dbeta[row] += db
+        return dx, dalpha, dbeta, None, None
+
+
+class GatedResidualLayerNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, h, gate, alpha, beta, packing, eps):
+        r, y = torch.empty_like(x), torch.empty_like(x)
+        mean, rstd = x.new_empty(2, len(x), 1, dtype=alpha.dtype)
+        for start, stop, row in _segments(packing, max(len(alpha), 1 if gate is None else len(gate))):
+            part = slice(start, stop)
+            if gate is None:
+                torch.add(x[part], h[part], out=r[part])
+            else:
+                torch.addcmul(x[part], h[part], gate[row % len(gate)], out=r[part])
+            row %= len(alpha)
+            y[part], mean[part], rstd[part] = torch.native_layer_norm(
+                r[part], x.shape[-1:], alpha[row], beta[row], eps
+            )
+        ctx.save_for_backward(r, h, gate, alpha, beta, mean, rstd)
+        ctx.packing = packing
+        return r, y
+
+    @staticmethod
+    def backward(ctx, dr, dy):
+        r, h, gate, alpha, beta, mean, rstd = ctx.saved_tensors
+        dx, dalpha, dbeta = torch.empty_like(r), torch.zeros_like(alpha), torch.zeros_like(alpha)
+        dh, dgate = (
+            (None, None) if gate is None else (torch.empty_like(h), torch.zeros_like(gate, dtype=alpha.dtype))
+        )
+        for start, stop, row in _segments(ctx.packing, max(len(alpha), 1 if gate is None else len(gate))):
+            part, a = slice(start, stop), row % len(alpha)
+            dnorm, da, db = torch.ops.aten.native_layer_norm_backward(
+                dy[part], r[part], r.shape[-1:], mean[part], rstd[part], alpha[a], beta[a], [True, True, True]
+            )
+            dalpha[a] += da
+            dbeta[a] += db
+            torch.add(dr[part], dnorm, out=dx[part])
+            if gate is not None:
+                g = row % len(gate)
+                torch.mul(dx[part], gate[g], out=dh[part])
+                dgate[g] += (dx[part] * h[part]).sum(0, dtype=alpha.dtype)
+        if gate is None:
+            return dx, dx, None, dalpha, dbeta, None, None
+        return dx, dh, dgate.to(gate.dtype), dalpha, dbeta, None, None
+
+
+def modulated_layer_norm(
+    x: Tensor,
+    packing: Packing,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """LN(x)·(1 + scale) + shift on a packed stream.
+
+    Args:
+        x: [N, D], bf16, fp16, fp32 or fp64.
+        packing: lengths and modulation rows of the samples in `x`.
+        shift, scale: [R, D] or None; any strides. Row `packing.cond_index[s]` belongs to sample s.
+        weight, bias: [D] or None, LayerNorm's own affine.
+        eps: added to the variance.
+
+    Returns:
+        [N, D] in x's type. Differentiable in every tensor argument.
+
+    Raises:
+        ValueError: a tensor whose width is not D, or x whose length is not that of the packing.
+    """
+    _check(x, packing, shift=shift, scale=scale, weight=weight, bias=bias)
+    alpha, beta = _fold(x, shift, scale, weight, bias)
+    return ModulatedLayerNormFunction.apply(x, alpha, beta, packing, eps)
+
+
+def gated_residual_layer_norm(
+    x: Tensor,
+    h: Tensor,
+    packing: Packing,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """r = x + gate·h and y = LN(r)·(1 + scale) + shift in one pass over a packed stream.
+
+    Args:
+        x: [N, D], the residual stream.
+        h: [N, D], the branch to add, in x's type.
+        gate, shift, scale: [R, D] or None; see `modulated_layer_norm`.
+
+    Returns:
+        (r, y), each [N, D] in x's type.
+
+    Raises:
+        ValueError: as `modulated_layer_norm`, or h of another shape or type than x.
+    """
+    _check(x, packing, gate=gate, shift=shift, scale=scale, weight=weight, bias=bias)
+    if h.shape != x.shape or h.dtype != x.dtype:
+        raise ValueError(f"h: expected {tuple(x.shape)} {x.dtype} like x, got {tuple(h.shape)} {h.dtype}")
+    alpha, beta = _fold(x, shift, scale, weight, bias)
+    gate = None if gate is None else gate.to(x.dtype)
+    return GatedResidualLayerNormFunction.apply(x, h, gate, alpha, beta, packing, eps)
+
+
+def _check(x: Tensor, packing: Packing, **tables: Tensor | None) -> None:
+    if x.ndim != 2 or len(x) != packing.num_tokens:
+        raise ValueError(f"x: expected [{packing.num_tokens}, D] as the packing says, got {tuple(x.shape)}")
+    for name, table in tables.items():
+        if table is None:
+            continue
+        ndim = 1 if name in ("weight", "bias") else 2
+        if table.ndim != ndim or table.shape[-1] != x.shape[-1]:
+            shape = "[D]" if ndim == 1 else "[R, D]"
+            raise ValueError(f"{name}: expected {shape} with D = {x.shape[-1]}, got {tuple(table.shape)}")
+        if table.device != x.device:
+            raise ValueError(f"{name}: expected on {x.device} like x, got {table.device}")

@@ -1,0 +1,69 @@
+"""How samples of different lengths lie in one packed stream of tokens `[N, D]`.
+
+A `Packing` is made once per run (shapes never change from step to step) and given to every op. It carries the
+two tensors that kernels need and, beside them, the same facts as Python numbers, so that nothing ever waits for
+a device to learn a length.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Packing(NamedTuple):
+    """Sample `s` is rows `cu_seqlens[s] : cu_seqlens[s + 1]` of the stream."""
+
+    cu_seqlens: Tensor  # int32 [S + 1], start offsets, the last is N
+    cond_index: Tensor  # int64 [S], row of the modulation table that sample s uses
+    max_seqlen: int
+    runs: tuple[tuple[int, int], ...]  # (samples, length): consecutive samples of equal length
+    segments: tuple[
+        tuple[int, int, int], ...
+    ]  # (start, stop, row): consecutive tokens that share a modulation row
+
+    @property
+    def num_samples(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(samples * length for samples, length in self.runs)
+
+
+def pack(
+    lengths: Sequence[int], cond_index: Sequence[int] | None = None, device: torch.device | str = "cpu"
+) -> Packing:
+    """Describe a stream of `len(lengths)` samples.
+
+    Args:
+        lengths: tokens of each sample, in stream order; 0 is allowed.
+        cond_index: modulation row of each sample; default: every sample has its own.
+        device: where `cu_seqlens` and `cond_index` live.
+
+    Raises:
+        ValueError: no sample, a negative length, or `cond_index` of another size than `lengths`.
+    """
+    rows = range(len(lengths)) if cond_index is None else cond_index
+    if len(lengths) == 0 or min(lengths) < 0:
+        raise ValueError(f"lengths: expected at least one length, all >= 0, got {list(lengths)}")
+    if len(rows) != len(lengths):
+        raise ValueError(f"cond_index: expected one row for each of {len(lengths)} samples, got {len(rows)}")
+    offsets = [0]
+    for length in lengths:
+        offsets.append(offsets[-1] + length)
+    segments: list[tuple[int, int, int]] = []
+    for start, stop, row in zip(offsets, offsets[1:], rows, strict=False):
+        if segments and segments[-1][2] == row:
+            segments[-1] = (segments[-1][0], stop, row)
+        elif stop > start:
+            segments.append((start, stop, row))
+    return Packing(
+        cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
+        cond_index=torch.tensor(list(rows), dtype=torch.int64, device=device),
+        max_seqlen=max(lengths),
+        runs=tuple((len(list(group)), length) for length, group in groupby(lengths)),
+        segments=tuple(segments),
+    )

@@ -1,0 +1,135 @@
+"""What a run is made of: dataclasses with a line of documentation a field. Sizes and published settings are data.
+
+The command line is made from these classes, and each run writes its resolved values as YAML.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from umd.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    image_size: tuple[int, int] = (64, 64)
+    """Height and width of images or latents; both divisible by the patch size."""
+    channels: int = 3
+    """Channels of images (3, 1) or latents (4)."""
+    patch_size: int = 4
+    """Side of a square patch."""
+    hidden_size: int = 768
+    """Width D of encoder and decoder."""
+    depth: int = 12
+    """Encoder blocks."""
+    decoder_depth: int = 4
+    """Decoder blocks."""
+    num_heads: int = 12
+    """Attention heads; divides the width."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over D."""
+    num_cls: int = 1
+    """CLS tokens, averaged into the representation (paper 1, released code 4)."""
+    adaLN: bool = True
+    """adaLN-zero conditioning; off: the condition is one more token in every block (MAE, and the paper's ablation)."""
+    norm_affine: bool = True
+    """LayerNorm's own scale and bias, which the released code keeps under adaLN and DiT does not."""
+    embedding: Literal["paper", "released"] = "paper"
+    """Time and label embedding: DiT's 256 features and a plain label table, or the released code's D features and MLPs."""
+    num_classes: int = 0
+    """Classes of the label embedding; 0: no labels, as in pre-training."""
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """L."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def num_modulations(self) -> int:
+        """Rows of width D that the adaLN projection makes of one condition: 6 a block, 2 for the decoder's final norm."""
+        return 6 * (self.depth + self.decoder_depth) + 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", tuple(self.image_size))
+        H, W = self.image_size
+        if H % self.patch_size or W % self.patch_size:
+            raise UserError(
+                f"image size {H}x{W} is not divisible by patch size {self.patch_size}; "
+                f"use {H // self.patch_size * self.patch_size}x{W // self.patch_size * self.patch_size} or another patch size"
+            )
+        if self.hidden_size % self.num_heads or self.hidden_size % 2:
+            raise UserError(f"width {self.hidden_size} must be even and divisible by {self.num_heads} heads")
+        for name in ("channels", "patch_size", "depth", "decoder_depth", "num_cls"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_classes < 0:
+            raise UserError(f"num_classes must be 0 (no labels) or more, got {self.num_classes}")
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "Ti": dict(
+        hidden_size=192, depth=6, decoder_depth=2, num_heads=3
+    ),  # for CPUs and tests; not in the paper
+    "S": dict(hidden_size=384, depth=12, decoder_depth=4, num_heads=6),
+    "B": dict(hidden_size=768, depth=12, decoder_depth=4, num_heads=12),
+    "L": dict(hidden_size=1024, depth=24, decoder_depth=8, num_heads=16),
+    "XL": dict(hidden_size=1152, depth=28, decoder_depth=8, num_heads=16),
+}
+
+
+def model_config(name: str, **changes) -> ModelConfig:
+    """The network `"UMD-B/4"`: size and patch size, other fields by keyword.
+
+    Raises:
+        UserError: the name is not UMD-<size>/<patch> with a size of `SIZES`.
+    """
+    size, _, patch = name.removeprefix("UMD-").partition("/")
+    if size not in SIZES or not patch.isdigit() or not name.startswith("UMD-"):
+        raise UserError(
+            f"unknown model {name!r}; expected UMD-SIZE/PATCH with SIZE one of {', '.join(SIZES)}"
+        )
+    return ModelConfig(**{**SIZES[size], "patch_size": int(patch), **changes})
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Corruption and loss. These three numbers turn UMD into MAE, MaskDiT or DiT."""
+
+    no_noise_prob: float = 0.5
+    """r0: share of the batch trained noise-free at t = 0. MAE 1, MaskDiT and DiT 0."""
+    mask_ratio: float = 0.375
+    """mt: share of patches hidden from the encoder in noised samples. MaskDiT 0.5, DiT 0."""
+    mask_ratio_no_noise: float = 0.75
+    """m0: share of patches hidden in noise-free samples."""
+    class_dropout_prob: float = 0.1
+    """Share of labels replaced by the null class in fine-tuning, for guidance."""
+
+    def __post_init__(self) -> None:
+        for name in ("no_noise_prob", "class_dropout_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is a share of the batch, 0 to 1; got {getattr(self, name)}")
+
+
+OBJECTIVES: dict[str, ObjectiveConfig] = {
+    "umd": ObjectiveConfig(),
+    "mae": ObjectiveConfig(no_noise_prob=1.0, mask_ratio_no_noise=0.75),
+    "maskdit": ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.5),
+    "dit": ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.0),
+}
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Noise schedule."""
+
+    name: Literal["cosine", "linear", "linear_rho"] = "cosine"
+    """cosine for pixels, linear for latents, linear_rho for DiffMAE."""
+    num_steps: int = 1000
+    """T."""
+    rho: float = 0.8
+    """Exponent of linear_rho; below 1 is noisier."""

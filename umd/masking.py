@@ -1,0 +1,79 @@
+"""Which patches are seen, and how a batch of samples with different numbers of them is packed."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from umd.config import ModelConfig
+from umd.errors import UserError
+from umd.ops import Packing, pack
+
+
+def num_keep(num_patches: int, mask_ratio: float) -> int:
+    """K = int(L·(1 - m)), the number of visible patches of a sample, as MAE and the authors' code round it.
+
+    Raises:
+        UserError: the ratio is outside [0, 1) or leaves no visible patch, or hides none although it is above 0.
+    """
+    if not 0 <= mask_ratio < 1:
+        raise UserError(f"a mask ratio is the share of hidden patches, 0 <= m < 1; got {mask_ratio}")
+    keep = int(num_patches * (1 - mask_ratio))
+    if keep == 0:
+        raise UserError(
+            f"mask ratio {mask_ratio} leaves none of {num_patches} patches visible; use less than {1 - 1 / num_patches:.3f}"
+        )
+    if keep == num_patches and mask_ratio > 0:
+        raise UserError(
+            f"mask ratio {mask_ratio} hides none of {num_patches} patches; use 0, or at least {1 / num_patches:.3f}"
+        )
+    return keep
+
+
+class Layout(NamedTuple):
+    """The packings of one batch at each stage of the model. Constant from step to step."""
+
+    patches: Packing  # K tokens a sample
+    encoder: Packing  # num_cls + K
+    decoder: Packing  # 1 + L
+    encoder_blocks: (
+        Packing  # what runs through the blocks: the same, or without adaLN one more, the condition token
+    )
+    decoder_blocks: Packing
+
+
+@lru_cache(maxsize=64)
+def layout(
+    config: ModelConfig, keep: tuple[int, ...], cond_index: tuple[int, ...] | None, device: torch.device
+) -> Layout:
+    """Packings for samples with `keep[s]` visible patches and condition row `cond_index[s]` (None: each its own)."""
+
+    def packing(extra: int, lengths: tuple[int, ...]) -> Packing:
+        return pack([extra + length for length in lengths], cond_index, device)
+
+    whole = (config.num_patches,) * len(keep)
+    encoder, decoder = packing(config.num_cls, keep), packing(1, whole)
+    if config.adaLN:
+        return Layout(packing(0, keep), encoder, decoder, encoder, decoder)
+    return Layout(packing(0, keep), encoder, decoder, packing(config.num_cls + 1, keep), packing(2, whole))
+
+
+def random_ids_keep(keep: tuple[int, ...], num_patches: int, generator: torch.Generator) -> Tensor:
+    """For each sample s a random set of `keep[s]` patches: int64 [N], indices into the S·L patches, on the generator's device."""
+    noise = torch.rand(len(keep), num_patches, generator=generator, device=generator.device)
+    return ids_keep_from_noise(noise, keep)
+
+
+def ids_keep_from_noise(noise: Tensor, keep: tuple[int, ...]) -> Tensor:
+    """The patches with the smallest noise [S, L] of each sample, in the order of the noise (MAE's `ids_shuffle`)."""
+    S, L = noise.shape
+    flat = noise.argsort(dim=1) + torch.arange(S, device=noise.device)[:, None] * L  # [S, L]
+    ids, start = [], 0
+    while start < S:  # samples of equal length are one slice; there are two lengths at most
+        stop = start
+        while stop < S and keep[stop] == keep[start]:
+            stop += 1
+        ids.append(flat[start:stop, : keep[start]].flatten())
+        start = stop
+    return torch.cat(ids)

@@ -1,0 +1,340 @@
+"""The UMD network: an asymmetric encoder-decoder ViT (Sec. 4 and Appendix A of "Unified Auto-Encoding with Masked Diffusion").
+
+All samples of a batch lie in one packed stream `[N, D]`; linear layers run once on the stream, attention stays inside
+each sample. MAE, MaskDiT and DiT are the same network under other masks and noise (see `umd/objective.py`).
+
+Letters: N tokens of the stream, S samples, D width, L patches, K visible patches, R distinct conditions, P patch size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from umd import ops
+from umd.config import ModelConfig
+from umd.errors import UserError
+from umd.masking import Layout, layout
+from umd.ops import Packing
+
+Branch = (
+    tuple[Tensor, Tensor | None] | None
+)  # a branch not yet added to the residual stream: (h [N, D], gate [R, D])
+
+
+def timestep_features(timesteps: Tensor, dim: int, released: bool, dtype: torch.dtype) -> Tensor:
+    """Sinusoidal features [R, dim] of model times [R]. The paper's are DiT's: cosine first, frequencies 1e4^(-i/half);
+    the released code puts sine first and divides by half - 1."""
+    half = dim // 2
+    index = torch.arange(half, dtype=torch.float64, device=timesteps.device)
+    angles = timesteps.double()[:, None] * torch.exp(
+        -math.log(1e4) * index / (half - 1 if released else half)
+    )
+    order = (angles.sin(), angles.cos()) if released else (angles.cos(), angles.sin())
+    return torch.cat(order, dim=-1).to(dtype)
+
+
+class TimestepEmbedder(nn.Module):
+    """e_t: sin/cos features of t, Linear, SiLU, Linear."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.released = config.embedding == "released"
+        self.features, hidden = (D, 2 * D) if self.released else (256, D)
+        self.mlp = nn.Sequential(nn.Linear(self.features, hidden), nn.SiLU(), nn.Linear(hidden, D))
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        features = timestep_features(timesteps, self.features, self.released, self.mlp[0].weight.dtype)
+        return self.mlp(features)  # [R, D]
+
+
+class LabelEmbedder(nn.Module):
+    """e_y: a table of classes, the last row the learned null class; the released code puts an MLP behind it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.embedding_table = nn.Embedding(config.num_classes + 1, D)
+        released = config.embedding == "released"
+        self.mlp = (
+            nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D)) if released else nn.Identity()
+        )
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.mlp(self.embedding_table(labels))  # [R, D]
+
+
+class ModulatedLayerNorm(nn.Module):
+    """Adds the pending branch to the residual stream and normalises it, in one op."""
+
+    def __init__(self, dim: int, affine: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(
+        self,
+        x: Tensor,
+        branch: Branch,
+        packing: Packing,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(r, y): r = x + gate·h [N, D] and y = LN(r)·(1 + scale) + shift [N, D]."""
+        if branch is None:
+            return x, ops.modulated_layer_norm(x, packing, shift, scale, self.weight, self.bias)
+        h, gate = branch
+        return ops.gated_residual_layer_norm(x, h, packing, gate, shift, scale, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        N, D = x.shape
+        qkv = self.qkv(x).view(N, 3, self.num_heads, D // self.num_heads)
+        return self.proj(ops.varlen_attention(qkv, packing).view(N, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """x += gate1·Attn(LN(x)·(1+scale1)+shift1);  x += gate2·MLP(LN(x)·(1+scale2)+shift2).
+
+    The second branch is handed on and added by the next norm, so that gate, residual, norm and modulation are one op.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.norm1 = ModulatedLayerNorm(D, config.norm_affine)
+        self.attn = Attention(D, config.num_heads)
+        self.norm2 = ModulatedLayerNorm(D, config.norm_affine)
+        self.mlp = Mlp(D, int(D * config.mlp_ratio))
+
+    def forward(
+        self, x: Tensor, branch: Branch, packing: Packing, modulation: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, Branch]:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # each [R, D] or None
+        x, y = self.norm1(x, branch, packing, shift_msa, scale_msa)  # [N, D]
+        x, y = self.norm2(x, (self.attn(y, packing), gate_msa), packing, shift_mlp, scale_mlp)  # [N, D]
+        return x, (self.mlp(y), gate_mlp)
+
+
+class Blocks(nn.Module):
+    """A stack of blocks and its final norm."""
+
+    def __init__(self, config: ModelConfig, depth: int):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(depth))
+        self.norm = ModulatedLayerNorm(config.hidden_size, config.norm_affine)
+        self.checkpointing = False
+
+    def forward(
+        self, x: Tensor, packing: Packing, modulation: tuple[Tensor, ...], cond: Tensor | None
+    ) -> Tensor:
+        """x [N, D]; modulation: 6 tables a block, then shift and scale of the final norm if there are two more.
+
+        Without adaLN the condition [R, D] is a token in front of each sample, set anew before every block.
+        """
+        branch: Branch = None
+        if cond is not None:
+            rows = cond.index_select(0, packing.cond_index).to(x.dtype)  # [S, D]
+            x = ops.prepend_tokens(rows[:, None], x, packing)
+            first = packing.cu_seqlens[:-1].long()
+        for i, block in enumerate(self.layers):
+            if cond is not None and branch is not None:
+                x, branch = (x + branch[0]).index_copy(0, first, rows), None
+            tables = modulation[6 * i : 6 * i + 6] if modulation else (None,) * 6
+            if self.checkpointing and torch.is_grad_enabled():
+                x, branch = checkpoint(block, x, branch, packing, tables, use_reentrant=False)
+            else:
+                x, branch = block(x, branch, packing, tables)
+        _, y = self.norm(x, branch, packing, *modulation[6 * len(self.layers) :])
+        return y if cond is None else ops.split_tokens(y, 1, packing)[1]
+
+
+class UMD(nn.Module):
+    """One autoencoder for noised and noise-free, masked and whole images."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        C, P, D, L = config.channels, config.patch_size, config.hidden_size, config.num_patches
+        self.t_embedder = TimestepEmbedder(config)
+        self.y_embedder = LabelEmbedder(config) if config.num_classes > 0 else None
+        # One projection for every block: shift, scale, gate twice a block, shift and scale of the decoder's final norm.
+        self.adaLN_modulation = nn.Linear(D, config.num_modulations * D) if config.adaLN else None
+
+        self.x_embedder = nn.Linear(C * P * P, D)
+        self.pos_embed = nn.Parameter(torch.empty(L, D))
+        self.cls_token = nn.Parameter(torch.zeros(config.num_cls, D))
+        self.encoder = Blocks(config, config.depth)
+
+        self.mask_token = nn.Parameter(torch.empty(D))
+        self.decoder_pos_embed = nn.Parameter(torch.empty(L, D))
+        self.decoder = Blocks(config, config.decoder_depth)
+        self.head = nn.Linear(D, 2 * C * P * P)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        def lecun_normal(linear: nn.Linear) -> None:  # flax's default, of every layer not named below
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+
+        for module in self.modules():
+            if isinstance(module, Attention):
+                for matrix in (
+                    *module.qkv.weight.chunk(3),
+                    module.proj.weight,
+                ):  # q, k, v are matrices of their own
+                    nn.init.xavier_uniform_(matrix)
+                nn.init.zeros_(module.qkv.bias)
+                nn.init.zeros_(module.proj.bias)
+            elif isinstance(module, Mlp):
+                for linear in (module.fc1, module.fc2):
+                    nn.init.xavier_uniform_(linear.weight)
+                    nn.init.normal_(linear.bias, std=1e-6)
+        for linear in (self.x_embedder, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            lecun_normal(linear)
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+            if isinstance(self.y_embedder.mlp, nn.Sequential):
+                lecun_normal(self.y_embedder.mlp[0])
+                lecun_normal(self.y_embedder.mlp[2])
+        if self.adaLN_modulation is not None:  # the zero of adaLN-zero: every block starts as the identity
+            nn.init.zeros_(self.adaLN_modulation.weight)
+            nn.init.zeros_(self.adaLN_modulation.bias)
+        nn.init.normal_(self.pos_embed, std=self.config.num_patches**-0.5)
+        nn.init.normal_(self.decoder_pos_embed, std=self.config.num_patches**-0.5)
+        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that AdamW must not decay: biases, CLS and mask token. All others are decayed."""
+        return {name for name, _ in self.named_parameters() if name.endswith("bias")} | {
+            "cls_token",
+            "mask_token",
+        }
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.encoder.checkpointing = self.decoder.checkpointing = on
+
+    def forward(
+        self,
+        patches: Tensor,
+        ids_keep: Tensor,
+        batch: Layout,
+        timesteps: Tensor,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Predict x̂0 and ε̂ of every patch from the visible ones.
+
+        Args:
+            patches: [sum K, C·P·P], visible patches, sample after sample.
+            ids_keep: int64 [sum K], their places among the S·L patches of the batch.
+            batch: the packings; sample s uses condition `cond_index[s]`.
+            timesteps: int64 [R], model times 0..T of the distinct conditions.
+            labels: int64 [R] in 0..num_classes (the last is the null class), or None: the null class.
+
+        Returns:
+            [S·L, 2·C·P·P]: x̂0, then ε̂.
+        """
+        cond, encoder_mod, decoder_mod = self.condition(timesteps, labels)  # [R, D], tables of [R, D]
+        tokens = self.encode(patches, ids_keep, batch, cond, encoder_mod)  # [sum (num_cls + K), D]
+        x = ops.scatter_tokens(  # [S·(1 + L), D]
+            tokens, batch.encoder, ids_keep, self.config.num_cls, self.mask_token, self.decoder_pos_embed
+        )
+        x = self.decoder(
+            x, batch.decoder_blocks, decoder_mod, None if self.config.adaLN else cond
+        )  # [S·(1 + L), D]
+        _, x = ops.split_tokens(x, 1, batch.decoder)  # [S·L, D]
+        return self.head(x)  # [S·L, 2·C·P·P]
+
+    def condition(
+        self, timesteps: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Condition [R, D], and the modulation tables of encoder and decoder from one matrix product over its rows.
+
+        In the parameters' own precision: R is small, and a cast of this, the largest matrix, would cost more than the product.
+        """
+        with torch.autocast(timesteps.device.type, enabled=False):
+            c = self.t_embedder(timesteps)  # [R, D]
+            if self.y_embedder is not None:
+                null = torch.full_like(timesteps, self.config.num_classes)
+                c = c + self.y_embedder(null if labels is None else labels)
+            if self.adaLN_modulation is None:
+                return c, (), ()
+            tables = self.adaLN_modulation(F.silu(c)).split(self.config.hidden_size, dim=1)
+        return c, tables[: 6 * self.config.depth], tables[6 * self.config.depth :]
+
+    def encode(
+        self, patches: Tensor, ids_keep: Tensor, batch: Layout, cond: Tensor, modulation: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Encoder tokens after the final norm, CLS tokens first: [sum (num_cls + K), D]."""
+        x = self.x_embedder(patches)  # [sum K, D]
+        x = x + F.embedding(ids_keep % self.config.num_patches, self.pos_embed).to(x.dtype)
+        cls = self.cls_token.expand(batch.patches.num_samples, -1, -1)
+        x = ops.prepend_tokens(cls, x, batch.encoder)
+        return self.encoder(x, batch.encoder_blocks, modulation, None if self.config.adaLN else cond)
+
+    def represent(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        """The averaged CLS tokens of whole images: [B, C, H, W] to fp32 [B, D].
+
+        timesteps: model time int64 [1] of all images; default 0, the noise-free step.
+        """
+        B, L = len(x), self.config.num_patches
+        self._check_image(x)
+        timesteps = torch.zeros(1, dtype=torch.int64, device=x.device) if timesteps is None else timesteps
+        batch = layout(self.config, (L,) * B, (0,) * B, x.device)
+        patches = ops.patchify(x, self.config.patch_size).flatten(0, 1)
+        cond, encoder_mod, _ = self.condition(timesteps)
+        tokens = self.encode(patches, torch.arange(B * L, device=x.device), batch, cond, encoder_mod)
+        cls, _ = ops.split_tokens(tokens, self.config.num_cls, batch.encoder)
+        return cls.float().mean(dim=1) if cls.dtype != torch.float64 else cls.mean(dim=1)
+
+    def denoise(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x̂0, ε̂), each [B, C, H, W] in x_t's type, of whole noisy images.
+
+        timesteps: int64 [B] model times; labels: int64 [B] in 0..num_classes, or None for the null class.
+        """
+        B, L = len(x_t), self.config.num_patches
+        self._check_image(x_t)
+        if labels is not None and self.y_embedder is None:
+            raise UserError(
+                "this model was trained without labels; fine-tune it with labels first (umd finetune)"
+            )
+        batch = layout(self.config, (L,) * B, None, x_t.device)
+        patches = ops.patchify(x_t, self.config.patch_size).flatten(0, 1)
+        prediction = self(patches, torch.arange(B * L, device=x_t.device), batch, timesteps, labels)
+        return self.to_images(prediction.to(x_t.dtype))
+
+    def to_images(self, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        """[B·L, 2·C·P·P] to (x̂0, ε̂), each [B, C, H, W]."""
+        both = prediction.view(-1, self.config.num_patches, 2, prediction.shape[-1] // 2).unbind(2)
+        x_start, eps = (ops.unpatchify(part, self.config.image_size, self.config.patch_size) for part in both)
+        return x_start, eps
+
+    def _check_image(self, x: Tensor) -> None:
+        expected = (self.config.channels, *self.config.image_size)
+        if tuple(x.shape[1:]) != expected:
+            raise UserError(
+                f"images: expected [B, {', '.join(map(str, expected))}] for this model, got {list(x.shape)}"
+            )

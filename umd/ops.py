@@ -1,0 +1,29 @@
+"""The ops of the model, each by the implementation that serves this machine. The only importer of `umd.kernels`."""
+
+from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
+from umd.kernels.attention import varlen_attention
+from umd.kernels.ddim import ddim_step_ref as ddim_step
+from umd.kernels.loss import masked_diffusion_loss_ref as masked_diffusion_loss
+from umd.kernels.packing import Packing, pack
+from umd.kernels.patches import gather_patches_ref as gather_patches
+from umd.kernels.patches import patchify, unpatchify
+from umd.kernels.philox import philox_randn
+from umd.kernels.tokens import prepend_tokens, split_tokens
+from umd.kernels.tokens import scatter_tokens_ref as scatter_tokens
+
+__all__ = [
+    "Packing",
+    "ddim_step",
+    "gated_residual_layer_norm",
+    "gather_patches",
+    "masked_diffusion_loss",
+    "modulated_layer_norm",
+    "pack",
+    "patchify",
+    "philox_randn",
+    "prepend_tokens",
+    "scatter_tokens",
+    "split_tokens",
+    "unpatchify",
+    "varlen_attention",
+]
