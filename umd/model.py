@@ -169,6 +169,20 @@ class Blocks(nn.Module):
         return y if cond is None else ops.split_tokens(y, 1, packing)[1]
 
 
+class Head(nn.Module):
+    """The transposed convolution of kernel and stride P that un-patchifies, left as patches: one bias a channel."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.area = config.patch_size**2
+        self.weight = nn.Parameter(torch.empty(2 * config.channels * self.area, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(2 * config.channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias[:, None].expand(-1, self.area).flatten()  # [2·C·P·P]
+        return F.linear(x, self.weight, bias)
+
+
 class UMD(nn.Module):
     """One autoencoder for noised and noise-free, masked and whole images."""
 
@@ -189,7 +203,7 @@ class UMD(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(D))
         self.decoder_pos_embed = nn.Parameter(torch.empty(L, D))
         self.decoder = Blocks(config, config.decoder_depth)
-        self.head = nn.Linear(D, 2 * C * P * P)
+        self.head = Head(config)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
