@@ -1,0 +1,214 @@
+"""The few-shot probe: how much of the classes a frozen representation tells, in closed form.
+
+The recipe behind the paper's 100-shot numbers: fewshot_lsr.py of https://github.com/google-research/big_vision.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from umd.errors import UserError
+
+BIAS = 100.0  # a constant feature this large carries the bias and hardly feels the regulariser
+
+
+@dataclass(frozen=True)
+class FewShotProbe:
+    """A linear classifier on whitened features. Several l2 make a first axis of `weights` and all results."""
+
+    mean: Tensor  # [D]
+    std: Tensor  # [D]
+    weights: Tensor  # [D+1, classes] or [l2, D+1, classes], float64
+
+    def scores(self, features: Tensor) -> Tensor:
+        """features: [N, D]. Returns float64 [N, classes] or [l2, N, classes]; targets were 1 and -1."""
+        return _whiten(features, self.mean, self.std) @ self.weights
+
+    def predict(self, features: Tensor) -> Tensor:
+        """features: [N, D]. Returns the class of each, int64 [N] or [l2, N]."""
+        return self.scores(features).argmax(-1)
+
+
+def fit_fewshot(
+    features: Tensor, labels: Tensor, num_classes: int, l2: float | Sequence[float] = 1024.0
+) -> FewShotProbe:
+    """Ridge regression `W = (XᵀX + l2·I)⁻¹ XᵀY` on targets ±1; X is whitened and has one constant column.
+
+    features: [N, D], any float dtype; labels: integers [N] in [0, num_classes).
+    l2: the paper's 1024, or several positive values, all solved from one eigendecomposition: of XᵀX or XXᵀ,
+    whichever is smaller.
+    Computed in float64 on the device of `features`: in float32 the decomposition alone changes predictions.
+    Raises ValueError on shapes that do not fit, labels out of range, features not finite, l2 not positive.
+    """
+    if features.ndim != 2 or labels.shape != features.shape[:1] or len(labels) == 0:
+        raise ValueError(
+            f"Features are {list(features.shape)} and labels {list(labels.shape)}, expected [N, D] and [N] "
+            "with N > 0."
+        )
+    if not features.isfinite().all():
+        raise ValueError("Features hold NaN or infinity: check the model's weights.")
+    _check_labels(labels, num_classes)
+    l2s = torch.as_tensor(l2, dtype=torch.float64, device=features.device)
+    if (l2s <= 0).any():
+        raise ValueError(f"l2 is {l2}, expected above 0.")
+
+    features = features.double()
+    mean, std = features.mean(0), features.std(0, correction=0) + 1e-5
+    x = _whiten(features, mean, std)  # [N, D+1]
+    y = 2.0 * F.one_hot(labels.to(x.device, torch.int64), num_classes).to(x.dtype) - 1.0  # [N, classes]
+    if x.shape[0] >= x.shape[1]:
+        eigenvalues, q = torch.linalg.eigh(x.T @ x)
+        left, right = q, q.T @ (x.T @ y)
+    else:  # (XᵀX + l2·I)⁻¹ Xᵀ = Xᵀ (XXᵀ + l2·I)⁻¹
+        eigenvalues, q = torch.linalg.eigh(x @ x.T)
+        left, right = x.T @ q, q.T @ y
+    shrinkage = 1.0 / (eigenvalues + l2s[..., None])  # [rank] or [l2, rank]
+    return FewShotProbe(mean, std, (left * shrinkage[..., None, :]) @ right)
+
+
+def _check_labels(labels: Tensor, num_classes: int) -> None:
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"Labels are {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}.")
+
+
+def _whiten(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return F.pad((features.double() - mean) / std, (0, 1), value=BIAS)
+
+
+def confusion(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Counts, int64 [classes, classes]: row = label, column = prediction. Both inputs: integers [N]."""
+    flat = labels.long() * num_classes + predictions.long()
+    return torch.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """Share of right predictions. Both inputs: integers [N]."""
+    return (predictions == labels).double().mean().item()
+
+
+def class_averaged_accuracy(predictions: Tensor, labels: Tensor, num_classes: int) -> float:
+    """Mean over the classes present in `labels` of the accuracy on each: no class counts for its size."""
+    per_class = _per_class_accuracy(confusion(predictions, labels, num_classes))
+    return per_class[~per_class.isnan()].mean().item()
+
+
+def _per_class_accuracy(counts: Tensor) -> Tensor:
+    """Counts [classes, classes] to float64 [classes], NaN where a class has no label."""
+    return counts.diagonal().double() / counts.sum(1)
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What `fewshot_accuracy` measured, in plain numbers: `dataclasses.asdict` gives a JSON record."""
+
+    mean: float  # class-averaged test accuracy, mean over seeds
+    std: float  # sample standard deviation over seeds; 0 for one seed
+    per_seed: list[float]
+    seeds: list[int]
+    shots: int  # asked for, per class
+    shots_per_class: list[int]  # used; below `shots` where a class had fewer and `allow_fewer` was set
+    l2: list[float]  # the one behind the numbers above, per seed
+    accuracy_by_l2: dict[str, float]  # every l2 tried, class-averaged test accuracy, mean over seeds
+    per_class: list[float | None]  # accuracy of each class over all seeds; None where it has no test images
+    confusion: list[list[int]]  # [label][prediction], summed over seeds
+
+
+def fewshot_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    shots: int,
+    num_classes: int,
+    seeds: Sequence[int] = (0, 1, 2),
+    l2: float | Sequence[float] = 1024.0,
+    allow_fewer: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> ProbeResult:
+    """Class-averaged test accuracy of a probe fitted on `shots` training examples of each class.
+
+    Features: floats [N, D]; labels: integers [N].
+    seeds: each draws the first `shots` of every class in its own permutation; fewer shots are a part of more.
+    l2: of several values each seed takes the best on a fifth of its own shots, held out for it (the first of
+    equals), then refits on all of them; the test set has no say.
+    allow_fewer: a class with fewer than `shots` gives all it has. Otherwise that raises UserError, which
+    names the class by `class_names` where given.
+    """
+    train_labels, test_labels = train_labels.cpu().long(), test_labels.cpu().long()
+    l2s = [float(value) for value in ([l2] if isinstance(l2, int | float) else l2)]
+    if shots < 1:
+        raise UserError(f"{shots} shots a class were asked for: ask for at least 1.")
+    if len(train_labels) == 0 or len(test_labels) == 0:
+        raise UserError(
+            f"The probe has {len(train_labels)} training and {len(test_labels)} test images: give it both."
+        )
+    _check_labels(train_labels, num_classes)
+    _check_labels(test_labels, num_classes)
+    if len(l2s) > 1 and shots < 2:
+        raise UserError(
+            "Choosing among several l2 holds out a shot of each class: ask for 2 or more, or give one l2."
+        )
+    available = torch.bincount(train_labels, minlength=num_classes)
+    if not allow_fewer and (available < shots).any():
+        least = int(available.argmin())
+        name = class_names[least] if class_names is not None else str(least)
+        raise UserError(
+            f"{shots} shots a class were asked for, but class {name} has {int(available[least])} training "
+            f"images: ask for at most {int(available.min())}, or allow fewer where a class has fewer."
+        )
+
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    per_l2, chosen = [], []
+    for seed in seeds:
+        drawn = _draw(train_labels, shots, num_classes, seed)
+        choice = _choose_l2(train_features, train_labels, drawn, num_classes, l2s) if len(l2s) > 1 else 0
+        index = torch.cat(drawn)
+        probe = fit_fewshot(train_features[index], train_labels[index], num_classes, l2s)
+        predictions = probe.predict(test_features).cpu()  # [l2, N]
+        per_l2.append([class_averaged_accuracy(p, test_labels, num_classes) for p in predictions])
+        counts += confusion(predictions[choice], test_labels, num_classes)
+        chosen.append(choice)
+
+    per_seed = [accuracies[choice] for accuracies, choice in zip(per_l2, chosen, strict=True)]
+    return ProbeResult(
+        mean=fmean(per_seed),
+        std=stdev(per_seed) if len(per_seed) > 1 else 0.0,
+        per_seed=per_seed,
+        seeds=list(seeds),
+        shots=shots,
+        shots_per_class=available.clamp(max=shots).tolist(),
+        l2=[l2s[choice] for choice in chosen],
+        accuracy_by_l2={str(value): fmean(a[i] for a in per_l2) for i, value in enumerate(l2s)},
+        per_class=[None if value != value else value for value in _per_class_accuracy(counts).tolist()],
+        confusion=counts.tolist(),
+    )
+
+
+def _draw(labels: Tensor, shots: int, num_classes: int, seed: int) -> list[Tensor]:
+    """Indices into `labels` of up to `shots` examples of each class, one tensor a class."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    return [order[labels[order] == c][:shots] for c in range(num_classes)]
+
+
+def _choose_l2(
+    features: Tensor, labels: Tensor, drawn: list[Tensor], num_classes: int, l2s: list[float]
+) -> int:
+    """Position in `l2s` of the best on a held-out fifth of each class's shots, one if it has two."""
+    sizes = [max(len(d) // 5, 1) if len(d) > 1 else 0 for d in drawn]
+    fit = torch.cat([d[: len(d) - size] for d, size in zip(drawn, sizes, strict=True)])
+    held_out = torch.cat([d[len(d) - size :] for d, size in zip(drawn, sizes, strict=True)])
+    if len(held_out) == 0:
+        raise UserError("No class has two images to choose an l2 with: give one l2, or more images.")
+    probe = fit_fewshot(features[fit], labels[fit], num_classes, l2s)
+    predictions = probe.predict(features[held_out]).cpu()  # [l2, N]
+    scores = [class_averaged_accuracy(p, labels[held_out], num_classes) for p in predictions]
+    return scores.index(max(scores))
+
+
+def raw_pixel_features(x: Tensor) -> Tensor:
+    """The floor every representation should beat: images [N, C, H, W] as features [N, C·H·W]."""
+    return x.flatten(1)
