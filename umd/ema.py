@@ -1,0 +1,109 @@
+"""An exponential moving average of a model's parameters."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def ema_rate(batch_size: int, rate_at_256: float = 1e-4) -> float:
+    """Rate of a step, proportional to the batch so that the average spans as many images whatever the batch.
+
+    The released code uses 1e-4 at batch 256 (default); the paper's Table 5 gives 2.5e-4. The average spans
+    about 1/rate steps: a run of fewer needs a larger rate, or its average stays near the start.
+    """
+    return rate_at_256 * batch_size / 256
+
+
+class EMA:
+    """`shadow += rate · (parameter - shadow)` after each step, for every parameter, frozen ones too.
+
+    Shadows start as copies and are at least float32, so that a bf16 model's small steps are not rounded away.
+    Buffers are not averaged. Give the plain module, not its DDP or torch.compile wrapper: those rename the
+    parameters.
+    """
+
+    def __init__(self, model: nn.Module, rate: float):
+        """rate: in (0, 1], see `ema_rate`; `ema.rate` may be changed between steps."""
+        if not 0 < rate <= 1:
+            raise ValueError(f"An EMA rate of {rate} was given, expected above 0 and at most 1.")
+        self.rate = rate
+        self.shadows: dict[str, Tensor] = {}
+        self.track(model)
+
+    @torch.no_grad()
+    def track(self, model: nn.Module) -> None:
+        """Start averaging parameters that have no shadow yet: label embeddings added for fine-tuning."""
+        for name, parameter in model.named_parameters():
+            if name not in self.shadows:
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                self.shadows[name] = parameter.detach().to(dtype, copy=True)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move every shadow by `rate` towards its parameter. Raises ValueError if the parameters changed."""
+        shadows, parameters = self._pairs(model)
+        torch._foreach_lerp_(
+            shadows, [p.to(s.dtype) for s, p in zip(shadows, parameters, strict=True)], self.rate
+        )
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Inside, `model` has the averaged parameters; afterwards exactly its own, whatever was raised.
+
+        Parameters are overwritten in place, so optimisers and wrappers keep their references; the model's own
+        are kept in a copy meanwhile.
+        """
+        shadows, parameters = self._pairs(model)
+        with torch.no_grad():
+            own = [p.clone() for p in parameters]
+        try:
+            _copy(parameters, shadows)
+            yield model
+        finally:
+            _copy(parameters, own)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Shadows by parameter name: live tensors, which the next `update` changes. Without the rate."""
+        return dict(self.shadows)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy `state` into the shadows. Raises ValueError, changing nothing, if names or shapes differ."""
+        _check_same(self.shadows, state, "the saved EMA")
+        for name, shadow in self.shadows.items():
+            shadow.copy_(state[name])
+
+    def _pairs(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        parameters = dict(model.named_parameters())
+        _check_same(self.shadows, parameters, "the model")
+        return list(self.shadows.values()), [parameters[name] for name in self.shadows]
+
+
+@torch.no_grad()
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+def _check_same(shadows: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str) -> None:
+    if missing := shadows.keys() - other.keys():
+        raise ValueError(
+            f"{what} lacks {_some(missing)}, which the EMA averages: start the EMA from this model."
+        )
+    if extra := other.keys() - shadows.keys():
+        raise ValueError(
+            f"{what} has {_some(extra)}, which the EMA does not average: call `track(model)` first."
+        )
+    for name, shadow in shadows.items():
+        if shadow.shape != other[name].shape:
+            raise ValueError(
+                f"{name} is {list(other[name].shape)} in {what} and {list(shadow.shape)} in the EMA: "
+                "use the same architecture."
+            )
+
+
+def _some(names: set[str]) -> str:
+    first, *rest = sorted(names)
+    return f"{first} and {len(rest)} more" if rest else first
