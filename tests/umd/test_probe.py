@@ -58,7 +58,7 @@ class TestAgainstTheAuthorsCode:
         probe, _ = self.predictions(oracle, 1024.0)
         np.testing.assert_allclose(probe.mean, oracle["cache_mean"][0], atol=1e-6)
         np.testing.assert_allclose(probe.std, oracle["cache_std"][0], atol=1e-6)
-        # the signs of the peer's eigenvectors cancel in this product; the rounding of its float32 eigh does not:
+        # the signs of the peer's eigenvectors cancel in this product; the rounding of its float32 eigh stays:
         # the last bit of the eigenvalue that the bias brings, n·100², is 0.5
         eigs, lhs, rhs = (oracle[f"cache_{key}"].astype(np.float64) for key in ("eigs", "lhs", "rhs"))
         np.testing.assert_allclose(probe.weights, (lhs / (eigs + 1024.0)) @ rhs, atol=1e-4)
