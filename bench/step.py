@@ -1,0 +1,333 @@
+"""`umd bench step`: a training step of UMD against its baselines, measured alternately in one process.
+
+Rows: UMD; the same network unmasked; UMD in two passes; diffusers' DiT and transformers' ViT-MAE of the same width and
+depth; and the matrix products of UMD's step alone, the floor under its time. Speed means little on its own: read the ratios.
+"""
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from umd.config import ModelConfig, ObjectiveConfig, model_config
+from umd.errors import UserError
+from umd.model import UMD
+from umd.objective import Objective
+from umd.schedule import NoiseSchedule
+from umd.train.optim import adamw
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """What is measured."""
+
+    model: str = "UMD-B/4"
+    """Size and patch size; baselines take its width, encoder depth and heads."""
+    image_size: int = 64
+    """Side of the images."""
+    batch: int = 16
+    """Images a step."""
+    dtype: str = "bf16"
+    """bf16 (autocast) or fp32."""
+    repeats: int = 5
+    """Measured rounds; each runs every row once."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where."""
+    memory: bool = True
+    """Also measure peak memory, each row in a process of its own."""
+    json: Path | None = None
+    """Write the rows here."""
+
+    def config(self) -> ModelConfig:
+        return model_config(self.model, image_size=(self.image_size, self.image_size))
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    batch: int
+    dtype: str
+    seconds: float  # median
+    seconds_min: float
+    seconds_max: float
+    images_per_second: float
+    flops: int
+    peak_memory_bytes: int | None
+
+
+def autocast(bench: StepBench):
+    return torch.autocast(bench.device, dtype=torch.bfloat16, enabled=bench.dtype == "bf16")
+
+
+def images(bench: StepBench) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(bench.batch, 3, bench.image_size, bench.image_size, generator=generator) * 2 - 1
+    return x.to(bench.device)
+
+
+def umd_step(bench: StepBench, objective_config: ObjectiveConfig, passes: int = 1) -> Step:
+    """One optimisation step of UMD; with `passes=2` the noised and the noise-free half go separately."""
+    config = bench.config()
+    model = UMD(config).to(bench.device)
+    torch.nn.init.normal_(model.adaLN_modulation.weight, std=0.02)
+    optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.05)
+    schedule = NoiseSchedule("cosine")
+    x = images(bench)
+    if passes == 1:
+        parts = [(Objective(config, objective_config, schedule), x)]
+    else:
+        noised = Objective(config, objective_config, schedule).split(bench.batch)[0]
+        parts = [
+            (Objective(config, replace(objective_config, no_noise_prob=0.0), schedule), x[:noised]),
+            (Objective(config, replace(objective_config, no_noise_prob=1.0), schedule), x[noised:]),
+        ]
+    seed = 0
+
+    def step() -> None:
+        nonlocal seed
+        seed += 1
+        for objective, batch in parts:
+            with autocast(bench):
+                loss, _ = objective(model, batch, objective.corrupt(len(batch), seed, batch.device))
+            (loss * (len(batch) / len(x))).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def baseline_step(bench: StepBench, model: torch.nn.Module, loss: Callable[[], Tensor]) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+
+    def step() -> None:
+        with autocast(bench):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def dit_step(bench: StepBench) -> Step:
+    """diffusers' DiT with the noise-prediction loss."""
+    from diffusers import DiTTransformer2DModel
+
+    config = bench.config()
+    model = DiTTransformer2DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.hidden_size // config.num_heads,
+        in_channels=config.channels,
+        num_layers=config.depth,
+        sample_size=bench.image_size,
+        patch_size=config.patch_size,
+    ).to(bench.device)
+    model.train()
+    x, schedule = images(bench), NoiseSchedule("cosine")
+    labels = torch.zeros(bench.batch, dtype=torch.int64, device=bench.device)
+
+    def loss() -> Tensor:
+        t = torch.randint(1, 1001, (bench.batch,), device=bench.device)
+        eps = torch.randn_like(x)
+        x_t = schedule.q_sample(x, t, eps)
+        prediction = model(x_t, timestep=t - 1, class_labels=labels).sample
+        return F.mse_loss(prediction.float(), eps)
+
+    return baseline_step(bench, model, loss)
+
+
+def vit_mae_step(bench: StepBench) -> Step:
+    """transformers' ViT-MAE, 75 % masked, decoder 8 x 512 as published (narrower for narrower encoders)."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    config = bench.config()
+    model = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.num_heads,
+            intermediate_size=int(config.hidden_size * config.mlp_ratio),
+            image_size=bench.image_size,
+            patch_size=config.patch_size,
+            decoder_hidden_size=min(512, config.hidden_size * 2 // 3),
+            decoder_intermediate_size=4 * min(512, config.hidden_size * 2 // 3),
+        )
+    ).to(bench.device)
+    model.train()
+    x = images(bench)
+    return baseline_step(bench, model, lambda: model(x).loss)
+
+
+STEPS: dict[str, Callable[[StepBench], Step]] = {
+    "umd": lambda b: umd_step(b, ObjectiveConfig()),
+    "umd unmasked": lambda b: umd_step(b, ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.0)),
+    "umd two passes": lambda b: umd_step(b, ObjectiveConfig(), passes=2),
+    "diffusers dit": dit_step,
+    "transformers vit-mae": vit_mae_step,
+}
+
+
+class MatmulRecorder(TorchDispatchMode):
+    """Counts the matrix products that run, by shape and type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: Counter[tuple] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm"):
+            a, b = args[-2:] if name != "addmm" else args[1:3]
+            self.shapes[tuple(a.shape), tuple(b.shape), a.dtype] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def matmul_step(bench: StepBench) -> Step:
+    """The matrix products of UMD's step and nothing else, on contiguous operands made beforehand."""
+    step = STEPS["umd"](bench)
+    with MatmulRecorder() as recorder:
+        step()
+    operands = [
+        (count, torch.randn(a, dtype=dtype, device=bench.device), torch.randn(b, dtype=dtype, device=bench.device))
+        for (a, b, dtype), count in recorder.shapes.items()
+    ]
+
+    def products() -> None:
+        for count, a, b in operands:
+            for _ in range(count):
+                torch.matmul(a, b)
+
+    return products
+
+
+def timed(step: Step, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def resident_bytes(key: str) -> int:
+    """VmRSS or VmHWM (its peak) of this process, from Linux's /proc."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {key} in /proc/self/status")
+
+
+def peak_memory(bench: StepBench, name: str) -> int:
+    """Peak memory of three steps beyond what the process held before the model was made."""
+    if bench.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step = STEPS[name](bench)
+        for _ in range(3):
+            step()
+        return torch.cuda.max_memory_allocated()
+    torch.randn(64, 64).bfloat16() @ torch.randn(64, 64).bfloat16()  # libraries load their own memory first
+    before = resident_bytes("VmRSS")
+    step = STEPS[name](bench)
+    for _ in range(3):
+        step()
+    return resident_bytes("VmHWM") - before
+
+
+def peak_memory_apart(bench: StepBench, name: str) -> int | None:
+    """`peak_memory` in a fresh process; None where the system has no /proc."""
+    if bench.device == "cpu" and not Path("/proc/self/status").exists():
+        return None
+    fields = {**asdict(bench), "json": None}
+    code = f"from umd.bench.step import StepBench, peak_memory; print(peak_memory(StepBench(**{fields!r}), {name!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {name!r} failed:\n{done.stderr[-2000:]}")
+    return int(done.stdout.split()[-1])
+
+
+def run(bench: StepBench, console: Console) -> list[Row]:
+    """Measure, print the table and the ratios, write the JSON. Returns the rows."""
+    if bench.dtype not in ("bf16", "fp32"):
+        raise UserError(f"dtype must be bf16 or fp32, got {bench.dtype!r}")
+    bench.config()
+    steps: dict[str, Step] = {}
+    for name, make in STEPS.items():
+        try:
+            steps[name] = make(bench)
+        except ImportError as error:
+            console.print(f"[yellow]{name} left out: {error}; pip install diffusers transformers")
+    flops = {}
+    for name, step in steps.items():  # also the warm-up
+        with FlopCounterMode(display=False) as counter:
+            step()
+        flops[name] = counter.get_total_flops()
+    steps["matmuls alone"] = matmul_step(bench)
+    flops["matmuls alone"] = flops["umd"]
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in track(range(bench.repeats), description="rounds", console=console, transient=True):
+        for name, step in steps.items():
+            seconds[name].append(timed(step, bench.device))
+    names = list(steps)
+    steps.clear()
+    del step
+    gc.collect()
+    rows = []
+    for name in names:
+        median = statistics.median(seconds[name])
+        memory = peak_memory_apart(bench, name) if bench.memory and name in STEPS else None
+        rows.append(
+            Row(
+                name, bench.batch, bench.dtype, median, min(seconds[name]), max(seconds[name]),
+                bench.batch / median, flops[name], memory,
+            )  # fmt: skip
+        )
+    print_rows(bench, rows, seconds, console)
+    if bench.json is not None:
+        bench.json.parent.mkdir(parents=True, exist_ok=True)
+        bench.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return rows
+
+
+def print_rows(bench: StepBench, rows: list[Row], seconds: dict[str, list[float]], console: Console) -> None:
+    where = torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    table = Table(title=f"{bench.model} {bench.image_size}x{bench.image_size}, batch {bench.batch}, {bench.dtype}, {where}")
+    for column in ("step", "median s", "min-max s", "img/s", "TFLOP", "TFLOP/s", "peak GiB", "UMD is faster by", "FLOP ratio"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    ours = rows[0]
+    for row in rows:
+        # the median of the ratios within a round: drift of the machine's speed falls out
+        ratio = statistics.median(b / a for a, b in zip(seconds[ours.name], seconds[row.name], strict=True))
+        table.add_row(
+            row.name,
+            f"{row.seconds:.3f}",
+            f"{row.seconds_min:.3f}-{row.seconds_max:.3f}",
+            f"{row.images_per_second:.2f}",
+            f"{row.flops / 1e12:.3f}",
+            f"{row.flops / row.seconds / 1e12:.2f}",
+            "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.2f}",
+            f"{ratio:.2f}x",
+            f"{row.flops / ours.flops:.2f}",
+        )
+    console.print(table)

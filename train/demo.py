@@ -1,0 +1,287 @@
+"""`umd demo`: the whole method on real images within a time budget, ending in a report page."""
+
+import platform
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from umd import ops
+from umd.config import ObjectiveConfig, model_config
+from umd.device import autocast, pick_device, pick_dtype
+from umd.errors import UserError
+from umd.model import UMD
+from umd.objective import Objective
+from umd.report import DemoRecord, Part, ProbeRow, save_record, write_report
+from umd.train import evaluate
+from umd.train.data import DataConfig, center_view, describe, open_dataset
+from umd.train.inpaint import hole_mask, inpainting_rows
+from umd.train.logging import read_metrics
+from umd.train.loop import train
+from umd.train.optim import OptimConfig
+from umd.train.preview import reconstructions, rgb
+from umd.train.run import RunConfig, finetune_config
+
+# Shares of the time budget. What is left over is for starting, reading data and writing the page.
+PRETRAIN, PROBE, FINETUNE, SAMPLE, INPAINT, FRECHET = 0.47, 0.06, 0.24, 0.09, 0.04, 0.05
+SHOWN = 8  # pictures of each kind on the page
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Pretrain, probe, fine-tune with labels, sample and inpaint, on real images, within a time budget."""
+
+    minutes: float = 15.0
+    """Time budget of the whole."""
+    out: Path = Path("runs/demo")
+    """Folder of the runs and of report.html; an earlier demo there is replaced."""
+    data: DataConfig = DataConfig()
+    """Default: colour emoji from a pip package."""
+    size: int = 32
+    """Side of the images."""
+    seed: int = 0
+    """Of everything."""
+
+
+class Clock:
+    """Time left of the budget, and the parts as they end."""
+
+    def __init__(self, minutes: float):
+        self.start, self.budget = time.monotonic(), 60 * minutes
+        self.parts: list[Part] = []
+
+    def share(self, share: float, of_rest: float) -> float:
+        """Seconds for a part: its share of the budget, or of what is left if the parts before it took longer."""
+        left = self.start + self.budget - time.monotonic()
+        return max(0.0, min(share * self.budget, left * share / of_rest))
+
+    def done(self, name: str, since: float, summary: str, command: str = "") -> None:
+        self.parts.append(Part(name, time.monotonic() - since, summary, command))
+
+
+def run_demo(demo: Demo, console: Console) -> Path:
+    """Run it and return the path of the page. Raises UserError for data without labels or a folder of something else."""
+    if demo.minutes <= 0:
+        raise UserError(f"minutes must be above 0, got {demo.minutes}")
+    clock = Clock(demo.minutes)
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    prepare_folder(demo.out)
+    pre = pretrain_config(demo)
+    train_set, test_set = open_dataset(pre.data, "train"), open_dataset(pre.data, "test")
+    if train_set.labels is None:
+        raise UserError(f"{train_set.name} has no labels; the demo needs one subfolder a class (umd pretrain does not)")
+    classes = train_set.class_names
+    device = pick_device("auto")
+    dtype = pick_dtype("auto", device)
+    schedule = evaluate.schedule_of(pre.schedule)
+    console.rule(f"[bold]UMD demo[/]: {demo.minutes:g} minutes, {describe(train_set)}")
+
+    since = time.monotonic()
+    seconds = clock.share(PRETRAIN, 0.97)
+    pre = replace(pre, minutes=seconds / 60)
+    train(pre, console, "pretrain")
+    rows = read_metrics(pre.out / "metrics.jsonl")
+    clock.done(
+        "Pre-training", since, f"{rows[-1]['step']} steps of {pre.batch_size} images without labels" if rows else "",
+        f"umd pretrain umd-tiny --minutes {pre.minutes:.1f} --out {pre.out}",
+    )  # fmt: skip
+    model, _, _ = evaluate.open_run(pre)
+    held_out = center_view(test_set, spread(test_set.labels, SHOWN), pre.data).to(device)
+    objective = Objective(pre.model, pre.objective, schedule)
+    triplets = reconstructions(model, objective, held_out, 0, demo.seed, dtype)
+    noised_triplets = reconstructions(model, objective, held_out, schedule.num_steps // 4, demo.seed, dtype)
+    denoising = denoising_over_time(model, objective, held_out[:1], dtype)
+
+    since = time.monotonic()
+    shots = 100
+    results = evaluate.probe(pre, model, shots, l2=PROBE_L2, allow_fewer=True, dtype=dtype)
+    ours = results["UMD"]
+    clock.done(
+        "Few-shot probe", since, f"{ours.mean:.3f} class-averaged accuracy, up to {shots} shots a class",
+        f"umd probe {pre.out} --shots {shots} --allow-fewer --l2 {' '.join(f'{v:g}' for v in PROBE_L2)}",
+    )  # fmt: skip
+    probe_rows = [
+        ProbeRow(name, r.mean, r.std, shots, 1 / len(classes), len(r.per_seed)) for name, r in results.items()
+    ]
+    for row in probe_rows:
+        console.print(f"probe: {row.name} {row.mean:.3f} ± {row.std:.3f}", highlight=False)
+
+    since = time.monotonic()
+    fine = finetune_config(pre, pre.out, len(classes), demo.out / "finetune")
+    fine = replace(
+        fine,
+        batch_size=pre.batch_size,
+        minutes=clock.share(FINETUNE, FINETUNE + SAMPLE + INPAINT + FRECHET + 0.03) / 60,
+        optim=replace(fine.optim, lr=2e-3, ema=0.04),  # a run of minutes: the recipe's rates are for 50 epochs of ImageNet
+        draw_every=10**9,
+    )
+    train(fine, console, "finetune")
+    rows = read_metrics(fine.out / "metrics.jsonl")
+    clock.done(
+        "Fine-tuning with labels", since, f"{rows[-1]['step']} steps, nothing masked" if rows else "",
+        f"umd finetune {pre.out} --minutes {fine.minutes:.1f} --batch-size {fine.batch_size} --optim.lr 2e-3 "
+        f"--optim.ema 0.04 --out {fine.out}",
+    )  # fmt: skip
+    generator, _, _ = evaluate.open_run(fine)
+
+    since = time.monotonic()
+    seconds = clock.share(SAMPLE, SAMPLE + INPAINT + FRECHET + 0.03)
+    labels = torch.arange(len(classes)).repeat_interleave(SHOWN)
+    call = evaluate.seconds_a_call(generator, len(labels), dtype, labelled=True)
+    num_steps = int(np.clip(seconds / (3.2 * call), 10, 125))  # without guidance one call a step, with it two
+    samples = {}
+    for cfg_scale in (1.0, 4.0):
+        drawn = evaluate.sample(
+            generator, schedule, labels, len(labels), num_steps=num_steps, cfg_scale=cfg_scale, seed=demo.seed,
+            clip=True, dtype=dtype, batch=len(labels), console=console,
+        )  # fmt: skip
+        samples[f"guidance {cfg_scale:g}"] = rgb(drawn).reshape(len(classes), SHOWN, demo.size, demo.size, 3)
+        if cfg_scale == 1.0:
+            plain_samples = drawn
+    clock.done("Sampling", since, f"{SHOWN} a class, {num_steps} DDIM steps, with and without guidance", f"umd sample {fine.out}")
+
+    since = time.monotonic()
+    seconds = clock.share(INPAINT, INPAINT + FRECHET + 0.03)
+    picked = held_out[:6]
+    hole = hole_mask("center", picked, pre.model.patch_size).to(device)
+    call = evaluate.seconds_a_call(generator, len(picked), dtype, labelled=True)
+    inpaint_steps = int(np.clip(seconds / (3 * 2 * call), 10, 50))
+    inpainting = inpainting_rows(
+        generator, schedule, picked, hole, samples=3, num_steps=inpaint_steps, resample=2, seed=demo.seed, dtype=dtype,
+        console=console,
+    )  # fmt: skip
+    clock.done("Inpainting", since, f"3 fillings of {len(picked)} pictures, {inpaint_steps} steps", f"umd inpaint {fine.out}")
+
+    since = time.monotonic()
+    distances = frechet_distances(plain_samples, train_set, test_set, pre, clock.share(FRECHET, FRECHET + 0.03), device, console)
+    if distances:
+        clock.done("Fréchet distance", since, f"{distances[0][0]} against held-out pictures")
+
+    record = DemoRecord(
+        title="Unified Masked Diffusion: demo",
+        command=f"make demo MINUTES={demo.minutes:g}" if demo == replace(Demo(), minutes=demo.minutes, out=demo.out)
+        else f"umd demo --minutes {demo.minutes:g} --data.source {demo.data.source} --size {demo.size} --seed {demo.seed}",
+        started=started,
+        machine={
+            "device": str(device), "type": "bf16 autocast" if dtype == torch.bfloat16 else "fp32",
+            "threads": str(torch.get_num_threads()), "processor": platform.processor() or platform.machine(),
+            "torch": torch.__version__, "python": platform.python_version(),
+        },
+        settings=settings_of(pre, model),
+        dataset=describe(train_set),
+        parts=clock.parts,
+        metrics={name: read_metrics(config.out / "metrics.jsonl") for name, config in (("pretrain", pre), ("finetune", fine))},
+        triplets=triplets,
+        noised_triplets=noised_triplets,
+        denoising=denoising,
+        class_names=list(classes),
+        samples=samples,
+        inpainting=inpainting,
+        inpainting_columns=["hole", "filling 1", "filling 2", "filling 3", "original"],
+        probe=probe_rows,
+        frechet=distances,
+    )  # fmt: skip
+    save_record(record, demo.out)
+    page = write_report(record, demo.out / "report.html")
+    took = (time.monotonic() - clock.start) / 60
+    console.rule(f"[bold]{page}[/] after {took:.1f} minutes")
+    return page
+
+
+PROBE_L2 = (1.0, 32.0, 1024.0, 32768.0)  # chosen among on a part of the training shots, for every row alike
+
+
+def pretrain_config(demo: Demo) -> RunConfig:
+    return RunConfig(
+        out=demo.out / "pretrain",
+        model=model_config("UMD-Ti/4", image_size=(demo.size, demo.size)),
+        objective=ObjectiveConfig(),
+        data=demo.data,
+        optim=OptimConfig(lr=4e-3),  # 1e-3 at the demo's batch of 64
+        batch_size=64,
+        minutes=1,
+        seed=demo.seed,
+        save_every=500,
+        keep=1,
+        draw_every=10**9,
+    )
+
+
+def prepare_folder(out: Path) -> None:
+    """Make room for a demo: an earlier one is removed, anything else is left alone with an error."""
+    if out.exists() and any(out.iterdir()):
+        if not {path.name for path in out.iterdir()} & {"pretrain", "record.json", "report.html"}:
+            raise UserError(f"{out} is not empty and holds no demo; choose another folder with --out")
+        for name in ("pretrain", "finetune"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
+
+
+def spread(labels: np.ndarray, count: int) -> np.ndarray:
+    """Indices of `count` images, the classes in turn."""
+    by_class = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    turns = [indices[(7 * turn) % len(indices)] for turn in range(count) for indices in by_class]
+    return np.array(turns[:count])
+
+
+@torch.no_grad()
+def denoising_over_time(model: UMD, objective: Objective, x: Tensor, dtype: torch.dtype) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """(t, x_t, x̂0) of one whole image [1, C, H, W] at rising noise: ε̂ where it says more, read as x̂0."""
+    T = objective.schedule.num_steps
+    out = []
+    for t in (T // 20, T // 8, T // 4, T // 2, T * 3 // 4, T * 9 // 10):
+        timesteps = torch.full((1,), t, device=x.device)
+        x_t = objective.schedule.q_sample(x, timesteps, ops.philox_randn(0, x.shape, x.device, x.dtype))
+        with autocast(x.device, dtype):
+            _, eps = model.denoise(x_t, timesteps)
+        x_start = objective.schedule.xstart_from_eps(x_t, timesteps, eps)
+        out.append((t, rgb(x_t)[0], rgb(x_start)[0]))
+    return out
+
+
+def frechet_distances(
+    samples: Tensor, train_set, test_set, config: RunConfig, seconds: float, device: torch.device, console: Console
+) -> list[tuple[str, str, float]]:
+    """Distances of samples, and of as many training images, to the held-out images; as many as the time allows."""
+    try:
+        start = time.monotonic()
+        small = center_view(test_set, np.arange(min(8, len(test_set))), config.data).to(device)
+        evaluate.frechet(small, small)
+        rate = 16 / (time.monotonic() - start)
+    except UserError as error:
+        console.print(f"Fréchet distance left out: {error}", highlight=False)
+        return []
+    count = int(min(len(samples), len(test_set), len(train_set), max(seconds * rate / 3, 16)))
+    rng = np.random.default_rng(0)
+    reference = center_view(test_set, rng.permutation(len(test_set))[:count], config.data).to(device)
+    real = center_view(train_set, rng.permutation(len(train_set))[:count], config.data).to(device)
+    chosen = samples[torch.from_numpy(rng.permutation(len(samples))[:count].copy())]
+    rows = []
+    for what, images in ((f"{count} samples without guidance", chosen), (f"{count} training pictures (the floor)", real)):
+        name, value = evaluate.frechet(images, reference, console)
+        rows.append((name, f"{what} against {count} held-out pictures", value))
+    return rows
+
+
+def settings_of(config: RunConfig, model: UMD) -> dict[str, str]:
+    m, o = config.model, config.objective
+    return {
+        "network": f"width {m.hidden_size}, {m.depth} encoder and {m.decoder_depth} decoder blocks, patch {m.patch_size}",
+        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
+        "images": f"{m.image_size[0]}x{m.image_size[1]}, {m.num_patches} patches",
+        "noise-free share r0": f"{o.no_noise_prob:g}",
+        "hidden, noise-free m0": f"{o.mask_ratio_no_noise:.1%}",
+        "hidden, noised mt": f"{o.mask_ratio:.1%}",
+        "schedule": config.schedule.name,
+        "batch": str(config.batch_size),
+        "peak learning rate": f"{config.optim.lr * config.batch_size / 256:g}",
+        "seed": str(config.seed),
+    }

@@ -1,0 +1,185 @@
+"""What a trained network is good at: representations and their probe, samples, inpainting, Fréchet distance."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from umd.config import ScheduleConfig
+from umd.device import autocast, pick_device, pick_dtype
+from umd.metrics import FeatureStatistics, default_features, feature_statistics
+from umd.model import UMD
+from umd.ops import philox_randn
+from umd.probe import ProbeResult, fewshot_accuracy, raw_pixel_features
+from umd.sampler import ddim_sample, inpaint
+from umd.schedule import NoiseSchedule
+from umd.train.data import center_view, open_dataset
+from umd.train.run import RunConfig, load_model
+
+NOISED_PROBE_INDEX = 50  # schedule index at which networks that never saw a noise-free image are read
+Denoise = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def schedule_of(config: ScheduleConfig) -> NoiseSchedule:
+    return NoiseSchedule(config.name, config.num_steps, config.rho)
+
+
+def open_run(config: RunConfig, ema: bool = True) -> tuple[UMD, torch.device, torch.dtype]:
+    """The network of a run on this machine's device, and the autocast type."""
+    device = pick_device(config.device)
+    return load_model(config.out, ema, device), device, pick_dtype(config.precision, device)
+
+
+def denoiser(model: UMD, dtype: torch.dtype) -> Denoise:
+    """`model.denoise` under autocast, for the samplers."""
+
+    def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        with autocast(x_t.device, dtype):
+            return model.denoise(x_t, timesteps, labels)
+
+    return denoise
+
+
+@torch.no_grad()
+def represent(model: UMD, x: Tensor, dtype: torch.dtype, schedule: NoiseSchedule | None = None, batch: int = 128) -> Tensor:
+    """Representations [N, D] of images [N, C, H, W], at t = 0; with a schedule, noised at index 50 (networks with r0 = 0)."""
+    device = next(model.parameters()).device
+    features = []
+    for i, images in enumerate(x.split(batch)):
+        images = images.to(device)
+        timesteps = None
+        if schedule is not None:
+            timesteps = torch.full((1,), NOISED_PROBE_INDEX + 1, device=device)
+            eps = philox_randn(i, images.shape, device, images.dtype)
+            images = schedule.q_sample(images, timesteps.expand(len(images)), eps)
+        with autocast(device, dtype):
+            features.append(model.represent(images, timesteps))
+    return torch.cat(features)
+
+
+def open_gates(model: UMD) -> UMD:
+    """Set every gate of an untrained adaLN-zero network to 1: as made, each block is the identity and CLS sees no image."""
+    if model.adaLN_modulation is not None:
+        config = model.config
+        with torch.no_grad():
+            tables = model.adaLN_modulation.bias[: -2 * config.hidden_size].view(-1, 6, config.hidden_size)
+            tables[:, (2, 5)] = 1
+    return model
+
+
+def probe(
+    config: RunConfig,
+    model: UMD,
+    shots: int,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    l2: tuple[float, ...] = (1024.0,),
+    allow_fewer: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, ProbeResult]:
+    """Few-shot probe on the held-out split: of the network, and of its two floors, raw pixels and an untrained network."""
+    train, test = open_dataset(config.data, "train"), open_dataset(config.data, "test")
+    train_x = center_view(train, np.arange(len(train)), config.data)
+    test_x = center_view(test, np.arange(len(test)), config.data)
+    if train.labels is None or test.labels is None:
+        from umd.errors import UserError
+
+        raise UserError(f"a probe needs labels, and {train.name} has none; use one subfolder a class")
+    train_y, test_y = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
+    schedule = schedule_of(config.schedule) if config.objective.no_noise_prob == 0 else None
+    torch.manual_seed(config.seed)
+    untrained = open_gates(UMD(model.config)).to(next(model.parameters()).device).eval()
+    features = {
+        "UMD": lambda x: represent(model, x, dtype, schedule),
+        "raw pixels": raw_pixel_features,
+        "untrained network, gates opened": lambda x: represent(untrained, x, dtype, schedule),
+    }
+    return {
+        name: fewshot_accuracy(
+            extract(train_x), train_y, extract(test_x), test_y, shots, len(train.class_names), seeds, l2,
+            allow_fewer, train.class_names,
+        )
+        for name, extract in features.items()
+    }  # fmt: skip
+
+
+@contextmanager
+def sampling_progress(console: Console | None, what: str) -> Iterator[Callable[[int, int, Tensor, Tensor], None]]:
+    """A progress bar as the samplers' callback."""
+    with Progress(console=console, transient=True, disable=console is None or not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda i, n, x_t, x_start: bar.update(task, completed=i + 1, total=n)
+
+
+@torch.no_grad()
+def sample(
+    model: UMD,
+    schedule: NoiseSchedule,
+    labels: Tensor | None,
+    count: int,
+    *,
+    num_steps: int,
+    cfg_scale: float,
+    seed: int,
+    clip: bool,
+    dtype: torch.dtype,
+    batch: int = 64,
+    eta: float = 1.0,
+    console: Console | None = None,
+) -> Tensor:
+    """`count` samples [count, C, H, W]; labels int64 [count] or None. Sample i is the same in any batch."""
+    device = next(model.parameters()).device
+    shape = (model.config.channels, *model.config.image_size)
+    out = []
+    for start in range(0, count, batch):
+        n = min(batch, count - start)
+        with sampling_progress(console, f"samples {start}-{start + n} of {count}") as callback:
+            out.append(
+                ddim_sample(
+                    denoiser(model, dtype), (n, *shape), schedule, num_steps=num_steps, eta=eta, clip=clip,
+                    labels=None if labels is None else labels[start : start + n].to(device),
+                    null_label=model.config.num_classes or None, cfg_scale=cfg_scale, seed=seed, first_sample=start,
+                    callback=callback, device=device,
+                )
+            )  # fmt: skip
+    return torch.cat(out)
+
+
+def seconds_a_call(model: UMD, batch: int, dtype: torch.dtype, labelled: bool) -> float:
+    """Measured seconds of one network call on `batch` images."""
+    device = next(model.parameters()).device
+    x = torch.zeros(batch, model.config.channels, *model.config.image_size, device=device)
+    t = torch.full((batch,), model.config.num_patches, device=device)
+    labels = torch.zeros(batch, dtype=torch.int64, device=device) if labelled else None
+    times = []
+    with torch.no_grad():
+        for _ in range(3):
+            start = time.perf_counter()
+            denoiser(model, dtype)(x, t, labels)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return sorted(times)[1]
+
+
+def frechet(samples: Tensor, reference: Tensor, console: Console | None = None) -> tuple[str, float]:
+    """(name, distance) between samples and images, both [N, C, H, W] in [-1, 1]; the name is FID only with InceptionV3."""
+    network, name = default_features()
+    statistics: list[FeatureStatistics] = []
+    for what, images in (("samples", samples), ("reference", reference)):
+        with Progress(console=console, transient=True, disable=console is None or not console.is_terminal) as bar:
+            task = bar.add_task(f"{name} features of {what}", total=len(images))
+            statistics.append(
+                feature_statistics(
+                    images, network, name, device=samples.device,
+                    progress=lambda done, bar=bar, task=task: bar.update(task, completed=done),
+                )
+            )  # fmt: skip
+    return name, statistics[0].distance(statistics[1])
+
+
+__all__ = ["denoiser", "frechet", "inpaint", "open_gates", "open_run", "probe", "represent", "sample", "schedule_of"]

@@ -1,0 +1,88 @@
+"""What a run writes while it trains: metrics.jsonl, TensorBoard scalars and pictures, a progress bar or plain lines."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from umd.images import save_png
+
+PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw a bar in
+
+
+class RunLog:
+    """Writes the rows and pictures of one run; `start` is the step it goes on from: later rows of a killed run are dropped."""
+
+    def __init__(self, out: Path, console: Console, start: int, name: str):
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.console, self.name = out, console, name
+        self._drop_rows_after(start)
+        self._rows = (out / "metrics.jsonl").open("a")
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1 if start else None)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}% {task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(name, total=1.0, note="")
+        self._last_line = 0.0
+
+    def __enter__(self) -> "RunLog":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        self._rows.close()
+        self._board.close()
+
+    def row(self, row: dict) -> None:
+        """One logged step, also on disk if the process is killed right after."""
+        self._rows.write(json.dumps(row) + "\n")
+        self._rows.flush()
+        for key, value in row.items():
+            if key not in ("step", "seconds"):
+                self._board.add_scalar(key, value, row["step"])
+        note = f"step {row['step']}  loss {row['loss']:.4f}  {row['images_per_second']:.0f} img/s  MFU {row['mfu']:.0%}"
+        self._bar.update(self._task, note=note)
+        if not self.console.is_terminal and time.monotonic() - self._last_line > PLAIN_SECONDS:
+            self._last_line = time.monotonic()
+            self.console.print(f"{self.name}: {self._bar.tasks[0].completed:4.0%}  {note}")
+
+    def progress(self, share: float) -> None:
+        self._bar.update(self._task, completed=min(share, 1.0))
+
+    def picture(self, name: str, sheet: np.ndarray, step: int) -> None:
+        """uint8 [H, W, 3] to images/NAME-STEP.png and to TensorBoard."""
+        save_png(sheet, self.out / "images" / f"{name}-{step:08d}.png")
+        self._board.add_image(name, sheet, step, dataformats="HWC")
+
+    def say(self, text: str) -> None:
+        self.console.print(f"{self.name}: {text}", highlight=False)
+
+    def _drop_rows_after(self, start: int) -> None:
+        file = self.out / "metrics.jsonl"
+        kept = [row for row in read_metrics(file) if row["step"] <= start]
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, file)
+
+
+def read_metrics(file: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,51 @@
+"""AdamW with UMD's decay mask, and the learning-rate curve of its recipes."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from umd.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW. The defaults are the pre-training recipe of the paper (its Table 4)."""
+
+    lr: float = 1.5e-4
+    """Learning rate for a batch of 256; the peak is lr·batch/256."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; never on biases, CLS tokens and mask token."""
+    warmup: float = 0.05
+    """Share of the run in which the learning rate rises linearly."""
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping."""
+    ema: float = 0.0
+    """EMA rate for a batch of 256, ema += ema·batch/256·(p - ema) a step; 0: no EMA. Released code 1e-4, Table 5 2.5e-4."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise UserError(f"lr must be above 0, got {self.lr}")
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"warmup is a share of the run, 0 <= warmup < 1; got {self.warmup}")
+
+
+def lr_scale(progress: float, warmup: float) -> float:
+    """Share of the peak learning rate at `progress` of the run (0 to 1): linear warm-up from 0, then half a cosine to 0."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+
+
+def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+    """torch's fused AdamW over two groups: parameters in `model.no_weight_decay()`, and the others."""
+    undecayed = model.no_weight_decay()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in named if name not in undecayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name in undecayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=1e-8, fused=True)

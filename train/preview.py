@@ -1,0 +1,60 @@
+"""Pictures of what a model does: reconstructions of masked images, predictions from noise."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from umd import ops
+from umd.device import autocast
+from umd.images import to_uint8
+from umd.masking import random_ids_keep
+from umd.model import UMD
+from umd.objective import Objective
+from umd.report import masked_view
+
+Triplet = tuple[np.ndarray, np.ndarray, np.ndarray]  # masked input, reconstruction, original: uint8 [H, W, 3]
+
+
+@torch.no_grad()
+def reconstructions(
+    model: UMD, objective: Objective, x_start: Tensor, timestep: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> list[Triplet]:
+    """Hide patches of images [B, C, H, W], at model time `timestep` (0: noise-free), and let the model predict x̂0.
+
+    Visible noise-free patches are shown as they are, since the model does not predict them.
+    """
+    B, P = len(x_start), model.config.patch_size
+    noised = timestep > 0
+    keep = (objective.keep_noised if noised else objective.keep_clean,) * B
+    generator = torch.Generator(x_start.device).manual_seed(seed)
+    c = objective.corruption(
+        timesteps=torch.full((B if noised else 0,), timestep, device=x_start.device),
+        ids_keep=random_ids_keep(keep, model.config.num_patches, generator),
+        noise=torch.randint(2**62, (), generator=generator, device=x_start.device),
+        clean=0 if noised else B,
+    )
+    with autocast(x_start.device, dtype):
+        prediction = model(objective.visible_patches(x_start, c), c.ids_keep, c.layout, c.timesteps)
+    predicted, _ = model.to_images(prediction.float())
+    mask = torch.ones(B * model.config.num_patches, device=x_start.device).index_fill(0, c.ids_keep, 0)
+    mask = mask.view(B, -1)  # 0 keep, 1 remove
+    seen = x_start
+    if noised:
+        alpha, sigma = objective.schedule.coefficients(c.timesteps, dtype=x_start.dtype)
+        eps = ops.philox_randn(c.noise, x_start.shape, x_start.device, x_start.dtype)
+        seen = alpha.view(-1, 1, 1, 1) * x_start + sigma.view(-1, 1, 1, 1) * eps
+    else:
+        pixels = mask.view(B, 1, *model.config.grid_size).repeat_interleave(P, 2).repeat_interleave(P, 3)
+        predicted = torch.where(pixels.bool(), predicted, x_start)
+    return [
+        (masked_view(s, m, P), p, o)
+        for s, m, p, o in zip(
+            rgb(seen), mask.view(B, *model.config.grid_size).bool().cpu().numpy(), rgb(predicted), rgb(x_start), strict=True
+        )
+    ]
+
+
+def rgb(x: Tensor) -> np.ndarray:
+    """[B, C, H, W] in [-1, 1] to uint8 [B, H, W, 3]; of other than 3 channels the first is shown as grey."""
+    x = x if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1)
+    return to_uint8(x)

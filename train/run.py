@@ -1,0 +1,186 @@
+"""What a run is: its configuration, the presets, and where its files lie."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+
+from umd.checkpoint import load_checkpoint, load_model_state
+from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, ScheduleConfig, model_config
+from umd.errors import UserError
+from umd.model import UMD
+from umd.train.data import DataConfig
+from umd.train.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run."""
+
+    out: Path = Path("runs/umd")
+    """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, images/. A run there is resumed."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    init: Path | None = None
+    """Start from the weights of this run or checkpoint (fine-tuning)."""
+    batch_size: int = 1024
+    """Images a step."""
+    accumulate: int = 1
+    """Micro-batches a step; divides the batch."""
+    epochs: float = 800
+    """Length of the run."""
+    steps: int = 0
+    """Length in steps instead; 0: epochs count."""
+    minutes: float = 0
+    """Length in minutes of training instead; the learning rate then follows the clock. 0: epochs or steps count."""
+    seed: int = 0
+    """Of weights, data order, crops, masks and noise."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast type; auto is bf16 where the hardware multiplies it."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    compile: bool = False
+    """Run the network through torch.compile."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more FLOPs."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Checkpoints kept."""
+    log_every: int = 10
+    """Steps between log lines."""
+    draw_every: int = 1000
+    """Steps between pictures of reconstructions (and samples, with labels); the last step is always drawn. 0: never."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "save_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise UserError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        if min(self.epochs, self.steps, self.minutes) < 0 or max(self.epochs, self.steps, self.minutes) == 0:
+            raise UserError("the length of a run (epochs, steps or minutes) must be above 0")
+        data = replace(self.data, image_size=self.model.image_size, channels=self.model.channels)
+        object.__setattr__(self, "data", data)  # the model says what it sees
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+
+def _pixels(name: str, objective: str, out: str, side: int = 64, **changes: Any) -> RunConfig:
+    adaLN = objective != "mae"
+    return RunConfig(
+        out=Path("runs") / out,
+        model=model_config(name, image_size=(side, side), adaLN=adaLN),
+        objective=OBJECTIVES[objective],
+        **changes,
+    )
+
+
+PRESETS: dict[str, tuple[str, RunConfig]] = {
+    "umd-tiny": (
+        "UMD-Ti/4 on 32x32 colour emoji: minutes on a laptop",
+        _pixels(
+            "UMD-Ti/4", "umd", "umd-tiny", side=32, batch_size=64, minutes=10, save_every=200, draw_every=200,
+            optim=OptimConfig(lr=4e-3), data=DataConfig(hflip=True),
+        ),
+    ),
+    "umd-s4": ("UMD-S/4, 64x64 pixels", _pixels("UMD-S/4", "umd", "umd-s4")),
+    "umd-b4": ("UMD-B/4, 64x64 pixels: the paper's main model", _pixels("UMD-B/4", "umd", "umd-b4")),
+    "umd-l4": ("UMD-L/4, 64x64 pixels", _pixels("UMD-L/4", "umd", "umd-l4")),
+    "umd-xl4": ("UMD-XL/4, 64x64 pixels", _pixels("UMD-XL/4", "umd", "umd-xl4")),
+    "mae-b4": ("the same network as MAE: no noise, 75 % masked, no adaLN, batch 4096", _pixels("UMD-B/4", "mae", "mae-b4", batch_size=4096)),
+    "maskdit-b4": ("the same network as MaskDiT: always noised, 50 % masked", _pixels("UMD-B/4", "maskdit", "maskdit-b4")),
+    "dit-b4": ("the same network as DiT: always noised, nothing masked", _pixels("UMD-B/4", "dit", "dit-b4")),
+}  # fmt: skip
+
+
+def finetune_config(pretrained: RunConfig, init: Path, num_classes: int, out: Path) -> RunConfig:
+    """The paper's recipe for class-conditional generation (its Table 5) on a pre-trained run."""
+    return replace(
+        pretrained,
+        out=out,
+        init=init,
+        model=replace(pretrained.model, num_classes=num_classes),
+        objective=ObjectiveConfig(no_noise_prob=0.05, mask_ratio=0.0, mask_ratio_no_noise=0.75),
+        optim=OptimConfig(lr=1.5e-4, betas=(0.9, 0.999), weight_decay=0.0, ema=1e-4),
+        data=replace(pretrained.data, area_min=0.95),
+        batch_size=256,
+        epochs=50,
+        steps=0,
+        minutes=0,
+    )
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths as what YAML and JSON hold."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_plain(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """The dataclass that `to_plain` was given. Raises UserError naming an unknown field."""
+    hints = get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise UserError(f"{where}: unknown setting {name!r} in {cls.__name__}; it has {', '.join(sorted(known))}")
+
+    def convert(hint: Any, value: Any) -> Any:
+        if dataclasses.is_dataclass(hint):
+            return from_plain(hint, value, where)
+        if get_origin(hint) is tuple:
+            return tuple(value)
+        if hint is Path or Path in get_args(hint):
+            return None if value is None else Path(value)
+        return value
+
+    return cls(**{name: convert(hints[name], value) for name, value in values.items()})
+
+
+def write_config(config: RunConfig) -> None:
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "config.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+
+
+def read_config(path: Path) -> RunConfig:
+    """The configuration of a run folder or of a config.yaml. Raises UserError if there is none or it is damaged."""
+    file = path / "config.yaml" if path.is_dir() else path
+    try:
+        values = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise UserError(f"no run configuration at {file}; expected a run folder with config.yaml, or a YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no settings; expected the config.yaml of a run")
+    return from_plain(RunConfig, values, str(file))
+
+
+def load_model(path: Path, ema: bool = True, device: torch.device | str = "cpu") -> UMD:
+    """The network of a run folder, a folder of checkpoints, or one checkpoint, in eval mode.
+
+    ema: take the averaged weights where the checkpoint has them.
+
+    Raises:
+        UserError: nothing there, damaged, or not a checkpoint of this network.
+    """
+    path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    saved = load_checkpoint(path, parts=[])
+    if "model" not in saved.state.get("config", {}):
+        raise UserError(f"checkpoint {saved.path} does not say which network it is of; expected one written by umd")
+    part = "ema" if ema and (saved.path / "ema.safetensors").exists() else "model"
+    model = UMD(from_plain(ModelConfig, saved.state["config"]["model"], str(saved.path)))
+    load_model_state(model, load_checkpoint(saved.path, parts=[part]).tensors[part])
+    return model.to(device).eval().requires_grad_(False)

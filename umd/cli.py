@@ -1,0 +1,345 @@
+"""The `umd` command. Each subcommand is a function below; its dataclass or arguments become the options (tyro)."""
+
+import difflib
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from umd.errors import UserError
+
+console = Console()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits 0, or 2 with one sentence for what the user can mend."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print_help()
+        return
+    if arguments[0] in ("-V", "--version"):
+        import umd
+
+        console.print(f"umd {umd.__version__}", highlight=False)
+        return
+    name = arguments[0]
+    try:
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean `umd {near[0]}`?" if near else "`umd --help` lists the commands"
+            raise UserError(f"unknown command {name!r}; {hint}")
+        COMMANDS[name][0](arguments[1:])
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def fail(message: str) -> None:
+    Console(stderr=True).print(f"[bold red]umd:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def print_help() -> None:
+    console.print("[bold]umd[/]: unified masked diffusion. One masked autoencoder that recognises and generates.\n")
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, (_, what) in COMMANDS.items():
+        table.add_row(f"  [bold]{name}[/]", what)
+    console.print(table)
+    console.print("\n[bold]umd COMMAND --help[/] lists a command's options. First steps:\n")
+    for line in (
+        "umd demo                                         all of it in 15 minutes, on real images",
+        "umd pretrain umd-tiny --data.source my/images --out runs/mine",
+        "umd finetune runs/mine --out runs/mine-labels    class folders give the labels",
+        "umd sample runs/mine-labels --cfg-scale 4",
+    ):
+        console.print(f"  {line}", highlight=False)
+
+
+def parse(cls_or_function, name: str, arguments: list[str], default=None):
+    """tyro with our program name; its own messages for wrong options suggest the nearest ones and exit with 2."""
+    import tyro
+
+    kwargs = {} if default is None else {"default": default}
+    return tyro.cli(cls_or_function, prog=f"umd {name}", args=arguments, config=(tyro.conf.FlagConversionOff,), **kwargs)
+
+
+def take_path(arguments: list[str], command: str, what: str) -> tuple[Path, list[str]]:
+    """The first argument as a path, which decides the defaults of the options behind it."""
+    if not arguments or arguments[0].startswith("-"):
+        if {"-h", "--help"} & set(arguments):
+            console.print(f"usage: umd {command} {what} [options]; `umd {command} {what} --help` lists the options of a run")
+            sys.exit(0)
+        raise UserError(f"umd {command} needs {what} first, e.g. `umd {command} runs/umd-tiny`")
+    return Path(arguments[0]), arguments[1:]
+
+
+def pretrain(arguments: list[str]) -> None:
+    from umd.train.loop import train
+    from umd.train.run import PRESETS, RunConfig, read_config
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console.print("usage: umd pretrain PRESET|CONFIG.yaml [options]; `umd pretrain PRESET --help` lists the options\n")
+        table = Table(box=None, show_header=False, padding=(0, 2))
+        for name, (what, _) in PRESETS.items():
+            table.add_row(f"  [bold]{name}[/]", what)
+        console.print(table)
+        sys.exit(0 if arguments else 2)
+    name, rest = arguments[0], arguments[1:]
+    if name in PRESETS:
+        default = PRESETS[name][1]
+    elif name.endswith((".yaml", ".yml")) or Path(name).is_dir():
+        default = read_config(Path(name))
+    else:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(PRESETS)}, or a config.yaml"
+        raise UserError(f"unknown preset {name!r}; {hint}")
+    train(parse(RunConfig, f"pretrain {name}", rest, default), console, "pretrain")
+
+
+def finetune(arguments: list[str]) -> None:
+    from umd.train.data import open_dataset
+    from umd.train.loop import train
+    from umd.train.run import RunConfig, finetune_config, read_config
+
+    init, rest = take_path(arguments, "finetune", "RUN")
+    pretrained = read_config(init)
+    default = finetune_config(pretrained, init, 0, init.with_name(init.name + "-labels"))
+    config = parse(RunConfig, f"finetune {init}", rest, default)
+    dataset = open_dataset(config.data, "train")
+    if not dataset.class_names:
+        raise UserError(f"{dataset.name} has no labels to fine-tune with; use one subfolder a class, or labels in the .npz")
+    train(replace(config, model=replace(config.model, num_classes=len(dataset.class_names))), console, "finetune")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw samples from a run: a PNG grid and an .npz (uint8 images [N, H, W, C], labels [N])."""
+
+    classes: tuple[int, ...] = ()
+    """Which classes; default: all. A run without labels is sampled unconditionally."""
+    per_class: int = 8
+    """Samples of each class (of all, without labels)."""
+    cfg_scale: float = 4.0
+    """Guidance; 1: none. The paper uses 1.5 for scores, 4.0 for pictures."""
+    steps: int = 125
+    """DDIM steps (paper: 125 for pixels, 250 for latents)."""
+    eta: float = 1.0
+    """Noise of DDIM: 1 as in the paper, 0 deterministic."""
+    seed: int = 0
+    """Sample i of a seed is the same picture in any batch."""
+    batch: int = 64
+    """Images at a time."""
+    ema: bool = True
+    """Averaged weights, where the run has them."""
+    frechet: bool = False
+    """Also the Fréchet distance to the held-out images."""
+    out: Path | None = None
+    """Where the PNG goes, the .npz beside it; default: RUN/samples.png."""
+
+
+def sample(arguments: list[str]) -> None:
+    import numpy as np
+    import torch
+
+    from umd.images import grid, save_png, to_uint8
+    from umd.train import evaluate
+    from umd.train.data import center_view, open_dataset
+    from umd.train.preview import rgb
+    from umd.train.run import read_config
+
+    run, rest = take_path(arguments, "sample", "RUN")
+    options: Sample = parse(Sample, f"sample {run}", rest)
+    config = read_config(run)
+    model, device, dtype = evaluate.open_run(config, options.ema)
+    known = model.config.num_classes
+    classes = options.classes or tuple(range(known))
+    if bad := [c for c in classes if not 0 <= c < known]:
+        raise UserError(f"class {bad[0]} is unknown: this run has {known} classes, 0 to {known - 1}" if known else
+                        "this run was trained without labels and has no classes; leave out --classes or fine-tune it first")  # fmt: skip
+    labels = torch.tensor(classes).repeat_interleave(options.per_class) if classes else None
+    count = options.per_class * max(len(classes), 1)
+    samples = evaluate.sample(
+        model, evaluate.schedule_of(config.schedule), labels, count, num_steps=options.steps,
+        cfg_scale=options.cfg_scale if classes else 1.0, seed=options.seed, clip=model.config.channels in (1, 3),
+        dtype=dtype, batch=options.batch, eta=options.eta, console=console,
+    )  # fmt: skip
+    out = options.out or run / "samples.png"
+    save_png(grid(rgb(samples), columns=options.per_class), out, scale=max(1, 128 // model.config.image_size[0]))
+    arrays = {"images": to_uint8(samples)}
+    if labels is not None:
+        arrays["labels"] = labels.numpy()
+    np.savez_compressed(out.with_suffix(".npz"), **arrays)
+    console.print(f"{count} samples in {out} and {out.with_suffix('.npz')}", highlight=False)
+    if options.frechet:
+        test = open_dataset(config.data, "test")
+        name, value = evaluate.frechet(samples, center_view(test, np.arange(len(test)), config.data).to(device), console)
+        console.print(f"{name} of {count} samples against {len(test)} held-out images: {value:.2f}")
+
+
+@dataclass(frozen=True)
+class Inpaint:
+    """Fill a hole in images with a run: a PNG grid of masked input, samples and original."""
+
+    image: tuple[Path, ...] = ()
+    """Picture files; default: held-out images of the run's data."""
+    mask: str = "center"
+    """center, left, random (patches), or a PNG: white is filled, black is kept."""
+    samples: int = 3
+    """Samples an image."""
+    steps: int = 50
+    """Denoising steps."""
+    resample: int = 2
+    """Times each step is repeated to harmonise hole and surroundings (RePaint)."""
+    seed: int = 0
+    """Of noise and random masks."""
+    out: Path | None = None
+    """Where the PNG goes; default: RUN/inpainting.png."""
+
+
+def inpaint(arguments: list[str]) -> None:
+    from umd.images import grid, save_png
+    from umd.train import evaluate
+    from umd.train.inpaint import inpainting_rows, pictures_and_mask
+    from umd.train.run import read_config
+
+    run, rest = take_path(arguments, "inpaint", "RUN")
+    options: Inpaint = parse(Inpaint, f"inpaint {run}", rest)
+    config = read_config(run)
+    model, device, dtype = evaluate.open_run(config)
+    x, hole = pictures_and_mask(config, options.image, options.mask, options.seed)
+    rows = inpainting_rows(
+        model, evaluate.schedule_of(config.schedule), x.to(device), hole.to(device), samples=options.samples,
+        num_steps=options.steps, resample=options.resample, seed=options.seed, dtype=dtype, console=console,
+    )  # fmt: skip
+    import numpy as np
+
+    out = options.out or run / "inpainting.png"
+    sheet = grid(np.stack([picture for row in rows for picture in row]), columns=options.samples + 2)
+    save_png(sheet, out, scale=max(1, 128 // model.config.image_size[0]))
+    console.print(f"masked, {options.samples} samples, original, a row an image: {out}", highlight=False)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Few-shot probe on the held-out split, beside raw pixels and an untrained network."""
+
+    shots: int = 100
+    """Labelled training images a class."""
+    allow_fewer: bool = False
+    """Let a class with fewer images give all it has."""
+    l2: tuple[float, ...] = (1024.0,)
+    """Ridge penalty; of several, one is chosen on a part of the shots."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Draws of the shots."""
+    ema: bool = False
+    """Averaged weights, where the run has them."""
+
+
+def probe(arguments: list[str]) -> None:
+    import json
+    from dataclasses import asdict
+
+    from umd.train import evaluate
+    from umd.train.run import read_config
+
+    run, rest = take_path(arguments, "probe", "RUN")
+    options: Probe = parse(Probe, f"probe {run}", rest)
+    config = read_config(run)
+    model, _, dtype = evaluate.open_run(config, options.ema)
+    results = evaluate.probe(config, model, options.shots, options.seeds, options.l2, options.allow_fewer, dtype)
+    table = Table(title=f"{options.shots}-shot probe, accuracy averaged over classes, {len(options.seeds)} draws")
+    for column in ("features", "accuracy", "spread"):
+        table.add_column(column)
+    for name, result in results.items():
+        table.add_row(name, f"{result.mean:.3f}", f"± {result.std:.3f}")
+    console.print(table)
+    (run / "probe.json").write_text(json.dumps({name: asdict(result) for name, result in results.items()}, indent=1))
+
+
+def demo(arguments: list[str]) -> None:
+    from umd.train.demo import Demo, run_demo
+
+    run_demo(parse(Demo, "demo", arguments), console)
+
+
+def report(arguments: list[str]) -> None:
+    from umd.report import load_record, write_report
+
+    run, rest = take_path(arguments, "report", "RUN")
+    if rest:
+        raise UserError(f"umd report takes one folder, e.g. `umd report runs/demo`; got also {' '.join(rest)}")
+    console.print(f"written: {write_report(load_record(run), run / 'report.html')}", highlight=False)
+
+
+def doctor(arguments: list[str]) -> None:
+    from umd.doctor import print_report
+
+    if arguments:
+        console.print("usage: umd doctor: what this machine will really use, and how to get what is missing")
+        sys.exit(0 if arguments[0] in ("-h", "--help") else 2)
+    print_report(console)
+
+
+def import_weights(arguments: list[str]) -> None:
+    from umd.convert import import_small_vision
+
+    @dataclass(frozen=True)
+    class Import:
+        """Import weights of another project as a checkpoint of ours."""
+
+        kind: Annotated[Literal["small-vision"], positional()]
+        """Whose: small-vision, the paper authors' JAX code."""
+        path: Annotated[Path, positional()]
+        """Their .npz file."""
+        out: Path = field(default=Path("runs/imported"))
+        """Folder for the checkpoint."""
+
+    options = parse(Import, "import", arguments)
+    console.print(f"written: {import_small_vision(options.path, options.out)}", highlight=False)
+
+
+def positional():
+    import tyro
+
+    return tyro.conf.Positional
+
+
+def bench(arguments: list[str]) -> None:
+    if arguments[:1] != ["step"]:
+        console.print("usage: umd bench step [options]: a training step against its baselines")
+        sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
+    from umd.bench.step import StepBench, run
+
+    run(parse(StepBench, "bench step", arguments[1:]), console)
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "demo": (demo, "pretrain, probe, fine-tune, sample and inpaint real images; writes a report page"),
+    "pretrain": (pretrain, "train without labels: umd-b4, mae-b4, ... or a config.yaml"),
+    "finetune": (finetune, "go on with labels, for class-conditional generation"),
+    "sample": (sample, "draw samples: PNG grid and .npz"),
+    "inpaint": (inpaint, "fill a hole in pictures"),
+    "probe": (probe, "few-shot accuracy of the representation, beside its floors"),
+    "report": (report, "write the report page of a demo again"),
+    "import": (import_weights, "weights of the authors' JAX code (small-vision)"),
+    "bench": (bench, "measure a training step against baselines"),
+    "doctor": (doctor, "what this machine will really use, and how to get what is missing"),
+}
+
+if __name__ == "__main__":
+    main()

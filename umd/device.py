@@ -1,0 +1,61 @@
+"""What this machine computes on, in which type, and how fast that could be at best."""
+
+import statistics
+import time
+
+import torch
+
+from umd.errors import UserError
+
+# Dense bf16 tensor-core TFLOP/s from NVIDIA's data sheets, by a part of the device name.
+_GPU_PEAK_TFLOPS = {"H200": 989, "H100": 989, "GH200": 989, "B200": 2250, "A100": 312, "A40": 150, "L40": 181, "4090": 165}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is the GPU of this process if there is one, else the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}; expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r} is not here: torch sees {torch.cuda.device_count()} GPUs; use auto or cpu")
+    return device
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Autocast type: `auto` is bf16 where the hardware multiplies it (Ampere GPUs, AMX or AVX512-BF16 CPUs), else fp32."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"unknown precision {precision!r}; expected auto, bf16 or fp32")
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16(device) else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that MFU is measured against: the data sheet's for a known GPU, else the best of a few large products."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        for name, tflops in _GPU_PEAK_TFLOPS.items():
+            if name in torch.cuda.get_device_name(device):
+                return tflops * 1e12
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(sorted(seconds)[:4])
