@@ -1,0 +1,206 @@
+"""Line and bar plots as inline SVG that follows the page's light or dark colours."""
+
+import html
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+# In the SVG each colour becomes var(--name), which the page defines for light and for dark.
+COLOURS = {
+    "ink": "#1d2126",
+    "muted": "#697079",
+    "rule": "#d9dcdf",
+    "blue": "#28598c",
+    "orange": "#c05a1c",
+    "green": "#3c7a50",
+    "bar": "#b3b9c0",
+}
+LINES = ("blue", "orange", "green")
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.parse_math": False,  # a run or class may have a "$" in its name
+    "text.color": COLOURS["ink"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 9,
+    "axes.unicode_minus": False,
+    "grid.color": COLOURS["rule"],
+    "grid.linewidth": 0.6,
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.handlelength": 1.4,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "umd",
+}
+
+
+def series(rows: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where `key` is finite: (steps float64 [n], values float64 [n])."""
+    pairs = [(row["step"], row[key]) for row in rows if _finite(row.get("step")) and _finite(row.get(key))]
+    steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred moving average of [n] values.
+
+    At the start the window shrinks evenly, because a loss falls fast there; at the end its far side is cut.
+    """
+    i = np.arange(len(values))
+    half = np.minimum(i, window // 2)
+    first, last = i - half, np.minimum(i + half, len(values) - 1)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    return (total[last + 1] - total[first]) / (last - first + 1)
+
+
+def curves(
+    rows: Sequence[dict], keys: dict[str, str], *, name: str, title: str, unit: str, smoothed: bool
+) -> str:
+    """Plot columns of metrics.jsonl over the training step.
+
+    Args:
+        rows: logged rows, each with `step`; values that are missing or not finite are left out.
+        keys: column → its name in the legend (at most three; no legend for a single one).
+        name: makes the ids inside this SVG unique on the page.
+        title, unit: above the plot, and along the vertical axis.
+        smoothed: a bold moving average (5 % of the rows) over pale raw values; else only the raw values.
+
+    Returns:
+        An `<svg>` element, or "" when no column holds a finite value.
+    """
+    data = {label: series(rows, key) for key, label in keys.items()}
+    data = {label: xy for label, xy in data.items() if len(xy[0])}
+    if not data:
+        return ""
+    with rc_context(STYLE):
+        figure, ax = _axes(4.7, 2.7)
+        lowest, highest, end = math.inf, -math.inf, 1.0
+        for colour, (label, (x, y)) in zip(LINES, data.items(), strict=False):
+            marker = "o" if len(x) == 1 else ""
+            line = smooth(y, max(3, len(y) // 20)) if smoothed else y
+            if smoothed:
+                ax.plot(x, y, color=COLOURS[colour], alpha=0.28, linewidth=0.7)
+            ax.plot(x, line, color=COLOURS[colour], linewidth=1.5, label=label, marker=marker, markersize=3)
+            lowest, highest, end = min(lowest, y.min()), max(highest, y.max()), max(end, x.max())
+        if lowest > 0 and highest / lowest > 8 and smoothed:
+            _log_axis(ax, lowest, highest)
+        elif lowest >= 0:
+            ax.set_ylim(0, highest * 1.08 or 1)
+        ax.set_xlim(0, 1.01 * end)
+        ax.set_title(title)
+        ax.set_xlabel("training step")
+        ax.set_ylabel(unit)
+        ax.grid(axis="y")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        if len(data) > 1:
+            ax.legend(loc="upper right")
+        ends = "; ".join(
+            f"{label}: {y[0]:.3g} at the start, {y[-1]:.3g} at the end" for label, (_, y) in data.items()
+        )
+        return _svg(figure, name, f"{title}, {unit}, over training steps. {ends}.")
+
+
+def probe_bars(bars: Sequence[tuple[str, float, float]], chance: float, *, name: str) -> str:
+    """Horizontal bars with error bars, the first one highlighted, and a line across each at chance.
+
+    Args:
+        bars: (label, mean, standard deviation) as fractions; bars whose mean is not finite are left out.
+        chance: accuracy of guessing, a fraction; no line if it is not finite.
+        name: makes the ids inside this SVG unique on the page.
+
+    Returns:
+        An `<svg>` element, or "" when no mean is finite.
+    """
+    bars = [
+        (label, 100 * mean, 100 * std if _finite(std) else 0.0) for label, mean, std in bars if _finite(mean)
+    ]
+    if not bars:
+        return ""
+    with rc_context(STYLE):
+        figure, ax = _axes(4.9, 0.8 + 0.52 * len(bars))
+        edge = min(112, 1.25 * max(mean + std for _, mean, std in bars))
+        for i, (label, mean, std) in enumerate(bars):
+            ax.barh(i, mean, height=0.42, color=COLOURS["blue" if i == 0 else "bar"])
+            ax.errorbar(mean, i, xerr=std, color=COLOURS["ink"], linewidth=1, capsize=3)
+            ax.annotate(label, (0, i - 0.27), va="bottom")  # above its bar, so that a narrow screen has room
+            clear = max(mean + std, 100 * chance if _finite(chance) else 0)
+            _note(ax, f"{mean:.1f} ± {std:.1f}", (clear, i), (7, 0), va="center")
+        if _finite(chance):
+            x, rows, orange = np.full(len(bars), 100 * chance), np.arange(len(bars)), COLOURS["orange"]
+            ax.vlines(x, rows - 0.25, rows + 0.25, orange, linewidth=1.5)
+            below = (x[-1], rows[-1] + 0.25)
+            _note(ax, f"chance {x[-1]:.1f}", below, (0, -3), ha="center", va="top", color=orange)
+        ax.set_yticks([])
+        ax.set_ylim(len(bars) - 0.45, -0.62)
+        ax.set_xlim(0, edge)
+        ax.set_xlabel("held-out accuracy, averaged over classes, %")
+        ax.grid(axis="x")
+        ax.spines["left"].set_visible(False)
+        alt = "; ".join(f"{label} {mean:.1f} ± {std:.1f} %" for label, mean, std in bars)
+        guess = f" Chance is {100 * chance:.1f} %." if _finite(chance) else ""
+        return _svg(figure, name, f"Bar chart of probe accuracy: {alt}.{guess}")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float, np.number)) and math.isfinite(value)
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_visible(False)
+    ax = figure.add_subplot()
+    ax.patch.set_visible(False)
+    return figure, ax
+
+
+def _note(ax: Axes, text: str, point: tuple[float, float], offset: tuple[float, float], **style: str) -> None:
+    """Text `offset` points away from a point given in data coordinates."""
+    ax.annotate(text, point, xytext=offset, textcoords="offset points", **style)  # type: ignore[arg-type]
+
+
+def _log_axis(ax: Axes, lowest: float, highest: float) -> None:
+    ax.set_yscale("log")
+    ax.set_ylim(lowest / 1.15, highest * 1.15)
+    subs = (1.0, 2.0, 5.0) if highest / lowest < 300 else (1.0,)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+
+
+def _svg(figure: Figure, name: str, alt: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # What only a stand-alone file needs goes; a global <style> inside would leak into the page.
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    box = svg.split('viewBox="')[1].split('"')[0]
+    svg = f'<svg viewBox="{box}" role="img" aria-label="{html.escape(alt)}">' + svg[svg.index(">") + 1 :]
+    for key, value in COLOURS.items():
+        svg = svg.replace(value, f"var(--{key})")
+    # The page's own font replaces matplotlib's name for it; releases write it long or short.
+    return re.sub(r"font-family: [^;\"]*; ?", "", re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg))
