@@ -182,7 +182,7 @@ def modulated_layer_norm(
         [N, D] in x's type. Differentiable in every tensor argument.
 
     Raises:
-        ValueError: a tensor whose width is not D, or x whose length is not that of the packing.
+        ValueError: a width that is not D, a table of too few rows, x of another length than the packing.
     """
     _check(x, packing, shift=shift, scale=scale, weight=weight, bias=bias)
     alpha, beta = _fold(x, shift, scale, weight, bias)
@@ -231,5 +231,9 @@ def _check(x: Tensor, packing: Packing, **tables: Tensor | None) -> None:
         if table.ndim != ndim or table.shape[-1] != x.shape[-1]:
             shape = "[D]" if ndim == 1 else "[R, D]"
             raise ValueError(f"{name}: expected {shape} with D = {x.shape[-1]}, got {tuple(table.shape)}")
+        if ndim == 2 and len(table) < packing.num_rows:
+            raise ValueError(
+                f"{name}: expected {packing.num_rows} rows or more as the packing says, got {len(table)}"
+            )
         if table.device != x.device:
             raise ValueError(f"{name}: expected on {x.device} like x, got {table.device}")

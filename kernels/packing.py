@@ -19,6 +19,7 @@ class Packing(NamedTuple):
     cu_seqlens: Tensor  # int32 [S + 1], start offsets, the last is N
     cond_index: Tensor  # int64 [S], row of the modulation table that sample s uses
     max_seqlen: int
+    num_rows: int  # rows a modulation table must have: 1 + the largest of cond_index
     runs: tuple[tuple[int, int], ...]  # (samples, length): consecutive samples of equal length
     segments: tuple[
         tuple[int, int, int], ...
@@ -44,13 +45,15 @@ def pack(
         device: where `cu_seqlens` and `cond_index` live.
 
     Raises:
-        ValueError: no sample, a negative length, or `cond_index` of another size than `lengths`.
+        ValueError: no sample, a negative length, or `cond_index` negative or of another size than `lengths`.
     """
     rows = range(len(lengths)) if cond_index is None else cond_index
     if len(lengths) == 0 or min(lengths) < 0:
         raise ValueError(f"lengths: expected at least one length, all >= 0, got {list(lengths)}")
-    if len(rows) != len(lengths):
-        raise ValueError(f"cond_index: expected one row for each of {len(lengths)} samples, got {len(rows)}")
+    if len(rows) != len(lengths) or min(rows) < 0:
+        raise ValueError(
+            f"cond_index: expected a row >= 0 for each of {len(lengths)} samples, got {list(rows)}"
+        )
     offsets = [0]
     for length in lengths:
         offsets.append(offsets[-1] + length)
@@ -64,6 +67,7 @@ def pack(
         cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
         cond_index=torch.tensor(list(rows), dtype=torch.int64, device=device),
         max_seqlen=max(lengths),
+        num_rows=1 + max(rows),
         runs=tuple((len(list(group)), length) for length, group in groupby(lengths)),
         segments=tuple(segments),
     )

@@ -183,7 +183,7 @@ def test_five_optimiser_steps(variant, dtype, data_dir):
     """Clipping, warm-up, cosine, AdamW, decay mask: losses before, parameters after; the authors' are fp32.
 
     Adam divides a gradient by its own size. Where that is rounding error (key biases, which softmax cancels,
-    and a few elements elsewhere, 0.5 % in all) the step is a random part of the learning rate, the bound wider.
+    and a few elements, 0.5 % in all) the step is a random part of the learning rate, the bound wider.
     """
     oracle = Oracle(data_dir / f"umd_{variant}.npz", dtype)
     objective, x_start, corruption = training_batch(oracle, "umd_nolabel")

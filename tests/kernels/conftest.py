@@ -1,0 +1,53 @@
+"""How an op is compared with another: values and every gradient, under random gradients of the outputs."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Tensor | None]
+SLACK = {torch.float64: 1e4, torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}  # in units of eps·max
+
+
+def values_and_gradients(op: Callable, inputs: Inputs) -> dict[str, Tensor]:
+    """Outputs of op(**inputs), and the gradient of each floating-point input under a fixed random dout."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items() if x is not None}
+    outputs = op(**{**inputs, **leaves})
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    douts = [torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype) for y in outputs]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), douts)
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        assert gradient.shape == leaf.shape and gradient.dtype == leaf.dtype, f"d{name}"
+        found[f"d{name}"] = gradient
+    return found
+
+
+@pytest.fixture(scope="session")
+def compare():
+    """compare(op, plain, inputs): against fp64, op is off by at most twice what `plain` is in the same type.
+
+    Inputs may have several types (bf16 tokens and fp32 tables, say); `plain` gets all of them in the first's.
+    """
+
+    def check(op: Callable, plain: Callable, inputs: Inputs) -> None:
+        def cast(dtype: torch.dtype) -> Inputs:
+            return {name: None if x is None else x.to(dtype) for name, x in inputs.items()}
+
+        dtype = next(iter(inputs.values())).dtype
+        exact = values_and_gradients(plain, cast(torch.float64))
+        theirs = values_and_gradients(plain, cast(dtype))
+        ours = values_and_gradients(op, inputs)
+        assert ours.keys() == exact.keys()
+        for name, truth in exact.items():
+            assert ours[name].shape == truth.shape, name
+            if truth.numel() == 0:
+                continue
+            assert ours[name].isfinite().all(), f"{name} is not finite"
+            error, allowed = ((one[name].double() - truth).abs().max() for one in (ours, theirs))
+            allowed = 2 * allowed + SLACK[dtype] * torch.finfo(dtype).eps * truth.abs().max()
+            assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g}"
+
+    return check

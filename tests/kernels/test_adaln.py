@@ -1,0 +1,240 @@
+"""Modulated LayerNorm, alone and behind a gated residual: the op and its definition against plain torch."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from umd.kernels.adaln import (
+    gated_residual_layer_norm,
+    gated_residual_layer_norm_ref,
+    modulated_layer_norm,
+    modulated_layer_norm_ref,
+)
+from umd.kernels.packing import pack
+
+TYPES = [torch.float64, torch.float32, torch.bfloat16]
+# Ragged, with an empty sample and one of a single token; rows in any order, shared by samples that are apart.
+RAGGED = pack([3, 0, 1, 5, 2], [2, 1, 0, 2, 1])
+
+
+def inputs(packing, D, dtype=torch.float64, rows=None, residual=False, tables=torch.float32, seed=0, mean=0):
+    """Every argument; tables and affine in the type `tables` or wider."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    N, R = packing.num_tokens, packing.num_rows if rows is None else rows
+    wide = torch.promote_types(dtype, tables)
+    found = {"x": (draw(N, D) + mean).to(dtype)}
+    if residual:
+        found["h"] = draw(N, D).to(dtype)
+        found["gate"] = draw(R, D).to(wide)
+    return found | {
+        "shift": draw(R, D).to(wide),
+        "scale": draw(R, D).to(wide),
+        "weight": (1 + draw(D)).to(wide),
+        "bias": draw(D).to(wide),
+    }
+
+
+def on(op, packing):
+    """The op with its packing bound; arguments by name."""
+    return lambda **kwargs: op(packing=packing, **kwargs)
+
+
+def plain(packing):
+    """LN with modulation as anyone writes it, in the type of its inputs, sample by sample."""
+
+    def norm(x, shift=None, scale=None, weight=None, bias=None):
+        out = []
+        offsets = packing.cu_seqlens.tolist()
+        for start, stop, row in zip(offsets, offsets[1:], packing.cond_index.tolist(), strict=False):
+            y = F.layer_norm(x[start:stop], x.shape[-1:], weight, bias, 1e-6)
+            y = y if scale is None else y * (1 + scale[row])
+            out.append(y if shift is None else y + shift[row])
+        return torch.cat(out)
+
+    def gated(x, h, gate=None, **modulation):
+        rows = packing.cond_index.repeat_interleave(packing.cu_seqlens.diff())
+        r = x + (h if gate is None else h * gate[rows])
+        return r, norm(r, **modulation)
+
+    return norm, gated
+
+
+def both(packing):
+    norm, gated = plain(packing)
+    return [(modulated_layer_norm, norm, False), (gated_residual_layer_norm, gated, True)]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_ragged(compare, dtype):
+    for op, expected, residual in both(RAGGED):
+        compare(on(op, RAGGED), expected, inputs(RAGGED, 24, dtype, residual=residual))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_definition(compare, dtype):
+    norm, gated = plain(RAGGED)
+    compare(on(modulated_layer_norm_ref, RAGGED), norm, inputs(RAGGED, 24, dtype))
+    compare(on(gated_residual_layer_norm_ref, RAGGED), gated, inputs(RAGGED, 24, dtype, residual=True))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_packing(compare, data):
+    lengths = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=6))
+    rows = data.draw(st.integers(1, 4))
+    cond_index = data.draw(st.lists(st.integers(0, rows - 1), min_size=len(lengths), max_size=len(lengths)))
+    D = data.draw(st.sampled_from([4, 7, 32]))
+    dtype = data.draw(st.sampled_from(TYPES))
+    packing = pack(lengths, cond_index)
+    for op, expected, residual in both(packing):
+        args = inputs(packing, D, dtype, rows, residual, seed=data.draw(st.integers(0, 1000)))
+        for name in list(args)[2 if residual else 1 :]:
+            args[name] = args[name] if data.draw(st.booleans()) else None
+        compare(on(op, packing), expected, args)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_every_combination_of_arguments(compare, dtype):
+    for op, expected, residual in both(RAGGED):
+        everything = inputs(RAGGED, 8, dtype, residual=residual)
+        optional = list(everything)[2 if residual else 1 :]
+        for present in product([True, False], repeat=len(optional)):
+            absent = {name: None for name, keep in zip(optional, present, strict=True) if not keep}
+            compare(on(op, RAGGED), expected, everything | absent)
+
+
+@pytest.mark.parametrize("cond_index", [None, [0] * 4, [0, 0, 1, 1], [1, 0, 1, 0], [3, 1, 3, 0]])
+def test_shared_rows(compare, cond_index):
+    """Own rows, one row, rows in blocks, alternating, and a table with rows that nobody uses."""
+    packing = pack([4, 2, 2, 3], cond_index)
+    for op, expected, residual in both(packing):
+        compare(on(op, packing), expected, inputs(packing, 8, rows=4, residual=residual))
+
+
+def test_shared_row_is_the_same_as_equal_rows():
+    shared, own = pack([4, 2, 3], [1, 0, 1]), pack([4, 2, 3])
+    args = inputs(shared, 8, residual=True)
+    spread = {n: t[[1, 0, 1]] if n in ("gate", "shift", "scale") else t for n, t in args.items()}
+    for a, b in zip(
+        gated_residual_layer_norm(packing=shared, **args),
+        gated_residual_layer_norm(packing=own, **spread),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_tables_are_views_of_one_projection(dtype):
+    """Chunks of one [R, 6D] matrix, not contiguous: its gradient is theirs side by side."""
+    D, generator = 8, torch.Generator().manual_seed(0)
+    args = inputs(RAGGED, D, dtype, residual=True)
+    projection = torch.randn(3, 6 * D, generator=generator).to(args["shift"].dtype).requires_grad_()
+    views = dict(zip(("shift", "gate", "scale"), projection.split(D, dim=1)[1:4], strict=True))
+    copies = {name: view.detach().clone().requires_grad_() for name, view in views.items()}
+    assert not views["gate"].is_contiguous()
+    dout = [torch.randn(*args["x"].shape, generator=generator).to(dtype) for _ in range(2)]
+    torch.autograd.backward(gated_residual_layer_norm(packing=RAGGED, **(args | views)), dout)
+    torch.autograd.backward(gated_residual_layer_norm(packing=RAGGED, **(args | copies)), dout)
+    expected = torch.zeros_like(projection)
+    for i, copy in enumerate(copies.values()):
+        expected[:, (i + 1) * D : (i + 2) * D] = copy.grad
+    assert projection.grad.abs().sum() > 0 and torch.equal(projection.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_large_mean(compare, dtype):
+    """E[x²] - E[x]² would lose everything here."""
+    for op, expected, residual in both(RAGGED):
+        compare(on(op, RAGGED), expected, inputs(RAGGED, 64, dtype, residual=residual, mean=1000))
+
+
+def test_tables_in_bfloat16(compare):
+    for op, expected, residual in both(RAGGED):
+        args = inputs(RAGGED, 16, torch.bfloat16, residual=residual, tables=torch.bfloat16)
+        compare(on(op, RAGGED), expected, args)
+
+
+def test_rounding_of_the_residual():
+    """In bf16 the norm reads r as it is stored, so that the backward pass can make it again."""
+    args = inputs(RAGGED, 16, torch.bfloat16, residual=True)
+    r, y = gated_residual_layer_norm(packing=RAGGED, **args)
+    modulation = {name: args[name] for name in ("shift", "scale", "weight", "bias")}
+    assert torch.equal(y, modulated_layer_norm(r, RAGGED, **modulation))
+
+
+def test_only_one_output_used():
+    """A gradient that does not arrive counts as zero."""
+    args = inputs(RAGGED, 8, residual=True)
+    for used in (0, 1):
+        found = []
+        for op in (gated_residual_layer_norm, gated_residual_layer_norm_ref):
+            leaves = {name: t.clone().requires_grad_() for name, t in args.items()}
+            op(packing=RAGGED, **leaves)[used].square().sum().backward()
+            found.append([torch.zeros_like(t) if t.grad is None else t.grad for t in leaves.values()])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("op", [modulated_layer_norm, gated_residual_layer_norm])
+def test_gradcheck(op):
+    packing = pack([2, 0, 1], [1, 0, 1])
+    args = inputs(packing, 4, residual=op is gated_residual_layer_norm)
+    names, tensors = zip(*args.items(), strict=True)
+    tensors = tuple(t.requires_grad_() for t in tensors)
+    assert torch.autograd.gradcheck(
+        lambda *ts: op(packing=packing, **dict(zip(names, ts, strict=True))), tensors
+    )
+
+
+def test_comparison_notices_a_wrong_row(compare):
+    """The comparison is worth something: it fails on a swapped sample, and on a row too many or too few."""
+    for wrong in ([2, 1, 0, 1, 2], [2, 1, 2, 2, 1], [0, 1, 2, 0, 1]):
+        packing = pack([3, 0, 1, 5, 2], wrong)
+        for op, expected, residual in both(RAGGED):
+            for dtype in TYPES:
+                with pytest.raises(AssertionError, match="off by"):
+                    compare(on(op, packing), expected, inputs(RAGGED, 24, dtype, residual=residual))
+    shifted = pack([3, 0, 2, 4, 2], [2, 1, 0, 2, 1])
+    for op, expected, residual in both(RAGGED):
+        with pytest.raises(AssertionError, match="off by"):
+            compare(on(op, shifted), expected, inputs(RAGGED, 24, residual=residual))
+
+
+def test_wrong_shapes_are_named():
+    args = inputs(RAGGED, 8, residual=True)
+    for name, table in list(args.items())[1:]:
+        for wrong in (table[..., :-1], table[None]):
+            with pytest.raises(ValueError, match=f"^{name}: expected"):
+                gated_residual_layer_norm(packing=RAGGED, **(args | {name: wrong}))
+    for name in ("gate", "shift", "scale"):
+        with pytest.raises(ValueError, match=f"^{name}: expected 3 rows or more"):
+            gated_residual_layer_norm(packing=RAGGED, **(args | {name: args[name][:2]}))
+    with pytest.raises(ValueError, match=r"^x: expected \[11, D\]"):
+        modulated_layer_norm(args["x"][:-1], RAGGED)
+    with pytest.raises(ValueError, match=r"^x: expected \[11, D\]"):
+        modulated_layer_norm(args["x"][None], RAGGED)
+    with pytest.raises(ValueError, match="^h: expected .*float64"):
+        gated_residual_layer_norm(args["x"], args["h"].float(), RAGGED)
+
+
+def test_packing_itself():
+    packing = pack([3, 0, 1, 5, 2], [2, 1, 0, 2, 2])
+    assert packing.cu_seqlens.tolist() == [0, 3, 3, 4, 9, 11]
+    assert packing.cond_index.tolist() == [2, 1, 0, 2, 2]
+    assert (packing.num_samples, packing.num_tokens, packing.num_rows, packing.max_seqlen) == (5, 11, 3, 5)
+    assert packing.segments == ((0, 3, 2), (3, 4, 0), (4, 11, 2))
+    assert pack([2, 2, 3, 2]).runs == ((2, 2), (1, 3), (1, 2))
+    for wrong in ([], [-1], [3, -2]):
+        with pytest.raises(ValueError, match="^lengths"):
+            pack(wrong)
+    for wrong in ([0], [0, 1, 2], [0, -1]):
+        with pytest.raises(ValueError, match="^cond_index"):
+            pack([1, 2], wrong)
