@@ -83,7 +83,7 @@ class DemoRecord:
     inpainting: list[list[np.ndarray]] = field(default_factory=list)
     # The model first, then its floors.
     probe: list[ProbeRow] = field(default_factory=list)
-    # Name of the distance, of what, value.
+    # Name of the distance, of what, value; the first one is also shown at the top.
     frechet: list[tuple[str, str, float]] = field(default_factory=list)
     mask_ratio_no_noise: float = 0.75  # of `triplets`
     mask_ratio: float = 0.375  # of `noised_triplets`

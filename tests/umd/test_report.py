@@ -180,9 +180,9 @@ def full_record() -> DemoRecord:
             ProbeRow("untrained network, gates opened", 0.441, 0.009, 100, 1 / 9),
         ],
         frechet=[
-            ("FD-EffLite0", "real training pictures against test pictures", 21.4),
             ("FD-EffLite0", "samples, guidance 1.0, against test pictures", 214.93),
             ("FD-EffLite0", "samples, guidance 4.0, against test pictures", 188.2),
+            ("FD-EffLite0", "real training pictures against test pictures", 21.4),
         ],
     )
 
