@@ -7,7 +7,7 @@ from umd.kernels.loss import masked_diffusion_loss_ref as masked_diffusion_loss
 from umd.kernels.packing import Packing, pack
 from umd.kernels.patches import gather_patches_ref as gather_patches
 from umd.kernels.patches import patchify, unpatchify
-from umd.kernels.philox import philox_randn
+from umd.kernels.philox import philox_randn, philox_randn_rows
 from umd.kernels.tokens import prepend_tokens, split_tokens
 from umd.kernels.tokens import scatter_tokens_ref as scatter_tokens
 
@@ -21,6 +21,7 @@ __all__ = [
     "pack",
     "patchify",
     "philox_randn",
+    "philox_randn_rows",
     "prepend_tokens",
     "scatter_tokens",
     "split_tokens",

@@ -1,0 +1,56 @@
+"""One DDIM step: guidance, the predicted image, clipping, the move to the next noise level and fresh noise.
+
+Song et al. 2021, "Denoising diffusion implicit models", equation 12; α is its cumulative product:
+
+    prediction = uncond + cfg_scale·(cond - uncond)                 of ε, or of x_start
+    x_start    = (x_t - √(1-α_t)·ε) / √α_t                          or the prediction itself; then clipped
+    ε          = (x_t - √α_t·x_start) / √(1-α_t)                    made again, from the clipped x_start
+    x_next     = √α_next·x_start + √(1-α_next-σ²)·ε + σ·noise
+
+Fused, each element of x_t and of the two predictions is read once, each of x_next and x_start written once;
+the noise never exists in memory.
+"""
+
+from torch import Tensor
+
+from .philox import philox_randn_rows
+
+
+def ddim_step_ref(
+    x_t: Tensor,
+    pred_cond: Tensor,
+    pred_uncond: Tensor | None,
+    cfg_scale: float,
+    coefficients: Tensor,
+    *,
+    from_xstart: bool,
+    clip: bool,
+    noise: Tensor | None = None,
+    seed: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One DDIM step of a batch from one noise level to the next: (x_next, x_start), shaped and typed as x_t.
+
+    x_t: [B, C, H, W], float32 or float64; the step is computed in its type.
+    pred_cond, pred_uncond: [B, C, H, W], any float type and strides; x_start if `from_xstart`, else ε.
+        Without pred_uncond there is no guidance and cfg_scale is not used.
+    coefficients: [5] in x_t's type: √α_t, √(1-α_t) (above 0), √α_next, √(1-α_next-σ²), σ.
+    clip: hold x_start in [-1, 1].
+    noise: [B, C, H, W] in x_t's type; or else seed, int64 [], and offsets, int64 [B], for
+        `philox_randn_rows(seed, offsets, (C, H, W))`; or neither, for a step with σ = 0.
+    """
+    sqrt_alpha, sqrt_one_minus_alpha, sqrt_alpha_next, eps_scale, sigma = coefficients
+    prediction = pred_cond.to(x_t.dtype)
+    if pred_uncond is not None:
+        uncond = pred_uncond.to(x_t.dtype)
+        prediction = uncond + cfg_scale * (prediction - uncond)
+    x_start = prediction if from_xstart else (x_t - sqrt_one_minus_alpha * prediction) / sqrt_alpha
+    if clip:
+        x_start = x_start.clamp(-1, 1)
+    eps = (x_t - sqrt_alpha * x_start) / sqrt_one_minus_alpha
+    x_next = sqrt_alpha_next * x_start + eps_scale * eps
+    if noise is None and seed is not None:
+        noise = philox_randn_rows(seed, offsets, x_t.shape[1:], x_t.dtype)
+    if noise is not None:
+        x_next = x_next + sigma * noise
+    return x_next, x_start

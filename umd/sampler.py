@@ -1,0 +1,293 @@
+"""Drawing images: DDIM with classifier-free guidance, and inpainting.
+
+A denoiser is `denoise(x_t [B, C, H, W], timesteps int64 [B], labels int64 [B] or None) -> (x_start, eps)`, both
+shaped as x_t; timesteps are model times (see NoiseSchedule). Noise is a function of the seed, the sample's index
+and the step: sample i of a seed gets the same noise in whatever batch it is drawn.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from umd.errors import UserError
+from umd.ops import ddim_step, philox_randn_rows
+from umd.schedule import NoiseSchedule
+
+Denoise = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Callback = Callable[[int, int, Tensor, Tensor], None]
+Prediction = Literal["eps", "x_start"]
+
+
+def ddim_timesteps(num_sample_steps: int, T: int = 1000) -> list[int]:
+    """Diffusion indices (model time - 1) to sample at: T-1, T-1-s, T-1-2s, … and 0, with s = ⌈T / steps⌉.
+
+    They are those of the released UMD code: one more than the steps where these divide T (999, 991, …, 7, 0 for
+    125), else fewer (60 for 62). There the released code repeats the model's call at 0 until it has made one call
+    more than the steps; this one does not. Raises UserError unless the steps are in 1..T.
+    """
+    if not 1 <= num_sample_steps <= T:
+        raise UserError(f"cannot sample in {num_sample_steps} steps; the noise schedule allows 1 to {T}")
+    return [*range(T - 1, 0, -math.ceil(T / num_sample_steps)), 0]
+
+
+@torch.no_grad()
+def ddim_sample(
+    denoise: Denoise,
+    shape: tuple[int, int, int, int],
+    schedule: NoiseSchedule,
+    *,
+    num_steps: int = 125,
+    eta: float = 1.0,
+    clip: bool = True,
+    predict: Prediction = "eps",
+    labels: Tensor | None = None,
+    null_label: int | None = None,
+    cfg_scale: float = 1.0,
+    seed: int = 0,
+    first_sample: int = 0,
+    x_T: Tensor | None = None,
+    callback: Callback | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw images [B, C, H, W] with DDIM (Song et al. 2021), in the range the denoiser was trained on.
+
+    num_steps: see `ddim_timesteps`. The sample is the image that the last call predicts.
+    eta: 0 for no noise but the first, 1 for as much as DDPM adds.
+    clip: hold each predicted image in [-1, 1]; for pixels, not for latents.
+    predict: which of the denoiser's two outputs leads.
+    labels: int64 [B] in 0..null_label, or None.
+    cfg_scale: s in uncond + s·(cond - uncond), both halves in one call on 2B images; 1 calls on B.
+    first_sample: index of the first image among those of the seed, to draw them in several batches.
+    x_T: the noise to start from, float32 or float64 [B, C, H, W]; its type is that of the computation.
+    callback: called as (i, n, x_t, predicted image) for i = 0..n-1, where x_t is what the denoiser was given.
+    device: by default x_T's, else the labels', else the CPU.
+
+    Raises UserError for steps, eta, labels or guidance that cannot be had.
+    """
+    _check_request(shape[0], eta, predict, labels, null_label, cfg_scale)
+    if device is None:
+        device = next((given.device for given in (x_T, labels) if given is not None), "cpu")
+    noise = _Noise(seed, first_sample, shape, device)
+    x_t = noise.draw()
+    if x_T is not None:
+        _check_images("x_T", x_T, shape)
+        x_t = x_T.to(device)
+    labels = None if labels is None else labels.to(device)
+    times = [*(index + 1 for index in ddim_timesteps(num_steps, schedule.num_steps)), 0]
+    table = _step_coefficients(schedule, times, eta).to(device=device, dtype=x_t.dtype)
+    for i, coefficients in enumerate(table):
+        cond, uncond = _predict(denoise, x_t, times[i], predict, labels, null_label, cfg_scale)
+        x_next, x_start = ddim_step(
+            x_t, cond, uncond, cfg_scale, coefficients, from_xstart=predict == "x_start", clip=clip,
+            seed=noise.seed if eta > 0 else None, offsets=noise.offsets(),
+        )  # fmt: skip
+        if callback is not None:
+            callback(i, len(table), x_t, x_start)
+        x_t = x_next
+    return x_t
+
+
+@torch.no_grad()
+def inpaint(
+    denoise: Denoise,
+    x_known: Tensor,
+    mask: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    num_steps: int = 125,
+    resample: int = 1,
+    eta: float = 1.0,
+    clip: bool = True,
+    predict: Prediction = "eps",
+    labels: Tensor | None = None,
+    null_label: int | None = None,
+    cfg_scale: float = 1.0,
+    seed: int = 0,
+    first_sample: int = 0,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Fill the removed pixels of images [B, C, H, W]; the kept ones come back bit for bit.
+
+    DDIM where, at each noise level, the kept pixels are put back with fresh noise of that level. The filling
+    then agrees with them only loosely; RePaint (Lugmayr et al. 2022) takes every step `resample` times,
+    returning to the noise level before it in between, for `resample` times the calls.
+
+    x_known: float32 or float64; its removed pixels are not used.
+    mask: [B, 1, H, W] of any real type, 0 keep, 1 remove.
+    The rest is as for `ddim_sample`.
+
+    Raises UserError for a mask of another size, with other values, or that keeps or removes an image whole.
+    """
+    B = len(x_known)
+    _check_images("x_known", x_known, x_known.shape)
+    _check_request(B, eta, predict, labels, null_label, cfg_scale)
+    if resample < 1:
+        raise UserError(f"resample is {resample}; each step is taken at least once")
+    removed = _check_mask(mask, x_known).to(x_known.device)  # [B, 1, H, W]
+    labels = None if labels is None else labels.to(x_known.device)
+    noise = _Noise(seed, first_sample, x_known.shape, x_known.device)
+
+    def known_at(time: int) -> Tensor:
+        if time == 0:
+            return x_known
+        return schedule.q_sample(x_known, torch.full((B,), time, device=x_known.device), noise.draw())
+
+    times = [*(index + 1 for index in ddim_timesteps(num_steps, schedule.num_steps)), 0]
+    table = _step_coefficients(schedule, times, eta).to(x_known)
+    calls, i = (len(table) - 1) * resample + 1, 0
+    x_t = torch.where(removed, noise.draw().to(x_known.dtype), known_at(times[0]))
+    for coefficients, (time, time_next) in zip(table, pairwise(times), strict=True):
+        alpha = float(schedule.alphas_cumprod[time] / schedule.alphas_cumprod[time_next])
+        for repeat in range(resample if time_next > 0 else 1):
+            if repeat > 0:  # from time_next back to time
+                x_t = math.sqrt(alpha) * x_t + math.sqrt(1 - alpha) * noise.draw()
+            cond, uncond = _predict(denoise, x_t, time, predict, labels, null_label, cfg_scale)
+            x_next, x_start = ddim_step(
+                x_t, cond, uncond, cfg_scale, coefficients, from_xstart=predict == "x_start", clip=clip,
+                seed=noise.seed if eta > 0 else None, offsets=noise.offsets(),
+            )  # fmt: skip
+            if callback is not None:
+                callback(i, calls, x_t, x_start)
+            x_t, i = torch.where(removed, x_next, known_at(time_next)), i + 1
+    return x_t
+
+
+@torch.no_grad()
+def denoising_sequence(
+    denoise: Denoise,
+    x_start: Tensor,
+    schedule: NoiseSchedule,
+    timesteps: Sequence[int],
+    *,
+    labels: Tensor | None = None,
+    predict: Prediction = "x_start",
+    clip: bool = True,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """What the denoiser makes of images [B, C, H, W] at each of n model times, noised by the same ε each time.
+
+    Returns (x_t, predicted x_start), each [n, B, C, H, W]. Raises UserError for a time outside 0..T.
+    """
+    _check_images("x_start", x_start, x_start.shape)
+    _check_request(len(x_start), 0.0, predict, labels, None, 1.0)
+    outside = [time for time in timesteps if not 0 <= time <= schedule.num_steps]
+    if outside:
+        raise UserError(
+            f"time {outside[0]} is outside the noise schedule; expected 0 to {schedule.num_steps}"
+        )
+    eps = _Noise(seed, 0, x_start.shape, x_start.device).draw()
+    noised, predicted = [], []
+    for time in timesteps:
+        t = torch.full((len(x_start),), time, device=x_start.device)
+        x_t = schedule.q_sample(x_start, t, eps)
+        prediction, _ = _predict(denoise, x_t, time, predict, labels, None, 1.0)
+        x_hat = prediction if predict == "x_start" else schedule.xstart_from_eps(x_t, t, prediction)
+        noised.append(x_t)
+        predicted.append(x_hat.clamp(-1, 1) if clip else x_hat)
+    return torch.stack(noised), torch.stack(predicted)
+
+
+class _Noise:
+    """The noise of a batch of samples; each call takes the next stretch of every sample's Philox stream.
+
+    A counter's upper 32 bits are the index of the sample, its lower 32 the place in that sample's stream.
+    """
+
+    def __init__(self, seed: int, first_sample: int, shape: Sequence[int], device: torch.device | str):
+        self.seed = torch.tensor(seed, device=device)
+        self.shape = tuple(shape[1:])
+        self._next = torch.arange(first_sample, first_sample + shape[0], device=device) << 32
+        self._size = math.ceil(math.prod(self.shape) / 4)
+
+    def offsets(self) -> Tensor:
+        """The first counter of the next noise of each sample: int64 [B]."""
+        offsets = self._next
+        self._next = offsets + self._size
+        return offsets
+
+    def draw(self) -> Tensor:
+        """The next noise: float32 [B, C, H, W]."""
+        return philox_randn_rows(self.seed, self.offsets(), self.shape)
+
+
+def _step_coefficients(schedule: NoiseSchedule, times: list[int], eta: float) -> Tensor:
+    """`ddim_step`'s coefficients for the moves between n model times: float64 [n - 1, 5]."""
+    alpha, alpha_next = schedule.alphas_cumprod[times[:-1]], schedule.alphas_cumprod[times[1:]]
+    # Song et al. 2021, equation 16.
+    variance = eta**2 * (1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)
+    squares = torch.stack([alpha, 1 - alpha, alpha_next, 1 - alpha_next - variance, variance], 1)
+    return squares.clamp(min=0).sqrt()
+
+
+def _predict(
+    denoise: Denoise,
+    x_t: Tensor,
+    time: int,
+    predict: Prediction,
+    labels: Tensor | None,
+    null_label: int | None,
+    cfg_scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    """The leading prediction [B, C, H, W] with the labels and, for guidance, without them, from one call."""
+    B = len(x_t)
+    guided = cfg_scale != 1
+    if guided:
+        assert labels is not None and null_label is not None, "_check_request asks for both"
+        x_t, labels = x_t.repeat(2, 1, 1, 1), torch.cat([labels, torch.full_like(labels, null_label)])
+    x_start, eps = denoise(x_t, torch.full((len(x_t),), time, device=x_t.device), labels)
+    prediction = x_start if predict == "x_start" else eps
+    return (prediction[:B], prediction[B:]) if guided else (prediction, None)
+
+
+def _check_request(
+    B: int, eta: float, predict: str, labels: Tensor | None, null_label: int | None, cfg_scale: float
+) -> None:
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta is {eta}; expected 0 (no noise) to 1 (that of DDPM)")
+    if predict not in ("eps", "x_start"):
+        raise UserError(f"predict is {predict!r}; expected 'eps' or 'x_start', the network's two outputs")
+    if cfg_scale != 1 and (labels is None or null_label is None):
+        raise UserError(
+            f"guidance (cfg_scale={cfg_scale:g}) needs labels and a model trained with them; else use 1"
+        )
+    if labels is None:
+        return
+    if labels.shape != (B,) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels are {labels.dtype} {list(labels.shape)}; expected int64 [{B}], one for each image"
+        )
+    for label in (int(labels.min()), int(labels.max())):
+        if label < 0:
+            raise UserError(f"label {label} does not exist; labels count from 0")
+        if null_label is not None and label > null_label:
+            raise UserError(
+                f"label {label} does not exist; expected 0 to {null_label - 1}, or {null_label} for no class"
+            )
+
+
+def _check_images(name: str, x: Tensor, shape: Sequence[int]) -> None:
+    if x.ndim != 4 or x.shape != tuple(shape) or x.dtype not in (torch.float32, torch.float64):
+        expected = list(shape) if len(shape) == 4 else "[B, C, H, W]"
+        raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; expected float32 or float64 {expected}")
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask as bool [B, 1, H, W]."""
+    expected = [len(x), 1, *x.shape[2:]]
+    if list(mask.shape) != expected:
+        raise UserError(
+            f"the mask is {list(mask.shape)}; expected {expected}, one plane for each image, of its size"
+        )
+    if mask.is_complex() or not ((mask == 0) | (mask == 1)).all():
+        raise UserError(f"the mask ({mask.dtype}) has other values than 0 (keep) and 1 (remove)")
+    removed = mask.bool()
+    for i, plane in enumerate(removed):
+        if plane.all():
+            raise UserError(f"the mask removes all of image {i}; keep a part of it, or sample instead")
+        if not plane.any():
+            raise UserError(f"the mask keeps all of image {i}; mark what to fill with 1")
+    return removed

@@ -1,0 +1,104 @@
+"""Noise schedules: how much of the image is left at each time; conversions between x_start, ε and v."""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from umd.errors import UserError
+
+ScheduleName = Literal["cosine", "linear", "linear_rho"]
+
+
+class NoiseSchedule:
+    """The forward process x_t = √ᾱ(t)·x_start + √(1-ᾱ(t))·ε at model times t = 0..T.
+
+    t = 0 is the noise-free image, ᾱ(0) = 1; t >= 1 is step t - 1 of the usual numbering. `cosine` (Nichol and
+    Dhariwal 2021) is for pixels, `linear` (Ho et al. 2020) for latents; `linear_rho` (Wei et al. 2023,
+    DiffMAE) is the linear one with each β raised to the power `rho`, noisier for rho < 1.
+
+    betas: float64 [T]. alphas_cumprod: float64 [T + 1], indexed by model time. Both on the CPU.
+
+    `timesteps` are integer model times, [B] for images [B, ...]; a time outside 0..T is not looked for.
+    Images in float64 are computed in float64, all others in float32.
+    """
+
+    def __init__(self, name: ScheduleName = "cosine", num_steps: int = 1000, rho: float = 0.8):
+        if name not in get_args(ScheduleName):
+            raise UserError(
+                f"unknown noise schedule {name!r}; expected one of {', '.join(get_args(ScheduleName))}"
+            )
+        if num_steps < 1:
+            raise UserError(f"a noise schedule has at least one step; num_steps is {num_steps}")
+        if rho <= 0:
+            raise UserError(f"rho is {rho}; the exponent of linear_rho must be above 0")
+        self.name, self.num_steps, self.rho = name, num_steps, rho
+        if name == "cosine":
+            u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+            f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+            self.betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        else:
+            scale = 1000 / num_steps
+            self.betas = torch.linspace(1e-4 * scale, 0.02 * scale, num_steps, dtype=torch.float64)
+            if name == "linear_rho":
+                self.betas = self.betas**rho
+            if self.betas.max() >= 1:
+                raise UserError(
+                    f"the {name} schedule cannot have {num_steps} steps, for β would reach 1; use 21 or more"
+                )
+        self.alphas_cumprod = torch.cat([torch.ones_like(self.betas[:1]), torch.cumprod(1 - self.betas, 0)])
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def coefficients(self, timesteps: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """(√ᾱ(t), √(1-ᾱ(t))), each of the shape and device of `timesteps`; computed in float64, then cast.
+
+        A table is kept for each device and dtype from its first use: call once before capturing a CUDA graph.
+        """
+        key = (timesteps.device, dtype)
+        if key not in self._tables:
+            table = torch.stack([self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()])
+            self._tables[key] = table.to(device=timesteps.device, dtype=dtype)
+        sqrt_alpha, sqrt_one_minus_alpha = self._tables[key]
+        return sqrt_alpha[timesteps], sqrt_one_minus_alpha[timesteps]
+
+    def q_sample(self, x_start: Tensor, timesteps: Tensor, eps: Tensor) -> Tensor:
+        """x_t from the image and its noise."""
+        a, b = self._coefficients_like(x_start, timesteps)
+        return a * x_start + b * eps
+
+    def xstart_from_eps(self, x_t: Tensor, timesteps: Tensor, eps: Tensor) -> Tensor:
+        """The image that x_t and its noise came from; x_t itself at t = 0."""
+        a, b = self._coefficients_like(x_t, timesteps)
+        return (x_t - b * eps) / a
+
+    def eps_from_xstart(self, x_t: Tensor, timesteps: Tensor, x_start: Tensor) -> Tensor:
+        """The noise that made x_t from x_start; 0 at t = 0, where none was added and none can be told."""
+        a, b = self._coefficients_like(x_t, timesteps)
+        return (x_t - a * x_start) / b.masked_fill(b == 0, math.inf)
+
+    def v_from_eps(self, x_start: Tensor, timesteps: Tensor, eps: Tensor) -> Tensor:
+        """v = √ᾱ·ε - √(1-ᾱ)·x_start (Salimans and Ho 2022)."""
+        a, b = self._coefficients_like(x_start, timesteps)
+        return a * eps - b * x_start
+
+    def xstart_from_v(self, x_t: Tensor, timesteps: Tensor, v: Tensor) -> Tensor:
+        """The image, from x_t and v."""
+        a, b = self._coefficients_like(x_t, timesteps)
+        return a * x_t - b * v
+
+    def eps_from_v(self, x_t: Tensor, timesteps: Tensor, v: Tensor) -> Tensor:
+        """The noise, from x_t and v."""
+        a, b = self._coefficients_like(x_t, timesteps)
+        return b * x_t + a * v
+
+    def _coefficients_like(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The two coefficients of times [B], shaped [B, 1, ...] to multiply x [B, ...]."""
+        if timesteps.shape != x.shape[:1]:
+            raise ValueError(
+                f"timesteps are {list(timesteps.shape)}; expected [{len(x)}], one for each image"
+            )
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        a, b = self.coefficients(timesteps, dtype)
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        return a.view(shape), b.view(shape)
