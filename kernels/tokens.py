@@ -11,7 +11,7 @@ def prepend_tokens(front: Tensor, x: Tensor, packing: Packing) -> Tensor:
     n, out, start, sample = front.shape[1], [], 0, 0
     for samples, length in packing.runs:
         stop = start + samples * (length - n)
-        body = x[start:stop].view(samples, length - n, -1)
+        body = x[start:stop].view(samples, length - n, x.shape[-1])
         out.append(torch.cat([front[sample : sample + samples].to(x.dtype), body], dim=1).flatten(0, 1))
         start, sample = stop, sample + samples
     return torch.cat(out)
@@ -22,7 +22,7 @@ def split_tokens(x: Tensor, n: int, packing: Packing) -> tuple[Tensor, Tensor]:
     front, rest, start = [], [], 0
     for samples, length in packing.runs:
         stop = start + samples * length
-        sample = x[start:stop].view(samples, length, -1)
+        sample = x[start:stop].view(samples, length, x.shape[-1])
         front.append(sample[:, :n])
         rest.append(sample[:, n:].flatten(0, 1))
         start = stop
