@@ -1,0 +1,297 @@
+"""Which pictures (`open_dataset`), in which order and crops (`train_loader`), how tested (`center_view`).
+
+Everything random is a pure function of (seed, epoch, index): batches do not depend on the number of
+workers or ranks, and a run resumed at any sample goes on with the very batches it would have seen.
+"""
+
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from umd.errors import UserError
+from umd.train.emoji import open_emoji
+from umd.train.sources import (
+    IDX_NAME,
+    ImageDataset,
+    describe,
+    flatten,
+    open_arrays,
+    open_folder,
+    open_idx,
+    pixels,
+)
+
+__all__ = ["Batch", "DataConfig", "ImageDataset", "center_view", "describe", "open_dataset", "train_loader"]
+
+log = logging.getLogger("umd")
+
+ASPECT_MIN, ASPECT_MAX = 3 / 4, 4 / 3  # of the crop, as in the Inception papers
+CROP_TRIES = 10
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Pictures and how they are cropped."""
+
+    source: str = "emoji"
+    """`emoji`, a folder of images, a `.npz` or `.npy` file, or an `*-images-idx3-ubyte(.gz)` file"""
+    image_size: tuple[int, int] = (32, 32)
+    """height and width the model sees"""
+    channels: int = 3
+    """3 for colour (grey pictures are repeated), 1 for grey"""
+    area_min: float = 0.8
+    """smallest share of a picture's area that a training crop covers"""
+    area_max: float = 1.0
+    """largest share of a picture's area that a training crop covers"""
+    hflip: bool = True
+    """mirror every second training picture; turn off where that changes the meaning (digits, text)"""
+    holdout: float = 0.2
+    """share kept for the test split where the source has no split of its own"""
+    skip_broken: bool = False
+    """leave unreadable images out, with a count, instead of stopping"""
+    num_workers: int = 2
+    """processes that prepare batches; 0 prepares them in the training process"""
+
+    def __post_init__(self) -> None:
+        if min(self.image_size) < 1:
+            raise UserError(f"image_size is {self.image_size}: expected a height and a width of at least 1.")
+        if self.channels not in (1, 3):
+            raise UserError(f"channels is {self.channels}: expected 3 (colour) or 1 (grey).")
+        if not 0 < self.area_min <= self.area_max <= 1:
+            areas = f"area_min is {self.area_min} and area_max {self.area_max}"
+            raise UserError(f"{areas}: expected 0 < area_min <= area_max <= 1.")
+        if not 0 <= self.holdout <= 1:
+            raise UserError(f"holdout is {self.holdout}: expected a share between 0 and 1.")
+        if self.num_workers < 0:
+            raise UserError(f"num_workers is {self.num_workers}: expected 0 or more.")
+
+
+@dataclass
+class Batch:
+    """x_start: float32 [B, C, H, W] in [-1, 1]; labels, indices: int64 [B]; labels None if unlabelled."""
+
+    x_start: Tensor
+    labels: Tensor | None
+    indices: Tensor
+
+
+def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDataset:
+    """The pictures of one split. Raises UserError if the source is missing, empty, damaged or unknown."""
+    if config.source == "emoji":
+        return open_emoji(split, config.holdout)
+    path = Path(config.source).expanduser()
+    if path.is_dir():
+        return open_folder(path, split, config.holdout, config.skip_broken)
+    if not path.exists():
+        problem = "does not exist"
+    elif path.suffix in (".npz", ".npy"):
+        return open_arrays(path, split, config.holdout)
+    elif IDX_NAME.search(path.name):
+        return open_idx(path, split, config.holdout)
+    else:
+        problem = "is of no kind that can be read"
+    raise UserError(
+        f"data source {config.source} {problem}: expected emoji, a folder of images, a .npz or .npy file, "
+        "or an *-images-idx3-ubyte(.gz) file."
+    )
+
+
+# One picture
+
+
+def crop_box(rng: np.random.Generator, height: int, width: int, config: DataConfig) -> Box:
+    """The Inception crop: a random share of the area, at a random aspect ratio around that of `image_size`.
+
+    Where `CROP_TRIES` draws do not fit into the picture, the largest centred box of an allowed aspect ratio.
+    """
+    target = config.image_size[1] / config.image_size[0]
+    for _ in range(CROP_TRIES):
+        area = height * width * rng.uniform(config.area_min, config.area_max)
+        aspect = target * math.exp(rng.uniform(math.log(ASPECT_MIN), math.log(ASPECT_MAX)))
+        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if w <= width and h <= height:
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            return left, top, min(left + w, width), min(top + h, height)
+    return centered_box(height, width, min(max(width / height, target * ASPECT_MIN), target * ASPECT_MAX))
+
+
+def centered_box(height: int, width: int, aspect: float) -> Box:
+    """The largest box of aspect ratio `aspect` (width / height) in the middle of a picture."""
+    w, h = min(width, height * aspect), min(height, width / aspect)
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+def resized(picture: np.ndarray, box: Box, config: DataConfig) -> np.ndarray:
+    """`box` of a picture [h, w, C'], resampled without aliasing: uint8 [H, W, C]."""
+    image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
+    image = flatten(image).convert("L" if config.channels == 1 else "RGB")
+    height, width = config.image_size
+    return pixels(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def train_view(picture: np.ndarray, rng: np.random.Generator, config: DataConfig) -> np.ndarray:
+    """A random crop, mirrored half of the time: uint8 [H, W, C]."""
+    mirrored = config.hflip and rng.random() < 0.5
+    view = resized(picture, crop_box(rng, picture.shape[0], picture.shape[1], config), config)
+    return view[:, ::-1] if mirrored else view
+
+
+def center_view(
+    dataset: ImageDataset, indices: Sequence[int] | np.ndarray | Tensor, config: DataConfig
+) -> Tensor:
+    """Pictures as they are tested: short side resized, centre cropped. float32 [n, C, H, W] in [-1, 1]."""
+    aspect = config.image_size[1] / config.image_size[0]
+
+    def view(index: int) -> np.ndarray:
+        _, picture = dataset.read(index)
+        return resized(picture, centered_box(picture.shape[0], picture.shape[1], aspect), config)
+
+    with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # Pillow lets go of the interpreter lock
+        views = list(pool.map(view, (int(index) for index in indices)))
+    if not views:
+        return torch.empty(0, config.channels, *config.image_size)
+    return as_model_input(torch.from_numpy(np.stack(views)))
+
+
+def as_model_input(views: Tensor) -> Tensor:
+    """uint8 [B, H, W, C] to float32 [B, C, H, W] in [-1, 1], on the same device."""
+    return views.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+
+
+# The stream of batches
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch, int64 [size]: sorted Philox words, the same in every version of NumPy."""
+    words = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(size)
+    return np.argsort(words, kind="stable")
+
+
+def sample_keys(
+    size: int, *, batch_size: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+) -> Iterator[list[tuple[int, int]]]:
+    """(epoch, index) of every sample of one rank's share of each global batch, without end."""
+    order = lru_cache(maxsize=2)(lambda epoch: epoch_order(size, seed, epoch))
+    share = batch_size // world_size
+    first = start + rank * share
+    while True:
+        places = (divmod(position, size) for position in range(first, first + share))
+        yield [(epoch, int(order(epoch)[place])) for epoch, place in places]
+        first += batch_size
+
+
+class TrainViews(Dataset):
+    """(epoch, index) -> (view [H, W, C], index asked for, index used), or the UserError met on the way."""
+
+    def __init__(self, dataset: ImageDataset, config: DataConfig, seed: int):
+        self.dataset, self.config, self.seed = dataset, config, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int, int] | UserError:
+        epoch, index = key
+        try:
+            used, picture = self.dataset.read(index)
+        except UserError as error:  # raised here, it would reach the user inside a worker's stack trace
+            return error
+        rng = np.random.default_rng((self.seed, epoch, 1 + index))
+        return train_view(picture, rng, self.config), index, used
+
+
+def collate(items: list) -> tuple[Tensor, np.ndarray, np.ndarray] | UserError:
+    """views uint8 [B, H, W, C], indices asked for [B], indices used [B]."""
+    error = next((item for item in items if isinstance(item, UserError)), None)
+    if error is not None:
+        return error
+    views, asked, used = zip(*items, strict=True)
+    return torch.from_numpy(np.stack(views)), np.array(asked, dtype=np.int64), np.array(used, dtype=np.int64)
+
+
+def start_worker(_: int) -> None:
+    """Leave Ctrl-C and group signals to the training process, which may want a batch before it saves."""
+    log.disabled = True  # what is left out, the training process tells
+    # The thread that hands batches over prints a stack trace if the training process leaves in mid-handshake.
+    sys.excepthook = lambda *_: None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+
+def train_loader(
+    dataset: ImageDataset,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """Training batches without end: one permutation of the dataset after another, batches across the seams.
+
+    batch_size: samples of all ranks together; each rank gets its own contiguous `batch_size // world_size`.
+    start: samples already seen by all ranks together; the batches go on from there.
+    device: where the batch ends up; towards a GPU the pictures travel as bytes from pinned memory.
+    Close the iterator (`.close()`) or drop it to end its workers.
+    """
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(f"batch_size is {batch_size}: expected a multiple of the {world_size} ranks")
+    if not 0 <= rank < world_size or start < 0 or seed < 0:
+        given = f"rank {rank} of {world_size}, start {start}, seed {seed}"
+        raise ValueError(f"{given}: expected rank < world_size and none negative")
+    keys = sample_keys(
+        len(dataset), batch_size=batch_size, seed=seed, start=start, rank=rank, world_size=world_size
+    )
+    device = torch.device(device)
+    # Forked workers share the pictures' memory; elsewhere than on Linux forking is not safe.
+    fork = config.num_workers > 0 and sys.platform == "linux"
+    loader = DataLoader(
+        TrainViews(dataset, config, seed),
+        batch_sampler=keys,
+        collate_fn=collate,
+        num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=start_worker,
+        multiprocessing_context=multiprocessing.get_context("fork") if fork else None,
+        generator=torch.Generator(),  # its own, so that the global one stays untouched
+    )
+    return batches(loader, dataset, device)
+
+
+def batches(loader: DataLoader, dataset: ImageDataset, device: torch.device) -> Iterator[Batch]:
+    """What the workers prepared, moved to `device` and put in the model's form."""
+    labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)
+    prepared = iter(loader)
+    try:
+        while True:
+            item = next(prepared)
+            if isinstance(item, UserError):
+                raise item
+            views, asked, used = item
+            for index in asked[asked != used]:
+                dataset.mark_broken(int(index))
+            indices = torch.from_numpy(used)
+            yield Batch(
+                x_start=as_model_input(views.to(device, non_blocking=True)),  # [B, C, H, W]
+                labels=None if labels is None else labels[indices].to(device, non_blocking=True),
+                indices=indices.to(device, non_blocking=True),
+            )
+    finally:
+        # Not left to the garbage collector: a traceback may hold the iterator, and its workers with it.
+        if hasattr(prepared, "_shutdown_workers"):
+            prepared._shutdown_workers()
