@@ -28,6 +28,7 @@ from umd.train.emoji import open_emoji
 from umd.train.sources import (
     IDX_NAME,
     ImageDataset,
+    decode,
     describe,
     flatten,
     open_arrays,
@@ -36,7 +37,8 @@ from umd.train.sources import (
     pixels,
 )
 
-__all__ = ["Batch", "DataConfig", "ImageDataset", "center_view", "describe", "open_dataset", "train_loader"]
+__all__ = ["Batch", "DataConfig", "ImageDataset", "center_view", "centered_view_of_file"]
+__all__ += ["describe", "open_dataset", "train_loader"]
 
 log = logging.getLogger("umd")
 
@@ -152,21 +154,26 @@ def train_view(picture: np.ndarray, rng: np.random.Generator, config: DataConfig
     return view[:, ::-1] if mirrored else view
 
 
+def centered(picture: np.ndarray, config: DataConfig) -> np.ndarray:
+    """The middle of a picture in the shape of `image_size`: uint8 [H, W, C]."""
+    box = centered_box(picture.shape[0], picture.shape[1], config.image_size[1] / config.image_size[0])
+    return resized(picture, box, config)
+
+
 def center_view(
     dataset: ImageDataset, indices: Sequence[int] | np.ndarray | Tensor, config: DataConfig
 ) -> Tensor:
     """Pictures as they are tested: short side resized, centre cropped. float32 [n, C, H, W] in [-1, 1]."""
-    aspect = config.image_size[1] / config.image_size[0]
-
-    def view(index: int) -> np.ndarray:
-        _, picture = dataset.read(index)
-        return resized(picture, centered_box(picture.shape[0], picture.shape[1], aspect), config)
-
     with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # Pillow lets go of the interpreter lock
-        views = list(pool.map(view, (int(index) for index in indices)))
+        views = list(pool.map(lambda index: centered(dataset.read(int(index))[1], config), indices))
     if not views:
         return torch.empty(0, config.channels, *config.image_size)
     return as_model_input(torch.from_numpy(np.stack(views)))
+
+
+def centered_view_of_file(path: Path | str, config: DataConfig) -> Tensor:
+    """One image file as in `center_view`: float32 [1, C, H, W]. Raises UserError if it cannot be read."""
+    return as_model_input(torch.from_numpy(np.stack([centered(decode(path), config)])))
 
 
 def as_model_input(views: Tensor) -> Tensor:
@@ -254,6 +261,8 @@ def train_loader(
     if not 0 <= rank < world_size or start < 0 or seed < 0:
         given = f"rank {rank} of {world_size}, start {start}, seed {seed}"
         raise ValueError(f"{given}: expected rank < world_size and none negative")
+    if len(dataset) == 0:
+        raise ValueError(f"the {dataset.split} split of {dataset.name} is empty")
     keys = sample_keys(
         len(dataset), batch_size=batch_size, seed=seed, start=start, rank=rank, world_size=world_size
     )

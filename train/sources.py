@@ -91,15 +91,14 @@ def in_test_split(key: str, holdout: float) -> bool:
 
 
 def choose_split(keys: Iterable[str], split: str, holdout: float, name: str) -> np.ndarray:
-    """Rows (int64) of the items that belong to `split`. Raises UserError if there are none."""
+    """Rows (int64) of the items that belong to `split`; the test split may be empty, where `holdout` is 0.
+
+    Raises UserError if nothing is left to train on.
+    """
     held_out = np.array([in_test_split(key, holdout) for key in keys])
-    rows = np.flatnonzero(held_out == (split == "test"))
-    if len(rows) == 0:
-        raise UserError(
-            f"the {split} split of {name} is empty ({len(held_out)} images at holdout={holdout}): "
-            "change holdout, or give a source that has a test split of its own."
-        )
-    return rows
+    if split == "train" and held_out.all():
+        raise UserError(f"no image of {name} is left to train on at holdout={holdout}: lower it.")
+    return np.flatnonzero(held_out == (split == "test"))
 
 
 # Pictures
@@ -190,7 +189,7 @@ def open_folder(root: Path, split: str, holdout: float, skip_broken: bool) -> Im
         skip_broken=skip_broken,
         left_out=len(paths) - len(good),
     )
-    if len(dataset) == 0:
+    if paths and not dataset.pictures:
         raise UserError(f"none of the {len(paths)} images of {folder} can be read: replace them.")
     return dataset
 

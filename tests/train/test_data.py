@@ -26,6 +26,7 @@ from umd.train.data import (
     DataConfig,
     ImageDataset,
     center_view,
+    centered_view_of_file,
     crop_box,
     describe,
     open_dataset,
@@ -449,10 +450,20 @@ def test_bad_folder_layouts(tmp_path, files, message):
         opened(tmp_path)
 
 
-def test_split_that_would_be_empty(tmp_path):
+def test_nothing_held_out_and_everything_held_out(tmp_path):
     write(tmp_path / "x.png")
-    with pytest.raises(UserError, match=r"test split of .* is empty \(1 images at holdout=0\)"):
-        opened(tmp_path, "test", holdout=0)
+    test = opened(tmp_path, "test", holdout=0)
+    assert len(test) == 0 and center_view(test, [], CONFIG).shape == (0, 3, 8, 8)
+    with pytest.raises(UserError, match="no image of .* is left to train on at holdout=1"):
+        opened(tmp_path, holdout=1)
+
+
+def test_view_of_a_file_is_its_center_view(tmp_path):
+    path = write(tmp_path / "x.png", size=(31, 17))
+    expected = center_view(opened(tmp_path, holdout=0), [0], CONFIG)
+    assert torch.equal(centered_view_of_file(path, CONFIG), expected)
+    with pytest.raises(UserError, match="cannot read image .*nowhere.png"):
+        centered_view_of_file(tmp_path / "nowhere.png", CONFIG)
 
 
 def test_file_that_is_no_image_is_named_when_opened(tmp_path):
