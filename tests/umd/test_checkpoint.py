@@ -262,10 +262,7 @@ def test_full_disk_by_limit(tmp_path):
 def test_full_disk_for_real(tmp_path):
     mount = f"mount -t tmpfs -o size=2m none {tmp_path} && exec"
     namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run([*namespace, f"{mount} true"], capture_output=True).returncode
-    ):
+    if not shutil.which("unshare") or subprocess.run([*namespace, f"{mount} true"]).returncode:
         pytest.skip("mounting a small file system needs user namespaces")
     result = run_python(FILL_THE_DISK, tmp_path, prefix=[*namespace, f'{mount} "$@"', "sh"])
     message, listing, step = result.stdout.splitlines()
@@ -286,7 +283,8 @@ for _ in sys.stdin:
         step = load_checkpoint(newest).step if newest else 0
         while True:
             step += 1
-            parts = {part: {"w": torch.full((1_000_000,), float(step))} for part in ("model", "optimizer", "ema")}
+            tensors = {"w": torch.full((1_000_000,), float(step))}
+            parts = dict.fromkeys(("model", "optimizer", "ema"), tensors)
             save_checkpoint(root, step, parts, {"step": step}, keep=2)
             os.write(1, f"saved {step}\\n".encode())
     os.waitpid(child, 0)
