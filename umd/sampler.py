@@ -1,8 +1,8 @@
 """Drawing images: DDIM with classifier-free guidance, and inpainting.
 
-A denoiser is `denoise(x_t [B, C, H, W], timesteps int64 [B], labels int64 [B] or None) -> (x_start, eps)`, both
-shaped as x_t; timesteps are model times (see NoiseSchedule). Noise is a function of the seed, the sample's index
-and the step: sample i of a seed gets the same noise in whatever batch it is drawn.
+A denoiser is `denoise(x_t [B, C, H, W], timesteps int64 [B], labels int64 [B] or None) -> (x_start, eps)`,
+both shaped as x_t; timesteps are model times (see NoiseSchedule). Noise is a function of the seed, the index
+of the sample and the step: sample i of a seed gets the same noise in whatever batch it is drawn.
 """
 
 import math
@@ -25,9 +25,9 @@ Prediction = Literal["eps", "x_start"]
 def ddim_timesteps(num_sample_steps: int, T: int = 1000) -> list[int]:
     """Diffusion indices (model time - 1) to sample at: T-1, T-1-s, T-1-2s, … and 0, with s = ⌈T / steps⌉.
 
-    They are those of the released UMD code: one more than the steps where these divide T (999, 991, …, 7, 0 for
-    125), else fewer (60 for 62). There the released code repeats the model's call at 0 until it has made one call
-    more than the steps; this one does not. Raises UserError unless the steps are in 1..T.
+    They are those of the released UMD code: one more than the steps where these divide T (999, 991, …, 7, 0
+    for 125), else fewer (60 for 62). There the released code repeats the call at 0, to no effect, up to 63
+    calls; this one does not. Raises UserError unless the steps are in 1..T.
     """
     if not 1 <= num_sample_steps <= T:
         raise UserError(f"cannot sample in {num_sample_steps} steps; the noise schedule allows 1 to {T}")
@@ -168,7 +168,7 @@ def denoising_sequence(
     clip: bool = True,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """What the denoiser makes of images [B, C, H, W] at each of n model times, noised by the same ε each time.
+    """What the denoiser makes of images [B, C, H, W] at each of n model times, noised by the same ε.
 
     Returns (x_t, predicted x_start), each [n, B, C, H, W]. Raises UserError for a time outside 0..T.
     """

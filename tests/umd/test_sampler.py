@@ -1,0 +1,399 @@
+"""Sampling against the UMD authors' code, and against data whose exact denoiser is a formula."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from umd.errors import UserError
+from umd.ops import ddim_step
+from umd.sampler import _step_coefficients, ddim_sample, ddim_timesteps, denoising_sequence, inpaint
+from umd.schedule import NoiseSchedule
+
+ORACLE = np.load(Path(__file__).parents[1] / "data" / "gaussian_diffusion.npz")
+SCHEDULES = {name: NoiseSchedule(name) for name in ("cosine", "linear")}
+COSINE = SCHEDULES["cosine"]
+
+
+def images(name: str) -> Tensor:
+    return torch.from_numpy(ORACLE[name]).permute(0, 3, 1, 2).contiguous()  # NHWC to NCHW
+
+
+X_T = images("ddim_xT")
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the oracle's largest value if above 1 (up to 3e4 without clipping)."""
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+
+
+def linear_model(name: str, schedule: NoiseSchedule):
+    """The oracle's models: eps = 0.3 x, 0.9 x, or 0.8 x √(1-ᾱ)."""
+
+    def denoise(x_t, timesteps, labels):
+        if name == "tdep":
+            scale = (0.8 * schedule.coefficients(timesteps, torch.float64)[1]).to(x_t.dtype).view(-1, 1, 1, 1)
+        else:
+            scale = {"lin0p3": 0.3, "lin0p9": 0.9}[name]
+        eps = scale * x_t
+        return schedule.xstart_from_eps(x_t, timesteps, eps), eps
+
+    return denoise
+
+
+def gaussian_denoiser(schedule: NoiseSchedule, mean: Tensor, covariance: Tensor):
+    """The exact denoiser E[x_start | x_t], and its eps, of images of n pixels from N(mean, covariance)."""
+    n = len(mean)
+
+    def denoise(x_t, timesteps, labels):
+        a, b = (table[0] for table in schedule.coefficients(timesteps, torch.float64))
+        gain = a * covariance @ torch.linalg.inv(a**2 * covariance + b**2 * torch.eye(n))
+        x_start = (mean + (x_t.flatten(1).double() - a * mean) @ gain.T).view_as(x_t)
+        return x_start.to(x_t.dtype), ((x_t - a * x_start) / b).to(x_t.dtype)
+
+    return denoise
+
+
+# Timesteps
+
+
+@pytest.mark.parametrize("steps", [125, 250, 62, 50, 10, 1000])
+def test_timesteps_equal_the_oracle(steps):
+    assert ddim_timesteps(steps) == ORACLE[f"timesteps_{steps}"].tolist()
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 1000])
+def test_timesteps_descend_to_zero_within_the_number_of_calls(T):
+    for steps in {1, 2, 3, T // 2, T - 1, T} & set(range(1, T + 1)):
+        times = ddim_timesteps(steps, T)
+        assert times[0] == T - 1 and times[-1] == 0
+        assert all(a > b for a, b in zip(times, times[1:], strict=False))
+        assert len(times) <= steps + 1
+
+
+# The authors' DDIM
+
+
+@pytest.mark.parametrize("predict", ["eps", "x_start"])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("model", ["lin0p3", "lin0p9", "tdep"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_end_points_equal_the_oracle(name, model, clip, predict):
+    schedule = SCHEDULES[name]
+    for steps in (125, 250, 62, 50, 10):
+        expected = images(f"{name}::ddim_{model}_clip{int(clip)}_steps{steps}_eta0")
+        out = ddim_sample(
+            linear_model(model, schedule), X_T.shape, schedule, num_steps=steps, eta=0.0, clip=clip,
+            predict=predict, x_T=X_T,
+        )  # fmt: skip
+        assert error(out, expected) < 5e-5, steps
+
+
+@pytest.mark.parametrize("model", ["lin0p3", "lin0p9", "tdep"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_trajectories_equal_the_oracle(name, model):
+    seen: list[Tensor] = []
+    ddim_sample(
+        linear_model(model, SCHEDULES[name]), X_T.shape, SCHEDULES[name], eta=0.0, clip=False, x_T=X_T,
+        callback=lambda i, n, x_t, x_start: seen.append(x_t),
+    )  # fmt: skip
+    assert len(seen) == 126
+    for calls in (0, 1, 2, 60, 122, 123, 124):
+        assert error(seen[calls + 1], images(f"{name}::ddim_{model}_traj125_after{calls}")) < 5e-5, calls
+
+
+@pytest.mark.parametrize(("index", "index_next"), [(999, 991), (500, 492), (8, 0), (0, None)])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_noisy_steps_equal_the_oracle(name, index, index_next):
+    times = [index + 1, 0 if index_next is None else index_next + 1]
+    coefficients = _step_coefficients(SCHEDULES[name], times, eta=1.0)[0].float()
+    x_next, x_start = ddim_step(
+        X_T, 0.3 * X_T, None, 1.0, coefficients, from_xstart=False, clip=False, noise=images("eta1_noise")
+    )
+    key = f"{name}::eta1_step_{index}_{index_next}"
+    assert error(x_next, images(key)) < 5e-5
+    assert error(x_start, images(key + "_x0")) < 5e-5
+
+
+# Data whose exact denoiser is known
+
+
+@pytest.mark.parametrize("predict", ["eps", "x_start"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_gaussian_data_keep_mean_and_variance(name, eta, predict):
+    """Monte Carlo over 2^15 pixels at all 1000 steps: mean to 4 standard errors, variance to 3 %.
+
+    Fewer steps shrink the variance: by 5 % at 125 cosine steps with eta = 1.
+    """
+    schedule, mean, std = SCHEDULES[name], 0.3, 0.5
+
+    def denoise(x_t, timesteps, labels):
+        a, b = (table[0] for table in schedule.coefficients(timesteps, x_t.dtype))
+        x_start = mean + a * std**2 / (a**2 * std**2 + b**2) * (x_t - a * mean)
+        return x_start, (x_t - a * x_start) / b
+
+    shape = (32, 1, 32, 32)
+    out = ddim_sample(denoise, shape, schedule, num_steps=1000, eta=eta, clip=False, predict=predict, seed=1)
+    assert abs(out.mean() - mean) < 4 * std / out.numel() ** 0.5
+    assert abs(out.var() / std**2 - 1) < 0.03
+
+
+def test_clipping_holds_the_sample_and_no_clipping_does_not():
+    denoise = linear_model("lin0p3", COSINE)
+    assert ddim_sample(denoise, (2, 3, 4, 4), COSINE, num_steps=5).abs().max() <= 1
+    assert ddim_sample(denoise, (2, 3, 4, 4), COSINE, num_steps=5, clip=False).abs().max() > 1
+
+
+# Randomness
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_sample_does_not_depend_on_its_batch(eta):
+    denoise = linear_model("tdep", COSINE)
+    arguments = {"num_steps": 10, "eta": eta, "seed": 5}
+    whole = ddim_sample(denoise, (5, 3, 5, 3), COSINE, **arguments)
+    parts = [
+        ddim_sample(denoise, (n, 3, 5, 3), COSINE, first_sample=first, **arguments)
+        for first, n in ((0, 2), (2, 3))
+    ]
+    assert torch.equal(whole, torch.cat(parts))
+    assert torch.equal(whole, ddim_sample(denoise, (5, 3, 5, 3), COSINE, **arguments))
+    assert not torch.equal(whole[0], whole[1])
+    assert not torch.equal(whole, ddim_sample(denoise, (5, 3, 5, 3), COSINE, **(arguments | {"seed": 6})))
+
+
+def test_no_two_noises_of_a_run_are_the_same():
+    """With x_start = 0 predicted, what x_t adds at each step is its fresh noise."""
+    seen: list[Tensor] = []
+    ddim_sample(
+        lambda x, t, y: (torch.zeros_like(x), x), (2, 1, 64, 64), COSINE, num_steps=10, predict="x_start",
+        callback=lambda i, n, x_t, x_start: seen.append(x_t),
+    )  # fmt: skip
+    table = _step_coefficients(COSINE, [*(i + 1 for i in ddim_timesteps(10)), 0], 1.0).float()
+    noises = [seen[0]]
+    for x_t, x_next, (_, sqrt_one_minus_alpha, _, eps_scale, sigma) in zip(
+        seen, seen[1:], table, strict=False
+    ):
+        noises.append((x_next - eps_scale * x_t / sqrt_one_minus_alpha) / sigma)
+    flat = torch.stack(noises).flatten(2).flatten(0, 1)  # [noises and samples, pixels]
+    torch.testing.assert_close(flat.std(1), torch.ones(len(flat)), rtol=0.05, atol=0)
+    assert (torch.corrcoef(flat) - torch.eye(len(flat))).abs().max() < 5 / 64
+
+
+def test_callback_sees_every_call():
+    calls = []
+    out = ddim_sample(
+        linear_model("lin0p9", COSINE), (1, 3, 4, 4), COSINE, num_steps=10,
+        callback=lambda i, n, x_t, x_start: calls.append((i, n, x_start)),
+    )  # fmt: skip
+    assert [call[:2] for call in calls] == [(i, 11) for i in range(11)]
+    assert torch.equal(calls[-1][2], out)  # the last prediction is the sample
+
+
+# Guidance
+
+
+@pytest.mark.parametrize("predict", ["eps", "x_start"])
+def test_guidance_is_the_formula_in_one_call(predict):
+    labels, null = torch.tensor([0, 2, 1]), 3
+    calls = []
+
+    def denoise(x_t, timesteps, labels):
+        calls.append((len(x_t), timesteps, labels))
+        slope = 0.1 * (1 + labels).view(-1, 1, 1, 1)
+        return slope.sin() * x_t, slope.cos() * x_t
+
+    def guided(x_t, timesteps, _):
+        cond = denoise(x_t, timesteps, labels)
+        uncond = denoise(x_t, timesteps, torch.full_like(labels, null))
+        return tuple(u + 1.5 * (c - u) for c, u in zip(cond, uncond, strict=True))
+
+    arguments = {"num_steps": 4, "predict": predict, "seed": 2}
+    out = ddim_sample(
+        denoise, (3, 1, 4, 4), COSINE, labels=labels, null_label=null, cfg_scale=1.5, **arguments
+    )
+    assert len(calls) == 5 and all(n == 6 for n, *_ in calls)
+    for _, timesteps, given in calls:
+        assert timesteps.shape == (6,) and (timesteps == timesteps[0]).all()
+        assert given.tolist() == [0, 2, 1, 3, 3, 3]
+    torch.testing.assert_close(out, ddim_sample(guided, (3, 1, 4, 4), COSINE, **arguments))
+
+    calls.clear()
+    plain = ddim_sample(denoise, (3, 1, 4, 4), COSINE, labels=labels, null_label=null, **arguments)
+    assert [n for n, *_ in calls] == [3] * 5
+    assert not torch.allclose(plain, out)
+
+
+# Inpainting
+
+
+def hole(B: int, H: int, W: int) -> Tensor:
+    mask = torch.zeros(B, 1, H, W)
+    mask[:, :, : H // 2, 1:] = 1
+    return mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bool, torch.uint8])
+def test_kept_pixels_come_back_exactly(dtype, mask_dtype):
+    x = torch.randn(3, 2, 4, 6, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    x[0, 0, -1, 0] = -0.0
+    mask = hole(3, 4, 6)
+    out = inpaint(linear_model("tdep", COSINE), x, mask.to(mask_dtype), COSINE, num_steps=5, resample=2)
+    kept = (mask == 0).expand_as(x)
+    assert out.dtype == dtype and out[kept].numpy().tobytes() == x[kept].numpy().tobytes()
+    assert (out[~kept] != x[~kept]).all()
+
+
+def test_the_hole_is_not_looked_at():
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    mask = hole(2, 4, 4)
+    fillings = [
+        inpaint(linear_model("tdep", COSINE), torch.where(mask.bool(), value, x), mask, COSINE, num_steps=5)
+        for value in (torch.tensor(0.0), torch.tensor(7.0), torch.tensor(float("nan")))
+    ]
+    assert torch.equal(fillings[0], fillings[1]) and torch.equal(fillings[0], fillings[2])
+
+
+def test_number_of_calls_grows_with_resample():
+    for resample in (1, 3):
+        counts = []
+        inpaint(
+            linear_model("tdep", COSINE), torch.zeros(1, 1, 4, 4), hole(1, 4, 4), COSINE, num_steps=5,
+            resample=resample, callback=lambda i, n, x_t, x_start, counts=counts: counts.append((i, n)),
+        )  # fmt: skip
+        total = 5 * resample + 1  # the last of the 6 moves ends in the image and is made once
+        assert counts == [(i, total) for i in range(total)]
+
+
+def test_filling_does_not_depend_on_its_batch():
+    x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    denoise, mask = linear_model("tdep", COSINE), hole(4, 4, 4)
+    whole = inpaint(denoise, x, mask, COSINE, num_steps=5, resample=2)
+    part = inpaint(denoise, x[1:3], mask[1:3], COSINE, num_steps=5, resample=2, first_sample=1)
+    assert torch.equal(whole[1:3], part)
+
+
+def test_independent_pixels_are_filled_from_their_own_distribution():
+    """Kept pixels tell nothing: the filling has the data's mean and deviation (3 % and 4 standard errors)."""
+    mean, std = 0.3, 0.5
+    x, mask = (
+        torch.full((4096, 1, 1, 2), 0.9),
+        torch.tensor([0.0, 1.0]).view(1, 1, 1, 2).repeat(4096, 1, 1, 1),
+    )
+    denoise = gaussian_denoiser(COSINE, torch.full((2,), mean).double(), std**2 * torch.eye(2).double())
+    filled = inpaint(denoise, x, mask, COSINE, num_steps=1000, clip=False, seed=3)[..., 1]
+    assert abs(filled.mean() - mean) < 4 * std / 64
+    assert abs(filled.std() / std - 1) < 0.03 + 4 / 64 / 2**0.5
+
+
+def test_resampling_approaches_the_conditional_mean():
+    """Two pixels of correlation 0.8: E[x1 | x0] = m1 + 0.8 (x0 - m0) for equal variances.
+
+    Replacement alone goes 0.6 of the way from m1 to there, a known fault of it (Ho et al. 2022, "Video
+    diffusion models", section 3.1); RePaint's resampling, 10 times a step, 0.95. Monte Carlo error: 0.01.
+    """
+    mean, std, rho, known, n = torch.tensor([0.2, -0.1]).double(), 0.5, 0.8, 0.9, 4096
+    covariance = std**2 * torch.tensor([[1.0, rho], [rho, 1.0]]).double()
+    shift = rho * (known - mean[0].item())  # of the mean of pixel 1, by knowing pixel 0
+    x, mask = torch.full((n, 1, 1, 2), known), torch.tensor([0.0, 1.0]).view(1, 1, 1, 2).repeat(n, 1, 1, 1)
+    denoise = gaussian_denoiser(COSINE, mean, covariance)
+    way = {}
+    for resample in (1, 3, 10):
+        out = inpaint(denoise, x, mask, COSINE, num_steps=50, resample=resample, clip=False, seed=4)
+        way[resample] = (out[..., 1].mean().item() - mean[1].item()) / shift
+    assert 0.4 < way[1] < way[3] - 0.05 < way[10] - 0.1
+    assert abs(way[10] - 1) < 0.1
+
+
+# The denoising of an image
+
+
+@pytest.mark.parametrize("predict", ["eps", "x_start"])
+def test_denoising_sequence(predict):
+    x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    times = [0, 1, 500, 1000]
+    x_t, x_hat = denoising_sequence(
+        linear_model("lin0p9", COSINE), x, COSINE, times, predict=predict, clip=False
+    )
+    assert x_t.shape == x_hat.shape == (4, *x.shape)
+    assert torch.equal(x_t[0], x)
+    t = torch.tensor(times)
+    eps = COSINE.eps_from_xstart(x_t[:, 0], t, x[0].expand(4, -1, -1, -1))
+    torch.testing.assert_close(eps[1], eps[2], rtol=0, atol=1e-3)  # one noise for every time
+    torch.testing.assert_close(eps[3], eps[2], rtol=0, atol=1e-3)
+    for time, noised, predicted in zip(times, x_t, x_hat, strict=True):
+        expected = COSINE.xstart_from_eps(noised, torch.full((2,), time), 0.9 * noised)
+        torch.testing.assert_close(predicted, expected)
+    clipped = denoising_sequence(linear_model("lin0p9", COSINE), x, COSINE, times, predict=predict)[1]
+    assert torch.equal(clipped, x_hat.clamp(-1, 1))
+
+
+def test_an_exact_denoiser_errs_less_with_less_noise():
+    mean, covariance = torch.zeros(16).double(), 0.25 * torch.eye(16).double()
+    x = 0.5 * torch.randn(256, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    denoise = gaussian_denoiser(COSINE, mean, covariance)
+    times = [1, 250, 500, 750, 1000]
+    x_hat = denoising_sequence(denoise, x, COSINE, times, clip=False)[1]
+    mse = (x_hat - x).pow(2).mean((1, 2, 3, 4))
+    alpha = COSINE.alphas_cumprod[times]
+    expected = 0.25 * (1 - alpha) / (1 - alpha + 0.25 * alpha)  # the variance left by the best estimate
+    np.testing.assert_allclose(mse, expected, rtol=0.1)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": 0}, "cannot sample in 0 steps; the noise schedule allows 1 to 1000"),
+        ({"num_steps": 1001}, "cannot sample in 1001 steps"),
+        ({"eta": 1.5}, "eta is 1.5"),
+        ({"predict": "v"}, "predict is 'v'"),
+        ({"cfg_scale": 2.0}, "guidance .cfg_scale=2. needs labels"),
+        ({"cfg_scale": 2.0, "labels": torch.tensor([0, 1])}, "needs labels and a model trained with them"),
+        ({"labels": torch.tensor([0, 6]), "null_label": 5}, "label 6 does not exist; expected 0 to 4, or 5"),
+        ({"labels": torch.tensor([-1, 2]), "null_label": 5}, "label -1 does not exist"),
+    ],
+)
+def test_what_cannot_be_sampled(arguments, message):
+    denoise = linear_model("lin0p3", COSINE)
+    with pytest.raises(UserError, match=message):
+        ddim_sample(denoise, (2, 3, 4, 4), COSINE, **arguments)
+    with pytest.raises(UserError, match=message):
+        inpaint(denoise, torch.zeros(2, 3, 4, 4), hole(2, 4, 4), COSINE, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (hole(2, 4, 5), r"the mask is \[2, 1, 4, 5\]; expected \[2, 1, 4, 4\]"),
+        (hole(2, 4, 4)[:, 0], r"the mask is \[2, 4, 4\]"),
+        (hole(2, 4, 4).repeat(1, 3, 1, 1), r"the mask is \[2, 3, 4, 4\]"),
+        (hole(2, 4, 4) * 255, "other values than 0 .keep. and 1 .remove."),
+        (hole(2, 4, 4) * 0.5, "other values"),
+        (torch.cat([hole(1, 4, 4), torch.zeros(1, 1, 4, 4)]), "keeps all of image 1"),
+        (torch.cat([torch.ones(1, 1, 4, 4), hole(1, 4, 4)]), "removes all of image 0"),
+    ],
+)
+def test_masks_that_cannot_be(mask, message):
+    with pytest.raises(UserError, match=message):
+        inpaint(linear_model("lin0p3", COSINE), torch.zeros(2, 3, 4, 4), mask, COSINE)
+
+
+def test_other_mistakes():
+    denoise, x = linear_model("lin0p3", COSINE), torch.zeros(2, 3, 4, 4)
+    with pytest.raises(UserError, match="resample is 0"):
+        inpaint(denoise, x, hole(2, 4, 4), COSINE, resample=0)
+    with pytest.raises(UserError, match="time 1001 is outside"):
+        denoising_sequence(denoise, x, COSINE, [0, 1001])
+    with pytest.raises(ValueError, match=r"x_known is torch.uint8 \[2, 3, 4, 4\]"):
+        inpaint(denoise, x.to(torch.uint8), hole(2, 4, 4), COSINE)
+    with pytest.raises(ValueError, match=r"x_T is torch.float32 \[2, 3, 4, 4\]; expected .* \[1, 3, 4, 4\]"):
+        ddim_sample(denoise, (1, 3, 4, 4), COSINE, x_T=x)
+    with pytest.raises(ValueError, match=r"labels are torch.int64 \[3\]; expected int64 \[2\]"):
+        ddim_sample(denoise, x.shape, COSINE, labels=torch.tensor([0, 1, 2]), null_label=9)
