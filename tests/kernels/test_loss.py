@@ -1,4 +1,4 @@
-"""The masked diffusion loss: against METHOD's formula with loops over samples, patches and pixels."""
+"""The masked diffusion loss: against its formula with loops over samples, patches and pixels."""
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ def test_noise_from_its_seed():
 
 
 def test_zero_where_it_must_be():
-    """A perfect prediction scores 0; heads are read where METHOD says and nowhere else."""
+    """A perfect prediction scores 0; each head is read where it is scored and nowhere else."""
     args = case(2, 3, 1)
     prediction, x_start, ids_keep, _, n, eps, _ = args
     patches = torch.nn.functional.unfold(x_start, P, stride=P).mT.flatten(0, 1)
