@@ -67,6 +67,11 @@ class LabelEmbedder(nn.Module):
         return self.mlp(self.embedding_table(labels))  # [R, D]
 
 
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
 class ModulatedLayerNorm(nn.Module):
     """Adds the pending branch to the residual stream and normalises it, in one op."""
 
@@ -94,8 +99,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         N, D = x.shape
@@ -106,8 +111,8 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -195,7 +200,7 @@ class UMD(nn.Module):
         # One projection for every block: shift, scale, gate twice a block, shift and scale of the decoder's final norm.
         self.adaLN_modulation = nn.Linear(D, config.num_modulations * D) if config.adaLN else None
 
-        self.x_embedder = nn.Linear(C * P * P, D)
+        self.x_embedder = Linear(C * P * P, D)
         self.pos_embed = nn.Parameter(torch.empty(L, D))
         self.cls_token = nn.Parameter(torch.zeros(config.num_cls, D))
         self.encoder = Blocks(config, config.depth)

@@ -3,6 +3,7 @@
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
 from umd.kernels.attention import varlen_attention
 from umd.kernels.ddim import ddim_step_ref as ddim_step
+from umd.kernels.linear import linear
 from umd.kernels.loss import masked_diffusion_loss_ref as masked_diffusion_loss
 from umd.kernels.packing import Packing, pack
 from umd.kernels.patches import gather_patches_ref as gather_patches
@@ -16,6 +17,7 @@ __all__ = [
     "ddim_step",
     "gated_residual_layer_norm",
     "gather_patches",
+    "linear",
     "masked_diffusion_loss",
     "modulated_layer_norm",
     "pack",
