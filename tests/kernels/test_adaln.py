@@ -16,7 +16,7 @@ from umd.kernels.adaln import (
 )
 from umd.kernels.packing import pack
 
-TYPES = [torch.float64, torch.float32, torch.bfloat16]
+TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Ragged, with an empty sample and one of a single token; rows in any order, shared by samples that are apart.
 RAGGED = pack([3, 0, 1, 5, 2], [2, 1, 0, 2, 1])
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from umd.kernels.attention import varlen_attention, varlen_attention_ref
 from umd.kernels.packing import pack
 
-TYPES = [torch.float64, torch.float32, torch.bfloat16]
+TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def draw(packing, H=3, d=8, dtype=torch.float64, seed=0, scale=1.0):

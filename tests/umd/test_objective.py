@@ -182,7 +182,7 @@ def test_times_are_uniform():
 
 
 def test_masks_are_uniform_and_independent():
-    """Every ordered pair of 4 patches equally often; nothing in common between two masks, or mask and time."""
+    """Every ordered pair of 4 patches equally often; nothing shared by two masks, or by mask and time."""
     config = ModelConfig(
         image_size=(4, 4), patch_size=2, hidden_size=16, depth=1, decoder_depth=1, num_heads=2
     )
