@@ -121,10 +121,8 @@ def _dali() -> Row:
 
 
 def _deepspeed() -> Row:
-    return Row(
-        "DeepSpeed",
-        *_package("deepspeed", _version("deepspeed"), "one process trains", "pip install deepspeed"),
-    )
+    hint = "pip install deepspeed"
+    return Row("DeepSpeed", *_package("deepspeed", _version("deepspeed"), "one process trains", hint))
 
 
 def _flash_attention() -> Row:
@@ -135,7 +133,7 @@ def _flash_attention() -> Row:
 def _apex() -> Row:
     """Told from its files alone: importing the package that PyPI calls apex would run what is not NVIDIA's."""
     instead = "torch's fused AdamW is used"
-    hint = "nothing lacks without it; NVIDIA's comes from github.com/NVIDIA/apex, on PyPI apex is another thing"
+    hint = "nothing lacks without it; NVIDIA's is at github.com/NVIDIA/apex, the one on PyPI is not it"
     spec = _spec("apex")
     if spec is None:
         return Row("apex", f"not installed; {instead}", hint)
