@@ -176,9 +176,7 @@ def denoising_sequence(
     _check_request(len(x_start), 0.0, predict, labels, None, 1.0)
     outside = [time for time in timesteps if not 0 <= time <= schedule.num_steps]
     if outside:
-        raise UserError(
-            f"time {outside[0]} is outside the noise schedule; expected 0 to {schedule.num_steps}"
-        )
+        raise UserError(f"time {outside[0]} is outside the noise schedule; expected 0 to {schedule.num_steps}")
     eps = _Noise(seed, 0, x_start.shape, x_start.device).draw()
     noised, predicted = [], []
     for time in timesteps:
@@ -251,15 +249,11 @@ def _check_request(
     if predict not in ("eps", "x_start"):
         raise UserError(f"predict is {predict!r}; expected 'eps' or 'x_start', the network's two outputs")
     if cfg_scale != 1 and (labels is None or null_label is None):
-        raise UserError(
-            f"guidance (cfg_scale={cfg_scale:g}) needs labels and a model trained with them; else use 1"
-        )
+        raise UserError(f"guidance (cfg_scale={cfg_scale:g}) needs labels and a model trained with them; else use 1")
     if labels is None:
         return
     if labels.shape != (B,) or labels.dtype != torch.int64:
-        raise ValueError(
-            f"labels are {labels.dtype} {list(labels.shape)}; expected int64 [{B}], one for each image"
-        )
+        raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; expected int64 [{B}], one for each image")
     for label in (int(labels.min()), int(labels.max())):
         if label < 0:
             raise UserError(f"label {label} does not exist; labels count from 0")
@@ -279,9 +273,7 @@ def _check_mask(mask: Tensor, x: Tensor) -> Tensor:
     """The mask as bool [B, 1, H, W]."""
     expected = [len(x), 1, *x.shape[2:]]
     if list(mask.shape) != expected:
-        raise UserError(
-            f"the mask is {list(mask.shape)}; expected {expected}, one plane for each image, of its size"
-        )
+        raise UserError(f"the mask is {list(mask.shape)}; expected {expected}, one plane for each image, of its size")
     if mask.is_complex() or not ((mask == 0) | (mask == 1)).all():
         raise UserError(f"the mask ({mask.dtype}) has other values than 0 (keep) and 1 (remove)")
     removed = mask.bool()

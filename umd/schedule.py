@@ -26,9 +26,7 @@ class NoiseSchedule:
 
     def __init__(self, name: ScheduleName = "cosine", num_steps: int = 1000, rho: float = 0.8):
         if name not in get_args(ScheduleName):
-            raise UserError(
-                f"unknown noise schedule {name!r}; expected one of {', '.join(get_args(ScheduleName))}"
-            )
+            raise UserError(f"unknown noise schedule {name!r}; expected one of {', '.join(get_args(ScheduleName))}")
         if num_steps < 1:
             raise UserError(f"a noise schedule has at least one step; num_steps is {num_steps}")
         if rho <= 0:
@@ -95,9 +93,7 @@ class NoiseSchedule:
     def _coefficients_like(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """The two coefficients of times [B], shaped [B, 1, ...] to multiply x [B, ...]."""
         if timesteps.shape != x.shape[:1]:
-            raise ValueError(
-                f"timesteps are {list(timesteps.shape)}; expected [{len(x)}], one for each image"
-            )
+            raise ValueError(f"timesteps are {list(timesteps.shape)}; expected [{len(x)}], one for each image")
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         a, b = self.coefficients(timesteps, dtype)
         shape = (-1,) + (1,) * (x.ndim - 1)

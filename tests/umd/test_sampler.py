@@ -120,9 +120,10 @@ def test_noisy_steps_equal_the_oracle(name, index, index_next):
 # Data whose exact denoiser is known
 
 
-@pytest.mark.parametrize("predict", ["eps", "x_start"])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    ("name", "eta", "predict"),
+    [("cosine", 0.0, "eps"), ("cosine", 1.0, "x_start"), ("linear", 0.0, "x_start"), ("linear", 1.0, "eps")],
+)
 def test_gaussian_data_keep_mean_and_variance(name, eta, predict):
     """Monte Carlo over 2^15 pixels at all 1000 steps: mean to 4 standard errors, variance to 3 %.
 
@@ -156,8 +157,7 @@ def test_a_sample_does_not_depend_on_its_batch(eta):
     arguments = {"num_steps": 10, "eta": eta, "seed": 5}
     whole = ddim_sample(denoise, (5, 3, 5, 3), COSINE, **arguments)
     parts = [
-        ddim_sample(denoise, (n, 3, 5, 3), COSINE, first_sample=first, **arguments)
-        for first, n in ((0, 2), (2, 3))
+        ddim_sample(denoise, (n, 3, 5, 3), COSINE, first_sample=first, **arguments) for first, n in ((0, 2), (2, 3))
     ]
     assert torch.equal(whole, torch.cat(parts))
     assert torch.equal(whole, ddim_sample(denoise, (5, 3, 5, 3), COSINE, **arguments))
@@ -174,9 +174,7 @@ def test_no_two_noises_of_a_run_are_the_same():
     )  # fmt: skip
     table = _step_coefficients(COSINE, [*(i + 1 for i in ddim_timesteps(10)), 0], 1.0).float()
     noises = [seen[0]]
-    for x_t, x_next, (_, sqrt_one_minus_alpha, _, eps_scale, sigma) in zip(
-        seen, seen[1:], table, strict=False
-    ):
+    for x_t, x_next, (_, sqrt_one_minus_alpha, _, eps_scale, sigma) in zip(seen, seen[1:], table, strict=False):
         noises.append((x_next - eps_scale * x_t / sqrt_one_minus_alpha) / sigma)
     flat = torch.stack(noises).flatten(2).flatten(0, 1)  # [noises and samples, pixels]
     torch.testing.assert_close(flat.std(1), torch.ones(len(flat)), rtol=0.05, atol=0)
@@ -212,9 +210,7 @@ def test_guidance_is_the_formula_in_one_call(predict):
         return tuple(u + 1.5 * (c - u) for c, u in zip(cond, uncond, strict=True))
 
     arguments = {"num_steps": 4, "predict": predict, "seed": 2}
-    out = ddim_sample(
-        denoise, (3, 1, 4, 4), COSINE, labels=labels, null_label=null, cfg_scale=1.5, **arguments
-    )
+    out = ddim_sample(denoise, (3, 1, 4, 4), COSINE, labels=labels, null_label=null, cfg_scale=1.5, **arguments)
     assert len(calls) == 5 and all(n == 6 for n, *_ in calls)
     for _, timesteps, given in calls:
         assert timesteps.shape == (6,) and (timesteps == timesteps[0]).all()
@@ -277,7 +273,8 @@ def test_filling_does_not_depend_on_its_batch():
     assert torch.equal(whole[1:3], part)
 
 
-def test_independent_pixels_are_filled_from_their_own_distribution():
+@pytest.mark.parametrize(("steps", "resample"), [(500, 1), (250, 2)])
+def test_independent_pixels_are_filled_from_their_own_distribution(steps, resample):
     """Kept pixels tell nothing: the filling has the data's mean and deviation (3 % and 4 standard errors)."""
     mean, std = 0.3, 0.5
     x, mask = (
@@ -285,7 +282,7 @@ def test_independent_pixels_are_filled_from_their_own_distribution():
         torch.tensor([0.0, 1.0]).view(1, 1, 1, 2).repeat(4096, 1, 1, 1),
     )
     denoise = gaussian_denoiser(COSINE, torch.full((2,), mean).double(), std**2 * torch.eye(2).double())
-    filled = inpaint(denoise, x, mask, COSINE, num_steps=1000, clip=False, seed=3)[..., 1]
+    filled = inpaint(denoise, x, mask, COSINE, num_steps=steps, resample=resample, clip=False, seed=3)[..., 1]
     assert abs(filled.mean() - mean) < 4 * std / 64
     assert abs(filled.std() / std - 1) < 0.03 + 4 / 64 / 2**0.5
 
@@ -316,9 +313,7 @@ def test_resampling_approaches_the_conditional_mean():
 def test_denoising_sequence(predict):
     x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     times = [0, 1, 500, 1000]
-    x_t, x_hat = denoising_sequence(
-        linear_model("lin0p9", COSINE), x, COSINE, times, predict=predict, clip=False
-    )
+    x_t, x_hat = denoising_sequence(linear_model("lin0p9", COSINE), x, COSINE, times, predict=predict, clip=False)
     assert x_t.shape == x_hat.shape == (4, *x.shape)
     assert torch.equal(x_t[0], x)
     t = torch.tensor(times)

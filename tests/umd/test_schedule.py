@@ -27,12 +27,8 @@ def test_tables_equal_the_oracle(name):
     assert schedule.betas.dtype == schedule.alphas_cumprod.dtype == torch.float64
     np.testing.assert_allclose(schedule.betas, ORACLE[f"{name}::betas"], rtol=1e-12, atol=0)
     assert schedule.alphas_cumprod.shape == (1001,) and schedule.alphas_cumprod[0] == 1
-    np.testing.assert_allclose(
-        schedule.alphas_cumprod[1:], ORACLE[f"{name}::alphas_cumprod"], rtol=1e-12, atol=0
-    )
-    np.testing.assert_allclose(
-        schedule.alphas_cumprod[:-1], ORACLE[f"{name}::alphas_cumprod_prev"], rtol=1e-12, atol=0
-    )
+    np.testing.assert_allclose(schedule.alphas_cumprod[1:], ORACLE[f"{name}::alphas_cumprod"], rtol=1e-12, atol=0)
+    np.testing.assert_allclose(schedule.alphas_cumprod[:-1], ORACLE[f"{name}::alphas_cumprod_prev"], rtol=1e-12, atol=0)
     a, b = schedule.coefficients(torch.arange(1, 1001), torch.float64)
     np.testing.assert_allclose(a, ORACLE[f"{name}::sqrt_alphas_cumprod"], rtol=1e-12, atol=0)
     np.testing.assert_allclose(b, ORACLE[f"{name}::sqrt_one_minus_alphas_cumprod"], rtol=1e-12, atol=0)
