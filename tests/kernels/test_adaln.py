@@ -189,9 +189,7 @@ def test_gradcheck(op):
     args = inputs(packing, 4, residual=op is gated_residual_layer_norm)
     names, tensors = zip(*args.items(), strict=True)
     tensors = tuple(t.requires_grad_() for t in tensors)
-    assert torch.autograd.gradcheck(
-        lambda *ts: op(packing=packing, **dict(zip(names, ts, strict=True))), tensors
-    )
+    assert torch.autograd.gradcheck(lambda *ts: op(packing=packing, **dict(zip(names, ts, strict=True))), tensors)
 
 
 def test_comparison_notices_a_wrong_row(compare):

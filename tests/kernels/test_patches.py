@@ -17,9 +17,7 @@ SHAPES = [
 
 
 def images(B, C, H, W, dtype=torch.float64, seed=0):
-    return torch.randn(B, C, H, W, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
-        dtype
-    )
+    return torch.randn(B, C, H, W, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -90,9 +88,7 @@ def test_noise_free_samples_are_untouched():
     clean = ids_keep >= 2 * 8
     patches = patchify(x_start, P).flatten(0, 1)[ids_keep]
     found = gather_patches_ref(x_start, ids_keep, a, b, eps, P)
-    assert (
-        torch.equal(found[clean], patches[clean]) and not torch.isclose(found[~clean], patches[~clean]).any()
-    )
+    assert torch.equal(found[clean], patches[clean]) and not torch.isclose(found[~clean], patches[~clean]).any()
 
 
 def test_comparison_notices_swapped_samples():

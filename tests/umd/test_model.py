@@ -46,9 +46,7 @@ def batch(model, keep, cond_index=None, seed=1):
     width = config.channels * config.patch_size**2
     labels = torch.randint(config.num_classes + 1, (rows,), generator=generator)
     return dict(
-        patches=torch.randn(sum(keep), width, generator=generator, dtype=torch.float64).to(
-            model.head.weight.dtype
-        ),
+        patches=torch.randn(sum(keep), width, generator=generator, dtype=torch.float64).to(model.head.weight.dtype),
         ids_keep=torch.cat(ids),
         batch=layout(config, tuple(keep), cond_index, CPU),
         timesteps=torch.randint(1001, (rows,), generator=generator),
@@ -222,9 +220,7 @@ def test_blocks_start_as_the_identity():
 def test_initial_values():
     """Bounds of uniform tables are exact; spreads to five standard errors."""
     torch.manual_seed(0)
-    config = ModelConfig(
-        image_size=(32, 32), patch_size=4, hidden_size=64, depth=1, num_heads=2, num_classes=10
-    )
+    config = ModelConfig(image_size=(32, 32), patch_size=4, hidden_size=64, depth=1, num_heads=2, num_classes=10)
     model = UMD(config)
     D, L = 64, 64
 

@@ -59,8 +59,7 @@ def plain_loss(model, x_start, corruption, eps):
     C, L, B, n = config.channels, config.num_patches, len(x_start), corruption.num_noised
     across = config.grid_size[1]
     windows = [
-        (slice(i // across * P, i // across * P + P), slice(i % across * P, i % across * P + P))
-        for i in range(L)
+        (slice(i // across * P, i // across * P + P), slice(i % across * P, i % across * P + P)) for i in range(L)
     ]
     errors = {"eps": [], "x0": [], "clean": []}
     for s in range(B):
@@ -74,9 +73,7 @@ def plain_loss(model, x_start, corruption, eps):
         x_t = x_start[s]
         if s < n:
             x_t = math.sqrt(alpha_bar(t)) * x_start[s] + math.sqrt(1 - alpha_bar(t)) * eps[s]
-        patches = torch.stack(
-            [x_t[:, rows, columns].flatten() for rows, columns in (windows[i] for i in visible)]
-        )
+        patches = torch.stack([x_t[:, rows, columns].flatten() for rows, columns in (windows[i] for i in visible)])
         alone = layout(config, (len(visible),), None, CPU)
         prediction = model(patches, torch.tensor(visible), alone, torch.tensor([t]), label)
         both = prediction.view(L, 2, C, P, P)
@@ -111,9 +108,7 @@ def test_equals_the_formulas(name, config):
     torch.testing.assert_close(total, expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(parts, expected_parts, rtol=1e-11, atol=1e-11)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    ours, theirs = (
-        torch.autograd.grad(loss, parameters, materialize_grads=True) for loss in (total, expected)
-    )
+    ours, theirs = (torch.autograd.grad(loss, parameters, materialize_grads=True) for loss in (total, expected))
     for parameter, a, b in zip(names, ours, theirs, strict=True):
         assert (a - b).abs().max() <= 1e-10 * b.abs().max().clamp(min=1), parameter
 
@@ -164,9 +159,7 @@ def test_the_first_samples_are_noised(B, r0, clean):
     assert objective.split(B) == (B - clean, clean)
     corruption = objective.corrupt(B, 0, CPU)
     rows = corruption.layout.patches.cond_index
-    assert (corruption.timesteps[rows][: B - clean] >= 1).all() and (
-        corruption.timesteps[rows][B - clean :] == 0
-    ).all()
+    assert (corruption.timesteps[rows][: B - clean] >= 1).all() and (corruption.timesteps[rows][B - clean :] == 0).all()
     assert len(corruption.timesteps) == B - clean + (clean > 0)  # one condition for all noise-free samples
     lengths = corruption.layout.patches.cu_seqlens.diff().tolist()
     assert lengths == [10] * (B - clean) + [4] * clean
@@ -183,9 +176,7 @@ def test_times_are_uniform():
 
 def test_masks_are_uniform_and_independent():
     """Every ordered pair of 4 patches equally often; nothing shared by two masks, or by mask and time."""
-    config = ModelConfig(
-        image_size=(4, 4), patch_size=2, hidden_size=16, depth=1, decoder_depth=1, num_heads=2
-    )
+    config = ModelConfig(image_size=(4, 4), patch_size=2, hidden_size=16, depth=1, decoder_depth=1, num_heads=2)
     objective = Objective(config, OBJECTIVES["maskdit"], NoiseSchedule("cosine", num_steps=4))
     draws = [objective.corrupt(2, seed, CPU) for seed in range(4000)]
     ids = torch.stack([c.ids_keep for c in draws]).view(-1, 2, 2) % 4  # [draws, samples, 2 visible]

@@ -107,9 +107,7 @@ def test_masked(oracle, ratio):
 
     batch = layout(config, keep, None, torch.device("cpu"))
     patches = patchify(oracle.x, config.patch_size).flatten(0, 1)[ids_keep]
-    oracle.check_images(
-        model.to_images(model(patches, ids_keep, batch, oracle.t, oracle.y)), f"out_mask{ratio}"
-    )
+    oracle.check_images(model.to_images(model(patches, ids_keep, batch, oracle.t, oracle.y)), f"out_mask{ratio}")
     cond, encoder_mod, _ = model.condition(oracle.t, oracle.y)
     tokens = model.encode(patches, ids_keep, batch, cond, encoder_mod)
     cls, visible = split_tokens(tokens, config.num_cls, batch.encoder)
