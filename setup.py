@@ -36,6 +36,8 @@ setup(
         # Apart from `eval`: it needs torchvision, and that a particular build of torch.
         "fid": ["torch-fidelity"],
         "latent": ["diffusers"],
+        # For checkpoint folders of the authors' JAX code; their .npz files need nothing more.
+        "import": ["tensorstore"],
         "gpu": ["triton"],
         "deepspeed": ["deepspeed"],
         # For CUDA 13; with CUDA 12 install nvidia-dali-cuda120 in its stead, never both.
@@ -49,6 +51,8 @@ setup(
             "ruff",
             "mypy",
             "types-PyYAML",
+            "scipy",
+            "tensorstore",
             # The networks that `umd bench step` compares with.
             "diffusers",
             "transformers",
