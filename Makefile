@@ -20,7 +20,7 @@ help:
 	@echo 'PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'
 
 demo: .venv/installed
-	.venv/bin/umd demo --minutes $(MINUTES) --run $(RUN)
+	.venv/bin/umd demo --minutes $(MINUTES) --out $(RUN)
 
 test: .venv/installed
 	$(PYTEST) -m 'not slow and not gpu'

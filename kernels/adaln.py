@@ -22,9 +22,7 @@ from .packing import Packing
 
 def _per_sample(table: Tensor, x: Tensor, packing: Packing) -> Tensor:
     """Spread table rows [R, D] over the stream: [N, D]."""
-    return table.index_select(
-        0, packing.cond_index.repeat_interleave(packing.cu_seqlens.diff(), output_size=len(x))
-    )
+    return table.index_select(0, packing.cond_index.repeat_interleave(packing.cu_seqlens.diff(), output_size=len(x)))
 
 
 def modulated_layer_norm_ref(
@@ -78,86 +76,85 @@ def _fold(
     return tuple(torch.broadcast_tensors(alpha, beta))
 
 
-def _segments(packing: Packing, rows: int) -> tuple[tuple[int, int, int], ...]:
-    return packing.segments if rows > 1 else ((0, packing.num_tokens, 0),)
+def _segments(packing: Packing, rows: int) -> tuple[list[int], list[int]]:
+    """(tokens, table row) of each stretch of the stream that shares a row; one stretch if the tables have one row."""
+    if rows == 1:
+        return [packing.num_tokens], [0]
+    return [stop - start for start, stop, _ in packing.segments], [row for _, _, row in packing.segments]
+
+
+def _sum_rows(parts: list[Tensor], rows: list[int], like: Tensor) -> Tensor:
+    """Gradient of a table [R, D] from those of its rows, one for each stretch, added in stream order."""
+    index = torch.tensor(rows, device=like.device)
+    return torch.zeros_like(like).index_add_(0, index, torch.stack(parts).to(like.dtype))
 
 
 class ModulatedLayerNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha, beta, packing, eps):
-        y = torch.empty_like(x)
-        mean, rstd = x.new_empty(2, len(x), 1, dtype=alpha.dtype)
-        for start, stop, row in _segments(packing, len(alpha)):
-            part = slice(start, stop)
-            y[part], mean[part], rstd[part] = torch.native_layer_norm(
-                x[part], x.shape[-1:], alpha[row], beta[row], eps
-            )
+        lengths, rows = _segments(packing, len(alpha))
+        alphas, betas = alpha.unbind(), beta.unbind()
+        parts = [
+            torch.native_layer_norm(part, x.shape[-1:], alphas[row], betas[row], eps)
+            for part, row in zip(x.split(lengths), rows, strict=True)
+        ]
+        y, mean, rstd = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(x, alpha, beta, mean, rstd)
-        ctx.packing = packing
+        ctx.lengths, ctx.rows = lengths, rows
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, alpha, beta, mean, rstd = ctx.saved_tensors
-        dx, dalpha, dbeta = torch.empty_like(x), torch.zeros_like(alpha), torch.zeros_like(alpha)
-        for start, stop, row in _segments(ctx.packing, len(alpha)):
-            part = slice(start, stop)
-            dx[part], da, db = torch.ops.aten.native_layer_norm_backward(
-                dy[part],
-                x[part],
-                x.shape[-1:],
-                mean[part],
-                rstd[part],
-                alpha[row],
-                beta[row],
-                [True, True, True],
-            )
-            dalpha[row] += da
-            dbeta[row] += db
-        return dx, dalpha, dbeta, None, None
+        dx, dalpha, dbeta = _layer_norm_backward(dy, x, alpha, beta, mean, rstd, ctx.lengths, ctx.rows)
+        rows = ctx.rows
+        return torch.cat(dx), _sum_rows(dalpha, rows, alpha), _sum_rows(dbeta, rows, alpha), None, None
+
+
+def _layer_norm_backward(
+    dy: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, lengths: list[int], rows: list[int]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """dx, dalpha and dbeta of each stretch."""
+    alphas, betas, D = alpha.unbind(), beta.unbind(), x.shape[-1:]
+    columns = zip(*(t.split(lengths) for t in (dy, x, mean, rstd)), rows, strict=True)
+    parts = [
+        torch.ops.aten.native_layer_norm_backward(g, part, D, m, r, alphas[row], betas[row], [True, True, True])
+        for g, part, m, r, row in columns
+    ]
+    dx, dalpha, dbeta = (list(column) for column in zip(*parts, strict=True))
+    return dx, dalpha, dbeta
 
 
 class GatedResidualLayerNormFunction(torch.autograd.Function):
+    """All three tables have the same number of rows."""
+
     @staticmethod
     def forward(ctx, x, h, gate, alpha, beta, packing, eps):
-        r, y = torch.empty_like(x), torch.empty_like(x)
-        mean, rstd = x.new_empty(2, len(x), 1, dtype=alpha.dtype)
-        for start, stop, row in _segments(packing, max(len(alpha), 1 if gate is None else len(gate))):
-            part = slice(start, stop)
-            if gate is None:
-                torch.add(x[part], h[part], out=r[part])
-            else:
-                torch.addcmul(x[part], h[part], gate[row % len(gate)], out=r[part])
-            row %= len(alpha)
-            y[part], mean[part], rstd[part] = torch.native_layer_norm(
-                r[part], x.shape[-1:], alpha[row], beta[row], eps
-            )
+        lengths, rows = _segments(packing, len(alpha))
+        alphas, betas, gates = alpha.unbind(), beta.unbind(), gate.unbind()
+        parts = []
+        for x_part, h_part, row in zip(x.split(lengths), h.split(lengths), rows, strict=True):
+            r = torch.addcmul(x_part, h_part, gates[row])
+            parts.append((r, *torch.native_layer_norm(r, x.shape[-1:], alphas[row], betas[row], eps)))
+        r, y, mean, rstd = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(r, h, gate, alpha, beta, mean, rstd)
-        ctx.packing = packing
+        ctx.lengths, ctx.rows = lengths, rows
         return r, y
 
     @staticmethod
     def backward(ctx, dr, dy):
         r, h, gate, alpha, beta, mean, rstd = ctx.saved_tensors
-        dx, dalpha, dbeta = torch.empty_like(r), torch.zeros_like(alpha), torch.zeros_like(alpha)
-        dh, dgate = (
-            (None, None) if gate is None else (torch.empty_like(h), torch.zeros_like(gate, dtype=alpha.dtype))
-        )
-        for start, stop, row in _segments(ctx.packing, max(len(alpha), 1 if gate is None else len(gate))):
-            part, a = slice(start, stop), row % len(alpha)
-            dnorm, da, db = torch.ops.aten.native_layer_norm_backward(
-                dy[part], r[part], r.shape[-1:], mean[part], rstd[part], alpha[a], beta[a], [True, True, True]
-            )
-            dalpha[a] += da
-            dbeta[a] += db
-            torch.add(dr[part], dnorm, out=dx[part])
-            if gate is not None:
-                g = row % len(gate)
-                torch.mul(dx[part], gate[g], out=dh[part])
-                dgate[g] += (dx[part] * h[part]).sum(0, dtype=alpha.dtype)
-        if gate is None:
-            return dx, dx, None, dalpha, dbeta, None, None
-        return dx, dh, dgate.to(gate.dtype), dalpha, dbeta, None, None
+        lengths, rows, gates = ctx.lengths, ctx.rows, gate.unbind()
+        dnorm, dalpha, dbeta = _layer_norm_backward(dy, r, alpha, beta, mean, rstd, lengths, rows)
+        dx, dh, dgate = [], [], []
+        for dr_part, d, h_part, row in zip(dr.split(lengths), dnorm, h.split(lengths), rows, strict=True):
+            dx.append(d.add_(dr_part))
+            dh.append(d * gates[row])
+            dgate.append((d * h_part).sum(0, dtype=alpha.dtype))
+        return (
+            torch.cat(dx), torch.cat(dh), _sum_rows(dgate, rows, alpha).to(gate.dtype),
+            _sum_rows(dalpha, rows, alpha), _sum_rows(dbeta, rows, alpha), None, None,
+        )  # fmt: skip
 
 
 def modulated_layer_norm(
@@ -217,8 +214,12 @@ def gated_residual_layer_norm(
     if h.shape != x.shape or h.dtype != x.dtype:
         raise ValueError(f"h: expected {tuple(x.shape)} {x.dtype} like x, got {tuple(h.shape)} {h.dtype}")
     alpha, beta = _fold(x, shift, scale, weight, bias)
-    gate = None if gate is None else gate.to(x.dtype)
-    return GatedResidualLayerNormFunction.apply(x, h, gate, alpha, beta, packing, eps)
+    if gate is None:
+        r = x + h
+        return r, ModulatedLayerNormFunction.apply(r, alpha, beta, packing, eps)
+    rows = max(len(gate), len(alpha))
+    alpha, beta = alpha.expand(rows, -1), beta.expand(rows, -1)
+    return GatedResidualLayerNormFunction.apply(x, h, gate.to(x.dtype).expand(rows, -1), alpha, beta, packing, eps)
 
 
 def _check(x: Tensor, packing: Packing, **tables: Tensor | None) -> None:
@@ -232,8 +233,6 @@ def _check(x: Tensor, packing: Packing, **tables: Tensor | None) -> None:
             shape = "[D]" if ndim == 1 else "[R, D]"
             raise ValueError(f"{name}: expected {shape} with D = {x.shape[-1]}, got {tuple(table.shape)}")
         if ndim == 2 and len(table) < packing.num_rows:
-            raise ValueError(
-                f"{name}: expected {packing.num_rows} rows or more as the packing says, got {len(table)}"
-            )
+            raise ValueError(f"{name}: expected {packing.num_rows} rows or more as the packing says, got {len(table)}")
         if table.device != x.device:
             raise ValueError(f"{name}: expected on {x.device} like x, got {table.device}")

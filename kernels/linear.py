@@ -24,10 +24,7 @@ class BF16LinearFunction(torch.autograd.Function):
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         dx = (dy @ weight).to(x_dtype) if ctx.needs_input_grad[0] else None
         outputs, inputs = weight.shape
-        if inputs <= outputs:
-            product = (x.t().contiguous() @ dy).t()
-        else:
-            product = dy.t().contiguous() @ x
+        product = (x.t().contiguous() @ dy).t() if inputs <= outputs else dy.t().contiguous() @ x
         dweight = torch.empty(weight.shape, dtype=weight_dtype).copy_(product)
         return dx, dweight, dy.sum(0, dtype=torch.float32).to(bias_dtype)
 

@@ -1,4 +1,4 @@
-"""masked_diffusion_loss: the objective of UMD (METHOD: Objective) on the head's output.
+"""masked_diffusion_loss: the objective of UMD (its Eqs. 4 to 6) on the head's output.
 
     noised samples:      ½ [ mean over visible pixels (ε̂ - ε)²  +  mean over masked pixels (x̂0 - x0)² ]
                          fully visible samples (no mask): both means run over all pixels
@@ -53,9 +53,7 @@ def masked_diffusion_loss_ref(
         all_visible = num_visible_noised == n * L
         on_eps, on_x0 = (torch.ones_like(masked[:n]),) * 2 if all_visible else (1 - masked[:n], masked[:n])
         loss_eps = mean((pred_eps[:n] - eps) ** 2, on_eps, num_visible_noised)
-        loss_x0 = mean(
-            (pred_x0[:n] - target_x0[:n]) ** 2, on_x0, n * L if all_visible else n * L - num_visible_noised
-        )
+        loss_x0 = mean((pred_x0[:n] - target_x0[:n]) ** 2, on_x0, n * L if all_visible else n * L - num_visible_noised)
     if n < B:
         hidden = (B - n) * L - (len(ids_keep) - num_visible_noised)
         loss_clean = mean((pred_x0[n:] - target_x0[n:]) ** 2, masked[n:], hidden)

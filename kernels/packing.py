@@ -21,9 +21,7 @@ class Packing(NamedTuple):
     max_seqlen: int
     num_rows: int  # rows a modulation table must have: 1 + the largest of cond_index
     runs: tuple[tuple[int, int], ...]  # (samples, length): consecutive samples of equal length
-    segments: tuple[
-        tuple[int, int, int], ...
-    ]  # (start, stop, row): consecutive tokens that share a modulation row
+    segments: tuple[tuple[int, int, int], ...]  # (start, stop, row): consecutive tokens that share a modulation row
 
     @property
     def num_samples(self) -> int:
@@ -51,9 +49,7 @@ def pack(
     if len(lengths) == 0 or min(lengths) < 0:
         raise ValueError(f"lengths: expected at least one length, all >= 0, got {list(lengths)}")
     if len(rows) != len(lengths) or min(rows) < 0:
-        raise ValueError(
-            f"cond_index: expected a row >= 0 for each of {len(lengths)} samples, got {list(rows)}"
-        )
+        raise ValueError(f"cond_index: expected a row >= 0 for each of {len(lengths)} samples, got {list(rows)}")
     offsets = [0]
     for length in lengths:
         offsets.append(offsets[-1] + length)

@@ -160,9 +160,7 @@ def centered(picture: np.ndarray, config: DataConfig) -> np.ndarray:
     return resized(picture, box, config)
 
 
-def center_view(
-    dataset: ImageDataset, indices: Sequence[int] | np.ndarray | Tensor, config: DataConfig
-) -> Tensor:
+def center_view(dataset: ImageDataset, indices: Sequence[int] | np.ndarray | Tensor, config: DataConfig) -> Tensor:
     """Pictures as they are tested: short side resized, centre cropped. float32 [n, C, H, W] in [-1, 1]."""
     with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # Pillow lets go of the interpreter lock
         views = list(pool.map(lambda index: centered(dataset.read(int(index))[1], config), indices))
@@ -263,9 +261,7 @@ def train_loader(
         raise ValueError(f"{given}: expected rank < world_size and none negative")
     if len(dataset) == 0:
         raise ValueError(f"the {dataset.split} split of {dataset.name} is empty")
-    keys = sample_keys(
-        len(dataset), batch_size=batch_size, seed=seed, start=start, rank=rank, world_size=world_size
-    )
+    keys = sample_keys(len(dataset), batch_size=batch_size, seed=seed, start=start, rank=rank, world_size=world_size)
     device = torch.device(device)
     # Forked workers share the pictures' memory; elsewhere than on Linux forking is not safe.
     fork = config.num_workers > 0 and sys.platform == "linux"

@@ -11,13 +11,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from umd import ops
 from umd.config import ObjectiveConfig, model_config
-from umd.device import autocast, pick_device, pick_dtype
+from umd.device import pick_device, pick_dtype
 from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Objective
 from umd.report import DemoRecord, Part, ProbeRow, save_record, write_report
+from umd.sampler import denoising_sequence
 from umd.train import evaluate
 from umd.train.data import DataConfig, center_view, describe, open_dataset
 from umd.train.inpaint import hole_mask, inpainting_rows
@@ -74,7 +74,7 @@ def run_demo(demo: Demo, console: Console) -> Path:
     pre = pretrain_config(demo)
     train_set, test_set = open_dataset(pre.data, "train"), open_dataset(pre.data, "test")
     if train_set.labels is None:
-        raise UserError(f"{train_set.name} has no labels; the demo needs one subfolder a class (umd pretrain does not)")
+        raise UserError(f"{train_set.name} has no labels; the demo needs one subfolder a class (umd pretrain none)")
     classes = train_set.class_names
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
@@ -95,11 +95,19 @@ def run_demo(demo: Demo, console: Console) -> Path:
     objective = Objective(pre.model, pre.objective, schedule)
     triplets = reconstructions(model, objective, held_out, 0, demo.seed, dtype)
     noised_triplets = reconstructions(model, objective, held_out, schedule.num_steps // 4, demo.seed, dtype)
-    denoising = denoising_over_time(model, objective, held_out[:1], dtype)
+    times = [schedule.num_steps * share // 20 for share in (1, 3, 5, 10, 15, 18)]
+    with torch.no_grad():
+        x_t, x_start = denoising_sequence(evaluate.denoiser(model, dtype), held_out[:1], schedule, times, predict="eps")
+    denoising = list(zip(times, rgb(x_t.flatten(0, 1)), rgb(x_start.flatten(0, 1)), strict=True))
 
     since = time.monotonic()
     shots = 100
-    results = evaluate.probe(pre, model, shots, l2=PROBE_L2, allow_fewer=True, dtype=dtype)
+    seconds = clock.share(PROBE, 0.5)
+    x = held_out.repeat(8, 1, 1, 1)
+    rate = len(x) / evaluate.timed(lambda: evaluate.represent(model, x, dtype))
+    results = evaluate.probe(
+        pre, model, shots, l2=PROBE_L2, allow_fewer=True, dtype=dtype, max_images=int(seconds * rate / 3)
+    )  # two networks read each image; the rest is for the probe itself
     ours = results["UMD"]
     clock.done(
         "Few-shot probe", since, f"{ours.mean:.3f} class-averaged accuracy, up to {shots} shots a class",
@@ -117,7 +125,9 @@ def run_demo(demo: Demo, console: Console) -> Path:
         fine,
         batch_size=pre.batch_size,
         minutes=clock.share(FINETUNE, FINETUNE + SAMPLE + INPAINT + FRECHET + 0.03) / 60,
-        optim=replace(fine.optim, lr=2e-3, ema=0.04),  # a run of minutes: the recipe's rates are for 50 epochs of ImageNet
+        optim=replace(
+            fine.optim, lr=2e-3, ema=0.04
+        ),  # a run of minutes: the recipe's rates are for 50 epochs of ImageNet
         draw_every=10**9,
     )
     train(fine, console, "finetune")
@@ -131,19 +141,27 @@ def run_demo(demo: Demo, console: Console) -> Path:
 
     since = time.monotonic()
     seconds = clock.share(SAMPLE, SAMPLE + INPAINT + FRECHET + 0.03)
-    labels = torch.arange(len(classes)).repeat_interleave(SHOWN)
-    call = evaluate.seconds_a_call(generator, len(labels), dtype, labelled=True)
-    num_steps = int(np.clip(seconds / (3.2 * call), 10, 125))  # without guidance one call a step, with it two
+    for shown in (SHOWN, SHOWN // 2, SHOWN // 4):  # fewer pictures on a slow machine, rather than too few steps
+        labels = torch.arange(len(classes)).repeat_interleave(shown)
+        call = evaluate.seconds_a_call(generator, len(labels), dtype, labelled=True)
+        num_steps = int(np.clip(seconds / (3.2 * call), 10, 125))  # without guidance one call a step, with it two
+        if num_steps >= 25:
+            break
     samples = {}
     for cfg_scale in (1.0, 4.0):
         drawn = evaluate.sample(
             generator, schedule, labels, len(labels), num_steps=num_steps, cfg_scale=cfg_scale, seed=demo.seed,
             clip=True, dtype=dtype, batch=len(labels), console=console,
         )  # fmt: skip
-        samples[f"guidance {cfg_scale:g}"] = rgb(drawn).reshape(len(classes), SHOWN, demo.size, demo.size, 3)
+        samples[f"guidance {cfg_scale:g}"] = rgb(drawn).reshape(len(classes), shown, demo.size, demo.size, 3)
         if cfg_scale == 1.0:
             plain_samples = drawn
-    clock.done("Sampling", since, f"{SHOWN} a class, {num_steps} DDIM steps, with and without guidance", f"umd sample {fine.out}")
+    clock.done(
+        "Sampling",
+        since,
+        f"{shown} a class, {num_steps} DDIM steps, with and without guidance",
+        f"umd sample {fine.out}",
+    )
 
     since = time.monotonic()
     seconds = clock.share(INPAINT, INPAINT + FRECHET + 0.03)
@@ -155,17 +173,20 @@ def run_demo(demo: Demo, console: Console) -> Path:
         generator, schedule, picked, hole, samples=3, num_steps=inpaint_steps, resample=2, seed=demo.seed, dtype=dtype,
         console=console,
     )  # fmt: skip
-    clock.done("Inpainting", since, f"3 fillings of {len(picked)} pictures, {inpaint_steps} steps", f"umd inpaint {fine.out}")
+    clock.done(
+        "Inpainting", since, f"3 fillings of {len(picked)} pictures, {inpaint_steps} steps", f"umd inpaint {fine.out}"
+    )
 
     since = time.monotonic()
-    distances = frechet_distances(plain_samples, train_set, test_set, pre, clock.share(FRECHET, FRECHET + 0.03), device, console)
+    distances = frechet_distances(
+        plain_samples, train_set, test_set, pre, clock.share(FRECHET, FRECHET + 0.03), device, console
+    )
     if distances:
         clock.done("Fréchet distance", since, f"{distances[0][0]} against held-out pictures")
 
     record = DemoRecord(
         title="Unified Masked Diffusion: demo",
-        command=f"make demo MINUTES={demo.minutes:g}" if demo == replace(Demo(), minutes=demo.minutes, out=demo.out)
-        else f"umd demo --minutes {demo.minutes:g} --data.source {demo.data.source} --size {demo.size} --seed {demo.seed}",
+        command=command_of(demo),
         started=started,
         machine={
             "device": str(device), "type": "bf16 autocast" if dtype == torch.bfloat16 else "fp32",
@@ -173,9 +194,9 @@ def run_demo(demo: Demo, console: Console) -> Path:
             "torch": torch.__version__, "python": platform.python_version(),
         },
         settings=settings_of(pre, model),
-        dataset=describe(train_set),
+        dataset=describe(train_set) + (EMOJI_CREDIT if demo.data.source == "emoji" else ""),
         parts=clock.parts,
-        metrics={name: read_metrics(config.out / "metrics.jsonl") for name, config in (("pretrain", pre), ("finetune", fine))},
+        metrics={config.out.name: read_metrics(config.out / "metrics.jsonl") for config in (pre, fine)},
         triplets=triplets,
         noised_triplets=noised_triplets,
         denoising=denoising,
@@ -194,6 +215,17 @@ def run_demo(demo: Demo, console: Console) -> Path:
 
 
 PROBE_L2 = (1.0, 32.0, 1024.0, 32768.0)  # chosen among on a part of the training shots, for every row alike
+
+
+EMOJI_CREDIT = ". Pictures: Noto Emoji by Google (Apache 2.0) and Twemoji by Twitter and contributors (CC BY 4.0)"
+
+
+def command_of(demo: Demo) -> str:
+    """What to type to run this again."""
+    if demo == replace(Demo(), minutes=demo.minutes, out=demo.out):
+        return f"make demo MINUTES={demo.minutes:g}"
+    source = f"--data.source {demo.data.source}"
+    return f"umd demo --minutes {demo.minutes:g} {source} --size {demo.size} --seed {demo.seed} --out {demo.out}"
 
 
 def pretrain_config(demo: Demo) -> RunConfig:
@@ -232,21 +264,6 @@ def spread(labels: np.ndarray, count: int) -> np.ndarray:
     return np.array(turns[:count])
 
 
-@torch.no_grad()
-def denoising_over_time(model: UMD, objective: Objective, x: Tensor, dtype: torch.dtype) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """(t, x_t, x̂0) of one whole image [1, C, H, W] at rising noise: ε̂ where it says more, read as x̂0."""
-    T = objective.schedule.num_steps
-    out = []
-    for t in (T // 20, T // 8, T // 4, T // 2, T * 3 // 4, T * 9 // 10):
-        timesteps = torch.full((1,), t, device=x.device)
-        x_t = objective.schedule.q_sample(x, timesteps, ops.philox_randn(0, x.shape, x.device, x.dtype))
-        with autocast(x.device, dtype):
-            _, eps = model.denoise(x_t, timesteps)
-        x_start = objective.schedule.xstart_from_eps(x_t, timesteps, eps)
-        out.append((t, rgb(x_t)[0], rgb(x_start)[0]))
-    return out
-
-
 def frechet_distances(
     samples: Tensor, train_set, test_set, config: RunConfig, seconds: float, device: torch.device, console: Console
 ) -> list[tuple[str, str, float]]:
@@ -265,7 +282,10 @@ def frechet_distances(
     real = center_view(train_set, rng.permutation(len(train_set))[:count], config.data).to(device)
     chosen = samples[torch.from_numpy(rng.permutation(len(samples))[:count].copy())]
     rows = []
-    for what, images in ((f"{count} samples without guidance", chosen), (f"{count} training pictures (the floor)", real)):
+    for what, images in (
+        (f"{count} samples without guidance", chosen),
+        (f"{count} training pictures (the floor)", real),
+    ):
         name, value = evaluate.frechet(images, reference, console)
         rows.append((name, f"{what} against {count} held-out pictures", value))
     return rows

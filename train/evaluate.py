@@ -12,6 +12,7 @@ from torch import Tensor
 
 from umd.config import ScheduleConfig
 from umd.device import autocast, pick_device, pick_dtype
+from umd.errors import UserError
 from umd.metrics import FeatureStatistics, default_features, feature_statistics
 from umd.model import UMD
 from umd.ops import philox_randn
@@ -46,8 +47,10 @@ def denoiser(model: UMD, dtype: torch.dtype) -> Denoise:
 
 
 @torch.no_grad()
-def represent(model: UMD, x: Tensor, dtype: torch.dtype, schedule: NoiseSchedule | None = None, batch: int = 128) -> Tensor:
-    """Representations [N, D] of images [N, C, H, W], at t = 0; with a schedule, noised at index 50 (networks with r0 = 0)."""
+def represent(
+    model: UMD, x: Tensor, dtype: torch.dtype, schedule: NoiseSchedule | None = None, batch: int = 128
+) -> Tensor:
+    """Representations [N, D] of images [N, C, H, W] at t = 0; given a schedule, noised at its index 50 (for r0 = 0)."""
     device = next(model.parameters()).device
     features = []
     for i, images in enumerate(x.split(batch)):
@@ -63,7 +66,7 @@ def represent(model: UMD, x: Tensor, dtype: torch.dtype, schedule: NoiseSchedule
 
 
 def open_gates(model: UMD) -> UMD:
-    """Set every gate of an untrained adaLN-zero network to 1: as made, each block is the identity and CLS sees no image."""
+    """Set every gate of an untrained adaLN-zero network to 1: as made, its blocks do nothing and CLS sees no image."""
     if model.adaLN_modulation is not None:
         config = model.config
         with torch.no_grad():
@@ -80,16 +83,25 @@ def probe(
     l2: tuple[float, ...] = (1024.0,),
     allow_fewer: bool = False,
     dtype: torch.dtype = torch.float32,
+    max_images: int | None = None,
 ) -> dict[str, ProbeResult]:
-    """Few-shot probe on the held-out split: of the network, and of its two floors, raw pixels and an untrained network."""
-    train, test = open_dataset(config.data, "train"), open_dataset(config.data, "test")
-    train_x = center_view(train, np.arange(len(train)), config.data)
-    test_x = center_view(test, np.arange(len(test)), config.data)
-    if train.labels is None or test.labels is None:
-        from umd.errors import UserError
+    """Few-shot probe on the held-out split: of the network, and of its floors, raw pixels and an untrained network.
 
+    max_images: bound on what the networks read; the shots then come from a pool of equally many images a class, and
+    part of the held-out images is left out, each by a fixed random order.
+    """
+    train, test = open_dataset(config.data, "train"), open_dataset(config.data, "test")
+    if len(test) == 0:
+        raise UserError("a probe needs held-out images and data.holdout is 0; train with a share held out, e.g. 0.2")
+    if train.labels is None or test.labels is None:
         raise UserError(f"a probe needs labels, and {train.name} has none; use one subfolder a class")
-    train_y, test_y = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
+    train_ids, test_ids = np.arange(len(train)), np.arange(len(test))
+    if max_images is not None:
+        test_ids = first_of_each(test.labels, len(test))[: max(max_images // 3, 1)]
+        pool = max(shots, (max_images - len(test_ids)) // len(train.class_names))
+        train_ids = first_of_each(train.labels, pool)
+    train_x, test_x = center_view(train, train_ids, config.data), center_view(test, test_ids, config.data)
+    train_y, test_y = torch.from_numpy(train.labels[train_ids]), torch.from_numpy(test.labels[test_ids])
     schedule = schedule_of(config.schedule) if config.objective.no_noise_prob == 0 else None
     torch.manual_seed(config.seed)
     untrained = open_gates(UMD(model.config)).to(next(model.parameters()).device).eval()
@@ -105,6 +117,13 @@ def probe(
         )
         for name, extract in features.items()
     }  # fmt: skip
+
+
+def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:
+    """Indices of up to `count` images of each class, the whole in random but fixed order."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    chosen = np.concatenate([order[labels[order] == c][:count] for c in np.unique(labels)])
+    return order[np.isin(order, chosen)]
 
 
 @contextmanager
@@ -149,25 +168,30 @@ def sample(
     return torch.cat(out)
 
 
+def timed(call: Callable[[], object], repeats: int = 3) -> float:
+    """Median seconds of a call, on a GPU too."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[repeats // 2]
+
+
 def seconds_a_call(model: UMD, batch: int, dtype: torch.dtype, labelled: bool) -> float:
     """Measured seconds of one network call on `batch` images."""
     device = next(model.parameters()).device
     x = torch.zeros(batch, model.config.channels, *model.config.image_size, device=device)
-    t = torch.full((batch,), model.config.num_patches, device=device)
+    t = torch.ones(batch, dtype=torch.int64, device=device)
     labels = torch.zeros(batch, dtype=torch.int64, device=device) if labelled else None
-    times = []
     with torch.no_grad():
-        for _ in range(3):
-            start = time.perf_counter()
-            denoiser(model, dtype)(x, t, labels)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start)
-    return sorted(times)[1]
+        return timed(lambda: denoiser(model, dtype)(x, t, labels))
 
 
 def frechet(samples: Tensor, reference: Tensor, console: Console | None = None) -> tuple[str, float]:
-    """(name, distance) between samples and images, both [N, C, H, W] in [-1, 1]; the name is FID only with InceptionV3."""
+    """(name, distance) of samples to images, both [N, C, H, W] in [-1, 1]; the name is FID only with InceptionV3."""
     network, name = default_features()
     statistics: list[FeatureStatistics] = []
     for what, images in (("samples", samples), ("reference", reference)):

@@ -12,7 +12,7 @@ from umd.errors import UserError
 from umd.model import UMD
 from umd.sampler import inpaint
 from umd.schedule import NoiseSchedule
-from umd.train.data import centered_view_of_file, center_view, open_dataset
+from umd.train.data import center_view, centered_view_of_file, open_dataset
 from umd.train.evaluate import denoiser, sampling_progress
 from umd.train.preview import rgb
 from umd.train.run import RunConfig
@@ -31,7 +31,7 @@ def pictures_and_mask(config: RunConfig, images: tuple[Path, ...], mask: str, se
 
 
 def hole_mask(mask: str, x: Tensor, patch_size: int, seed: int = 0) -> Tensor:
-    """The hole as [B, 1, H, W], 1 where pixels are removed: `center`, `left`, `random` patches, or a PNG's white part."""
+    """The hole [B, 1, H, W], 1 where pixels are removed: `center`, `left`, `random` patches, or a PNG's white part."""
     B, _, H, W = x.shape
     hole = torch.zeros(B, 1, H, W)
     if mask == "center":
@@ -45,12 +45,16 @@ def hole_mask(mask: str, x: Tensor, patch_size: int, seed: int = 0) -> Tensor:
         try:
             drawn = np.asarray(Image.open(mask).convert("L"))
         except (OSError, ValueError) as error:
-            raise UserError(f"mask {mask!r} cannot be read; expected center, left, random, or a black and white PNG") from error
+            raise UserError(
+                f"mask {mask!r} cannot be read; expected center, left, random, or a black and white PNG"
+            ) from error
         if drawn.shape != (H, W):
             raise UserError(f"mask {mask!r} is {drawn.shape[0]}x{drawn.shape[1]}; this model's pictures are {H}x{W}")
         hole[:] = torch.from_numpy(drawn > 127)
         if hole.min() == hole.max():
-            raise UserError(f"mask {mask!r} hides {'everything' if hole.max() else 'nothing'}; white is filled, black is kept")
+            raise UserError(
+                f"mask {mask!r} hides {'everything' if hole.max() else 'nothing'}; white is filled, black is kept"
+            )
     return hole
 
 

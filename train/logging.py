@@ -16,7 +16,7 @@ PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw a bar i
 
 
 class RunLog:
-    """Writes the rows and pictures of one run; `start` is the step it goes on from: later rows of a killed run are dropped."""
+    """Writes the rows and pictures of a run that goes on from step `start`; later rows of a killed one are dropped."""
 
     def __init__(self, out: Path, console: Console, start: int, name: str):
         out.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from umd.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from umd.device import autocast, peak_flops, pick_device, pick_dtype
+from umd.device import autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from umd.ema import EMA, ema_rate
 from umd.errors import UserError
 from umd.flops import step_flops
@@ -60,6 +60,8 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
     """
     console = console or Console()
     device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype = pick_dtype(config.precision, device)
     dataset = open_dataset(config.data, "train")
     schedule = NoiseSchedule(config.schedule.name, config.schedule.num_steps, config.schedule.rho)
@@ -249,7 +251,7 @@ def check_finite(config: RunConfig, pending: tuple[int, Tensor, Tensor, Tensor] 
     )
     raise Diverged(
         f"the loss or its gradient is not finite at step {step} (loss {values[0]}, gradient norm {float(norm)}; images "
-        f"{indices[:8].tolist()}...); {dump} has the batch; last good checkpoint: {saved}; a smaller lr or batch is the usual cure"
+        f"{indices[:8].tolist()}...); {dump} has the batch, last good checkpoint: {saved}; lower the lr or the batch"
     )
 
 
@@ -301,10 +303,14 @@ def previews(model: UMD, objective: Objective, x: Tensor, dtype: torch.dtype) ->
     sheets = {}
     T = objective.schedule.num_steps
     for label, timestep in (("reconstruction", 0), ("denoising", T // 4)):
-        if (timestep == 0) == (objective.config.no_noise_prob == 0) or (timestep and objective.config.no_noise_prob == 1):
+        if (timestep == 0) == (objective.config.no_noise_prob == 0) or (
+            timestep and objective.config.no_noise_prob == 1
+        ):
             continue
         triplets = reconstructions(model, objective, x, timestep, dtype=dtype)
-        sheets[label] = grid(np.stack([picture for row in zip(*triplets, strict=True) for picture in row]), len(triplets))
+        sheets[label] = grid(
+            np.stack([picture for row in zip(*triplets, strict=True) for picture in row]), len(triplets)
+        )
     classes = model.config.num_classes
     if classes:
         labels = torch.arange(min(classes, 16), device=x.device)
@@ -320,5 +326,3 @@ def previews(model: UMD, objective: Objective, x: Tensor, dtype: torch.dtype) ->
             )  # fmt: skip
         sheets["samples"] = grid(rgb(samples), columns=8)
     return sheets
-
-

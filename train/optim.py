@@ -24,7 +24,7 @@ class OptimConfig:
     clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
     ema: float = 0.0
-    """EMA rate for a batch of 256, ema += ema·batch/256·(p - ema) a step; 0: no EMA. Released code 1e-4, Table 5 2.5e-4."""
+    """EMA rate of a step at batch 256, scaled with the batch; 0: no EMA. Released code 1e-4, Table 5 2.5e-4."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -34,7 +34,7 @@ class OptimConfig:
 
 
 def lr_scale(progress: float, warmup: float) -> float:
-    """Share of the peak learning rate at `progress` of the run (0 to 1): linear warm-up from 0, then half a cosine to 0."""
+    """Share of the peak rate at `progress` of the run (0 to 1): linear warm-up from 0, then half a cosine to 0."""
     if progress < warmup:
         return progress / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))

@@ -49,7 +49,11 @@ def reconstructions(
     return [
         (masked_view(s, m, P), p, o)
         for s, m, p, o in zip(
-            rgb(seen), mask.view(B, *model.config.grid_size).bool().cpu().numpy(), rgb(predicted), rgb(x_start), strict=True
+            rgb(seen),
+            mask.view(B, *model.config.grid_size).bool().cpu().numpy(),
+            rgb(predicted),
+            rgb(x_start),
+            strict=True,
         )
     ]
 

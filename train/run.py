@@ -97,8 +97,14 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "umd-b4": ("UMD-B/4, 64x64 pixels: the paper's main model", _pixels("UMD-B/4", "umd", "umd-b4")),
     "umd-l4": ("UMD-L/4, 64x64 pixels", _pixels("UMD-L/4", "umd", "umd-l4")),
     "umd-xl4": ("UMD-XL/4, 64x64 pixels", _pixels("UMD-XL/4", "umd", "umd-xl4")),
-    "mae-b4": ("the same network as MAE: no noise, 75 % masked, no adaLN, batch 4096", _pixels("UMD-B/4", "mae", "mae-b4", batch_size=4096)),
-    "maskdit-b4": ("the same network as MaskDiT: always noised, 50 % masked", _pixels("UMD-B/4", "maskdit", "maskdit-b4")),
+    "mae-b4": (
+        "the same network as MAE: no noise, 75 % masked, no adaLN, batch 4096",
+        _pixels("UMD-B/4", "mae", "mae-b4", batch_size=4096),
+    ),
+    "maskdit-b4": (
+        "the same network as MaskDiT: always noised, 50 % masked",
+        _pixels("UMD-B/4", "maskdit", "maskdit-b4"),
+    ),
     "dit-b4": ("the same network as DiT: always noised, nothing masked", _pixels("UMD-B/4", "dit", "dit-b4")),
 }  # fmt: skip
 
@@ -160,7 +166,9 @@ def read_config(path: Path) -> RunConfig:
     try:
         values = yaml.safe_load(file.read_text())
     except OSError as error:
-        raise UserError(f"no run configuration at {file}; expected a run folder with config.yaml, or a YAML file") from error
+        raise UserError(
+            f"no run configuration at {file}; expected a run folder with config.yaml, or a YAML file"
+        ) from error
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):

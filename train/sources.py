@@ -173,9 +173,7 @@ def open_folder(root: Path, split: str, holdout: float, skip_broken: bool) -> Im
             train_names = listing(root / "train")[0]
             unknown = sorted(set(class_names) - set(train_names))
             if unknown:
-                raise UserError(
-                    f"class folder {folder / unknown[0]} has no counterpart in {root / 'train'}: add one."
-                )
+                raise UserError(f"class folder {folder / unknown[0]} has no counterpart in {root / 'train'}: add one.")
             labels = np.array([train_names.index(name) for name in class_names])[labels]
             class_names = train_names
     paths = [str(folder / file) for file in files]
@@ -199,9 +197,7 @@ def listing(folder: Path) -> tuple[list[str], list[str]]:
     try:
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith((".", "__"))]
     except OSError as error:
-        raise UserError(
-            f"cannot list folder {folder} ({error.strerror}): check that it can be read."
-        ) from error
+        raise UserError(f"cannot list folder {folder} ({error.strerror}): check that it can be read.") from error
     subfolders = sorted(entry.name for entry in entries if entry.is_dir())
     return subfolders, sorted(entry.name for entry in entries if is_image(entry.name) and entry.is_file())
 
@@ -276,16 +272,12 @@ def open_arrays(path: Path, split: str, holdout: float) -> ImageDataset:
         labels = {name: stored[name] for name in label_names}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"cannot read {path} ({reason}): expected .npy or .npz without pickled objects."
-        ) from error
+        raise UserError(f"cannot read {path} ({reason}): expected .npy or .npz without pickled objects.") from error
 
     check_images(images, f"{names[0]} in {path}")
     labels = {name: check_labels(array, f"{name} in {path}") for name, array in labels.items()}
     own_labels = labels[names[1]] if names[1] else None
-    return from_arrays(
-        path, split, images, own_labels, count_classes(labels), None if own_splits else holdout
-    )
+    return from_arrays(path, split, images, own_labels, count_classes(labels), None if own_splits else holdout)
 
 
 def array_names(stored: dict, split: str | None = None) -> tuple[str, str | None] | None:
@@ -294,9 +286,7 @@ def array_names(stored: dict, split: str | None = None) -> tuple[str, str | None
         images_as, labels_as = ["images", "x", "arr_0"], ["labels", "y", "arr_1"]
     else:
         images_as, labels_as = [f"{split}_images", f"x_{split}"], [f"{split}_labels", f"y_{split}"]
-    images, labels = (
-        next((name for name in names if name in stored), None) for names in (images_as, labels_as)
-    )
+    images, labels = (next((name for name in names if name in stored), None) for names in (images_as, labels_as))
     return None if images is None else (images, labels)
 
 
@@ -339,15 +329,11 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
     start = 4 + 4 * ndim
     if data[:4] != bytes((0, 0, 8, ndim)) or len(data) < start:
         expected, found = bytes((0, 0, 8, ndim)).hex(), data[:start].hex()
-        raise UserError(
-            f"{path} begins with {found}, expected the idx{ndim} header {expected}: download it again."
-        )
+        raise UserError(f"{path} begins with {found}, expected the idx{ndim} header {expected}: download it again.")
     shape = tuple(int(size) for size in np.frombuffer(data, ">u4", ndim, 4))
     size, promised = len(data) - start, math.prod(shape)
     if size != promised:
-        raise UserError(
-            f"{path} is damaged: its header promises {promised} bytes, it has {size}; download it again."
-        )
+        raise UserError(f"{path} is damaged: its header promises {promised} bytes, it has {size}; download it again.")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
@@ -355,13 +341,9 @@ def check_images(images: np.ndarray, what: str) -> None:
     if images.dtype != np.uint8:
         raise UserError(f"{what} has dtype {images.dtype}: expected uint8 pixels, 0 to 255.")
     if images.ndim not in (3, 4) or 0 in images.shape:
-        raise UserError(
-            f"{what} has shape {images.shape}: expected [N, H, W] or [N, H, W, C], none of these 0."
-        )
+        raise UserError(f"{what} has shape {images.shape}: expected [N, H, W] or [N, H, W, C], none of these 0.")
     if images.ndim == 4 and images.shape[3] not in (1, 3, 4):
-        raise UserError(
-            f"{what} has shape {images.shape}: expected [N, H, W, C], the 1, 3 or 4 channels last."
-        )
+        raise UserError(f"{what} has shape {images.shape}: expected [N, H, W, C], the 1, 3 or 4 channels last.")
 
 
 def check_labels(labels: np.ndarray, what: str) -> np.ndarray:
@@ -391,9 +373,7 @@ def from_arrays(
 ) -> ImageDataset:
     """Images [N, H, W] or [N, H, W, C] and labels [N]; `holdout` where the file has no splits of its own."""
     if labels is not None and len(labels) != len(images):
-        raise UserError(
-            f"{path} has {len(images)} images but {len(labels)} labels for {split}: expected as many."
-        )
+        raise UserError(f"{path} has {len(images)} images but {len(labels)} labels for {split}: expected as many.")
     rows = np.arange(len(images))
     if holdout is not None:
         rows = choose_split(map(str, rows), split, holdout, str(path))

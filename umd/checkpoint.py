@@ -110,9 +110,7 @@ def load_checkpoint(
     if not _FOLDER.fullmatch(path.name) and not (path / STATE).exists():
         newest = latest_checkpoint(path)
         if newest is None:
-            raise CheckpointError(
-                f"There is no checkpoint in {path}; expected complete folders such as step-00000100."
-            )
+            raise CheckpointError(f"There is no checkpoint in {path}; expected complete folders such as step-00000100.")
         path = newest
     document = _document(path)
     files = {Path(name).stem: path / name for name in document["files"]}
@@ -194,9 +192,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     }
 
 
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
-) -> None:
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave, bit for bit: unlike `load_state_dict` it casts no moments.
 
     Raises CheckpointError if a tensor is of no parameter of the optimiser, or of another shape.

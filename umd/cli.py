@@ -75,14 +75,18 @@ def parse(cls_or_function, name: str, arguments: list[str], default=None):
     import tyro
 
     kwargs = {} if default is None else {"default": default}
-    return tyro.cli(cls_or_function, prog=f"umd {name}", args=arguments, config=(tyro.conf.FlagConversionOff,), **kwargs)
+    return tyro.cli(
+        cls_or_function, prog=f"umd {name}", args=arguments, config=(tyro.conf.FlagConversionOff,), **kwargs
+    )
 
 
 def take_path(arguments: list[str], command: str, what: str) -> tuple[Path, list[str]]:
     """The first argument as a path, which decides the defaults of the options behind it."""
     if not arguments or arguments[0].startswith("-"):
         if {"-h", "--help"} & set(arguments):
-            console.print(f"usage: umd {command} {what} [options]; `umd {command} {what} --help` lists the options of a run")
+            console.print(
+                f"usage: umd {command} {what} [options]; `umd {command} {what} --help` lists the options of a run"
+            )
             sys.exit(0)
         raise UserError(f"umd {command} needs {what} first, e.g. `umd {command} runs/umd-tiny`")
     return Path(arguments[0]), arguments[1:]
@@ -93,7 +97,9 @@ def pretrain(arguments: list[str]) -> None:
     from umd.train.run import PRESETS, RunConfig, read_config
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        console.print("usage: umd pretrain PRESET|CONFIG.yaml [options]; `umd pretrain PRESET --help` lists the options\n")
+        console.print(
+            "usage: umd pretrain PRESET|CONFIG.yaml [options]; `umd pretrain PRESET --help` lists the options\n"
+        )
         table = Table(box=None, show_header=False, padding=(0, 2))
         for name, (what, _) in PRESETS.items():
             table.add_row(f"  [bold]{name}[/]", what)
@@ -122,7 +128,9 @@ def finetune(arguments: list[str]) -> None:
     config = parse(RunConfig, f"finetune {init}", rest, default)
     dataset = open_dataset(config.data, "train")
     if not dataset.class_names:
-        raise UserError(f"{dataset.name} has no labels to fine-tune with; use one subfolder a class, or labels in the .npz")
+        raise UserError(
+            f"{dataset.name} has no labels to fine-tune with; use one subfolder a class, or labels in the .npz"
+        )
     train(replace(config, model=replace(config.model, num_classes=len(dataset.class_names))), console, "finetune")
 
 
@@ -169,8 +177,8 @@ def sample(arguments: list[str]) -> None:
     known = model.config.num_classes
     classes = options.classes or tuple(range(known))
     if bad := [c for c in classes if not 0 <= c < known]:
-        raise UserError(f"class {bad[0]} is unknown: this run has {known} classes, 0 to {known - 1}" if known else
-                        "this run was trained without labels and has no classes; leave out --classes or fine-tune it first")  # fmt: skip
+        has = f"this run has {known} classes, 0 to {known - 1}" if known else "this run was trained without labels"
+        raise UserError(f"class {bad[0]} is unknown: {has}; choose others, or leave out --classes")
     labels = torch.tensor(classes).repeat_interleave(options.per_class) if classes else None
     count = options.per_class * max(len(classes), 1)
     samples = evaluate.sample(
@@ -187,7 +195,9 @@ def sample(arguments: list[str]) -> None:
     console.print(f"{count} samples in {out} and {out.with_suffix('.npz')}", highlight=False)
     if options.frechet:
         test = open_dataset(config.data, "test")
-        name, value = evaluate.frechet(samples, center_view(test, np.arange(len(test)), config.data).to(device), console)
+        name, value = evaluate.frechet(
+            samples, center_view(test, np.arange(len(test)), config.data).to(device), console
+        )
         console.print(f"{name} of {count} samples against {len(test)} held-out images: {value:.2f}")
 
 

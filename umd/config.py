@@ -32,11 +32,11 @@ class ModelConfig:
     num_cls: int = 1
     """CLS tokens, averaged into the representation (paper 1, released code 4)."""
     adaLN: bool = True
-    """adaLN-zero conditioning; off: the condition is one more token in every block (MAE, and the paper's ablation)."""
+    """adaLN-zero conditioning; off: the condition is one more token in every block (MAE, the paper's ablation)."""
     norm_affine: bool = True
     """LayerNorm's own scale and bias, which the released code keeps under adaLN and DiT does not."""
     embedding: Literal["paper", "released"] = "paper"
-    """Time and label embedding: DiT's 256 features and a plain label table, or the released code's D features and MLPs."""
+    """Time and label embedding: DiT's 256 features and a plain table; or D features and MLPs, as released."""
     num_classes: int = 0
     """Classes of the label embedding; 0: no labels, as in pre-training."""
 
@@ -51,7 +51,7 @@ class ModelConfig:
 
     @property
     def num_modulations(self) -> int:
-        """Rows of width D that the adaLN projection makes of one condition: 6 a block, 2 for the decoder's final norm."""
+        """Tables of width D that the adaLN projection makes: 6 a block, 2 for the decoder's final norm."""
         return 6 * (self.depth + self.decoder_depth) + 2
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class ModelConfig:
         if H % self.patch_size or W % self.patch_size:
             raise UserError(
                 f"image size {H}x{W} is not divisible by patch size {self.patch_size}; "
-                f"use {H // self.patch_size * self.patch_size}x{W // self.patch_size * self.patch_size} or another patch size"
+                f"use {H - H % self.patch_size}x{W - W % self.patch_size} or another patch size"
             )
         if self.hidden_size % self.num_heads or self.hidden_size % 2:
             raise UserError(f"width {self.hidden_size} must be even and divisible by {self.num_heads} heads")
@@ -72,9 +72,7 @@ class ModelConfig:
 
 
 SIZES: dict[str, dict[str, int]] = {
-    "Ti": dict(
-        hidden_size=192, depth=6, decoder_depth=2, num_heads=3
-    ),  # for CPUs and tests; not in the paper
+    "Ti": dict(hidden_size=192, depth=6, decoder_depth=2, num_heads=3),  # for CPUs and tests; not in the paper
     "S": dict(hidden_size=384, depth=12, decoder_depth=4, num_heads=6),
     "B": dict(hidden_size=768, depth=12, decoder_depth=4, num_heads=12),
     "L": dict(hidden_size=1024, depth=24, decoder_depth=8, num_heads=16),
@@ -90,9 +88,7 @@ def model_config(name: str, **changes) -> ModelConfig:
     """
     size, _, patch = name.removeprefix("UMD-").partition("/")
     if size not in SIZES or not patch.isdigit() or not name.startswith("UMD-"):
-        raise UserError(
-            f"unknown model {name!r}; expected UMD-SIZE/PATCH with SIZE one of {', '.join(SIZES)}"
-        )
+        raise UserError(f"unknown model {name!r}; expected UMD-SIZE/PATCH with SIZE one of {', '.join(SIZES)}")
     return ModelConfig(**{**SIZES[size], "patch_size": int(patch), **changes})
 
 

@@ -26,9 +26,7 @@ _SCANNED = "ScanCheckpointEncoder1DBlock_0/"  # the blocks of a tower stacked on
 _FOREIGN = "this is no UMD checkpoint of small-vision, or not all of it"
 
 
-def import_small_vision(
-    path: Path | str, out_dir: Path | str, image_size: tuple[int, int] | None = None
-) -> Path:
+def import_small_vision(path: Path | str, out_dir: Path | str, image_size: tuple[int, int] | None = None) -> Path:
     """Write a checkpoint of ours with the weights at `path`, their EMA beside them where there is one.
 
     Raises:
@@ -83,9 +81,7 @@ def _read_tensorstore(folder: Path) -> np.ndarray:
     try:
         import tensorstore
     except ImportError:
-        raise UserError(
-            "checkpoint folders of small-vision are tensorstore arrays; pip install tensorstore"
-        ) from None
+        raise UserError("checkpoint folders of small-vision are tensorstore arrays; pip install tensorstore") from None
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}}
     return tensorstore.open(spec, open=True).result().read().result()
 
@@ -144,9 +140,7 @@ def to_small_vision(model: UMD) -> dict[str, np.ndarray]:
     return params
 
 
-def small_vision_config(
-    params: Mapping[str, np.ndarray], image_size: tuple[int, int] | None = None
-) -> ModelConfig:
+def small_vision_config(params: Mapping[str, np.ndarray], image_size: tuple[int, int] | None = None) -> ModelConfig:
     """The network that unstacked parameters were made for, from their shapes."""
     block = "Encoder/Encoder1DBlock_0"
     patch_size, _, channels, D = _shape(params, "embedding/kernel", 4)

@@ -1,5 +1,6 @@
 """What this machine computes on, in which type, and how fast that could be at best."""
 
+import ctypes
 import statistics
 import time
 
@@ -7,12 +8,23 @@ import torch
 
 from umd.errors import UserError
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
 # Dense bf16 tensor-core TFLOP/s from NVIDIA's data sheets, by a part of the device name.
-_GPU_PEAK_TFLOPS = {"H200": 989, "H100": 989, "GH200": 989, "B200": 2250, "A100": 312, "A40": 150, "L40": 181, "4090": 165}
+_GPU_PEAK_TFLOPS = {
+    "H200": 989,
+    "H100": 989,
+    "GH200": 989,
+    "B200": 2250,
+    "A100": 312,
+    "A40": 150,
+    "L40": 181,
+    "4090": 165,
+}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is the GPU of this process if there is one, else the CPU. Raises UserError for a device that is not there."""
+    """`auto` is the GPU of this process if there is one, else the CPU. Raises UserError for a device not here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -25,7 +37,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Autocast type: `auto` is bf16 where the hardware multiplies it (Ampere GPUs, AMX or AVX512-BF16 CPUs), else fp32."""
+    """Autocast type: `auto` is bf16 where hardware multiplies it (Ampere GPUs, AMX or AVX512-BF16 CPUs), else fp32."""
     if precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"unknown precision {precision!r}; expected auto, bf16 or fp32")
     if precision == "auto":
@@ -59,3 +71,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2 * n**3 / statistics.median(sorted(seconds)[:4])
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed: a training step on the CPU asks for the same gigabytes again, and a tenth of
+    its time would go into page faults. Does nothing elsewhere than on Linux with glibc."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    except (OSError, AttributeError):
+        pass

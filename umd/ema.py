@@ -44,9 +44,7 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """Move every shadow by `rate` towards its parameter. Raises ValueError if the parameters changed."""
         shadows, parameters = self._pairs(model)
-        torch._foreach_lerp_(
-            shadows, [p.to(s.dtype) for s, p in zip(shadows, parameters, strict=True)], self.rate
-        )
+        torch._foreach_lerp_(shadows, [p.to(s.dtype) for s, p in zip(shadows, parameters, strict=True)], self.rate)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -89,13 +87,9 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 def _check_same(shadows: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str) -> None:
     if missing := shadows.keys() - other.keys():
-        raise ValueError(
-            f"{what} lacks {_some(missing)}, which the EMA averages: start the EMA from this model."
-        )
+        raise ValueError(f"{what} lacks {_some(missing)}, which the EMA averages: start the EMA from this model.")
     if extra := other.keys() - shadows.keys():
-        raise ValueError(
-            f"{what} has {_some(extra)}, which the EMA does not average: call `track(model)` first."
-        )
+        raise ValueError(f"{what} has {_some(extra)}, which the EMA does not average: call `track(model)` first.")
     for name, shadow in shadows.items():
         if shadow.shape != other[name].shape:
             raise ValueError(

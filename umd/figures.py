@@ -75,9 +75,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return (total[last + 1] - total[first]) / (last - first + 1)
 
 
-def curves(
-    rows: Sequence[dict], keys: dict[str, str], *, name: str, title: str, unit: str, smoothed: bool
-) -> str:
+def curves(rows: Sequence[dict], keys: dict[str, str], *, name: str, title: str, unit: str, smoothed: bool) -> str:
     """Plot columns of metrics.jsonl over the training step.
 
     Args:
@@ -117,9 +115,7 @@ def curves(
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
         if len(data) > 1:
             ax.legend(loc="upper right")
-        ends = "; ".join(
-            f"{label}: {y[0]:.3g} at the start, {y[-1]:.3g} at the end" for label, (_, y) in data.items()
-        )
+        ends = "; ".join(f"{label}: {y[0]:.3g} at the start, {y[-1]:.3g} at the end" for label, (_, y) in data.items())
         return _svg(figure, name, f"{title}, {unit}, over training steps. {ends}.")
 
 
@@ -134,9 +130,7 @@ def probe_bars(bars: Sequence[tuple[str, float, float]], chance: float, *, name:
     Returns:
         An `<svg>` element, or "" when no mean is finite.
     """
-    bars = [
-        (label, 100 * mean, 100 * std if _finite(std) else 0.0) for label, mean, std in bars if _finite(mean)
-    ]
+    bars = [(label, 100 * mean, 100 * std if _finite(std) else 0.0) for label, mean, std in bars if _finite(mean)]
     if not bars:
         return ""
     with rc_context(STYLE):

@@ -1,4 +1,4 @@
-"""Matrix-product FLOPs of the network, from its configuration. A multiply-add counts as two, as torch's flop counter does."""
+"""Matrix-product FLOPs of the network, from its configuration; a multiply-add is two, as in torch's flop counter."""
 
 from umd.config import ModelConfig
 
@@ -22,9 +22,7 @@ def forward_flops(config: ModelConfig, keep: tuple[int, ...], num_conditions: in
         condition += 4 * D * D
     ends = sum(keep) * pixels * D + config.num_patches * len(keep) * D * 2 * pixels
     return (
-        blocks(config.depth, encoder)
-        + blocks(config.decoder_depth, decoder)
-        + 2 * (num_conditions * condition + ends)
+        blocks(config.depth, encoder) + blocks(config.decoder_depth, decoder) + 2 * (num_conditions * condition + ends)
     )
 
 

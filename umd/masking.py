@@ -22,7 +22,7 @@ def num_keep(num_patches: int, mask_ratio: float) -> int:
     keep = int(num_patches * (1 - mask_ratio))
     if keep == 0:
         raise UserError(
-            f"mask ratio {mask_ratio} leaves none of {num_patches} patches visible; use less than {1 - 1 / num_patches:.3f}"
+            f"mask ratio {mask_ratio} leaves no patch of {num_patches} visible; use at most {1 - 1 / num_patches:.3f}"
         )
     if keep == num_patches and mask_ratio > 0:
         raise UserError(
@@ -37,9 +37,7 @@ class Layout(NamedTuple):
     patches: Packing  # K tokens a sample
     encoder: Packing  # num_cls + K
     decoder: Packing  # 1 + L
-    encoder_blocks: (
-        Packing  # what runs through the blocks: the same, or without adaLN one more, the condition token
-    )
+    encoder_blocks: Packing  # what runs through the blocks: the same, or without adaLN one more, the condition token
     decoder_blocks: Packing
 
 
@@ -60,7 +58,7 @@ def layout(
 
 
 def random_ids_keep(keep: tuple[int, ...], num_patches: int, generator: torch.Generator) -> Tensor:
-    """For each sample s a random set of `keep[s]` patches: int64 [N], indices into the S·L patches, on the generator's device."""
+    """Random `keep[s]` patches of each sample s: int64 [N], indices into the S·L patches, on the generator's device."""
     noise = torch.rand(len(keep), num_patches, generator=generator, device=generator.device)
     return ids_keep_from_noise(noise, keep)
 

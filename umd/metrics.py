@@ -187,8 +187,7 @@ class InceptionV3Features(nn.Module):
         inception_class = _inception_class()
         if inception_class is None:
             raise UserError(
-                "FID needs torch-fidelity, which does not import here: install the `fid` extra, or give no "
-                "weights."
+                "FID needs torch-fidelity, which does not import here: install the `fid` extra, or give no weights."
             )
         # torch-fidelity unpickles the file freely, so see first that it holds nothing but tensors
         _load_tensors(weights_path)

@@ -1,4 +1,4 @@
-"""The UMD network: an asymmetric encoder-decoder ViT (Sec. 4 and Appendix A of "Unified Auto-Encoding with Masked Diffusion").
+"""The UMD network: an asymmetric encoder-decoder ViT ("Unified Auto-Encoding with Masked Diffusion", Sec. 4, App. A).
 
 All samples of a batch lie in one packed stream `[N, D]`; linear layers run once on the stream, attention stays inside
 each sample. MAE, MaskDiT and DiT are the same network under other masks and noise (see `umd/objective.py`).
@@ -19,9 +19,7 @@ from umd.errors import UserError
 from umd.masking import Layout, layout
 from umd.ops import Packing
 
-Branch = (
-    tuple[Tensor, Tensor | None] | None
-)  # a branch not yet added to the residual stream: (h [N, D], gate [R, D])
+Branch = tuple[Tensor, Tensor | None] | None  # a branch not yet added to the residual stream: (h [N, D], gate [R, D])
 
 
 def timestep_features(timesteps: Tensor, dim: int, released: bool, dtype: torch.dtype) -> Tensor:
@@ -29,9 +27,7 @@ def timestep_features(timesteps: Tensor, dim: int, released: bool, dtype: torch.
     the released code puts sine first and divides by half - 1."""
     half = dim // 2
     index = torch.arange(half, dtype=torch.float64, device=timesteps.device)
-    angles = timesteps.double()[:, None] * torch.exp(
-        -math.log(1e4) * index / (half - 1 if released else half)
-    )
+    angles = timesteps.double()[:, None] * torch.exp(-math.log(1e4) * index / (half - 1 if released else half))
     order = (angles.sin(), angles.cos()) if released else (angles.cos(), angles.sin())
     return torch.cat(order, dim=-1).to(dtype)
 
@@ -59,9 +55,7 @@ class LabelEmbedder(nn.Module):
         D = config.hidden_size
         self.embedding_table = nn.Embedding(config.num_classes + 1, D)
         released = config.embedding == "released"
-        self.mlp = (
-            nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D)) if released else nn.Identity()
-        )
+        self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D)) if released else nn.Identity()
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.mlp(self.embedding_table(labels))  # [R, D]
@@ -150,9 +144,7 @@ class Blocks(nn.Module):
         self.norm = ModulatedLayerNorm(config.hidden_size, config.norm_affine)
         self.checkpointing = False
 
-    def forward(
-        self, x: Tensor, packing: Packing, modulation: tuple[Tensor, ...], cond: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing, modulation: tuple[Tensor, ...], cond: Tensor | None) -> Tensor:
         """x [N, D]; modulation: 6 tables a block, then shift and scale of the final norm if there are two more.
 
         Without adaLN the condition [R, D] is a token in front of each sample, set anew before every block.
@@ -281,9 +273,7 @@ class UMD(nn.Module):
         x = ops.scatter_tokens(  # [S·(1 + L), D]
             tokens, batch.encoder, ids_keep, self.config.num_cls, self.mask_token, self.decoder_pos_embed
         )
-        x = self.decoder(
-            x, batch.decoder_blocks, decoder_mod, None if self.config.adaLN else cond
-        )  # [S·(1 + L), D]
+        x = self.decoder(x, batch.decoder_blocks, decoder_mod, None if self.config.adaLN else cond)  # [S·(1 + L), D]
         _, x = ops.split_tokens(x, 1, batch.decoder)  # [S·L, D]
         return self.head(x)  # [S·L, 2·C·P·P]
 
@@ -292,7 +282,7 @@ class UMD(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Condition [R, D], and the modulation tables of encoder and decoder from one matrix product over its rows.
 
-        In the parameters' own precision: R is small, and a cast of this, the largest matrix, would cost more than the product.
+        In the parameters' own precision: R is small, and casting this largest matrix would cost more than the product.
         """
         with torch.autocast(timesteps.device.type, enabled=False):
             c = self.t_embedder(timesteps)  # [R, D]
@@ -337,9 +327,7 @@ class UMD(nn.Module):
         B, L = len(x_t), self.config.num_patches
         self._check_image(x_t)
         if labels is not None and self.y_embedder is None:
-            raise UserError(
-                "this model was trained without labels; fine-tune it with labels first (umd finetune)"
-            )
+            raise UserError("this model was trained without labels; fine-tune it with labels first (umd finetune)")
         batch = layout(self.config, (L,) * B, None, x_t.device)
         patches = ops.patchify(x_t, self.config.patch_size).flatten(0, 1)
         prediction = self(patches, torch.arange(B * L, device=x_t.device), batch, timesteps, labels)

@@ -1,4 +1,4 @@
-"""Corruption and loss of UMD, and with other numbers of MAE, MaskDiT and DiT (METHOD: Corruption, Objective).
+"""Corruption and loss of UMD, and with other numbers of MAE, MaskDiT and DiT (the paper's Eqs. 4 to 6).
 
 Everything random of a step comes from one seed, so a step is a pure function of (weights, batch, seed).
 """
@@ -45,18 +45,14 @@ class Objective:
         self.keep_noised = num_keep(L, config.mask_ratio)
         self.keep_clean = num_keep(L, config.mask_ratio_no_noise)
         if config.no_noise_prob > 0 and self.keep_clean == L:
-            raise UserError(
-                "mask_ratio_no_noise is 0: noise-free samples would have nothing to predict; use e.g. 0.75"
-            )
+            raise UserError("mask_ratio_no_noise is 0: noise-free samples would have nothing to predict; use e.g. 0.75")
 
     def split(self, batch_size: int) -> tuple[int, int]:
         """(noised, noise-free) samples of a batch: the first B - int(B·r0), and the rest."""
         clean = int(batch_size * self.config.no_noise_prob)
         return batch_size - clean, clean
 
-    def corrupt(
-        self, batch_size: int, seed: int, device: torch.device, labels: Tensor | None = None
-    ) -> Corruption:
+    def corrupt(self, batch_size: int, seed: int, device: torch.device, labels: Tensor | None = None) -> Corruption:
         """Draw noise levels, masks and label dropout for a batch.
 
         labels: int64 [B] of the batch, used for its noised samples; noise-free ones always get the null class.
@@ -80,14 +76,12 @@ class Objective:
     def corruption(
         self, timesteps: Tensor, ids_keep: Tensor, noise: Tensor, clean: int, labels: Tensor | None = None
     ) -> Corruption:
-        """The corruption with given draws: timesteps and labels int64 [n] of the noised samples, `clean` others behind."""
+        """The corruption with given draws: timesteps, labels int64 [n] of the noised samples; `clean` others behind."""
         n = len(timesteps)
         cond_index = (*range(n), *(n for _ in range(clean)))  # the noise-free samples share one condition
         if clean:
             timesteps = torch.cat([timesteps, timesteps.new_zeros(1)])
-            labels = (
-                None if labels is None else torch.cat([labels, labels.new_full((1,), self.model.num_classes)])
-            )
+            labels = None if labels is None else torch.cat([labels, labels.new_full((1,), self.model.num_classes)])
         return Corruption(
             num_noised=n,
             num_visible_noised=n * self.keep_noised,

@@ -46,8 +46,7 @@ def fit_fewshot(
     """
     if features.ndim != 2 or labels.shape != features.shape[:1] or len(labels) == 0:
         raise ValueError(
-            f"Features are {list(features.shape)} and labels {list(labels.shape)}, expected [N, D] and [N] "
-            "with N > 0."
+            f"Features are {list(features.shape)} and labels {list(labels.shape)}, expected [N, D] and [N] with N > 0."
         )
     if not features.isfinite().all():
         raise ValueError("Features hold NaN or infinity: check the model's weights.")
@@ -143,15 +142,11 @@ def fewshot_accuracy(
     if shots < 1:
         raise UserError(f"{shots} shots a class were asked for: ask for at least 1.")
     if len(train_labels) == 0 or len(test_labels) == 0:
-        raise UserError(
-            f"The probe has {len(train_labels)} training and {len(test_labels)} test images: give it both."
-        )
+        raise UserError(f"The probe has {len(train_labels)} training and {len(test_labels)} test images: give it both.")
     _check_labels(train_labels, num_classes)
     _check_labels(test_labels, num_classes)
     if len(l2s) > 1 and shots < 2:
-        raise UserError(
-            "Choosing among several l2 holds out a shot of each class: ask for 2 or more, or give one l2."
-        )
+        raise UserError("Choosing among several l2 holds out a shot of each class: ask for 2 or more, or give one l2.")
     available = torch.bincount(train_labels, minlength=num_classes)
     if not allow_fewer and (available < shots).any():
         least = int(available.argmin())
@@ -194,9 +189,7 @@ def _draw(labels: Tensor, shots: int, num_classes: int, seed: int) -> list[Tenso
     return [order[labels[order] == c][:shots] for c in range(num_classes)]
 
 
-def _choose_l2(
-    features: Tensor, labels: Tensor, drawn: list[Tensor], num_classes: int, l2s: list[float]
-) -> int:
+def _choose_l2(features: Tensor, labels: Tensor, drawn: list[Tensor], num_classes: int, l2s: list[float]) -> int:
     """Position in `l2s` of the best on a held-out fifth of each class's shots, one if it has two."""
     sizes = [max(len(d) // 5, 1) if len(d) > 1 else 0 for d in drawn]
     fit = torch.cat([d[: len(d) - size] for d, size in zip(drawn, sizes, strict=True)])

@@ -103,16 +103,12 @@ def masked_view(image: np.ndarray, mask: np.ndarray, patch_size: int) -> np.ndar
     h, w, _ = image.shape
     rows, columns = h // patch_size, w // patch_size
     if (rows * patch_size, columns * patch_size) != (h, w) or mask.size != rows * columns:
-        raise ValueError(
-            f"A mask of {mask.size} does not fit {h}x{w} pixels in {patch_size}x{patch_size} patches."
-        )
+        raise ValueError(f"A mask of {mask.size} does not fit {h}x{w} pixels in {patch_size}x{patch_size} patches.")
     hidden = np.asarray(mask).reshape(rows, columns).astype(bool).repeat(patch_size, 0).repeat(patch_size, 1)
     return np.where(hidden[..., None], np.uint8(HIDDEN), image)
 
 
-def reconstruction_sheet(
-    originals: np.ndarray, masked: np.ndarray, reconstructions: np.ndarray
-) -> np.ndarray:
+def reconstruction_sheet(originals: np.ndarray, masked: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
     """Masked inputs over reconstructions over originals, each uint8 [N, H, W, C], as uint8 [H', W', 3]."""
     return grid(np.concatenate([masked, reconstructions, originals]), columns=len(originals))
 
@@ -143,9 +139,7 @@ def load_record(folder: Path) -> DemoRecord:
     """Read back exactly what `save_record` wrote. Raises UserError when it is missing or damaged."""
     path = Path(folder) / "record.json"
     if not path.is_file():
-        raise UserError(
-            f"There is no record.json in {folder}; name a folder the demo wrote, such as runs/demo."
-        )
+        raise UserError(f"There is no record.json in {folder}; name a folder the demo wrote, such as runs/demo.")
     try:
         packed = json.loads(path.read_bytes())
         data = path.with_suffix(".npz").read_bytes()
