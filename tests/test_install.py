@@ -57,9 +57,7 @@ def test_an_installed_copy_is_complete(site):
         wanted = {file.name for file in (ROOT / folder).glob("*.py")}
         assert {file.name for file in (site / name).glob("*.py")} == wanted
     assert (site / "umd" / "py.typed").exists()
-    assert {f.name for f in (site / "umd/templates").iterdir()} == {
-        f.name for f in (ROOT / "umd/templates").iterdir()
-    }
+    assert {f.name for f in (site / "umd/templates").iterdir()} == {f.name for f in (ROOT / "umd/templates").iterdir()}
 
 
 def test_an_installed_copy_imports_beside_hugging_faces_kernels(site, tmp_path):

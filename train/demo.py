@@ -74,7 +74,7 @@ def run_demo(demo: Demo, console: Console) -> Path:
     pre = pretrain_config(demo)
     train_set, test_set = open_dataset(pre.data, "train"), open_dataset(pre.data, "test")
     if train_set.labels is None:
-        raise UserError(f"{train_set.name} has no labels; the demo needs one subfolder a class (umd pretrain none)")
+        raise UserError(f"{train_set.name} has no labels; the demo needs one subfolder a class")
     classes = train_set.class_names
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
@@ -294,7 +294,7 @@ def frechet_distances(
 def settings_of(config: RunConfig, model: UMD) -> dict[str, str]:
     m, o = config.model, config.objective
     return {
-        "network": f"width {m.hidden_size}, {m.depth} encoder and {m.decoder_depth} decoder blocks, patch {m.patch_size}",
+        "network": f"width {m.hidden_size}, {m.depth} + {m.decoder_depth} blocks, patch {m.patch_size}",
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
         "images": f"{m.image_size[0]}x{m.image_size[1]}, {m.num_patches} patches",
         "noise-free share r0": f"{o.no_noise_prob:g}",

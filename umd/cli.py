@@ -1,6 +1,7 @@
 """The `umd` command. Each subcommand is a function below; its dataclass or arguments become the options (tyro)."""
 
 import difflib
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ console = Console()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits 0, or 2 with one sentence for what the user can mend."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # Before torch is imported: threads that wait by spinning make a step on a busy machine several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print_help()
         return

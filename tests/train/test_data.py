@@ -85,9 +85,7 @@ def test_ranks_share_each_epoch_and_resume_anywhere(size, share, ranks, start, s
 
     whole = positions(0, -(-(start + 3 * size) // (share * ranks)) + 3)
     for epoch in range(3):  # each sample exactly once an epoch, over all ranks
-        assert sorted(i for e, i in whole[epoch * size : (epoch + 1) * size] if e == epoch) == list(
-            range(size)
-        )
+        assert sorted(i for e, i in whole[epoch * size : (epoch + 1) * size] if e == epoch) == list(range(size))
     resumed = positions(start, 3)
     assert resumed == whole[start : start + len(resumed)]
 
@@ -163,9 +161,7 @@ except KeyboardInterrupt:
     assert (out, err, process.returncode) == ("stopped\n", "", 0)
 
 
-@pytest.mark.parametrize(
-    "bad", [{"batch_size": 5, "world_size": 2}, {"rank": 1}, {"start": -1}, {"batch_size": 0}]
-)
+@pytest.mark.parametrize("bad", [{"batch_size": 5, "world_size": 2}, {"rank": 1}, {"start": -1}, {"batch_size": 0}])
 def test_loader_refuses_impossible_arguments(bad):
     with pytest.raises(ValueError, match="expected"):
         train_loader(tiny(4), CONFIG, **{"batch_size": 4, "seed": 0, **bad})
@@ -200,9 +196,7 @@ def test_crop_follows_the_shape_of_the_input():
     boxes = np.array([crop_box(np.random.default_rng(i), 40, 120, config) for i in range(200)])
     aspects = (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1]) / 3
     assert aspects.min() >= 3 / 4 - 1e-9 and aspects.max() <= 4 / 3 + 1e-9 and aspects.std() > 0.05
-    assert crop_box(np.random.default_rng(0), 100, 10, CONFIG) == pytest.approx(
-        (0, 50 - 20 / 3, 10, 50 + 20 / 3)
-    )
+    assert crop_box(np.random.default_rng(0), 100, 10, CONFIG) == pytest.approx((0, 50 - 20 / 3, 10, 50 + 20 / 3))
 
 
 def test_flip_happens_half_of_the_time_and_only_if_asked():
@@ -398,9 +392,7 @@ def test_class_folders_and_a_stable_holdout(tmp_path):
     for dataset, held_out in ((train, False), (test, True)):
         names = [Path(path).relative_to(tmp_path).as_posix() for path in dataset.pictures]
         assert [in_test_split(name, 0.2) for name in names] == [held_out] * len(names)
-        assert [train.class_names[label] for label in dataset.labels] == [
-            name.split("/")[0] for name in names
-        ]
+        assert [train.class_names[label] for label in dataset.labels] == [name.split("/")[0] for name in names]
     assert train.image(0).shape == (7, 9, 3) and train.image(0).dtype == np.uint8
     before = set(test.pictures)
     write(tmp_path / "ape" / "new.png")
@@ -547,9 +539,7 @@ def test_npz_with_its_own_splits(tmp_path, style):
     def names(split):
         return style.replace("{}", split).split()
 
-    arrays = dict(
-        zip(names("train") + names("test"), (RGB, LABELS[:, None], RGB[:9, ..., 0], LABELS[:9]), strict=True)
-    )
+    arrays = dict(zip(names("train") + names("test"), (RGB, LABELS[:, None], RGB[:9, ..., 0], LABELS[:9]), strict=True))
     np.savez_compressed(tmp_path / "m.npz", **arrays)
     train, test = opened(tmp_path / "m.npz"), opened(tmp_path / "m.npz", "test")
     assert len(train) == 50 and np.array_equal(train.labels, LABELS) and train.labels.dtype == np.int64
@@ -594,11 +584,7 @@ def test_damaged_npz(tmp_path, content):
 
 
 def idx(array: np.ndarray) -> bytes:
-    return (
-        bytes((0, 0, 8, array.ndim))
-        + np.array(array.shape, ">u4").tobytes()
-        + array.astype(np.uint8).tobytes()
-    )
+    return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
 
 
 @pytest.mark.parametrize("gz", ["", ".gz"])

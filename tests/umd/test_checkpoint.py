@@ -30,9 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def save(root, step, keep=3, size=10):
-    return save_checkpoint(
-        root, step, {"model": {"w": torch.full((size,), float(step))}}, {"seed": step}, keep
-    )
+    return save_checkpoint(root, step, {"model": {"w": torch.full((size,), float(step))}}, {"seed": step}, keep)
 
 
 def bits(tensor):
@@ -113,9 +111,7 @@ def test_a_change_to_a_loaded_tensor_stays_out_of_the_file(tmp_path):
 
 
 def test_parts_limits_what_is_read_and_verified(tmp_path):
-    path = save_checkpoint(
-        tmp_path, 3, {"model": {"w": torch.ones(4)}, "optimizer": {"m": torch.ones(99)}}, {}
-    )
+    path = save_checkpoint(tmp_path, 3, {"model": {"w": torch.ones(4)}, "optimizer": {"m": torch.ones(99)}}, {})
     flip_a_byte(path / "optimizer.safetensors")
     assert load_checkpoint(path, parts=["model"]).tensors.keys() == {"model"}
     assert "no part 'ema'" in refusal(path, parts=["ema"])
@@ -252,10 +248,7 @@ def run_python(*command, prefix=()):
 def test_full_disk_by_limit(tmp_path):
     result = run_python(FILL_THE_DISK, tmp_path, "limit")
     message, listing, step = result.stdout.splitlines()
-    assert (
-        message.startswith(f"Could not write checkpoint {tmp_path}/step-00000002")
-        and "File too large" in message
-    )
+    assert message.startswith(f"Could not write checkpoint {tmp_path}/step-00000002") and "File too large" in message
     assert listing == "['step-00000001'] 1" and step == "3", result.stderr
 
 

@@ -90,10 +90,7 @@ def test_nvidias_apex_is_recognised(site):
 def test_a_flash_attn_without_its_extension_gives_the_reason(site):
     install(site, "flash_attn", "2.8.3", {"flash_attn/__init__.py": "import flash_attn_2_cuda"})
     found = doctor._flash_attention()
-    assert (
-        "2.8.3, but it does not import: ModuleNotFoundError: No module named 'flash_attn_2_cuda'"
-        in found.value
-    )
+    assert "2.8.3, but it does not import: ModuleNotFoundError: No module named 'flash_attn_2_cuda'" in found.value
     assert "--no-build-isolation" in found.hint
 
 
@@ -109,9 +106,7 @@ def test_dali_is_found_under_either_of_its_names(site, monkeypatch):
 
 
 def test_a_package_that_imports_needs_no_hint(site):
-    install(
-        site, "deepspeed", "0.19.8", {"deepspeed.py": "print('banner'); import warnings; warnings.warn('x')"}
-    )
+    install(site, "deepspeed", "0.19.8", {"deepspeed.py": "print('banner'); import warnings; warnings.warn('x')"})
     assert doctor._deepspeed() == ("DeepSpeed", "0.19.8, imports; one process trains", "")
 
 

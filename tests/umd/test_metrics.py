@@ -35,9 +35,7 @@ class TestFrechetDistance:
         m1, m2 = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([0.0, 1.0, 0.5])
         s1, s2 = torch.tensor([1.0, 3.0, 0.0]), torch.tensor([2.0, 0.5, 4.0])
         distance = frechet_distance(m1, (s1**2).diag(), m2, (s2**2).diag())
-        assert distance == pytest.approx(
-            (m1 - m2).square().sum().item() + (s1 - s2).square().sum().item(), abs=1e-12
-        )
+        assert distance == pytest.approx((m1 - m2).square().sum().item() + (s1 - s2).square().sum().item(), abs=1e-12)
 
     def test_commuting(self):
         # covariances with the same eigenvectors: tr (C1^½ - C2^½)²
@@ -55,9 +53,7 @@ class TestFrechetDistance:
         )
         root = ((c1 @ c2).trace() + 2 * (c1 @ c2).det().sqrt()).sqrt()
         expected = c1.trace() + c2.trace() - 2 * root
-        assert frechet_distance(torch.zeros(2), c1, torch.zeros(2), c2) == pytest.approx(
-            expected.item(), rel=1e-12
-        )
+        assert frechet_distance(torch.zeros(2), c1, torch.zeros(2), c2) == pytest.approx(expected.item(), rel=1e-12)
 
     @pytest.mark.parametrize("rank", [40, 7, 0])
     def test_equal_is_zero(self, rank):
@@ -71,9 +67,7 @@ class TestFrechetDistance:
         q, _ = torch.linalg.qr(random_cov(30, 30, seed=4))
         distance = frechet_distance(m1, c1, m2, c2)
         assert distance == pytest.approx(frechet_distance(m2, c2, m1, c1), rel=1e-7)
-        assert distance == pytest.approx(
-            frechet_distance(q @ m1, q @ c1 @ q.T, q @ m2, q @ c2 @ q.T), rel=1e-7
-        )
+        assert distance == pytest.approx(frechet_distance(q @ m1, q @ c1 @ q.T, q @ m2, q @ c2 @ q.T), rel=1e-7)
 
     def test_singular_from_few_images(self):
         # n < D on both sides; orthogonal supports leave no overlap: the distance is both traces

@@ -16,9 +16,7 @@ from umd.probe import (
 )
 
 
-def clusters(
-    per_class: list[int], noise: float, seed: int, dim: int = 6
-) -> tuple[torch.Tensor, torch.Tensor]:
+def clusters(per_class: list[int], noise: float, seed: int, dim: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     """Gaussian blobs around fixed centres, `per_class[c]` examples of class c, in random order."""
     centres = torch.randn(len(per_class), dim, generator=torch.Generator().manual_seed(99))
     generator = torch.Generator().manual_seed(seed)
@@ -89,9 +87,7 @@ def test_scale_and_offset_of_the_features_do_not_matter():
     features, labels = clusters([30, 30, 30], 2.0, seed=0)
     probe = fit_fewshot(features, labels, 3)
     moved = fit_fewshot(features.double() * 50 - 7, labels, 3)
-    torch.testing.assert_close(
-        moved.scores(features.double() * 50 - 7), probe.scores(features), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(moved.scores(features.double() * 50 - 7), probe.scores(features), atol=1e-4, rtol=1e-4)
 
 
 def test_counts_and_averages_by_hand():

@@ -68,9 +68,7 @@ def walk(steps: int, batch: int, start: float, end: float, seed: int) -> list[di
         ]
         step_seconds = 0.17 * (1 + 0.06 * rng.random() + (0.7 if 0.4 < progress < 0.47 else 0))
         seconds += 2 * step_seconds
-        lr = 6e-4 * (
-            progress / 0.05 if progress < 0.05 else 0.5 * (1 + math.cos(math.pi * (progress - 0.05) / 0.95))
-        )
+        lr = 6e-4 * (progress / 0.05 if progress < 0.05 else 0.5 * (1 + math.cos(math.pi * (progress - 0.05) / 0.95)))
         rows.append(
             {
                 "step": step,
@@ -107,14 +105,10 @@ def full_record() -> DemoRecord:
     masks = rng.permuted(np.repeat([0, 1], [16, 48])[None].repeat(8, 0), axis=1)
     triplets, noisy = [], []
     for image, mask in zip(originals, masks, strict=True):
-        guess = np.where(
-            (masked_view(image, mask, 4) == image).all(-1, keepdims=True), image, blurred(image, 10)
-        )
+        guess = np.where((masked_view(image, mask, 4) == image).all(-1, keepdims=True), image, blurred(image, 10))
         triplets.append((masked_view(image, mask, 4), guess, image))
         light = (np.arange(64) % 8 < 3).astype(int)
-        noisy.append(
-            (masked_view(noised(image, 0.3, rng), rng.permuted(light), 4), blurred(image, 14), image)
-        )
+        noisy.append((masked_view(noised(image, 0.3, rng), rng.permuted(light), 4), blurred(image, 14), image))
     hole = np.zeros((8, 8))
     hole[2:6, 2:7] = 1
     return DemoRecord(
@@ -205,9 +199,7 @@ class Page(html.parser.HTMLParser):
         attrs = dict(attrs)
         self.tags.append(tag)
         self.ids += [attrs["id"]] if "id" in attrs else []
-        self.links += [
-            v for k, v in attrs.items() if k in ("src", "href", "xlink:href", "srcset", "data", "action")
-        ]
+        self.links += [v for k, v in attrs.items() if k in ("src", "href", "xlink:href", "srcset", "data", "action")]
         if tag == "img":
             self.images.append(attrs)
         if tag not in VOID:
@@ -286,9 +278,7 @@ def test_a_section_without_data_says_so_in_one_sentence(tmp_path):
     assert "img" not in page.tags and "svg" not in page.tags
 
 
-@pytest.mark.parametrize(
-    "field", ["metrics", "triplets", "denoising", "samples", "inpainting", "probe", "frechet"]
-)
+@pytest.mark.parametrize("field", ["metrics", "triplets", "denoising", "samples", "inpainting", "probe", "frechet"])
 def test_one_missing_part_leaves_the_others(small, tmp_path, field):
     without = dataclasses.replace(small, noised_triplets=[], **{field: type(getattr(small, field))()})
     page = Page(write_report(without, tmp_path / "report.html").read_text())
@@ -299,9 +289,7 @@ def test_one_missing_part_leaves_the_others(small, tmp_path, field):
 
 def test_fid_is_named_only_when_it_is_one(tmp_path):
     def section(rows):
-        page = write_report(
-            dataclasses.replace(empty_record(), frechet=rows), tmp_path / "report.html"
-        ).read_text()
+        page = write_report(dataclasses.replace(empty_record(), frechet=rows), tmp_path / "report.html").read_text()
         return Page(page).sections["frechet"]
 
     assert "None of these" not in section([("FID", "samples", 23.2)])
@@ -422,9 +410,7 @@ def test_values_that_are_not_finite_do_not_break_the_plots(record, tmp_path):
 
 def test_smoothing_shifts_nothing():
     line = np.linspace(3, 7, 41)
-    np.testing.assert_allclose(
-        figures.smooth(line, 9)[:-4], line[:-4]
-    )  # a centred average keeps a straight line
+    np.testing.assert_allclose(figures.smooth(line, 9)[:-4], line[:-4])  # a centred average keeps a straight line
     assert figures.smooth(line, 9)[-1] == pytest.approx(line[-5:].mean())
     spike = np.zeros(21)
     spike[10] = 1
