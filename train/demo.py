@@ -21,7 +21,7 @@ from umd.sampler import denoising_sequence
 from umd.train import evaluate
 from umd.train.data import DataConfig, center_view, describe, open_dataset
 from umd.train.inpaint import hole_mask, inpainting_rows
-from umd.train.logging import read_metrics
+from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.optim import OptimConfig
 from umd.train.preview import reconstructions, rgb

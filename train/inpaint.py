@@ -26,6 +26,8 @@ def pictures_and_mask(config: RunConfig, images: tuple[Path, ...], mask: str, se
         x = torch.cat([centered_view_of_file(path, config.data) for path in images])
     else:
         dataset = open_dataset(config.data, "test")
+        if len(dataset) == 0:
+            raise UserError(f"{dataset.name} has no held-out images to inpaint; name pictures with --image")
         x = center_view(dataset, np.linspace(0, len(dataset) - 1, DEFAULT_IMAGES).astype(int), config.data)
     return x, hole_mask(mask, x, config.model.patch_size, seed)
 

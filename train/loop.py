@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from umd.checkpoint import (
+    Checkpoint,
     latest_checkpoint,
     load_checkpoint,
     load_model_state,
@@ -20,6 +21,7 @@ from umd.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
+from umd.config import ModelConfig
 from umd.device import autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from umd.ema import EMA, ema_rate
 from umd.errors import UserError
@@ -30,7 +32,7 @@ from umd.objective import Objective
 from umd.sampler import ddim_sample
 from umd.schedule import NoiseSchedule
 from umd.train.data import center_view, describe, open_dataset, train_loader
-from umd.train.logging import RunLog
+from umd.train.log import RunLog
 from umd.train.optim import adamw, lr_scale
 from umd.train.preview import reconstructions, rgb
 from umd.train.run import RunConfig, to_plain, write_config
@@ -152,6 +154,7 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
                 pending = (step, sums, batch.indices, norm)
                 window += 1
                 seconds += time.perf_counter() - started
+                log.progress(progress())
                 if step % config.log_every == 0 or progress() >= 1:
                     check_finite(config, pending, saved)
                     total, loss_eps, loss_x0, loss_clean = sums.tolist()
@@ -167,7 +170,6 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
                     row |= {"mfu": window * flops / elapsed / peak}
                     log.row(row)
                     window, window_start = 0, time.perf_counter()
-                log.progress(progress())
                 paused = time.perf_counter()
                 if step % config.save_every == 0:
                     check_finite(config, pending, saved)
@@ -200,10 +202,25 @@ def load_pretrained(model: UMD, init: Path) -> None:
     """Weights of another run into `model`; label embeddings may be new. Raises UserError saying what differs."""
     path = init / "checkpoints" if (init / "checkpoints").is_dir() else init
     saved = load_checkpoint(path, parts=["model"])
+    check_same_network(saved, model.config, init, but=("num_classes",))
     load_model_state(
         model, saved.tensors["model"], allow_missing=("y_embedder.",),
         saved_config=saved.state.get("config", {}).get("model", {}), config=to_plain(model.config),
     )  # fmt: skip
+
+
+def check_same_network(saved: Checkpoint, config: ModelConfig, folder: Path, but: tuple[str, ...] = ()) -> None:
+    """Raise UserError naming the settings that differ, also those that change no shape, such as the heads."""
+    before, now = saved.state.get("config", {}).get("model", {}), to_plain(config)
+    differ = [
+        f"{name} {before[name]}, not {now[name]}"
+        for name in now
+        if name not in but and name in before and before[name] != now[name]
+    ]
+    if differ:
+        raise UserError(
+            f"{folder} holds a network with {'; '.join(differ)}: give the settings it was trained with, or another folder"
+        )
 
 
 def resume(
@@ -212,9 +229,8 @@ def resume(
     """Put back the newest checkpoint of the run. Returns (step, seconds trained)."""
     parts = ["model", "optimizer"] + (["ema"] if ema is not None else [])
     saved = load_checkpoint(config.checkpoints, parts=parts, device=device)
-    load_model_state(
-        model, saved.tensors["model"], saved_config=saved.state["config"]["model"], config=to_plain(config.model)
-    )
+    check_same_network(saved, config.model, config.out)
+    load_model_state(model, saved.tensors["model"])
     load_optimizer_tensors(optimizer, model, saved.tensors["optimizer"])
     if ema is not None:
         ema.load_state_dict(saved.tensors["ema"])
@@ -244,14 +260,14 @@ def check_finite(config: RunConfig, pending: tuple[int, Tensor, Tensor, Tensor] 
                 **{key: str(value) for key, value in zip(names, values, strict=True)},
                 "batch_indices": indices.tolist(),
                 "corruption_seeds": [derive_seed(config.seed, 2, step - 1, i) for i in range(config.accumulate)],
-                "last_good_checkpoint": str(saved),
+                "last_good_checkpoint": saved and str(saved),
             },
             indent=1,
         )
     )
     raise Diverged(
         f"the loss or its gradient is not finite at step {step} (loss {values[0]}, gradient norm {float(norm)}; images "
-        f"{indices[:8].tolist()}...); {dump} has the batch, last good checkpoint: {saved}; lower the lr or the batch"
+        f"{indices[:8].tolist()}...); {dump} has the batch, last good checkpoint: {saved or 'none'}; lower the lr or the batch"
     )
 
 
@@ -302,10 +318,9 @@ def previews(model: UMD, objective: Objective, x: Tensor, dtype: torch.dtype) ->
     """Sheets by name: masked input, reconstruction and original in three rows; with labels, a sample of each class."""
     sheets = {}
     T = objective.schedule.num_steps
+    never_trained = {0.0: "reconstruction", 1.0: "denoising"}.get(objective.config.no_noise_prob)
     for label, timestep in (("reconstruction", 0), ("denoising", T // 4)):
-        if (timestep == 0) == (objective.config.no_noise_prob == 0) or (
-            timestep and objective.config.no_noise_prob == 1
-        ):
+        if label == never_trained:
             continue
         triplets = reconstructions(model, objective, x, timestep, dtype=dtype)
         sheets[label] = grid(

@@ -65,6 +65,8 @@ class RunConfig:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
             raise UserError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        if self.seed < 0:
+            raise UserError(f"seed must be 0 or more, got {self.seed}")
         if min(self.epochs, self.steps, self.minutes) < 0 or max(self.epochs, self.steps, self.minutes) == 0:
             raise UserError("the length of a run (epochs, steps or minutes) must be above 0")
         data = replace(self.data, image_size=self.model.image_size, channels=self.model.channels)
@@ -144,20 +146,42 @@ def from_plain(cls: type, values: Mapping[str, Any], where: str) -> Any:
             raise UserError(f"{where}: unknown setting {name!r} in {cls.__name__}; it has {', '.join(sorted(known))}")
 
     def convert(hint: Any, value: Any) -> Any:
-        if dataclasses.is_dataclass(hint):
+        args = get_args(hint)
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             return from_plain(hint, value, where)
-        if get_origin(hint) is tuple:
-            return tuple(value)
-        if hint is Path or Path in get_args(hint):
-            return None if value is None else Path(value)
-        return value
+        if get_origin(hint) is tuple and isinstance(value, list | tuple) and len(value) == len(args):
+            return tuple(map(convert, args, value))
+        if get_origin(hint) is Literal and value in args:
+            return value
+        if hint is float and not isinstance(value, bool):
+            return float(value)  # YAML takes 1e-4 for text
+        if value is None and type(None) in args:
+            return None
+        if isinstance(value, str) and (hint is Path or Path in args):
+            return Path(value)
+        if type(value) is hint:
+            return value
+        raise TypeError
 
-    return cls(**{name: convert(hints[name], value) for name, value in values.items()})
+    def checked(name: str, value: Any) -> Any:
+        try:
+            return convert(hints[name], value)
+        except (TypeError, ValueError) as error:
+            hint = hints[name]
+            expected = "settings of its own" if dataclasses.is_dataclass(hint) else getattr(hint, "__name__", hint)
+            if get_origin(hint) in (Literal, tuple):
+                expected = str(hint).removeprefix("typing.")
+            raise UserError(f"{where}: {name} is {value!r}; expected {expected}") from error
+
+    return cls(**{name: checked(name, value) for name, value in values.items()})
 
 
 def write_config(config: RunConfig) -> None:
+    """Write `config.yaml` into the run folder, whole or not at all."""
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "config.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    temporary = config.out / "config.yaml.tmp"
+    temporary.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    temporary.replace(config.out / "config.yaml")
 
 
 def read_config(path: Path) -> RunConfig:

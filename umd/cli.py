@@ -7,12 +7,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from umd.errors import UserError
+
+if TYPE_CHECKING:
+    from umd.train.run import RunConfig
 
 console = Console()
 
@@ -44,6 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder that cannot be written, a file that went away
+        where = f"cannot use {error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or error}; check the path, its permissions and the room on the disk")
 
 
 def fail(message: str) -> None:
@@ -55,6 +61,11 @@ def escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def say(text: str) -> None:
+    """A line as it is: paths are not broken at the width of the terminal, brackets are no markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_help() -> None:
@@ -70,7 +81,7 @@ def print_help() -> None:
         "umd finetune runs/mine --out runs/mine-labels    class folders give the labels",
         "umd sample runs/mine-labels --cfg-scale 4",
     ):
-        console.print(f"  {line}", highlight=False)
+        say(f"  {line}")
 
 
 def parse(cls_or_function, name: str, arguments: list[str], default=None):
@@ -78,18 +89,32 @@ def parse(cls_or_function, name: str, arguments: list[str], default=None):
     import tyro
 
     kwargs = {} if default is None else {"default": default}
-    return tyro.cli(
-        cls_or_function, prog=f"umd {name}", args=arguments, config=(tyro.conf.FlagConversionOff,), **kwargs
-    )
+    return tyro.cli(cls_or_function, prog=f"umd {name}", args=arguments, **kwargs)
+
+
+def with_length(default: "RunConfig", arguments: list[str]) -> "RunConfig":
+    """The length of the run that is given replaces that of the preset, whichever unit either is in."""
+    lengths = ("epochs", "steps", "minutes")
+    given = {a.partition("=")[0].removeprefix("--") for a in arguments if a.startswith("--")} & set(lengths)
+    # 1 stands in until the option is read
+    return replace(default, **{name: int(name in given) for name in lengths}) if given else default
+
+
+def png_path(path: Path) -> Path:
+    return path if path.suffix.lower() == ".png" else path.with_name(f"{path.name}.png")
+
+
+def at_least_one(options: object, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < 1:
+            raise UserError(f"{name} must be at least 1, got {getattr(options, name)}")
 
 
 def take_path(arguments: list[str], command: str, what: str) -> tuple[Path, list[str]]:
     """The first argument as a path, which decides the defaults of the options behind it."""
     if not arguments or arguments[0].startswith("-"):
         if {"-h", "--help"} & set(arguments):
-            console.print(
-                f"usage: umd {command} {what} [options]; `umd {command} {what} --help` lists the options of a run"
-            )
+            say(f"usage: umd {command} {what} [options]; `umd {command} {what} --help` lists the options of a run")
             sys.exit(0)
         raise UserError(f"umd {command} needs {what} first, e.g. `umd {command} runs/umd-tiny`")
     return Path(arguments[0]), arguments[1:]
@@ -100,9 +125,7 @@ def pretrain(arguments: list[str]) -> None:
     from umd.train.run import PRESETS, RunConfig, read_config
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(
-            "usage: umd pretrain PRESET|CONFIG.yaml [options]; `umd pretrain PRESET --help` lists the options\n"
-        )
+        say("usage: umd pretrain PRESET|CONFIG.yaml [options]; `umd pretrain PRESET --help` lists the options\n")
         table = Table(box=None, show_header=False, padding=(0, 2))
         for name, (what, _) in PRESETS.items():
             table.add_row(f"  [bold]{name}[/]", what)
@@ -117,7 +140,7 @@ def pretrain(arguments: list[str]) -> None:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(PRESETS)}, or a config.yaml"
         raise UserError(f"unknown preset {name!r}; {hint}")
-    train(parse(RunConfig, f"pretrain {name}", rest, default), console, "pretrain")
+    train(parse(RunConfig, f"pretrain {name}", rest, with_length(default, rest)), console, "pretrain")
 
 
 def finetune(arguments: list[str]) -> None:
@@ -128,7 +151,7 @@ def finetune(arguments: list[str]) -> None:
     init, rest = take_path(arguments, "finetune", "RUN")
     pretrained = read_config(init)
     default = finetune_config(pretrained, init, 0, init.with_name(init.name + "-labels"))
-    config = parse(RunConfig, f"finetune {init}", rest, default)
+    config = parse(RunConfig, f"finetune {init}", rest, with_length(default, rest))
     dataset = open_dataset(config.data, "train")
     if not dataset.class_names:
         raise UserError(
@@ -162,6 +185,9 @@ class Sample:
     out: Path | None = None
     """Where the PNG goes, the .npz beside it; default: RUN/samples.png."""
 
+    def __post_init__(self) -> None:
+        at_least_one(self, "per_class", "batch")
+
 
 def sample(arguments: list[str]) -> None:
     import numpy as np
@@ -189,13 +215,13 @@ def sample(arguments: list[str]) -> None:
         cfg_scale=options.cfg_scale if classes else 1.0, seed=options.seed, clip=model.config.channels in (1, 3),
         dtype=dtype, batch=options.batch, eta=options.eta, console=console,
     )  # fmt: skip
-    out = options.out or run / "samples.png"
+    out = png_path(options.out or run / "samples.png")
     save_png(grid(rgb(samples), columns=options.per_class), out, scale=max(1, 128 // model.config.image_size[0]))
     arrays = {"images": to_uint8(samples)}
     if labels is not None:
         arrays["labels"] = labels.numpy()
     np.savez_compressed(out.with_suffix(".npz"), **arrays)
-    console.print(f"{count} samples in {out} and {out.with_suffix('.npz')}", highlight=False)
+    say(f"{count} samples in {out} and {out.with_suffix('.npz')}")
     if options.frechet:
         test = open_dataset(config.data, "test")
         name, value = evaluate.frechet(
@@ -223,6 +249,9 @@ class Inpaint:
     out: Path | None = None
     """Where the PNG goes; default: RUN/inpainting.png."""
 
+    def __post_init__(self) -> None:
+        at_least_one(self, "samples")
+
 
 def inpaint(arguments: list[str]) -> None:
     from umd.images import grid, save_png
@@ -241,10 +270,10 @@ def inpaint(arguments: list[str]) -> None:
     )  # fmt: skip
     import numpy as np
 
-    out = options.out or run / "inpainting.png"
+    out = png_path(options.out or run / "inpainting.png")
     sheet = grid(np.stack([picture for row in rows for picture in row]), columns=options.samples + 2)
     save_png(sheet, out, scale=max(1, 128 // model.config.image_size[0]))
-    console.print(f"masked, {options.samples} samples, original, a row an image: {out}", highlight=False)
+    say(f"masked, {options.samples} samples, original, a row an image: {out}")
 
 
 @dataclass(frozen=True)
@@ -261,6 +290,12 @@ class Probe:
     """Draws of the shots."""
     ema: bool = False
     """Averaged weights, where the run has them."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or min(self.seeds) < 0:
+            raise UserError(f"seeds must be one or more numbers from 0, got {list(self.seeds)}")
+        if not self.l2 or min(self.l2) <= 0:
+            raise UserError(f"l2 must be one or more numbers above 0, got {list(self.l2)}")
 
 
 def probe(arguments: list[str]) -> None:
@@ -296,7 +331,7 @@ def report(arguments: list[str]) -> None:
     run, rest = take_path(arguments, "report", "RUN")
     if rest:
         raise UserError(f"umd report takes one folder, e.g. `umd report runs/demo`; got also {' '.join(rest)}")
-    console.print(f"written: {write_report(load_record(run), run / 'report.html')}", highlight=False)
+    say(f"written: {write_report(load_record(run), run / 'report.html')}")
 
 
 def doctor(arguments: list[str]) -> None:
@@ -323,7 +358,7 @@ def import_weights(arguments: list[str]) -> None:
         """Folder for the checkpoint."""
 
     options = parse(Import, "import", arguments)
-    console.print(f"written: {import_small_vision(options.path, options.out)}", highlight=False)
+    say(f"written: {import_small_vision(options.path, options.out)}")
 
 
 def positional():
@@ -334,7 +369,7 @@ def positional():
 
 def bench(arguments: list[str]) -> None:
     if arguments[:1] != ["step"]:
-        console.print("usage: umd bench step [options]: a training step against its baselines")
+        say("usage: umd bench step [options]: a training step against its baselines")
         sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
     from umd.bench.step import StepBench, run
 

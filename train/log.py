@@ -56,7 +56,7 @@ class RunLog:
         self._bar.update(self._task, note=note)
         if not self.console.is_terminal and time.monotonic() - self._last_line > PLAIN_SECONDS:
             self._last_line = time.monotonic()
-            self.console.print(f"{self.name}: {self._bar.tasks[0].completed:4.0%}  {note}")
+            self.say(f"{self._bar.tasks[0].completed:4.0%}  {note}")
 
     def progress(self, share: float) -> None:
         self._bar.update(self._task, completed=min(share, 1.0))
@@ -67,7 +67,8 @@ class RunLog:
         self._board.add_image(name, sheet, step, dataformats="HWC")
 
     def say(self, text: str) -> None:
-        self.console.print(f"{self.name}: {text}", highlight=False)
+        # as it is: a path must not be broken at the width of the terminal, nor brackets in it be taken for markup
+        self.console.print(f"{self.name}: {text}", highlight=False, markup=False, soft_wrap=True)
 
     def _drop_rows_after(self, start: int) -> None:
         file = self.out / "metrics.jsonl"
