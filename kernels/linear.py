@@ -26,7 +26,7 @@ class BF16LinearFunction(torch.autograd.Function):
         outputs, inputs = weight.shape
         product = (x.t().contiguous() @ dy).t() if inputs <= outputs else dy.t().contiguous() @ x
         dweight = torch.empty(weight.shape, dtype=weight_dtype).copy_(product)
-        return dx, dweight, dy.sum(0, dtype=torch.float32).to(bias_dtype)
+        return dx, dweight, dy.sum(0).to(bias_dtype)  # summed in fp32; asked for in fp32, torch would copy dy first
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

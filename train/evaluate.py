@@ -97,8 +97,8 @@ def probe(
         raise UserError(f"a probe needs labels, and {train.name} has none; use one subfolder a class")
     train_ids, test_ids = np.arange(len(train)), np.arange(len(test))
     if max_images is not None:
-        test_ids = first_of_each(test.labels, len(test))[: max(max_images // 3, 1)]
-        pool = max(shots, (max_images - len(test_ids)) // len(train.class_names))
+        pool = max(2 * shots, max_images // 2 // len(train.class_names))  # above the shots, so that their draws differ
+        test_ids = first_of_each(test.labels, len(test))[: max(max_images - pool * len(train.class_names), 200)]
         train_ids = first_of_each(train.labels, pool)
     train_x, test_x = center_view(train, train_ids, config.data), center_view(test, test_ids, config.data)
     train_y, test_y = torch.from_numpy(train.labels[train_ids]), torch.from_numpy(test.labels[test_ids])

@@ -219,7 +219,8 @@ def check_same_network(saved: Checkpoint, config: ModelConfig, folder: Path, but
     ]
     if differ:
         raise UserError(
-            f"{folder} holds a network with {'; '.join(differ)}: give the settings it was trained with, or another folder"
+            f"{folder} holds a network with {'; '.join(differ)}: "
+            "give the settings it was trained with, or another folder"
         )
 
 
@@ -267,7 +268,8 @@ def check_finite(config: RunConfig, pending: tuple[int, Tensor, Tensor, Tensor] 
     )
     raise Diverged(
         f"the loss or its gradient is not finite at step {step} (loss {values[0]}, gradient norm {float(norm)}; images "
-        f"{indices[:8].tolist()}...); {dump} has the batch, last good checkpoint: {saved or 'none'}; lower the lr or the batch"
+        f"{indices[:8].tolist()}...); {dump} has the batch, last good checkpoint: {saved or 'none'}; "
+        "lower the lr or the batch"
     )
 
 
@@ -318,10 +320,9 @@ def previews(model: UMD, objective: Objective, x: Tensor, dtype: torch.dtype) ->
     """Sheets by name: masked input, reconstruction and original in three rows; with labels, a sample of each class."""
     sheets = {}
     T = objective.schedule.num_steps
-    never_trained = {0.0: "reconstruction", 1.0: "denoising"}.get(objective.config.no_noise_prob)
-    for label, timestep in (("reconstruction", 0), ("denoising", T // 4)):
-        if label == never_trained:
-            continue
+    r0 = objective.config.no_noise_prob
+    trained = ({"reconstruction": 0} if r0 > 0 else {}) | ({"denoising": T // 4} if r0 < 1 else {})
+    for label, timestep in trained.items():
         triplets = reconstructions(model, objective, x, timestep, dtype=dtype)
         sheets[label] = grid(
             np.stack([picture for row in zip(*triplets, strict=True) for picture in row]), len(triplets)

@@ -21,7 +21,8 @@ def reconstructions(
 ) -> list[Triplet]:
     """Hide patches of images [B, C, H, W], at model time `timestep` (0: noise-free), and let the model predict x̂0.
 
-    Visible noise-free patches are shown as they are, since the model does not predict them.
+    Where patches are visible the model predicts no pixels: noise-free ones are shown as they are, of noised ones the
+    predicted noise is taken out.
     """
     B, P = len(x_start), model.config.patch_size
     noised = timestep > 0
@@ -35,17 +36,17 @@ def reconstructions(
     )
     with autocast(x_start.device, dtype):
         prediction = model(objective.visible_patches(x_start, c), c.ids_keep, c.layout, c.timesteps)
-    predicted, _ = model.to_images(prediction.float())
+    predicted, predicted_eps = model.to_images(prediction.float())
     mask = torch.ones(B * model.config.num_patches, device=x_start.device).index_fill(0, c.ids_keep, 0)
     mask = mask.view(B, -1)  # 0 keep, 1 remove
-    seen = x_start
+    pixels = mask.view(B, 1, *model.config.grid_size).repeat_interleave(P, 2).repeat_interleave(P, 3).bool()
+    seen = visible = x_start
     if noised:
         alpha, sigma = objective.schedule.coefficients(c.timesteps, dtype=x_start.dtype)
         eps = ops.philox_randn(c.noise, x_start.shape, x_start.device, x_start.dtype)
         seen = alpha.view(-1, 1, 1, 1) * x_start + sigma.view(-1, 1, 1, 1) * eps
-    else:
-        pixels = mask.view(B, 1, *model.config.grid_size).repeat_interleave(P, 2).repeat_interleave(P, 3)
-        predicted = torch.where(pixels.bool(), predicted, x_start)
+        visible = objective.schedule.xstart_from_eps(seen, c.timesteps, predicted_eps)
+    predicted = torch.where(pixels, predicted, visible)
     return [
         (masked_view(s, m, P), p, o)
         for s, m, p, o in zip(

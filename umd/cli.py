@@ -217,10 +217,8 @@ def sample(arguments: list[str]) -> None:
     )  # fmt: skip
     out = png_path(options.out or run / "samples.png")
     save_png(grid(rgb(samples), columns=options.per_class), out, scale=max(1, 128 // model.config.image_size[0]))
-    arrays = {"images": to_uint8(samples)}
-    if labels is not None:
-        arrays["labels"] = labels.numpy()
-    np.savez_compressed(out.with_suffix(".npz"), **arrays)
+    class_ids = np.full(count, -1) if labels is None else labels.numpy()  # -1: unconditional
+    np.savez_compressed(out.with_suffix(".npz"), images=to_uint8(samples), labels=class_ids)
     say(f"{count} samples in {out} and {out.with_suffix('.npz')}")
     if options.frechet:
         test = open_dataset(config.data, "test")

@@ -43,7 +43,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.features, hidden), nn.SiLU(), nn.Linear(hidden, D))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        features = timestep_features(timesteps, self.features, self.released, self.mlp[0].weight.dtype)
+        dtype = next(self.parameters()).dtype
+        features = timestep_features(timesteps, self.features, self.released, dtype)
         return self.mlp(features)  # [R, D]
 
 
@@ -204,9 +205,11 @@ class UMD(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        def lecun_normal(linear: nn.Linear) -> None:  # flax's default, of every layer not named below
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            nn.init.zeros_(linear.bias)
+        def lecun_normal(module: nn.Module) -> None:  # flax's default, of every layer not named below
+            for linear in module.modules():
+                if isinstance(linear, nn.Linear):
+                    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+                    nn.init.zeros_(linear.bias)
 
         for module in self.modules():
             if isinstance(module, Attention):
@@ -221,13 +224,11 @@ class UMD(nn.Module):
                 for linear in (module.fc1, module.fc2):
                     nn.init.xavier_uniform_(linear.weight)
                     nn.init.normal_(linear.bias, std=1e-6)
-        for linear in (self.x_embedder, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            lecun_normal(linear)
+        lecun_normal(self.x_embedder)
+        lecun_normal(self.t_embedder)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-            if isinstance(self.y_embedder.mlp, nn.Sequential):
-                lecun_normal(self.y_embedder.mlp[0])
-                lecun_normal(self.y_embedder.mlp[2])
+            lecun_normal(self.y_embedder)
         if self.adaLN_modulation is not None:  # the zero of adaLN-zero: every block starts as the identity
             nn.init.zeros_(self.adaLN_modulation.weight)
             nn.init.zeros_(self.adaLN_modulation.bias)
