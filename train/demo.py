@@ -65,7 +65,7 @@ class Clock:
 
 
 def run_demo(demo: Demo, console: Console) -> Path:
-    """Run it and return the path of the page. Raises UserError for data without labels or a folder of something else."""
+    """Run it; returns the path of the page. Raises UserError for data without labels or a folder of something else."""
     if demo.minutes <= 0:
         raise UserError(f"minutes must be above 0, got {demo.minutes}")
     clock = Clock(demo.minutes)
@@ -125,7 +125,9 @@ def run_demo(demo: Demo, console: Console) -> Path:
         fine,
         batch_size=pre.batch_size,
         minutes=clock.share(FINETUNE, FINETUNE + SAMPLE + INPAINT + FRECHET + 0.03) / 60,
-        optim=replace(fine.optim, lr=2e-3, ema=0.1),  # the recipe's rates are for 50 epochs of ImageNet, not for minutes
+        optim=replace(
+            fine.optim, lr=2e-3, ema=0.1
+        ),  # the recipe's rates are for 50 epochs of ImageNet, not for minutes
         draw_every=10**9,
     )
     train(fine, console, "finetune")

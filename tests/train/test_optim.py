@@ -1,0 +1,91 @@
+"""The learning-rate curve and what AdamW decays."""
+
+import math
+
+import pytest
+import torch
+
+from umd.config import ModelConfig
+from umd.errors import UserError
+from umd.model import UMD
+from umd.train.optim import OptimConfig, adamw, lr_scale
+
+MODEL = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)
+
+
+@pytest.mark.parametrize("warmup", [0.05, 0.25])
+def test_linear_warm_up_then_half_a_cosine(warmup):
+    assert lr_scale(0.0, warmup) == 0
+    assert lr_scale(warmup / 2, warmup) == pytest.approx(1 / 2)
+    assert lr_scale(warmup, warmup) == 1
+    assert lr_scale((1 + warmup) / 2, warmup) == pytest.approx(1 / 2)
+    third = warmup + (1 - warmup) / 3
+    assert lr_scale(third, warmup) == pytest.approx(3 / 4)  # (1 + cos 60°) / 2
+    assert lr_scale(1.0, warmup) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_curve_has_no_jump_and_one_top():
+    rates = [lr_scale(i / 1000, 0.05) for i in range(1001)]
+    assert max(abs(b - a) for a, b in zip(rates, rates[1:], strict=False)) <= 1 / 50 + 1e-9  # the slope of the warm-up
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_without_warm_up_it_starts_at_the_top_and_past_the_end_it_stays_at_zero():
+    assert lr_scale(0.0, 0.0) == 1
+    assert lr_scale(1.2, 0.05) == pytest.approx(0, abs=1e-12)  # a clock may run over
+
+
+@pytest.mark.parametrize(("setting", "value"), [("lr", 0.0), ("lr", -1.0), ("warmup", 1.0), ("warmup", -0.1)])
+def test_impossible_settings_are_refused_by_name(setting, value):
+    with pytest.raises(UserError, match=setting):
+        OptimConfig(**{setting: value})
+
+
+def test_every_parameter_is_in_one_group_and_only_the_mask_is_spared():
+    model = UMD(MODEL)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, spared = adamw(model, 1e-3, (0.9, 0.95), 0.05).param_groups
+    assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0
+    assert {names[p] for p in spared["params"]} == {
+        name for name in names.values() if name.endswith("bias") or name in ("cls_token", "mask_token")
+    }
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+    assert {"pos_embed", "decoder_pos_embed", "adaLN_modulation.weight", "encoder.norm.weight"} <= {
+        names[p] for p in decayed["params"]
+    }
+
+
+def test_frozen_parameters_are_left_out():
+    model = UMD(MODEL)
+    model.pos_embed.requires_grad_(False)
+    groups = adamw(model, 1e-3, (0.9, 0.95), 0.05).param_groups
+    assert not any(p is model.pos_embed for group in groups for p in group["params"])
+
+
+def test_a_step_is_adamw_with_decoupled_decay():
+    """Loshchilov & Hutter's formulas, written out for two steps."""
+    model = UMD(MODEL).double()
+    lr, (b1, b2), decay = 1e-2, (0.9, 0.95), 0.05
+    optimizer = adamw(model, lr, (b1, b2), decay)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    m = {name: torch.zeros_like(p) for name, p in expected.items()}
+    v = {name: torch.zeros_like(p) for name, p in expected.items()}
+    generator = torch.Generator().manual_seed(0)
+    for step in (1, 2):
+        for name, p in model.named_parameters():
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            m[name] = b1 * m[name] + (1 - b1) * p.grad
+            v[name] = b2 * v[name] + (1 - b2) * p.grad**2
+            if not (name.endswith("bias") or name in ("cls_token", "mask_token")):
+                expected[name] *= 1 - lr * decay
+            expected[name] -= lr * m[name] / (1 - b1**step) / ((v[name] / (1 - b2**step)).sqrt() + 1e-8)
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_the_area_under_the_curve():
+    """The mean rate is warmup/2 + (1 - warmup)/2: neither piece is steeper than it says."""
+    rates = [lr_scale((i + 0.5) / 4000, 0.1) for i in range(4000)]
+    assert math.fsum(rates) / len(rates) == pytest.approx(0.5, abs=1e-6)

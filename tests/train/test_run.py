@@ -1,0 +1,169 @@
+"""Configuration of runs: presets, YAML and back, and what is said of settings that cannot be."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from umd.checkpoint import save_checkpoint
+from umd.config import ModelConfig, ObjectiveConfig
+from umd.errors import UserError
+from umd.model import UMD
+from umd.train.run import (
+    PRESETS,
+    RunConfig,
+    finetune_config,
+    from_plain,
+    load_model,
+    read_config,
+    to_plain,
+    write_config,
+)
+
+TINY = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_yaml_and_json(name, tmp_path):
+    config = replace(PRESETS[name][1], out=tmp_path / "run")
+    write_config(config)
+    assert read_config(tmp_path / "run") == config == read_config(tmp_path / "run" / "config.yaml")
+    assert from_plain(RunConfig, json.loads(json.dumps(to_plain(config))), "a checkpoint") == config
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_settings_that_are_not_defaults_survive_yaml(tmp_path):
+    config = RunConfig(
+        out=tmp_path,
+        model=replace(TINY, image_size=(8, 16), adaLN=False, embedding="released", num_classes=9),
+        objective=ObjectiveConfig(no_noise_prob=1 / 3, mask_ratio=0.1, mask_ratio_no_noise=0.9),
+        init=Path("runs/before"),
+        batch_size=6,
+        accumulate=3,
+        epochs=0.5,
+        minutes=1e-5,
+        compile=True,
+    )
+    write_config(config)
+    assert read_config(tmp_path) == config
+
+
+def test_the_presets_are_the_published_settings():
+    """METHOD: r0, mt, m0 and adaLN of UMD, MAE, MaskDiT and DiT; batch 1024 (MAE 4096), 800 epochs, 64x64 in 4x4."""
+    for name, r0, mt, m0, adaLN, batch in (
+        ("umd-b4", 0.5, 0.375, 0.75, True, 1024),
+        ("mae-b4", 1.0, None, 0.75, False, 4096),
+        ("maskdit-b4", 0.0, 0.5, None, True, 1024),
+        ("dit-b4", 0.0, 0.0, None, True, 1024),
+    ):
+        config = PRESETS[name][1]
+        assert config.objective.no_noise_prob == r0 and config.model.adaLN is adaLN
+        assert mt is None or config.objective.mask_ratio == mt
+        assert m0 is None or config.objective.mask_ratio_no_noise == m0
+        assert (config.batch_size, config.epochs) == (batch, 800)
+        assert config.model.num_patches == 256 and config.model.hidden_size == 768
+        assert (config.optim.lr, config.optim.betas, config.optim.weight_decay) == (1.5e-4, (0.9, 0.95), 0.05)
+
+
+def test_the_model_says_what_the_data_look_like():
+    config = RunConfig(model=replace(TINY, image_size=(8, 12), channels=1))
+    assert config.data.image_size == (8, 12) and config.data.channels == 1
+    assert replace(config, model=TINY).data.image_size == (8, 8)
+
+
+def test_the_fine_tuning_recipe_keeps_the_network_and_the_data():
+    before = PRESETS["umd-b4"][1]
+    after = finetune_config(before, Path("runs/a"), 10, Path("runs/b"))
+    assert after.init == Path("runs/a") and after.out == Path("runs/b")
+    assert after.model == replace(before.model, num_classes=10)
+    assert after.data.source == before.data.source and after.data.area_min == 0.95
+    assert (after.objective.no_noise_prob, after.objective.mask_ratio) == (0.05, 0.0)
+    assert after.optim.weight_decay == 0 and after.batch_size == 256
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bach_size: 3", "unknown setting 'bach_size' in RunConfig; it has .*batch_size"),
+        ("model: {dept: 3}", "unknown setting 'dept' in ModelConfig; it has .*depth"),
+        ("out: [", "is not valid YAML"),
+        ("- 1", "holds no settings"),
+        ("", "holds no settings"),
+        ("batch_size: many", "batch_size is 'many'; expected int"),
+        ("batch_size: 1.5", "batch_size is 1.5; expected int"),
+        ("batch_size: true", "batch_size is True; expected int"),
+        ("optim: {lr: fast}", "lr is 'fast'; expected float"),
+        ("compile: 1", "compile is 1; expected bool"),
+        ("model: 3", "model is 3; expected settings"),
+        ("model: {image_size: 32}", "image_size is 32; expected tuple"),
+        ("model: {image_size: [32]}", "image_size is .32.; expected tuple"),
+        ("schedule: {name: cosin}", "name is 'cosin'; expected .*'cosine'"),
+        ("precision: fp16", "precision is 'fp16'; expected .*'bf16'"),
+        ("batch_size: 0", "batch_size must be at least 1"),
+        ("{batch_size: 10, accumulate: 3}", "batch_size 10 is not divisible by accumulate 3"),
+        ("{epochs: 0}", "length of a run"),
+        ("{steps: -1}", "length of a run"),
+        ("seed: -1", "seed must be 0 or more"),
+        ("model: {image_size: [30, 30]}", "30x30 is not divisible by patch size 4; use 28x28"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(text, said, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        read_config(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_or_folder_without_settings(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere.yaml"):
+        with pytest.raises(UserError, match="no run configuration"):
+            read_config(path)
+
+
+def test_numbers_as_people_write_them(tmp_path):
+    """YAML 1.1 takes 1e-4, without a point, for text; an integer will do for a float."""
+    (tmp_path / "config.yaml").write_text("{optim: {lr: 1e-4, clip: 1}, epochs: 3, init: null}")
+    config = read_config(tmp_path)
+    assert config.optim.lr == 1e-4 and config.optim.clip == 1 and config.epochs == 3 and config.init is None
+    assert isinstance(config.epochs, float)
+
+
+def test_the_written_file_is_plain_yaml(tmp_path):
+    write_config(RunConfig(out=tmp_path, model=TINY))
+    values = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert values["model"]["image_size"] == [8, 8] and values["out"] == str(tmp_path)
+
+
+def save_run(root: Path, **parts: UMD) -> Path:
+    tensors = {part: dict(model.named_parameters()) for part, model in parts.items()}
+    save_checkpoint(root / "checkpoints", 1, tensors, {"config": to_plain(RunConfig(out=root, model=TINY))})
+    return root
+
+
+def test_a_network_is_read_with_its_average_or_without(tmp_path):
+    torch.manual_seed(0)
+    own, average = UMD(TINY), UMD(TINY)
+    run = save_run(tmp_path, model=own, ema=average)
+    for path in (run, run / "checkpoints", run / "checkpoints" / "step-00000001"):
+        for ema, expected in ((True, average), (False, own)):
+            loaded = load_model(path, ema=ema)
+            assert loaded.config == TINY and not loaded.training
+            for a, b in zip(loaded.parameters(), expected.parameters(), strict=True):
+                assert torch.equal(a, b) and not a.requires_grad
+
+
+def test_without_an_average_the_weights_themselves(tmp_path):
+    own = UMD(TINY)
+    loaded = load_model(save_run(tmp_path, model=own), ema=True)
+    assert torch.equal(loaded.head.weight, own.head.weight)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    save_checkpoint(tmp_path, 1, {"model": {"w": torch.zeros(3)}}, {})
+    with pytest.raises(UserError, match="does not say which network it is of"):
+        load_model(tmp_path)
+    with pytest.raises(UserError, match="no folder"):
+        load_model(tmp_path / "nowhere")
