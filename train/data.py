@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tyro.conf import Suppress
 
 from umd.errors import UserError
 from umd.train.emoji import open_emoji
@@ -53,9 +54,9 @@ class DataConfig:
 
     source: str = "emoji"
     """`emoji`, a folder of images, a `.npz` or `.npy` file, or an `*-images-idx3-ubyte(.gz)` file"""
-    image_size: tuple[int, int] = (32, 32)
+    image_size: Suppress[tuple[int, int]] = (32, 32)  # not an option: a run takes it from its model
     """height and width the model sees"""
-    channels: int = 3
+    channels: Suppress[int] = 3
     """3 for colour (grey pictures are repeated), 1 for grey"""
     area_min: float = 0.8
     """smallest share of a picture's area that a training crop covers"""

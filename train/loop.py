@@ -92,7 +92,8 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
     total_steps = config.steps or math.ceil(config.epochs * len(dataset) / config.batch_size)
 
     def progress() -> float:
-        return seconds / (60 * config.minutes) if config.minutes else step / total_steps
+        by_clock = config.minutes > 0 and config.steps == 0
+        return seconds / (60 * config.minutes) if by_clock else step / total_steps
 
     micro = config.batch_size // config.accumulate
     noised, clean = objective.split(micro)

@@ -35,11 +35,11 @@ class RunConfig:
     accumulate: int = 1
     """Micro-batches a step; divides the batch."""
     epochs: float = 800
-    """Length of the run."""
-    steps: int = 0
-    """Length in steps instead; 0: epochs count."""
+    """Length of the run, where neither steps nor minutes are given."""
     minutes: float = 0
-    """Length in minutes of training instead; the learning rate then follows the clock. 0: epochs or steps count."""
+    """Length in minutes of training instead; the learning rate then follows the clock."""
+    steps: int = 0
+    """Length in steps instead, before minutes and epochs."""
     seed: int = 0
     """Of weights, data order, crops, masks and noise."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
