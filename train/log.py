@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -37,6 +38,8 @@ class RunLog:
         self._last_line = 0.0
 
     def __enter__(self) -> "RunLog":
+        # TensorBoard's thread prints the stack of an error, a full disk, that it also hands to this one to raise.
+        threading.excepthook = lambda hook: None if hook.exc_type is OSError else threading.__excepthook__(hook)
         self._bar.start()
         return self
 
@@ -44,6 +47,7 @@ class RunLog:
         self._bar.stop()
         self._rows.close()
         self._board.close()
+        threading.excepthook = threading.__excepthook__
 
     def row(self, row: dict) -> None:
         """One logged step, also on disk if the process is killed right after."""
