@@ -92,7 +92,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         "UMD-Ti/4 on 32x32 colour emoji: minutes on a laptop",
         _pixels(
             "UMD-Ti/4", "umd", "umd-tiny", side=32, batch_size=64, minutes=10, save_every=200, draw_every=200,
-            optim=OptimConfig(lr=4e-3), data=DataConfig(hflip=True),
+            optim=OptimConfig(lr=1e-2), data=DataConfig(hflip=True),
         ),
     ),
     "umd-s4": ("UMD-S/4, 64x64 pixels", _pixels("UMD-S/4", "umd", "umd-s4")),
