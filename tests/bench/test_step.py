@@ -1,0 +1,87 @@
+"""`umd bench step`: what it writes, and that its numbers are those of the networks it names."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+pytest.importorskip("diffusers", reason="the baseline DiT comes from diffusers: pip install diffusers")
+pytest.importorskip("transformers", reason="the baseline MAE comes from transformers: pip install transformers")
+
+from umd.bench.step import StepBench, run  # noqa: E402
+from umd.cli import main  # noqa: E402
+from umd.config import ObjectiveConfig, model_config  # noqa: E402
+from umd.flops import step_flops  # noqa: E402
+from umd.objective import Objective  # noqa: E402
+from umd.schedule import NoiseSchedule  # noqa: E402
+
+NAMES = ["umd", "umd unmasked", "umd two passes", "diffusers dit", "transformers vit-mae", "matmuls alone"]
+KEYS = {"name", "batch", "dtype", "seconds", "images_per_second", "flops", "peak_memory_bytes"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Three rounds at a size where a round takes a second."""
+    file = tmp_path_factory.mktemp("bench") / "new" / "step.json"
+    options = "--model UMD-Ti/4 --image-size 16 --batch 4 --repeats 3 --no-memory --dtype fp32 --device cpu"
+    main(["bench", "step", *options.split(), "--json", str(file)])
+    return {row["name"]: row for row in json.loads(file.read_text())}
+
+
+def expected_flops(config: ObjectiveConfig, batch: int) -> int:
+    """Forward and backward of UMD-Ti/4 at 16x16 under an objective."""
+    model = model_config("UMD-Ti/4", image_size=(16, 16))
+    objective = Objective(model, config, NoiseSchedule("cosine"))
+    noised, clean = objective.split(batch)
+    keep = (objective.keep_noised,) * noised + (objective.keep_clean,) * clean
+    return step_flops(model, keep, noised + min(clean, 1))
+
+
+def test_a_row_for_each_step_with_the_documented_keys(rows):
+    assert list(rows) == NAMES
+    for row in rows.values():
+        assert row.keys() >= KEYS
+        assert row["batch"] == 4 and row["dtype"] == "fp32" and row["peak_memory_bytes"] is None
+        assert 0 < row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
+        assert row["images_per_second"] == pytest.approx(4 / row["seconds"])
+
+
+def test_flops_are_those_of_the_networks(rows):
+    whole = ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.0)
+    assert rows["umd"]["flops"] == pytest.approx(expected_flops(ObjectiveConfig(), 4), rel=0.01)
+    assert rows["umd unmasked"]["flops"] == pytest.approx(expected_flops(whole, 4), rel=0.01)
+    assert rows["umd two passes"]["flops"] == rows["umd"]["flops"] == rows["matmuls alone"]["flops"]
+
+
+def test_the_baselines_have_the_size_of_the_encoder(rows):
+    """DiT: 6 blocks of 192 on 16 tokens and adaLN in each; MAE: 6 on 5 tokens, then 8 of 128 on 17. By hand."""
+
+    def blocks(depth: int, tokens: int, dim: int) -> int:  # multiply-adds are two, the backward pass counts twice
+        return 3 * 4 * 2 * depth * (12 * dim * dim * tokens + 2 * tokens * tokens * dim)
+
+    dit = blocks(6, 16, 192) + 3 * 4 * 2 * 6 * (6 * 192 * 192)
+    mae = blocks(6, 5, 192) + blocks(8, 17, 128)
+    for name, by_hand in (("diffusers dit", dit), ("transformers vit-mae", mae)):
+        # patches and embeddings on top; attention may be missing where torch's counter does not see it
+        assert 0.98 * by_hand < rows[name]["flops"] < 1.2 * by_hand, name
+
+
+def test_the_table_names_every_row(capsys):
+    bench = StepBench(model="UMD-Ti/4", image_size=16, batch=2, repeats=1, memory=False, dtype="bf16", device="cpu")
+    rows = run(bench, Console(width=200))
+    printed = capsys.readouterr().out
+    assert [row.name for row in rows] == NAMES and all(name in printed for name in NAMES)
+    assert "bf16" in printed and f"{torch.get_num_threads()} threads" in printed
+
+
+@pytest.mark.slow
+def test_peak_memory_of_each_row_in_a_process_of_its_own(tmp_path):
+    file = tmp_path / "step.json"
+    options = "--model UMD-Ti/4 --image-size 32 --batch 8 --repeats 1 --dtype fp32 --device cpu"
+    main(["bench", "step", *options.split(), "--json", str(file)])
+    rows = {row["name"]: row for row in json.loads(file.read_text())}
+    for name in NAMES[:-1]:
+        assert rows[name]["peak_memory_bytes"] > 1e6, name
+    assert rows["umd"]["peak_memory_bytes"] < rows["umd unmasked"]["peak_memory_bytes"]
+    assert rows["matmuls alone"]["peak_memory_bytes"] is None
