@@ -35,12 +35,13 @@ def modulated_layer_norm_ref(
     eps: float = 1e-6,
 ) -> Tensor:
     """The definition of `modulated_layer_norm`, in fp32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    y = F.layer_norm(wide, x.shape[-1:], weight, bias, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+    y = F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)
     if scale is not None:
-        y = y * (1 + _per_sample(scale, x, packing))
+        y = y * (1 + _per_sample(scale.to(wide), x, packing))
     if shift is not None:
-        y = y + _per_sample(shift, x, packing)
+        y = y + _per_sample(shift.to(wide), x, packing)
     return y.to(x.dtype)
 
 
@@ -182,6 +183,8 @@ def modulated_layer_norm(
         ValueError: a width that is not D, a table of too few rows, x of another length than the packing.
     """
     _check(x, packing, shift=shift, scale=scale, weight=weight, bias=bias)
+    if x.device.type != "cpu":  # a call per stretch would be a launch per stretch
+        return modulated_layer_norm_ref(x, packing, shift, scale, weight, bias, eps)
     alpha, beta = _fold(x, shift, scale, weight, bias)
     return ModulatedLayerNormFunction.apply(x, alpha, beta, packing, eps)
 
@@ -213,6 +216,8 @@ def gated_residual_layer_norm(
     _check(x, packing, gate=gate, shift=shift, scale=scale, weight=weight, bias=bias)
     if h.shape != x.shape or h.dtype != x.dtype:
         raise ValueError(f"h: expected {tuple(x.shape)} {x.dtype} like x, got {tuple(h.shape)} {h.dtype}")
+    if x.device.type != "cpu":
+        return gated_residual_layer_norm_ref(x, h, packing, gate, shift, scale, weight, bias, eps)
     alpha, beta = _fold(x, shift, scale, weight, bias)
     if gate is None:
         r = x + h
