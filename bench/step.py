@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -270,6 +271,9 @@ def run(bench: StepBench, console: Console) -> list[Row]:
     """Measure, print the table and the ratios, write the JSON. Returns the rows."""
     if bench.dtype not in ("bf16", "fp32"):
         raise UserError(f"dtype must be bf16 or fp32, got {bench.dtype!r}")
+    for name in ("batch", "repeats"):
+        if getattr(bench, name) < 1:
+            raise UserError(f"{name} must be at least 1, got {getattr(bench, name)}")
     bench.config()
     keep_freed_memory()  # in every row's favour
     steps: dict[str, Step] = {}
@@ -279,8 +283,8 @@ def run(bench: StepBench, console: Console) -> list[Row]:
         except ImportError as error:
             console.print(f"[yellow]{name} left out: {error}; pip install diffusers transformers")
     flops = {}
-    for name, step in steps.items():  # also the warm-up
-        with FlopCounterMode(display=False) as counter:
+    for name, step in steps.items():  # also the warm-up; the counter sees fused CPU attention as no FLOPs at all
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             step()
         flops[name] = counter.get_total_flops()
     steps["matmuls alone"] = matmul_step(bench)

@@ -125,9 +125,7 @@ def run_demo(demo: Demo, console: Console) -> Path:
         fine,
         batch_size=pre.batch_size,
         minutes=clock.share(FINETUNE, FINETUNE + SAMPLE + INPAINT + FRECHET + 0.03) / 60,
-        optim=replace(
-            fine.optim, lr=2e-3, ema=0.1
-        ),  # the recipe's rates are for 50 epochs of ImageNet, not for minutes
+        optim=replace(fine.optim, lr=2e-3),
         draw_every=10**9,
     )
     train(fine, console, "finetune")
@@ -135,7 +133,7 @@ def run_demo(demo: Demo, console: Console) -> Path:
     clock.done(
         "Fine-tuning with labels", since, f"{rows[-1]['step']} steps, nothing masked" if rows else "",
         f"umd finetune {pre.out} --minutes {fine.minutes:.1f} --batch-size {fine.batch_size} --optim.lr 2e-3 "
-        f"--optim.ema 0.1 --out {fine.out}",
+        f"--out {fine.out}",
     )  # fmt: skip
     generator, _, _ = evaluate.open_run(fine)
 

@@ -23,7 +23,7 @@ from umd.checkpoint import (
 )
 from umd.config import ModelConfig
 from umd.device import autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
-from umd.ema import EMA, ema_rate
+from umd.ema import EMA, ema_rate, warm_rate
 from umd.errors import UserError
 from umd.flops import step_flops
 from umd.images import grid
@@ -82,7 +82,8 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
     model.to(device).set_checkpointing(config.checkpointing)
     peak_lr = config.optim.lr * config.batch_size / 256
     optimizer = adamw(model, peak_lr, config.optim.betas, config.optim.weight_decay)
-    ema = EMA(model, min(1.0, ema_rate(config.batch_size, config.optim.ema))) if config.optim.ema > 0 else None
+    final_rate = min(1.0, ema_rate(config.batch_size, config.optim.ema))
+    ema = EMA(model, final_rate) if final_rate > 0 else None
 
     step, seconds = 0, 0.0
     if latest_checkpoint(config.checkpoints) is not None:
@@ -147,6 +148,7 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 if ema is not None:
+                    ema.rate = warm_rate(final_rate, step)
                     ema.update(model)
 
                 # The step before is read now: a device works on this one meanwhile and is not kept waiting.

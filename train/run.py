@@ -112,16 +112,19 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
 
 
 def finetune_config(pretrained: RunConfig, init: Path, num_classes: int, out: Path) -> RunConfig:
-    """The paper's recipe for class-conditional generation (its Table 5) on a pre-trained run."""
+    """The paper's recipe for class-conditional generation (its Table 5) on a pre-trained run.
+
+    Its learning rate for a batch of 256 is that of pre-training, 1.5e-4 in the paper's presets.
+    """
     return replace(
         pretrained,
         out=out,
         init=init,
         model=replace(pretrained.model, num_classes=num_classes),
         objective=ObjectiveConfig(no_noise_prob=0.05, mask_ratio=0.0, mask_ratio_no_noise=0.75),
-        optim=OptimConfig(lr=1.5e-4, betas=(0.9, 0.999), weight_decay=0.0, ema=1e-4),
+        optim=OptimConfig(lr=pretrained.optim.lr, betas=(0.9, 0.999), weight_decay=0.0, ema=1e-4),
         data=replace(pretrained.data, area_min=0.95),
-        batch_size=256,
+        batch_size=min(256, pretrained.batch_size),
         epochs=50,
         steps=0,
         minutes=0,

@@ -344,7 +344,9 @@ def doctor(arguments: list[str]) -> None:
 
 
 def import_weights(arguments: list[str]) -> None:
+    from umd.config import ScheduleConfig
     from umd.convert import import_small_vision
+    from umd.train.run import RunConfig, load_model, write_config
 
     @dataclass(frozen=True)
     class Import:
@@ -358,7 +360,11 @@ def import_weights(arguments: list[str]) -> None:
         """Folder for the checkpoint."""
 
     options = parse(Import, "import", arguments)
-    say(f"written: {import_small_vision(options.path, options.out)}")
+    written = import_small_vision(options.path, options.out / "checkpoints")
+    model = load_model(options.out).config
+    schedule = ScheduleConfig("cosine" if model.channels in (1, 3) else "linear")
+    write_config(RunConfig(out=options.out, model=model, schedule=schedule))
+    say(f"written: {written}; sample, probe and fine-tune {options.out} like a run")
 
 
 def positional():

@@ -56,6 +56,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", tuple(self.image_size))
+        for name in ("channels", "patch_size", "hidden_size", "depth", "decoder_depth", "num_heads", "num_cls"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         H, W = self.image_size
         if H % self.patch_size or W % self.patch_size:
             raise UserError(
@@ -64,9 +67,6 @@ class ModelConfig:
             )
         if self.hidden_size % self.num_heads or self.hidden_size % 2:
             raise UserError(f"width {self.hidden_size} must be even and divisible by {self.num_heads} heads")
-        for name in ("channels", "patch_size", "depth", "decoder_depth", "num_cls"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_classes < 0:
             raise UserError(f"num_classes must be 0 (no labels) or more, got {self.num_classes}")
 

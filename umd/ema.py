@@ -11,9 +11,17 @@ def ema_rate(batch_size: int, rate_at_256: float = 1e-4) -> float:
     """Rate of a step, proportional to the batch so that the average spans as many images whatever the batch.
 
     The released code uses 1e-4 at batch 256 (default); the paper's Table 5 gives 2.5e-4. The average spans
-    about 1/rate steps: a run of fewer needs a larger rate, or its average stays near the start.
+    about 1/rate steps; `warm_rate` is for runs that are not much longer.
     """
     return rate_at_256 * batch_size / 256
+
+
+def warm_rate(rate: float, step: int) -> float:
+    """The rate of update number `step` (from 0), larger at first so that a short run's average forgets its start.
+
+    As TensorFlow's ExponentialMovingAverage: decay min(1 - rate, (1 + step)/(10 + step)).
+    """
+    return max(rate, 9 / (10 + step))
 
 
 class EMA:
