@@ -288,6 +288,14 @@ def test_inpainting_held_out_pictures(run, mask):
     assert (run / "inpainting.png").exists()
 
 
+def test_imported_weights_are_a_run(tmp_path):
+    """The authors' tiny network, 10 classes and images of 16x16 (tests/data/README.md)."""
+    done(f"import small-vision {ROOT / 'tests/data/umd_adaln.npz'} --out {tmp_path / 'imported'}")
+    done(f"sample {tmp_path / 'imported'} --per-class 1 --steps 2 --cfg-scale 1.5")
+    with np.load(tmp_path / "imported/samples.npz") as arrays:
+        assert arrays["images"].shape == (10, 16, 16, 3) and arrays["labels"].tolist() == list(range(10))
+
+
 # Mistakes
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from umd.ema import EMA, ema_rate
+from umd.ema import EMA, ema_rate, warm_rate
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -176,3 +176,13 @@ def test_mismatches_are_named_and_change_nothing():
 def test_rates_outside_zero_to_one_are_refused(rate):
     with pytest.raises(ValueError, match="rate"):
         EMA(small_model(), rate)
+
+
+def test_a_short_run_forgets_its_start():
+    """Decay min(1 - rate, (1 + n)/(10 + n)), as TensorFlow documents its ExponentialMovingAverage."""
+    for step in (0, 1, 7, 90, 10**6):
+        assert warm_rate(1e-4, step) == pytest.approx(1 - min(1 - 1e-4, (1 + step) / (10 + step)), rel=1e-9)
+    start_share = 1.0
+    for step in range(100):
+        start_share *= 1 - warm_rate(1e-4, step)
+    assert start_share < 1e-6
