@@ -28,7 +28,7 @@ from umd.train.preview import reconstructions, rgb
 from umd.train.run import RunConfig, finetune_config
 
 # Shares of the time budget. What is left over is for starting, reading data and writing the page.
-PRETRAIN, PROBE, FINETUNE, SAMPLE, INPAINT, FRECHET = 0.47, 0.06, 0.24, 0.09, 0.04, 0.05
+PRETRAIN, PROBE, FINETUNE, SAMPLE, INPAINT, FRECHET = 0.42, 0.09, 0.29, 0.09, 0.03, 0.04
 SHOWN = 8  # pictures of each kind on the page
 
 
@@ -102,7 +102,7 @@ def run_demo(demo: Demo, console: Console) -> Path:
 
     since = time.monotonic()
     shots = 100
-    seconds = clock.share(PROBE, 0.55)
+    seconds = clock.share(PROBE, 0.57)
     x = held_out.repeat(8, 1, 1, 1)
     rate = len(x) / evaluate.timed(lambda: evaluate.represent(model, x, dtype))
     results = evaluate.probe(
@@ -125,14 +125,14 @@ def run_demo(demo: Demo, console: Console) -> Path:
         fine,
         batch_size=pre.batch_size,
         minutes=clock.share(FINETUNE, FINETUNE + SAMPLE + INPAINT + FRECHET + 0.03) / 60,
-        optim=replace(fine.optim, lr=2e-3),
+        optim=replace(fine.optim, lr=6e-3),
         draw_every=10**9,
     )
     train(fine, console, "finetune")
     rows = read_metrics(fine.out / "metrics.jsonl")
     clock.done(
         "Fine-tuning with labels", since, f"{rows[-1]['step']} steps, nothing masked" if rows else "",
-        f"umd finetune {pre.out} --minutes {fine.minutes:.1f} --batch-size {fine.batch_size} --optim.lr 2e-3 "
+        f"umd finetune {pre.out} --minutes {fine.minutes:.1f} --batch-size {fine.batch_size} --optim.lr 6e-3 "
         f"--out {fine.out}",
     )  # fmt: skip
     generator, _, _ = evaluate.open_run(fine)

@@ -87,8 +87,8 @@ def probe(
 ) -> dict[str, ProbeResult]:
     """Few-shot probe on the held-out split: of the network, and of its floors, raw pixels and an untrained network.
 
-    max_images: bound on what the networks read; the shots then come from a pool of equally many images a class, and
-    part of the held-out images is left out, each by a fixed random order.
+    max_images: about how many the networks may read; the shots then come from a pool of twice as many a class, and the
+    held-out images beyond the bound are left out, in a fixed random order.
     """
     train, test = open_dataset(config.data, "train"), open_dataset(config.data, "test")
     if len(test) == 0:
@@ -97,9 +97,8 @@ def probe(
         raise UserError(f"a probe needs labels, and {train.name} has none; use one subfolder a class")
     train_ids, test_ids = np.arange(len(train)), np.arange(len(test))
     if max_images is not None:
-        pool = max(2 * shots, max_images // 2 // len(train.class_names))  # above the shots, so that their draws differ
-        test_ids = first_of_each(test.labels, len(test))[: max(max_images - pool * len(train.class_names), 200)]
-        train_ids = first_of_each(train.labels, pool)
+        train_ids = first_of_each(train.labels, 2 * shots)  # more than the shots, so that their draws differ
+        test_ids = first_of_each(test.labels, len(test))[: max(max_images - len(train_ids), 400)]
     train_x, test_x = center_view(train, train_ids, config.data), center_view(test, test_ids, config.data)
     train_y, test_y = torch.from_numpy(train.labels[train_ids]), torch.from_numpy(test.labels[test_ids])
     schedule = schedule_of(config.schedule) if config.objective.no_noise_prob == 0 else None
