@@ -384,7 +384,7 @@ def test_rows_and_tensorboard_say_the_same(tiny):
     for row in rows:
         assert row.keys() == keys and all(math.isfinite(value) for value in row.values())
         assert row["images_seen"] == 8 * row["step"] and row["epoch"] == 8 * row["step"] / count
-        # METHOD: half of the batch noised, where the loss is the mean of its two parts; the other half noise-free.
+        # Half of the batch noised, where the loss is the mean of its two parts; the other half noise-free.
         noised = (row["loss_noised_eps"] + row["loss_noised_x0"]) / 2
         assert row["loss"] == pytest.approx((noised + row["loss_clean"]) / 2, rel=1e-5)
         assert row["images_per_second"] > 0 and row["mfu"] > 0

@@ -52,7 +52,7 @@ def test_settings_that_are_not_defaults_survive_yaml(tmp_path):
 
 
 def test_the_presets_are_the_published_settings():
-    """METHOD: r0, mt, m0 and adaLN of UMD, MAE, MaskDiT and DiT; batch 1024 (MAE 4096), 800 epochs, 64x64 in 4x4."""
+    """The paper: r0, mt, m0 and adaLN of UMD, MAE, MaskDiT and DiT; batch 1024 (MAE 4096), 800 epochs, 64x64 in 4x4."""
     for name, r0, mt, m0, adaLN, batch in (
         ("umd-b4", 0.5, 0.375, 0.75, True, 1024),
         ("mae-b4", 1.0, None, 0.75, False, 4096),
