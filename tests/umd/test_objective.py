@@ -282,8 +282,8 @@ def test_visible_patches(name, schedule):
 def test_masks_that_leave_nothing_are_refused():
     schedule = NoiseSchedule()
     for changes, words in (
-        (dict(mask_ratio=0.99), "leaves none of 16 patches visible"),
-        (dict(mask_ratio_no_noise=0.95), "leaves none of 16 patches visible"),
+        (dict(mask_ratio=0.99), "leaves no patch of 16 visible"),
+        (dict(mask_ratio_no_noise=0.95), "leaves no patch of 16 visible"),
         (dict(mask_ratio=1e-20), "hides none of 16 patches"),
         (dict(mask_ratio_no_noise=0.0), "nothing to predict"),
         (dict(mask_ratio=1.0), "0 <= m < 1; got 1.0"),
