@@ -47,6 +47,8 @@ setup(
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
+            # Kernels are tested in its interpreter where there is no GPU.
+            "triton; sys_platform == 'linux'",
             "hypothesis",
             "ruff",
             "mypy",

@@ -8,15 +8,14 @@ through `packing.cond_index`. LN's own affine `weight`, `bias` `[D]` may be ther
 
     (x̂·w + b)·(1 + scale) + shift = x̂·[w·(1 + scale)] + [b·(1 + scale) + shift]
 
-so it folds into the tables, which have a few rows, and costs nothing on the stream. On the CPU each segment of
-equal modulation is one call of torch's own LayerNorm with that row as its affine: one pass over the stream forward
-and one backward, statistics and sums in fp32 whatever the storage type, in a fixed order.
+so it folds into the tables, which have a few rows, and costs nothing on the stream.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .adaln_cpu import GatedResidualLayerNormFunction, ModulatedLayerNormFunction
 from .packing import Packing
 
 
@@ -75,87 +74,6 @@ def _fold(
     if weight is not None:
         alpha = alpha * weight.to(wide)
     return tuple(torch.broadcast_tensors(alpha, beta))
-
-
-def _segments(packing: Packing, rows: int) -> tuple[list[int], list[int]]:
-    """(tokens, table row) of each stretch of the stream that shares a row; one stretch if the tables have one row."""
-    if rows == 1:
-        return [packing.num_tokens], [0]
-    return [stop - start for start, stop, _ in packing.segments], [row for _, _, row in packing.segments]
-
-
-def _sum_rows(parts: list[Tensor], rows: list[int], like: Tensor) -> Tensor:
-    """Gradient of a table [R, D] from those of its rows, one for each stretch, added in stream order."""
-    index = torch.tensor(rows, device=like.device)
-    return torch.zeros_like(like).index_add_(0, index, torch.stack(parts).to(like.dtype))
-
-
-class ModulatedLayerNormFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, alpha, beta, packing, eps):
-        lengths, rows = _segments(packing, len(alpha))
-        alphas, betas = alpha.unbind(), beta.unbind()
-        parts = [
-            torch.native_layer_norm(part, x.shape[-1:], alphas[row], betas[row], eps)
-            for part, row in zip(x.split(lengths), rows, strict=True)
-        ]
-        y, mean, rstd = (torch.cat(column) for column in zip(*parts, strict=True))
-        ctx.save_for_backward(x, alpha, beta, mean, rstd)
-        ctx.lengths, ctx.rows = lengths, rows
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, alpha, beta, mean, rstd = ctx.saved_tensors
-        dx, dalpha, dbeta = _layer_norm_backward(dy, x, alpha, beta, mean, rstd, ctx.lengths, ctx.rows)
-        rows = ctx.rows
-        return torch.cat(dx), _sum_rows(dalpha, rows, alpha), _sum_rows(dbeta, rows, alpha), None, None
-
-
-def _layer_norm_backward(
-    dy: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, lengths: list[int], rows: list[int]
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """dx, dalpha and dbeta of each stretch."""
-    alphas, betas, D = alpha.unbind(), beta.unbind(), x.shape[-1:]
-    columns = zip(*(t.split(lengths) for t in (dy, x, mean, rstd)), rows, strict=True)
-    parts = [
-        torch.ops.aten.native_layer_norm_backward(g, part, D, m, r, alphas[row], betas[row], [True, True, True])
-        for g, part, m, r, row in columns
-    ]
-    dx, dalpha, dbeta = (list(column) for column in zip(*parts, strict=True))
-    return dx, dalpha, dbeta
-
-
-class GatedResidualLayerNormFunction(torch.autograd.Function):
-    """All three tables have the same number of rows."""
-
-    @staticmethod
-    def forward(ctx, x, h, gate, alpha, beta, packing, eps):
-        lengths, rows = _segments(packing, len(alpha))
-        alphas, betas, gates = alpha.unbind(), beta.unbind(), gate.unbind()
-        parts = []
-        for x_part, h_part, row in zip(x.split(lengths), h.split(lengths), rows, strict=True):
-            r = torch.addcmul(x_part, h_part, gates[row])
-            parts.append((r, *torch.native_layer_norm(r, x.shape[-1:], alphas[row], betas[row], eps)))
-        r, y, mean, rstd = (torch.cat(column) for column in zip(*parts, strict=True))
-        ctx.save_for_backward(r, h, gate, alpha, beta, mean, rstd)
-        ctx.lengths, ctx.rows = lengths, rows
-        return r, y
-
-    @staticmethod
-    def backward(ctx, dr, dy):
-        r, h, gate, alpha, beta, mean, rstd = ctx.saved_tensors
-        lengths, rows, gates = ctx.lengths, ctx.rows, gate.unbind()
-        dnorm, dalpha, dbeta = _layer_norm_backward(dy, r, alpha, beta, mean, rstd, lengths, rows)
-        dx, dh, dgate = [], [], []
-        for dr_part, d, h_part, row in zip(dr.split(lengths), dnorm, h.split(lengths), rows, strict=True):
-            dx.append(d.add_(dr_part))
-            dh.append(d * gates[row])
-            dgate.append((d * h_part).sum(0))  # in fp32 inside, whatever the type
-        return (
-            torch.cat(dx), torch.cat(dh), _sum_rows(dgate, rows, alpha).to(gate.dtype),
-            _sum_rows(dalpha, rows, alpha), _sum_rows(dbeta, rows, alpha), None, None,
-        )  # fmt: skip
 
 
 def modulated_layer_norm(

@@ -5,7 +5,7 @@ two tensors that kernels need and, beside them, the same facts as Python numbers
 a device to learn a length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -30,6 +30,15 @@ class Packing(NamedTuple):
     @property
     def num_tokens(self) -> int:
         return sum(samples * length for samples, length in self.runs)
+
+    def token_runs(self) -> Iterator[tuple[slice, int, int]]:
+        """(token slice, samples, length) of each run that has tokens."""
+        start = 0
+        for samples, length in self.runs:
+            stop = start + samples * length
+            if stop > start:
+                yield slice(start, stop), samples, length
+            start = stop
 
 
 def pack(
