@@ -1,10 +1,17 @@
 """How an op is compared with another: values and every gradient, under random gradients of the outputs."""
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
+
+from umd.kernels import backend
 
 Inputs = dict[str, Tensor | None]
 SLACK = {torch.float64: 1e4, torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}  # in units of eps·max
@@ -51,3 +58,35 @@ def compare():
             assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g}"
 
     return check
+
+
+_mutants = count()
+
+
+@pytest.fixture
+def mutant(tmp_path, monkeypatch):
+    """mutant(module, old, new, times=1): the kernel module with one exact text replaced, beside the real one.
+
+    `old` must occur `times` times. The mutant's kernels run where the real ones do; its ops have names of their own.
+    """
+    register = backend.triton_op
+
+    def load(module: ModuleType, old: str, new: str, times: int = 1) -> ModuleType:
+        source = Path(module.__file__).read_text()
+        assert source.count(old) == times, f"{old!r} occurs {source.count(old)} times, expected {times}"
+        assert old != new
+        name = f"{module.__name__}_mutant{next(_mutants)}"
+        suffix = name.rpartition("_")[2]
+        path = tmp_path / f"{name}.py"  # a file: Triton reads a kernel's source
+        path.write_text(source.replace(old, new))
+        spec = importlib.util.spec_from_file_location(name, path)
+        found = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, found)
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "triton_op", lambda op: register(f"{op}_{suffix}"))
+            if backend.INTERPRET:
+                patch.setenv("TRITON_INTERPRET", "1")
+            spec.loader.exec_module(found)
+        return found
+
+    return load
