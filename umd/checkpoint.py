@@ -10,7 +10,6 @@ rename. Whatever kills the process, every `step-*` is therefore complete. One pr
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from umd.errors import UserError
+from umd.files import flush, sha256
 
 FORMAT = 1
 STATE = "state.json"
@@ -70,17 +70,17 @@ def save_checkpoint(
         for part, named in tensors.items():
             file = unfinished / f"{part}.safetensors"
             save_file(_storable(named), file, metadata={"format": "pt"})
-            _flush(file)
-            document["files"][file.name] = {"sha256": _sha256(file), "bytes": file.stat().st_size}
+            flush(file)
+            document["files"][file.name] = {"sha256": sha256(file), "bytes": file.stat().st_size}
         document["sha256"] = _digest(document)
         (unfinished / STATE).write_text(json.dumps(document, indent=1))
-        _flush(unfinished / STATE)
-        _flush(unfinished)
+        flush(unfinished / STATE)
+        flush(unfinished)
         if path.exists():  # its first save can be found until the second has the name
             _discard(replaced)
             path.rename(replaced)
         unfinished.rename(path)
-        _flush(root)
+        flush(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(
@@ -118,7 +118,7 @@ def load_checkpoint(
     for part in files if parts is None else parts:
         if part not in files:
             raise CheckpointError(f"Checkpoint {path} has no part {part!r}; it holds {', '.join(files)}.")
-        if _sha256(files[part]) != document["files"][files[part].name]["sha256"]:
+        if sha256(files[part]) != document["files"][files[part].name]["sha256"]:
             raise _damaged(files[part], "differs from its checksum")
         with safe_open(files[part], framework="pt", device=str(device)) as opened:
             tensors[part] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
@@ -282,20 +282,3 @@ def _digest(document: dict) -> str:
     """sha256 of the document less its own `sha256`."""
     content = {key: value for key, value in document.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """fsync of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
