@@ -1,0 +1,159 @@
+"""Between images and latents: a frozen VAE or VQ autoencoder of diffusers.
+
+Latents are scaled as diffusion models see them, z = (autoencoder's - shift) · scale.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from umd.errors import UserError
+
+KINDS = ("AutoencoderKL", "VQModel")
+CHUNK = 32  # images at a time: an SD-size encoder needs about 0.2 GiB for each at 256x256
+
+
+@dataclass(frozen=True)
+class VAE:
+    """Which autoencoder, and what one must know of it to use its latents."""
+
+    name: str
+    """Hub id, or absolute path of a local folder."""
+    kind: str
+    """Class in diffusers."""
+    sha256: str
+    """Of weights, scale and what else decides its output: the same for a hub id and a local copy."""
+    channels: int
+    factor: int
+    """Pixels of an image along one pixel of a latent."""
+    scale: float
+    shift: float
+
+
+class Tokenizer:
+    """A loaded autoencoder. `load_tokenizer` makes it."""
+
+    def __init__(self, network: nn.Module, vae: VAE):
+        self.network, self.vae = network, vae
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether an image has a posterior (VAE) and not one latent (VQ)."""
+        return self.vae.kind == "AutoencoderKL"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of an image's latent. Raises UserError if the autoencoder cannot halve it that often."""
+        factor = self.vae.factor
+        if height % factor or width % factor:
+            raise UserError(
+                f"images of {height}x{width} are not divisible by {factor}, by which {self.vae.name} makes them smaller; "
+                f"use {max(height - height % factor, factor)}x{max(width - width % factor, factor)}"
+            )
+        return self.vae.channels, height // factor, width // factor
+
+    @torch.no_grad()
+    def moments(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] to mean and std of their posteriors: fp32 [B, 2, C, h, w]; VQ: [B, 1, C, h, w].
+
+        In the precision of the ambient autocast.
+        """
+        self.latent_shape(*x.shape[2:])
+        return torch.cat([self._moments(part.to(self.device)) for part in x.split(CHUNK)])
+
+    def _moments(self, x: Tensor) -> Tensor:
+        vae = self.vae
+        encoded = self.network.encode(x)
+        if not self.stochastic:
+            return ((encoded.latents.float() - vae.shift) * vae.scale)[:, None]
+        posterior = encoded.latent_dist
+        mean, std = posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())
+        return torch.stack([(mean - vae.shift) * vae.scale, std * vae.scale], dim=1)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to images, fp32 [B, 3, H, W], about in [-1, 1]."""
+        parts = (part.to(self.device, torch.float32) / self.vae.scale + self.vae.shift for part in z.split(CHUNK))
+        return torch.cat([self.network.decode(part).sample.float() for part in parts])
+
+
+@lru_cache(maxsize=1)
+def load_tokenizer(name: str, device: torch.device | str = "cpu") -> Tokenizer:
+    """The autoencoder of a hub id or local folder (its own, or a pipeline's with a `vae/` or `vqvae/`).
+
+    Raises:
+        UserError: diffusers is missing, there is none, it is of another kind, or its weights are missing or damaged.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UserError("a VAE needs diffusers: pip install diffusers") from error
+    diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # what it logs is said below, in one sentence
+    local = Path(name).expanduser()
+    path = str(local.resolve()) if local.exists() else name
+    config, subfolder = find_config(path)
+    kind = config.get("_class_name")
+    if kind not in KINDS:
+        raise UserError(f"{name} is a {kind or 'model of no known class'}; expected one of {' and '.join(KINDS)}")
+    try:
+        # Pickled weights are refused: reading one runs what it holds.
+        network, found = getattr(diffusers, kind).from_pretrained(
+            path, subfolder=subfolder, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"cannot load the VAE {name}: {first_line(error)}") from error
+    if absent := [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]:
+        raise UserError(
+            f"the weights of the VAE {name} do not fit its config.json; the first that lacks is {absent[0]}"
+        )
+    network = network.to(device).eval().requires_grad_(False)
+    return Tokenizer(network, identity(path, kind, network))
+
+
+def find_config(path: str) -> tuple[dict, str | None]:
+    """config.json of an autoencoder and the subfolder it lies in."""
+    from diffusers import AutoencoderKL
+
+    reasons = []
+    for subfolder in (None, "vae", "vqvae"):
+        try:
+            return AutoencoderKL.load_config(path, subfolder=subfolder), subfolder
+        except (OSError, ValueError) as error:
+            reasons.append(first_line(error))
+    raise UserError(
+        f"there is no VAE at {path}: expected a folder with config.json and weights as diffusers saves them, "
+        f"or a hub id ({reasons[0]})"
+    )
+
+
+def identity(name: str, kind: str, network: nn.Module) -> VAE:
+    config = network.config
+    scale = float(config.scaling_factor)
+    shift = float(getattr(config, "shift_factor", None) or 0.0)
+    # Only what changes the output: other entries come and go with versions of diffusers.
+    digest = hashlib.sha256(json.dumps([kind, scale, shift, config.act_fn, config.norm_num_groups]).encode())
+    for key, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return VAE(
+        name=name,
+        kind=kind,
+        sha256=digest.hexdigest(),
+        channels=(config.get("vq_embed_dim") if kind == "VQModel" else None) or config.latent_channels,
+        factor=2 ** (len(config.block_out_channels) - 1),
+        scale=scale,
+        shift=shift,
+    )
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
