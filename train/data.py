@@ -10,9 +10,9 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -24,8 +24,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tyro.conf import Suppress
 
+from umd.device import pick_device
 from umd.errors import UserError
 from umd.train.emoji import open_emoji
+from umd.train.latents import (
+    LatentDataset,
+    StoredViews,
+    is_latents,
+    open_latents,
+    pixel_config,
+    sample_posterior,
+    tokenizer_of,
+)
 from umd.train.sources import (
     IDX_NAME,
     ImageDataset,
@@ -39,7 +49,7 @@ from umd.train.sources import (
 )
 
 __all__ = ["Batch", "DataConfig", "ImageDataset", "center_view", "centered_view_of_file"]
-__all__ += ["describe", "open_dataset", "train_loader"]
+__all__ += ["derive_seed", "describe", "open_dataset", "train_loader"]
 
 log = logging.getLogger("umd")
 
@@ -53,11 +63,15 @@ class DataConfig:
     """Pictures and how they are cropped."""
 
     source: str = "emoji"
-    """`emoji`, a folder of images, a `.npz` or `.npy` file, or an `*-images-idx3-ubyte(.gz)` file"""
+    """`emoji`, a folder of images or of latents, a `.npz` or `.npy` file, or an `*-images-idx3-ubyte(.gz)` file"""
     image_size: Suppress[tuple[int, int]] = (32, 32)  # not an option: a run takes it from its model
     """height and width the model sees"""
     channels: Suppress[int] = 3
-    """3 for colour (grey pictures are repeated), 1 for grey"""
+    """3 for colour (grey pictures are repeated), 1 for grey; those of latents"""
+    vae: str = ""
+    """hub id or folder of a diffusers AutoencoderKL or VQModel: pictures are encoded in each training step, which is
+    slow (umd encode-latents does it once); for stored latents where their VAE lies, by default where it lay"""
+    vae_hash: Suppress[str] = ""  # not an option: a run takes it from its VAE or latents, and keeps to it
     area_min: float = 0.8
     """smallest share of a picture's area that a training crop covers"""
     area_max: float = 1.0
@@ -74,8 +88,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if min(self.image_size) < 1:
             raise UserError(f"image_size is {self.image_size}: expected a height and a width of at least 1.")
-        if self.channels not in (1, 3):
-            raise UserError(f"channels is {self.channels}: expected 3 (colour) or 1 (grey).")
+        if self.channels < 1:
+            raise UserError(f"channels is {self.channels}: expected 3 (colour), 1 (grey), or those of latents.")
         if not 0 < self.area_min <= self.area_max <= 1:
             areas = f"area_min is {self.area_min} and area_max {self.area_max}"
             raise UserError(f"{areas}: expected 0 < area_min <= area_max <= 1.")
@@ -94,11 +108,21 @@ class Batch:
     indices: Tensor
 
 
-def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDataset:
-    """The pictures of one split. Raises UserError if the source is missing, empty, damaged or unknown."""
+def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDataset | LatentDataset:
+    """The pictures or stored latents of one split.
+
+    Raises UserError if the source is missing, empty, damaged, unknown, or not what the model sees.
+    """
+    path = Path(config.source).expanduser()
+    if is_latents(path):
+        return open_latents(path, split, config)
+    if config.channels not in (1, 3) and not config.vae:
+        raise UserError(
+            f"data source {config.source} is no folder of latents, and a model of {config.channels} channels learns "
+            "from latents: make one with umd encode-latents, or give --data.vae to encode in each step."
+        )
     if config.source == "emoji":
         return open_emoji(split, config.holdout)
-    path = Path(config.source).expanduser()
     if path.is_dir():
         return open_folder(path, split, config.holdout, config.skip_broken)
     if not path.exists():
@@ -111,7 +135,7 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDa
         problem = "is of no kind that can be read"
     raise UserError(
         f"data source {config.source} {problem}: expected emoji, a folder of images, a .npz or .npy file, "
-        "or an *-images-idx3-ubyte(.gz) file."
+        "an *-images-idx3-ubyte(.gz) file, or a folder of latents."
     )
 
 
@@ -161,8 +185,17 @@ def centered(picture: np.ndarray, config: DataConfig) -> np.ndarray:
     return resized(picture, box, config)
 
 
-def center_view(dataset: ImageDataset, indices: Sequence[int] | np.ndarray | Tensor, config: DataConfig) -> Tensor:
-    """Pictures as they are tested: short side resized, centre cropped. float32 [n, C, H, W] in [-1, 1]."""
+def center_view(
+    dataset: ImageDataset | LatentDataset, indices: Sequence[int] | np.ndarray | Tensor, config: DataConfig
+) -> Tensor:
+    """Pictures as they are tested: short side resized, centre cropped. float32 [n, C, H, W] in [-1, 1].
+
+    Of a run on latents the means of their posteriors; stored ones of the first view.
+    """
+    if isinstance(dataset, LatentDataset):
+        return dataset.means(indices)
+    if tokenizer := tokenizer_of(config, pick_device()):
+        return tokenizer.moments(center_view(dataset, indices, pixel_config(config, tokenizer.vae)))[:, 0].cpu()
     with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # Pillow lets go of the interpreter lock
         views = list(pool.map(lambda index: centered(dataset.read(int(index))[1], config), indices))
     if not views:
@@ -172,6 +205,8 @@ def center_view(dataset: ImageDataset, indices: Sequence[int] | np.ndarray | Ten
 
 def centered_view_of_file(path: Path | str, config: DataConfig) -> Tensor:
     """One image file as in `center_view`: float32 [1, C, H, W]. Raises UserError if it cannot be read."""
+    if tokenizer := tokenizer_of(config, pick_device()):
+        return tokenizer.moments(centered_view_of_file(path, pixel_config(config, tokenizer.vae)))[:, 0].cpu()
     return as_model_input(torch.from_numpy(np.stack([centered(decode(path), config)])))
 
 
@@ -181,6 +216,11 @@ def as_model_input(views: Tensor) -> Tensor:
 
 
 # The stream of batches
+
+
+def derive_seed(seed: int, *keys: int) -> int:
+    """A 63-bit seed for one use of randomness: a pure function of the run's seed and e.g. the step."""
+    return int(np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
@@ -238,7 +278,7 @@ def start_worker(_: int) -> None:
 
 
 def train_loader(
-    dataset: ImageDataset,
+    dataset: ImageDataset | LatentDataset,
     config: DataConfig,
     *,
     batch_size: int,
@@ -250,6 +290,7 @@ def train_loader(
 ) -> Iterator[Batch]:
     """Training batches without end: one permutation of the dataset after another, batches across the seams.
 
+    Where the run is on latents they are drawn from their posteriors, anew each epoch, stored or of pictures encoded here.
     batch_size: samples of all ranks together; each rank gets its own contiguous `batch_size // world_size`.
     start: samples already seen by all ranks together; the batches go on from there.
     device: where the batch ends up; towards a GPU the pictures travel as bytes from pinned memory.
@@ -262,12 +303,17 @@ def train_loader(
         raise ValueError(f"{given}: expected rank < world_size and none negative")
     if len(dataset) == 0:
         raise ValueError(f"the {dataset.split} split of {dataset.name} is empty")
-    keys = sample_keys(len(dataset), batch_size=batch_size, seed=seed, start=start, rank=rank, world_size=world_size)
+    place = dict(batch_size=batch_size, seed=seed, start=start, rank=rank, world_size=world_size)
+    if isinstance(dataset, ImageDataset) and (tokenizer := tokenizer_of(config, device)):
+        pictures = train_loader(dataset, pixel_config(config, tokenizer.vae), **place, device=device)
+        return drawn_latents(pictures, tokenizer.moments, len(dataset), **place)
+    keys = sample_keys(len(dataset), **place)
     device = torch.device(device)
+    stored = isinstance(dataset, LatentDataset)
     # Forked workers share the pictures' memory; elsewhere than on Linux forking is not safe.
     fork = config.num_workers > 0 and sys.platform == "linux"
     loader = DataLoader(
-        TrainViews(dataset, config, seed),
+        StoredViews(dataset) if stored else TrainViews(dataset, config, seed),
         batch_sampler=keys,
         collate_fn=collate,
         num_workers=config.num_workers,
@@ -276,10 +322,34 @@ def train_loader(
         multiprocessing_context=multiprocessing.get_context("fork") if fork else None,
         generator=torch.Generator(),  # its own, so that the global one stays untouched
     )
+    if stored:
+        return drawn_latents(batches(loader, dataset, device, dataset.moments), lambda x: x, len(dataset), **place)
     return batches(loader, dataset, device)
 
 
-def batches(loader: DataLoader, dataset: ImageDataset, device: torch.device) -> Iterator[Batch]:
+def drawn_latents(
+    loader: Iterator[Batch], moments: Callable[[Tensor], Tensor], size: int,
+    *, batch_size: int, seed: int, start: int, rank: int, world_size: int,
+) -> Iterator[Batch]:  # fmt: skip
+    """The loader's batches with latents drawn from `moments(x_start)`, by (seed, epoch, index)."""
+    share = batch_size // world_size
+    first = start + rank * share
+    try:
+        for batch in loader:
+            epochs = torch.arange(first, first + share, device=batch.indices.device) // size
+            x_start = sample_posterior(moments(batch.x_start), seed, epochs * size + batch.indices)
+            yield replace(batch, x_start=x_start)
+            first += batch_size
+    finally:
+        loader.close()
+
+
+def batches(
+    loader: DataLoader,
+    dataset: ImageDataset | LatentDataset,
+    device: torch.device,
+    convert: Callable[[Tensor], Tensor] = as_model_input,
+) -> Iterator[Batch]:
     """What the workers prepared, moved to `device` and put in the model's form."""
     labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)
     prepared = iter(loader)
@@ -289,11 +359,11 @@ def batches(loader: DataLoader, dataset: ImageDataset, device: torch.device) -> 
             if isinstance(item, UserError):
                 raise item
             views, asked, used = item
-            for index in asked[asked != used]:
+            for index in asked[asked != used]:  # pictures only
                 dataset.mark_broken(int(index))
             indices = torch.from_numpy(used)
             yield Batch(
-                x_start=as_model_input(views.to(device, non_blocking=True)),  # [B, C, H, W]
+                x_start=convert(views.to(device, non_blocking=True)),  # [B, C, H, W]
                 labels=None if labels is None else labels[indices].to(device, non_blocking=True),
                 indices=indices.to(device, non_blocking=True),
             )

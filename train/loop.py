@@ -31,7 +31,7 @@ from umd.model import UMD
 from umd.objective import Objective
 from umd.sampler import ddim_sample
 from umd.schedule import NoiseSchedule
-from umd.train.data import center_view, describe, open_dataset, train_loader
+from umd.train.data import center_view, derive_seed, describe, open_dataset, train_loader
 from umd.train.log import RunLog
 from umd.train.optim import adamw, lr_scale
 from umd.train.preview import reconstructions, rgb
@@ -42,11 +42,6 @@ PREVIEW_IMAGES = 8
 
 class Diverged(UserError):
     """The loss became NaN or infinite."""
-
-
-def derive_seed(seed: int, *keys: int) -> int:
-    """A 63-bit seed for one use of randomness: a pure function of the run's seed and e.g. the step."""
-    return int(np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def train(config: RunConfig, console: Console | None = None, name: str = "train") -> Path:

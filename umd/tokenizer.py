@@ -56,14 +56,14 @@ class Tokenizer:
         factor = self.vae.factor
         if height % factor or width % factor:
             raise UserError(
-                f"images of {height}x{width} are not divisible by {factor}, by which {self.vae.name} makes them smaller; "
-                f"use {max(height - height % factor, factor)}x{max(width - width % factor, factor)}"
+                f"images of {height}x{width} are not divisible by {factor}, by which {self.vae.name} makes them "
+                f"smaller; use {max(height - height % factor, factor)}x{max(width - width % factor, factor)}"
             )
         return self.vae.channels, height // factor, width // factor
 
     @torch.no_grad()
     def moments(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] to mean and std of their posteriors: fp32 [B, 2, C, h, w]; VQ: [B, 1, C, h, w].
+        """Mean and std of the posteriors of images [B, 3, H, W] in [-1, 1]: fp32 [B, 2, C, h, w]; VQ: [B, 1, C, h, w].
 
         In the precision of the ambient autocast.
         """

@@ -234,7 +234,7 @@ def test_channels_are_converted(stored, channels, expected):
     "bad",
     [
         {"image_size": (0, 8)},
-        {"channels": 4},
+        {"channels": 0},
         {"area_min": 0.0},
         {"area_min": 0.9, "area_max": 0.8},
         {"holdout": 1.5},

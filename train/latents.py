@@ -1,0 +1,340 @@
+"""Latents on disk, encoded once and read in every epoch: shards, the header over them, and the dataset they make.
+
+    folder/train-00000-of-00003.safetensors    moments [n, V, M, C, h, w], labels, indices, crc32 [n, V]
+           test-00000-of-00001.safetensors
+           latents.json                        what all share; size, checksum and count of each; written last
+
+n images of V views (crops) each; M = 2 for mean and std of a VAE's posterior, 1 for the one latent of a VQ model.
+A shard's own header repeats the recipe and lists the pictures it was made from.
+"""
+
+import json
+import math
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from umd.errors import UserError
+from umd.files import sha256, write_whole
+from umd.ops import philox_randn_rows
+from umd.tokenizer import VAE, Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from umd.train.data import DataConfig
+
+FORMAT = 1
+HEADER = "latents.json"
+SHARD = re.compile(r"(train|test)-(\d{5})-of-(\d{5})\.safetensors")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BITS = {"bf16": np.dtype("<i2"), "fp16": np.dtype("<i2"), "fp32": np.dtype("<i4")}  # numpy has no bf16
+
+
+def sample_posterior(moments: Tensor, seed: int, draws: Tensor) -> Tensor:
+    """Latents mean + std·ε of moments fp32 [B, 2, C, h, w] (of [B, 1, C, h, w]: as they are): fp32 [B, C, h, w].
+
+    draws: int64 [B]; ε of a sample is a function of (seed, draw). In training a draw is epoch · images + index.
+    """
+    if moments.shape[1] == 1:
+        return moments[:, 0]
+    mean, std = moments.unbind(1)
+    counters = math.ceil(math.prod(mean.shape[1:]) / 4)  # four normal numbers come from each
+    return mean + std * philox_randn_rows(seed, draws * counters, tuple(mean.shape[1:]))
+
+
+# Shards
+
+
+def shard_name(split: str, number: int, total: int) -> str:
+    return f"{split}-{number:05d}-of-{total:05d}.safetensors"
+
+
+def shard_bytes(
+    recipe: dict, split: str, moments: Tensor, labels: np.ndarray | None, indices: np.ndarray, names: Sequence[str],
+    left_out: Sequence[str] = (),
+) -> bytes:  # fmt: skip
+    """A shard: a function of its arguments alone, so that whoever encodes it writes the same bytes.
+
+    moments: [n, V, M, C, h, w] in the type of the store; labels, indices: int64 [n]; names: of the n pictures.
+    """
+    rows = moments.contiguous().flatten(0, 1).view(torch.uint8).numpy().reshape(moments[:, :, 0, 0, 0, 0].numel(), -1)
+    crc32 = np.array([zlib.crc32(row) for row in rows], dtype=np.int64).reshape(moments.shape[:2])
+    tensors = {"moments": moments.contiguous(), "indices": torch.from_numpy(indices), "crc32": torch.from_numpy(crc32)}
+    if labels is not None:
+        tensors["labels"] = torch.from_numpy(labels)
+    values = moments.double()
+    second = values.square().sum(2)  # E[x²] = mean² + std²
+    about = {
+        "format": FORMAT,
+        "recipe": recipe,
+        "split": split,
+        "names": list(names),
+        "left_out": list(left_out),
+        "values": second.numel() // second.shape[2],  # of each channel
+        "sum": values[:, :, 0].sum((0, 1, 3, 4)).tolist(),
+        "sum_of_squares": second.sum((0, 1, 3, 4)).tolist(),
+    }
+    # One entry: safetensors would write several in random order.
+    return save(tensors, metadata={"umd": json.dumps(about, sort_keys=True)})
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The header of a shard: where its tensors lie, and what it says of itself."""
+
+    path: Path
+    about: dict
+    tensors: dict[str, tuple[tuple[int, ...], int]]  # shape, first byte
+
+    def map(self, name: str, dtype: np.dtype) -> np.memmap:
+        shape, start = self.tensors[name]
+        return np.memmap(self.path, dtype, "r", start, shape)
+
+    def array(self, name: str) -> np.ndarray:
+        """int64 values; also of none, which cannot be mapped."""
+        return np.array(self.map(name, np.dtype("<i8"))) if math.prod(self.tensors[name][0]) else np.empty(0, np.int64)
+
+
+def read_shard(path: Path) -> Shard:
+    """Raises UserError if the file is not a whole shard."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        about = json.loads(header.pop("__metadata__")["umd"])
+        tensors = {name: (tuple(t["shape"]), 8 + length + t["data_offsets"][0]) for name, t in header.items()}
+        end = 8 + length + max(t["data_offsets"][1] for t in header.values())
+    except FileNotFoundError:
+        raise damaged(path, "is not there") from None
+    except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
+        raise damaged(path, "is not what was written") from error
+    if size != end:
+        raise damaged(path, f"has {size} bytes where {end} were written")
+    return Shard(path, about, tensors)
+
+
+def damaged(path: Path, what: str) -> UserError:
+    return UserError(f"latents shard {path} {what}; remove it and run the same umd encode-latents command again")
+
+
+# The folder
+
+
+def finish(folder: Path, recipe: dict, shards: dict[str, int]) -> dict:
+    """Check every shard, byte for byte, and write the header. `shards`: how many each split has."""
+    splits = {}
+    for split, total in shards.items():
+        entries, count, left_out = [], 0, []
+        sums, squares = torch.zeros(2, recipe["shape"][0], dtype=torch.float64)
+        for number in range(total):
+            shard = read_shard(folder / shard_name(split, number, total))
+            check_rows(shard, recipe["dtype"])
+            path = shard.path
+            images = shard.tensors["indices"][0][0]
+            entries.append({"file": path.name, "images": images, "bytes": path.stat().st_size, "sha256": sha256(path)})
+            left_out += shard.about["left_out"]
+            count += shard.about["values"]
+            sums += torch.tensor(shard.about["sum"], dtype=torch.float64)
+            squares += torch.tensor(shard.about["sum_of_squares"], dtype=torch.float64)
+        mean = sums / max(count, 1)
+        std = (squares / max(count, 1) - mean.square()).clamp(min=0).sqrt()
+        splits[split] = {
+            "images": sum(entry["images"] for entry in entries),
+            "left_out": left_out,
+            "mean": mean.tolist(),  # of each channel, of latents as they are sampled
+            "std": std.tolist(),
+            "shards": entries,
+        }
+    header = {"format": FORMAT, "recipe": recipe, "splits": splits}
+    write_whole(folder / HEADER, json.dumps(header, indent=1).encode())
+    return header
+
+
+def check_rows(shard: Shard, dtype: str) -> None:
+    """Compare every view of a shard with its CRC-32."""
+    if not math.prod(shard.tensors["moments"][0]):
+        return
+    moments, crc32 = shard.map("moments", BITS[dtype]), shard.array("crc32")
+    for row, expected in zip(moments.reshape(crc32.size, -1), crc32.flat, strict=True):
+        if zlib.crc32(row) != expected:
+            raise damaged(shard.path, "differs from its checksums")
+
+
+def is_latents(path: Path) -> bool:
+    """Whether a folder holds latents, or the beginnings of them."""
+    return path.is_dir() and ((path / HEADER).exists() or any(SHARD.fullmatch(f.name) for f in path.iterdir()))
+
+
+def read_header(folder: Path) -> dict:
+    """latents.json. Raises UserError if the folder is none of latents, is not finished, or is damaged."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: expected one that umd encode-latents wrote")
+    if not is_latents(folder):
+        raise UserError(f"{folder} holds no latents: expected a folder that umd encode-latents wrote")
+    if not (folder / HEADER).exists():
+        raise UserError(f"the latents in {folder} are not finished: run the same umd encode-latents command again")
+    try:
+        header = json.loads((folder / HEADER).read_text())
+        if header["format"] == FORMAT:
+            return header
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / HEADER} is damaged; remove it and run the same umd encode-latents command again"
+        ) from error
+    raise UserError(f"{folder} has format {header['format']!r}, and this version of umd reads format {FORMAT}")
+
+
+@dataclass
+class LatentDataset:
+    """Stored latents of one split, memory-mapped. As a dataset it has the attributes of an `ImageDataset`.
+
+    labels: int64 [N] indices into `class_names`, or None.
+    """
+
+    folder: Path
+    split: str
+    header: dict
+    shards: list[Shard]
+    labels: np.ndarray | None
+    class_names: list[str]
+
+    def __post_init__(self) -> None:
+        self.name = self.folder.resolve().name
+        self.ends = np.cumsum([shard.tensors["indices"][0][0] for shard in self.shards], dtype=np.int64)
+        self.mapped = lru_cache(maxsize=None)(self._map)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    @property
+    def num_broken(self) -> int:
+        return len(self.header["splits"][self.split]["left_out"])
+
+    @property
+    def vae(self) -> VAE:
+        return VAE(**self.header["recipe"]["vae"])
+
+    @property
+    def dtype(self) -> str:
+        return self.header["recipe"]["dtype"]
+
+    def _map(self, shard: int) -> tuple[np.memmap, np.ndarray]:
+        return self.shards[shard].map("moments", BITS[self.dtype]), self.shards[shard].array("crc32")
+
+    def bits(self, index: int, view: int = 0) -> np.ndarray:
+        """One view's moments as they are stored, integers [M, C, h, w]. Raises UserError if they are damaged."""
+        shard = int(np.searchsorted(self.ends, index, "right"))
+        row = index - (int(self.ends[shard - 1]) if shard else 0)
+        moments, crc32 = self.mapped(shard)
+        view %= moments.shape[1]
+        found = np.array(moments[row, view])
+        if zlib.crc32(found) != crc32[row, view]:
+            raise damaged(self.shards[shard].path, "differs from its checksums")
+        return found
+
+    def moments(self, bits: Tensor) -> Tensor:
+        """Stored integers [...] to fp32 [...]."""
+        return bits.view(DTYPES[self.dtype]).float()
+
+    def means(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """The most likely latents of the first views: fp32 [n, C, h, w]."""
+        rows = [self.bits(int(index))[0] for index in indices]
+        if not rows:
+            return torch.empty(0, *self.header["recipe"]["shape"])
+        return self.moments(torch.from_numpy(np.stack(rows)))
+
+
+class StoredViews(Dataset):
+    """(epoch, index) -> (moments as stored, index, index), or the UserError met: view `epoch` modulo the views."""
+
+    def __init__(self, dataset: LatentDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int, int] | UserError:
+        epoch, index = key
+        try:
+            return self.dataset.bits(index, epoch), index, index
+        except UserError as error:
+            return error
+
+
+def open_latents(folder: Path, split: str, config: "DataConfig | None" = None) -> LatentDataset:
+    """The stored latents of a split.
+
+    Raises UserError if the folder is none of latents, unfinished or damaged, or, given a config, if they are of another
+    shape than the model's or of another VAE than the run's.
+    """
+    header = read_header(folder)
+    recipe = header["recipe"]
+    if config is not None:
+        shape, expected = recipe["shape"], [config.channels, *config.image_size]
+        if shape != expected:
+            raise UserError(
+                f"the latents in {folder} are {'x'.join(map(str, shape))} and the model sees "
+                f"{'x'.join(map(str, expected))} (channels, height, width); set --model.channels {shape[0]} "
+                f"--model.image-size {shape[1]} {shape[2]}, with a patch size that divides them"
+            )
+        check_vae(recipe["vae"]["sha256"], config.vae_hash, f"the latents in {folder} are of")
+    shards = []
+    for entry in header["splits"][split]["shards"]:
+        shard = read_shard(folder / entry["file"])
+        if shard.path.stat().st_size != entry["bytes"]:
+            raise damaged(shard.path, f"has {shard.path.stat().st_size} bytes where {entry['bytes']} were written")
+        shards.append(shard)
+    class_names = recipe["class_names"]
+    labels = np.concatenate([s.array("labels") for s in shards] or [np.empty(0, np.int64)]) if class_names else None
+    return LatentDataset(folder, split, header, shards, labels, class_names)
+
+
+# The VAE of a run
+
+
+def check_vae(found: str, expected: str, what: str) -> None:
+    """Raise UserError if a VAE is known and another is found. `what` begins the sentence, up to its verb."""
+    if expected and found != expected:
+        raise UserError(
+            f"{what} another VAE ({found[:12] or 'none'}) than the run's ({expected[:12]}); "
+            "its network knows latents of its own VAE only"
+        )
+
+
+def with_vae(config: "DataConfig", dataset: object) -> "DataConfig":
+    """The settings with the VAE that the latents are of, by name and hash; for pixels as they are."""
+    if isinstance(dataset, LatentDataset):
+        stored = dataset.vae
+        if config.vae not in ("", stored.name):
+            check_vae(load_tokenizer(config.vae).vae.sha256, stored.sha256, f"{config.vae} is")
+        return replace(config, vae=config.vae or stored.name, vae_hash=stored.sha256)
+    if not config.vae:
+        return config
+    vae = load_tokenizer(config.vae).vae
+    check_vae(vae.sha256, config.vae_hash, f"{config.vae} is")
+    return replace(config, vae=vae.name, vae_hash=vae.sha256)
+
+
+def tokenizer_of(config: "DataConfig", device: torch.device | str = "cpu") -> Tokenizer | None:
+    """The VAE of a run, None for one on pixels. Raises UserError if it is not to be had or is another."""
+    if not config.vae_hash:
+        return None
+    try:
+        tokenizer = load_tokenizer(config.vae, device)
+    except UserError as error:
+        raise UserError(f"this run is of latents, and its VAE is missing: {error}") from error
+    check_vae(tokenizer.vae.sha256, config.vae_hash, f"{config.vae} is")
+    return tokenizer
+
+
+def pixel_config(config: "DataConfig", vae: VAE) -> "DataConfig":
+    """Settings for the pictures that become latents of `config`."""
+    height, width = (side * vae.factor for side in config.image_size)
+    return replace(config, image_size=(height, width), channels=3, vae="", vae_hash="")
