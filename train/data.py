@@ -290,7 +290,7 @@ def train_loader(
 ) -> Iterator[Batch]:
     """Training batches without end: one permutation of the dataset after another, batches across the seams.
 
-    Where the run is on latents they are drawn from their posteriors, anew each epoch, stored or of pictures encoded here.
+    Of a run on latents they are drawn from the posteriors, anew each epoch, stored or of pictures encoded here.
     batch_size: samples of all ranks together; each rank gets its own contiguous `batch_size // world_size`.
     start: samples already seen by all ranks together; the batches go on from there.
     device: where the batch ends up; towards a GPU the pictures travel as bytes from pinned memory.

@@ -374,12 +374,18 @@ def positional():
 
 
 def bench(arguments: list[str]) -> None:
-    if arguments[:1] != ["step"]:
-        say("usage: umd bench step [options]: a training step against its baselines")
-        sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
-    from umd.bench.step import StepBench, run
+    if arguments[:1] == ["step"]:
+        from umd.bench.step import StepBench, run
 
-    run(parse(StepBench, "bench step", arguments[1:]), console)
+        run(parse(StepBench, "bench step", arguments[1:]), console)
+    elif arguments[:1] == ["loader"]:
+        from umd.bench import loader
+
+        loader.run(parse(loader.LoaderBench, "bench loader", arguments[1:]), console)
+    else:
+        say("usage: umd bench step [options]: a training step against its baselines")
+        say("       umd bench loader [options]: what data cost beside the step they feed")
+        sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
@@ -391,7 +397,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "probe": (probe, "few-shot accuracy of the representation, beside its floors"),
     "report": (report, "write the report page of a demo again"),
     "import": (import_weights, "weights of the authors' JAX code (small-vision)"),
-    "bench": (bench, "measure a training step against baselines"),
+    "bench": (bench, "measure a training step, or its data, against baselines"),
     "doctor": (doctor, "what this machine will really use, and how to get what is missing"),
 }
 

@@ -1,0 +1,310 @@
+"""`umd bench loader`: what data cost beside the training step they feed, measured alternately in one process.
+
+A group is a function that makes cases, each a number of samples and a measurement in seconds; in every round each case
+of a group is measured once. Read the ratios, each the median of the ratios within a round, not the seconds.
+"""
+
+import gc
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from umd.config import ModelConfig, ObjectiveConfig, model_config
+from umd.device import keep_freed_memory
+from umd.errors import UserError
+from umd.model import UMD
+from umd.objective import Objective
+from umd.schedule import NoiseSchedule
+from umd.tokenizer import Tokenizer, identity
+from umd.train.data import DataConfig, open_dataset, train_loader
+from umd.train.latents import finish, sample_posterior, shard_bytes, shard_name
+from umd.train.optim import adamw
+
+SD_VAE = dict(
+    block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, sample_size=256,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoaderBench:
+    """What is measured."""
+
+    groups: tuple[str, ...] = ("latents", "steps")
+    """Which groups: latents (encoding against reading), steps (training on stored latents)."""
+    model: str = "UMD-L/2"
+    """Size and patch size of the network that trains."""
+    shallower: int = 1
+    """Divide its depths by this: the same ratios from less memory."""
+    latent_size: int = 32
+    """Side of the latents; pictures are 8 times as large."""
+    batch: int = 4
+    """Samples a step."""
+    stored: int = 512
+    """Latents in the folder that is read."""
+    num_workers: int = 2
+    """Processes that read."""
+    dtype: str = "bf16"
+    """bf16 (autocast) or fp32."""
+    repeats: int = 5
+    """Measured rounds."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where."""
+    json: Path | None = None
+    """Write rows and ratios here."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("bf16", "fp32"):
+            raise UserError(f"dtype must be bf16 or fp32, got {self.dtype!r}")
+        for name in ("shallower", "latent_size", "batch", "stored", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if unknown := set(self.groups) - set(GROUPS):
+            raise UserError(f"unknown group {unknown.pop()!r}; expected of {', '.join(GROUPS)}")
+
+    def config(self) -> ModelConfig:
+        whole = model_config(self.model, image_size=(self.latent_size, self.latent_size), channels=4)
+        depths = (max(depth // self.shallower, 1) for depth in (whole.depth, whole.decoder_depth))
+        return replace(whole, **dict(zip(("depth", "decoder_depth"), depths, strict=True)))
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    samples: int  # that one measurement handles
+    seconds: Callable[[], float]  # measure once
+    flops: Callable[[], object] | None = None  # what to count the FLOPs of
+
+
+def timed(bench: LoaderBench, call: Callable[[], object]) -> Callable[[], float]:
+    def seconds() -> float:
+        start = time.perf_counter()
+        call()
+        if bench.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+# Groups
+
+
+@contextmanager
+def latent_cases(bench: LoaderBench) -> Iterator[list[Case]]:
+    """Encoding a picture with a VAE of Stable Diffusion's size, against reading what was stored."""
+    tokenizer, x = sd_vae(bench), pictures(bench, 1)
+    with stored_batches(bench, num_workers=0, batch=64) as batches, autocast(bench):
+        yield [
+            Case("encode with the VAE", 1, timed(bench, lambda: tokenizer.moments(x))),
+            Case("read stored latents", 64, timed(bench, lambda: next(batches))),
+        ]
+
+
+@contextmanager
+def step_cases(bench: LoaderBench) -> Iterator[list[Case]]:
+    """A training step on stored latents, its wait for them, the same step with the VAE inside, and DiT's."""
+    tokenizer, x = sd_vae(bench), pictures(bench, bench.batch)
+    umd, dit = umd_step(bench), dit_step(bench)
+    waits = [0.0]
+
+    def stored_step() -> None:
+        start = time.perf_counter()
+        latents = next(batches).x_start
+        waits.append(time.perf_counter() - start)
+        umd(latents)
+
+    def dit_on_stored() -> None:
+        dit(next(batches).x_start)
+
+    def vae_step() -> None:
+        with autocast(bench):
+            moments = tokenizer.moments(x)
+        umd(sample_posterior(moments, 0, torch.arange(bench.batch, device=x.device)))
+
+    with stored_batches(bench, bench.num_workers, bench.batch) as batches:
+        latents = next(batches).x_start
+        yield [
+            Case("umd, stored latents", bench.batch, timed(bench, stored_step), lambda: umd(latents)),
+            Case("waiting for them", bench.batch, lambda: waits[-1]),
+            Case("umd, VAE in the step", bench.batch, timed(bench, vae_step)),
+            Case("dit, stored latents", bench.batch, timed(bench, dit_on_stored), lambda: dit(latents)),
+        ]
+
+
+GROUPS = {"latents": latent_cases, "steps": step_cases}
+# (what, numerator, denominator, target); seconds a sample of two cases of one group
+RATIOS = [
+    ("encoding / reading", "encode with the VAE", "read stored latents", ">= 50"),
+    ("wait / step", "waiting for them", "umd, stored latents", "< 0.03"),
+    ("VAE in the step / stored", "umd, VAE in the step", "umd, stored latents", ""),
+    ("UMD / DiT of equal depth", "umd, stored latents", "dit, stored latents", "<= 0.62"),
+]
+
+
+# What they measure
+
+
+def autocast(bench: LoaderBench):
+    return torch.autocast(bench.device, dtype=torch.bfloat16, enabled=bench.dtype == "bf16")
+
+
+def pictures(bench: LoaderBench, count: int) -> Tensor:
+    x = torch.rand(count, 3, 8 * bench.latent_size, 8 * bench.latent_size, generator=torch.Generator().manual_seed(0))
+    return (x * 2 - 1).to(bench.device)
+
+
+def sd_vae(bench: LoaderBench) -> Tokenizer:
+    """An autoencoder of Stable Diffusion's size with random weights, as fast as with trained ones."""
+    from diffusers import AutoencoderKL
+
+    network = AutoencoderKL(**SD_VAE).to(bench.device).eval().requires_grad_(False)
+    return Tokenizer(network, identity("random weights", "AutoencoderKL", network))
+
+
+@contextmanager
+def stored_batches(bench: LoaderBench, num_workers: int, batch: int) -> Iterator[Iterator]:
+    """The training loader on a folder of random latents."""
+    side = bench.latent_size
+    generator = np.random.default_rng(0)
+    moments = torch.from_numpy(generator.standard_normal((bench.stored, 1, 2, 4, side, side), np.float32)).half()
+    vae = dict(name="", kind="AutoencoderKL", sha256="", channels=4, factor=8, scale=1.0, shift=0.0)
+    recipe = dict(vae=vae, shape=[4, side, side], dtype="fp16", class_names=["all"])
+    with tempfile.TemporaryDirectory() as folder:
+        count = np.arange(bench.stored)
+        shard = shard_bytes(recipe, "train", moments, np.zeros_like(count), count, [""] * bench.stored)
+        (Path(folder) / shard_name("train", 0, 1)).write_bytes(shard)
+        finish(Path(folder), recipe, {"train": 1})
+        config = DataConfig(source=folder, image_size=(side, side), channels=4, num_workers=num_workers)
+        dataset = open_dataset(config, "train")
+        loader = train_loader(dataset, config, batch_size=batch, seed=0, device=bench.device)
+        try:
+            yield loader
+        finally:
+            loader.close()
+
+
+def umd_step(bench: LoaderBench) -> Callable[[Tensor], None]:
+    config = bench.config()
+    model = UMD(config).to(bench.device)
+    torch.nn.init.normal_(model.adaLN_modulation.weight, std=0.02)
+    objective = Objective(config, ObjectiveConfig(), NoiseSchedule("linear"))
+    seeds = itertools.count()
+    optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.05)
+
+    def loss(x: Tensor) -> Tensor:
+        return objective(model, x, objective.corrupt(len(x), next(seeds), x.device))[0]
+
+    return optimization_step(bench, model, optimizer, loss)
+
+
+def dit_step(bench: LoaderBench) -> Callable[[Tensor], None]:
+    """diffusers' DiT with as many blocks as UMD's encoder and decoder together, on the noise-prediction loss."""
+    from diffusers import DiTTransformer2DModel
+
+    config, schedule = bench.config(), NoiseSchedule("linear")
+    model = DiTTransformer2DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.hidden_size // config.num_heads,
+        in_channels=config.channels,
+        num_layers=config.depth + config.decoder_depth,
+        sample_size=bench.latent_size,
+        patch_size=config.patch_size,
+    ).to(bench.device)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+
+    def loss(x: Tensor) -> Tensor:
+        t = torch.randint(1, 1001, (len(x),), device=x.device)
+        eps = torch.randn_like(x)
+        labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        prediction = model(schedule.q_sample(x, t, eps), timestep=t - 1, class_labels=labels).sample
+        return F.mse_loss(prediction.float(), eps)
+
+    return optimization_step(bench, model, optimizer, loss)
+
+
+def optimization_step(
+    bench: LoaderBench, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], None]:
+    def step(x: Tensor) -> None:
+        with autocast(bench):
+            value = loss(x)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+# Running
+
+
+def run(bench: LoaderBench, console: Console) -> dict:
+    """Measure, print, write the JSON. Returns {"settings", "rows", "ratios"}."""
+    keep_freed_memory()
+    rows, ratios = [], []
+    for group in bench.groups:
+        with GROUPS[group](bench) as cases:
+            flops = {}
+            for case in cases:
+                case.seconds()  # warm-up
+                if case.flops is not None:  # the counter sees fused CPU attention as no FLOPs at all
+                    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+                        case.flops()
+                    flops[case.name] = counter.get_total_flops()
+            seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+            for _ in track(range(bench.repeats), description=group, console=console, transient=True):
+                for case in cases:
+                    seconds[case.name].append(case.seconds() / case.samples)
+        for case in cases:
+            values = seconds[case.name]
+            rows.append(
+                {"group": group, "name": case.name, "samples": case.samples, "flops": flops.get(case.name)}
+                | {"seconds_per_sample": statistics.median(values), "min": min(values), "max": max(values)}
+            )
+        for what, over, under, target in RATIOS:
+            if over in seconds and under in seconds:
+                value = statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
+                counted = flops[over] / flops[under] if over in flops and under in flops else None
+                ratios.append({"name": what, "value": value, "target": target, "flops": counted})
+        cases.clear()
+        gc.collect()
+    settings = {**asdict(bench), "json": None, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    result = {"settings": settings, "rows": rows, "ratios": ratios}
+    show(bench, result, console)
+    if bench.json is not None:
+        bench.json.parent.mkdir(parents=True, exist_ok=True)
+        bench.json.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def show(bench: LoaderBench, result: dict, console: Console) -> None:
+    where = torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    table = Table("", "ms a sample", "min-max", title=f"{bench.model}, batch {bench.batch}, {bench.dtype}, {where}")
+    for row in result["rows"]:
+        low, high = (f"{1000 * row[name]:.3f}" for name in ("min", "max"))
+        table.add_row(row["name"], f"{1000 * row['seconds_per_sample']:.3f}", f"{low}-{high}")
+    console.print(table)
+    table = Table("ratio", "measured", "target", "of FLOPs")
+    for ratio in result["ratios"]:
+        counted = "" if ratio["flops"] is None else f"{ratio['flops']:.2f}"
+        table.add_row(ratio["name"], f"{ratio['value']:.3g}", ratio["target"], counted)
+    console.print(table)
