@@ -6,12 +6,14 @@ The command line is made from these classes, and each run writes its resolved va
 from dataclasses import dataclass
 from typing import Literal
 
+from tyro.conf import Suppress
+
 from umd.errors import UserError
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The network."""
+class ViTConfig:
+    """What every network here has: pictures cut into patches, and an encoder over the visible ones."""
 
     image_size: tuple[int, int] = (64, 64)
     """Height and width of images or latents; both divisible by the patch size."""
@@ -20,25 +22,19 @@ class ModelConfig:
     patch_size: int = 4
     """Side of a square patch."""
     hidden_size: int = 768
-    """Width D of encoder and decoder."""
+    """Width D."""
     depth: int = 12
     """Encoder blocks."""
-    decoder_depth: int = 4
-    """Decoder blocks."""
     num_heads: int = 12
     """Attention heads; divides the width."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over D."""
     num_cls: int = 1
     """CLS tokens, averaged into the representation (paper 1, released code 4)."""
-    adaLN: bool = True
-    """adaLN-zero conditioning; off: the condition is one more token in every block (MAE, the paper's ablation)."""
     norm_affine: bool = True
-    """LayerNorm's own scale and bias, which the released code keeps under adaLN and DiT does not."""
+    """LayerNorm's own scale and bias, which the released UMD code keeps under adaLN and DiT does not."""
     embedding: Literal["paper", "released"] = "paper"
     """Time and label embedding: DiT's 256 features and a plain table; or D features and MLPs, as released."""
-    num_classes: int = 0
-    """Classes of the label embedding; 0: no labels, as in pre-training."""
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -49,14 +45,9 @@ class ModelConfig:
         """L."""
         return self.grid_size[0] * self.grid_size[1]
 
-    @property
-    def num_modulations(self) -> int:
-        """Tables of width D that the adaLN projection makes: 6 a block, 2 for the decoder's final norm."""
-        return 6 * (self.depth + self.decoder_depth) + 2
-
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", tuple(self.image_size))
-        for name in ("channels", "patch_size", "hidden_size", "depth", "decoder_depth", "num_heads", "num_cls"):
+        for name in ("channels", "patch_size", "hidden_size", "depth", "num_heads", "num_cls"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         H, W = self.image_size
@@ -67,8 +58,79 @@ class ModelConfig:
             )
         if self.hidden_size % self.num_heads or self.hidden_size % 2:
             raise UserError(f"width {self.hidden_size} must be even and divisible by {self.num_heads} heads")
+
+
+@dataclass(frozen=True)
+class ModelConfig(ViTConfig):
+    """The UMD network; the decoder is as wide as the encoder."""
+
+    decoder_depth: int = 4
+    """Decoder blocks."""
+    adaLN: bool = True
+    """adaLN-zero conditioning; off: the condition is one more token in every block (MAE, the paper's ablation)."""
+    num_classes: int = 0
+    """Classes of the label embedding; 0: no labels, as in pre-training."""
+
+    @property
+    def num_modulations(self) -> int:
+        """Tables of width D that the adaLN projection makes: 6 a block, 2 for the decoder's final norm."""
+        return 6 * (self.depth + self.decoder_depth) + 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decoder_depth < 1:
+            raise UserError(f"decoder_depth must be at least 1, got {self.decoder_depth}")
         if self.num_classes < 0:
             raise UserError(f"num_classes must be 0 (no labels) or more, got {self.num_classes}")
+
+
+@dataclass(frozen=True)
+class DiffMAEConfig(ViTConfig):
+    """The DiffMAE network: an encoder of clean visible patches, a decoder of noised masked ones."""
+
+    kind: Suppress[Literal["diffmae"]] = "diffmae"  # tells the configurations apart in files
+    num_frames: int = 1
+    """Frames of a clip; 1: images."""
+    tubelet_size: int = 1
+    """Frames of a patch (2 for video); divides the frames."""
+    decoder: Literal["joint", "cross", "cross_self"] = "cross_self"
+    """Noised tokens attend to themselves and the visible ones together; to the visible ones only; or in turn."""
+    decoder_hidden_size: int = 512
+    """Width of the decoder."""
+    decoder_depth: int = 8
+    """Decoder blocks."""
+    decoder_num_heads: int = 16
+    """Attention heads of the decoder; divides its width."""
+    links: bool = True
+    """U-shaped: block i of a cross or cross_self decoder reads encoder level depth-1-i; off: all read the last."""
+    target_size: int = 0
+    """Values a patch of a feature target; 0: the target is pixels."""
+
+    num_classes = 0  # no label embedding
+
+    @property
+    def num_patches(self) -> int:
+        """L, over all frames."""
+        return self.num_frames // self.tubelet_size * super().num_patches
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of a patch."""
+        return self.channels * self.tubelet_size * self.patch_size**2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_frames", "tubelet_size", "decoder_hidden_size", "decoder_depth", "decoder_num_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_frames % self.tubelet_size:
+            raise UserError(f"num_frames {self.num_frames} is not divisible by tubelet_size {self.tubelet_size}")
+        if self.decoder_hidden_size % self.decoder_num_heads or self.decoder_hidden_size % 2:
+            raise UserError(
+                f"decoder width {self.decoder_hidden_size} must be even and divisible by {self.decoder_num_heads} heads"
+            )
+        if self.target_size < 0:
+            raise UserError(f"target_size must be 0 (pixels) or more, got {self.target_size}")
 
 
 SIZES: dict[str, dict[str, int]] = {
@@ -117,6 +179,27 @@ OBJECTIVES: dict[str, ObjectiveConfig] = {
     "maskdit": ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.5),
     "dit": ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.0),
 }
+
+
+@dataclass(frozen=True)
+class DiffMAEObjectiveConfig:
+    """Corruption and loss of DiffMAE."""
+
+    kind: Suppress[Literal["diffmae"]] = "diffmae"
+    mask_ratio: float = 0.75
+    """Share of patches that are noised and predicted; the others are seen clean. Video 0.9."""
+    min_time: int = 1
+    """Smallest model time drawn, the largest is T. T itself: MAE, with noise for mask tokens."""
+    target: str = "pixels"
+    """pixels; normalized (by the mean and deviation of each patch); or a .npy of features [images, L, target_size]."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise UserError(
+                f"mask_ratio is the share of patches to predict, above 0 and below 1; got {self.mask_ratio}"
+            )
+        if self.min_time < 1:
+            raise UserError(f"min_time must be at least 1, got {self.min_time}")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ Letters: N tokens of the stream, S samples, D width, L patches, K visible patche
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from umd import ops
-from umd.config import ModelConfig
+from umd.config import ModelConfig, ViTConfig
 from umd.errors import UserError
 from umd.masking import Layout, layout
 from umd.ops import Packing
@@ -35,7 +37,7 @@ def timestep_features(timesteps: Tensor, dim: int, released: bool, dtype: torch.
 class TimestepEmbedder(nn.Module):
     """e_t: sin/cos features of t, Linear, SiLU, Linear."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ViTConfig):
         super().__init__()
         D = config.hidden_size
         self.released = config.embedding == "released"
@@ -103,6 +105,35 @@ class Attention(nn.Module):
         return self.proj(ops.varlen_attention(qkv, packing).view(N, D))
 
 
+class Memory(NamedTuple):
+    """What the queries of one cross-attention see."""
+
+    kv: Tensor  # [M, 2, H, d], keys and values
+    packing: Packing  # of the queries, as many samples as there are in kv
+    kv_packing: Packing
+
+
+class CrossAttention(nn.Module):
+    """Attention from a stream of width `dim` to one of width `context`."""
+
+    def __init__(self, dim: int, num_heads: int, context: int, norm_affine: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = Linear(dim, dim)
+        self.norm = ModulatedLayerNorm(context, norm_affine)
+        self.kv = Linear(context, 2 * dim)
+        self.proj = Linear(dim, dim)
+
+    def memory(self, context: Tensor, packing: Packing) -> Tensor:
+        """Keys and values [M, 2, H, d] of context [M, D']; they stay as they are while the queries change."""
+        _, y = self.norm(context, None, packing)
+        return self.kv(y).unflatten(1, (2, self.num_heads, -1))
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        q = self.q(x).unflatten(1, (self.num_heads, -1))  # [N, H, d]
+        return self.proj(ops.varlen_cross_attention(q, *memory).flatten(1))
+
+
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -117,38 +148,74 @@ class Block(nn.Module):
     """x += gate1·Attn(LN(x)·(1+scale1)+shift1);  x += gate2·MLP(LN(x)·(1+scale2)+shift2).
 
     The second branch is handed on and added by the next norm, so that gate, residual, norm and modulation are one op.
+    `context`: width of the stream that Attn looks at, where it is another than x.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ViTConfig, context: int | None = None):
         super().__init__()
-        D = config.hidden_size
+        D, heads = config.hidden_size, config.num_heads
         self.norm1 = ModulatedLayerNorm(D, config.norm_affine)
-        self.attn = Attention(D, config.num_heads)
+        self.attn = Attention(D, heads) if context is None else CrossAttention(D, heads, context, config.norm_affine)
         self.norm2 = ModulatedLayerNorm(D, config.norm_affine)
         self.mlp = Mlp(D, int(D * config.mlp_ratio))
 
     def forward(
-        self, x: Tensor, branch: Branch, packing: Packing, modulation: tuple[Tensor | None, ...]
+        self,
+        x: Tensor,
+        branch: Branch,
+        packing: Packing,
+        modulation: tuple[Tensor | None, ...],
+        memory: Memory | None = None,
     ) -> tuple[Tensor, Branch]:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # each [R, D] or None
         x, y = self.norm1(x, branch, packing, shift_msa, scale_msa)  # [N, D]
-        x, y = self.norm2(x, (self.attn(y, packing), gate_msa), packing, shift_mlp, scale_mlp)  # [N, D]
+        attended = self.attn(y, packing if memory is None else memory)  # [N, D]
+        x, y = self.norm2(x, (attended, gate_msa), packing, shift_mlp, scale_mlp)  # [N, D]
         return x, (self.mlp(y), gate_mlp)
+
+
+class CrossSelfBlock(Block):
+    """x += CrossAttn(LN(x), memory), then a `Block`."""
+
+    def __init__(self, config: ViTConfig, context: int):
+        super().__init__(config)
+        self.norm_cross = ModulatedLayerNorm(config.hidden_size, config.norm_affine)
+        self.cross = CrossAttention(config.hidden_size, config.num_heads, context, config.norm_affine)
+
+    def forward(
+        self,
+        x: Tensor,
+        branch: Branch,
+        packing: Packing,
+        modulation: tuple[Tensor | None, ...],
+        memory: Memory | None = None,
+    ) -> tuple[Tensor, Branch]:
+        x, y = self.norm_cross(x, branch, packing)  # [N, D]
+        return super().forward(x, (self.cross(y, memory), None), packing, modulation)
 
 
 class Blocks(nn.Module):
     """A stack of blocks and its final norm."""
 
-    def __init__(self, config: ModelConfig, depth: int):
+    def __init__(self, config: ViTConfig, blocks: Sequence[Block]):
         super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(depth))
+        self.layers = nn.ModuleList(blocks)
         self.norm = ModulatedLayerNorm(config.hidden_size, config.norm_affine)
         self.checkpointing = False
 
-    def forward(self, x: Tensor, packing: Packing, modulation: tuple[Tensor, ...], cond: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing,
+        modulation: tuple[Tensor | None, ...] = (),
+        cond: Tensor | None = None,
+        memories: Sequence[Memory] | None = None,
+        levels: list[Tensor] | None = None,
+    ) -> Tensor:
         """x [N, D]; modulation: 6 tables a block, then shift and scale of the final norm if there are two more.
 
         Without adaLN the condition [R, D] is a token in front of each sample, set anew before every block.
+        memories: what each block's cross-attention sees. levels: receives the stream behind each block.
         """
         branch: Branch = None
         if cond is not None:
@@ -157,14 +224,52 @@ class Blocks(nn.Module):
             first = packing.cu_seqlens[:-1].long()
         for i, block in enumerate(self.layers):
             if cond is not None and branch is not None:
-                x, branch = (x + branch[0]).index_copy(0, first, rows), None
+                x, branch = add_branch(x, branch, packing).index_copy(0, first, rows), None
             tables = modulation[6 * i : 6 * i + 6] if modulation else (None,) * 6
+            memory = None if memories is None else memories[i]
             if self.checkpointing and torch.is_grad_enabled():
-                x, branch = checkpoint(block, x, branch, packing, tables, use_reentrant=False)
+                x, branch = checkpoint(block, x, branch, packing, tables, memory, use_reentrant=False)
             else:
-                x, branch = block(x, branch, packing, tables)
+                x, branch = block(x, branch, packing, tables, memory)
+            if levels is not None:
+                levels.append(add_branch(x, branch, packing))
         _, y = self.norm(x, branch, packing, *modulation[6 * len(self.layers) :])
         return y if cond is None else ops.split_tokens(y, 1, packing)[1]
+
+
+def add_branch(x: Tensor, branch: tuple[Tensor, Tensor | None], packing: Packing) -> Tensor:
+    """x + gate·h [N, D], where no norm follows that would do it."""
+    h, gate = branch
+    return x + h if gate is None else x + per_token(gate, packing).to(h.dtype) * h
+
+
+def per_token(rows: Tensor, packing: Packing) -> Tensor:
+    """Each token the row of its sample: rows [R, D] to [N, D]."""
+    lengths = packing.cu_seqlens.diff()
+    return rows.index_select(0, packing.cond_index.repeat_interleave(lengths, output_size=packing.num_tokens))
+
+
+def initialize_blocks(model: nn.Module) -> None:
+    """Attention and MLP weights Xavier-uniform, q, k and v as matrices of their own; biases 0 or nearly."""
+    for module in model.modules():
+        if isinstance(module, Attention | CrossAttention):
+            parts = (module.qkv,) if isinstance(module, Attention) else (module.q, module.kv)
+            for linear in (*parts, module.proj):
+                for matrix in linear.weight.split(module.proj.out_features):
+                    nn.init.xavier_uniform_(matrix)
+                nn.init.zeros_(linear.bias)
+        elif isinstance(module, Mlp):
+            for linear in (module.fc1, module.fc2):
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.normal_(linear.bias, std=1e-6)
+
+
+def lecun_normal(model: nn.Module) -> None:
+    """Flax's default, of every linear layer that has no initialisation of its own."""
+    for linear in model.modules():
+        if isinstance(linear, nn.Linear):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
 
 
 class Head(nn.Module):
@@ -196,34 +301,16 @@ class UMD(nn.Module):
         self.x_embedder = Linear(C * P * P, D)
         self.pos_embed = nn.Parameter(torch.empty(L, D))
         self.cls_token = nn.Parameter(torch.zeros(config.num_cls, D))
-        self.encoder = Blocks(config, config.depth)
+        self.encoder = Blocks(config, [Block(config) for _ in range(config.depth)])
 
         self.mask_token = nn.Parameter(torch.empty(D))
         self.decoder_pos_embed = nn.Parameter(torch.empty(L, D))
-        self.decoder = Blocks(config, config.decoder_depth)
+        self.decoder = Blocks(config, [Block(config) for _ in range(config.decoder_depth)])
         self.head = Head(config)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        def lecun_normal(module: nn.Module) -> None:  # flax's default, of every layer not named below
-            for linear in module.modules():
-                if isinstance(linear, nn.Linear):
-                    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-                    nn.init.zeros_(linear.bias)
-
-        for module in self.modules():
-            if isinstance(module, Attention):
-                for matrix in (
-                    *module.qkv.weight.chunk(3),
-                    module.proj.weight,
-                ):  # q, k, v are matrices of their own
-                    nn.init.xavier_uniform_(matrix)
-                nn.init.zeros_(module.qkv.bias)
-                nn.init.zeros_(module.proj.bias)
-            elif isinstance(module, Mlp):
-                for linear in (module.fc1, module.fc2):
-                    nn.init.xavier_uniform_(linear.weight)
-                    nn.init.normal_(linear.bias, std=1e-6)
+        initialize_blocks(self)
         lecun_normal(self.x_embedder)
         lecun_normal(self.t_embedder)
         if self.y_embedder is not None:

@@ -2,6 +2,7 @@
 
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
 from umd.kernels.attention import varlen_attention
+from umd.kernels.cross_attention import varlen_cross_attention
 from umd.kernels.ddim import ddim_step_ref as ddim_step
 from umd.kernels.linear import linear
 from umd.kernels.loss import masked_diffusion_loss_ref as masked_diffusion_loss
@@ -29,4 +30,5 @@ __all__ = [
     "split_tokens",
     "unpatchify",
     "varlen_attention",
+    "varlen_cross_attention",
 ]

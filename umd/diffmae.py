@@ -1,0 +1,221 @@
+"""DiffMAE: a masked autoencoder whose masked patches are noised, not absent (Wei et al. 2023, arXiv 2304.03283).
+
+The encoder sees the visible patches as they are and knows nothing of time; the decoder denoises the masked ones, given
+what the encoder made of the visible ones. Filling a hole therefore encodes once and iterates the decoder alone.
+
+A clip is B·f images of C·p channels, where f patches follow each other in time and each is p frames long: patches,
+noise and positions of video are those of images.
+
+Letters as in `umd/model.py`; M masked patches, D' the decoder's width.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from umd import ops
+from umd.config import DiffMAEConfig
+from umd.errors import UserError
+from umd.model import (
+    Block,
+    Blocks,
+    CrossAttention,
+    CrossSelfBlock,
+    Linear,
+    Memory,
+    TimestepEmbedder,
+    initialize_blocks,
+    lecun_normal,
+    per_token,
+)
+from umd.ops import Packing, pack
+
+
+class Layout(NamedTuple):
+    """The packings of one batch: B pictures, `fillings` of each, picture after picture."""
+
+    visible: Packing  # num_cls + K tokens a picture
+    masked: Packing  # M tokens a filling
+    queries: Packing  # the same tokens, those of a picture's fillings as one sample
+    joint: Packing  # num_cls + K + M tokens a filling
+    joint_ids: Tensor  # int64, where each token of `joint` comes from in [visible tokens; masked tokens]
+    joint_masked: Tensor  # int64 [sum M], where the masked tokens lie in `joint`
+
+
+@lru_cache(maxsize=64)
+def layout(
+    config: DiffMAEConfig, keep: tuple[int, ...], device: torch.device, fillings: int = 1, same_time: bool = False
+) -> Layout:
+    """Packings for pictures with `keep[b]` visible patches; each filling has its own time, or all the same."""
+    L, counts = config.num_patches, [config.num_cls + k for k in keep]
+    masked = [L - k for k in keep for _ in range(fillings)]
+    rows = [0] * len(masked) if same_time else None
+    ids, places, visible_start, masked_start = [], [], 0, sum(counts)
+    for count, k in zip(counts, keep, strict=True):
+        for _ in range(fillings):
+            ids.append(torch.arange(visible_start, visible_start + count))
+            places.append(torch.arange(L - k) + sum(map(len, ids)))
+            ids.append(torch.arange(masked_start, masked_start + L - k))
+            masked_start += L - k
+        visible_start += count
+    return Layout(
+        visible=pack(counts, [0] * len(counts), device),
+        masked=pack(masked, rows, device),
+        queries=pack([fillings * (L - k) for k in keep], None, device),
+        joint=pack([config.num_cls + L - m + m for m in masked], rows, device),
+        joint_ids=torch.cat(ids).to(device),
+        joint_masked=torch.cat(places).to(device),
+    )
+
+
+def to_images(x: Tensor, config: DiffMAEConfig) -> Tensor:
+    """Clips [B, C, F, H, W] to images [B·F/p, C·p, H, W], p frames each; images [B, C, H, W] are left as they are."""
+    shape = (config.channels, *config.image_size)
+    clip = (config.channels, config.num_frames, *config.image_size)
+    if tuple(x.shape[1:]) not in ((clip,) if config.num_frames > 1 else (clip, shape)):
+        expected, what = (clip, "clips") if config.num_frames > 1 else (shape, "images")
+        raise UserError(f"{what}: expected [B, {', '.join(map(str, expected))}] for this model, got {list(x.shape)}")
+    x = x.unflatten(2, (-1, config.tubelet_size)) if x.ndim == 5 else x[:, :, None, None]  # [B, C, f, p, H, W]
+    return x.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def from_images(x: Tensor, config: DiffMAEConfig) -> Tensor:
+    """The inverse of `to_images`: [B·f, C·p, H, W] to [B, C, H, W], or to clips [B, C, F, H, W]."""
+    f = config.num_frames // config.tubelet_size
+    x = x.unflatten(0, (-1, f)).unflatten(2, (config.channels, -1)).transpose(1, 2).flatten(2, 3)
+    return x if config.num_frames > 1 else x[:, :, 0]
+
+
+class DiffMAE(nn.Module):
+    """Masked patches of the clean image, from noised ones and the visible ones."""
+
+    def __init__(self, config: DiffMAEConfig):
+        super().__init__()
+        self.config = config
+        D, area = config.hidden_size, config.grid_size[0] * config.grid_size[1]
+        frames = config.num_frames // config.tubelet_size
+        self.x_embedder = Linear(config.patch_dim, D)
+        self.pos_embed = nn.Parameter(torch.empty(area, D))
+        self.pos_embed_time = nn.Parameter(torch.empty(frames, D)) if frames > 1 else None
+        self.cls_token = nn.Parameter(torch.zeros(config.num_cls, D))
+        self.encoder = Blocks(config, [Block(config) for _ in range(config.depth)])
+
+        width = config.decoder_hidden_size
+        decoder = replace(config, hidden_size=width, num_heads=config.decoder_num_heads)
+        self.decoder_t_embedder = TimestepEmbedder(decoder)
+        self.decoder_embed = Linear(config.patch_dim, width)
+        self.decoder_pos_embed = nn.Parameter(torch.empty(area, width))
+        self.decoder_pos_embed_time = nn.Parameter(torch.empty(frames, width)) if frames > 1 else None
+        self.decoder_context = Linear(D, width) if config.decoder == "joint" else None
+        self.decoder = Blocks(decoder, [decoder_block(decoder, D) for _ in range(config.decoder_depth)])
+        self.head = Linear(width, config.target_size or config.patch_dim)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        initialize_blocks(self)
+        for module in (self.x_embedder, self.decoder_t_embedder, self.decoder_embed, self.decoder_context):
+            if module is not None:
+                lecun_normal(module)
+        for name, parameter in self.named_parameters():
+            if "pos_embed" in name:
+                nn.init.normal_(parameter, std=self.config.num_patches**-0.5)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that AdamW must not decay: biases and CLS. All others are decayed, as in UMD."""
+        return {name for name, _ in self.named_parameters() if name.endswith("bias")} | {"cls_token"}
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.encoder.checkpointing = self.decoder.checkpointing = on
+
+    def forward(
+        self, visible: Tensor, ids_keep: Tensor, masked: Tensor, ids_masked: Tensor, batch: Layout, timesteps: Tensor
+    ) -> Tensor:
+        """Predict the target of every masked patch.
+
+        Args:
+            visible: [sum K, C·p·P·P], clean visible patches, picture after picture.
+            ids_keep: int64 [sum K], their places among the B·L patches of the batch.
+            masked: [sum M, C·p·P·P], noised masked patches.
+            ids_masked: int64 [sum M], their places.
+            batch: the packings.
+            timesteps: int64 [R], model times 1..T of the distinct conditions.
+
+        Returns:
+            [sum M, C·p·P·P or target_size].
+        """
+        memories = self.encode(visible, ids_keep, batch)
+        return self.decode(masked, ids_masked, batch, timesteps, memories)
+
+    def encode(self, visible: Tensor, ids_keep: Tensor, batch: Layout) -> list[Tensor]:
+        """What the decoder needs of the visible patches: keys and values [sum (num_cls + K), 2, H, d] of each block;
+        for the joint decoder the tokens [sum (num_cls + K), D']."""
+        levels = self.encoder_levels(visible, ids_keep, batch.visible)
+        if self.decoder_context is not None:
+            return [self.decoder_context(levels[-1])]
+        depth = len(levels)
+        read = [max(depth - 1 - i, 0) if self.config.links else depth - 1 for i in range(self.config.decoder_depth)]
+        return [
+            cross_attention(block).memory(levels[level], batch.visible)
+            for block, level in zip(self.decoder.layers, read, strict=True)
+        ]
+
+    def encoder_levels(self, visible: Tensor, ids_keep: Tensor, packing: Packing) -> list[Tensor]:
+        """The encoder's stream behind each block, CLS tokens first, the last one after the final norm."""
+        x = self.x_embedder(visible)  # [sum K, D]
+        x = x + self.positions(ids_keep, self.pos_embed, self.pos_embed_time).to(x.dtype)
+        x = ops.prepend_tokens(self.cls_token.expand(packing.num_samples, -1, -1), x, packing)
+        levels: list[Tensor] = []
+        y = self.encoder(x, packing, levels=levels)  # [sum (num_cls + K), D]
+        return [*levels[:-1], y]
+
+    def decode(
+        self, masked: Tensor, ids_masked: Tensor, batch: Layout, timesteps: Tensor, memories: list[Tensor]
+    ) -> Tensor:
+        """The prediction for noised patches [sum M, C·p·P·P]: [sum M, C·p·P·P or target_size]."""
+        x = self.decoder_embed(masked)  # [sum M, D']
+        x = x + self.positions(ids_masked, self.decoder_pos_embed, self.decoder_pos_embed_time).to(x.dtype)
+        with torch.autocast(timesteps.device.type, enabled=False):
+            e_t = self.decoder_t_embedder(timesteps)  # [R, D']
+        x = x + per_token(e_t, batch.masked).to(x.dtype)
+        if self.decoder_context is not None:
+            x = torch.cat([memories[0].to(x.dtype), x]).index_select(0, batch.joint_ids)
+            x = self.decoder(x, batch.joint).index_select(0, batch.joint_masked)  # [sum M, D']
+        else:
+            memory = [Memory(kv, batch.queries, batch.visible) for kv in memories]
+            x = self.decoder(x, batch.masked, memories=memory)  # [sum M, D']
+        return self.head(x)
+
+    def positions(self, ids: Tensor, space: Tensor, time: Tensor | None) -> Tensor:
+        """Position embeddings [N, width] of patches among the B·L: of their place, and of their time in a clip."""
+        table = space if time is None else (time[:, None] + space).flatten(0, 1)  # [L, width]
+        return F.embedding(ids % self.config.num_patches, table)
+
+    def represent(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        """The averaged CLS tokens of whole images [B, C, H, W] or clips [B, C, F, H, W]: fp32 [B, D].
+
+        timesteps: not used; the encoder knows no time.
+        """
+        B, L = len(x), self.config.num_patches
+        images = to_images(x, self.config)
+        patches = ops.patchify(images, self.config.patch_size).flatten(0, 1)
+        packing = layout(self.config, (L,) * B, x.device).visible
+        y = self.encoder_levels(patches, torch.arange(B * L, device=x.device), packing)[-1]
+        cls, _ = ops.split_tokens(y, self.config.num_cls, packing)
+        return cls.float().mean(dim=1) if cls.dtype != torch.float64 else cls.mean(dim=1)
+
+
+def decoder_block(config: DiffMAEConfig, context: int) -> Block:
+    if config.decoder == "cross_self":
+        return CrossSelfBlock(config, context)
+    return Block(config, context if config.decoder == "cross" else None)
+
+
+def cross_attention(block: Block) -> CrossAttention:
+    return block.cross if isinstance(block, CrossSelfBlock) else block.attn
