@@ -155,6 +155,8 @@ def finish(folder: Path, recipe: dict, shards: dict[str, int]) -> dict:
             "std": std.tolist(),
             "shards": entries,
         }
+    for leftover in folder.glob(".unfinished-*.safetensors-*"):  # of killed processes; all shards are there
+        leftover.unlink(missing_ok=True)
     header = {"format": FORMAT, "recipe": recipe, "splits": splits}
     write_whole(folder / HEADER, json.dumps(header, indent=1).encode())
     return header
@@ -303,8 +305,8 @@ def check_vae(found: str, expected: str, what: str) -> None:
     """Raise UserError if a VAE is known and another is found. `what` begins the sentence, up to its verb."""
     if expected and found != expected:
         raise UserError(
-            f"{what} another VAE ({found[:12] or 'none'}) than the run's ({expected[:12]}); "
-            "its network knows latents of its own VAE only"
+            f"{what} another VAE ({found[:12] or 'none'}) than was used before ({expected[:12]}); "
+            "latents of one mean nothing to the other, nor to a network trained on them"
         )
 
 

@@ -1,5 +1,6 @@
 """The `umd` command. Each subcommand is a function below; its dataclass or arguments become the options (tyro)."""
 
+import contextlib
 import difflib
 import os
 import signal
@@ -7,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,11 +21,17 @@ if TYPE_CHECKING:
     from umd.train.run import RunConfig
 
 console = Console()
+RANK = int(os.environ.get("RANK", 0))  # of this process among those a launcher started
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits 0, or 2 with one sentence for what the user can mend."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0].startswith(("--local_rank=", "--local-rank=")):
+        arguments = arguments[1:]  # the deepspeed launcher's; the environment says the same
+    if RANK > 0:  # rank 0 prints; a stack trace and the loss of a rank go to stderr all the same
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        warnings.simplefilter("ignore")
     # Before torch is imported: threads that wait by spinning make a step on a busy machine several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -55,6 +63,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def fail(message: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from umd.train.distributed import end_all
+
+        end_all(message, 2)  # does not return once the ranks have met
+        if RANK > 0:
+            sys.exit(2)
     Console(stderr=True).print(f"[bold red]umd:[/] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(2)
 
@@ -91,6 +105,9 @@ def parse(cls_or_function, name: str, arguments: list[str], default=None):
     import tyro
 
     kwargs = {} if default is None else {"default": default}
+    if RANK > 0:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            return tyro.cli(cls_or_function, prog=f"umd {name}", args=arguments, **kwargs)
     return tyro.cli(cls_or_function, prog=f"umd {name}", args=arguments, **kwargs)
 
 
@@ -319,6 +336,19 @@ def probe(arguments: list[str]) -> None:
     (run / "probe.json").write_text(json.dumps({name: asdict(result) for name, result in results.items()}, indent=1))
 
 
+def encode_latents(arguments: list[str]) -> None:
+    from umd.train.encode import EncodeLatents, encode
+
+    encode(parse(EncodeLatents, "encode-latents", arguments), console)
+
+
+def inspect(arguments: list[str]) -> None:
+    from umd.train import encode
+
+    folder, rest = take_path(arguments, "inspect", "FOLDER")
+    encode.inspect(folder, parse(encode.Inspect, f"inspect {folder}", rest), console)
+
+
 def demo(arguments: list[str]) -> None:
     from umd.train.demo import Demo, run_demo
 
@@ -373,31 +403,35 @@ def positional():
     return tyro.conf.Positional
 
 
+BENCHES = {  # module and options of each, and what it measures
+    "step": ("umd.bench.step", "StepBench", "a training step against its baselines"),
+    "loader": ("umd.bench.loader", "LoaderBench", "what data cost beside the step they feed"),
+    "audit": ("umd.bench.audit", "Audit", "what kernels move and need on an A100 or H100, without a GPU"),
+}
+
+
 def bench(arguments: list[str]) -> None:
-    if arguments[:1] == ["step"]:
-        from umd.bench.step import StepBench, run
-
-        run(parse(StepBench, "bench step", arguments[1:]), console)
-    elif arguments[:1] == ["loader"]:
-        from umd.bench import loader
-
-        loader.run(parse(loader.LoaderBench, "bench loader", arguments[1:]), console)
-    else:
-        say("usage: umd bench step [options]: a training step against its baselines")
-        say("       umd bench loader [options]: what data cost beside the step they feed")
+    if not arguments or arguments[0] not in BENCHES:
+        for name, (_, _, what) in BENCHES.items():
+            say(f"usage: umd bench {name} [options]: {what}")
         sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
+    name, rest = arguments[0], arguments[1:]
+    module = import_module(BENCHES[name][0])
+    module.run(parse(getattr(module, BENCHES[name][1]), f"bench {name}", rest), console)
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "demo": (demo, "pretrain, probe, fine-tune, sample and inpaint real images; writes a report page"),
     "pretrain": (pretrain, "train without labels: umd-b4, mae-b4, ... or a config.yaml"),
     "finetune": (finetune, "go on with labels, for class-conditional generation"),
+    "encode-latents": (encode_latents, "encode pictures with a VAE, once for all epochs"),
+    "inspect": (inspect, "what a folder of latents holds; checks and decodes it"),
     "sample": (sample, "draw samples: PNG grid and .npz"),
     "inpaint": (inpaint, "fill a hole in pictures"),
     "probe": (probe, "few-shot accuracy of the representation, beside its floors"),
     "report": (report, "write the report page of a demo again"),
     "import": (import_weights, "weights of the authors' JAX code (small-vision)"),
-    "bench": (bench, "measure a training step, or its data, against baselines"),
+    "bench": (bench, "measure a training step or its data; audit kernels without a GPU"),
     "doctor": (doctor, "what this machine will really use, and how to get what is missing"),
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from umd.errors import UserError
 
 KINDS = ("AutoencoderKL", "VQModel")
-CHUNK = 32  # images at a time: an SD-size encoder needs about 0.2 GiB for each at 256x256
+CHUNK = 32 * 256**2  # pixels at a time: an SD-size encoder needs some GiB for them
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Tokenizer:
         In the precision of the ambient autocast.
         """
         self.latent_shape(*x.shape[2:])
-        return torch.cat([self._moments(part.to(self.device)) for part in x.split(CHUNK)])
+        chunk = max(CHUNK // (x.shape[2] * x.shape[3]), 1)
+        return torch.cat([self._moments(part.to(self.device)) for part in x.split(chunk)])
 
     def _moments(self, x: Tensor) -> Tensor:
         vae = self.vae
@@ -82,7 +83,8 @@ class Tokenizer:
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B, C, h, w] to images, fp32 [B, 3, H, W], about in [-1, 1]."""
-        parts = (part.to(self.device, torch.float32) / self.vae.scale + self.vae.shift for part in z.split(CHUNK))
+        chunk = max(CHUNK // (z.shape[2] * z.shape[3] * self.vae.factor**2), 1)
+        parts = (part.to(self.device, torch.float32) / self.vae.scale + self.vae.shift for part in z.split(chunk))
         return torch.cat([self.network.decode(part).sample.float() for part in parts])
 
 

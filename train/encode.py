@@ -1,0 +1,365 @@
+"""`umd encode-latents` and `umd inspect`: pictures to a folder of latents, and what such a folder holds.
+
+A shard is encoded by one process and depends on nothing but its number and the settings. So ranks need not talk: each
+takes every world-size-th shard, one that is there is done, and whoever finds the last one done writes the header.
+"""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from umd.device import autocast, pick_device, pick_dtype
+from umd.errors import UserError
+from umd.files import sha256, write_whole
+from umd.images import grid, save_png, to_uint8
+from umd.tokenizer import Tokenizer, load_tokenizer
+from umd.train.data import DataConfig, as_model_input, centered, derive_seed, open_dataset, train_view
+from umd.train.latents import (
+    DTYPES,
+    HEADER,
+    SHARD,
+    LatentDataset,
+    check_vae,
+    damaged,
+    finish,
+    is_latents,
+    open_latents,
+    read_header,
+    read_shard,
+    shard_bytes,
+    shard_name,
+)
+from umd.train.sources import ImageDataset
+
+BATCH = 32  # pictures held at a time, each in all its views
+
+
+@dataclass(frozen=True)
+class EncodeLatents:
+    """Encode pictures once, for every epoch of runs on latents. The same command goes on after a stop; under torchrun
+    each rank takes its share."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    out: Path = Path("latents/train")
+    """Folder to write."""
+    image_size: tuple[int, int] = (256, 256)
+    """Height and width at which pictures are encoded."""
+    views: int = 4
+    """Views stored of each training picture; epoch e learns from view e modulo this."""
+    crop: Literal["random", "center"] = "random"
+    """random: view v is what a run on pixels with this seed would see in epoch v. center: the middle, and its mirror
+    image as the second view. Held-out pictures have one view, their middle."""
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Type of the stored means and standard deviations."""
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    """Autocast type of the encoder."""
+    shard_images: int = 4096
+    """Pictures a shard."""
+    seed: int = 0
+    """Of crops and flips."""
+    device: str = "auto"
+    """auto (under torchrun each rank takes its GPU), cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        for name in ("views", "shard_images"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise UserError(f"seed must be 0 or more, got {self.seed}")
+        if min(self.image_size) < 1:
+            raise UserError(f"image_size is {self.image_size}: expected a height and a width of at least 1")
+        most = 1 + self.data.hflip
+        if self.crop == "center" and self.views > most:
+            raise UserError(f"of the middle there are {most} views at most, got {self.views}; set --views {most}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to be made: the pictures first..last-1 of a split."""
+
+    split: str
+    number: int
+    first: int
+    last: int
+    path: Path
+
+
+def encode(options: EncodeLatents, console: Console) -> Path:
+    """Encode this rank's shards that are not there yet, and finish the folder if those were the last. Returns it.
+
+    Raises UserError for a source, VAE or size that will not do, a folder of other latents, and a full disk.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not options.data.vae:
+        raise UserError("pictures are encoded by a VAE: name one with --data.vae, a hub id or a folder")
+    if is_latents(Path(options.data.source).expanduser()):
+        raise UserError(f"{options.data.source} holds latents already; encode pictures")
+    local = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else "auto"
+    device = pick_device(local if options.device == "auto" else options.device)
+    tokenizer = load_tokenizer(options.data.vae, device)
+    shape = tokenizer.latent_shape(*options.image_size)
+    config = replace(options.data, image_size=options.image_size, channels=3, vae="", vae_hash="")
+    datasets = {split: open_dataset(config, split) for split in ("train", "test")}
+    names = {split: picture_names(dataset, config.source) for split, dataset in datasets.items()}
+    recipe = {
+        "vae": asdict(tokenizer.vae),
+        "shape": list(shape),
+        "dtype": options.dtype,
+        "precision": options.precision,
+        "crop": {"kind": options.crop, "views": options.views, "seed": options.seed, "hflip": config.hflip}
+        | {"area_min": config.area_min, "area_max": config.area_max, "image_size": list(options.image_size)},
+        "source": source_identity(config, datasets, names),
+        "class_names": datasets["train"].class_names,
+        "shard_images": options.shard_images,
+    }
+    totals = {split: -(-len(dataset) // options.shard_images) for split, dataset in datasets.items()}
+    jobs = [
+        Job(split, number, number * options.shard_images, min((number + 1) * options.shard_images, len(dataset)),
+            options.out / shard_name(split, number, totals[split]))
+        for split, dataset in datasets.items()
+        for number in range(totals[split])
+    ]  # fmt: skip
+    check_folder(options.out, recipe, jobs)
+    mine = [job for job in jobs[rank::world_size] if not job.path.exists()]
+    total = sum(job.last - job.first for job in mine)
+    with (
+        Progress(console=console, disable=rank > 0 or not console.is_terminal) as bar,
+        ThreadPoolExecutor(max(config.num_workers, 1)) as pool,
+    ):
+        task = bar.add_task("encoding", total=total)
+        for job in mine:
+            encoder = Encoder(tokenizer, datasets[job.split], config, options, job, pool)
+            data = encoder.shard(recipe, names[job.split], lambda count: bar.advance(task, count))
+            write_shard(job.path, data)
+    if all(job.path.exists() for job in jobs):
+        header = finish(options.out, recipe, totals)
+        images = header["splits"]["train"]["images"], header["splits"]["test"]["images"]
+        console.print(f"{images[0]} training and {images[1]} held-out pictures as latents in {options.out}", **PLAIN)
+    else:
+        console.print(f"rank {rank} of {world_size} is done; the last rank to finish writes {HEADER}", **PLAIN)
+    return options.out
+
+
+PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}
+
+
+class Encoder:
+    """Makes the bytes of one shard."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, dataset: ImageDataset, config: DataConfig, options: EncodeLatents, job: Job,
+        pool: ThreadPoolExecutor,
+    ):  # fmt: skip
+        self.tokenizer, self.dataset, self.config, self.options, self.job = tokenizer, dataset, config, options, job
+        self.pool = pool
+        self.views = options.views if job.split == "train" else 1
+
+    def shard(self, recipe: dict, names: list[str], advance: Callable[[int], object]) -> bytes:
+        parts: list[Tensor] = []
+        indices: list[int] = []
+        left_out: list[str] = []
+        loaded = in_order(self.pool, self.load, range(self.job.first, self.job.last), ahead=2 * BATCH)
+        while batch := list(islice(loaded, BATCH)):
+            good = [(index, views) for index, views in batch if views is not None]
+            left_out += [names[index] for index, views in batch if views is None]
+            if good:
+                indices += [index for index, _ in good]
+                parts.append(self.moments(np.stack([views for _, views in good]), [names[i] for i, _ in good]))
+            advance(len(batch))
+        rows = np.array(indices, dtype=np.int64)
+        count = 2 if self.tokenizer.stochastic else 1
+        empty = torch.empty(0, self.views, count, *recipe["shape"], dtype=DTYPES[self.options.dtype])
+        labels = None if self.dataset.labels is None else self.dataset.labels[rows]
+        kept = [names[index] for index in indices]
+        return shard_bytes(recipe, self.job.split, torch.cat([empty, *parts]), labels, rows, kept, left_out)
+
+    def load(self, index: int) -> tuple[int, np.ndarray | None]:
+        """A picture's views uint8 [V, H, W, C]; None if it cannot be read and may be left out."""
+        try:
+            picture = self.dataset.image(index)
+        except UserError:
+            if not self.config.skip_broken:
+                raise
+            return index, None
+        if self.job.split == "test" or self.options.crop == "center":
+            middle = centered(picture, self.config)
+            return index, np.stack([middle, middle[:, ::-1]][: self.views])
+        seed = derive_seed(self.options.seed, 1)  # that of a run's loader
+        views = [np.random.default_rng((seed, view, 1 + index)) for view in range(self.views)]
+        return index, np.stack([train_view(picture, rng, self.config) for rng in views])
+
+    def moments(self, pictures: np.ndarray, names: list[str]) -> Tensor:
+        """uint8 [n, V, H, W, C] to moments [n, V, M, C, h, w] in the type of the store."""
+        x = as_model_input(torch.from_numpy(pictures).flatten(0, 1).to(self.tokenizer.device))
+        with autocast(x.device, pick_dtype(self.options.precision, x.device)):
+            moments = self.tokenizer.moments(x)
+        stored = moments.to(DTYPES[self.options.dtype]).cpu().unflatten(0, (-1, self.views))
+        finite = stored.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise UserError(
+                f"the latents of {names[int(finite.int().argmin())]} are not finite in {self.options.dtype}; "
+                "store them with --dtype bf16 or fp32"
+            )
+        return stored
+
+
+def in_order(pool: ThreadPoolExecutor, call: Callable, items: Iterable, ahead: int) -> Iterator:
+    """`call` of each item, in order; the next `ahead` are worked on meanwhile."""
+    waiting: deque[Future] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(call, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def write_shard(path: Path, data: bytes) -> None:
+    try:
+        for leftover in path.parent.glob(f".unfinished-{path.name}-*"):  # of a killed process; this rank's alone
+            leftover.unlink(missing_ok=True)
+        write_whole(path, data)
+    except OSError as error:
+        raise UserError(
+            f"could not write latents shard {path}: {error.strerror or error}; make room there and run the same "
+            "command again, which keeps the shards that are finished"
+        ) from error
+
+
+def check_folder(folder: Path, recipe: dict, jobs: list[Job]) -> None:
+    """Make the folder; raise UserError if shards of other settings, or damaged ones, are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    expected = {job.path.name for job in jobs}
+    for path in sorted(file for file in folder.iterdir() if SHARD.fullmatch(file.name)):
+        differ = differences(read_shard(path).about["recipe"], recipe)
+        if path.name not in expected:
+            differ = differ or ["number of shards"]
+        if differ:
+            raise UserError(
+                f"{folder} holds latents made with another {', '.join(differ)}; give the settings they were made with, "
+                "or another --out"
+            )
+
+
+def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
+    """Names of the settings that differ, e.g. `crop.seed`."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(prefix + key)
+    return found
+
+
+def picture_names(dataset: ImageDataset, source: str) -> list[str]:
+    """Files relative to the source; of arrays the positions."""
+    root = Path(source).expanduser()
+    return [
+        os.path.relpath(picture, root) if isinstance(picture, str | Path) else str(index)
+        for index, picture in enumerate(dataset.pictures)
+    ]
+
+
+def source_identity(config: DataConfig, datasets: dict[str, ImageDataset], names: dict[str, list[str]]) -> dict:
+    path = Path(config.source).expanduser()
+    digest = hashlib.sha256()
+    for split, dataset in datasets.items():
+        digest.update("\n".join([split, *names[split], ""]).encode("utf-8", "surrogateescape"))
+        digest.update(b"" if dataset.labels is None else dataset.labels.tobytes())
+    return {
+        "path": str(path.resolve()) if path.exists() else config.source,
+        "holdout": config.holdout,
+        "images": {split: len(dataset) for split, dataset in datasets.items()},
+        "sha256": digest.hexdigest(),
+    }
+
+
+# Inspecting
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Print what a folder of latents holds, compare its shards with their checksums, and decode a few to a PNG."""
+
+    decode: int = 16
+    """Latents decoded, spread over the split; 0: none, and no VAE is needed."""
+    split: Literal["train", "test"] = "train"
+    """Which are decoded."""
+    check: bool = True
+    """Read every shard and compare it with its checksum."""
+    vae: str = ""
+    """The VAE, where it no longer lies where it lay."""
+    device: str = "auto"
+    """Where to decode."""
+    out: Path | None = None
+    """Where the PNG goes; default: FOLDER/decoded.png."""
+
+
+def inspect(folder: Path, options: Inspect, console: Console) -> None:
+    """Raises UserError if the folder is not whole, or the VAE is another."""
+    header = read_header(folder)
+    datasets = {split: open_latents(folder, split) for split in header["splits"]}
+    show(folder, header, console)
+    if options.check:
+        entries = [entry for split in header["splits"].values() for entry in split["shards"]]
+        for entry in entries:
+            if sha256(folder / entry["file"]) != entry["sha256"]:
+                raise damaged(folder / entry["file"], "differs from its checksum")
+        console.print(f"{len(entries)} shards, all as they were written", **PLAIN)
+    dataset = datasets[options.split]
+    count = min(options.decode, len(dataset))
+    if count > 0:
+        tokenizer = load_tokenizer(options.vae or dataset.vae.name, pick_device(options.device))
+        check_vae(tokenizer.vae.sha256, dataset.vae.sha256, f"{options.vae or dataset.vae.name} is")
+        out = options.out or folder / "decoded.png"
+        save_png(decoded(dataset, tokenizer, count), out)
+        console.print(f"{count} of them decoded: {out}", **PLAIN)
+
+
+def decoded(dataset: LatentDataset, tokenizer: Tokenizer, count: int) -> np.ndarray:
+    chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
+    return grid(to_uint8(tokenizer.decode(dataset.means(chosen))), columns=min(count, 8))
+
+
+def show(folder: Path, header: dict, console: Console) -> None:
+    recipe, vae, crop = header["recipe"], header["recipe"]["vae"], header["recipe"]["crop"]
+    table = Table(box=None, show_header=False, title=str(folder), title_justify="left")
+    crops = f"{crop['kind']} crops" if crop["kind"] == "random" else "the middle"
+    areas = f" of {crop['area_min']:g} to {crop['area_max']:g} of the area" if crop["kind"] == "random" else ""
+    for name, text in (
+        ("latents", f"{' x '.join(map(str, recipe['shape']))} (channels, height, width), {recipe['dtype']}"),
+        ("VAE", f"{vae['name']} ({vae['kind']}, {vae['sha256'][:12]})"),
+        ("scale, shift", f"{vae['scale']:g}, {vae['shift']:g}"),
+        ("pictures", f"{crop['image_size'][0]}x{crop['image_size'][1]}, {crops}{areas}, "
+         f"{'' if crop['hflip'] else 'not '}mirrored, {crop['views']} views, seed {crop['seed']}"),
+        ("source", recipe["source"]["path"]),
+        ("classes", str(len(recipe["class_names"])) if recipe["class_names"] else "no labels"),
+    ):  # fmt: skip
+        table.add_row(f"[bold]{name}[/]", text)
+    console.print(table)
+    table = Table("split", "pictures", "left out", "shards", "GiB", "channel means", "channel stds", box=None)
+    for split, entry in header["splits"].items():
+        size = sum(shard["bytes"] for shard in entry["shards"]) / 2**30
+        statistics = (" ".join(f"{value:.3f}" for value in entry[name]) for name in ("mean", "std"))
+        counts = (entry["images"], len(entry["left_out"]), len(entry["shards"]))
+        table.add_row(split, *map(str, counts), f"{size:.3g}", *statistics)
+    console.print(table)
