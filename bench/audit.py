@@ -1,0 +1,349 @@
+"""`umd bench audit`: what the kernels of every op move and need on an A100, H100 or B200, without a GPU.
+
+Each op runs in Triton's interpreter on the inputs of a training step (`op_cases.py`), which counts its bytes
+(`count_bytes.py`); what it launched is compiled for each architecture as it would be there and read
+(`inspect_kernel.py`). Nothing is described twice: what is audited is what runs.
+"""
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from umd.bench import liger_cases
+from umd.bench.count_bytes import Launch, TorchBytes, interpreted, record
+from umd.bench.op_cases import DTYPES, OPS, SHAPES, Inputs
+from umd.errors import UserError
+
+# GPU and its memory's bytes a second, from NVIDIA's data sheets.
+GPUS = {
+    "sm_80": ("A100 80GB SXM", 2039e9),
+    "sm_90": ("H100 SXM", 3350e9),
+    "sm_100": ("B200", 8000e9),
+}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What is audited."""
+
+    models: tuple[str, ...] = ("UMD-B/4", "UMD-L/2")
+    """Whose shapes: UMD-B/4 (D = 768), UMD-L/2 (1024), UMD-XL/2 (1152)."""
+    ops: tuple[str, ...] = ()
+    """Which ops; default: all, and liger-kernel's norms where it is installed."""
+    dtype: str = "bf16"
+    """Of tokens and predictions: bf16, fp16 or fp32. Images and modulation tables are fp32, as in training."""
+    samples: int = 16
+    """Images in the batch, an even number."""
+    arch: tuple[str, ...] = tuple(GPUS)
+    """sm_80, sm_90, sm_100."""
+    kernel: str = ""
+    """Instead of our ops, any @triton.jit function, as package.module:name ..."""
+    call: str = ""
+    """... and Python that launches it on CPU tensors; torch and the names of its module are there."""
+    json: Path | None = None
+    """Write the rows here."""
+    chart: Path | None = None
+    """Write the bar chart here, a PNG."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("models", SHAPES), ("ops", CASES), ("arch", GPUS)):
+            if unknown := [x for x in getattr(self, name) if x not in known]:
+                raise UserError(f"{name} must be of {', '.join(known)}; got {unknown[0]!r}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.samples < 2 or self.samples % 2:
+            raise UserError(f"samples must be even and at least 2, got {self.samples}")
+        if bool(self.kernel) != bool(self.call):
+            raise UserError("kernel and call go together: the function, and an expression that launches it")
+
+
+@dataclass(frozen=True)
+class Counted:
+    """An op in one direction: what ran, and its bytes."""
+
+    op: str
+    dtype: str
+    width: int
+    samples: int
+    direction: str
+    launches: tuple[Launch, ...]
+    torch_bytes: int  # by PyTorch around the kernels: folding tables, summing partial sums
+    compulsory_bytes: int | None
+    eager_bytes: int | None
+
+    @property
+    def error(self) -> str:
+        return next((launch.error for launch in self.launches if launch.error), "")
+
+    def bytes(self, which: str) -> int | None:
+        """asked or unique: of all launches, and of PyTorch around them; None where one could not be counted."""
+        if self.error:
+            return None
+        return self.torch_bytes + sum(getattr(launch.counts, which) for launch in self.launches)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op, direction and architecture. Registers and shared memory: the most of its kernels; spills: of all."""
+
+    op: str
+    direction: str
+    arch: str
+    dtype: str
+    width: int
+    samples: int
+    asked_bytes: int | None
+    unique_bytes: int | None
+    compulsory_bytes: int | None
+    eager_bytes: int | None
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    occupancy: float  # the least of its kernels
+    f64: int
+    atomics: int  # of floats
+    min_access_bits: int | None
+    predicted_us: float | None
+    eager_us: float | None
+    kernels: tuple[dict, ...]
+    note: str = ""
+
+
+CASES = OPS | liger_cases.CASES
+
+
+def count_op(name: str, model: str, samples: int, dtype: str) -> list[Counted]:
+    """Run an op forward and backward and count. Where TRITON_INTERPRET=1 was set at the start."""
+    inputs = Inputs(model, samples, DTYPES[dtype], "cpu")
+    case = CASES[name](inputs)
+    foreign = name in liger_cases.CASES
+
+    def counted(work: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[Launch, ...], int]:
+        with record(tolerate=foreign) as launches, TorchBytes() as torch_bytes:
+            result = work()
+        return result, tuple(launches), torch_bytes.total
+
+    outputs, launches, torch_bytes = counted(case.ours.call)
+    eager_outputs, _, eager_bytes = counted(case.eager.call)
+    common = (case.op, _name(case.dtype), inputs.D, samples)
+    found = [Counted(*common, "forward", launches, torch_bytes, case.forward_bytes, eager_bytes)]
+    if case.backward_bytes is not None:
+        douts = tuple(torch.randn_like(y) for y in outputs)
+        eager_douts = tuple(torch.randn_like(y) for y in eager_outputs)
+        _, launches, torch_bytes = counted(lambda: case.ours.gradients(outputs, douts))
+        _, _, eager_bytes = counted(lambda: case.eager.gradients(eager_outputs, eager_douts))
+        found.append(Counted(*common, "backward", launches, torch_bytes, case.backward_bytes, eager_bytes))
+    return found
+
+
+def count_call(kernel: str, call: str) -> list[Counted]:
+    """Evaluate `call` and count the launches of `kernel` in it; compulsory is each byte it touches, once."""
+    module, _, name = kernel.partition(":")
+    try:
+        names = vars(import_module(module))
+        with record(tolerate=True) as launches:
+            eval(call, {**names, "torch": torch})
+    except Exception as error:
+        raise UserError(f"call {call!r} failed: {type(error).__name__}: {error}") from error
+    ours = tuple(launch for launch in launches if launch.kernel.endswith(f":{name}"))
+    if not ours:
+        ran = sorted({launch.kernel for launch in launches})
+        raise UserError(f"call {call!r} did not launch {name}; it launched {', '.join(ran) or 'nothing'}")
+    tensors = [a for launch in ours for a in launch.arguments if a.dtype]
+    largest = max(tensors, key=lambda a: a.storage_bytes)
+    touched = None if any(launch.error for launch in ours) else sum(launch.counts.touched for launch in ours)
+    dtype = _name(getattr(torch, largest.dtype))
+    return [Counted(name, dtype, largest.shape[-1], 0, "call", ours, 0, touched, None)]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
+
+
+def _compile(launch: Launch, arch: str):
+    """`inspect_kernel.compile_launch`, imported where Triton is not the interpreter."""
+    from umd.bench.inspect_kernel import compile_launch
+
+    return compile_launch(launch, arch)
+
+
+def rows_of(counted: Counted, arch: str, compiled: list) -> Row:
+    """Counts and compiled kernels of an op as one row."""
+    launches = counted.launches
+    bits = [c.min_access_bits(_of_width(x, counted.width)) for c, x in zip(compiled, launches, strict=True)]
+    asked, unique = counted.bytes("asked"), counted.bytes("unique")
+    rate = GPUS[arch][1] / 1e6  # bytes a microsecond
+    return Row(
+        op=counted.op,
+        direction=counted.direction,
+        arch=arch,
+        dtype=counted.dtype,
+        width=counted.width,
+        samples=counted.samples,
+        asked_bytes=asked,
+        unique_bytes=unique,
+        compulsory_bytes=counted.compulsory_bytes,
+        eager_bytes=counted.eager_bytes,
+        registers=max(c.registers for c in compiled),
+        spill_bytes=sum(c.spill_bytes for c in compiled),
+        shared_bytes=max(c.shared_bytes for c in compiled),
+        occupancy=min(c.occupancy for c in compiled),
+        f64=sum(c.f64 for c in compiled),
+        atomics=sum(c.atomics for c in compiled),
+        min_access_bits=min((b for b in bits if b is not None), default=None),
+        predicted_us=None if asked is None else max(asked, unique) / rate,
+        eager_us=None if counted.eager_bytes is None else counted.eager_bytes / rate,
+        kernels=tuple(
+            dict(
+                kernel=c.kernel,
+                grid=x.grid,
+                num_warps=c.num_warps,
+                registers=c.registers,
+                spill_bytes=c.spill_bytes,
+                shared_bytes=c.shared_bytes,
+                occupancy=c.occupancy,
+                access_bits=c.access_bits(),
+                asked_bytes=x.counts.asked if x.counts else None,
+            )
+            for c, x in zip(compiled, launches, strict=True)
+        ),
+        note=f"not counted, the interpreter cannot run it: {counted.error}" if counted.error else "",
+    )
+
+
+def _of_width(launch: Launch, width: int) -> set[str]:
+    """Arguments whose rows are of width D: [D], or [..., multiples of D]."""
+    return {
+        a.name
+        for a in launch.arguments
+        if a.shape and a.shape[-1] > 0 and (a.shape[-1] == width or (len(a.shape) > 1 and a.shape[-1] % width == 0))
+    }
+
+
+def audit(options: Audit, progress: Callable[[list], Iterable] = iter) -> list[Row]:
+    """Count in processes with the interpreter, compile in others without it."""
+    spawn, workers = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    with interpreted(True), ProcessPoolExecutor(workers, spawn) as pool:
+        if options.kernel:
+            jobs = [pool.submit(count_call, options.kernel, options.call)]
+        else:
+            names = options.ops or tuple(name for name in CASES if name in OPS or find_spec("liger_kernel"))
+            jobs = [
+                pool.submit(count_op, name, model, options.samples, options.dtype)
+                for name in names
+                for model in options.models
+            ]
+        counted = [one for job in progress(jobs) for one in job.result()]
+    with interpreted(False), ProcessPoolExecutor(workers, spawn) as pool:
+        jobs = [
+            (one, arch, [pool.submit(_compile, launch, arch) for launch in one.launches])
+            for one in counted
+            for arch in options.arch
+            if one.launches
+        ]
+        return [rows_of(one, arch, [job.result() for job in compiled]) for one, arch, compiled in progress(jobs)]
+
+
+def run(options: Audit, console: Console) -> list[Row]:
+    """Audit, print the table, write JSON and chart."""
+    rows = audit(options, lambda jobs: track(jobs, description="auditing", console=console, transient=True))
+    if not rows:
+        raise UserError("none of these ops launches a kernel of ours")
+    print_rows(rows, console)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if options.chart is not None:
+        draw(rows, options.chart)
+    return rows
+
+
+def print_rows(rows: list[Row], console: Console) -> None:
+    """A line for each op, direction and width; what differs by architecture in the order of the rows."""
+    archs = list(dict.fromkeys(row.arch for row in rows))
+    size = f"{rows[0].samples} samples, {rows[0].dtype}" if rows[0].samples else rows[0].dtype
+    table = Table(title=f"{size}; {' / '.join(archs)}; ratios of bytes, times from bytes alone")
+    table.add_column("op")
+    table.add_column("")
+    columns = ("D", "MB needed", "asked", "sectors", "of eager", "registers", "spills", "shared", "occupancy", "bits")
+    for column in (*columns, "f64", "atomics", "µs", "eager µs"):
+        table.add_column(column, justify="right")
+
+    def ratio(a: int | None, b: int | None) -> str:
+        return "?" if a is None or b is None else f"{a / b:.2f}"
+
+    notes = {}
+    for group in _groups(rows):
+        row = group[0]
+
+        def each(show: Callable[[Row], str], group: list[Row] = group) -> str:
+            shown = [show(row) for row in group]
+            return shown[0] if len(set(shown)) == 1 else "/".join(shown)
+
+        table.add_row(
+            row.op,
+            row.direction,
+            str(row.width),
+            "?" if row.compulsory_bytes is None else f"{row.compulsory_bytes / 1e6:.2f}",
+            ratio(row.asked_bytes, row.compulsory_bytes),
+            ratio(row.unique_bytes, row.compulsory_bytes),
+            ratio(row.asked_bytes, row.eager_bytes),
+            each(lambda r: str(r.registers)),
+            each(lambda r: str(r.spill_bytes)),
+            each(lambda r: str(r.shared_bytes)),
+            each(lambda r: f"{r.occupancy:.0%}"),
+            each(lambda r: "-" if r.min_access_bits is None else str(r.min_access_bits)),
+            each(lambda r: str(r.f64)),
+            each(lambda r: str(r.atomics)),
+            each(lambda r: "?" if r.predicted_us is None else f"{r.predicted_us:.1f}"),
+            each(lambda r: "?" if r.eager_us is None else f"{r.eager_us:.1f}"),
+        )
+        if row.note:
+            notes.setdefault(row.note, []).append(f"{row.op} {row.direction}")
+    console.print(table)
+    for note, ops in notes.items():
+        console.print(f"{', '.join(dict.fromkeys(ops))}: {note}", highlight=False, markup=False)
+
+
+def _groups(rows: list[Row]) -> list[list[Row]]:
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.op, row.direction, row.width), []).append(row)
+    return list(groups.values())
+
+
+def draw(rows: list[Row], file: Path) -> None:
+    """Bars of bytes over compulsory bytes, ours and eager's, for each op at the first width."""
+    from matplotlib.figure import Figure
+
+    rows = [group[0] for group in _groups(rows) if group[0].compulsory_bytes]
+    rows = [row for row in rows if row.width == rows[0].width and row.asked_bytes and row.eager_bytes]
+    figure = Figure(figsize=(8, 0.55 * len(rows) + 1.4), layout="constrained")
+    axes = figure.add_subplot()
+    places = list(range(len(rows)))[::-1]
+    for offset, name, color in ((0.2, "asked", "#4477aa"), (-0.2, "eager", "#bbbbbb")):
+        values = [getattr(row, f"{name}_bytes") / row.compulsory_bytes for row in rows]
+        label = {"asked": "Triton kernels", "eager": "eager PyTorch"}[name]
+        bars = axes.barh([p + offset for p in places], values, height=0.38, color=color, label=label)
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_yticks(places, [f"{row.op}\n{row.direction}" for row in rows], fontsize=8)
+    axes.set_xlabel(
+        f"bytes moved / bytes that must move (each input read once, each output written once), D = {rows[0].width}"
+    )
+    axes.margins(x=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)

@@ -1,0 +1,227 @@
+"""The memory traffic of kernels and of PyTorch's own ops, counted on a CPU.
+
+`record` runs anything under Triton's interpreter (TRITON_INTERPRET=1 before triton is imported; see `interpreted`) and
+notes each launch with its arguments, and each address it touches. `TorchBytes` sums what PyTorch's ops read and write.
+"""
+
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+SECTOR = 32  # bytes: the least that a GPU's memory moves
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Of a launch: a value, or what decides how Triton compiles for a tensor."""
+
+    name: str
+    value: Any = None
+    dtype: str | None = None  # of a tensor, e.g. "bfloat16"
+    shape: tuple[int, ...] = ()
+    aligned: bool = False  # its address is divisible by 16
+    storage_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Bytes of one launch."""
+
+    asked: int  # by all programs together
+    unique: int  # in distinct sectors, reads and writes apart
+    touched: int  # distinct bytes, reads and writes apart
+    float_atomics: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: str  # package.module:name
+    grid: tuple[int, ...]
+    arguments: tuple[Argument, ...]
+    options: dict[str, Any]  # num_warps and the like
+    counts: Counts | None  # None: the interpreter cannot run it
+    error: str = ""
+
+
+@contextmanager
+def interpreted(on: bool) -> Iterator[None]:
+    """TRITON_INTERPRET set or unset in the environment of the processes that start meanwhile."""
+    before = os.environ.pop("TRITON_INTERPRET", None)
+    if on:
+        os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("TRITON_INTERPRET", None)
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+class _Traffic:
+    """The addresses of one launch: [(itemsize, addresses)] of loads and of stores."""
+
+    def __init__(self) -> None:
+        self.loads: list[tuple[int, np.ndarray]] = []
+        self.stores: list[tuple[int, np.ndarray]] = []
+        self.float_atomics = 0
+
+    def counts(self) -> Counts:
+        asked = unique = touched = 0
+        for accesses in (self.loads, self.stores):
+            sectors = []
+            for size in {size for size, _ in accesses}:
+                addresses = np.concatenate([a for s, a in accesses if s == size])
+                asked += size * len(addresses)
+                distinct = np.unique(addresses)
+                touched += size * len(distinct)
+                sectors.append(np.unique(distinct // SECTOR))
+            unique += SECTOR * len(np.unique(np.concatenate(sectors))) if sectors else 0
+        return Counts(asked, unique, touched, self.float_atomics)
+
+
+@contextmanager
+def record(*, tolerate: bool = False) -> Iterator[list[Launch]]:
+    """Collects the launches that run inside.
+
+    tolerate: a kernel that the interpreter cannot run is noted with its error, and its outputs stay as they are.
+    """
+    from triton.runtime.errors import InterpreterError
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    launches: list[Launch] = []
+    traffic = _Traffic()
+    run = GridExecutor.__call__
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    atomic, compare = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
+
+    def active(pointers, mask) -> tuple[int, np.ndarray]:
+        size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+        return size, pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.uint64)
+
+    def counted_load(builder, pointers, mask, *rest):
+        traffic.loads.append(active(pointers, mask))
+        return load(builder, pointers, mask, *rest)
+
+    def counted_store(builder, pointers, value, mask, *rest):
+        traffic.stores.append(active(pointers, mask))
+        return store(builder, pointers, value, mask, *rest)
+
+    def counted_atomic(builder, operation, pointers, value, mask, *rest):
+        access = active(pointers, mask)
+        traffic.loads.append(access)
+        traffic.stores.append(access)
+        traffic.float_atomics += len(access[1]) if value.dtype.scalar.is_floating() else 0
+        return atomic(builder, operation, pointers, value, mask, *rest)
+
+    def counted_compare(builder, pointers, *rest):
+        access = pointers.get_element_ty().primitive_bitwidth // 8, pointers.data.ravel().astype(np.uint64)
+        traffic.loads.append(access)
+        traffic.stores.append(access)
+        return compare(builder, pointers, *rest)
+
+    def recorded_run(executor, *args, **kwargs):
+        nonlocal traffic
+        traffic = _Traffic()
+        names = executor.arg_names
+        options = {name: value for name, value in kwargs.items() if name not in names}
+        given = dict(zip(names, args, strict=False)) | {n: v for n, v in kwargs.items() if n in names}
+        error = ""
+        try:
+            # The interpreter's own copies are no traffic; numpy need not warn of what a GPU computes silently.
+            with _disable_current_modes(), np.errstate(all="ignore"):
+                run(executor, *args, **kwargs)
+        except InterpreterError as failure:
+            if not tolerate:
+                raise
+            error = str(failure)
+        grid = executor.grid
+        if callable(grid):
+            defaults = {n: p.default for n, p in inspect.signature(executor.fn).parameters.items()}
+            grid = grid(defaults | given)
+        launches.append(
+            Launch(
+                kernel=f"{executor.fn.__module__}:{executor.fn.__qualname__}",
+                grid=tuple(int(n) for n in grid),
+                arguments=tuple(_argument(name, value) for name, value in given.items()),
+                options=options,
+                counts=None if error else traffic.counts(),
+                error=error,
+            )
+        )
+
+    replaced = {"create_masked_load": counted_load, "create_masked_store": counted_store}
+    replaced |= {"create_atomic_rmw": counted_atomic, "create_atomic_cas": counted_compare}
+    originals = {name: getattr(InterpreterBuilder, name) for name in replaced}
+    try:
+        GridExecutor.__call__ = recorded_run
+        for name, method in replaced.items():
+            setattr(InterpreterBuilder, name, method)
+        yield launches
+    finally:
+        GridExecutor.__call__ = run
+        for name, method in originals.items():
+            setattr(InterpreterBuilder, name, method)
+
+
+def _argument(name: str, value: Any) -> Argument:
+    if not isinstance(value, Tensor):
+        return Argument(name, value=getattr(value, "value", value))  # a constexpr holds its value
+    return Argument(
+        name,
+        dtype=str(value.dtype).removeprefix("torch."),
+        shape=tuple(value.shape),
+        aligned=value.data_ptr() % 16 == 0,
+        storage_bytes=value.untyped_storage().nbytes(),
+    )
+
+
+def tensor_bytes(*tensors: Tensor | None) -> int:
+    """Of the elements these tensors hold, each once: broadcast dimensions take no room."""
+    total = 0
+    for x in tensors:
+        if x is not None:
+            held = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride != 0 or size == 0]
+            total += x.element_size() * int(np.prod(held, dtype=np.int64))
+    return total
+
+
+class TorchBytes(TorchDispatchMode):
+    """Sums the bytes that PyTorch's ops read and write: each op's tensors once, views and allocations nothing.
+
+    Our own ops (`umd::`) count as what runs inside them.
+    """
+
+    FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "set_")
+    PICKS = ("index_select", "index", "gather", "embedding")  # read what they return, not all of their input
+    WRITES = ("copy_", "fill_", "zero_")  # do not read the tensor they change
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "umd":
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if func.is_view or name in self.FREE:
+            return out
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if name in self.PICKS:
+            inputs = inputs[1:] + outputs
+        elif name in self.WRITES:
+            inputs = inputs[1:]
+        self.total += tensor_bytes(*inputs, *outputs)
+        return out

@@ -1,0 +1,217 @@
+"""The ops of `umd/ops.py` on the inputs of a training or sampling step, each beside the usual eager PyTorch.
+
+Streams are packed as in pre-training: half of the samples noised with their own modulation rows, half noise-free and
+sharing one. Eager gets as many tokens, as dense samples of one length: no gather of tables, no padding, in its favour.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from umd import ops
+from umd.bench.count_bytes import tensor_bytes
+from umd.config import ModelConfig, ObjectiveConfig, model_config
+from umd.objective import Objective
+from umd.schedule import NoiseSchedule
+
+# Width, image and patch of the paper's rows: pixels at B/4, latents at L/2 and XL/2. 256 patches each.
+SHAPES: dict[str, dict] = {
+    "UMD-B/4": dict(image_size=(64, 64), channels=3),
+    "UMD-L/2": dict(image_size=(32, 32), channels=4),
+    "UMD-XL/2": dict(image_size=(32, 32), channels=4),
+    "UMD-Ti/4": dict(image_size=(16, 16), channels=3),  # for a machine without a GPU
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to compute an op."""
+
+    call: Callable[[], tuple[Tensor, ...]]  # its differentiable outputs, or all of them where none is
+    inputs: tuple[Tensor, ...] = ()  # what gradients are taken of
+
+    def gradients(self, outputs: tuple[Tensor, ...], douts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, self.inputs, douts, retain_graph=True, materialize_grads=True)
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """An op on given inputs."""
+
+    op: str
+    dtype: torch.dtype  # of the largest tensors
+    ours: Side
+    eager: Side
+    forward_bytes: int  # compulsory: what it must read and write, each once
+    backward_bytes: int | None = None
+
+
+class Inputs:
+    """Random tensors of one model's shapes; samples must be even."""
+
+    def __init__(self, model: str, samples: int, dtype: torch.dtype, device: str):
+        self.config: ModelConfig = model_config(model, **SHAPES[model])
+        self.samples, self.dtype, self.device = samples, dtype, device
+        self.D = self.config.hidden_size
+        self.generator = torch.Generator(device).manual_seed(0)
+        objective = Objective(self.config, ObjectiveConfig(), NoiseSchedule("cosine"))
+        self.corruption = objective.corrupt(samples, seed=0, device=torch.device(device))
+        self.coefficients = objective.schedule.coefficients(self.corruption.timesteps[:-1], dtype=torch.float32)
+        self.stream = self.corruption.layout.encoder
+        self.tokens = self.stream.num_tokens
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        x = torch.randn(shape, generator=self.generator, device=self.device)
+        return x.to(dtype or self.dtype).requires_grad_()
+
+    def tables(self, count: int) -> tuple[Tensor, ...]:
+        """Modulation tables [R, D] as the model makes them: fp32 views of one projection."""
+        projection = self.randn(self.stream.num_rows, 6 * self.D, dtype=torch.float32).detach()
+        return tuple(table.requires_grad_() for table in projection.split(self.D, dim=1)[:count])
+
+    def images(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.randn(self.samples, self.config.channels, *self.config.image_size, dtype=dtype).detach()
+
+
+def definition(op: Callable, *arguments, **options):
+    """The op as plain PyTorch."""
+    with ops.kernels("reference"):
+        return op(*arguments, **options)
+
+
+def modulated_layer_norm(i: Inputs) -> OpCase:
+    x, (shift, scale) = i.randn(i.tokens, i.D), i.tables(2)
+    weight, bias = i.randn(i.D, dtype=torch.float32), i.randn(i.D, dtype=torch.float32)
+    tables = (shift, scale, weight, bias)
+    dense = i.randn(i.samples, i.tokens // i.samples, i.D)
+    shift_, scale_, weight_, bias_ = (i.randn(*shape) for shape in ((i.samples, i.D),) * 2 + ((i.D,),) * 2)
+
+    def eager():
+        norm = F.layer_norm(dense, (i.D,), weight_, bias_, 1e-6)
+        return (norm * (1 + scale_[:, None]) + shift_[:, None],)
+
+    return OpCase(
+        "modulated_layer_norm",
+        i.dtype,
+        Side(lambda: (ops.modulated_layer_norm(x, i.stream, *tables),), (x, *tables)),
+        Side(eager, (dense, shift_, scale_, weight_, bias_)),
+        forward_bytes=2 * tensor_bytes(x) + tensor_bytes(*tables),  # x; y
+        backward_bytes=3 * tensor_bytes(x) + tensor_bytes(scale, weight, bias, *tables),  # dy, x; dx, tables' gradients
+    )
+
+
+def gated_residual_layer_norm(i: Inputs) -> OpCase:
+    x, h, (gate, shift, scale) = i.randn(i.tokens, i.D), i.randn(i.tokens, i.D), i.tables(3)
+    weight, bias = i.randn(i.D, dtype=torch.float32), i.randn(i.D, dtype=torch.float32)
+    tables = (gate, shift, scale, weight, bias)
+    x_, h_ = (i.randn(i.samples, i.tokens // i.samples, i.D) for _ in range(2))
+    gate_, shift_, scale_ = (i.randn(i.samples, i.D) for _ in range(3))
+    weight_, bias_ = i.randn(i.D), i.randn(i.D)
+
+    def eager():
+        r = x_ + gate_[:, None] * h_
+        return r, F.layer_norm(r, (i.D,), weight_, bias_, 1e-6) * (1 + scale_[:, None]) + shift_[:, None]
+
+    return OpCase(
+        "gated_residual_layer_norm",
+        i.dtype,
+        Side(lambda: ops.gated_residual_layer_norm(x, h, i.stream, *tables), (x, h, *tables)),
+        Side(eager, (x_, h_, gate_, shift_, scale_, weight_, bias_)),
+        forward_bytes=4 * tensor_bytes(x) + tensor_bytes(*tables),  # x, h; r, y
+        # dr, dy, r, h; dx, dh, the tables' gradients
+        backward_bytes=6 * tensor_bytes(x) + tensor_bytes(gate, scale, weight, bias, *tables),
+    )
+
+
+def gather_patches(i: Inputs) -> OpCase:
+    x, c, P = i.images(), i.corruption, i.config.patch_size
+    n = c.num_noised
+
+    def eager():
+        eps = torch.randn(x[:n].shape, device=x.device)
+        return (definition(ops.gather_patches, x, c.ids_keep, *i.coefficients, eps, P),)
+
+    visible = len(c.ids_keep) * i.config.channels * P**2 * x.element_size()
+    return OpCase(
+        "gather_patches",
+        x.dtype,
+        Side(lambda: (ops.gather_patches(x, c.ids_keep, *i.coefficients, c.noise, P),)),
+        Side(eager),
+        forward_bytes=2 * visible + tensor_bytes(c.ids_keep, *i.coefficients),
+    )
+
+
+def scatter_tokens(i: Inputs) -> OpCase:
+    L, ids_keep, num_cls = i.config.num_patches, i.corruption.ids_keep, i.config.num_cls
+    tokens, mask_token = i.randn(i.tokens, i.D), i.randn(i.D, dtype=torch.float32)
+    pos_embed = i.randn(L, i.D, dtype=torch.float32)
+    arguments = (tokens, i.stream, ids_keep, num_cls, mask_token, pos_embed)
+    inputs = (tokens, mask_token, pos_embed)
+    out = i.samples * (1 + L) * i.D * tokens.element_size()
+    return OpCase(
+        "scatter_tokens",
+        i.dtype,
+        Side(lambda: (ops.scatter_tokens(*arguments),), inputs),
+        Side(lambda: (definition(ops.scatter_tokens, *arguments),), inputs),
+        forward_bytes=tensor_bytes(*inputs, ids_keep) + out,
+        backward_bytes=tensor_bytes(*inputs, ids_keep) + out,
+    )
+
+
+def masked_diffusion_loss(i: Inputs) -> OpCase:
+    x, c, P = i.images(), i.corruption, i.config.patch_size
+    n, patches, patch = c.num_noised, i.samples * i.config.num_patches, i.config.channels * P**2
+    prediction = i.randn(patches, 2 * patch)
+    eps = i.randn(*x[:n].shape, dtype=x.dtype).detach()
+
+    def arguments(noise: Tensor):
+        return prediction, x, c.ids_keep, c.num_visible_noised, n, noise, P
+
+    hidden = patches - len(c.ids_keep)
+    # Scored are the second half on visible noised patches, the first half and x_start on hidden ones.
+    scored = patch * (prediction.element_size() * (c.num_visible_noised + hidden) + x.element_size() * hidden)
+    return OpCase(
+        "masked_diffusion_loss",
+        i.dtype,
+        Side(lambda: ops.masked_diffusion_loss(*arguments(c.noise))[:1], (prediction,)),
+        Side(lambda: definition(ops.masked_diffusion_loss, *arguments(eps))[:1], (prediction,)),
+        forward_bytes=scored + tensor_bytes(c.ids_keep),
+        backward_bytes=scored + tensor_bytes(c.ids_keep, prediction),  # the gradient is zero elsewhere, and written
+    )
+
+
+def ddim_step(i: Inputs) -> OpCase:
+    x_t, cond, uncond = (i.images() for _ in range(3))
+    coefficients = torch.tensor([0.8, 0.6, 0.9, 0.4, 0.15], device=i.device)
+    seed = torch.tensor(7, device=i.device)
+    offsets = torch.arange(i.samples, device=i.device) * x_t[0].numel()
+    options = dict(from_xstart=False, clip=True)
+
+    def eager():
+        noise = torch.randn(x_t.shape, device=x_t.device)
+        return definition(ops.ddim_step, x_t, cond, uncond, 1.5, coefficients, noise=noise, **options)
+
+    def ours():
+        return ops.ddim_step(x_t, cond, uncond, 1.5, coefficients, seed=seed, offsets=offsets, **options)
+
+    return OpCase(
+        "ddim_step",
+        x_t.dtype,
+        Side(ours),
+        Side(eager),
+        forward_bytes=5 * tensor_bytes(x_t) + tensor_bytes(coefficients, offsets),
+    )
+
+
+OPS: dict[str, Callable[[Inputs], OpCase]] = {
+    "modulated_layer_norm": modulated_layer_norm,
+    "gated_residual_layer_norm": gated_residual_layer_norm,
+    "gather_patches": gather_patches,
+    "scatter_tokens": scatter_tokens,
+    "masked_diffusion_loss": masked_diffusion_loss,
+    "ddim_step": ddim_step,
+}
