@@ -2,6 +2,7 @@
 
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
 from umd.kernels.attention import varlen_attention
+from umd.kernels.backend import kernels
 from umd.kernels.cross_attention import varlen_cross_attention
 from umd.kernels.ddim import ddim_step_ref as ddim_step
 from umd.kernels.linear import linear
@@ -18,6 +19,7 @@ __all__ = [
     "ddim_step",
     "gated_residual_layer_norm",
     "gather_patches",
+    "kernels",
     "linear",
     "masked_diffusion_loss",
     "modulated_layer_norm",
