@@ -82,6 +82,25 @@ class RunLog:
         os.replace(temporary, file)
 
 
+class NoLog:
+    """The log of a rank that writes none."""
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def row(self, row: dict) -> None:
+        pass
+
+    def progress(self, share: float) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
 def read_metrics(file: Path) -> list[dict]:
     """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
     rows = []

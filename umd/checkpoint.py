@@ -14,6 +14,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def save_checkpoint(
     # Through JSON once: what it cannot hold fails before anything is written, and the digest is the reader's.
     document = {"format": FORMAT, "step": step, "state": json.loads(json.dumps(state)), "files": {}}
     root = Path(root)
-    path = root / f"step-{step:08d}"
+    path = checkpoint_path(root, step)
     replaced = path.with_name(f"{path.name}.replaced")
     unfinished = root / f"{_UNFINISHED}{path.name}"
     try:
@@ -96,12 +97,67 @@ def save_checkpoint(
     return path
 
 
+class BackgroundSave:
+    """`save_checkpoint` in a thread, from a copy in host memory, one at a time; training goes on meanwhile.
+
+    What goes wrong there is raised by the next `check`, `save` or `wait`. A GPU is not waited for either: the copies
+    queue behind the step, and the thread waits for them.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._saving: Future | None = None
+        self._host: dict[str, dict[str, Tensor]] = {}  # pinned, used again for each save
+
+    def save(self, root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict, keep: int) -> Path:
+        """As `save_checkpoint`, whose path this returns before the checkpoint is there."""
+        self.wait()
+        copied = None
+        for part, named in tensors.items():
+            host = self._host.setdefault(part, {})
+            for name, tensor in named.items():
+                if name not in host or host[name].shape != tensor.shape:
+                    host[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                host[name].copy_(tensor.detach(), non_blocking=True)
+                if tensor.is_cuda and copied is None:
+                    copied = torch.cuda.Event()
+        if copied is not None:
+            copied.record()
+
+        def write() -> None:
+            if copied is not None:
+                copied.synchronize()
+            save_checkpoint(root, step, self._host, state, keep)
+
+        self._saving = self._thread.submit(write)
+        return checkpoint_path(root, step)
+
+    def check(self) -> None:
+        """Raise what the last save met, if it has ended."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last save has ended; raises what it met."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+
+def checkpoint_path(root: Path | str, step: int) -> Path:
+    return Path(root) / f"step-{step:08d}"
+
+
 def load_checkpoint(
-    path_or_root: Path | str, parts: Sequence[str] | None = None, device: str | torch.device = "cpu"
+    path_or_root: Path | str,
+    parts: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+    verify: bool = True,
 ) -> Checkpoint:
     """Read one checkpoint, or the newest complete one in a root, and verify it against its checksums.
 
-    `parts` names what to load (default: all of it). On the CPU tensors are memory-mapped, copy-on-write:
+    `parts` names what to load (default: all of it). `verify=False` looks at sizes alone: of many ranks that read the
+    same files, one need read them twice. On the CPU tensors are memory-mapped, copy-on-write:
     changing one never changes the file. Raises CheckpointError if nothing is there, or not as it was written.
     """
     path = Path(path_or_root)
@@ -110,6 +166,11 @@ def load_checkpoint(
     if not _FOLDER.fullmatch(path.name) and not (path / STATE).exists():
         newest = latest_checkpoint(path)
         if newest is None:
+            if any(path.glob("**/*model_states.pt")):
+                raise CheckpointError(
+                    f"{path} holds DeepSpeed's own files, which fit one number of ranks and are not read here; "
+                    "pass a folder with complete checkpoints such as step-00000100, which fit any."
+                )
             raise CheckpointError(f"There is no checkpoint in {path}; expected complete folders such as step-00000100.")
         path = newest
     document = _document(path)
@@ -118,7 +179,7 @@ def load_checkpoint(
     for part in files if parts is None else parts:
         if part not in files:
             raise CheckpointError(f"Checkpoint {path} has no part {part!r}; it holds {', '.join(files)}.")
-        if sha256(files[part]) != document["files"][files[part].name]["sha256"]:
+        if verify and sha256(files[part]) != document["files"][files[part].name]["sha256"]:
             raise _damaged(files[part], "differs from its checksum")
         with safe_open(files[part], framework="pt", device=str(device)) as opened:
             tensors[part] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)

@@ -1,0 +1,238 @@
+"""The processes that train together: how they meet, what they tell each other, and how all end when one does.
+
+torchrun and deepspeed start one process a GPU and say in the environment who it is (RANK, WORLD_SIZE, LOCAL_RANK).
+Without them a process is alone, and nothing here communicates.
+"""
+
+import atexit
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from umd.device import pick_device
+from umd.errors import UserError
+
+BEAT_SECONDS = 2.0  # between signs of life
+GONE_SECONDS = 20.0  # without one: longer than anything that keeps the interpreter lock, shorter than torchrun's kill
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Several processes (torchrun or deepspeed starts them); one process ignores this."""
+
+    strategy: Literal["auto", "ddp", "zero"] = "auto"
+    """ddp keeps weights and optimiser on every rank, zero (DeepSpeed) shares them out; auto: ddp below 1e9 weights."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What ZeRO shares out: 1 optimiser, 2 and gradients, 3 and weights; 0 nothing, which is ddp."""
+    timeout: float = 600
+    """Seconds to wait for other ranks, at the start and in an exchange, before the run stops with a message."""
+
+    def __post_init__(self) -> None:
+        if self.timeout <= 0:
+            raise UserError(f"timeout must be above 0 seconds, got {self.timeout}")
+
+
+class World:
+    """This process among those that train together: `rank` of `size`, computing on `device`."""
+
+    def __init__(self, rank: int, size: int, device: torch.device, watch: "Watch | None" = None):
+        self.rank, self.size, self.device, self.watch = rank, size, device, watch
+
+    @property
+    def main(self) -> bool:
+        """The one that prints, logs, draws and writes."""
+        return self.rank == 0
+
+    def mean_(self, values: Tensor) -> Tensor:
+        """`values` averaged over the ranks, in place; on a GPU queued, not waited for."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[n] of each rank as [size·n], rank after rank, on every rank."""
+        if self.size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values)
+        return torch.cat(parts)
+
+    def agree(self, value: Any) -> Any:
+        """What rank 0 passed, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The ranks run the body after rank 0 has: it fills the caches that they then read."""
+        if self.size > 1 and not self.main:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.main:
+            dist.barrier()
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """What torch raises when another rank ended or hangs becomes a UserError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not is_lost_connection(error):
+                raise
+            raise UserError(
+                f"rank {self.rank} lost the others ({str(error).splitlines()[0][:200]}): one of them ended or hangs; "
+                "its own message tells why. The same command goes on from the last checkpoint"
+            ) from error
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text or "onnection closed" in text
+
+
+def launched() -> tuple[int, int, int]:
+    """(rank, size, local rank) that a launcher gave this process; (0, 1, 0) without one."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not all(name in os.environ for name in names):
+        return 0, 1, 0
+    rank, size, local = (int(os.environ[name]) for name in names)
+    return rank, size, local
+
+
+_world: World | None = None  # of this process, once several have met
+_meeting = False
+
+
+def join(device: str, config: ParallelConfig) -> World:
+    """Meet the other processes, once, and return this one's place among them.
+
+    Raises UserError if not all come within `config.timeout`, or there are more processes on a host than GPUs.
+    """
+    global _world, _meeting
+    rank, size, local = launched()
+    if size == 1:
+        return World(0, 1, pick_device(device))
+    if _world is not None:
+        return _world
+    _meeting = True
+    where = pick_device(device)
+    if where.type == "cuda":
+        if where.index is not None:
+            raise UserError(f"device {device} is one GPU, and {size} processes were started; leave device at auto")
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local} of host {socket.gethostname()} has no GPU: torch sees {torch.cuda.device_count()}; "
+                "start as many processes on a host as it has GPUs (--nproc_per_node, slots= in a hostfile)"
+            )
+        where = torch.device("cuda", local)
+        torch.cuda.set_device(where)
+    meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {rank} on {socket.gethostname()} waited {config.timeout:.0f} s at {meeting} and not all {size} "
+            f"ranks came ({str(error).splitlines()[0][:200]}): a host of the hostfile is down, or cannot reach that "
+            "address. Try `ssh HOST true` for each host, and take dead ones out"
+        ) from error
+    # A connection of its own: waiting for a key would keep the others' exchanges waiting too.
+    watch = Watch(dist.distributed_c10d._get_default_store().clone(), rank, size)
+    watch.start()
+    _world = World(rank, size, where, watch)
+    atexit.register(leave)
+    return _world
+
+
+def leave() -> None:
+    """End in good order: the others are told that this silence is none of a dead process."""
+    if _world is None or _world.watch is None:
+        return
+    if getattr(sys, "last_value", None) is not None:  # a stack trace was printed
+        _world.watch.fail(f"rank {_world.rank} failed, as its stack trace tells; every rank stops", 1)
+    _world.watch.leave()
+    dist.destroy_process_group()
+
+
+def end_all(message: str, code: int) -> bool:
+    """A process fails: once the ranks have met this ends all of them, and the first to come here prints.
+
+    Before that it returns whether this process should print: what is wrong with the arguments, rank 0 tells alone.
+    """
+    if _world is not None and _world.watch is not None:
+        _world.watch.fail(message, code)
+    return _meeting or launched()[0] == 0
+
+
+class Watch(threading.Thread):
+    """Signs of life through the launcher's key-value store; a collective would wait for a dead rank without end.
+
+    Every rank counts up a key of its own and looks at that of its right neighbour. Who finds it standing still, or
+    fails itself, leaves the word for all.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int):
+        super().__init__(daemon=True, name="watch")
+        self.store, self.rank, self.neighbour = dist.PrefixStore("umd", store), rank, (rank + 1) % size
+        self.leaving = threading.Event()
+        self.store.set(f"host/{rank}", socket.gethostname())
+
+    def run(self) -> None:
+        beats, changed = 0, time.monotonic()
+        while not self.leaving.wait(BEAT_SECONDS):
+            try:
+                self.store.add(f"beat/{self.rank}", 1)
+                if self.store.add("ended", 0):
+                    os._exit(1)
+                seen = self.store.add(f"beat/{self.neighbour}", 0)
+                left = self.store.add(f"left/{self.neighbour}", 0)
+            except RuntimeError:  # the store went down with its process; at a good end nobody needs it any more
+                if not self.leaving.is_set():
+                    self._say("the process that the ranks met at is gone; every rank stops. " + GO_ON)
+                    os._exit(1)
+                return
+            if seen != beats or left:
+                beats, changed = seen, time.monotonic()
+            elif time.monotonic() - changed > GONE_SECONDS:
+                host = self.store.get(f"host/{self.neighbour}").decode()
+                self.fail(f"rank {self.neighbour} on {host} is gone; every rank stops. {GO_ON}", 1)
+
+    def fail(self, message: str, code: int) -> None:
+        try:
+            first = self.store.add("told", 1) == 1
+            if first:
+                self._say(message)
+            else:
+                time.sleep(1)  # a launcher that sees a process end kills the others, and one of them is speaking
+            self.store.add("ended", 1)
+        except RuntimeError:
+            self._say(message)
+        os._exit(code)
+
+    def leave(self) -> None:
+        self.leaving.set()
+        with contextlib.suppress(RuntimeError):
+            self.store.add(f"left/{self.rank}", 1)
+
+    @staticmethod
+    def _say(message: str) -> None:
+        sys.stdout.flush()
+        print(f"umd: {message}", file=sys.stderr, flush=True)
+
+
+GO_ON = "The same command goes on from the last checkpoint"

@@ -1,0 +1,308 @@
+"""How weights, gradients, optimiser and EMA lie over the ranks: all on one, DDP, or DeepSpeed's ZeRO.
+
+The three classes have the same methods, and their checkpoints the same files: whole fp32 tensors by the network's own
+names. So a run may go on with another number of ranks, another stage, or alone.
+"""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from umd.checkpoint import load_optimizer_tensors, optimizer_tensors
+from umd.device import autocast
+from umd.ema import EMA
+from umd.errors import UserError
+from umd.model import UMD
+from umd.objective import Corruption, Objective
+from umd.train.distributed import ParallelConfig, World
+
+DDP_BELOW = 1_000_000_000  # weights: 16 bytes each fit beside the activations, and DDP sends least and waits least
+
+Tensors = dict[str, Tensor]
+
+
+def strategy(config: ParallelConfig, world: World, num_weights: int) -> str:
+    """alone, ddp or zero. Stage 0 partitions nothing: that is DDP, without the optimizer step that DeepSpeed takes
+    on zero gradients before a bf16 run of stage 0, and with the gradient norm that it lacks in fp32."""
+    if world.size == 1:
+        return "alone"
+    if config.strategy == "ddp" or config.zero_stage == 0:
+        return "ddp"
+    return "zero" if config.strategy == "zero" or num_weights >= DDP_BELOW else "ddp"
+
+
+class LossStep(nn.Module):
+    """The forward pass of a micro-batch to its loss as one module, which DDP and DeepSpeed can wrap."""
+
+    def __init__(self, network: nn.Module, objective: Objective, dtype: torch.dtype):
+        super().__init__()
+        self.network, self.objective, self.dtype = network, objective, dtype
+
+    def forward(self, x_start: Tensor, corruption: Corruption) -> tuple[Tensor, Tensor]:
+        """x_start [B, C, H, W] to (loss [], its parts [3])."""
+        with autocast(x_start.device, self.dtype):
+            return self.objective(self.network, x_start, corruption)
+
+
+class Alone:
+    """One process has it all."""
+
+    def __init__(self, model: UMD, loss: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int, clip: float):
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.accumulate, self.clip = accumulate, clip
+        self.weights: Any = model  # what the EMA averages here
+
+    def place(self, device: torch.device) -> str:
+        return str(device)
+
+    def forward_backward(self, x_start: Tensor, corruption: Corruption, last: bool) -> tuple[Tensor, Tensor]:
+        """Add the gradient of one micro-batch; `last` is the last of the step. Returns (loss [], parts [3])."""
+        loss, parts = self.loss(x_start, corruption)
+        (loss / self.accumulate).backward()
+        return loss.detach(), parts
+
+    def update(self) -> Tensor:
+        """One optimiser step; returns the norm of the whole gradient before clipping, []."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def tensors(self, ema: EMA | None) -> dict[str, Tensors]:
+        """What a checkpoint holds. All ranks call this together; only rank 0's is whole."""
+        parts = {"model": dict(self.model.named_parameters())}
+        parts["optimizer"] = optimizer_tensors(self.optimizer, self.model)
+        return parts | ({} if ema is None else {"ema": ema.state_dict()})
+
+    def load(self, parts: Mapping[str, Tensors], ema: EMA | None) -> None:
+        """Put back optimiser and EMA; the model's weights were there before this was made."""
+        load_optimizer_tensors(self.optimizer, self.model, parts["optimizer"])
+        if ema is not None:
+            ema.load_state_dict(parts["ema"])
+
+    @contextmanager
+    def averaged(self, ema: EMA | None) -> Iterator[UMD]:
+        """The network with averaged weights, for as long as the block runs."""
+        if ema is None:
+            yield self.model
+        else:
+            with ema.applied(self.model):
+                yield self.model
+
+
+class Shard:
+    """One rank's piece of each parameter: fp32 [n] views into the flattened weights, from `starts[name]` on."""
+
+    def __init__(self, model: nn.Module, world: World, starts: Mapping[str, int], pieces: Tensors):
+        self.world, self.starts, self.pieces = world, starts, pieces
+        # ZeRO 3 leaves parameters empty and keeps their shapes beside them.
+        self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.pieces.items())
+
+    def cut(self, whole: Mapping[str, Tensor]) -> Tensors:
+        """This rank's pieces of whole tensors."""
+        return {
+            name: whole[name].flatten()[self.starts[name] : self.starts[name] + len(piece)]
+            for name, piece in self.pieces.items()
+        }
+
+    @torch.no_grad()
+    def gather(self, pieces: Mapping[str, Tensor]) -> Tensors:
+        """Whole tensors on rank 0's host, one at a time through the device; nothing on the other ranks."""
+        whole = {}
+        for name, shape in self.shapes.items():
+            buffer = torch.zeros(shape.numel(), device=self.world.device)
+            if name in pieces:
+                buffer[self.starts[name] : self.starts[name] + len(pieces[name])] = pieces[name]
+            dist.reduce(buffer, dst=0)  # a sum of zeros and one piece at each place
+            if self.world.main:
+                whole[name] = buffer.view(shape).cpu()
+        return whole
+
+    @contextmanager
+    def averaged(self, model: UMD, ema: EMA | None) -> Iterator[UMD | None]:
+        """A network of its own on rank 0, None elsewhere: nowhere else are the averages whole."""
+        whole = self.gather(self.pieces if ema is None else ema.state_dict())
+        if not self.world.main:
+            yield None
+            return
+        copy = UMD(model.config)
+        copy.load_state_dict(whole, strict=False)
+        yield copy.to(self.world.device)
+
+
+class DDP(Alone):
+    """Everything on every rank but the EMA, of which each keeps and updates an equal share."""
+
+    def __init__(self, model: UMD, loss: nn.Module, optimizer: Any, accumulate: int, clip: float, world: World):
+        wrapped = DistributedDataParallel(loss, gradient_as_bucket_view=True)
+        super().__init__(model, wrapped, optimizer, accumulate, clip)
+        starts, pieces = {}, {}
+        for name, p in model.named_parameters():
+            share = -(-p.numel() // world.size)
+            piece = p.detach().view(-1)[world.rank * share : (world.rank + 1) * share]
+            if len(piece):
+                starts[name], pieces[name] = world.rank * share, piece
+        self.weights = Shard(model, world, starts, pieces)
+
+    def place(self, device: torch.device) -> str:
+        return f"{self.weights.world.size} x {device.type}, DDP"
+
+    def forward_backward(self, x_start: Tensor, corruption: Corruption, last: bool) -> tuple[Tensor, Tensor]:
+        self.loss.require_backward_grad_sync = last  # what DDP's no_sync() sets
+        return super().forward_backward(x_start, corruption, last)
+
+    def tensors(self, ema: EMA | None) -> dict[str, Tensors]:
+        return super().tensors(None) | ({} if ema is None else {"ema": self.weights.gather(ema.state_dict())})
+
+    def load(self, parts: Mapping[str, Tensors], ema: EMA | None) -> None:
+        super().load(parts, None)
+        if ema is not None:
+            ema.load_state_dict(self.weights.cut(parts["ema"]))
+
+    def averaged(self, ema: EMA | None):  # type: ignore[override]
+        return self.weights.averaged(self.model, ema)
+
+
+class Zero:
+    """DeepSpeed's ZeRO 1 to 3: each rank has a part of optimiser and EMA, and of gradients (2) and weights (3).
+
+    In bf16 the ranks hold the weights in bf16 and their part in fp32; gradients are summed in fp32.
+    """
+
+    def __init__(
+        self, model: UMD, loss: nn.Module, optimizer: Any, accumulate: int, clip: float, world: World, stage: int,
+        micro: int, dtype: torch.dtype,
+    ):  # fmt: skip
+        deepspeed = import_deepspeed(world.device)
+        whole = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self.engine, *_ = deepspeed.initialize(
+            model=loss,
+            optimizer=optimizer,
+            dist_init_required=False,
+            config=deepspeed_config(stage, micro, accumulate, clip, dtype, world.device),
+        )
+        self.model, self.optimizer, self.accumulate, self.stage = model, optimizer, accumulate, stage
+        # Of each flat fp32 tensor that DeepSpeed optimises here: (name, start in the parameter, length, place in it).
+        self.flats = self._flats(world)
+        self.weights = Shard(
+            model,
+            world,
+            {name: start for _, places in self.flats for name, start, _, _ in places},
+            {name: piece for flat, places in self.flats for name, piece in views(flat, places).items()},
+        )
+        with torch.no_grad():  # DeepSpeed made them from weights already rounded to bf16
+            for name, piece in self.weights.cut(whole).items():
+                self.weights.pieces[name].copy_(piece)
+
+    def place(self, device: torch.device) -> str:
+        return f"{self.weights.world.size} x {device.type}, ZeRO {self.stage}"
+
+    def forward_backward(self, x_start: Tensor, corruption: Corruption, last: bool) -> tuple[Tensor, Tensor]:
+        loss, parts = self.engine(x_start, corruption)
+        self.engine.backward(loss)
+        if not last:
+            self.engine.step()  # counts the micro-batch, no more
+        return loss.detach(), parts
+
+    def update(self) -> Tensor:
+        self.engine.step()
+        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
+
+    def tensors(self, ema: EMA | None) -> dict[str, Tensors]:
+        gather = self.weights.gather
+        parts = {"model": gather(self.weights.pieces), "optimizer": {}}
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments: Tensors = {}
+            for flat, places in self.flats:
+                moments |= views(self.optimizer.state[flat][key], places)
+            parts["optimizer"] |= {f"{key}::{name}": whole for name, whole in gather(moments).items()}
+        steps = next(self.optimizer.state[flat]["step"] for flat, _ in self.flats)
+        parts["optimizer"] |= {f"step::{name}": steps.detach().cpu().clone() for name in parts["model"]}
+        return parts | ({} if ema is None else {"ema": gather(ema.state_dict())})
+
+    @torch.no_grad()
+    def load(self, parts: Mapping[str, Tensors], ema: EMA | None) -> None:
+        saved = parts["optimizer"]
+        for flat, places in self.flats:
+            state = {"step": saved[f"step::{next(iter(self.weights.shapes))}"].to(flat.device, copy=True)}
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(flat)
+                for name, view in views(state[key], places).items():
+                    start = self.weights.starts[name]
+                    view.copy_(saved[f"{key}::{name}"].flatten()[start : start + len(view)])
+            self.optimizer.state[flat] = state
+        if ema is not None:
+            ema.load_state_dict(self.weights.cut(parts["ema"]))
+
+    def averaged(self, ema: EMA | None):
+        return self.weights.averaged(self.model, ema)
+
+    def _flats(self, world: World) -> list[tuple[Tensor, list[tuple[str, int, int, int]]]]:
+        if self.stage == 3:
+            zero = self.engine.optimizer
+            flats = [(flat, []) for flat in zero.fp32_partitioned_groups_flat]
+            for name, p in self.model.named_parameters():
+                group, place, share = zero.grad_position[zero.get_param_id(p)]
+                length = min(share, p.ds_numel - world.rank * share)  # the last rank's share is padded
+                if length > 0:
+                    flats[group][1].append((name, world.rank * share, length, place))
+            return flats
+        flats = [(group["params"][0], []) for group in self.optimizer.param_groups]
+        for name, p in self.model.named_parameters():
+            if (here := p._hp_mapping) is not None:
+                lp, hp = here.lp_fragment_address, here.hp_fragment_address
+                flats[here.param_group_index][1].append((name, lp.start, lp.numel, hp.start))
+        return flats
+
+
+def views(flat: Tensor, places: list[tuple[str, int, int, int]]) -> Tensors:
+    return {name: flat.detach()[place : place + length] for name, _, length, place in places}
+
+
+def deepspeed_config(
+    stage: int, micro: int, accumulate: int, clip: float, dtype: torch.dtype, device: torch.device
+) -> dict:
+    bf16 = dtype == torch.bfloat16
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": clip,
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": device.type == "cuda",
+            "contiguous_gradients": True,
+            "reduce_bucket_size": 2**26,
+            "allgather_bucket_size": 2**27,
+        },
+        "steps_per_print": None,
+    }
+
+
+def import_deepspeed(device: torch.device):
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"ZeRO is DeepSpeed's, and it does not import here ({error}); "
+            "pip install deepspeed, or use --parallel.strategy ddp"
+        ) from error
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)  # its calls
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its shared-memory exchange serves inference only, and every CPU run would first compile it for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
