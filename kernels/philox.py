@@ -1,16 +1,18 @@
 """Philox4x32-10 in plain PyTorch: noise as a pure function of (seed, counter), made again instead of kept.
 
 Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Words become normal numbers as in Triton's
-`tl.randn4x`, so a Triton kernel calling `tl.randn4x(seed, counter)` makes the same noise in registers, up to
-the rounding of its log, sin and cos.
+`tl.randn4x`; a Triton kernel calls `randn4x(seed, counter)` for the same noise in registers, up to the rounding of its
+log, sin and cos.
 
-Every function works on any device and traces under `torch.compile(fullgraph=True)`.
+Every other function works on any device and traces under `torch.compile(fullgraph=True)`.
 """
 
 import math
 
 import torch
 from torch import Tensor
+
+from .backend import tl, triton
 
 _LOW32 = 0xFFFFFFFF
 # A round's multipliers less 2**32: their product with a word stays inside int64 and keeps its lower half.
@@ -44,6 +46,37 @@ def philox_uint32x4(
 def _uniform(word: Tensor) -> Tensor:
     """Words to float32 in [0, 1): Triton folds a word, read as int32, onto [0, 2**31) and scales it."""
     return torch.minimum(word, _LOW32 - word).float() * 4.6566127342e-10
+
+
+@triton.jit
+def _turn(u):
+    """cos and sin of 2π·u, u in [0, 1]: within an eighth of a turn a few terms of their series give them to 1e-7."""
+    quarter = tl.floor(4 * u + 0.5)
+    x = 6.283185307179586 * (u - 0.25 * quarter)
+    x2 = x * x
+    sin = x + x * x2 * (-1 / 6 + x2 * (1 / 120 + x2 * (-1 / 5040 + x2 * (1 / 362880))))
+    cos = 1 + x2 * (-1 / 2 + x2 * (1 / 24 + x2 * (-1 / 720 + x2 * (1 / 40320))))
+    quarter = quarter.to(tl.int32)
+    odd = (quarter & 1) == 1
+    cos, sin = tl.where(odd, -sin, cos), tl.where(odd, cos, sin)
+    return tl.where((quarter & 2) == 2, -cos, cos), tl.where((quarter & 2) == 2, -sin, sin)
+
+
+@triton.jit
+def normal_pair(u0, u1):
+    """`tl.pair_uniform_to_normal` with an angle already reduced: CUDA's sin and cos reduce any, in fp64 and a stack."""
+    radius = tl.sqrt(-2.0 * tl.log(tl.maximum(u0, 1e-7)))
+    cos, sin = _turn(u1)
+    return radius * cos, radius * sin
+
+
+@triton.jit
+def randn4x(seed, counter):
+    """`tl.randn4x` by `normal_pair`."""
+    u0, u1, u2, u3 = tl.rand4x(seed, counter)
+    n0, n1 = normal_pair(u0, u1)
+    n2, n3 = normal_pair(u2, u3)
+    return n0, n1, n2, n3
 
 
 # Opaque to torch.compile: a round uses a word twice, Inductor inlines both, and ten rounds make 2**10 copies.

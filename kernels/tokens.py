@@ -1,9 +1,22 @@
-"""Tokens in front of the packed samples, and from the encoder's packed output to the decoder's dense input."""
+"""Tokens in front of the packed samples, and from the encoder's packed output to the decoder's dense input.
+
+    scatter_tokens   row s·(1+L)       mean of the CLS tokens of sample s
+                     row s·(1+L)+1+l   (the token at place l of sample s, or the mask token) + pos_embed[l]
+
+In one pass: each token is read once and each row written once. A program keeps the position, and in the backward pass
+its gradient, in registers while it walks the samples.
+"""
 
 import torch
 from torch import Tensor
 
+from .backend import launch, tl, triton, triton_op, use_triton
 from .packing import Packing
+
+SAMPLES = 64  # samples that one program walks: so many are one row of a table of partial sums
+PLACES = 4  # places that one program serves
+BLOCK_S = 4  # samples at once
+BLOCK_D = 256  # of one warp: 8 a thread, 128 bits of bf16
 
 
 def prepend_tokens(front: Tensor, x: Tensor, packing: Packing) -> Tensor:
@@ -14,7 +27,7 @@ def prepend_tokens(front: Tensor, x: Tensor, packing: Packing) -> Tensor:
         body = x[start:stop].view(samples, length - n, x.shape[-1])
         out.append(torch.cat([front[sample : sample + samples].to(x.dtype), body], dim=1).flatten(0, 1))
         start, sample = stop, sample + samples
-    return torch.cat(out)
+    return _cat(out)
 
 
 def split_tokens(x: Tensor, n: int, packing: Packing) -> tuple[Tensor, Tensor]:
@@ -26,26 +39,258 @@ def split_tokens(x: Tensor, n: int, packing: Packing) -> tuple[Tensor, Tensor]:
         front.append(sample[:, :n])
         rest.append(sample[:, n:].flatten(0, 1))
         start = stop
-    return torch.cat(front), torch.cat(rest)
+    return _cat(front), _cat(rest)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def scatter_tokens_ref(
     tokens: Tensor, packing: Packing, ids_keep: Tensor, num_cls: int, mask_token: Tensor, pos_embed: Tensor
 ) -> Tensor:
-    """Decoder input: visible tokens back in place, the mask token elsewhere, positions added, averaged CLS in front.
-
-    Args:
-        tokens: [N, D], each sample its `num_cls` CLS tokens and then its visible patches.
-        packing: of `tokens`.
-        ids_keep: int64, places of the visible patches among the S·L patches, sample after sample.
-        mask_token: [D].
-        pos_embed: [L, D].
-
-    Returns:
-        [S·(1 + L), D] in tokens' type.
-    """
+    """The definition of `scatter_tokens`."""
     S, (L, D) = packing.num_samples, pos_embed.shape
     cls, visible = split_tokens(tokens, num_cls, packing)
     x = mask_token.to(tokens.dtype).expand(S * L, D).index_copy(0, ids_keep, visible)
     x = x.view(S, L, D) + pos_embed.to(tokens.dtype)
     return torch.cat([cls.mean(dim=1, keepdim=True), x], dim=1).flatten(0, 1)
+
+
+@triton.jit
+def _scatter_tokens_fwd_kernel(
+    tokens_ptr,  # [N, D]
+    slots_ptr,  # int32 [L, S], see _slots
+    cu_seqlens_ptr,  # int32 [S + 1]
+    mask_token_ptr,  # [D]
+    pos_embed_ptr,  # [L, D]
+    out_ptr,  # [S, 1 + L, D]
+    S,
+    L,
+    D: tl.constexpr,
+    NUM_CLS: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    PLACES: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    first_place = tl.program_id(0) * PLACES
+    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    first = tl.program_id(2) * SAMPLES
+    last = tl.minimum(first + SAMPLES, S)
+    if first_place < L:
+        mask_token = tl.load(mask_token_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        for place in range(first_place, tl.minimum(first_place + PLACES, L)):
+            position = tl.load(pos_embed_ptr + place * D + d, mask=d < D, other=0.0).to(tl.float32)
+            for start in range(first, last, BLOCK_S):
+                s = start + tl.arange(0, BLOCK_S)
+                slot = tl.load(slots_ptr + place * S + s, mask=s < S, other=-1)[:, None].to(tl.int64)
+                s = s[:, None].to(tl.int64)
+                token = tl.load(tokens_ptr + slot * D + d, mask=(slot >= 0) & (d < D), other=0.0).to(tl.float32)
+                row = s * (L + 1) + 1 + place
+                tl.store(out_ptr + row * D + d, tl.where(slot >= 0, token, mask_token) + position, (s < S) & (d < D))
+    else:
+        for start in range(first, last, BLOCK_S):
+            s = start + tl.arange(0, BLOCK_S)
+            cls = tl.load(cu_seqlens_ptr + s, mask=s < S, other=0)[:, None].to(tl.int64)
+            s = s[:, None].to(tl.int64)
+            total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+            for i in tl.static_range(NUM_CLS):
+                total += tl.load(tokens_ptr + (cls + i) * D + d, mask=(s < S) & (d < D), other=0.0).to(tl.float32)
+            tl.store(out_ptr + s * (L + 1) * D + d, total / NUM_CLS, (s < S) & (d < D))
+
+
+@triton.jit
+def _scatter_tokens_bwd_kernel(
+    dout_ptr,  # [S, 1 + L, D]
+    slots_ptr,  # int32 [L, S]
+    cu_seqlens_ptr,  # int32 [S + 1]
+    dtokens_ptr,  # [N, D]
+    dmask_ptr,  # fp32 [ceil(S / SAMPLES), ceil(L / PLACES), D], partial sums
+    dpos_ptr,  # [ceil(S / SAMPLES), L, D], partial sums
+    S,
+    L,
+    D: tl.constexpr,
+    NUM_CLS: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    PLACES: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    first_place = tl.program_id(0) * PLACES
+    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    part = tl.program_id(2)
+    first = part * SAMPLES
+    last = tl.minimum(first + SAMPLES, S)
+    if first_place < L:
+        dmask = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+        for place in range(first_place, tl.minimum(first_place + PLACES, L)):
+            dpos = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+            for start in range(first, last, BLOCK_S):
+                s = start + tl.arange(0, BLOCK_S)
+                slot = tl.load(slots_ptr + place * S + s, mask=s < S, other=-1)[:, None].to(tl.int64)
+                s = s[:, None].to(tl.int64)
+                row = s * (L + 1) + 1 + place
+                dout = tl.load(dout_ptr + row * D + d, mask=(s < S) & (d < D), other=0.0)
+                tl.store(dtokens_ptr + slot * D + d, dout, (slot >= 0) & (d < D))
+                dpos += dout.to(tl.float32)
+                dmask += tl.where(slot < 0, dout.to(tl.float32), 0.0)
+            dpos_row = (part * L + place).to(tl.int64)
+            tl.store(dpos_ptr + dpos_row * D + d, tl.sum(dpos, axis=0)[None, :], d < D)
+        dmask_row = part * tl.cdiv(L, PLACES) + tl.program_id(0)
+        tl.store(dmask_ptr + dmask_row * D + d, tl.sum(dmask, axis=0)[None, :], d < D)
+    else:
+        for start in range(first, last, BLOCK_S):
+            s = start + tl.arange(0, BLOCK_S)
+            cls = tl.load(cu_seqlens_ptr + s, mask=s < S, other=0)[:, None].to(tl.int64)
+            s = s[:, None].to(tl.int64)
+            dcls = tl.load(dout_ptr + s * (L + 1) * D + d, mask=(s < S) & (d < D), other=0.0).to(tl.float32) / NUM_CLS
+            for i in tl.static_range(NUM_CLS):
+                tl.store(dtokens_ptr + (cls + i) * D + d, dcls, (s < S) & (d < D))
+
+
+@triton.jit
+def _sum_rows_kernel(
+    x_ptr,  # fp32 [R, M]
+    out_ptr,  # [M]
+    R,
+    M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
+    total = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        r = (start + tl.arange(0, BLOCK_R))[:, None].to(tl.int64)
+        total += tl.load(x_ptr + r * M + m, mask=(r < R) & (m < M), other=0.0)
+    tl.store(out_ptr + m, tl.sum(total, axis=0)[None, :], m < M)
+
+
+def _slots(ids_keep: Tensor, S: int, L: int, num_cls: int) -> Tensor:
+    """int32 [L, S]: the row of the tokens that fills place l of sample s, or -1."""
+    sample = ids_keep // L
+    row = torch.arange(len(ids_keep), device=ids_keep.device) + (sample + 1) * num_cls
+    slots = torch.full((L * S,), -1, dtype=torch.int32, device=ids_keep.device)
+    return slots.scatter_(0, ids_keep % L * S + sample, row.int()).view(L, S)
+
+
+def _sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.sum(0) of fp32 [R, M], in a fixed order."""
+    R, M = x.shape
+    out = x.new_empty(M, dtype=dtype)
+    block_r = min(16, triton.next_power_of_2(R))
+    grid = (triton.cdiv(M, BLOCK_D),)
+    launch(_sum_rows_kernel, grid)(x, out, R, M=M, BLOCK_R=block_r, BLOCK_M=BLOCK_D, num_warps=1)
+    return out
+
+
+def _grid(S: int, L: int, D: int) -> tuple[int, int, int]:
+    return triton.cdiv(L, PLACES) + 1, triton.cdiv(D, BLOCK_D), triton.cdiv(S, SAMPLES)
+
+
+BLOCKS = dict(SAMPLES=SAMPLES, PLACES=PLACES, BLOCK_S=BLOCK_S, BLOCK_D=BLOCK_D, num_warps=1)
+
+
+@triton_op("scatter_tokens_fwd")
+def scatter_tokens_fwd(
+    tokens: Tensor, slots: Tensor, cu_seqlens: Tensor, mask_token: Tensor, pos_embed: Tensor, num_cls: int
+) -> Tensor:
+    (L, S), D = slots.shape, tokens.shape[1]
+    out = tokens.new_empty(S * (1 + L), D)
+    launch(_scatter_tokens_fwd_kernel, _grid(S, L, D))(
+        tokens, slots, cu_seqlens, mask_token, pos_embed, out, S, L, D=D, NUM_CLS=num_cls, **BLOCKS
+    )
+    return out
+
+
+@scatter_tokens_fwd.register_fake
+def _(tokens, slots, cu_seqlens, mask_token, pos_embed, num_cls):
+    return tokens.new_empty(slots.shape[1] * (1 + slots.shape[0]), tokens.shape[1])
+
+
+@triton_op("scatter_tokens_bwd")
+def scatter_tokens_bwd(
+    dout: Tensor, slots: Tensor, cu_seqlens: Tensor, mask_token: Tensor, pos_embed: Tensor, N: int, num_cls: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dtokens [N, D], dmask_token [D], dpos_embed [L, D])."""
+    (L, S), D = slots.shape, dout.shape[1]
+    grid = _grid(S, L, D)
+    dtokens = dout.new_empty(N, D)
+    dmask = dout.new_empty(grid[2] * (grid[0] - 1), D, dtype=torch.float32)
+    direct = grid[2] == 1  # no partial sums: dpos_embed itself
+    dpos = dout.new_empty(grid[2], L * D, dtype=pos_embed.dtype if direct else torch.float32)
+    launch(_scatter_tokens_bwd_kernel, grid)(
+        dout, slots, cu_seqlens, dtokens, dmask, dpos, S, L, D=D, NUM_CLS=num_cls, **BLOCKS
+    )
+    dpos_embed = dpos if direct else _sum_rows(dpos, pos_embed.dtype)
+    return dtokens, _sum_rows(dmask, mask_token.dtype), dpos_embed.view(L, D)
+
+
+@scatter_tokens_bwd.register_fake
+def _(dout, slots, cu_seqlens, mask_token, pos_embed, N, num_cls):
+    return dout.new_empty(N, dout.shape[1]), torch.empty_like(mask_token), torch.empty_like(pos_embed)
+
+
+def _setup_context(ctx, inputs, output):
+    tokens, slots, cu_seqlens, mask_token, pos_embed, ctx.num_cls = inputs
+    ctx.N = len(tokens)
+    ctx.save_for_backward(slots, cu_seqlens, mask_token, pos_embed)
+
+
+def _backward(ctx, dout):
+    dtokens, dmask_token, dpos_embed = scatter_tokens_bwd(dout.contiguous(), *ctx.saved_tensors, ctx.N, ctx.num_cls)
+    return dtokens, None, None, dmask_token, dpos_embed, None
+
+
+scatter_tokens_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def scatter_tokens(
+    tokens: Tensor, packing: Packing, ids_keep: Tensor, num_cls: int, mask_token: Tensor, pos_embed: Tensor
+) -> Tensor:
+    """Decoder input: visible tokens back in place, the mask token elsewhere, positions added, averaged CLS in front.
+
+    Args:
+        tokens: [N, D], each sample its `num_cls` CLS tokens and then its visible patches; any floating type.
+        packing: of `tokens`.
+        ids_keep: int64 [N - S·num_cls], places of the visible patches among the S·L patches, sample after sample, each
+            once.
+        num_cls: 1 or more.
+        mask_token: [D], any floating type.
+        pos_embed: [L, D], any floating type.
+
+    Returns:
+        [S·(1 + L), D] in tokens' type. Differentiable in tokens, mask_token and pos_embed.
+
+    Raises:
+        ValueError: shapes that do not fit together or to the packing, ids_keep of another type, two devices.
+    """
+    _check(tokens, packing, ids_keep, num_cls, mask_token, pos_embed)
+    if not all(use_triton(x) for x in (tokens, mask_token, pos_embed)):
+        return scatter_tokens_ref(tokens, packing, ids_keep, num_cls, mask_token, pos_embed)
+    slots = _slots(ids_keep, packing.num_samples, len(pos_embed), num_cls)
+    return scatter_tokens_fwd(
+        tokens.contiguous(), slots, packing.cu_seqlens, mask_token.contiguous(), pos_embed.contiguous(), num_cls
+    )
+
+
+def _check(
+    tokens: Tensor, packing: Packing, ids_keep: Tensor, num_cls: int, mask_token: Tensor, pos_embed: Tensor
+) -> None:
+    if tokens.ndim != 2 or len(tokens) != packing.num_tokens:
+        raise ValueError(f"tokens: expected [{packing.num_tokens}, D] as the packing says, got {tuple(tokens.shape)}")
+    shortest, longest = min(length for _, length in packing.runs), packing.max_seqlen
+    if not 1 <= num_cls <= shortest:
+        raise ValueError(f"num_cls: expected 1 to {shortest}, the tokens of the shortest sample, got {num_cls}")
+    D = tokens.shape[1]
+    if mask_token.shape != (D,):
+        raise ValueError(f"mask_token: expected [{D}], the width of tokens, got {tuple(mask_token.shape)}")
+    if pos_embed.ndim != 2 or pos_embed.shape[1] != D or len(pos_embed) < longest - num_cls:
+        raise ValueError(f"pos_embed: expected [L, {D}] with L >= {longest - num_cls}, got {tuple(pos_embed.shape)}")
+    visible = len(tokens) - packing.num_samples * num_cls
+    if ids_keep.shape != (visible,) or ids_keep.dtype != torch.int64:
+        raise ValueError(f"ids_keep: expected int64 [{visible}], got {ids_keep.dtype} {tuple(ids_keep.shape)}")
+    others = dict(packing=packing.cu_seqlens, ids_keep=ids_keep, mask_token=mask_token, pos_embed=pos_embed)
+    for name, x in others.items():
+        if x.device != tokens.device:
+            raise ValueError(f"{name}: expected on {tokens.device} like tokens, got {x.device}")

@@ -4,15 +4,13 @@ from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
 from umd.kernels.attention import varlen_attention
 from umd.kernels.backend import kernels
 from umd.kernels.cross_attention import varlen_cross_attention
-from umd.kernels.ddim import ddim_step_ref as ddim_step
+from umd.kernels.ddim import ddim_step
 from umd.kernels.linear import linear
-from umd.kernels.loss import masked_diffusion_loss_ref as masked_diffusion_loss
+from umd.kernels.loss import masked_diffusion_loss
 from umd.kernels.packing import Packing, pack
-from umd.kernels.patches import gather_patches_ref as gather_patches
-from umd.kernels.patches import patchify, unpatchify
+from umd.kernels.patches import gather_patches, patchify, unpatchify
 from umd.kernels.philox import philox_randn, philox_randn_rows
-from umd.kernels.tokens import prepend_tokens, split_tokens
-from umd.kernels.tokens import scatter_tokens_ref as scatter_tokens
+from umd.kernels.tokens import prepend_tokens, scatter_tokens, split_tokens
 
 __all__ = [
     "Packing",
