@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .adaln_cpu import GatedResidualLayerNormFunction, ModulatedLayerNormFunction
+from .adaln_triton import layer_norm_fwd
+from .backend import use_triton
 from .packing import Packing
 
 
@@ -101,6 +103,8 @@ def modulated_layer_norm(
         ValueError: a width that is not D, a table of too few rows, x of another length than the packing.
     """
     _check(x, packing, shift=shift, scale=scale, weight=weight, bias=bias)
+    if use_triton(x):
+        return layer_norm_fwd(x, None, None, shift, scale, weight, bias, packing.chunks, packing.row_chunks, eps)[1]
     if x.device.type != "cpu":  # a call per stretch would be a launch per stretch
         return modulated_layer_norm_ref(x, packing, shift, scale, weight, bias, eps)
     alpha, beta = _fold(x, shift, scale, weight, bias)
@@ -134,6 +138,9 @@ def gated_residual_layer_norm(
     _check(x, packing, gate=gate, shift=shift, scale=scale, weight=weight, bias=bias)
     if h.shape != x.shape or h.dtype != x.dtype:
         raise ValueError(f"h: expected {tuple(x.shape)} {x.dtype} like x, got {tuple(h.shape)} {h.dtype}")
+    if use_triton(x):
+        work = packing.chunks, packing.row_chunks
+        return layer_norm_fwd(x, h, gate, shift, scale, weight, bias, *work, eps)[:2]
     if x.device.type != "cpu":
         return gated_residual_layer_norm_ref(x, h, packing, gate, shift, scale, weight, bias, eps)
     alpha, beta = _fold(x, shift, scale, weight, bias)
@@ -148,6 +155,11 @@ def gated_residual_layer_norm(
 def _check(x: Tensor, packing: Packing, **tables: Tensor | None) -> None:
     if x.ndim != 2 or len(x) != packing.num_tokens:
         raise ValueError(f"x: expected [{packing.num_tokens}, D] as the packing says, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected a floating-point type, got {x.dtype}")
+    if packing.cu_seqlens.device != x.device:
+        raise ValueError(f"packing: expected on {x.device} like x, got {packing.cu_seqlens.device}")
+    rows = None
     for name, table in tables.items():
         if table is None:
             continue
@@ -157,5 +169,9 @@ def _check(x: Tensor, packing: Packing, **tables: Tensor | None) -> None:
             raise ValueError(f"{name}: expected {shape} with D = {x.shape[-1]}, got {tuple(table.shape)}")
         if ndim == 2 and len(table) < packing.num_rows:
             raise ValueError(f"{name}: expected {packing.num_rows} rows or more as the packing says, got {len(table)}")
+        if ndim == 2 and len(table) != (rows := rows or len(table)):
+            raise ValueError(f"{name}: expected {rows} rows like the tables before it, got {len(table)}")
+        if table.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"{name}: expected {x.dtype} like x or torch.float32, got {table.dtype}")
         if table.device != x.device:
             raise ValueError(f"{name}: expected on {x.device} like x, got {table.device}")

@@ -69,6 +69,11 @@ def triton_op(name: str):
     return register(f"umd::{name}", mutates_args=())
 
 
+def wrap_triton(kernel):
+    """`wrap_triton(kernel)[grid](...)`: how a `triton_op` launches. By this name torch finds the source to hash."""
+    return kernel if INTERPRET else torch.library.wrap_triton(kernel)
+
+
 def launch(kernel, grid):
-    """kernel[grid], in a form that a `triton_op` may call."""
-    return kernel[grid] if INTERPRET else torch.library.wrap_triton(kernel)[grid]
+    """wrap_triton(kernel)[grid]."""
+    return wrap_triton(kernel)[grid]

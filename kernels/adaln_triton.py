@@ -1,0 +1,376 @@
+"""The norms of adaln.py in Triton: one launch forward, two backward, for both ops.
+
+A program walks a chunk of the stream whose tokens share a modulation row (`Packing.chunks`), with the row in registers.
+
+    forward    reads x, h, writes r, y [N, D] and the statistics [N]
+    backward   reads dy, dr, r, h, writes dx, dh [N, D] and the chunk's sums for the tables, fp32 [C, D]
+    sum        adds the sums of the chunks of each row, in a fixed order: no atomics, the same bits every time
+
+The stream moves once each way; a chunk of 64 tokens or more adds a few percent for tables and sums.
+"""
+
+import torch
+from torch import Tensor
+
+from .backend import tl, triton, triton_op, wrap_triton
+
+
+@triton.jit
+def _affine(shift_ptr, scale_ptr, weight_ptr, bias_ptr, row, stride_shift, stride_scale, cols, mask):
+    """alpha = weight·(1 + scale), beta = bias·(1 + scale) + shift: fp32, the shape of cols."""
+    alpha = tl.full(cols.shape, 1.0, tl.float32)
+    beta = tl.full(cols.shape, 0.0, tl.float32)
+    if scale_ptr is not None:
+        alpha += tl.load(scale_ptr + row * stride_scale + cols, mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        beta = alpha * tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        beta += tl.load(shift_ptr + row * stride_shift + cols, mask, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        alpha *= tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
+    return alpha, beta
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr,  # [N, D]
+    h_ptr,  # [N, D] or None, as every pointer to a table below
+    gate_ptr,  # [R, D]
+    shift_ptr,  # [R, D]
+    scale_ptr,  # [R, D]
+    weight_ptr,  # [D]
+    bias_ptr,  # [D]
+    chunks_ptr,  # int32 [C, 3]: start, stop, row
+    r_ptr,  # [N, D], None without h
+    y_ptr,  # [N, D]
+    mean_ptr,  # fp32 [N]
+    rstd_ptr,  # fp32 [N]
+    stride_gate,
+    stride_shift,
+    stride_scale,
+    eps: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    chunk = chunks_ptr + 3 * tl.program_id(0)
+    start, stop, row = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2).to(tl.int64)
+    cols = tl.arange(0, BLOCK_D)
+    tile_rows = tl.arange(0, BLOCK_M)
+    tile = tile_rows[:, None] * D + cols[None, :]
+    alpha, beta = _affine(
+        shift_ptr, scale_ptr, weight_ptr, bias_ptr, row, stride_shift, stride_scale, cols, cols < D
+    )  # [BLOCK_D]
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + row * stride_gate + cols, cols < D, other=0.0).to(tl.float32)
+
+    for first in range(tl.program_id(1) * BLOCK_M, stop - start, tl.num_programs(1) * BLOCK_M):
+        offset = start.to(tl.int64) * D + first * D
+        row_mask = first + tile_rows < stop - start
+        mask = row_mask[:, None] & (cols < D)[None, :]
+        x = tl.load(x_ptr + offset + tile, mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_D]
+        if h_ptr is not None:
+            h = tl.load(h_ptr + offset + tile, mask, other=0.0).to(tl.float32)
+            if gate_ptr is not None:
+                h *= gate[None, :]
+            r = (x + h).to(r_ptr.dtype.element_ty)
+            tl.store(r_ptr + offset + tile, r, mask)
+            x = r.to(tl.float32)  # as it is stored, so that the backward pass sees the same
+        mean = tl.sum(x, 1) / D
+        centered = tl.where(mask, x - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(centered * centered, 1) / D + eps)
+        y = centered * rstd[:, None] * alpha[None, :] + beta[None, :]
+        tl.store(y_ptr + offset + tile, y.to(y_ptr.dtype.element_ty), mask)
+        tl.store(mean_ptr + start + first + tile_rows, mean, row_mask)
+        tl.store(rstd_ptr + start + first + tile_rows, rstd, row_mask)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    dy_ptr,  # [N, D]
+    dr_ptr,  # [N, D] or None
+    r_ptr,  # [N, D], what was normalised
+    h_ptr,  # [N, D], None without gate
+    gate_ptr,  # [R, D] or None
+    scale_ptr,  # [R, D] or None
+    weight_ptr,  # [D] or None
+    mean_ptr,  # fp32 [N]
+    rstd_ptr,  # fp32 [N]
+    chunks_ptr,  # int32 [C, 3]: start, stop, row
+    dx_ptr,  # [N, D]
+    dh_ptr,  # [N, D], None without gate
+    dgate_ptr,  # fp32 [C, D], sums over the chunk: dr·h, None without gate
+    dbeta_ptr,  # fp32 [C, D] or None: dy
+    dalpha_ptr,  # fp32 [C, D] or None: dy·x̂
+    stride_gate,
+    stride_scale,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    chunk = chunks_ptr + 3 * pid
+    start, stop, row = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2).to(tl.int64)
+    cols = tl.arange(0, BLOCK_D)
+    tile_rows = tl.arange(0, BLOCK_M)
+    tile = tile_rows[:, None] * D + cols[None, :]
+    alpha, _ = _affine(None, scale_ptr, weight_ptr, None, row, 0, stride_scale, cols, cols < D)
+    dgate = tl.zeros([BLOCK_D], tl.float32)
+    dbeta = tl.zeros([BLOCK_D], tl.float32)
+    dalpha = tl.zeros([BLOCK_D], tl.float32)
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + row * stride_gate + cols, cols < D, other=0.0).to(tl.float32)
+
+    for first in range(0, stop - start, BLOCK_M):
+        offset = start.to(tl.int64) * D + first * D
+        row_mask = first + tile_rows < stop - start
+        mask = row_mask[:, None] & (cols < D)[None, :]
+        dy = tl.load(dy_ptr + offset + tile, mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_D], 0 where masked
+        r = tl.load(r_ptr + offset + tile, mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + start + first + tile_rows, row_mask, other=0.0)
+        rstd = tl.load(rstd_ptr + start + first + tile_rows, row_mask, other=0.0)
+        x_hat = (r - mean[:, None]) * rstd[:, None]
+        if dbeta_ptr is not None:
+            dbeta += tl.sum(dy, 0)
+        if dalpha_ptr is not None:
+            dalpha += tl.sum(dy * x_hat, 0)
+        g = dy * alpha[None, :]
+        along_one = tl.sum(g, 1) / D
+        along_x_hat = tl.sum(g * x_hat, 1) / D
+        dx = (g - along_one[:, None] - x_hat * along_x_hat[:, None]) * rstd[:, None]
+        if dr_ptr is not None:
+            dx += tl.load(dr_ptr + offset + tile, mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + offset + tile, dx.to(dx_ptr.dtype.element_ty), mask)
+        if gate_ptr is not None:
+            h = tl.load(h_ptr + offset + tile, mask, other=0.0).to(tl.float32)
+            dgate += tl.sum(dx * h, 0)
+            tl.store(dh_ptr + offset + tile, (dx * gate[None, :]).to(dh_ptr.dtype.element_ty), mask)
+
+    partial = pid.to(tl.int64) * D + cols
+    if dgate_ptr is not None:
+        tl.store(dgate_ptr + partial, dgate, cols < D)
+    if dbeta_ptr is not None:
+        tl.store(dbeta_ptr + partial, dbeta, cols < D)
+    if dalpha_ptr is not None:
+        tl.store(dalpha_ptr + partial, dalpha, cols < D)
+
+
+@triton.jit
+def _column_sums(
+    partial_ptr, scale_ptr, chunks_ptr, start, stop, cols, stride_scale, D: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Sum of partials [C, D] over chunks start : stop, each times 1 + scale of its row if there is a scale."""
+    total = tl.zeros([BLOCK_C, cols.shape[0]], tl.float32)
+    for first in range(start, stop, BLOCK_C):
+        chunk = first + tl.arange(0, BLOCK_C)
+        mask = (chunk < stop)[:, None] & (cols < D)[None, :]
+        part = tl.load(partial_ptr + chunk.to(tl.int64)[:, None] * D + cols[None, :], mask, other=0.0)
+        if scale_ptr is not None:
+            row = tl.load(chunks_ptr + 3 * chunk + 2, chunk < stop, other=0).to(tl.int64)
+            scale = tl.load(scale_ptr + row[:, None] * stride_scale + cols[None, :], mask, other=0.0)
+            part *= 1 + scale.to(tl.float32)
+        total += part
+    return tl.sum(total, 0)  # [BLOCK_D]
+
+
+@triton.jit
+def _store_row(ptr, value, cols, D: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Store value [BLOCK_D], from a tile that is masked but for its first row: a row alone would go out in 32 bits."""
+    mask = (tl.arange(0, BLOCK_C) == 0)[:, None] & (cols < D)[None, :]
+    tile = tl.broadcast_to(value[None, :], mask.shape)
+    tl.store(ptr + tl.broadcast_to(cols[None, :], mask.shape), tile.to(ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _load_row(ptr, cols, D: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Load [BLOCK_D] in fp32, in wide accesses as `_store_row` does."""
+    mask = (tl.arange(0, BLOCK_C) == 0)[:, None] & (cols < D)[None, :]
+    return tl.sum(tl.load(ptr + tl.broadcast_to(cols[None, :], mask.shape), mask, other=0.0).to(tl.float32), 0)
+
+
+@triton.jit
+def _layer_norm_bwd_sum_kernel(
+    dgate_part_ptr,  # fp32 [C, D] or None, as every pointer to a gradient below; the sums over chunks
+    dbeta_part_ptr,
+    dalpha_part_ptr,
+    scale_ptr,  # [R, D] or None
+    weight_ptr,  # [D] or None
+    bias_ptr,  # [D] or None
+    chunks_ptr,  # int32 [C, 3]: start, stop, row
+    row_chunks_ptr,  # int32 [num_rows + 1], the chunks of each row
+    dgate_ptr,  # [R, D]
+    dshift_ptr,  # [R, D]
+    dscale_ptr,  # [R, D]
+    dweight_ptr,  # [D]
+    dbias_ptr,  # [D]
+    stride_scale,
+    C,
+    R,
+    num_rows,
+    D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if row < R:
+        start = tl.load(row_chunks_ptr + row, row < num_rows, other=0)  # rows that no sample uses have no chunk
+        stop = tl.load(row_chunks_ptr + row + 1, row < num_rows, other=0)
+        out = row.to(tl.int64) * D
+        if dgate_ptr is not None:
+            dgate = _column_sums(dgate_part_ptr, None, None, start, stop, cols, 0, D, BLOCK_C)
+            _store_row(dgate_ptr + out, dgate, cols, D, BLOCK_C)
+        if dbeta_part_ptr is not None:
+            dbeta = _column_sums(dbeta_part_ptr, None, None, start, stop, cols, 0, D, BLOCK_C)
+            if dshift_ptr is not None:
+                _store_row(dshift_ptr + out, dbeta, cols, D, BLOCK_C)
+        if dscale_ptr is not None:
+            dscale = _column_sums(dalpha_part_ptr, None, None, start, stop, cols, 0, D, BLOCK_C)
+            if weight_ptr is not None:
+                dscale *= _load_row(weight_ptr, cols, D, BLOCK_C)
+            if bias_ptr is not None:
+                dscale += dbeta * _load_row(bias_ptr, cols, D, BLOCK_C)
+            _store_row(dscale_ptr + out, dscale, cols, D, BLOCK_C)
+    else:
+        if dweight_ptr is not None:
+            dweight = _column_sums(dalpha_part_ptr, scale_ptr, chunks_ptr, 0, C, cols, stride_scale, D, BLOCK_C)
+            _store_row(dweight_ptr, dweight, cols, D, BLOCK_C)
+        if dbias_ptr is not None:
+            dbias = _column_sums(dbeta_part_ptr, scale_ptr, chunks_ptr, 0, C, cols, stride_scale, D, BLOCK_C)
+            _store_row(dbias_ptr, dbias, cols, D, BLOCK_C)
+
+
+def _blocks(D: int) -> dict[str, int]:
+    """A thread holds 16 bytes of each bf16 row, so that all warps share a row and sums over rows stay in registers."""
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    return {"D": D, "BLOCK_D": BLOCK_D, "num_warps": min(max(BLOCK_D // 256, 1), 16)}
+
+
+def _rows(table: Tensor | None) -> Tensor | None:
+    """The table with its columns side by side; views of one projection are as they are."""
+    return table if table is None or table.stride(-1) == 1 else table.contiguous()
+
+
+def _stride(table: Tensor | None) -> int:
+    return 0 if table is None else table.stride(0)
+
+
+def _empty(like: Tensor | None, x: Tensor) -> Tensor:
+    """Room for what has the shape and type of `like`; nothing if there is no such tensor."""
+    return x.new_empty(0) if like is None else like.new_empty(like.shape)
+
+
+@triton_op("layer_norm_fwd")
+def layer_norm_fwd(
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    chunks: Tensor,
+    row_chunks: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both norms: (r, y, mean, rstd). Without h there is no r, and it is empty."""
+    x, h = x.contiguous(), None if h is None else h.contiguous()
+    gate, shift, scale = _rows(gate), _rows(shift), _rows(scale)
+    N, D = x.shape
+    C = chunks.shape[0]
+    r, y = _empty(h, x), _empty(x, x)
+    mean, rstd = x.new_empty(N, dtype=torch.float32), x.new_empty(N, dtype=torch.float32)
+    if C > 0:
+        wrap_triton(_layer_norm_fwd_kernel)[(C, 2)](
+            x, h, gate, shift, scale, weight, bias, chunks, None if h is None else r, y, mean, rstd,
+            _stride(gate), _stride(shift), _stride(scale), eps=eps, BLOCK_M=4, **_blocks(D),
+        )  # fmt: skip
+    return r, y, mean, rstd
+
+
+@layer_norm_fwd.register_fake
+def _(x, h, gate, shift, scale, weight, bias, chunks, row_chunks, eps):
+    mean, rstd = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    return _empty(h, x), _empty(x, x), mean, rstd
+
+
+@triton_op("layer_norm_bwd")
+def layer_norm_bwd(
+    dy: Tensor,
+    dr: Tensor | None,
+    r: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    chunks: Tensor,
+    row_chunks: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dh, dgate, dshift, dscale, dweight, dbias), each empty where there is no such argument.
+
+    h comes with gate only: without one, dh is dx.
+    """
+    dy, r = dy.contiguous(), r.contiguous()
+    dr, h = (None if t is None else t.contiguous() for t in (dr, h))
+    gate, scale = _rows(gate), _rows(scale)
+    D, C = r.shape[1], chunks.shape[0]
+    inputs = r, h, gate, shift, scale, weight, bias
+    gradients = tuple(_empty(like, r) for like in inputs)
+    dx, dh, *dtables = (None if like is None else d for like, d in zip(inputs, gradients, strict=True))
+
+    def partial(needed: bool) -> Tensor | None:
+        return r.new_empty(C, D, dtype=torch.float32) if needed else None
+
+    parts = (
+        partial(gate is not None),
+        partial(shift is not None or bias is not None),
+        partial(scale is not None or weight is not None),
+    )
+    if C > 0:
+        wrap_triton(_layer_norm_bwd_kernel)[(C,)](
+            dy, dr, r, h, gate, scale, weight, mean, rstd, chunks, dx, dh, *parts,
+            _stride(gate), _stride(scale), BLOCK_M=4 if D <= 1024 else 2, **_blocks(D),
+        )  # fmt: skip
+    R = max(0 if table is None else table.shape[0] for table in (gate, shift, scale))
+    programs = R + (weight is not None or bias is not None)
+    if programs > 0:
+        wrap_triton(_layer_norm_bwd_sum_kernel)[(programs, triton.cdiv(D, 32))](
+            *parts, scale, weight, bias, chunks, row_chunks, *dtables,
+            _stride(scale), C, R, row_chunks.shape[0] - 1, D=D, BLOCK_C=64, BLOCK_D=32, num_warps=4,
+        )  # fmt: skip
+    return gradients
+
+
+@layer_norm_bwd.register_fake
+def _(dy, dr, r, h, gate, shift, scale, weight, bias, mean, rstd, chunks, row_chunks):
+    return tuple(_empty(like, r) for like in (r, h, gate, shift, scale, weight, bias))
+
+
+def _setup_context(ctx, inputs, output):
+    x, h, gate, shift, scale, weight, bias, chunks, row_chunks, _ = inputs
+    r, _, mean, rstd = output
+    ctx.has_h = h is not None
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        r if ctx.has_h else x, None if gate is None else h, gate, shift, scale, weight, bias, mean, rstd,
+        chunks, row_chunks,
+    )  # fmt: skip
+
+
+def _backward(ctx, dr, dy, *_):
+    r, h, gate, shift, scale, weight, bias, *rest = ctx.saved_tensors
+    dy = torch.zeros_like(r) if dy is None else dy
+    dr = dr if ctx.has_h else None
+    dx, dh, *tables = layer_norm_bwd(dy, dr, r, h, gate, shift, scale, weight, bias, *rest)
+    if gate is None:
+        dh = dx if ctx.has_h else None
+    dtables = (None if t is None else d for t, d in zip((gate, shift, scale, weight, bias), tables, strict=True))
+    return dx, dh, *dtables, None, None, None
+
+
+layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
