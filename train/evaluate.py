@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,7 +20,9 @@ from umd.ops import philox_randn
 from umd.probe import ProbeResult, fewshot_accuracy, raw_pixel_features
 from umd.sampler import ddim_sample, inpaint
 from umd.schedule import NoiseSchedule
+from umd.tokenizer import Tokenizer, load_tokenizer
 from umd.train.data import center_view, open_dataset
+from umd.train.latents import tokenizer_of
 from umd.train.run import RunConfig, load_model
 
 NOISED_PROBE_INDEX = 50  # schedule index at which networks that never saw a noise-free image are read
@@ -34,6 +37,19 @@ def open_run(config: RunConfig, ema: bool = True) -> tuple[UMD, torch.device, to
     """The network of a run on this machine's device, and the autocast type."""
     device = pick_device(config.device)
     return load_model(config.out, ema, device), device, pick_dtype(config.precision, device)
+
+
+def open_tokenizer(config: RunConfig, vae: str, device: torch.device) -> Tokenizer | None:
+    """The VAE that turns a run's samples into pictures, found at `vae` if given; None for a run on pixels.
+
+    Raises UserError if it is not to be had, or not of the run.
+    """
+    if not vae or config.data.vae_hash:
+        return tokenizer_of(replace(config.data, vae=vae or config.data.vae), device)
+    tokenizer = load_tokenizer(vae, device)  # imported weights do not say which VAE they were trained behind
+    if tokenizer.vae.channels != config.model.channels or config.model.channels in (1, 3):
+        raise UserError(f"{config.out} is a run on pixels; leave out --vae")
+    return tokenizer
 
 
 def denoiser(model: UMD, dtype: torch.dtype) -> Denoise:

@@ -1,5 +1,7 @@
 """Inpainting with a trained network: which pictures, which hole, and the rows of the picture sheet."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,30 @@ from umd.train.preview import rgb
 from umd.train.run import RunConfig
 
 DEFAULT_IMAGES = 6
+
+
+@dataclass(frozen=True)
+class Inpaint:
+    """Fill a hole in images with a run: a PNG grid of masked input, samples and original."""
+
+    image: tuple[Path, ...] = ()
+    """Picture files; default: held-out images of the run's data."""
+    mask: str = "center"
+    """center, left, random (patches), or a PNG: white is filled, black is kept."""
+    samples: int = 3
+    """Samples an image."""
+    steps: int = 50
+    """Denoising steps."""
+    resample: int = 2
+    """Times each step is repeated to harmonise hole and surroundings (RePaint)."""
+    seed: int = 0
+    """Of noise and random masks."""
+    out: Path | None = None
+    """Where the PNG goes; default: RUN/inpainting.png."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"samples must be at least 1, got {self.samples}")
 
 
 def pictures_and_mask(config: RunConfig, images: tuple[Path, ...], mask: str, seed: int) -> tuple[Tensor, Tensor]:
@@ -62,16 +88,20 @@ def hole_mask(mask: str, x: Tensor, patch_size: int, seed: int = 0) -> Tensor:
 
 def inpainting_rows(
     model: UMD, schedule: NoiseSchedule, x: Tensor, hole: Tensor, *, samples: int, num_steps: int, resample: int,
-    seed: int, dtype: torch.dtype, console: Console | None = None,
+    seed: int, dtype: torch.dtype, console: Console | None = None, show: Callable[[Tensor], np.ndarray] = rgb,
+    clip: bool = True,
 ) -> list[list[np.ndarray]]:  # fmt: skip
-    """For each picture the views masked, `samples` fillings, original; each uint8 [H, W, 3]."""
-    columns = [rgb(torch.where(hole.bool(), torch.zeros_like(x), x))]
+    """For each picture the views masked, `samples` fillings, original; each uint8 [H, W, 3].
+
+    show: makes pictures of tensors; clip: as for `inpaint`, off for latents.
+    """
+    columns = [show(torch.where(hole.bool(), torch.zeros_like(x), x))]
     for i in range(samples):
         with sampling_progress(console, f"filling {i + 1} of {samples}") as callback, torch.no_grad():
             filled = inpaint(
                 denoiser(model, dtype), x, hole, schedule, num_steps=num_steps, resample=resample, seed=seed + i,
-                callback=callback,
+                clip=clip, callback=callback,
             )  # fmt: skip
-        columns.append(rgb(filled))
-    columns.append(rgb(x))
+        columns.append(show(filled))
+    columns.append(show(x))
     return [list(row) for row in zip(*columns, strict=True)]

@@ -324,6 +324,12 @@ def with_vae(config: "DataConfig", dataset: object) -> "DataConfig":
     return replace(config, vae=vae.name, vae_hash=vae.sha256)
 
 
+def check_run_vae(saved: dict, config: "DataConfig", folder: Path) -> None:
+    """Raise UserError if a checkpoint's state is of a run on latents of another VAE."""
+    before = saved.get("config", {}).get("data", {}).get("vae_hash", "")
+    check_vae(config.vae_hash, before, f"{folder} was trained on latents, and {config.source} is of")
+
+
 def tokenizer_of(config: "DataConfig", device: torch.device | str = "cpu") -> Tokenizer | None:
     """The VAE of a run, None for one on pixels. Raises UserError if it is not to be had or is another."""
     if not config.vae_hash:

@@ -4,7 +4,9 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +15,16 @@ from rich.console import Console
 from torch import Tensor
 
 from umd.checkpoint import (
+    BackgroundSave,
     Checkpoint,
+    checkpoint_path,
     latest_checkpoint,
     load_checkpoint,
     load_model_state,
-    load_optimizer_tensors,
-    optimizer_tensors,
     save_checkpoint,
 )
 from umd.config import ModelConfig
-from umd.device import autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
+from umd.device import autocast, keep_freed_memory, peak_flops, pick_dtype
 from umd.ema import EMA, ema_rate, warm_rate
 from umd.errors import UserError
 from umd.flops import step_flops
@@ -31,10 +33,13 @@ from umd.model import UMD
 from umd.objective import Objective
 from umd.sampler import ddim_sample
 from umd.schedule import NoiseSchedule
-from umd.train.data import center_view, derive_seed, describe, open_dataset, train_loader
-from umd.train.log import RunLog
+from umd.train.data import DataConfig, center_view, derive_seed, describe, open_dataset, train_loader
+from umd.train.distributed import World, join
+from umd.train.latents import check_run_vae, with_vae
+from umd.train.log import NoLog, RunLog
 from umd.train.optim import adamw, lr_scale
-from umd.train.preview import reconstructions, rgb
+from umd.train.parallel import DDP, Alone, LossStep, Zero, strategy
+from umd.train.preview import picture_maker, reconstructions, rgb
 from umd.train.run import RunConfig, to_plain, write_config
 
 PREVIEW_IMAGES = 8
@@ -48,19 +53,34 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
     """Train to the end of the run, or go on with the run in `config.out`. Returns the last checkpoint.
 
     A step is a pure function of (weights, optimiser, EMA, step number): data order, crops, noise and masks are
-    derived from the seed, so a resumed run is the run that was never stopped, to the bit on a CPU.
+    derived from the seed, so a resumed run is the run that was never stopped, to the bit on a CPU. Micro-batches are
+    numbered over all ranks, so W ranks with `accumulate` A make the steps of one rank with W·A.
 
     Raises:
         UserError: settings that do not fit together, data that cannot be read, another network in `config.out`.
         Diverged: NaN or infinite loss; the last good checkpoint is kept and the batch is described in `nan-dump.json`.
         KeyboardInterrupt, SystemExit(143): after saving, on Ctrl-C or SIGTERM.
     """
-    console = console or Console()
-    device = pick_device(config.device)
+    world = join(config.device, config.parallel)
+    with world.explained():
+        return train_rank(config, world, console or Console(), name)
+
+
+def train_rank(config: RunConfig, world: World, console: Console, name: str) -> Path:
+    """`train` on one of the ranks. Only rank 0 prints, logs, draws and writes."""
+    device = world.device
     if device.type == "cpu":
         keep_freed_memory()
+    micro, left = divmod(config.batch_size, world.size * config.accumulate)
+    if left or not micro:
+        raise UserError(
+            f"batch_size {config.batch_size} is not divisible by {world.size} ranks x accumulate {config.accumulate}; "
+            f"use a multiple of {world.size * config.accumulate}"
+        )
     dtype = pick_dtype(config.precision, device)
-    dataset = open_dataset(config.data, "train")
+    with world.main_first():
+        dataset = open_dataset(config.data, "train")
+        config = replace(config, data=with_vae(config.data, dataset))
     schedule = NoiseSchedule(config.schedule.name, config.schedule.num_steps, config.schedule.rho)
     objective = Objective(config.model, config.objective, schedule)
     labelled = config.model.num_classes > 0
@@ -73,134 +93,190 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
     torch.manual_seed(derive_seed(config.seed, 0))
     model = UMD(config.model)
     if config.init is not None:
-        load_pretrained(model, config.init)
-    model.to(device).set_checkpointing(config.checkpointing)
+        load_pretrained(model, config.init, config.data)
+    model.set_checkpointing(config.checkpointing)
+    saved_path, saved = newest_checkpoint(config, world)
+    if saved is not None:
+        load_model_state(model, saved.tensors["model"])
+    num_weights = sum(p.numel() for p in model.parameters())
     peak_lr = config.optim.lr * config.batch_size / 256
-    optimizer = adamw(model, peak_lr, config.optim.betas, config.optim.weight_decay)
+    parallel = spread(config, world, model, objective, peak_lr, dtype)
     final_rate = min(1.0, ema_rate(config.batch_size, config.optim.ema))
-    ema = EMA(model, final_rate) if final_rate > 0 else None
+    ema = EMA(parallel.weights, final_rate) if final_rate > 0 else None
 
-    step, seconds = 0, 0.0
-    if latest_checkpoint(config.checkpoints) is not None:
-        step, seconds = resume(config, model, optimizer, ema, device)
-    write_config(config)
-    network = torch.compile(model) if config.compile else model
+    step, seconds, saved_step = 0, 0.0, None
+    if saved is not None:
+        parallel.load(saved.tensors, ema)
+        step, seconds, saved_step = saved.step, saved.state["seconds"], saved.step
+    micro_batches = world.size * config.accumulate
+    before = saved.state.get("micro_batches", micro_batches) if saved is not None else micro_batches
+    saved = None  # its tensors
+    if world.main:
+        write_config(config)
     total_steps = config.steps or math.ceil(config.epochs * len(dataset) / config.batch_size)
 
     def progress() -> float:
         by_clock = config.minutes > 0 and config.steps == 0
         return seconds / (60 * config.minutes) if by_clock else step / total_steps
 
-    micro = config.batch_size // config.accumulate
     noised, clean = objective.split(micro)
     keep = (objective.keep_noised,) * noised + (objective.keep_clean,) * clean
-    flops = config.accumulate * step_flops(config.model, keep, noised + min(clean, 1))
-    peak = peak_flops(device, dtype)
-    preview = preview_images(config, device)
+    flops = micro_batches * step_flops(config.model, keep, noised + min(clean, 1))
+    peak = world.size * peak_flops(device, dtype) if world.main else math.inf
+    preview = preview_images(config, device) if world.main else None
+    # On one CPU a copy and a thread would take from the step what they save.
+    background = BackgroundSave() if world.size > 1 or device.type == "cuda" else None
 
     def save() -> Path:
-        tensors = {"model": dict(model.named_parameters()), "optimizer": optimizer_tensors(optimizer, model)}
-        if ema is not None:
-            tensors["ema"] = ema.state_dict()
+        tensors = parallel.tensors(ema)
         state = {"config": to_plain(config), "seconds": seconds, "images_seen": step * config.batch_size}
-        return save_checkpoint(config.checkpoints, step, tensors, state, keep=config.keep)
+        state["micro_batches"] = micro_batches
+        write = save_checkpoint if background is None else background.save
+        if not world.main:
+            return checkpoint_path(config.checkpoints, step)
+        return write(config.checkpoints, step, tensors, state, keep=config.keep)
 
     def draw() -> None:
-        with averaged(ema, model):
-            for label, sheet in previews(model, objective, preview, dtype).items():
-                log.picture(label, sheet, step)
+        with parallel.averaged(ema) as network:
+            if world.main:
+                for label, sheet in previews(network, objective, preview, dtype, show, clip=not on_latents).items():
+                    log.picture(label, sheet, step)
 
-    saved = latest_checkpoint(config.checkpoints)
-    with RunLog(config.out, console, step, name) as log, stop_signal() as stop:
+    writer = RunLog(config.out, console, step, name) if world.main else NoLog()
+    with writer as log, finished(background), stop_signal() as stop:
         log.say(describe(dataset))
         log.say(
-            f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device}, "
+            f"{num_weights / 1e6:.1f} M parameters on {parallel.place(device)}, "
             f"{'bf16' if dtype == torch.bfloat16 else 'fp32'}, {flops / config.batch_size / 1e9:.2f} GFLOP an image"
             + (f"; goes on at step {step}" if step else "")
         )
+        if before != micro_batches:
+            log.say(
+                f"the run had {before} micro-batches a step and now has {micro_batches} (ranks x accumulate): it goes "
+                "on, with other noise and masks than it would have had"
+            )
+        on_latents, show = bool(config.data.vae_hash), rgb
+        if world.main and config.draw_every:
+            try:
+                show = picture_maker(config.data, device)
+            except UserError as error:  # a run can do without
+                log.say(f"pictures show the first channel of latents: {error}")
         loader = train_loader(
             dataset, config.data, batch_size=config.batch_size, seed=derive_seed(config.seed, 1),
-            start=step * config.batch_size, device=device,
+            start=step * config.batch_size, rank=world.rank, world_size=world.size, device=device,
         )  # fmt: skip
-        pending: tuple[int, Tensor, Tensor, Tensor] | None = None  # last step: number, loss and parts, indices, norm
+        pending: tuple[int, Tensor, Tensor, Tensor] | None = None  # last step: number, sums, indices, gradient norm
         window, window_start = 0, time.perf_counter()
+        elapsed, agreed_stop = 0.0, False
+
+        def read() -> list[float]:
+            """The sums of the last step, waited for."""
+            return check_finite(config, world, pending, saved_path)
+
+        def stopping() -> bool:
+            return agreed_stop if world.size > 1 else stop.requested is not None
+
         try:
-            while progress() < 1 and not stop.requested:
+            while progress() < 1 and not stopping():
                 started = time.perf_counter()
                 batch = next(loader)
-                for group in optimizer.param_groups:
+                for group in parallel.optimizer.param_groups:
                     group["lr"] = peak_lr * lr_scale(progress(), config.optim.warmup)
-                sums = torch.zeros(4, device=device)
+                sums = torch.zeros(6, device=device)  # loss, its three parts, clock and stop request
                 for i in range(config.accumulate):
                     part = slice(i * micro, (i + 1) * micro)
                     labels = batch.labels[part] if labelled else None
-                    corruption = objective.corrupt(micro, derive_seed(config.seed, 2, step, i), device, labels)
-                    with autocast(device, dtype):
-                        loss, parts = objective(network, batch.x_start[part], corruption)
-                    (loss / config.accumulate).backward()
-                    sums += torch.cat([loss.detach()[None], parts]) / config.accumulate
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                    number = world.rank * config.accumulate + i  # of the micro-batch among those of all ranks
+                    corruption = objective.corrupt(micro, derive_seed(config.seed, 2, step, number), device, labels)
+                    last = i == config.accumulate - 1
+                    loss, parts = parallel.forward_backward(batch.x_start[part], corruption, last)
+                    sums[:4] += torch.cat([loss[None], parts]) / config.accumulate
+                sums[4], sums[5] = elapsed, float(stop.requested is not None)
+                world.mean_(sums)
+                norm = parallel.update()
                 if ema is not None:
                     ema.rate = warm_rate(final_rate, step)
-                    ema.update(model)
+                    ema.update(parallel.weights)
 
                 # The step before is read now: a device works on this one meanwhile and is not kept waiting.
-                check_finite(config, pending, saved)
+                before_last = read()
                 step += 1
                 pending = (step, sums, batch.indices, norm)
                 window += 1
-                seconds += time.perf_counter() - started
+                elapsed = time.perf_counter() - started
+                # Ranks stop and count time by what all of them know, which is a step old.
+                seconds += elapsed if world.size == 1 else before_last[4]
+                agreed_stop = before_last[5] > 0
+                if background is not None:
+                    background.check()
                 log.progress(progress())
                 if step % config.log_every == 0 or progress() >= 1:
-                    check_finite(config, pending, saved)
-                    total, loss_eps, loss_x0, loss_clean = sums.tolist()
-                    elapsed = time.perf_counter() - window_start
+                    total, loss_eps, loss_x0, loss_clean, *_ = read()
+                    took = time.perf_counter() - window_start
                     row = {"step": step, "images_seen": step * config.batch_size}
                     row |= {"epoch": step * config.batch_size / len(dataset), "seconds": seconds, "loss": total}
                     if noised:
                         row |= {"loss_noised_eps": loss_eps, "loss_noised_x0": loss_x0}
                     if clean:
                         row |= {"loss_clean": loss_clean}
-                    row |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
-                    row |= {"images_per_second": window * config.batch_size / elapsed}
-                    row |= {"mfu": window * flops / elapsed / peak}
+                    row |= {"lr": parallel.optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
+                    row |= {"images_per_second": window * config.batch_size / took}
+                    row |= {"mfu": window * flops / took / peak}
                     log.row(row)
                     window, window_start = 0, time.perf_counter()
                 paused = time.perf_counter()
                 if step % config.save_every == 0:
-                    check_finite(config, pending, saved)
-                    saved = save()
+                    read()
+                    saved_path, saved_step = save(), step
                 if config.draw_every and step % config.draw_every == 0 and progress() < 1:
                     draw()
                 window_start += time.perf_counter() - paused
         finally:
             loader.close()
-        check_finite(config, pending, saved)
-        if saved is None or load_step(saved) != step:
-            saved = save()
-        if stop.requested:
-            log.say(f"stopped by {stop.requested.name} at step {step}; saved {saved}; run the same command to go on")
-            if stop.requested is signal.SIGINT:
+        read()
+        if saved_step != step:
+            saved_path = save()
+        if background is not None:
+            background.wait()
+        if stopping():
+            reason = stop.requested or signal.SIGTERM  # another rank's
+            log.say(f"stopped by {reason.name} at step {step}; saved {saved_path}; run the same command to go on")
+            if reason is signal.SIGINT:
                 raise KeyboardInterrupt
-            raise SystemExit(128 + stop.requested)
+            raise SystemExit(128 + reason)
         if config.draw_every and pending is not None:
             draw()
         log.progress(1.0)
-        log.say(f"done: step {step}, {seconds / 60:.1f} min of training, saved {saved}")
-    return saved
+        log.say(f"done: step {step}, {seconds / 60:.1f} min of training, saved {saved_path}")
+    return saved_path
 
 
-def load_step(path: Path) -> int:
-    return load_checkpoint(path, parts=[]).step
+def spread(
+    config: RunConfig, world: World, model: UMD, objective: Objective, peak_lr: float, dtype: torch.dtype
+) -> Alone | DDP | Zero:
+    """The model, its optimiser and the forward pass, laid over the ranks."""
+    how = strategy(config.parallel, world, sum(p.numel() for p in model.parameters()))
+    stage = config.parallel.zero_stage
+    if how == "zero" and stage == 3 and config.compile:
+        raise UserError("compile does not go with ZeRO 3, whose weights come and go; use --parallel.zero-stage 2")
+    if how != "zero":
+        model.to(world.device)
+    optimizer = adamw(model, peak_lr, config.optim.betas, config.optim.weight_decay)
+    loss = LossStep(torch.compile(model) if config.compile else model, objective, dtype)
+    if how == "alone":
+        return Alone(model, loss, optimizer, config.accumulate, config.optim.clip)
+    if how == "ddp":
+        return DDP(model, loss, optimizer, config.accumulate, config.optim.clip, world)
+    micro = config.batch_size // (world.size * config.accumulate)
+    return Zero(model, loss, optimizer, config.accumulate, config.optim.clip, world, stage, micro, dtype)
 
 
-def load_pretrained(model: UMD, init: Path) -> None:
+def load_pretrained(model: UMD, init: Path, data: DataConfig) -> None:
     """Weights of another run into `model`; label embeddings may be new. Raises UserError saying what differs."""
     path = init / "checkpoints" if (init / "checkpoints").is_dir() else init
     saved = load_checkpoint(path, parts=["model"])
     check_same_network(saved, model.config, init, but=("num_classes",))
+    check_run_vae(saved.state, data, init)
     load_model_state(
         model, saved.tensors["model"], allow_missing=("y_embedder.",),
         saved_config=saved.state.get("config", {}).get("model", {}), config=to_plain(model.config),
@@ -222,53 +298,67 @@ def check_same_network(saved: Checkpoint, config: ModelConfig, folder: Path, but
         )
 
 
-def resume(
-    config: RunConfig, model: UMD, optimizer: torch.optim.Optimizer, ema: EMA | None, device: torch.device
-) -> tuple[int, float]:
-    """Put back the newest checkpoint of the run. Returns (step, seconds trained)."""
-    parts = ["model", "optimizer"] + (["ema"] if ema is not None else [])
-    saved = load_checkpoint(config.checkpoints, parts=parts, device=device)
+def newest_checkpoint(config: RunConfig, world: World) -> tuple[Path | None, Checkpoint | None]:
+    """The checkpoint this run goes on from, the same on every rank; its tensors wait on the CPU."""
+    path = world.agree(latest_checkpoint(config.checkpoints) if world.main else None)
+    if path is None:
+        return None, None
+    if not path.is_dir():
+        raise UserError(f"rank {world.rank} does not see {path}; all hosts must share the folder of the run")
+    parts = ["model", "optimizer"] + (["ema"] if config.optim.ema > 0 else [])
+    saved = load_checkpoint(path, parts=parts, verify=world.main)
     check_same_network(saved, config.model, config.out)
-    load_model_state(model, saved.tensors["model"])
-    load_optimizer_tensors(optimizer, model, saved.tensors["optimizer"])
-    if ema is not None:
-        ema.load_state_dict(saved.tensors["ema"])
+    check_run_vae(saved.state, config.data, config.out)
     if saved.state["images_seen"] != saved.step * config.batch_size:
         raise UserError(
             f"{config.out} was trained with batch_size {saved.state['config']['batch_size']}, not {config.batch_size}; "
             "resume with the same batch, or start a new run from its weights with --init"
         )
-    return saved.step, saved.state["seconds"]
+    return path, saved
 
 
-def check_finite(config: RunConfig, pending: tuple[int, Tensor, Tensor, Tensor] | None, saved: Path | None) -> None:
-    """Stop the run if the loss of a finished step is not a number; its weights are never saved."""
+def check_finite(
+    config: RunConfig,
+    world: World,
+    pending: tuple[int, Tensor, Tensor, Tensor] | None,
+    saved: Path | None,
+) -> list[float]:
+    """The sums of a finished step. Stops the run if its loss is not a number; its weights are never saved."""
     if pending is None:
-        return
+        return [0.0] * 6
     step, sums, indices, norm = pending
     values = sums.tolist()
     if all(math.isfinite(v) for v in values) and math.isfinite(float(norm)):
-        return
+        return values
+    indices = world.gather(indices)
     dump = config.out / "nan-dump.json"
     names = ("loss", "loss_noised_eps", "loss_noised_x0", "loss_clean")
-    dump.write_text(
-        json.dumps(
-            {
-                "step": step,
-                "grad_norm": str(float(norm)),
-                **{key: str(value) for key, value in zip(names, values, strict=True)},
-                "batch_indices": indices.tolist(),
-                "corruption_seeds": [derive_seed(config.seed, 2, step - 1, i) for i in range(config.accumulate)],
-                "last_good_checkpoint": saved and str(saved),
-            },
-            indent=1,
-        )
-    )
+    numbers = range(world.size * config.accumulate)
+    record = {
+        "step": step,
+        "grad_norm": str(float(norm)),
+        **{key: str(value) for key, value in zip(names, values[:4], strict=True)},
+        "batch_indices": indices.tolist(),
+        "corruption_seeds": [derive_seed(config.seed, 2, step - 1, i) for i in numbers],
+        "last_good_checkpoint": saved and str(saved),
+    }
+    if world.main:
+        dump.write_text(json.dumps(record, indent=1))
     raise Diverged(
         f"the loss or its gradient is not finite at step {step} (loss {values[0]}, gradient norm {float(norm)}; images "
         f"{indices[:8].tolist()}...); {dump} has the batch, last good checkpoint: {saved or 'none'}; "
         "lower the lr or the batch"
     )
+
+
+@contextmanager
+def finished(background: BackgroundSave | None) -> Iterator[None]:
+    """Whatever ends the block, a checkpoint that is being written is written."""
+    try:
+        yield
+    finally:
+        if background is not None:
+            background.wait()
 
 
 class StopRequest:
@@ -296,15 +386,6 @@ def stop_signal():
             signal.signal(number, handler)
 
 
-@contextmanager
-def averaged(ema: EMA | None, model: UMD):
-    if ema is None:
-        yield model
-    else:
-        with ema.applied(model):
-            yield model
-
-
 def preview_images(config: RunConfig, device: torch.device) -> Tensor:
     """A few held-out images (of the training split where nothing is held out): [n, C, H, W]."""
     dataset = open_dataset(config.data, "test")
@@ -314,14 +395,16 @@ def preview_images(config: RunConfig, device: torch.device) -> Tensor:
     return center_view(dataset, chosen, config.data).to(device)
 
 
-def previews(model: UMD, objective: Objective, x: Tensor, dtype: torch.dtype) -> dict[str, np.ndarray]:
+def previews(
+    model: UMD, objective: Objective, x: Tensor, dtype: torch.dtype, show: Callable[[Tensor], np.ndarray], clip: bool
+) -> dict[str, np.ndarray]:
     """Sheets by name: masked input, reconstruction and original in three rows; with labels, a sample of each class."""
     sheets = {}
     T = objective.schedule.num_steps
     r0 = objective.config.no_noise_prob
     trained = ({"reconstruction": 0} if r0 > 0 else {}) | ({"denoising": T // 4} if r0 < 1 else {})
     for label, timestep in trained.items():
-        triplets = reconstructions(model, objective, x, timestep, dtype=dtype)
+        triplets = reconstructions(model, objective, x, timestep, dtype=dtype, show=show)
         sheets[label] = grid(
             np.stack([picture for row in zip(*triplets, strict=True) for picture in row]), len(triplets)
         )
@@ -336,7 +419,7 @@ def previews(model: UMD, objective: Objective, x: Tensor, dtype: torch.dtype) ->
         with torch.no_grad():
             samples = ddim_sample(
                 denoise, (len(labels), *x.shape[1:]), objective.schedule, num_steps=25, labels=labels,
-                null_label=classes, cfg_scale=2.0, device=x.device,
+                null_label=classes, cfg_scale=2.0, clip=clip, device=x.device,
             )  # fmt: skip
-        sheets["samples"] = grid(rgb(samples), columns=8)
+        sheets["samples"] = grid(show(samples), columns=8)
     return sheets

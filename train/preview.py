@@ -1,5 +1,7 @@
 """Pictures of what a model does: reconstructions of masked images, predictions from noise."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,19 +13,23 @@ from umd.masking import random_ids_keep
 from umd.model import UMD
 from umd.objective import Objective
 from umd.report import masked_view
+from umd.train.data import DataConfig
+from umd.train.latents import tokenizer_of
 
 Triplet = tuple[np.ndarray, np.ndarray, np.ndarray]  # masked input, reconstruction, original: uint8 [H, W, 3]
 
 
 @torch.no_grad()
 def reconstructions(
-    model: UMD, objective: Objective, x_start: Tensor, timestep: int, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> list[Triplet]:
+    model: UMD, objective: Objective, x_start: Tensor, timestep: int, seed: int = 0, dtype: torch.dtype = torch.float32,
+    show: Callable[[Tensor], np.ndarray] | None = None,
+) -> list[Triplet]:  # fmt: skip
     """Hide patches of images [B, C, H, W], at model time `timestep` (0: noise-free), and let the model predict x̂0.
 
     Where patches are visible the model predicts no pixels: noise-free ones are shown as they are, of noised ones the
-    predicted noise is taken out.
+    predicted noise is taken out. show: see `picture_maker`; default `rgb`.
     """
+    show = show or rgb
     B, P = len(x_start), model.config.patch_size
     noised = timestep > 0
     keep = (objective.keep_noised if noised else objective.keep_clean,) * B
@@ -47,16 +53,21 @@ def reconstructions(
         seen = alpha.view(-1, 1, 1, 1) * x_start + sigma.view(-1, 1, 1, 1) * eps
         visible = objective.schedule.xstart_from_eps(seen, c.timesteps, predicted_eps)
     predicted = torch.where(pixels, predicted, visible)
+    shown, hidden = show(seen), mask.view(B, *model.config.grid_size).bool().cpu().numpy()
+    side = P * shown.shape[1] // x_start.shape[2]  # of a patch in the picture
     return [
-        (masked_view(s, m, P), p, o)
-        for s, m, p, o in zip(
-            rgb(seen),
-            mask.view(B, *model.config.grid_size).bool().cpu().numpy(),
-            rgb(predicted),
-            rgb(x_start),
-            strict=True,
-        )
+        (masked_view(s, m, side), p, o)
+        for s, m, p, o in zip(shown, hidden, show(predicted), show(x_start), strict=True)
     ]
+
+
+def picture_maker(config: DataConfig, device: torch.device) -> Callable[[Tensor], np.ndarray]:
+    """What makes pictures uint8 [B, H', W', 3] of a run's tensors [B, C, H, W]: `rgb`, or its VAE's decoder.
+
+    Raises UserError if the run is on latents and its VAE is not to be had, or is another.
+    """
+    tokenizer = tokenizer_of(config, device)
+    return rgb if tokenizer is None else lambda z: to_uint8(tokenizer.decode(z))
 
 
 def rgb(x: Tensor) -> np.ndarray:

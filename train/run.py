@@ -14,6 +14,7 @@ from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, ScheduleConfig,
 from umd.errors import UserError
 from umd.model import UMD
 from umd.train.data import DataConfig
+from umd.train.distributed import ParallelConfig
 from umd.train.optim import OptimConfig
 
 
@@ -28,12 +29,13 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     init: Path | None = None
     """Start from the weights of this run or checkpoint (fine-tuning)."""
     batch_size: int = 1024
-    """Images a step."""
+    """Images a step, of all ranks together."""
     accumulate: int = 1
-    """Micro-batches a step; divides the batch."""
+    """Micro-batches a step on each rank; ranks times this divides the batch."""
     epochs: float = 800
     """Length of the run, where neither steps nor minutes are given."""
     minutes: float = 0
@@ -45,7 +47,7 @@ class RunConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast type; auto is bf16 where the hardware multiplies it."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda or cuda:N; of several processes each takes the GPU of its own number."""
     compile: bool = False
     """Run the network through torch.compile."""
     checkpointing: bool = False
@@ -87,6 +89,15 @@ def _pixels(name: str, objective: str, out: str, side: int = 64, **changes: Any)
     )
 
 
+def _latents(name: str, objective: str, out: str, **changes: Any) -> RunConfig:
+    """On the 32x32x4 latents of 256x256 pictures, with the linear schedule."""
+    return replace(
+        _pixels(name, objective, out, side=32, schedule=ScheduleConfig("linear"), **changes),
+        model=model_config(name, image_size=(32, 32), channels=4, adaLN=objective != "mae"),
+        data=DataConfig(source="latents/train"),
+    )
+
+
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "umd-tiny": (
         "UMD-Ti/4 on 32x32 colour emoji: minutes on a laptop",
@@ -108,6 +119,22 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         _pixels("UMD-B/4", "maskdit", "maskdit-b4"),
     ),
     "dit-b4": ("the same network as DiT: always noised, nothing masked", _pixels("UMD-B/4", "dit", "dit-b4")),
+    "umd-l2": (
+        "UMD-L/2 on 32x32x4 latents of 256x256 pictures (umd encode-latents): the paper's latent model",
+        _latents("UMD-L/2", "umd", "umd-l2"),
+    ),
+    "mae-l2": (
+        "its network as MAE: no noise, 75 % masked, no adaLN, batch 4096",
+        _latents("UMD-L/2", "mae", "mae-l2", batch_size=4096),
+    ),
+    "maskdit-l2": (
+        "its network as MaskDiT: always noised, 50 % masked",
+        _latents("UMD-L/2", "maskdit", "maskdit-l2"),
+    ),
+    "dit-l2": (
+        "its network as DiT, 400 epochs (the paper's with labels from the start: --model.num-classes 1000)",
+        _latents("UMD-L/2", "dit", "dit-l2", epochs=400),
+    ),
 }  # fmt: skip
 
 

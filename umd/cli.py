@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 console = Console()
 RANK = int(os.environ.get("RANK", 0))  # of this process among those a launcher started
+TOGETHER = ("pretrain", "finetune")  # commands whose ranks do one thing, of which rank 0 tells
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].startswith(("--local_rank=", "--local-rank=")):
         arguments = arguments[1:]  # the deepspeed launcher's; the environment says the same
-    if RANK > 0:  # rank 0 prints; a stack trace and the loss of a rank go to stderr all the same
+    if silent(*arguments[:1]):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         warnings.simplefilter("ignore")
     # Before torch is imported: threads that wait by spinning make a step on a busy machine several times slower.
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"unknown command {name!r}; {hint}")
         COMMANDS[name][0](arguments[1:])
     except UserError as error:
-        fail(str(error))
+        fail(str(error), name)
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(128 + signal.SIGINT)
@@ -59,15 +60,18 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:  # a full disk, a folder that cannot be written, a file that went away
         where = f"cannot use {error.filename}: " if error.filename else ""
-        fail(f"{where}{error.strerror or error}; check the path, its permissions and the room on the disk")
+        fail(f"{where}{error.strerror or error}; check the path, its permissions and the room on the disk", name)
 
 
-def fail(message: str) -> None:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+def silent(command: str = "") -> bool:
+    return RANK > 0 and command in TOGETHER
+
+
+def fail(message: str, command: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and command in TOGETHER:
         from umd.train.distributed import end_all
 
-        end_all(message, 2)  # does not return once the ranks have met
-        if RANK > 0:
+        if not end_all(message, 2):
             sys.exit(2)
     Console(stderr=True).print(f"[bold red]umd:[/] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(2)
@@ -105,7 +109,7 @@ def parse(cls_or_function, name: str, arguments: list[str], default=None):
     import tyro
 
     kwargs = {} if default is None else {"default": default}
-    if RANK > 0:
+    if silent(name.split()[0]):
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             return tyro.cli(cls_or_function, prog=f"umd {name}", args=arguments, **kwargs)
     return tyro.cli(cls_or_function, prog=f"umd {name}", args=arguments, **kwargs)
@@ -199,6 +203,8 @@ class Sample:
     """Images at a time."""
     ema: bool = True
     """Averaged weights, where the run has them."""
+    vae: str = ""
+    """Of a run on latents, its VAE where it no longer lies where it lay: hub id or folder."""
     frechet: bool = False
     """Also the Fréchet distance to the held-out images."""
     out: Path | None = None
@@ -222,6 +228,7 @@ def sample(arguments: list[str]) -> None:
     options: Sample = parse(Sample, f"sample {run}", rest)
     config = read_config(run)
     model, device, dtype = evaluate.open_run(config, options.ema)
+    tokenizer = evaluate.open_tokenizer(config, options.vae, device)
     known = model.config.num_classes
     classes = options.classes or tuple(range(known))
     if bad := [c for c in classes if not 0 <= c < known]:
@@ -231,49 +238,31 @@ def sample(arguments: list[str]) -> None:
     count = options.per_class * max(len(classes), 1)
     samples = evaluate.sample(
         model, evaluate.schedule_of(config.schedule), labels, count, num_steps=options.steps,
-        cfg_scale=options.cfg_scale if classes else 1.0, seed=options.seed, clip=model.config.channels in (1, 3),
+        cfg_scale=options.cfg_scale if classes else 1.0, seed=options.seed,
+        clip=tokenizer is None and model.config.channels in (1, 3),
         dtype=dtype, batch=options.batch, eta=options.eta, console=console,
     )  # fmt: skip
+    if tokenizer is not None:
+        samples = tokenizer.decode(samples)
     out = png_path(options.out or run / "samples.png")
-    save_png(grid(rgb(samples), columns=options.per_class), out, scale=max(1, 128 // model.config.image_size[0]))
+    save_png(grid(rgb(samples), columns=options.per_class), out, scale=max(1, 128 // samples.shape[2]))
     class_ids = np.full(count, -1) if labels is None else labels.numpy()  # -1: unconditional
     np.savez_compressed(out.with_suffix(".npz"), images=to_uint8(samples), labels=class_ids)
     say(f"{count} samples in {out} and {out.with_suffix('.npz')}")
     if options.frechet:
         test = open_dataset(config.data, "test")
-        name, value = evaluate.frechet(
-            samples, center_view(test, np.arange(len(test)), config.data).to(device), console
-        )
-        console.print(f"{name} of {count} samples against {len(test)} held-out images: {value:.2f}")
-
-
-@dataclass(frozen=True)
-class Inpaint:
-    """Fill a hole in images with a run: a PNG grid of masked input, samples and original."""
-
-    image: tuple[Path, ...] = ()
-    """Picture files; default: held-out images of the run's data."""
-    mask: str = "center"
-    """center, left, random (patches), or a PNG: white is filled, black is kept."""
-    samples: int = 3
-    """Samples an image."""
-    steps: int = 50
-    """Denoising steps."""
-    resample: int = 2
-    """Times each step is repeated to harmonise hole and surroundings (RePaint)."""
-    seed: int = 0
-    """Of noise and random masks."""
-    out: Path | None = None
-    """Where the PNG goes; default: RUN/inpainting.png."""
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "samples")
+        images = center_view(test, np.arange(len(test)), config.data).to(device)
+        images = images if tokenizer is None else tokenizer.decode(images)
+        name, value = evaluate.frechet(samples, images, console)
+        as_decoded = "" if tokenizer is None else " as the VAE decodes them"
+        console.print(f"{name} of {count} samples against {len(test)} held-out images{as_decoded}: {value:.2f}")
 
 
 def inpaint(arguments: list[str]) -> None:
     from umd.images import grid, save_png
     from umd.train import evaluate
-    from umd.train.inpaint import inpainting_rows, pictures_and_mask
+    from umd.train.inpaint import Inpaint, inpainting_rows, pictures_and_mask
+    from umd.train.preview import picture_maker
     from umd.train.run import read_config
 
     run, rest = take_path(arguments, "inpaint", "RUN")
@@ -281,15 +270,17 @@ def inpaint(arguments: list[str]) -> None:
     config = read_config(run)
     model, device, dtype = evaluate.open_run(config)
     x, hole = pictures_and_mask(config, options.image, options.mask, options.seed)
+    show = picture_maker(config.data, device)
     rows = inpainting_rows(
         model, evaluate.schedule_of(config.schedule), x.to(device), hole.to(device), samples=options.samples,
         num_steps=options.steps, resample=options.resample, seed=options.seed, dtype=dtype, console=console,
+        show=show, clip=not config.data.vae_hash,
     )  # fmt: skip
     import numpy as np
 
     out = png_path(options.out or run / "inpainting.png")
     sheet = grid(np.stack([picture for row in rows for picture in row]), columns=options.samples + 2)
-    save_png(sheet, out, scale=max(1, 128 // model.config.image_size[0]))
+    save_png(sheet, out, scale=max(1, 128 // rows[0][0].shape[0]))
     say(f"masked, {options.samples} samples, original, a row an image: {out}")
 
 

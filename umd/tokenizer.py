@@ -5,6 +5,7 @@ Latents are scaled as diffusion models see them, z = (autoencoder's - shift) · 
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from umd.errors import UserError
 
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 KINDS = ("AutoencoderKL", "VQModel")
 CHUNK = 32 * 256**2  # pixels at a time: an SD-size encoder needs some GiB for them
 
@@ -101,6 +103,8 @@ def load_tokenizer(name: str, device: torch.device | str = "cpu") -> Tokenizer:
         raise UserError("a VAE needs diffusers: pip install diffusers") from error
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # what it logs is said below, in one sentence
     local = Path(name).expanduser()
+    if not local.exists() and not HUB_ID.fullmatch(name):
+        raise UserError(f"there is no VAE at {name}: there is no such folder")
     path = str(local.resolve()) if local.exists() else name
     config, subfolder = find_config(path)
     kind = config.get("_class_name")
