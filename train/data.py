@@ -4,6 +4,7 @@ Everything random is a pure function of (seed, epoch, index): batches do not dep
 workers or ranks, and a run resumed at any sample goes on with the very batches it would have seen.
 """
 
+import importlib.util
 import logging
 import math
 import multiprocessing
@@ -36,6 +37,7 @@ from umd.train.latents import (
     sample_posterior,
     tokenizer_of,
 )
+from umd.train.quarantine import read_quarantine
 from umd.train.sources import (
     IDX_NAME,
     ImageDataset,
@@ -47,6 +49,7 @@ from umd.train.sources import (
     open_idx,
     pixels,
 )
+from umd.train.tars import is_tars, open_tars
 
 __all__ = ["Batch", "DataConfig", "ImageDataset", "center_view", "centered_view_of_file"]
 __all__ += ["derive_seed", "describe", "open_dataset", "train_loader"]
@@ -82,8 +85,12 @@ class DataConfig:
     """share kept for the test split where the source has no split of its own"""
     skip_broken: bool = False
     """leave unreadable images out, with a count, instead of stopping"""
+    quarantine: str = ""
+    """list of files to leave out, as `umd check-data` writes it; default: quarantine.json in the source, if there"""
+    loader: Literal["auto", "dali", "python"] = "auto"
+    """who reads and crops training pictures; auto is DALI for JPEG files where it is installed"""
     num_workers: int = 2
-    """processes that prepare batches; 0 prepares them in the training process"""
+    """processes (with DALI: threads) that prepare batches; 0 prepares them in the training process"""
 
     def __post_init__(self) -> None:
         if min(self.image_size) < 1:
@@ -117,14 +124,17 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDa
     if is_latents(path):
         return open_latents(path, split, config)
     if config.channels not in (1, 3) and not config.vae:
+        problem = "is no folder of latents" if path.exists() or config.source == "emoji" else "does not exist"
         raise UserError(
-            f"data source {config.source} is no folder of latents, and a model of {config.channels} channels learns "
+            f"data source {config.source} {problem}, and a model of {config.channels} channels learns "
             "from latents: make one with umd encode-latents, or give --data.vae to encode in each step."
         )
     if config.source == "emoji":
         return open_emoji(split, config.holdout)
-    if path.is_dir():
-        return open_folder(path, split, config.holdout, config.skip_broken)
+    if path.is_dir() or (path.suffix == ".tar" and path.exists()):
+        opened = open_tars if is_tars(path) else open_folder
+        quarantine = read_quarantine(path, config.quarantine)
+        return opened(path, split, config.holdout, config.skip_broken, quarantine)
     if not path.exists():
         problem = "does not exist"
     elif path.suffix in (".npz", ".npy"):
@@ -135,7 +145,7 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDa
         problem = "is of no kind that can be read"
     raise UserError(
         f"data source {config.source} {problem}: expected emoji, a folder of images, a .npz or .npy file, "
-        "an *-images-idx3-ubyte(.gz) file, or a folder of latents."
+        "an *-images-idx3-ubyte(.gz) file, WebDataset tars (.tar), or a folder of latents."
     )
 
 
@@ -172,11 +182,22 @@ def resized(picture: np.ndarray, box: Box, config: DataConfig) -> np.ndarray:
     return pixels(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
+def draw_view(rng: np.random.Generator, height: int, width: int, config: DataConfig) -> tuple[Box, bool]:
+    """A random crop of a picture, and whether it is mirrored."""
+    mirrored = config.hflip and rng.random() < 0.5
+    return crop_box(rng, height, width, config), mirrored
+
+
 def train_view(picture: np.ndarray, rng: np.random.Generator, config: DataConfig) -> np.ndarray:
     """A random crop, mirrored half of the time: uint8 [H, W, C]."""
-    mirrored = config.hflip and rng.random() < 0.5
-    view = resized(picture, crop_box(rng, picture.shape[0], picture.shape[1], config), config)
+    box, mirrored = draw_view(rng, picture.shape[0], picture.shape[1], config)
+    view = resized(picture, box, config)
     return view[:, ::-1] if mirrored else view
+
+
+def view_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """What draws the crop of one picture in one epoch."""
+    return np.random.default_rng((seed, epoch, 1 + index))
 
 
 def centered(picture: np.ndarray, config: DataConfig) -> np.ndarray:
@@ -242,6 +263,29 @@ def sample_keys(
         first += batch_size
 
 
+def has_dali() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no package of NVIDIA's at all
+        return False
+
+
+def choose_loader(dataset: ImageDataset | LatentDataset, wanted: str) -> str:
+    """`dali` or `python`. Raises UserError where DALI is wanted and cannot read the pictures."""
+    if wanted == "python" or (wanted == "auto" and not has_dali()):
+        return "python"
+    if not has_dali():
+        raise UserError("--data.loader dali: DALI is not installed; umd doctor says how to get it.")
+    kinds = () if isinstance(dataset.pictures, np.ndarray) else dataset.pictures
+    others = [str(file) for file in kinds if not str(file).lower().endswith((".jpg", ".jpeg"))]
+    if len(kinds) and not others:
+        return "dali"
+    if wanted == "auto":
+        return "python"
+    found = f"{others[0]} is none" if others else f"{dataset.name} is no folder or tar of them"
+    raise UserError(f"DALI reads JPEG files, and {found}: set --data.loader auto.")
+
+
 class TrainViews(Dataset):
     """(epoch, index) -> (view [H, W, C], index asked for, index used), or the UserError met on the way."""
 
@@ -254,8 +298,7 @@ class TrainViews(Dataset):
             used, picture = self.dataset.read(index)
         except UserError as error:  # raised here, it would reach the user inside a worker's stack trace
             return error
-        rng = np.random.default_rng((self.seed, epoch, 1 + index))
-        return train_view(picture, rng, self.config), index, used
+        return train_view(picture, view_rng(self.seed, epoch, index), self.config), index, used
 
 
 def collate(items: list) -> tuple[Tensor, np.ndarray, np.ndarray] | UserError:
@@ -310,6 +353,10 @@ def train_loader(
     keys = sample_keys(len(dataset), **place)
     device = torch.device(device)
     stored = isinstance(dataset, LatentDataset)
+    if isinstance(dataset, ImageDataset) and choose_loader(dataset, config.loader) == "dali":
+        from umd.train.dali import dali_batches  # which imports this file
+
+        return dali_batches(dataset, config, keys, seed, device)
     # Forked workers share the pictures' memory; elsewhere than on Linux forking is not safe.
     fork = config.num_workers > 0 and sys.platform == "linux"
     loader = DataLoader(

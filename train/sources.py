@@ -8,16 +8,19 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from umd.errors import UserError
+from umd.train.quarantine import Quarantine, summary
 
 log = logging.getLogger("umd")
 
@@ -27,20 +30,27 @@ IDX_NAME = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
 HEADER_CHECK_LIMIT = 100_000
 
 
+class Stored(Protocol):
+    """An image file that lies inside another, such as a tar; as text, where it lies."""
+
+    def read(self) -> bytes: ...
+
+
 @dataclass
 class ImageDataset:
     """Pictures of one split, in a fixed order.
 
-    pictures: uint8 [N, h, w, C] (C = 1, 3 or 4: RGBA), or N paths of image files.
+    pictures: uint8 [N, h, w, C] (C = 1, 3 or 4: RGBA), or N image files: paths, or members of tars.
     labels: int64 [N] indices into `class_names`; None, with no class names, where the source has no labels.
     """
 
     name: str
     split: str
-    pictures: np.ndarray | list[str]
+    pictures: np.ndarray | Sequence[Any]  # str or Stored
     labels: np.ndarray | None = None
     class_names: list[str] = field(default_factory=list)
     skip_broken: bool = False
+    quarantined: dict[str, str] = field(default_factory=dict)  # reasons by file: what `umd check-data` left out
     left_out: int = 0  # unreadable files left out when the dataset was opened
     broken: set[int] = field(default_factory=set)  # indices found unreadable since
 
@@ -54,7 +64,7 @@ class ImageDataset:
     def image(self, index: int) -> np.ndarray:
         """The picture as stored, uint8 [h, w, C]. Raises UserError naming the file if it cannot be read."""
         picture = self.pictures[index]
-        return decode(picture) if isinstance(picture, str) else picture
+        return picture if isinstance(picture, np.ndarray) else decode(picture)
 
     def read(self, index: int) -> tuple[int, np.ndarray]:
         """(index, picture); with `skip_broken`, the next of its class in place of an unreadable one."""
@@ -80,8 +90,10 @@ class ImageDataset:
 def describe(dataset: ImageDataset) -> str:
     """One line for logs: name, split, number of images and classes, how many were unreadable."""
     classes = f"{len(dataset.class_names)} classes" if dataset.class_names else "no labels"
-    broken = f", {dataset.num_broken} unreadable left out" if dataset.num_broken else ""
-    return f"{dataset.name} {dataset.split}: {len(dataset)} images, {classes}{broken}"
+    quarantined = getattr(dataset, "quarantined", {})
+    left_out = f", {summary(quarantined, len(dataset))}" if quarantined else ""
+    left_out += f", {dataset.num_broken} unreadable left out" if dataset.num_broken else ""
+    return f"{dataset.name} {dataset.split}: {len(dataset)} images, {classes}{left_out}"
 
 
 def in_test_split(key: str, holdout: float) -> bool:
@@ -104,13 +116,13 @@ def choose_split(keys: Iterable[str], split: str, holdout: float, name: str) -> 
 # Pictures
 
 
-def decode(path: str | Path) -> np.ndarray:
+def decode(file: str | Path | Stored) -> np.ndarray:
     """Read an image file: uint8 [h, w, 1 or 3], upright as its EXIF tag says, on white where transparent."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file if isinstance(file, str | Path) else BytesIO(file.read())) as image:
             return pixels(flatten(ImageOps.exif_transpose(image)))
     except Exception as error:  # Pillow's readers raise many kinds on damaged data
-        raise UserError(unreadable(path, error)) from error
+        raise UserError(unreadable(file, error)) from error
 
 
 def flatten(image: Image.Image) -> Image.Image:
@@ -132,11 +144,11 @@ def pixels(image: Image.Image) -> np.ndarray:
     return array if array.ndim == 3 else array[..., None]
 
 
-def unreadable(path: str | Path, error: Exception) -> str:
+def unreadable(file: str | Path | Stored, error: Exception) -> str:
     reason = str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         reason = "it is not an image"
-    return f"cannot read image {path} ({reason}): replace or remove it, or set skip_broken to leave such out."
+    return f"cannot read image {file} ({reason}): replace or remove it, or set skip_broken to leave such out."
 
 
 def header_error(path: str) -> str | None:
@@ -151,7 +163,7 @@ def header_error(path: str) -> str | None:
 # Folders
 
 
-def open_folder(root: Path, split: str, holdout: float, skip_broken: bool) -> ImageDataset:
+def open_folder(root: Path, split: str, holdout: float, skip_broken: bool, quarantine: Quarantine) -> ImageDataset:
     """One subfolder a class, or images directly inside; `train/` and `test/` (or `val/`) are splits."""
     subfolders, _ = listing(root)
     tests = [name for name in ("test", "val") if name in subfolders]
@@ -161,16 +173,18 @@ def open_folder(root: Path, split: str, holdout: float, skip_broken: bool) -> Im
             "expected train/ beside test/ or val/; to have one folder split, give that folder itself."
         )
     if not tests:
-        files, labels, class_names = scan(root)
+        reasons = quarantine.under("")
+        files, labels, class_names = scan(root, reasons)
         rows = choose_split((file.as_posix() for file in files), split, holdout, str(root))
         files = [files[row] for row in rows]
         labels = None if labels is None else labels[rows]
         folder = root
     else:
         folder = root / ("train" if split == "train" else tests[0])
-        files, labels, class_names = scan(folder)
+        reasons = quarantine.under(folder.name)
+        files, labels, class_names = scan(folder, reasons)
         if split == "test" and labels is not None:
-            train_names = listing(root / "train")[0]
+            train_names = classes_in(root / "train", quarantine.under("train"))[0]
             unknown = sorted(set(class_names) - set(train_names))
             if unknown:
                 raise UserError(f"class folder {folder / unknown[0]} has no counterpart in {root / 'train'}: add one.")
@@ -185,6 +199,11 @@ def open_folder(root: Path, split: str, holdout: float, skip_broken: bool) -> Im
         labels=None if labels is None else labels[good],
         class_names=class_names,
         skip_broken=skip_broken,
+        quarantined={
+            path: why
+            for path, why in reasons.items()
+            if tests or path.endswith("/") or in_test_split(path, holdout) == (split == "test")
+        },
         left_out=len(paths) - len(good),
     )
     if paths and not dataset.pictures:
@@ -206,9 +225,15 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def scan(root: Path) -> tuple[list[Path], np.ndarray | None, list[str]]:
+def classes_in(root: Path, left_out: Collection[str]) -> tuple[list[str], list[str]]:
+    """`listing` without what is in quarantine."""
+    subfolders, loose = listing(root)
+    return [n for n in subfolders if f"{n}/" not in left_out], [n for n in loose if n not in left_out]
+
+
+def scan(root: Path, left_out: Collection[str] = ()) -> tuple[list[Path], np.ndarray | None, list[str]]:
     """Image files relative to `root`, their labels [N] (None if directly inside) and the class names."""
-    class_names, loose = listing(root)
+    class_names, loose = classes_in(root, left_out)
     if class_names and loose:
         raise UserError(
             f"{root} has images ({loose[0]}) beside subfolders ({class_names[0]}/): "
@@ -227,6 +252,7 @@ def scan(root: Path) -> tuple[list[Path], np.ndarray | None, list[str]]:
         walk = os.walk(root / name, followlinks=True)
         inside = (Path(folder, file) for folder, _, names in walk for file in names if is_image(file))
         found = sorted(file.relative_to(root) for file in inside)
+        found = [file for file in found if file.as_posix() not in left_out] if left_out else found
         if not found:
             raise UserError(f"class folder {root / name} has no images: add some or remove the folder.")
         files += found
