@@ -138,6 +138,8 @@ def gated_residual_layer_norm(
     _check(x, packing, gate=gate, shift=shift, scale=scale, weight=weight, bias=bias)
     if h.shape != x.shape or h.dtype != x.dtype:
         raise ValueError(f"h: expected {tuple(x.shape)} {x.dtype} like x, got {tuple(h.shape)} {h.dtype}")
+    if h.device != x.device:
+        raise ValueError(f"h: expected on {x.device} like x, got {h.device}")
     if use_triton(x):
         work = packing.chunks, packing.row_chunks
         return layer_norm_fwd(x, h, gate, shift, scale, weight, bias, *work, eps)[:2]

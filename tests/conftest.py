@@ -18,6 +18,8 @@ if not torch.cuda.is_available():
 import umd.ops  # noqa: E402, F401  (defines every kernel)
 from umd.kernels import backend  # noqa: E402
 
+if backend.INTERPRET:
+    import triton.experimental.gluon  # noqa: E402, F401  (the first launch imports it, and it asks too)
 os.environ.pop("TRITON_INTERPRET", None)
 
 
@@ -39,3 +41,24 @@ def definitions_on_cpu():
 def data_dir() -> Path:
     """The files that tests compare with."""
     return Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def vaes(tmp_path_factory):
+    """Folders of tiny autoencoders as diffusers saves them; each makes images half as large."""
+    diffusers = pytest.importorskip("diffusers", reason="VAEs are those of diffusers: pip install diffusers")
+    blocks = dict(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1)
+    blocks |= dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    root = tmp_path_factory.mktemp("vaes")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, make in {
+            "kl": lambda: diffusers.AutoencoderKL(latent_channels=4, **blocks),
+            "other": lambda: diffusers.AutoencoderKL(latent_channels=4, **blocks),
+            "shifted": lambda: diffusers.AutoencoderKL(
+                latent_channels=4, scaling_factor=0.5, shift_factor=0.25, **blocks
+            ),
+            "vq": lambda: diffusers.VQModel(latent_channels=3, **blocks),
+        }.items():
+            make().save_pretrained(root / name)
+    return {folder.name: folder for folder in root.iterdir()}

@@ -23,13 +23,32 @@ def values_and_gradients(op: Callable, inputs: Inputs) -> dict[str, Tensor]:
     outputs = op(**{**inputs, **leaves})
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(1)
-    douts = [torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype) for y in outputs]
+    douts = [torch.randn(y.shape, generator=generator).bfloat16().to(y) for y in outputs]
     gradients = torch.autograd.grad(outputs, list(leaves.values()), douts, materialize_grads=True)
     found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
         assert gradient.shape == leaf.shape and gradient.dtype == leaf.dtype, f"d{name}"
         found[f"d{name}"] = gradient
     return found
+
+
+@pytest.fixture(params=["torch", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where an op runs, for tests of every path: torch on the CPU, kernels in the interpreter, kernels on a GPU."""
+    if request.param == "interpreter" and not backend.INTERPRET:
+        pytest.skip("kernels are compiled for the GPU here")
+    with backend.kernels("reference" if request.param == "torch" else "triton"):
+        yield "cuda" if request.param == "cuda" else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def nan_in_new_memory():
+    """`torch.empty` is full of NaN, so that what a kernel does not write shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @pytest.fixture(scope="session")

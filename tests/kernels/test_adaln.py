@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from umd.kernels.adaln import (
@@ -18,7 +18,13 @@ from umd.kernels.packing import pack
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Ragged, with an empty sample and one of a single token; rows in any order, shared by samples that are apart.
-RAGGED = pack([3, 0, 1, 5, 2], [2, 1, 0, 2, 1])
+LENGTHS, ROWS = [3, 0, 1, 5, 2], [2, 1, 0, 2, 1]
+RAGGED = pack(LENGTHS, ROWS)
+
+
+@pytest.fixture
+def ragged(device):
+    return pack(LENGTHS, ROWS, device)
 
 
 def inputs(packing, D, dtype=torch.float64, rows=None, residual=False, tables=torch.float32, seed=0, mean=0):
@@ -26,7 +32,7 @@ def inputs(packing, D, dtype=torch.float64, rows=None, residual=False, tables=to
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(packing.cu_seqlens.device)
 
     N, R = packing.num_tokens, packing.num_rows if rows is None else rows
     wide = torch.promote_types(dtype, tables)
@@ -73,9 +79,9 @@ def both(packing):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_ragged(compare, dtype):
-    for op, expected, residual in both(RAGGED):
-        compare(on(op, RAGGED), expected, inputs(RAGGED, 24, dtype, residual=residual))
+def test_ragged(compare, ragged, dtype):
+    for op, expected, residual in both(ragged):
+        compare(on(op, ragged), expected, inputs(ragged, 24, dtype, residual=residual))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -85,15 +91,15 @@ def test_definition(compare, dtype):
     compare(on(gated_residual_layer_norm_ref, RAGGED), gated, inputs(RAGGED, 24, dtype, residual=True))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_packing(compare, data):
+def test_any_packing(compare, device, data):
     lengths = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=6))
     rows = data.draw(st.integers(1, 4))
     cond_index = data.draw(st.lists(st.integers(0, rows - 1), min_size=len(lengths), max_size=len(lengths)))
     D = data.draw(st.sampled_from([4, 7, 32]))
     dtype = data.draw(st.sampled_from(TYPES))
-    packing = pack(lengths, cond_index)
+    packing = pack(lengths, cond_index, device)
     for op, expected, residual in both(packing):
         args = inputs(packing, D, dtype, rows, residual, seed=data.draw(st.integers(0, 1000)))
         for name in list(args)[2 if residual else 1 :]:
@@ -102,26 +108,27 @@ def test_any_packing(compare, data):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_every_combination_of_arguments(compare, dtype):
-    for op, expected, residual in both(RAGGED):
-        everything = inputs(RAGGED, 8, dtype, residual=residual)
+def test_every_combination_of_arguments(compare, ragged, dtype):
+    for op, expected, residual in both(ragged):
+        everything = inputs(ragged, 8, dtype, residual=residual)
         optional = list(everything)[2 if residual else 1 :]
         for present in product([True, False], repeat=len(optional)):
             absent = {name: None for name, keep in zip(optional, present, strict=True) if not keep}
-            compare(on(op, RAGGED), expected, everything | absent)
+            compare(on(op, ragged), expected, everything | absent)
 
 
 @pytest.mark.parametrize("cond_index", [None, [0] * 4, [0, 0, 1, 1], [1, 0, 1, 0], [3, 1, 3, 0]])
-def test_shared_rows(compare, cond_index):
+def test_shared_rows(compare, device, cond_index):
     """Own rows, one row, rows in blocks, alternating, and a table with rows that nobody uses."""
-    packing = pack([4, 2, 2, 3], cond_index)
+    packing = pack([4, 2, 2, 3], cond_index, device)
     for op, expected, residual in both(packing):
-        compare(on(op, packing), expected, inputs(packing, 8, rows=4, residual=residual))
+        for dtype in (torch.float64, torch.float32):
+            compare(on(op, packing), expected, inputs(packing, 8, dtype, rows=4, residual=residual))
 
 
-def test_shared_row_is_the_same_as_equal_rows():
-    shared, own = pack([4, 2, 3], [1, 0, 1]), pack([4, 2, 3])
-    args = inputs(shared, 8, residual=True)
+def test_shared_row_is_the_same_as_equal_rows(device):
+    shared, own = pack([4, 2, 3], [1, 0, 1], device), pack([4, 2, 3], device=device)
+    args = inputs(shared, 8, torch.float32, residual=True)
     spread = {n: t[[1, 0, 1]] if n in ("gate", "shift", "scale") else t for n, t in args.items()}
     for a, b in zip(
         gated_residual_layer_norm(packing=shared, **args),
@@ -132,17 +139,17 @@ def test_shared_row_is_the_same_as_equal_rows():
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_tables_are_views_of_one_projection(dtype):
+def test_tables_are_views_of_one_projection(ragged, device, dtype):
     """Chunks of one [R, 6D] matrix, not contiguous: its gradient is theirs side by side."""
     D, generator = 8, torch.Generator().manual_seed(0)
-    args = inputs(RAGGED, D, dtype, residual=True)
-    projection = torch.randn(3, 6 * D, generator=generator).to(args["shift"].dtype).requires_grad_()
+    args = inputs(ragged, D, dtype, residual=True)
+    projection = torch.randn(3, 6 * D, generator=generator).to(args["shift"]).requires_grad_()
     views = dict(zip(("shift", "gate", "scale"), projection.split(D, dim=1)[1:4], strict=True))
     copies = {name: view.detach().clone().requires_grad_() for name, view in views.items()}
     assert not views["gate"].is_contiguous()
-    dout = [torch.randn(*args["x"].shape, generator=generator).to(dtype) for _ in range(2)]
-    torch.autograd.backward(gated_residual_layer_norm(packing=RAGGED, **(args | views)), dout)
-    torch.autograd.backward(gated_residual_layer_norm(packing=RAGGED, **(args | copies)), dout)
+    dout = [torch.randn(*args["x"].shape, generator=generator).to(args["x"]) for _ in range(2)]
+    torch.autograd.backward(gated_residual_layer_norm(packing=ragged, **(args | views)), dout)
+    torch.autograd.backward(gated_residual_layer_norm(packing=ragged, **(args | copies)), dout)
     expected = torch.zeros_like(projection)
     for i, copy in enumerate(copies.values()):
         expected[:, (i + 1) * D : (i + 2) * D] = copy.grad
@@ -150,34 +157,34 @@ def test_tables_are_views_of_one_projection(dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_large_mean(compare, dtype):
+def test_large_mean(compare, ragged, dtype):
     """E[x²] - E[x]² would lose everything here."""
-    for op, expected, residual in both(RAGGED):
-        compare(on(op, RAGGED), expected, inputs(RAGGED, 64, dtype, residual=residual, mean=1000))
+    for op, expected, residual in both(ragged):
+        compare(on(op, ragged), expected, inputs(ragged, 64, dtype, residual=residual, mean=1000))
 
 
-def test_tables_in_bfloat16(compare):
-    for op, expected, residual in both(RAGGED):
-        args = inputs(RAGGED, 16, torch.bfloat16, residual=residual, tables=torch.bfloat16)
-        compare(on(op, RAGGED), expected, args)
+def test_tables_in_bfloat16(compare, ragged):
+    for op, expected, residual in both(ragged):
+        args = inputs(ragged, 16, torch.bfloat16, residual=residual, tables=torch.bfloat16)
+        compare(on(op, ragged), expected, args)
 
 
-def test_rounding_of_the_residual():
+def test_rounding_of_the_residual(ragged):
     """In bf16 the norm reads r as it is stored, so that the backward pass can make it again."""
-    args = inputs(RAGGED, 16, torch.bfloat16, residual=True)
-    r, y = gated_residual_layer_norm(packing=RAGGED, **args)
+    args = inputs(ragged, 16, torch.bfloat16, residual=True)
+    r, y = gated_residual_layer_norm(packing=ragged, **args)
     modulation = {name: args[name] for name in ("shift", "scale", "weight", "bias")}
-    assert torch.equal(y, modulated_layer_norm(r, RAGGED, **modulation))
+    assert torch.equal(y, modulated_layer_norm(r, ragged, **modulation))
 
 
-def test_only_one_output_used():
+def test_only_one_output_used(ragged):
     """A gradient that does not arrive counts as zero."""
-    args = inputs(RAGGED, 8, residual=True)
+    args = inputs(ragged, 8, torch.float32, residual=True)
     for used in (0, 1):
         found = []
         for op in (gated_residual_layer_norm, gated_residual_layer_norm_ref):
             leaves = {name: t.clone().requires_grad_() for name, t in args.items()}
-            op(packing=RAGGED, **leaves)[used].square().sum().backward()
+            op(packing=ragged, **leaves)[used].square().sum().backward()
             found.append([torch.zeros_like(t) if t.grad is None else t.grad for t in leaves.values()])
         for ours, theirs in zip(*found, strict=True):
             torch.testing.assert_close(ours, theirs)
@@ -192,18 +199,18 @@ def test_gradcheck(op):
     assert torch.autograd.gradcheck(lambda *ts: op(packing=packing, **dict(zip(names, ts, strict=True))), tensors)
 
 
-def test_comparison_notices_a_wrong_row(compare):
+def test_comparison_notices_a_wrong_row(compare, ragged, device):
     """The comparison is worth something: it fails on a swapped sample, and on a row too many or too few."""
     for wrong in ([2, 1, 0, 1, 2], [2, 1, 2, 2, 1], [0, 1, 2, 0, 1]):
-        packing = pack([3, 0, 1, 5, 2], wrong)
-        for op, expected, residual in both(RAGGED):
+        packing = pack(LENGTHS, wrong, device)
+        for op, expected, residual in both(ragged):
             for dtype in TYPES:
                 with pytest.raises(AssertionError, match="off by"):
-                    compare(on(op, packing), expected, inputs(RAGGED, 24, dtype, residual=residual))
-    shifted = pack([3, 0, 2, 4, 2], [2, 1, 0, 2, 1])
-    for op, expected, residual in both(RAGGED):
+                    compare(on(op, packing), expected, inputs(ragged, 24, dtype, residual=residual))
+    shifted = pack([3, 0, 2, 4, 2], ROWS, device)
+    for op, expected, residual in both(ragged):
         with pytest.raises(AssertionError, match="off by"):
-            compare(on(op, shifted), expected, inputs(RAGGED, 24, residual=residual))
+            compare(on(op, shifted), expected, inputs(ragged, 24, torch.float32, residual=residual))
 
 
 def test_wrong_shapes_are_named():
@@ -221,6 +228,24 @@ def test_wrong_shapes_are_named():
         modulated_layer_norm(args["x"][None], RAGGED)
     with pytest.raises(ValueError, match="^h: expected .*float64"):
         gated_residual_layer_norm(args["x"], args["h"].float(), RAGGED)
+    with pytest.raises(ValueError, match="^shift: expected 3 rows like the tables before it, got 4"):
+        gated_residual_layer_norm(packing=RAGGED, **(args | {"shift": torch.cat([args["shift"]] * 2)[:4]}))
+
+
+def test_wrong_types_and_devices_are_named():
+    args = inputs(RAGGED, 8, torch.bfloat16, residual=True)
+    for name, table in list(args.items())[2:]:
+        for dtype in (torch.float64, torch.float16, torch.int64):
+            with pytest.raises(ValueError, match=f"^{name}: expected torch.bfloat16 like x or torch.float32, got"):
+                gated_residual_layer_norm(packing=RAGGED, **(args | {name: table.to(dtype)}))
+        with pytest.raises(ValueError, match=f"^{name}: expected on cpu like x, got meta"):
+            gated_residual_layer_norm(packing=RAGGED, **(args | {name: table.to("meta")}))
+    with pytest.raises(ValueError, match="^h: expected on cpu like x, got meta"):
+        gated_residual_layer_norm(args["x"], args["h"].to("meta"), RAGGED)
+    with pytest.raises(ValueError, match="^x: expected a floating-point type, got torch.int64"):
+        modulated_layer_norm(args["x"].long(), RAGGED)
+    with pytest.raises(ValueError, match="^packing: expected on meta like x, got cpu"):
+        modulated_layer_norm(args["x"].to("meta"), RAGGED)
 
 
 def test_packing_itself():
@@ -229,6 +254,8 @@ def test_packing_itself():
     assert packing.cond_index.tolist() == [2, 1, 0, 2, 2]
     assert (packing.num_samples, packing.num_tokens, packing.num_rows, packing.max_seqlen) == (5, 11, 3, 5)
     assert packing.segments == ((0, 3, 2), (3, 4, 0), (4, 11, 2))
+    assert packing.chunks.tolist() == [[3, 4, 0], [0, 3, 2], [4, 11, 2]]
+    assert packing.row_chunks.tolist() == [0, 1, 1, 3]
     assert pack([2, 2, 3, 2]).runs == ((2, 2), (1, 3), (1, 2))
     for wrong in ([], [-1], [3, -2]):
         with pytest.raises(ValueError, match="^lengths"):
@@ -236,3 +263,20 @@ def test_packing_itself():
     for wrong in ([0], [0, 1, 2], [0, -1]):
         with pytest.raises(ValueError, match="^cond_index"):
             pack([1, 2], wrong)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=8),
+    rows=st.lists(st.integers(0, 4), min_size=8, max_size=8),
+)
+def test_chunks_are_the_stream(lengths, rows):
+    """Each token is in one chunk, which has the token's row; few chunks are small, and a row's are side by side."""
+    packing = pack(lengths, rows[: len(lengths)])
+    row_of_token = packing.cond_index.repeat_interleave(packing.cu_seqlens.diff())
+    chunks, offsets = packing.chunks.tolist(), packing.row_chunks.tolist()
+    assert sorted(token for start, stop, _ in chunks for token in range(start, stop)) == list(range(len(row_of_token)))
+    for start, stop, row in chunks:
+        assert (row_of_token[start:stop] == row).all() and 0 < stop - start < 2 * 64
+        assert stop - start >= 64 or (start, stop, row) in packing.segments
+    assert offsets[0] == 0 and offsets[-1] == len(chunks) and len(offsets) == packing.num_rows + 1
+    assert [row for row, n in enumerate(torch.tensor(offsets).diff()) for _ in range(n)] == [row for *_, row in chunks]
