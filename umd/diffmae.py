@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from umd import ops
 from umd.config import DiffMAEConfig
+from umd.device import autocast
 from umd.errors import UserError
 from umd.model import (
     Block,
@@ -33,6 +34,8 @@ from umd.model import (
     per_token,
 )
 from umd.ops import Packing, pack
+from umd.sampler import Callback, Denoise, ddim_sample
+from umd.schedule import NoiseSchedule
 
 
 class Layout(NamedTuple):
@@ -219,3 +222,109 @@ def decoder_block(config: DiffMAEConfig, context: int) -> Block:
 
 def cross_attention(block: Block) -> CrossAttention:
     return block.cross if isinstance(block, CrossSelfBlock) else block.attn
+
+
+def patch_mask(hole: Tensor, config: DiffMAEConfig) -> Tensor:
+    """Which patches a hole [B, 1, H, W] or [B, 1, F, H, W] touches: bool [B, L]; 0 keep, 1 remove.
+
+    Raises:
+        UserError: a hole of another size than the model's pictures, or that touches no patch of a picture, or all.
+    """
+    planes = to_images(hole, replace(config, channels=1)).float()
+    mask = ops.patchify(planes, config.patch_size).amax(-1).view(len(hole), -1) > 0
+    for i, count in enumerate(mask.sum(1).tolist()):
+        if count == 0:
+            raise UserError(f"the mask hides nothing of picture {i}: mark what to fill")
+        if count == config.num_patches:
+            raise UserError(
+                f"the mask touches every {config.patch_size}x{config.patch_size} patch of picture {i} and leaves none "
+                "to go by: hide less"
+            )
+    return mask
+
+
+def filling_denoiser(
+    model: DiffMAE,
+    x_known: Tensor,
+    hole: Tensor,
+    schedule: NoiseSchedule,
+    fillings: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Denoise:
+    """A denoiser, as the samplers want it, of `fillings` versions of each picture; the encoder runs once, here.
+
+    It takes x_t [B·fillings, C, F·H, W], picture after picture, all at one time, and predicts the patches that the hole
+    touches; the others are those of `x_known` ([B, C, H, W] or [B, C, F, H, W]).
+    """
+    config = model.config
+    L, P, n = config.num_patches, config.patch_size, fillings
+    mask = patch_mask(hole, config)  # [B, L], 1 remove
+    keep = tuple((L - mask.sum(1)).tolist())
+    batch = layout(config, keep, x_known.device, n, same_time=True)
+    known = ops.patchify(to_images(x_known, config), P).view(-1, L, config.patch_dim)  # [B, L, C·p·P·P]
+    ids_keep = (~mask).flatten().nonzero()[:, 0]
+    ids_masked = mask.repeat_interleave(n, 0).flatten().nonzero()[:, 0]  # among the B·n·L patches of all fillings
+    with torch.no_grad(), autocast(x_known.device, dtype):
+        memories = model.encode(known.flatten(0, 1).index_select(0, ids_keep), ids_keep, batch)
+    known = known.repeat_interleave(n, 0).flatten(0, 1)  # [B·n·L, C·p·P·P]
+
+    def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        images = to_images(x_t.unflatten(2, (config.num_frames, -1)), config)  # [B·n·f, C·p, H, W]
+        patches = ops.patchify(images, P).flatten(0, 1).index_select(0, ids_masked).to(known.dtype)
+        with autocast(x_t.device, dtype):
+            prediction = model.decode(patches, ids_masked, batch, timesteps[:1], memories)
+        filled = known.index_copy(0, ids_masked, prediction.to(known.dtype))
+        images = ops.unpatchify(filled.view(len(images), -1, filled.shape[-1]), config.image_size, P)
+        x_start = from_images(images, config).reshape(x_t.shape).to(x_t.dtype)
+        return x_start, schedule.eps_from_xstart(x_t, timesteps, x_start)
+
+    return denoise
+
+
+@torch.no_grad()
+def fill(
+    model: DiffMAE,
+    x_known: Tensor,
+    hole: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    fillings: int = 1,
+    num_steps: int = 125,
+    eta: float = 1.0,
+    clip: bool = True,
+    seed: int = 0,
+    first_sample: int = 0,
+    dtype: torch.dtype = torch.float32,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Fill the removed pixels of pictures, `fillings` times each; the kept ones come back bit for bit.
+
+    Patches that the hole touches are drawn whole, from noise, given the others; of them only the removed pixels are
+    taken. The samples are those of the model's conditional distribution; nothing is put back on the way.
+
+    Args:
+        x_known: images [B, C, H, W] or clips [B, C, F, H, W], float32 or float64; removed pixels are not used.
+        hole: [B, 1, H, W] or [B, 1, F, H, W], 0 keep, 1 remove.
+        fillings: n. Filling i of picture b is sample first_sample + b·n + i of the seed, in whatever batch.
+        eta: 1 for DDPM, 0 for DDIM without noise, or between.
+        dtype: of autocast.
+        The rest is as for `ddim_sample`, whose pictures are here [B·n, C, F·H, W].
+
+    Returns:
+        [B, n, C, H, W] or [B, n, C, F, H, W].
+
+    Raises:
+        UserError: a hole that does not fit, as `patch_mask` says; a model that predicts no pixels; steps or eta.
+    """
+    if model.config.target_size:
+        raise UserError(
+            "this model predicts features, not pixels, and cannot fill a hole; train one with target pixels"
+        )
+    denoise = filling_denoiser(model, x_known, hole, schedule, fillings, dtype)
+    shape = (len(x_known) * fillings, model.config.channels, x_known.shape[2:-1].numel(), x_known.shape[-1])
+    out = ddim_sample(
+        denoise, shape, schedule, num_steps=num_steps, eta=eta, clip=clip, predict="x_start", seed=seed,
+        first_sample=first_sample, callback=callback, device=x_known.device,
+    )  # fmt: skip
+    filled = out.to(x_known.dtype).view(len(x_known), fillings, *x_known.shape[1:])
+    return torch.where(hole[:, None].bool(), filled, x_known[:, None])

@@ -1,6 +1,6 @@
 """Matrix-product FLOPs of the network, from its configuration; a multiply-add is two, as in torch's flop counter."""
 
-from umd.config import ModelConfig
+from umd.config import DiffMAEConfig, ModelConfig
 
 
 def forward_flops(config: ModelConfig, keep: tuple[int, ...], num_conditions: int) -> int:
@@ -11,21 +11,50 @@ def forward_flops(config: ModelConfig, keep: tuple[int, ...], num_conditions: in
     encoder = [extra + config.num_cls + k for k in keep]
     decoder = [extra + 1 + config.num_patches] * len(keep)
 
-    def blocks(depth: int, lengths: list[int]) -> int:
-        linear = sum(lengths) * (4 * D * D + 2 * D * hidden)
-        attention = sum(2 * length * length * D for length in lengths)
-        return 2 * depth * (linear + attention)
-
     features, t_hidden = (256, D) if config.embedding == "paper" else (D, 2 * D)
     condition = features * t_hidden + t_hidden * D + (D * config.num_modulations * D if config.adaLN else 0)
     if config.num_classes and config.embedding == "released":
         condition += 4 * D * D
     ends = sum(keep) * pixels * D + config.num_patches * len(keep) * D * 2 * pixels
-    return (
-        blocks(config.depth, encoder) + blocks(config.decoder_depth, decoder) + 2 * (num_conditions * condition + ends)
-    )
+    blocks = config.depth * vit_block(D, hidden, encoder) + config.decoder_depth * vit_block(D, hidden, decoder)
+    return 2 * (blocks + num_conditions * condition + ends)
 
 
 def step_flops(config: ModelConfig, keep: tuple[int, ...], num_conditions: int) -> int:
     """FLOPs of forward and backward: three times the forward pass, the convention of MFU."""
     return 3 * forward_flops(config, keep, num_conditions)
+
+
+def diffmae_encoder_flops(config: DiffMAEConfig, keep: tuple[int, ...]) -> int:
+    """FLOPs of DiffMAE's encoder over pictures with `keep[b]` visible patches, with the decoder's keys and values."""
+    D, width = config.hidden_size, config.decoder_hidden_size
+    lengths = [config.num_cls + k for k in keep]
+    context = D * width if config.decoder == "joint" else config.decoder_depth * 2 * D * width
+    products = sum(keep) * config.patch_dim * D + sum(lengths) * context
+    return 2 * (products + config.depth * vit_block(D, int(D * config.mlp_ratio), lengths))
+
+
+def diffmae_decoder_flops(config: DiffMAEConfig, keep: tuple[int, ...]) -> int:
+    """FLOPs of one pass of DiffMAE's decoder: what each step of an inpainting costs."""
+    D, hidden = config.decoder_hidden_size, int(config.decoder_hidden_size * config.mlp_ratio)
+    seen, masked = [config.num_cls + k for k in keep], [config.num_patches - k for k in keep]
+    cross = sum(2 * m * D * D + 2 * m * s * D for m, s in zip(masked, seen, strict=True))  # q, proj; scores, mix
+    block = {
+        "joint": vit_block(D, hidden, [m + s for m, s in zip(masked, seen, strict=True)]),
+        "cross": cross + sum(masked) * 2 * D * hidden,
+        "cross_self": cross + vit_block(D, hidden, masked),
+    }[config.decoder]
+    features, t_hidden = (256, D) if config.embedding == "paper" else (D, 2 * D)
+    time = len(keep) * (features * t_hidden + t_hidden * D)
+    ends = sum(masked) * D * (config.patch_dim + (config.target_size or config.patch_dim))
+    return 2 * (time + ends + config.decoder_depth * block)
+
+
+def diffmae_flops(config: DiffMAEConfig, keep: tuple[int, ...]) -> int:
+    """FLOPs of one forward pass of DiffMAE, each picture with a time of its own."""
+    return diffmae_encoder_flops(config, keep) + diffmae_decoder_flops(config, keep)
+
+
+def vit_block(D: int, hidden: int, lengths: list[int]) -> int:
+    """Multiply-adds of one block, self-attention and MLP, over samples of these lengths."""
+    return sum(length * (4 * D * D + 2 * D * hidden) + 2 * length * length * D for length in lengths)
