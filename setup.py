@@ -22,6 +22,8 @@ setup(
         "torch>=2.10",
         "numpy",
         "pillow",
+        # libjpeg-turbo with its warnings as errors, which Pillow does not show: damaged pictures that decode to grey.
+        "simplejpeg",
         "safetensors",
         "tyro",
         "pyyaml",
@@ -49,6 +51,7 @@ setup(
             "pytest-xdist",
             # Kernels are tested in its interpreter where there is no GPU.
             "triton; sys_platform == 'linux'",
+            "nvidia-dali-cuda130; sys_platform == 'linux'",
             "hypothesis",
             "ruff",
             "mypy",

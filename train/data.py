@@ -286,6 +286,15 @@ def choose_loader(dataset: ImageDataset | LatentDataset, wanted: str) -> str:
     raise UserError(f"DALI reads JPEG files, and {found}: set --data.loader auto.")
 
 
+def reader(dataset: ImageDataset | LatentDataset, config: DataConfig) -> str:
+    """Who prepares the training batches, in words."""
+    if isinstance(dataset, LatentDataset):
+        return "read from memory-mapped shards"
+    if choose_loader(dataset, config.loader) == "dali":
+        return f"read by DALI, {max(1, config.num_workers)} threads"
+    return f"read by Pillow, {config.num_workers} processes" if config.num_workers else "read by Pillow"
+
+
 class TrainViews(Dataset):
     """(epoch, index) -> (view [H, W, C], index asked for, index used), or the UserError met on the way."""
 

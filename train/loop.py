@@ -33,13 +33,14 @@ from umd.model import UMD
 from umd.objective import Objective
 from umd.sampler import ddim_sample
 from umd.schedule import NoiseSchedule
-from umd.train.data import DataConfig, center_view, derive_seed, describe, open_dataset, train_loader
+from umd.train.data import DataConfig, center_view, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import World, join
 from umd.train.latents import check_run_vae, with_vae
 from umd.train.log import NoLog, RunLog
 from umd.train.optim import adamw, lr_scale
 from umd.train.parallel import DDP, Alone, LossStep, Zero, strategy
 from umd.train.preview import picture_maker, reconstructions, rgb
+from umd.train.quarantine import record_quarantine
 from umd.train.run import RunConfig, to_plain, write_config
 
 PREVIEW_IMAGES = 8
@@ -113,6 +114,8 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
     saved = None  # its tensors
     if world.main:
         write_config(config)
+        if quarantined := getattr(dataset, "quarantined", None):
+            record_quarantine(quarantined, len(dataset), config.out)
     total_steps = config.steps or math.ceil(config.epochs * len(dataset) / config.batch_size)
 
     def progress() -> float:
@@ -144,7 +147,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
 
     writer = RunLog(config.out, console, step, name) if world.main else NoLog()
     with writer as log, finished(background), stop_signal() as stop:
-        log.say(describe(dataset))
+        log.say(f"{describe(dataset)}; {reader(dataset, config.data)}")
         log.say(
             f"{num_weights / 1e6:.1f} M parameters on {parallel.place(device)}, "
             f"{'bf16' if dtype == torch.bfloat16 else 'fp32'}, {flops / config.batch_size / 1e9:.2f} GFLOP an image"

@@ -355,6 +355,13 @@ def report(arguments: list[str]) -> None:
     say(f"written: {write_report(load_record(run), run / 'report.html')}")
 
 
+def check_data(arguments: list[str]) -> None:
+    from umd.train.check import CheckData, check_data
+
+    source, rest = take_path(arguments, "check-data", "SOURCE")
+    check_data(source, parse(CheckData, f"check-data {source}", rest), console)
+
+
 def doctor(arguments: list[str]) -> None:
     from umd.doctor import print_report
 
@@ -414,6 +421,7 @@ def bench(arguments: list[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "demo": (demo, "pretrain, probe, fine-tune, sample and inpaint real images; writes a report page"),
     "pretrain": (pretrain, "train without labels: umd-b4, mae-b4, ... or a config.yaml"),
+    "check-data": (check_data, "read every image once; list the unusable ones, which runs then leave out"),
     "finetune": (finetune, "go on with labels, for class-conditional generation"),
     "encode-latents": (encode_latents, "encode pictures with a VAE, once for all epochs"),
     "inspect": (inspect, "what a folder of latents holds; checks and decodes it"),
