@@ -20,6 +20,17 @@ from umd.kernels import backend  # noqa: E402
 
 if backend.INTERPRET:
     import triton.experimental.gluon  # noqa: E402, F401  (the first launch imports it, and it asks too)
+    from triton.runtime import interpreter  # noqa: E402
+
+    _convert_float = interpreter._convert_float
+
+    def _convert_float_rounding(data, source, target, rounding_mode):
+        """The interpreter cuts fp32 off to bf16, where GPUs round to nearest even."""
+        if (source, target, rounding_mode) != (backend.tl.float32, backend.tl.bfloat16, None):
+            return _convert_float(data, source, target, rounding_mode)
+        return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
+
+    interpreter._convert_float = _convert_float_rounding
 os.environ.pop("TRITON_INTERPRET", None)
 
 

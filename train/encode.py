@@ -26,7 +26,7 @@ from umd.errors import UserError
 from umd.files import sha256, write_whole
 from umd.images import grid, save_png, to_uint8
 from umd.tokenizer import Tokenizer, load_tokenizer
-from umd.train.data import DataConfig, as_model_input, centered, derive_seed, open_dataset, train_view
+from umd.train.data import DataConfig, as_model_input, centered, derive_seed, open_dataset, train_view, view_rng
 from umd.train.latents import (
     DTYPES,
     HEADER,
@@ -198,8 +198,9 @@ class Encoder:
             middle = centered(picture, self.config)
             return index, np.stack([middle, middle[:, ::-1]][: self.views])
         seed = derive_seed(self.options.seed, 1)  # that of a run's loader
-        views = [np.random.default_rng((seed, view, 1 + index)) for view in range(self.views)]
-        return index, np.stack([train_view(picture, rng, self.config) for rng in views])
+        return index, np.stack(
+            [train_view(picture, view_rng(seed, view, index), self.config) for view in range(self.views)]
+        )
 
     def moments(self, pictures: np.ndarray, names: list[str]) -> Tensor:
         """uint8 [n, V, H, W, C] to moments [n, V, M, C, h, w] in the type of the store."""
@@ -272,11 +273,9 @@ def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
 
 def picture_names(dataset: ImageDataset, source: str) -> list[str]:
     """Files relative to the source; of arrays the positions."""
-    root = Path(source).expanduser()
-    return [
-        os.path.relpath(picture, root) if isinstance(picture, str | Path) else str(index)
-        for index, picture in enumerate(dataset.pictures)
-    ]
+    if isinstance(dataset.pictures, np.ndarray):
+        return list(map(str, range(len(dataset))))
+    return [os.path.relpath(str(picture), Path(source).expanduser()) for picture in dataset.pictures]
 
 
 def source_identity(config: DataConfig, datasets: dict[str, ImageDataset], names: dict[str, list[str]]) -> dict:
@@ -289,6 +288,7 @@ def source_identity(config: DataConfig, datasets: dict[str, ImageDataset], names
         "path": str(path.resolve()) if path.exists() else config.source,
         "holdout": config.holdout,
         "images": {split: len(dataset) for split, dataset in datasets.items()},
+        "quarantined": {split: len(dataset.quarantined) for split, dataset in datasets.items()},
         "sha256": digest.hexdigest(),
     }
 
@@ -360,6 +360,7 @@ def show(folder: Path, header: dict, console: Console) -> None:
     for split, entry in header["splits"].items():
         size = sum(shard["bytes"] for shard in entry["shards"]) / 2**30
         statistics = (" ".join(f"{value:.3f}" for value in entry[name]) for name in ("mean", "std"))
-        counts = (entry["images"], len(entry["left_out"]), len(entry["shards"]))
+        left_out = len(entry["left_out"]) + recipe["source"]["quarantined"][split]
+        counts = (entry["images"], left_out, len(entry["shards"]))
         table.add_row(split, *map(str, counts), f"{size:.3g}", *statistics)
     console.print(table)

@@ -66,9 +66,10 @@ def shard_bytes(
 
     moments: [n, V, M, C, h, w] in the type of the store; labels, indices: int64 [n]; names: of the n pictures.
     """
-    rows = moments.contiguous().flatten(0, 1).view(torch.uint8).numpy().reshape(moments[:, :, 0, 0, 0, 0].numel(), -1)
+    moments = moments.contiguous()
+    rows = (view.flatten().view(torch.uint8).numpy() for view in moments.flatten(0, 1))
     crc32 = np.array([zlib.crc32(row) for row in rows], dtype=np.int64).reshape(moments.shape[:2])
-    tensors = {"moments": moments.contiguous(), "indices": torch.from_numpy(indices), "crc32": torch.from_numpy(crc32)}
+    tensors = {"moments": moments, "indices": torch.from_numpy(indices), "crc32": torch.from_numpy(crc32)}
     if labels is not None:
         tensors["labels"] = torch.from_numpy(labels)
     values = moments.double()

@@ -68,6 +68,22 @@ def test_the_presets_are_the_published_settings():
         assert (config.optim.lr, config.optim.betas, config.optim.weight_decay) == (1.5e-4, (0.9, 0.95), 0.05)
 
 
+def test_the_latent_presets_are_the_published_settings():
+    """ViT-L/2 with a decoder of 8 on 32x32x4 latents, linear schedule; the rest as in pixels, DiT for 400 epochs."""
+    for name in ("umd", "mae", "maskdit", "dit"):
+        config, pixels = PRESETS[f"{name}-l2"][1], PRESETS[f"{name}-b4"][1]
+        model = config.model
+        assert (model.channels, *model.image_size, model.patch_size, model.num_patches) == (4, 32, 32, 2, 256)
+        assert (model.hidden_size, model.depth, model.decoder_depth, model.num_heads) == (1024, 24, 8, 16)
+        assert model.adaLN is pixels.model.adaLN and config.objective == pixels.objective
+        assert (config.schedule.name, config.schedule.num_steps) == ("linear", 1000)
+        assert (config.batch_size, config.optim) == (pixels.batch_size, pixels.optim)
+        assert config.epochs == (400 if name == "dit" else 800)
+        tuned = finetune_config(config, Path("runs/a"), 1000, Path("runs/b"))
+        assert tuned.schedule == config.schedule and tuned.data.source == config.data.source
+        assert (tuned.batch_size, tuned.epochs, tuned.objective.no_noise_prob) == (256, 50, 0.05)
+
+
 def test_the_model_says_what_the_data_look_like():
     config = RunConfig(model=replace(TINY, image_size=(8, 12), channels=1))
     assert config.data.image_size == (8, 12) and config.data.channels == 1

@@ -1,0 +1,614 @@
+"""Stored latents: encoding that survives kill -9, the reading stream, the posterior, and training on them."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file
+from scipy import stats
+
+from umd.cli import main
+from umd.config import ModelConfig
+from umd.errors import UserError
+from umd.images import to_uint8
+from umd.ops import philox_randn
+from umd.tokenizer import load_tokenizer
+from umd.train.data import DataConfig, as_model_input, derive_seed, open_dataset, train_loader, train_view, view_rng
+from umd.train.encode import EncodeLatents, Inspect, encode, inspect
+from umd.train.latents import HEADER, finish, open_latents, sample_posterior, shard_bytes, shard_name
+from umd.train.log import read_metrics
+from umd.train.loop import train
+from umd.train.optim import OptimConfig
+from umd.train.run import RunConfig
+
+ROOT = Path(__file__).parents[2]
+QUIET = Console(quiet=True)
+TINY = ModelConfig(
+    image_size=(8, 8), channels=4, patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """60 pictures of 3 classes; 49 of them to train on."""
+    rng = np.random.default_rng(0)
+    file = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(file, images=rng.integers(0, 256, (60, 20, 22, 3), dtype=np.uint8), labels=np.arange(60) % 3)
+    return file
+
+
+@pytest.fixture(scope="session")
+def options(source, vaes):
+    return EncodeLatents(
+        data=DataConfig(source=str(source), vae=str(vaes["kl"]), num_workers=2),
+        image_size=(16, 16),
+        views=2,
+        dtype="fp32",
+        shard_images=8,
+    )
+
+
+@pytest.fixture(scope="session")
+def folder(options, tmp_path_factory):
+    """49 and 11 latents of 4x8x8 in shards of 8, fp32, two views."""
+    return encode(replace(options, out=tmp_path_factory.mktemp("latents") / "clean"), QUIET)
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def command(options: EncodeLatents) -> list[str]:
+    line = f"encode-latents --data.source {options.data.source} --data.vae {options.data.vae} --out {options.out}"
+    line += f" --image-size {options.image_size[0]} {options.image_size[1]} --views {options.views}"
+    return shlex.split(f"{line} --dtype {options.dtype} --shard-images {options.shard_images}")
+
+
+def start(options: EncodeLatents, rank: int, world_size: int) -> subprocess.Popen:
+    return subprocess.Popen(
+        ["nice", sys.executable, "-m", "umd.cli", *command(options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(world_size)},
+    )
+
+
+def as_rank(rank: int, world_size: int, options: EncodeLatents, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    encode(options, QUIET)
+    monkeypatch.undo()
+
+
+def assert_same_files(a: Path, b: Path) -> None:
+    assert sorted(file.name for file in a.iterdir()) == sorted(file.name for file in b.iterdir())
+    for file in a.iterdir():
+        assert file.read_bytes() == (b / file.name).read_bytes(), file.name
+
+
+# Encoding
+
+
+def test_shards_hold_the_views_that_a_run_on_pixels_would_see(folder, options, vaes):
+    dataset = open_dataset(replace(options.data, image_size=(16, 16), vae=""), "train")
+    tokenizer = load_tokenizer(str(vaes["kl"]))
+    names = sorted(folder.glob("train-*.safetensors"))
+    assert [file.name for file in names] == [f"train-{i:05d}-of-00007.safetensors" for i in range(7)]
+    shards = [load_file(file) for file in names]
+    assert torch.equal(torch.cat([shard["indices"] for shard in shards]), torch.arange(49))
+    assert torch.equal(torch.cat([shard["labels"] for shard in shards]), torch.from_numpy(dataset.labels))
+    config = DataConfig(image_size=(16, 16))
+    for index in (0, 17, 48):
+        for view in (0, 1):
+            picture = train_view(dataset.image(index), view_rng(derive_seed(0, 1), view, index), config)
+            expected = tokenizer.moments(as_model_input(torch.from_numpy(picture.copy())[None]))
+            torch.testing.assert_close(shards[index // 8]["moments"][index % 8, view], expected[0])
+
+
+def test_a_shard_says_what_it_is(folder, source, vaes):
+    with safe_open(folder / "train-00002-of-00007.safetensors", "pt") as shard:
+        about = json.loads(shard.metadata()["umd"])
+    recipe = about["recipe"]
+    assert recipe["vae"]["name"] == str(vaes["kl"]) and len(recipe["vae"]["sha256"]) == 64
+    assert (recipe["vae"]["scale"], recipe["vae"]["shift"], recipe["vae"]["factor"]) == (0.18215, 0.0, 2)
+    assert recipe["shape"] == [4, 8, 8] and recipe["dtype"] == "fp32" and recipe["class_names"] == ["0", "1", "2"]
+    assert recipe["crop"]["kind"] == "random" and recipe["crop"]["views"] == 2 and recipe["crop"]["area_min"] == 0.8
+    assert recipe["source"]["path"] == str(source) and recipe["source"]["images"] == {"train": 49, "test": 11}
+    assert about["names"] == [str(i) for i in range(16, 24)] and about["left_out"] == []
+
+
+def test_statistics_are_those_of_the_latents_as_sampled(folder):
+    header = json.loads((folder / HEADER).read_text())
+    for split in ("train", "test"):
+        files = sorted(folder.glob(f"{split}-*.safetensors"))
+        moments = np.concatenate([load_file(file)["moments"].numpy() for file in files]).astype(np.float64)
+        mean, std = moments[:, :, 0], moments[:, :, 1]  # [n, V, C, h, w]
+        expected = mean.mean((0, 1, 3, 4))
+        variance = ((mean - expected[:, None, None]) ** 2 + std**2).mean((0, 1, 3, 4))  # law of total variance
+        entry = header["splits"][split]
+        np.testing.assert_allclose(entry["mean"], expected, rtol=1e-9)
+        np.testing.assert_allclose(entry["std"], np.sqrt(variance), rtol=1e-9)
+        assert entry["images"] == len(moments) == sum(shard["images"] for shard in entry["shards"])
+
+
+def test_kill_9_of_one_of_two_then_resume_gives_the_shards_of_one_clean_process(options, folder, tmp_path, monkeypatch):
+    options = replace(options, out=tmp_path / "killed", shard_images=1)
+    clean = encode(replace(options, out=tmp_path / "clean"), QUIET)
+    killed, other = start(options, 1, 2), start(options, 0, 2)
+    end = time.monotonic() + 240
+    while not (options.out.is_dir() and len(list(options.out.glob("train-*[13579]-of-*"))) >= 3):
+        assert killed.poll() is None, killed.communicate()
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.0005)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    killed.communicate()
+    said = other.communicate()[0]
+    assert other.returncode == 0 and "rank 0 of 2 is done" in said, said
+    made = list(options.out.glob("*.safetensors"))
+    assert 30 + 3 <= len(made) < 60 and not (options.out / HEADER).exists()
+    (options.out / f".unfinished-{shard_name('train', 47, 49)}-1").write_bytes(b"half of it")  # as a kill can leave
+    with pytest.raises(UserError, match="are not finished: run the same umd encode-latents command again"):
+        open_latents(options.out, "train")
+
+    before = {file.name: file.stat().st_mtime_ns for file in made}
+    for rank in (0, 1):
+        as_rank(rank, 2, options, monkeypatch)
+    assert_same_files(clean, options.out)
+    assert all((options.out / name).stat().st_mtime_ns == time for name, time in before.items())  # none made again
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 5])
+def test_any_number_of_ranks_in_any_order_writes_the_same(world_size, options, folder, tmp_path, monkeypatch):
+    options = replace(options, out=tmp_path / "out")
+    for rank in reversed(range(world_size)):
+        assert not (options.out / HEADER).exists()
+        as_rank(rank, world_size, options, monkeypatch)
+    assert_same_files(folder, options.out)
+    encode(options, QUIET)  # again: nothing to do
+    assert_same_files(folder, options.out)
+
+
+@pytest.mark.slow
+def test_under_torchrun(options, folder, tmp_path):
+    options = replace(options, out=tmp_path / "out")
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "umd.cli"]
+    done = subprocess.run([*run, *command(options)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_files(folder, options.out)
+
+
+FILL_THE_DISK = """
+import sys
+from umd.cli import main
+if sys.argv[1] == "limit":
+    import resource, signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+main(sys.argv[2:])
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_can_be_gone_on_from(options, folder, tmp_path):
+    """A small file system, mounted in a namespace of its own; where that is not allowed, a limit on file sizes."""
+    options = replace(options, out=tmp_path / "out")
+    prefix, how = [], "limit"
+    mount = f"mount -t tmpfs -o size=80k none {tmp_path} && mkdir {options.out} && exec"
+    namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if shutil.which("unshare") and not subprocess.run([*namespace, f"{mount} true"], capture_output=True).returncode:
+        then = f'{{ "$@"; echo $?; ls -A {options.out}; cp -r {options.out} {tmp_path}/../kept-{tmp_path.name}; }}'
+        prefix, how = [*namespace, f"{mount.removesuffix('&& exec')} && {then}", "sh"], "tmpfs"
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", FILL_THE_DISK, how, *command(options)],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert "umd: could not write latents shard" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert "run the same command again, which keeps the shards that are finished" in done.stderr
+    if how == "limit":
+        assert done.returncode == 2
+        kept = options.out
+    else:
+        assert "No space left on device" in done.stderr
+        code, *files = done.stdout.split()
+        assert code == "2" and len(files) == 2 and all(name.startswith("train-") for name in files), files
+        kept = tmp_path.parent / f"kept-{tmp_path.name}"
+    encode(replace(options, out=kept), QUIET)
+    assert_same_files(folder, kept)
+
+
+def test_a_broken_picture_is_left_out_and_listed(vaes, tmp_path):
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / "pictures" / "x").mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "pictures" / "x" / f"{name}.jpg")
+    bad = tmp_path / "pictures" / "x" / "b.jpg"
+    bad.write_bytes(bad.read_bytes()[:900])  # its header is whole
+    data = DataConfig(source=str(tmp_path / "pictures"), vae=str(vaes["kl"]), holdout=0, skip_broken=True)
+    options = EncodeLatents(data=data, out=tmp_path / "out", image_size=(16, 16), views=1, shard_images=3)
+    dataset = open_latents(encode(options, QUIET), "train")
+    assert len(dataset) == 3 and dataset.num_broken == 1
+    assert dataset.header["splits"]["train"]["left_out"] == ["x/b.jpg"]
+    assert [name for shard in dataset.shards for name in shard.about["names"]] == ["x/a.jpg", "x/c.jpg", "x/d.jpg"]
+    with pytest.raises(UserError, match=r"cannot read image .*b\.jpg"):
+        encode(replace(options, data=replace(data, skip_broken=False), out=tmp_path / "strict"), QUIET)
+
+
+def test_the_middle_and_its_mirror_image(options, vaes, tmp_path):
+    options = replace(options, out=tmp_path / "out", crop="center", shard_images=100)
+    moments = load_file(encode(options, QUIET) / "train-00000-of-00001.safetensors")["moments"]
+    dataset = open_dataset(options.data, "train")
+    middle = np.asarray(Image.fromarray(dataset.image(0)).resize((16, 16), Image.Resampling.BICUBIC, (1, 0, 21, 20)))
+    for view, picture in enumerate((middle, middle[:, ::-1])):
+        expected = load_tokenizer(str(vaes["kl"])).moments(as_model_input(torch.from_numpy(picture.copy())[None]))
+        torch.testing.assert_close(moments[0, view], expected[0])
+    with pytest.raises(UserError, match="there are 2 views at most, got 3"):
+        replace(options, views=3)
+
+
+def test_a_vq_model_s_latents_need_no_noise(options, vaes, tmp_path):
+    options = replace(options, data=replace(options.data, vae=str(vaes["vq"])), out=tmp_path / "out", dtype="bf16")
+    config = DataConfig(source=str(encode(options, QUIET)), image_size=(8, 8), channels=3, num_workers=0)
+    dataset = open_dataset(config, "train")
+    batch = next(train_loader(dataset, config, batch_size=5, seed=0))
+    assert batch.x_start.shape == (5, 3, 8, 8) and torch.equal(batch.x_start, dataset.means(batch.indices))
+
+
+# Reading
+
+
+def numbered(root: Path, sizes: list[int], views: int = 1) -> Path:
+    """A folder whose one latent value tells (index, view), in shards of these sizes."""
+    recipe = {"vae": dict(name="", kind="VQModel", sha256="", channels=1, factor=1, scale=1.0, shift=0.0)}
+    recipe |= {"shape": [1, 1, 1], "dtype": "fp32", "class_names": ["even", "odd"]}
+    first = 0
+    for number, size in enumerate(sizes):
+        index = np.arange(first, first + size)
+        value = torch.from_numpy(index[:, None] + np.arange(views) / 10).float().view(size, views, 1, 1, 1, 1)
+        data = shard_bytes(recipe, "train", value, index % 2, index, list(map(str, index)))
+        (root / shard_name("train", number, len(sizes))).write_bytes(data)
+        first += size
+    finish(root, recipe, {"train": len(sizes), "test": 0})
+    return root
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(0, 60),
+)
+def test_ranks_share_every_epoch_for_any_world_size_and_resume_anywhere(
+    tmp_path_factory, sizes, world_size, share, views, resumed
+):
+    folder, total = numbered(tmp_path_factory.mktemp("numbered"), sizes, views), sum(sizes)
+    config = DataConfig(source=str(folder), image_size=(1, 1), channels=1, num_workers=0)
+    dataset = open_dataset(config, "train")
+    batch_size = share * world_size
+
+    def stream(start: int, steps: int) -> list[tuple[int, int, float]]:
+        """(label, index, value) of each sample of all ranks, in the order of the global batches."""
+        loaders = [
+            train_loader(dataset, config, batch_size=batch_size, seed=3, start=start, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        seen = []
+        for batches in islice(zip(*loaders, strict=True), steps):
+            for batch in batches:
+                seen += zip(
+                    batch.labels.tolist(), batch.indices.tolist(), batch.x_start.flatten().tolist(), strict=True
+                )
+        for loader in loaders:
+            loader.close()
+        return seen
+
+    seen = stream(0, -(-3 * total // batch_size))
+    for epoch in range(3):
+        of_epoch = seen[epoch * total : (epoch + 1) * total]
+        assert sorted(index for _, index, _ in of_epoch) == list(range(total))
+        for label, index, value in of_epoch:
+            assert label == index % 2 and math.isclose(value, index + (epoch % views) / 10, rel_tol=1e-6)
+    steps = min(resumed, len(seen) // batch_size - 1)
+    assert stream(steps * batch_size, 1) == seen[steps * batch_size : (steps + 1) * batch_size]
+
+
+def test_workers_read_the_same_batches(folder):
+    config = DataConfig(source=str(folder), image_size=(8, 8), channels=4, num_workers=0)
+    dataset = open_dataset(config, "train")
+    for batches in zip(
+        train_loader(dataset, config, batch_size=10, seed=1),
+        train_loader(dataset, replace(config, num_workers=2), batch_size=10, seed=1),
+        range(8),
+        strict=False,
+    ):
+        a, b, _ = batches
+        assert torch.equal(a.x_start, b.x_start) and torch.equal(a.indices, b.indices)
+        assert a.x_start.shape == (10, 4, 8, 8) and a.x_start.dtype == torch.float32
+
+
+def test_ranks_draw_the_noise_that_one_process_draws(folder):
+    config = DataConfig(source=str(folder), image_size=(8, 8), channels=4, num_workers=0)
+    dataset = open_dataset(config, "train")
+    alone, *ranks = (
+        train_loader(dataset, config, batch_size=20, seed=1, start=20, rank=rank, world_size=size)
+        for rank, size in ((0, 1), (0, 4), (1, 4), (2, 4), (3, 4))
+    )
+    for whole, *parts in islice(zip(alone, *ranks, strict=True), 5):  # over the seams at 49 and 98
+        assert torch.equal(whole.x_start, torch.cat([part.x_start for part in parts]))
+
+
+def test_the_posterior_is_mean_plus_std_times_the_noise_of_the_draw():
+    generator = torch.Generator().manual_seed(0)
+    moments = torch.rand(3, 2, 4, 5, 3, generator=generator)
+    drawn = sample_posterior(moments, 7, torch.tensor([0, 11, 5]))
+    for row, draw in enumerate((0, 11, 5)):
+        eps = philox_randn(7, (4, 5, 3), offset=draw * 15)  # 60 numbers, 4 a counter: no two draws share one
+        assert torch.equal(drawn[row], moments[row, 0] + moments[row, 1] * eps)
+    assert torch.equal(sample_posterior(moments[1:], 7, torch.tensor([11, 5])), drawn[1:])
+    assert torch.equal(sample_posterior(moments[:, :1], 7, torch.arange(3)), moments[:, 0])
+
+
+def test_the_noise_is_new_in_each_epoch_and_normal(folder):
+    config = DataConfig(source=str(folder), image_size=(8, 8), channels=4, num_workers=0)
+    dataset = open_dataset(config, "train")
+    loader = train_loader(dataset, config, batch_size=49, seed=1)
+    eps = torch.empty(6, 49, 4, 8, 8)
+    for epoch, batch in enumerate(islice(loader, 6)):
+        for index, x in zip(batch.indices.tolist(), batch.x_start, strict=True):
+            mean, std = dataset.moments(torch.from_numpy(dataset.bits(index, epoch)))
+            eps[epoch, index] = (x - mean) / std
+    values = eps.flatten(1).double().numpy()
+    assert stats.kstest(values.ravel(), "norm").pvalue > 1e-3
+    assert np.abs(np.corrcoef(values) - np.eye(6)).max() < 5 / math.sqrt(values.shape[1])
+
+
+# Training
+
+
+@pytest.fixture
+def run(folder, source, vaes, tmp_path):
+    """A run of 8 latents a step that crosses the seam of the two stored views, with changes."""
+
+    def make(out: str, data: dict | None = None, **changes) -> RunConfig:
+        return RunConfig(
+            **{
+                "out": tmp_path / out,
+                "model": TINY,
+                "data": DataConfig(source=str(folder), num_workers=0, **(data or {})),
+                "optim": OptimConfig(lr=0.03),
+                "batch_size": 8,
+                "steps": 10,
+                "precision": "fp32",
+                "log_every": 1,
+                "draw_every": 0,
+                **changes,
+            }
+        )
+
+    return make
+
+
+def losses(config: RunConfig) -> list[float]:
+    return [row["loss"] for row in read_metrics(config.out / "metrics.jsonl")]
+
+
+def test_training_from_stored_latents_is_training_from_latents_encoded_in_the_step(
+    run, options, source, vaes, tmp_path
+):
+    stored = run("stored")
+    in_step = replace(run("in-step"), data=DataConfig(source=str(source), vae=str(vaes["kl"]), num_workers=0))
+    half = encode(replace(options, dtype="fp16", out=tmp_path / "half"), QUIET)
+    rounded = replace(run("half"), data=DataConfig(source=str(half), num_workers=0))
+    for config in (stored, in_step, rounded):
+        train(config, QUIET)
+    assert len(losses(stored)) == 10 and losses(stored)[-1] < losses(stored)[0]
+    np.testing.assert_allclose(losses(stored), losses(in_step), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses(stored), losses(rounded), rtol=2e-3)  # 2**-11 of the latents, and 2 % of the loss
+
+
+def test_a_run_keeps_to_its_vae(run, options, vaes, tmp_path):
+    config = run("run", steps=2)
+    train(config, QUIET)
+    kept = json.loads((next((config.out / "checkpoints").iterdir()) / "state.json").read_text())["state"]["config"]
+    sha256 = load_tokenizer(str(vaes["kl"])).vae.sha256
+    assert kept["data"]["vae_hash"] == sha256 and kept["data"]["vae"] == str(vaes["kl"])
+
+    other = replace(options, data=replace(options.data, vae=str(vaes["other"])), out=tmp_path / "other")
+    others = DataConfig(source=str(encode(other, QUIET)), num_workers=0)
+    said = "of another VAE .* than was used before"
+    for refused in (
+        replace(config, data=others, steps=3),  # resumed
+        replace(config, data=others, out=tmp_path / "tuned", init=config.out),
+        run("named", data={"vae": str(vaes["other"])}),
+        replace(config, data=DataConfig(source=options.data.source, vae=str(vaes["other"]), num_workers=0)),
+    ):
+        with pytest.raises(UserError, match=said if refused.out.name != "named" else "is another VAE"):
+            train(refused, QUIET)
+    train(replace(config, steps=3), QUIET)  # its own go on
+    assert len(losses(config)) == 3
+
+
+def umd(line: str) -> tuple[int, str, str]:
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(shlex.split(line))
+        except SystemExit as end:
+            code = end.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_previews_samples_and_inpainting_are_pictures(run, folder, vaes, tmp_path):
+    config = run("run", steps=2, draw_every=2)
+    train(config, QUIET)
+    sheets = {file.name: Image.open(file).size for file in (config.out / "images").glob("*.png")}
+    assert sheets and all(height == 3 * 18 + 2 for _, height in sheets.values()), sheets  # three rows of 16 and a gap
+    moved = shutil.copytree(vaes["kl"], tmp_path / "moved")
+    code, out, err = umd(f"sample {config.out} --per-class 3 --steps 5 --vae {moved}")
+    assert code == 0, err
+    images = np.load(config.out / "samples.npz")["images"]
+    assert images.shape == (3, 16, 16, 3) and images.std() > 0
+    code, out, err = umd(f"inpaint {config.out} --steps 2 --samples 1")
+    assert code == 0, err
+    code, out, err = umd(f"sample {config.out} --steps 5 --vae {vaes['other']}")
+    assert code == 2 and "is another VAE" in err and err.count("\n") == 1
+
+
+def test_a_run_goes_on_without_its_vae_and_says_so(run, copy, vaes, tmp_path):
+    text = (copy / HEADER).read_text().replace(str(vaes["kl"]), str(tmp_path / "gone"))
+    (copy / HEADER).write_text(text)
+    config = replace(run("run", steps=1, draw_every=1), data=DataConfig(source=str(copy), num_workers=0))
+    console = Console(file=io.StringIO(), width=1000)
+    train(config, console)
+    assert "pictures show the first channel of latents: this run is of latents" in console.file.getvalue()
+    code, _, err = umd(f"sample {config.out} --steps 5")
+    assert code == 2 and "its VAE is missing: there is no VAE at" in err and err.count("\n") == 1
+
+
+# Inspecting, and what is wrong
+
+
+def test_inspect_prints_and_decodes(folder, vaes, tmp_path):
+    code, out, err = umd(f"inspect {folder} --decode 5 --out {tmp_path / 'few.png'}")
+    assert code == 0, err
+    for text in ("4 x 8 x 8", "fp32", "AutoencoderKL", "16x16", "2 views", "0.18215", "9 shards, all as they were"):
+        assert text in out, text
+    dataset = open_latents(folder, "train")
+    expected = to_uint8(load_tokenizer(str(vaes["kl"])).decode(dataset.means([0, 12])))
+    sheet = np.asarray(Image.open(tmp_path / "few.png"))
+    assert sheet.shape == (20, 5 * 18 + 2, 3)
+    assert np.array_equal(sheet[2:18, 2:18], expected[0]) and np.array_equal(sheet[2:18, 20:36], expected[1])
+
+
+def test_latents_the_model_cannot_see(folder):
+    config = DataConfig(source=str(folder), image_size=(32, 32), channels=4)
+    with pytest.raises(UserError, match=r"are 4x8x8 and the model sees 4x32x32 .*--model.image-size 8 8"):
+        open_dataset(config, "train")
+    code, _, err = umd(f"pretrain umd-l2 --data.source {folder} --model.image-size 8 8 --model.patch-size 3")
+    assert code == 2 and "8x8 is not divisible by patch size 3" in err
+
+
+def truncated(folder):
+    file = folder / "train-00003-of-00007.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def emptied(folder):
+    (folder / "train-00003-of-00007.safetensors").write_bytes(b"")
+
+
+def removed(folder):
+    (folder / "train-00003-of-00007.safetensors").unlink()
+
+
+def replaced_by_noise(folder):
+    (folder / "train-00003-of-00007.safetensors").write_bytes(np.random.default_rng(0).bytes(3000))
+
+
+def a_bit_changed(folder):
+    file = folder / "train-00003-of-00007.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-len(data) // 3] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES = [truncated, emptied, removed, replaced_by_noise, a_bit_changed]
+
+
+@pytest.mark.parametrize("spoil", DAMAGES)
+def test_a_damaged_shard_is_named_by_training_and_by_inspect(spoil, copy, run):
+    spoil(copy)
+    config = replace(run("run"), data=DataConfig(source=str(copy), num_workers=0))
+    for use in (lambda: train(config, QUIET), lambda: inspect(copy, Inspect(decode=0), QUIET)):
+        with pytest.raises(UserError, match=r"latents shard .*train-00003-of-00007.*; remove it and run the same"):
+            use()
+
+
+@pytest.mark.parametrize("spoil", DAMAGES)
+def test_a_damaged_shard_is_made_again(spoil, copy, folder, options):
+    spoil(copy)
+    options = replace(options, out=copy)
+    if spoil is not removed:
+        (copy / HEADER).unlink()
+        with pytest.raises(UserError, match="train-00003-of-00007"):
+            encode(options, QUIET)
+        removed(copy)
+    encode(options, QUIET)
+    assert_same_files(folder, copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 1}, "crop.seed"),
+        ({"dtype": "bf16"}, "dtype"),
+        ({"shard_images": 9}, "shard_images"),
+        ({"image_size": (16, 20)}, "crop.image_size, shape"),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused(changes, said, copy, options):
+    with pytest.raises(UserError, match=f"holds latents made with another {said}; give the settings"):
+        encode(replace(options, out=copy, **changes), QUIET)
+
+
+def test_what_cannot_be_encoded(folder, options, vaes, tmp_path, source):
+    for changes, said in (
+        ({"data": replace(options.data, vae="")}, "name one with --data.vae"),
+        ({"data": replace(options.data, source=str(folder))}, "holds latents already"),
+        ({"data": replace(options.data, vae=str(tmp_path))}, "there is no VAE at"),
+        ({"image_size": (15, 16)}, "15x16 are not divisible by 2"),
+    ):
+        with pytest.raises(UserError, match=said):
+            encode(replace(options, out=tmp_path / "out", **changes), QUIET)
+    for bad in ({"views": 0}, {"shard_images": 0}, {"seed": -1}, {"image_size": (0, 16)}):
+        with pytest.raises(UserError, match=next(iter(bad))):
+            replace(options, **bad)
+
+
+def test_latents_too_large_for_fp16(options, vaes, tmp_path):
+    vae = shutil.copytree(vaes["kl"], tmp_path / "vae")
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(config | {"scaling_factor": 1e6}))
+    options = replace(options, data=replace(options.data, vae=str(vae)), out=tmp_path / "out", dtype="fp16")
+    with pytest.raises(UserError, match=r"latents of \d+ are not finite in fp16; store them with --dtype bf16"):
+        encode(options, QUIET)
+
+
+def test_folders_that_are_none_of_latents(tmp_path, folder, copy):
+    with pytest.raises(UserError, match="there is no folder"):
+        open_latents(tmp_path / "nowhere", "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no latents"):
+        open_latents(tmp_path / "empty", "train")
+    for text in ("{", "[]", "{}"):
+        (copy / HEADER).write_text(text)
+        with pytest.raises(UserError, match=r"latents.json is damaged; remove it"):
+            open_latents(copy, "train")
+    (copy / HEADER).write_text(json.dumps({"format": 99}))
+    with pytest.raises(UserError, match="has format 99, and this version of umd reads format 1"):
+        open_latents(copy, "train")
+    with pytest.raises(UserError, match="is no folder of latents, and a model of 4 channels"):
+        open_dataset(DataConfig(source="emoji", channels=4), "train")
