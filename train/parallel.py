@@ -4,6 +4,7 @@ The three classes have the same methods, and their checkpoints the same files: w
 names. So a run may go on with another number of ranks, another stage, or alone.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -187,12 +188,13 @@ class Zero:
     ):  # fmt: skip
         deepspeed = import_deepspeed(world.device)
         whole = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-        self.engine, *_ = deepspeed.initialize(
-            model=loss,
-            optimizer=optimizer,
-            dist_init_required=False,
-            config=deepspeed_config(stage, micro, accumulate, clip, dtype, world.device),
-        )
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints memory figures
+            self.engine, *_ = deepspeed.initialize(
+                model=loss,
+                optimizer=optimizer,
+                dist_init_required=False,
+                config=deepspeed_config(stage, micro, accumulate, clip, dtype, world.device),
+            )
         self.model, self.optimizer, self.accumulate, self.stage = model, optimizer, accumulate, stage
         # Of each flat fp32 tensor that DeepSpeed optimises here: (name, start in the parameter, length, place in it).
         self.flats = self._flats(world)
