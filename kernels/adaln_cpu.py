@@ -12,7 +12,7 @@ from .packing import Packing
 
 def _segments(packing: Packing, rows: int) -> tuple[list[int], list[int]]:
     """(tokens, table row) of each stretch of the stream that shares a row; one stretch if the tables have one row."""
-    if rows == 1:
+    if rows == 1 or packing.num_tokens == 0:
         return [packing.num_tokens], [0]
     return [stop - start for start, stop, _ in packing.segments], [row for _, _, row in packing.segments]
 

@@ -243,7 +243,7 @@ def _layer_norm_bwd_sum_kernel(
 def _blocks(D: int) -> dict[str, int]:
     """A thread holds 16 bytes of each bf16 row, so that all warps share a row and sums over rows stay in registers."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    return {"D": D, "BLOCK_D": BLOCK_D, "num_warps": min(max(BLOCK_D // 256, 1), 16)}
+    return {"D": D, "BLOCK_D": BLOCK_D, "num_warps": min(max(BLOCK_D // 256, 2), 16)}
 
 
 def _rows(table: Tensor | None) -> Tensor | None:

@@ -1,0 +1,232 @@
+"""The Triton norms: the grid of shapes and types, repeats, registration, compilation, and mutants that must fail."""
+
+import random
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from umd.kernels import adaln_triton, backend
+from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
+from umd.kernels.packing import pack
+
+WIDTHS = [192, 768, 1000, 1024, 1152]  # ViT-Ti, B, no multiple of 16, L, XL
+TYPES = [torch.bfloat16, torch.float16, torch.float32]
+LENGTHS = [1, 5, 68, 164, 257]  # UMD's packed lengths at 256 pixels and patches of 16, a whole sample, and small ones
+KERNELS = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
+RAGGED = ([3, 0, 1, 5, 4], [2, 1, 0, 2, 1])
+
+
+def inputs(packing, D, dtype, tables, affine=True, residual=True, mean=0.0):
+    """Arguments of gated_residual_layer_norm, or without `residual` of modulated_layer_norm; tables are views."""
+    device, generator = packing.cu_seqlens.device, torch.Generator().manual_seed(0)
+
+    def draw(*shape, dtype):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    N, R = packing.num_tokens, packing.num_rows
+    shift, scale, gate = draw(R, 6 * D, dtype=tables).chunk(6, dim=-1)[:3]
+    found = {"x": (draw(N, D, dtype=torch.float32) + mean).to(dtype)}
+    if residual:
+        found |= {"h": draw(N, D, dtype=dtype), "gate": gate}
+    found |= {"shift": shift, "scale": scale}
+    return found | ({"weight": 1 + draw(D, dtype=tables), "bias": draw(D, dtype=tables)} if affine else {})
+
+
+def plain(packing):
+    """The op of these arguments as anyone writes it, in the type of its inputs."""
+
+    def op(x, h=None, gate=None, shift=None, scale=None, weight=None, bias=None):
+        rows = packing.cond_index.repeat_interleave(packing.cu_seqlens.diff())
+        r = x if h is None else x + (h if gate is None else h * gate[rows])
+        y = F.layer_norm(r, r.shape[-1:], weight, bias, 1e-6)
+        y = y if scale is None else y * (1 + scale[rows])
+        y = y if shift is None else y + shift[rows]
+        return y if h is None else (r, y)
+
+    return op
+
+
+def ours(packing):
+    def op(x, h=None, **tables):
+        if h is None:
+            return modulated_layer_norm(x, packing, **tables)
+        return gated_residual_layer_norm(x, h, packing, **tables)
+
+    return op
+
+
+def run(op, args):
+    """Outputs and gradients under fixed random gradients."""
+    tensors = {name: t.detach().requires_grad_() for name, t in args.items()}
+    outputs = op(**tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    douts = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, list(tensors.values()), douts)]
+
+
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("D", WIDTHS)
+def test_widths_and_types(compare, device, D, dtype):
+    """Tables of both types, with LN's affine and without, in turn."""
+    case = WIDTHS.index(D) + TYPES.index(dtype)
+    packing = pack([5, 68, 0, 1, 9], [1, 0, 2, 1, 1], device)
+    args = inputs(packing, D, dtype, dtype if case % 2 else torch.float32, affine=case % 3 > 0, residual=case % 4 > 0)
+    compare(ours(packing), plain(packing), args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("samples", [1, 3, 5])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("D", WIDTHS)
+def test_grid(compare, D, dtype, residual, samples):
+    _grid(compare, "cpu", D, dtype, residual, samples)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("samples", [1, 3, 5])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("D", WIDTHS)
+def test_grid_on_a_gpu(compare, D, dtype, residual, samples):
+    _grid(compare, "cuda", D, dtype, residual, samples)
+
+
+def _grid(compare, device, D, dtype, residual, samples):
+    lengths = random.Random(samples).sample(LENGTHS, samples)
+    packing = pack(lengths, device=device)  # every sample its own modulation
+    for tables, affine in product({dtype, torch.float32}, (False, True)):
+        with backend.kernels("triton"):
+            compare(ours(packing), plain(packing), inputs(packing, D, dtype, tables, affine, residual))
+
+
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_large_mean_at_full_width(compare, device, dtype):
+    packing = pack([3, 2], device=device)
+    compare(ours(packing), plain(packing), inputs(packing, 1024, dtype, torch.float32, mean=1000.0))
+
+
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
+def test_a_row_of_many_chunks(compare, device):
+    """More chunks for a row than the sum takes at once, and for the affine."""
+    packing = pack([1, 2] * 75, [0, 1] * 75, device)
+    compare(ours(packing), plain(packing), inputs(packing, 16, torch.float32, torch.float32))
+
+
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
+def test_repeats_to_the_bit(device):
+    packing = pack([70, 131, 3, 64], [1, 0, 1, 1], device)
+    args = inputs(packing, 192, torch.bfloat16, torch.float32)
+    first, second = run(ours(packing), args), run(ours(packing), args)
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
+def test_order_of_samples_does_not_matter_to_the_stream(device):
+    """What a token gets depends on its sample alone: the same bits wherever it lies."""
+    there, back = pack([68, 5], [0, 1], device), pack([5, 68], [1, 0], device)
+    args = inputs(there, 192, torch.bfloat16, torch.float32)
+    flipped = args | {name: torch.cat([args[name][68:], args[name][:68]]) for name in ("x", "h")}
+    for a, b in zip(ours(there)(**args), ours(back)(**flipped), strict=True):
+        assert torch.equal(a, torch.cat([b[5:], b[:5]]))
+
+
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
+def test_no_tokens(device):
+    packing = pack([0, 0], [0, 1], device)
+    args = inputs(packing, 8, torch.float32, torch.float32)
+    r, y, dx, dh, *tables = run(ours(packing), args)
+    assert all(t.shape == (0, 8) for t in (r, y, dx, dh))
+    assert all((t == 0).all() for t in tables)
+
+
+def operands(packing, dtype=torch.float32, residual=True, affine=True):
+    """Positional arguments of `layer_norm_fwd`."""
+    args = inputs(packing, 16, dtype, torch.float32, affine, residual)
+    names = ("x", "h", "gate", "shift", "scale", "weight", "bias")
+    return [args.get(name) for name in names] + [packing.chunks, packing.row_chunks, 1e-6]
+
+
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
+@pytest.mark.parametrize(("residual", "affine"), [(True, True), (False, False)])
+def test_registration(device, residual, affine):
+    """Schema, fake tensors, autograd and tracing, as torch checks them."""
+    packing = pack(*RAGGED, device)
+    args = operands(packing, residual=residual, affine=affine)
+    leaves = [t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args]
+    torch.library.opcheck(adaln_triton.layer_norm_fwd, leaves)
+    with torch.no_grad():
+        r, y, mean, rstd = adaln_triton.layer_norm_fwd(*args)
+    x, h, *tables = (None if t is None else t.detach() for t in args[:7])
+    dy = torch.ones_like(y)
+    backward = [dy, dy if residual else None, r if residual else x, h, *tables, mean, rstd, *args[7:9]]
+    torch.library.opcheck(adaln_triton.layer_norm_bwd, backward)
+
+
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_is_eager(device, compiler):
+    packing = pack(*RAGGED, device)
+    for residual in (False, True):
+        args = inputs(packing, 32, torch.bfloat16, torch.float32, residual=residual)
+        compiled = torch.compile(ours(packing), fullgraph=True, backend=compiler)
+        for a, b in zip(run(ours(packing), args), run(compiled, args), strict=True):
+            assert torch.equal(a, b)
+
+
+# A text in the kernels, what a careless edit would make of it, and how often it stands there.
+MUTANTS = {
+    "every sample gets the first row": ("tl.load(chunk + 2).to(tl.int64)", "tl.load(chunk + 2).to(tl.int64) * 0", 2),
+    "a sample gets the row of another": ("tl.load(chunk + 2).to(tl.int64)", "(tl.load(chunk + 2).to(tl.int64) ^ 1)", 2),
+    "mask of columns dropped": ("tl.where(mask, x - mean[:, None], 0.0)", "x - mean[:, None]", 1),
+    "mask of rows dropped": ("mask = row_mask[:, None] & (cols < D)[None, :]", "mask = (cols < D + 0 * tile)", 2),
+    "1 + dropped in front of the scale": ("tl.full(cols.shape, 1.0", "tl.full(cols.shape, 0.0", 1),
+    "1 + dropped in the affine's gradient": ("part *= 1 + scale", "part *= scale", 1),
+    "gate and scale swapped": ("gate_ptr + row * stride_gate", "scale_ptr + row * stride_scale", 2),
+    "shift and scale swapped": (
+        "_affine(\n        shift_ptr, scale_ptr,",
+        "_affine(\n        scale_ptr, shift_ptr,",
+        1,
+    ),
+    "mean of the squares not taken off": ("- x_hat * along_x_hat[:, None]", "", 1),
+    "gradient of the residual forgotten": ("if dr_ptr is not None:", "if False:", 1),
+    "gate forgotten in dh": ("dx * gate[None, :]", "dx", 1),
+    "a row's later chunks forgotten": ("tl.load(row_chunks_ptr + row + 1, row < num_rows, other=0)", "start + 1", 1),
+    "half of the tiles never written": (
+        "range(tl.program_id(1) * BLOCK_M,",
+        "range(tl.program_id(1) * 2 * BLOCK_M,",
+        1,
+    ),
+    "rstd never written": ("tl.store(rstd_ptr + start + first + tile_rows, rstd, row_mask)", "pass", 1),
+}
+
+
+def through(kernels, packing):
+    """The op by another module's kernels."""
+
+    def op(x, h, gate, shift, scale, weight, bias):
+        work = packing.chunks, packing.row_chunks
+        return kernels.layer_norm_fwd(x, h, gate, shift, scale, weight, bias, *work, 1e-6)[:2]
+
+    return op
+
+
+@pytest.mark.parametrize("device", ["interpreter"], indirect=True)
+def test_mutants_fail(compare, device, mutant):
+    """In fp32: tails of tiles, samples that share rows, one that has none, D that is no power of two."""
+    packing = pack([3, 0, 1, 5, 66, 4], [2, 1, 0, 2, 2, 1])
+    args = inputs(packing, 24, torch.float32, torch.float32)
+    compare(through(adaln_triton, packing), plain(packing), args)
+    for what, change in MUTANTS.items():
+        kernels = mutant(adaln_triton, *change)
+        try:
+            compare(through(kernels, packing), plain(packing), args)
+        except AssertionError as error:
+            assert "off by" in str(error) or "not finite" in str(error), what
+        else:
+            pytest.fail(f"not noticed: {what}")
