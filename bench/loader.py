@@ -103,6 +103,12 @@ def timed(bench: LoaderBench, call: Callable[[], object]) -> Callable[[], float]
     return seconds
 
 
+def count_flops(call: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused CPU attention counts as none
+        call()
+    return counter.get_total_flops()
+
+
 # Groups
 
 
@@ -266,10 +272,8 @@ def run(bench: LoaderBench, console: Console) -> dict:
             flops = {}
             for case in cases:
                 case.seconds()  # warm-up
-                if case.flops is not None:  # the counter sees fused CPU attention as no FLOPs at all
-                    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-                        case.flops()
-                    flops[case.name] = counter.get_total_flops()
+                if case.flops is not None:
+                    flops[case.name] = count_flops(case.flops)
             seconds: dict[str, list[float]] = {case.name: [] for case in cases}
             for _ in track(range(bench.repeats), description=group, console=console, transient=True):
                 for case in cases:

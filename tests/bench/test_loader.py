@@ -1,0 +1,70 @@
+"""`umd bench loader`: what it writes, and that its cases do what their names say."""
+
+import json
+
+import pytest
+
+pytest.importorskip("diffusers", reason="VAE and DiT come from diffusers: pip install diffusers")
+
+from umd.bench import loader  # noqa: E402
+from umd.bench.loader import GROUPS, LoaderBench, count_flops, latent_cases, step_cases  # noqa: E402
+from umd.cli import main  # noqa: E402
+from umd.errors import UserError  # noqa: E402
+
+SMALL = {"model": "UMD-Ti/2", "shallower": 2, "latent_size": 8, "batch": 4, "stored": 64}
+SMALL |= {"num_workers": 0, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def small_vae(monkeypatch):
+    """Stable Diffusion's autoencoder, narrower: its structure, not its 84 million weights."""
+    monkeypatch.setitem(loader.SD_VAE, "block_out_channels", (8, 8, 8, 8))
+    monkeypatch.setitem(loader.SD_VAE, "norm_num_groups", 4)
+
+
+def test_rows_and_ratios(tmp_path):
+    file = tmp_path / "new" / "loader.json"
+    options = "--groups latents steps --model UMD-Ti/2 --shallower 2 --latent-size 8 --batch 4 --stored 64"
+    main(["bench", "loader", *options.split(), *f"--num-workers 0 --repeats 3 --device cpu --json {file}".split()])
+    result = json.loads(file.read_text())
+    assert result["settings"]["model"] == "UMD-Ti/2" and result["settings"]["repeats"] == 3
+    rows = {row["name"]: row for row in result["rows"]}
+    names = ["encode with the VAE", "read stored latents"]
+    names += ["umd, stored latents", "waiting for them", "umd, VAE in the step", "dit, stored latents"]
+    assert list(rows) == names
+    for row in rows.values():
+        assert 0 < row["min"] <= row["seconds_per_sample"] <= row["max"]
+    ratios = {ratio["name"]: ratio for ratio in result["ratios"]}
+    assert ratios["encoding / reading"]["value"] > 1 and ratios["wait / step"]["value"] < 1
+    assert ratios["VAE in the step / stored"]["value"] > 1
+    umd, dit = rows["umd, stored latents"]["flops"], rows["dit, stored latents"]["flops"]
+    assert ratios["UMD / DiT of equal depth"]["flops"] == umd / dit
+
+
+def test_the_published_flop_ratio():
+    """The paper's 42 % less: UMD-L/2 against a DiT of as many blocks, here at its token counts and a narrow width."""
+    bench = LoaderBench(**{**SMALL, "latent_size": 32, "batch": 2, "dtype": "fp32"})
+    counts = {}
+    with step_cases(bench) as cases:
+        for case in cases:
+            if case.flops is not None:
+                counts[case.name] = count_flops(case.flops)
+    assert 0.55 < counts["umd, stored latents"] / counts["dit, stored latents"] < 0.63
+
+
+def test_a_step_waits_for_what_it_reads():
+    with step_cases(LoaderBench(**SMALL)) as cases:
+        step, wait = cases[0].seconds(), cases[1].seconds()
+    assert 0 < wait < step
+
+
+def test_reading_gives_latents():
+    with latent_cases(LoaderBench(**SMALL)) as (encode, read):
+        assert encode.samples == 1 and read.samples == 64 and min(encode.seconds(), read.seconds()) > 0
+
+
+def test_what_cannot_be_measured():
+    for bad in ({"groups": ("disks",)}, {"dtype": "fp16"}, {"batch": 0}, {"repeats": 0}):
+        with pytest.raises(UserError, match="disks" if "groups" in bad else next(iter(bad))):
+            LoaderBench(**bad)
+    assert set(LoaderBench().groups) <= set(GROUPS)
