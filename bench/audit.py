@@ -20,9 +20,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from umd import ops
 from umd.bench import liger_cases
 from umd.bench.count_bytes import Launch, TorchBytes, interpreted, record
-from umd.bench.op_cases import DTYPES, OPS, SHAPES, Inputs
+from umd.bench.op_cases import DTYPES, OPS, SHAPES, Inputs, dtype_name
 from umd.errors import UserError
 
 # GPU and its memory's bytes a second, from NVIDIA's data sheets.
@@ -135,8 +136,9 @@ def count_op(name: str, model: str, samples: int, dtype: str) -> list[Counted]:
         return result, tuple(launches), torch_bytes.total
 
     outputs, launches, torch_bytes = counted(case.ours.call)
-    eager_outputs, _, eager_bytes = counted(case.eager.call)
-    common = (case.op, _name(case.dtype), inputs.D, samples)
+    with ops.kernels("reference"):
+        eager_outputs, _, eager_bytes = counted(case.eager.call)
+    common = (case.op, dtype_name(case.dtype), inputs.D, samples)
     found = [Counted(*common, "forward", launches, torch_bytes, case.forward_bytes, eager_bytes)]
     if case.backward_bytes is not None:
         douts = tuple(torch.randn_like(y) for y in outputs)
@@ -163,12 +165,8 @@ def count_call(kernel: str, call: str) -> list[Counted]:
     tensors = [a for launch in ours for a in launch.arguments if a.dtype]
     largest = max(tensors, key=lambda a: a.storage_bytes)
     touched = None if any(launch.error for launch in ours) else sum(launch.counts.touched for launch in ours)
-    dtype = _name(getattr(torch, largest.dtype))
+    dtype = dtype_name(getattr(torch, largest.dtype))
     return [Counted(name, dtype, largest.shape[-1], 0, "call", ours, 0, touched, None)]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
 def _compile(launch: Launch, arch: str):
@@ -257,6 +255,8 @@ def audit(options: Audit, progress: Callable[[list], Iterable] = iter) -> list[R
 
 def run(options: Audit, console: Console) -> list[Row]:
     """Audit, print the table, write JSON and chart."""
+    if find_spec("triton") is None:
+        raise UserError("the audit compiles kernels and needs Triton, not a GPU: pip install triton")
     rows = audit(options, lambda jobs: track(jobs, description="auditing", console=console, transient=True))
     if not rows:
         raise UserError("none of these ops launches a kernel of ours")
@@ -312,8 +312,8 @@ def print_rows(rows: list[Row], console: Console) -> None:
         if row.note:
             notes.setdefault(row.note, []).append(f"{row.op} {row.direction}")
     console.print(table)
-    for note, ops in notes.items():
-        console.print(f"{', '.join(dict.fromkeys(ops))}: {note}", highlight=False, markup=False)
+    for note, named in notes.items():
+        console.print(f"{', '.join(dict.fromkeys(named))}: {note}", highlight=False, markup=False)
 
 
 def _groups(rows: list[Row]) -> list[list[Row]]:

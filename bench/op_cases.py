@@ -27,6 +27,10 @@ SHAPES: dict[str, dict] = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
+
+
 @dataclass(frozen=True)
 class Side:
     """One way to compute an op."""
@@ -45,22 +49,34 @@ class OpCase:
     op: str
     dtype: torch.dtype  # of the largest tensors
     ours: Side
-    eager: Side
+    eager: Side  # under ops.kernels("reference")
     forward_bytes: int  # compulsory: what it must read and write, each once
     backward_bytes: int | None = None
+    eager_with: Callable[["LayerNorm"], Side] | None = None  # eager around another LayerNorm, for what has one
+
+
+LayerNorm = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [..., D], weight [D], bias [D]
+
+
+def torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, 1e-6)
 
 
 class Inputs:
-    """Random tensors of one model's shapes; samples must be even."""
+    """Random tensors of one model's shapes.
 
-    def __init__(self, model: str, samples: int, dtype: torch.dtype, device: str):
+    samples: even where no_noise_prob, the share of noise-free samples, is 0.5.
+    """
+
+    def __init__(self, model: str, samples: int, dtype: torch.dtype, device: str, no_noise_prob: float = 0.5):
         self.config: ModelConfig = model_config(model, **SHAPES[model])
         self.samples, self.dtype, self.device = samples, dtype, device
         self.D = self.config.hidden_size
         self.generator = torch.Generator(device).manual_seed(0)
-        objective = Objective(self.config, ObjectiveConfig(), NoiseSchedule("cosine"))
+        objective = Objective(self.config, ObjectiveConfig(no_noise_prob=no_noise_prob), NoiseSchedule("cosine"))
         self.corruption = objective.corrupt(samples, seed=0, device=torch.device(device))
-        self.coefficients = objective.schedule.coefficients(self.corruption.timesteps[:-1], dtype=torch.float32)
+        timesteps = self.corruption.timesteps[: self.corruption.num_noised]
+        self.coefficients = objective.schedule.coefficients(timesteps, dtype=torch.float32)
         self.stream = self.corruption.layout.encoder
         self.tokens = self.stream.num_tokens
 
@@ -77,12 +93,6 @@ class Inputs:
         return self.randn(self.samples, self.config.channels, *self.config.image_size, dtype=dtype).detach()
 
 
-def definition(op: Callable, *arguments, **options):
-    """The op as plain PyTorch."""
-    with ops.kernels("reference"):
-        return op(*arguments, **options)
-
-
 def modulated_layer_norm(i: Inputs) -> OpCase:
     x, (shift, scale) = i.randn(i.tokens, i.D), i.tables(2)
     weight, bias = i.randn(i.D, dtype=torch.float32), i.randn(i.D, dtype=torch.float32)
@@ -90,17 +100,20 @@ def modulated_layer_norm(i: Inputs) -> OpCase:
     dense = i.randn(i.samples, i.tokens // i.samples, i.D)
     shift_, scale_, weight_, bias_ = (i.randn(*shape) for shape in ((i.samples, i.D),) * 2 + ((i.D,),) * 2)
 
-    def eager():
-        norm = F.layer_norm(dense, (i.D,), weight_, bias_, 1e-6)
-        return (norm * (1 + scale_[:, None]) + shift_[:, None],)
+    def eager(layer_norm: LayerNorm) -> Side:
+        def call():
+            return (layer_norm(dense, weight_, bias_) * (1 + scale_[:, None]) + shift_[:, None],)
+
+        return Side(call, (dense, shift_, scale_, weight_, bias_))
 
     return OpCase(
         "modulated_layer_norm",
         i.dtype,
         Side(lambda: (ops.modulated_layer_norm(x, i.stream, *tables),), (x, *tables)),
-        Side(eager, (dense, shift_, scale_, weight_, bias_)),
+        eager(torch_layer_norm),
         forward_bytes=2 * tensor_bytes(x) + tensor_bytes(*tables),  # x; y
         backward_bytes=3 * tensor_bytes(x) + tensor_bytes(scale, weight, bias, *tables),  # dy, x; dx, tables' gradients
+        eager_with=eager,
     )
 
 
@@ -112,18 +125,22 @@ def gated_residual_layer_norm(i: Inputs) -> OpCase:
     gate_, shift_, scale_ = (i.randn(i.samples, i.D) for _ in range(3))
     weight_, bias_ = i.randn(i.D), i.randn(i.D)
 
-    def eager():
-        r = x_ + gate_[:, None] * h_
-        return r, F.layer_norm(r, (i.D,), weight_, bias_, 1e-6) * (1 + scale_[:, None]) + shift_[:, None]
+    def eager(layer_norm: LayerNorm) -> Side:
+        def call():
+            r = x_ + gate_[:, None] * h_
+            return r, layer_norm(r, weight_, bias_) * (1 + scale_[:, None]) + shift_[:, None]
+
+        return Side(call, (x_, h_, gate_, shift_, scale_, weight_, bias_))
 
     return OpCase(
         "gated_residual_layer_norm",
         i.dtype,
         Side(lambda: ops.gated_residual_layer_norm(x, h, i.stream, *tables), (x, h, *tables)),
-        Side(eager, (x_, h_, gate_, shift_, scale_, weight_, bias_)),
+        eager(torch_layer_norm),
         forward_bytes=4 * tensor_bytes(x) + tensor_bytes(*tables),  # x, h; r, y
         # dr, dy, r, h; dx, dh, the tables' gradients
         backward_bytes=6 * tensor_bytes(x) + tensor_bytes(gate, scale, weight, bias, *tables),
+        eager_with=eager,
     )
 
 
@@ -133,7 +150,7 @@ def gather_patches(i: Inputs) -> OpCase:
 
     def eager():
         eps = torch.randn(x[:n].shape, device=x.device)
-        return (definition(ops.gather_patches, x, c.ids_keep, *i.coefficients, eps, P),)
+        return (ops.gather_patches(x, c.ids_keep, *i.coefficients, eps, P),)
 
     visible = len(c.ids_keep) * i.config.channels * P**2 * x.element_size()
     return OpCase(
@@ -156,7 +173,7 @@ def scatter_tokens(i: Inputs) -> OpCase:
         "scatter_tokens",
         i.dtype,
         Side(lambda: (ops.scatter_tokens(*arguments),), inputs),
-        Side(lambda: (definition(ops.scatter_tokens, *arguments),), inputs),
+        Side(lambda: (ops.scatter_tokens(*arguments),), inputs),
         forward_bytes=tensor_bytes(*inputs, ids_keep) + out,
         backward_bytes=tensor_bytes(*inputs, ids_keep) + out,
     )
@@ -178,7 +195,7 @@ def masked_diffusion_loss(i: Inputs) -> OpCase:
         "masked_diffusion_loss",
         i.dtype,
         Side(lambda: ops.masked_diffusion_loss(*arguments(c.noise))[:1], (prediction,)),
-        Side(lambda: definition(ops.masked_diffusion_loss, *arguments(eps))[:1], (prediction,)),
+        Side(lambda: ops.masked_diffusion_loss(*arguments(eps))[:1], (prediction,)),
         forward_bytes=scored + tensor_bytes(c.ids_keep),
         backward_bytes=scored + tensor_bytes(c.ids_keep, prediction),  # the gradient is zero elsewhere, and written
     )
@@ -193,7 +210,7 @@ def ddim_step(i: Inputs) -> OpCase:
 
     def eager():
         noise = torch.randn(x_t.shape, device=x_t.device)
-        return definition(ops.ddim_step, x_t, cond, uncond, 1.5, coefficients, noise=noise, **options)
+        return ops.ddim_step(x_t, cond, uncond, 1.5, coefficients, noise=noise, **options)
 
     def ours():
         return ops.ddim_step(x_t, cond, uncond, 1.5, coefficients, seed=seed, offsets=offsets, **options)

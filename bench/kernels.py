@@ -1,0 +1,257 @@
+"""`umd bench kernels`: each op timed on a GPU as eager PyTorch, under torch.compile and as our Triton kernels.
+
+Speeds are compulsory bytes (each input read once, each output written once) over time, beside what a copy reaches on
+the same GPU. Without a GPU every row runs once at a tiny size, kernels in Triton's interpreter: a smoke run, no timing.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from umd.bench.count_bytes import interpreted
+from umd.errors import UserError
+
+with interpreted(not torch.cuda.is_available()):  # Triton asks when a kernel is defined
+    from umd import ops
+    from umd.bench.op_cases import DTYPES, OPS, SHAPES, Inputs, LayerNorm, OpCase, Side, dtype_name
+
+# The two lengths of a packed stream: samples with 160 of 256 patches visible, and with 64; or both, as trained.
+STREAMS = {"noised": 0.0, "noise-free": 1.0, "mixed": 0.5}
+ATTENTION = ("flash_attn", "varlen_attn", "sdpa", "matmul")
+
+
+@dataclass(frozen=True)
+class KernelBench:
+    """What is timed."""
+
+    models: tuple[str, ...] = ("UMD-B/4", "UMD-L/2", "UMD-XL/2") if torch.cuda.is_available() else ("UMD-Ti/4",)
+    """Whose shapes: UMD-B/4 (D = 768), UMD-L/2 (1024), UMD-XL/2 (1152), UMD-Ti/4 (192)."""
+    streams: tuple[str, ...] = ("noised", "noise-free")
+    """Samples of a batch: noised (161 tokens), noise-free (65), or mixed, half of each."""
+    ops: tuple[str, ...] = ()
+    """Which ops; default: all, and varlen_attention."""
+    dtype: str = "bf16"
+    """Of tokens and predictions: bf16, fp16 or fp32."""
+    samples: int = 256 if torch.cuda.is_available() else 2
+    """Images in the batch."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cuda, or cpu for a smoke run."""
+    json: Path | None = None
+    """Write the rows here."""
+
+    def __post_init__(self) -> None:
+        names = [*OPS, "varlen_attention"]
+        for name, known in (("models", SHAPES), ("streams", STREAMS), ("ops", names)):
+            if unknown := [x for x in getattr(self, name) if x not in known]:
+                raise UserError(f"{name} must be of {', '.join(known)}; got {unknown[0]!r}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.samples < 2 or self.samples % 2:
+            raise UserError(f"samples must be even and at least 2, got {self.samples}")
+        if self.device not in ("cuda", "cpu") or (self.device == "cuda" and not torch.cuda.is_available()):
+            raise UserError(f"device must be cuda, where there is a GPU, or cpu; got {self.device!r}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one op in one direction. Without a time: a smoke run."""
+
+    op: str
+    direction: str
+    implementation: str
+    model: str
+    width: int
+    stream: str
+    tokens: int
+    dtype: str
+    ms: float | None
+    gb_per_s: float | None = None
+    of_copy: float | None = None  # share of the speed of a copy
+    tflop_per_s: float | None = None  # attention
+    device: str = "cpu"
+
+
+def median_ms(work: Callable[[], object], device: str) -> float | None:
+    """Of triton.testing.do_bench; on a CPU the work runs once and has no time."""
+    if device == "cpu":
+        work()
+        return None
+    from triton.testing import do_bench
+
+    return do_bench(work, return_mode="median")
+
+
+def copy_speed(device: str) -> float | None:
+    """Bytes a second of a copy of 512 MiB, read and written."""
+    if device == "cpu":
+        return None
+    source = torch.empty(2**29, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * 2**29 / (median_ms(lambda: target.copy_(source), device) / 1e3)
+
+
+def other_layer_norms() -> tuple[dict[str, LayerNorm], list[str]]:
+    """apex's and liger's LayerNorm where they can be had, and a line on each that cannot."""
+    found: dict[str, LayerNorm] = {}
+    notes = []
+    if torch.cuda.is_available():
+        try:
+            import fused_layer_norm_cuda  # noqa: F401  NVIDIA's apex has it; the package that PyPI calls apex does not
+            from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+            found["apex"] = lambda x, weight, bias: fused_layer_norm_affine(x, weight, bias, weight.shape, 1e-6)
+        except ImportError as error:
+            notes.append(f"apex left out: {error}; NVIDIA's is at github.com/NVIDIA/apex, the one on PyPI is not it")
+        try:
+            from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+            found["liger"] = lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, 1e-6)
+        except ImportError as error:
+            notes.append(f"liger left out: {error}; pip install liger-kernel")
+    else:
+        notes.append("apex and liger left out: their kernels need a GPU")
+    return found, notes
+
+
+def compiled(side: Side, device: str) -> Side:
+    """Under torch.compile; without a GPU traced and split into forward and backward, but not compiled."""
+    return Side(torch.compile(side.call, backend="inductor" if device == "cuda" else "aot_eager"), side.inputs)
+
+
+def implementations(
+    case: OpCase, norms: dict[str, LayerNorm], device: str, with_triton: bool
+) -> Iterator[tuple[str, Literal["reference", "triton"], Side]]:
+    """(name, choice of kernels, side)."""
+    yield "eager", "reference", case.eager
+    yield "torch.compile", "reference", compiled(case.eager, device)
+    if with_triton:
+        yield "triton", "triton", case.ours
+    if case.eager_with is not None:
+        for name, layer_norm in norms.items():
+            yield name, "reference", case.eager_with(layer_norm)
+
+
+def time_side(side: Side, backward: bool, device: str) -> dict[str, float | None]:
+    """Median milliseconds of forward, and of backward on one forward pass."""
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(backward):
+        found = {"forward": median_ms(side.call, device)}
+        if backward:
+            outputs = side.call()
+            douts = tuple(torch.randn_like(y) for y in outputs)
+            found["backward"] = median_ms(lambda: side.gradients(outputs, douts), device)
+    return found
+
+
+def time_op(case: OpCase, sides: Iterator, copy: float | None, **shape) -> list[Row]:
+    needed = {"forward": case.forward_bytes, "backward": case.backward_bytes}
+    rows = []
+    for implementation, choice, side in sides:
+        with ops.kernels(choice):
+            timed = time_side(side, case.backward_bytes is not None, shape["device"])
+        for direction, ms in timed.items():
+            speed = None if ms is None else needed[direction] / (ms / 1e3)
+            rates = {} if speed is None else dict(gb_per_s=speed / 1e9, of_copy=speed / copy)
+            rows.append(Row(case.op, direction, implementation, dtype=dtype_name(case.dtype), ms=ms, **rates, **shape))
+    return rows
+
+
+def time_attention(inputs: Inputs, notes: list[str], **shape) -> list[Row]:
+    """Every backend of varlen_attention that takes the tensor, and under torch.compile the one that `auto` takes."""
+    H, D = inputs.config.num_heads, inputs.D
+    qkv = inputs.randn(inputs.tokens, 3, H, D // H)
+    flops = sum(4 * samples * length**2 * D for samples, length in inputs.stream.runs)
+
+    def side(backend: str) -> Side:
+        return Side(lambda: (ops.varlen_attention(qkv, inputs.stream, backend),), (qkv,))
+
+    sides = {backend: side(backend) for backend in ATTENTION}
+    sides["torch.compile"] = compiled(side("auto"), inputs.device)
+    rows = []
+    for implementation, one in sides.items():
+        try:
+            timed = time_side(one, True, inputs.device)
+        except ValueError as error:  # it says why this backend cannot
+            notes.append(f"varlen_attention: {error}")
+            continue
+        for direction, ms in timed.items():
+            work = flops * (1 if direction == "forward" else 2.5)  # the backward pass multiplies five times, not two
+            rates = {} if ms is None else dict(tflop_per_s=work / ms / 1e9)
+            dtype = dtype_name(inputs.dtype)
+            rows.append(Row("varlen_attention", direction, implementation, dtype=dtype, ms=ms, **rates, **shape))
+    return rows
+
+
+def run(bench: KernelBench, console: Console) -> list[Row]:
+    """Time, print a table of the ops and one of attention, write JSON."""
+    torch._functorch.config.donated_buffer = False  # a compiled backward pass runs many times on one forward pass
+    copy = copy_speed(bench.device)
+    norms, notes = other_layer_norms()
+    try:
+        with ops.kernels("triton"):
+            with_triton = True
+    except ValueError as error:
+        with_triton = False
+        notes.append(f"Triton left out: {error}")
+    rows: list[Row] = []
+    for model, stream in itertools.product(bench.models, bench.streams):
+        for name in bench.ops or (*OPS, "varlen_attention"):
+            console.print(f"{model} {stream} {name}", style="dim", highlight=False)
+            inputs = Inputs(model, bench.samples, DTYPES[bench.dtype], bench.device, STREAMS[stream])
+            shape = dict(model=model, width=inputs.D, stream=stream, tokens=inputs.tokens, device=bench.device)
+            if name == "varlen_attention":
+                rows += time_attention(inputs, notes, **shape)
+            else:
+                case = OPS[name](inputs)
+                with interpreted(bench.device == "cpu"):  # Triton imports a part of itself when it runs, and asks again
+                    rows += time_op(case, implementations(case, norms, bench.device, with_triton), copy, **shape)
+    if copy is None:
+        title = "Smoke run on a CPU, kernels in Triton's interpreter: it shows that every row runs, and times none."
+    else:
+        title = f"{torch.cuda.get_device_name()}, where a copy reaches {copy / 1e9:.0f} GB/s"
+    console.print(title, highlight=False)
+    print_rows(rows, console)
+    for note in dict.fromkeys(notes):
+        console.print(note, highlight=False, markup=False)
+    if bench.json is not None:
+        bench.json.parent.mkdir(parents=True, exist_ok=True)
+        gpu = None if copy is None else torch.cuda.get_device_name()
+        found = dict(gpu=gpu, torch=torch.__version__, copy_bytes_per_s=copy, rows=[asdict(row) for row in rows])
+        bench.json.write_text(json.dumps(found, indent=1) + "\n")
+    return rows
+
+
+def print_rows(rows: list[Row], console: Console) -> None:
+    """A line for each op, direction and shape; a cell: milliseconds and GB/s as share of a copy, or TFLOP/s."""
+    groups: dict[bool, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.op == "varlen_attention", []).append(row)
+    for attention, group in groups.items():
+        table = Table(title="varlen_attention: ms, TFLOP/s" if attention else "ms, GB/s, share of a copy's speed")
+        columns = list(dict.fromkeys(row.implementation for row in group))
+        for column in ("op", "", "model", "stream", "tokens", *columns):
+            table.add_column(column)
+        lines: dict[tuple, dict[str, Row]] = {}
+        for row in group:
+            key = (row.op, row.direction, row.model, row.stream, str(row.tokens))
+            lines.setdefault(key, {})[row.implementation] = row
+        for key, cells in lines.items():
+            table.add_row(*key, *(_cell(cells.get(column)) for column in columns))
+        console.print(table)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.ms is None:
+        return "ran"
+    if row.tflop_per_s is not None:
+        return f"{row.ms:.3f}  {row.tflop_per_s:.0f}"
+    return f"{row.ms:.3f}  {row.gb_per_s:.0f}  {row.of_copy:.0%}"
