@@ -14,7 +14,7 @@ the noise never exists in memory.
 import torch
 from torch import Tensor
 
-from .backend import launch, tl, triton, triton_op, use_triton
+from .backend import tl, triton, triton_op, use_triton, wrap_triton
 from .philox import philox_randn_rows, randn4x
 
 BLOCK = 256  # counters, of four numbers each, that one program takes
@@ -138,7 +138,7 @@ def _ddim_step(
     guided, given, philox = pred_uncond is not None, noise is not None, noise is None and seed is not None
     uncond = pred_uncond if guided else pred_cond
     sources = (noise if given else x_t, *((seed, offsets) if philox else (x_t, x_t)))
-    launch(_ddim_step_kernel, (B, triton.cdiv(C * H * W, 4 * BLOCK)))(
+    wrap_triton(_ddim_step_kernel)[(B, triton.cdiv(C * H * W, 4 * BLOCK))](
         x_t, pred_cond, uncond, coefficients, *sources, x_next, x_start, *pred_cond.stride(), *uncond.stride(),
         C=C, H=H, W=W, GUIDED=guided, CFG_SCALE=cfg_scale if guided else 1.0, FROM_XSTART=from_xstart, CLIP=clip,
         GIVEN=given, PHILOX=philox, BLOCK=BLOCK,

@@ -10,7 +10,7 @@ its gradient, in registers while it walks the samples.
 import torch
 from torch import Tensor
 
-from .backend import launch, tl, triton, triton_op, use_triton
+from .backend import tl, triton, triton_op, use_triton, wrap_triton
 from .packing import Packing
 
 SAMPLES = 64  # samples that one program walks: so many are one row of a table of partial sums
@@ -178,9 +178,9 @@ def _sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x.sum(0) of fp32 [R, M], in a fixed order."""
     R, M = x.shape
     out = x.new_empty(M, dtype=dtype)
-    block_r = min(16, triton.next_power_of_2(R))
+    block_r = min(8, triton.next_power_of_2(R))
     grid = (triton.cdiv(M, BLOCK_D),)
-    launch(_sum_rows_kernel, grid)(x, out, R, M=M, BLOCK_R=block_r, BLOCK_M=BLOCK_D, num_warps=1)
+    wrap_triton(_sum_rows_kernel)[grid](x, out, R, M=M, BLOCK_R=block_r, BLOCK_M=BLOCK_D, num_warps=1)
     return out
 
 
@@ -197,7 +197,7 @@ def scatter_tokens_fwd(
 ) -> Tensor:
     (L, S), D = slots.shape, tokens.shape[1]
     out = tokens.new_empty(S * (1 + L), D)
-    launch(_scatter_tokens_fwd_kernel, _grid(S, L, D))(
+    wrap_triton(_scatter_tokens_fwd_kernel)[_grid(S, L, D)](
         tokens, slots, cu_seqlens, mask_token, pos_embed, out, S, L, D=D, NUM_CLS=num_cls, **BLOCKS
     )
     return out
@@ -219,7 +219,7 @@ def scatter_tokens_bwd(
     dmask = dout.new_empty(grid[2] * (grid[0] - 1), D, dtype=torch.float32)
     direct = grid[2] == 1  # no partial sums: dpos_embed itself
     dpos = dout.new_empty(grid[2], L * D, dtype=pos_embed.dtype if direct else torch.float32)
-    launch(_scatter_tokens_bwd_kernel, grid)(
+    wrap_triton(_scatter_tokens_bwd_kernel)[grid](
         dout, slots, cu_seqlens, dtokens, dmask, dpos, S, L, D=D, NUM_CLS=num_cls, **BLOCKS
     )
     dpos_embed = dpos if direct else _sum_rows(dpos, pos_embed.dtype)
