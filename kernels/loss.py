@@ -13,7 +13,7 @@ to scale it by the upstream gradient later.
 import torch
 from torch import Tensor
 
-from .backend import launch, tl, triton, triton_op, use_triton
+from .backend import tl, triton, triton_op, use_triton, wrap_triton
 from .patches import (
     check_devices,
     check_noise,
@@ -204,7 +204,7 @@ def masked_diffusion_loss_fwd(
     counts = num_noised, num_eps, num_x0, num_clean
     grid, tensors, numbers, constants = _arguments(prediction, x_start, visible, noise, patch_size, *counts)
     partials = prediction.new_empty(4, grid[0] * grid[1], dtype=torch.float32)
-    launch(_masked_diffusion_loss_fwd_kernel, grid)(*tensors, partials, *numbers, **constants)
+    wrap_triton(_masked_diffusion_loss_fwd_kernel)[grid](*tensors, partials, *numbers, **constants)
     return partials.sum(1)
 
 
@@ -230,7 +230,9 @@ def masked_diffusion_loss_bwd(
     counts = num_noised, num_eps, num_x0, num_clean
     grid, tensors, numbers, constants = _arguments(prediction, x_start, visible, noise, patch_size, *counts)
     dprediction = prediction.new_empty(prediction.shape)
-    launch(_masked_diffusion_loss_bwd_kernel, grid)(dlosses.contiguous(), *tensors, dprediction, *numbers, **constants)
+    wrap_triton(_masked_diffusion_loss_bwd_kernel)[grid](
+        dlosses.contiguous(), *tensors, dprediction, *numbers, **constants
+    )
     return dprediction
 
 

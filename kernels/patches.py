@@ -9,7 +9,7 @@ once and writes them once; ε is made in registers.
 import torch
 from torch import Tensor
 
-from .backend import launch, tl, triton, triton_op, use_triton
+from .backend import tl, triton, triton_op, use_triton, wrap_triton
 from .philox import normal_pair, philox_randn, randn4x
 
 
@@ -130,7 +130,7 @@ def _gather_patches_kernel(
     corner, sample = patch_corner(tl.load(ids_ptr + row, row < N, other=0), C, H, W, P)
     noised = (row < N) & (sample < num_noised)
     x = tl.load(x_ptr + corner[:, None] + patch_pixel(col, H, W, P)[None, :], mask, other=0).to(tl.float32)
-    a = tl.load(sqrt_alpha_ptr + sample, noised, other=1).to(tl.float32)
+    a = tl.where(noised, tl.load(sqrt_alpha_ptr + sample, noised, other=0).to(tl.float32), 1.0)
     b = tl.load(sqrt_one_minus_alpha_ptr + sample, noised, other=0).to(tl.float32)
     eps = patch_noise(noise_ptr, corner, mask & noised[:, None], first_col, H, W, P, BLOCK_D, FROM_SEED)
     x_t = a[:, None] * x + b[:, None] * eps
@@ -159,7 +159,7 @@ def gather_patches_fwd(
     if N == 0:
         return out
     grid, block_m, block_d = patch_tiles(N, D)
-    launch(_gather_patches_kernel, grid)(
+    wrap_triton(_gather_patches_kernel)[grid](
         x_start.contiguous(), ids_keep.contiguous(), sqrt_alpha.contiguous(), sqrt_one_minus_alpha.contiguous(),
         noise.contiguous(), out, N, len(sqrt_alpha), C, H, W, patch_size,
         BLOCK_M=block_m, BLOCK_D=block_d, FROM_SEED=noise.ndim == 0,
