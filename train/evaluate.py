@@ -14,6 +14,7 @@ from torch import Tensor
 from umd.config import ScheduleConfig
 from umd.device import autocast, pick_device, pick_dtype
 from umd.errors import UserError
+from umd.methods import AnyModel, build_model, kind_of
 from umd.metrics import FeatureStatistics, default_features, feature_statistics
 from umd.model import UMD
 from umd.ops import philox_randn
@@ -33,7 +34,7 @@ def schedule_of(config: ScheduleConfig) -> NoiseSchedule:
     return NoiseSchedule(config.name, config.num_steps, config.rho)
 
 
-def open_run(config: RunConfig, ema: bool = True) -> tuple[UMD, torch.device, torch.dtype]:
+def open_run(config: RunConfig, ema: bool = True) -> tuple[AnyModel, torch.device, torch.dtype]:
     """The network of a run on this machine's device, and the autocast type."""
     device = pick_device(config.device)
     return load_model(config.out, ema, device), device, pick_dtype(config.precision, device)
@@ -64,7 +65,7 @@ def denoiser(model: UMD, dtype: torch.dtype) -> Denoise:
 
 @torch.no_grad()
 def represent(
-    model: UMD, x: Tensor, dtype: torch.dtype, schedule: NoiseSchedule | None = None, batch: int = 128
+    model: AnyModel, x: Tensor, dtype: torch.dtype, schedule: NoiseSchedule | None = None, batch: int = 128
 ) -> Tensor:
     """Representations [N, D] of images [N, C, H, W] at t = 0; given a schedule, noised at its index 50 (for r0 = 0)."""
     device = next(model.parameters()).device
@@ -81,9 +82,9 @@ def represent(
     return torch.cat(features)
 
 
-def open_gates(model: UMD) -> UMD:
+def open_gates(model: AnyModel) -> AnyModel:
     """Set every gate of an untrained adaLN-zero network to 1: as made, its blocks do nothing and CLS sees no image."""
-    if model.adaLN_modulation is not None:
+    if getattr(model, "adaLN_modulation", None) is not None:
         config = model.config
         with torch.no_grad():
             tables = model.adaLN_modulation.bias[: -2 * config.hidden_size].view(-1, 6, config.hidden_size)
@@ -117,11 +118,11 @@ def probe(
         test_ids = first_of_each(test.labels, len(test))[: max(max_images - len(train_ids), 400)]
     train_x, test_x = center_view(train, train_ids, config.data), center_view(test, test_ids, config.data)
     train_y, test_y = torch.from_numpy(train.labels[train_ids]), torch.from_numpy(test.labels[test_ids])
-    schedule = schedule_of(config.schedule) if config.objective.no_noise_prob == 0 else None
+    schedule = schedule_of(config.schedule) if getattr(config.objective, "no_noise_prob", 1) == 0 else None
     torch.manual_seed(config.seed)
-    untrained = open_gates(UMD(model.config)).to(next(model.parameters()).device).eval()
+    untrained = open_gates(build_model(model.config)).to(next(model.parameters()).device).eval()
     features = {
-        "UMD": lambda x: represent(model, x, dtype, schedule),
+        kind_of(model.config): lambda x: represent(model, x, dtype, schedule),
         "raw pixels": raw_pixel_features,
         "untrained network, gates opened": lambda x: represent(untrained, x, dtype, schedule),
     }

@@ -23,14 +23,12 @@ from umd.checkpoint import (
     load_model_state,
     save_checkpoint,
 )
-from umd.config import ModelConfig
 from umd.device import autocast, keep_freed_memory, peak_flops, pick_dtype
 from umd.ema import EMA, ema_rate, warm_rate
 from umd.errors import UserError
-from umd.flops import step_flops
 from umd.images import grid
-from umd.model import UMD
-from umd.objective import Objective
+from umd.methods import AnyModel, AnyModelConfig, AnyObjective, build_model, build_objective
+from umd.objective import DiffMAEObjective
 from umd.sampler import ddim_sample
 from umd.schedule import NoiseSchedule
 from umd.train.data import DataConfig, center_view, derive_seed, describe, open_dataset, reader, train_loader
@@ -39,7 +37,7 @@ from umd.train.latents import check_run_vae, with_vae
 from umd.train.log import NoLog, RunLog
 from umd.train.optim import adamw, lr_scale
 from umd.train.parallel import DDP, Alone, LossStep, Zero, strategy
-from umd.train.preview import picture_maker, reconstructions, rgb
+from umd.train.preview import filled_sheets, picture_maker, reconstructions, rgb
 from umd.train.quarantine import record_quarantine
 from umd.train.run import RunConfig, to_plain, write_config
 
@@ -83,7 +81,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
         dataset = open_dataset(config.data, "train")
         config = replace(config, data=with_vae(config.data, dataset))
     schedule = NoiseSchedule(config.schedule.name, config.schedule.num_steps, config.schedule.rho)
-    objective = Objective(config.model, config.objective, schedule)
+    objective = build_objective(config.model, config.objective, schedule, len(dataset))
     labelled = config.model.num_classes > 0
     if labelled and len(dataset.class_names) != config.model.num_classes:
         raise UserError(
@@ -92,7 +90,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
         )
 
     torch.manual_seed(derive_seed(config.seed, 0))
-    model = UMD(config.model)
+    model = build_model(config.model)
     if config.init is not None:
         load_pretrained(model, config.init, config.data)
     model.set_checkpointing(config.checkpointing)
@@ -122,9 +120,8 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
         by_clock = config.minutes > 0 and config.steps == 0
         return seconds / (60 * config.minutes) if by_clock else step / total_steps
 
-    noised, clean = objective.split(micro)
-    keep = (objective.keep_noised,) * noised + (objective.keep_clean,) * clean
-    flops = micro_batches * step_flops(config.model, keep, noised + min(clean, 1))
+    part_names = objective.part_names(micro)
+    flops = micro_batches * objective.step_flops(micro)
     peak = world.size * peak_flops(device, dtype) if world.main else math.inf
     preview = preview_images(config, device) if world.main else None
     # On one CPU a copy and a thread would take from the step what they save.
@@ -174,7 +171,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
 
         def read() -> list[float]:
             """The sums of the last step, waited for."""
-            return check_finite(config, world, pending, saved_path)
+            return check_finite(config, world, pending, saved_path, part_names)
 
         def stopping() -> bool:
             return agreed_stop if world.size > 1 else stop.requested is not None
@@ -185,16 +182,18 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
                 batch = next(loader)
                 for group in parallel.optimizer.param_groups:
                     group["lr"] = peak_lr * lr_scale(progress(), config.optim.warmup)
-                sums = torch.zeros(6, device=device)  # loss, its three parts, clock and stop request
+                sums = torch.zeros(1 + len(part_names) + 2, device=device)  # loss, its parts, clock and stop request
                 for i in range(config.accumulate):
                     part = slice(i * micro, (i + 1) * micro)
                     labels = batch.labels[part] if labelled else None
                     number = world.rank * config.accumulate + i  # of the micro-batch among those of all ranks
-                    corruption = objective.corrupt(micro, derive_seed(config.seed, 2, step, number), device, labels)
+                    corruption = objective.corrupt(
+                        micro, derive_seed(config.seed, 2, step, number), device, labels, batch.indices[part]
+                    )
                     last = i == config.accumulate - 1
                     loss, parts = parallel.forward_backward(batch.x_start[part], corruption, last)
-                    sums[:4] += torch.cat([loss[None], parts]) / config.accumulate
-                sums[4], sums[5] = elapsed, float(stop.requested is not None)
+                    sums[:-2] += torch.cat([loss[None], parts]) / config.accumulate
+                sums[-2], sums[-1] = elapsed, float(stop.requested is not None)
                 world.mean_(sums)
                 norm = parallel.update()
                 if ema is not None:
@@ -208,20 +207,17 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
                 window += 1
                 elapsed = time.perf_counter() - started
                 # Ranks stop and count time by what all of them know, which is a step old.
-                seconds += elapsed if world.size == 1 else before_last[4]
-                agreed_stop = before_last[5] > 0
+                seconds += elapsed if world.size == 1 else before_last[-2]
+                agreed_stop = before_last[-1] > 0
                 if background is not None:
                     background.check()
                 log.progress(progress())
                 if step % config.log_every == 0 or progress() >= 1:
-                    total, loss_eps, loss_x0, loss_clean, *_ = read()
+                    total, *parts_read = read()[:-2]
                     took = time.perf_counter() - window_start
                     row = {"step": step, "images_seen": step * config.batch_size}
                     row |= {"epoch": step * config.batch_size / len(dataset), "seconds": seconds, "loss": total}
-                    if noised:
-                        row |= {"loss_noised_eps": loss_eps, "loss_noised_x0": loss_x0}
-                    if clean:
-                        row |= {"loss_clean": loss_clean}
+                    row |= {name: value for name, value in zip(part_names, parts_read, strict=True) if name}
                     row |= {"lr": parallel.optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
                     row |= {"images_per_second": window * config.batch_size / took}
                     row |= {"mfu": window * flops / took / peak}
@@ -255,7 +251,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
 
 
 def spread(
-    config: RunConfig, world: World, model: UMD, objective: Objective, peak_lr: float, dtype: torch.dtype
+    config: RunConfig, world: World, model: AnyModel, objective: AnyObjective, peak_lr: float, dtype: torch.dtype
 ) -> Alone | DDP | Zero:
     """The model, its optimiser and the forward pass, laid over the ranks."""
     how = strategy(config.parallel, world, sum(p.numel() for p in model.parameters()))
@@ -274,7 +270,7 @@ def spread(
     return Zero(model, loss, optimizer, config.accumulate, config.optim.clip, world, stage, micro, dtype)
 
 
-def load_pretrained(model: UMD, init: Path, data: DataConfig) -> None:
+def load_pretrained(model: AnyModel, init: Path, data: DataConfig) -> None:
     """Weights of another run into `model`; label embeddings may be new. Raises UserError saying what differs."""
     path = init / "checkpoints" if (init / "checkpoints").is_dir() else init
     saved = load_checkpoint(path, parts=["model"])
@@ -286,9 +282,12 @@ def load_pretrained(model: UMD, init: Path, data: DataConfig) -> None:
     )  # fmt: skip
 
 
-def check_same_network(saved: Checkpoint, config: ModelConfig, folder: Path, but: tuple[str, ...] = ()) -> None:
+def check_same_network(saved: Checkpoint, config: AnyModelConfig, folder: Path, but: tuple[str, ...] = ()) -> None:
     """Raise UserError naming the settings that differ, also those that change no shape, such as the heads."""
     before, now = saved.state.get("config", {}).get("model", {}), to_plain(config)
+    if before.get("kind") != now.get("kind"):
+        kinds = (before.get("kind", "umd"), now.get("kind", "umd"))
+        raise UserError(f"{folder} holds a {kinds[0]} network, not a {kinds[1]} one: give another folder")
     differ = [
         f"{name} {before[name]}, not {now[name]}"
         for name in now
@@ -325,22 +324,23 @@ def check_finite(
     world: World,
     pending: tuple[int, Tensor, Tensor, Tensor] | None,
     saved: Path | None,
+    part_names: tuple[str | None, ...],
 ) -> list[float]:
     """The sums of a finished step. Stops the run if its loss is not a number; its weights are never saved."""
     if pending is None:
-        return [0.0] * 6
+        return [0.0, 0.0]  # no clock, no stop request
     step, sums, indices, norm = pending
     values = sums.tolist()
     if all(math.isfinite(v) for v in values) and math.isfinite(float(norm)):
         return values
     indices = world.gather(indices)
     dump = config.out / "nan-dump.json"
-    names = ("loss", "loss_noised_eps", "loss_noised_x0", "loss_clean")
     numbers = range(world.size * config.accumulate)
     record = {
         "step": step,
         "grad_norm": str(float(norm)),
-        **{key: str(value) for key, value in zip(names, values[:4], strict=True)},
+        "loss": str(values[0]),
+        **{name: str(value) for name, value in zip(part_names, values[1:-2], strict=True) if name},
         "batch_indices": indices.tolist(),
         "corruption_seeds": [derive_seed(config.seed, 2, step - 1, i) for i in numbers],
         "last_good_checkpoint": saved and str(saved),
@@ -399,9 +399,12 @@ def preview_images(config: RunConfig, device: torch.device) -> Tensor:
 
 
 def previews(
-    model: UMD, objective: Objective, x: Tensor, dtype: torch.dtype, show: Callable[[Tensor], np.ndarray], clip: bool
-) -> dict[str, np.ndarray]:
+    model: AnyModel, objective: AnyObjective, x: Tensor, dtype: torch.dtype, show: Callable[[Tensor], np.ndarray],
+    clip: bool,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Sheets by name: masked input, reconstruction and original in three rows; with labels, a sample of each class."""
+    if isinstance(objective, DiffMAEObjective):
+        return filled_sheets(model, objective, x, dtype, show, clip)
     sheets = {}
     T = objective.schedule.num_steps
     r0 = objective.config.no_noise_prob

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from umd import ops
 from umd.device import autocast
-from umd.images import to_uint8
+from umd.diffmae import DiffMAE, fill, pixel_mask
+from umd.images import grid, to_uint8
 from umd.masking import random_ids_keep
 from umd.model import UMD
-from umd.objective import Objective
+from umd.objective import DiffMAEObjective, Objective
 from umd.report import masked_view
 from umd.train.data import DataConfig
 from umd.train.latents import tokenizer_of
@@ -59,6 +60,29 @@ def reconstructions(
         (masked_view(s, m, side), p, o)
         for s, m, p, o in zip(shown, hidden, show(predicted), show(x_start), strict=True)
     ]
+
+
+def filled_sheets(
+    model: DiffMAE, objective: DiffMAEObjective, x: Tensor, dtype: torch.dtype, show: Callable[[Tensor], np.ndarray],
+    clip: bool,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """A sheet of held-out pictures in four rows: masked, the first call's x̂0 (an MAE's answer), a sample, original.
+
+    Of clips the middle frame is shown. Empty where the model predicts other things than pixels.
+    """
+    if objective.config.target != "pixels":
+        return {}
+    config, first = model.config, []
+    ids = objective.corrupt(len(x), 0, x.device).ids_masked
+    mask = torch.zeros(len(x) * config.num_patches, device=x.device).index_fill(0, ids, 1).view(len(x), -1)
+    hole = pixel_mask(mask, config)
+    filled = fill(
+        model, x, hole, objective.schedule, num_steps=25, clip=clip, dtype=dtype,
+        callback=lambda i, n, x_t, x_start: first.append(x_start.view(x.shape)) if i == 0 else None,
+    )  # fmt: skip
+    rows = (torch.where(hole.bool(), torch.zeros_like(x), x), first[0], filled[:, 0], x)
+    pictures = [show(row if row.ndim == 4 else row[:, :, row.shape[2] // 2]) for row in rows]
+    return {"filling": grid(np.concatenate(pictures), columns=len(x))}
 
 
 def picture_maker(config: DataConfig, device: torch.device) -> Callable[[Tensor], np.ndarray]:

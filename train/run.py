@@ -8,11 +8,21 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
+from tyro.conf import AvoidSubcommands
 
 from umd.checkpoint import load_checkpoint, load_model_state
-from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, ScheduleConfig, model_config
+from umd.config import (
+    OBJECTIVES,
+    DiffMAEConfig,
+    DiffMAEObjectiveConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ScheduleConfig,
+    diffmae_config,
+    model_config,
+)
 from umd.errors import UserError
-from umd.model import UMD
+from umd.methods import AnyModel, AnyModelConfig, AnyObjectiveConfig, build_model, check_match
 from umd.train.data import DataConfig
 from umd.train.distributed import ParallelConfig
 from umd.train.optim import OptimConfig
@@ -24,8 +34,8 @@ class RunConfig:
 
     out: Path = Path("runs/umd")
     """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, images/. A run there is resumed."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    model: AvoidSubcommands[AnyModelConfig] = field(default_factory=ModelConfig)
+    objective: AvoidSubcommands[AnyObjectiveConfig] = field(default_factory=ObjectiveConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -71,6 +81,7 @@ class RunConfig:
             raise UserError(f"seed must be 0 or more, got {self.seed}")
         if min(self.epochs, self.steps, self.minutes) < 0 or max(self.epochs, self.steps, self.minutes) == 0:
             raise UserError("the length of a run (epochs, steps or minutes) must be above 0")
+        check_match(self.model, self.objective)
         data = replace(self.data, image_size=self.model.image_size, channels=self.model.channels)
         object.__setattr__(self, "data", data)  # the model says what it sees
 
@@ -95,6 +106,17 @@ def _latents(name: str, objective: str, out: str, **changes: Any) -> RunConfig:
         _pixels(name, objective, out, side=32, schedule=ScheduleConfig("linear"), **changes),
         model=model_config(name, image_size=(32, 32), channels=4, adaLN=objective != "mae"),
         data=DataConfig(source="latents/train"),
+    )
+
+
+def _diffmae(name: str, out: str, model: dict[str, Any], mask_ratio: float = 0.75, **changes: Any) -> RunConfig:
+    """MAE's recipe, on which DiffMAE's is built: batch 4096, crops of a fifth of the picture and more."""
+    return RunConfig(
+        out=Path("runs") / out,
+        model=diffmae_config(name, **model),
+        objective=DiffMAEObjectiveConfig(mask_ratio=mask_ratio),
+        schedule=ScheduleConfig("linear_rho"),
+        **{"batch_size": 4096, "data": DataConfig(area_min=0.2), **changes},
     )
 
 
@@ -134,6 +156,21 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "dit-l2": (
         "its network as DiT, 400 epochs (the paper's with labels from the start: --model.num-classes 1000)",
         _latents("UMD-L/2", "dit", "dit-l2", epochs=400),
+    ),
+    "diffmae-tiny": (
+        "DiffMAE-Ti/4 on 32x32 colour emoji: minutes on a laptop",
+        _diffmae(
+            "DiffMAE-Ti/4", "diffmae-tiny", dict(image_size=(32, 32)), batch_size=64, minutes=10, save_every=200,
+            draw_every=200, optim=OptimConfig(lr=4e-3), data=DataConfig(hflip=True),
+        ),
+    ),
+    "diffmae-b16": (
+        "DiffMAE-B/16, 224x224 pixels: fills holes; decoder of 8 blocks, 512 wide",
+        _diffmae("DiffMAE-B/16", "diffmae-b16", dict(image_size=(224, 224))),
+    ),
+    "diffmae-l16": (
+        "DiffMAE-L/16, 224x224 pixels",
+        _diffmae("DiffMAE-L/16", "diffmae-l16", dict(image_size=(224, 224))),
     ),
 }  # fmt: skip
 
@@ -177,8 +214,10 @@ def from_plain(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
     def convert(hint: Any, value: Any) -> Any:
         args = get_args(hint)
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-            return from_plain(hint, value, where)
+        configs = [choice for choice in args or (hint,) if dataclasses.is_dataclass(choice)]
+        if configs and isinstance(value, Mapping):
+            same = [choice for choice in configs if getattr(choice, "kind", None) == value.get("kind")]
+            return from_plain((same or configs)[0], value, where)
         if get_origin(hint) is tuple and isinstance(value, list | tuple) and len(value) == len(args):
             return tuple(map(convert, args, value))
         if get_origin(hint) is Literal and value in args:
@@ -198,8 +237,10 @@ def from_plain(cls: type, values: Mapping[str, Any], where: str) -> Any:
             return convert(hints[name], value)
         except (TypeError, ValueError) as error:
             hint = hints[name]
-            expected = "settings of its own" if dataclasses.is_dataclass(hint) else getattr(hint, "__name__", hint)
-            if get_origin(hint) in (Literal, tuple):
+            expected = getattr(hint, "__name__", hint)
+            if any(map(dataclasses.is_dataclass, get_args(hint) or (hint,))):
+                expected = "settings of its own"
+            elif get_origin(hint) in (Literal, tuple):
                 expected = str(hint).removeprefix("typing.")
             raise UserError(f"{where}: {name} is {value!r}; expected {expected}") from error
 
@@ -230,7 +271,7 @@ def read_config(path: Path) -> RunConfig:
     return from_plain(RunConfig, values, str(file))
 
 
-def load_model(path: Path, ema: bool = True, device: torch.device | str = "cpu") -> UMD:
+def load_model(path: Path, ema: bool = True, device: torch.device | str = "cpu") -> AnyModel:
     """The network of a run folder, a folder of checkpoints, or one checkpoint, in eval mode.
 
     ema: take the averaged weights where the checkpoint has them.
@@ -243,6 +284,8 @@ def load_model(path: Path, ema: bool = True, device: torch.device | str = "cpu")
     if "model" not in saved.state.get("config", {}):
         raise UserError(f"checkpoint {saved.path} does not say which network it is of; expected one written by umd")
     part = "ema" if ema and (saved.path / "ema.safetensors").exists() else "model"
-    model = UMD(from_plain(ModelConfig, saved.state["config"]["model"], str(saved.path)))
+    values = saved.state["config"]["model"]
+    config = from_plain(DiffMAEConfig if values.get("kind") == "diffmae" else ModelConfig, values, str(saved.path))
+    model = build_model(config)
     load_model_state(model, load_checkpoint(saved.path, parts=[part]).tensors[part])
     return model.to(device).eval().requires_grad_(False)

@@ -154,6 +154,24 @@ def model_config(name: str, **changes) -> ModelConfig:
     return ModelConfig(**{**SIZES[size], "patch_size": int(patch), **changes})
 
 
+DIFFMAE_DECODERS: dict[str, dict[str, int]] = {
+    "Ti": dict(decoder_hidden_size=128, decoder_depth=3, decoder_num_heads=4),
+}
+
+
+def diffmae_config(name: str, **changes) -> DiffMAEConfig:
+    """The network `"DiffMAE-B/16"`: UMD's encoder of that size; the decoder is 8 blocks, 512 wide (Ti: 3 of 128).
+
+    Raises:
+        UserError: the name is not DiffMAE-<size>/<patch> with a size of `SIZES`.
+    """
+    size, _, patch = name.removeprefix("DiffMAE-").partition("/")
+    if size not in SIZES or not patch.isdigit() or not name.startswith("DiffMAE-"):
+        raise UserError(f"unknown model {name!r}; expected DiffMAE-SIZE/PATCH with SIZE one of {', '.join(SIZES)}")
+    encoder = {key: value for key, value in SIZES[size].items() if key != "decoder_depth"}
+    return DiffMAEConfig(**{**encoder, **DIFFMAE_DECODERS.get(size, {}), "patch_size": int(patch), **changes})
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """Corruption and loss. These three numbers turn UMD into MAE, MaskDiT or DiT."""

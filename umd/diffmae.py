@@ -243,6 +243,14 @@ def patch_mask(hole: Tensor, config: DiffMAEConfig) -> Tensor:
     return mask
 
 
+def pixel_mask(mask: Tensor, config: DiffMAEConfig) -> Tensor:
+    """The hole that is exactly the masked patches: [B, L] to float32 [B, 1, H, W] or [B, 1, F, H, W]."""
+    hole = mask.float().view(len(mask), 1, -1, *config.grid_size)
+    for axis, size in ((2, config.tubelet_size), (3, config.patch_size), (4, config.patch_size)):
+        hole = hole.repeat_interleave(size, axis)
+    return hole if config.num_frames > 1 else hole[:, :, 0]
+
+
 def filling_denoiser(
     model: DiffMAE,
     x_known: Tensor,

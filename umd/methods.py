@@ -1,0 +1,40 @@
+"""Which network and which objective belong to a configuration: the one place that knows them all."""
+
+from typing import TypeAlias
+
+from umd.config import DiffMAEConfig, DiffMAEObjectiveConfig, ModelConfig, ObjectiveConfig
+from umd.diffmae import DiffMAE
+from umd.errors import UserError
+from umd.model import UMD
+from umd.objective import DiffMAEObjective, Objective
+from umd.schedule import NoiseSchedule
+
+AnyModelConfig: TypeAlias = ModelConfig | DiffMAEConfig
+AnyObjectiveConfig: TypeAlias = ObjectiveConfig | DiffMAEObjectiveConfig
+AnyModel: TypeAlias = UMD | DiffMAE
+AnyObjective: TypeAlias = Objective | DiffMAEObjective
+
+
+def build_model(config: AnyModelConfig) -> AnyModel:
+    return DiffMAE(config) if isinstance(config, DiffMAEConfig) else UMD(config)
+
+
+def build_objective(
+    model: AnyModelConfig, config: AnyObjectiveConfig, schedule: NoiseSchedule, num_images: int | None = None
+) -> AnyObjective:
+    """num_images: pictures in the dataset, for a file of features of them. Raises UserError for what cannot be."""
+    check_match(model, config)
+    if isinstance(model, DiffMAEConfig):
+        return DiffMAEObjective(model, config, schedule, num_images)
+    return Objective(model, config, schedule)
+
+
+def check_match(model: AnyModelConfig, objective: AnyObjectiveConfig) -> None:
+    kinds = [getattr(part, "kind", "umd") for part in (model, objective)]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"a {kinds[0]} network cannot be trained with a {kinds[1]} objective; give both the same kind")
+
+
+def kind_of(config: AnyModelConfig) -> str:
+    """What the method is called in messages and tables."""
+    return "DiffMAE" if isinstance(config, DiffMAEConfig) else "UMD"
