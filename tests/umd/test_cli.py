@@ -18,10 +18,12 @@ from PIL import Image
 
 import umd as package
 from umd import cli
+from umd.bench.loader import LoaderBench
 from umd.bench.step import StepBench
 from umd.checkpoint import list_checkpoints
 from umd.cli import COMMANDS, main
 from umd.train.demo import Demo
+from umd.train.encode import EncodeLatents, Inspect
 from umd.train.inpaint import Inpaint
 from umd.train.log import read_metrics
 from umd.train.run import PRESETS, RunConfig, finetune_config
@@ -161,9 +163,12 @@ def test_a_command_of_the_readme_parses(command):
         cli.parse(RunConfig, name, rest[1:], default)
     elif name in ("sample", "inpaint", "probe"):
         cli.parse({"sample": cli.Sample, "inpaint": Inpaint, "probe": cli.Probe}[name], name, rest[1:])
+    elif name == "encode-latents":
+        assert cli.parse(EncodeLatents, name, rest).data.vae
+    elif name == "inspect":
+        cli.parse(Inspect, name, rest[1:])
     elif name == "bench":
-        assert rest[0] == "step"
-        cli.parse(StepBench, name, rest[1:])
+        cli.parse({"step": StepBench, "loader": LoaderBench}[rest[0]], name, rest[1:])
     else:
         cli.parse(Demo, name, rest)
 
