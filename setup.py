@@ -58,6 +58,8 @@ setup(
             "types-PyYAML",
             "scipy",
             "tensorstore",
+            # Its ZeRO runs on CPUs, two processes of which the tests start.
+            "deepspeed; sys_platform == 'linux'",
             # The networks that `umd bench step` compares with.
             "diffusers",
             "transformers",
