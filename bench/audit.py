@@ -136,15 +136,18 @@ def count_op(name: str, model: str, samples: int, dtype: str) -> list[Counted]:
         return result, tuple(launches), torch_bytes.total
 
     outputs, launches, torch_bytes = counted(case.ours.call)
-    with ops.kernels("reference"):
-        eager_outputs, _, eager_bytes = counted(case.eager.call)
+    eager_outputs, eager_bytes = (), None
+    if case.eager is not None:
+        with ops.kernels("reference"):
+            eager_outputs, _, eager_bytes = counted(case.eager.call)
     common = (case.op, dtype_name(case.dtype), inputs.D, samples)
     found = [Counted(*common, "forward", launches, torch_bytes, case.forward_bytes, eager_bytes)]
     if case.backward_bytes is not None:
         douts = tuple(torch.randn_like(y) for y in outputs)
-        eager_douts = tuple(torch.randn_like(y) for y in eager_outputs)
         _, launches, torch_bytes = counted(lambda: case.ours.gradients(outputs, douts))
-        _, _, eager_bytes = counted(lambda: case.eager.gradients(eager_outputs, eager_douts))
+        if case.eager is not None:
+            douts = tuple(torch.randn_like(y) for y in eager_outputs)
+            _, _, eager_bytes = counted(lambda: case.eager.gradients(eager_outputs, douts))
         found.append(Counted(*common, "backward", launches, torch_bytes, case.backward_bytes, eager_bytes))
     return found
 
@@ -176,7 +179,7 @@ def _compile(launch: Launch, arch: str):
     return compile_launch(launch, arch)
 
 
-def rows_of(counted: Counted, arch: str, compiled: list) -> Row:
+def row_of(counted: Counted, arch: str, compiled: list) -> Row:
     """Counts and compiled kernels of an op as one row."""
     launches = counted.launches
     bits = [c.min_access_bits(_of_width(x, counted.width)) for c, x in zip(compiled, launches, strict=True)]
@@ -229,28 +232,31 @@ def _of_width(launch: Launch, width: int) -> set[str]:
     }
 
 
+def run_apart(interpret: bool, jobs: list[tuple], progress: Callable[[list], Iterable] = iter) -> list:
+    """Results of (function, *arguments), in processes where Triton is the interpreter or is not."""
+    spawn = multiprocessing.get_context("spawn")
+    with interpreted(interpret), ProcessPoolExecutor(torch.get_num_threads(), spawn) as pool:
+        return [job.result() for job in progress([pool.submit(*job) for job in jobs])]
+
+
 def audit(options: Audit, progress: Callable[[list], Iterable] = iter) -> list[Row]:
-    """Count in processes with the interpreter, compile in others without it."""
-    spawn, workers = multiprocessing.get_context("spawn"), torch.get_num_threads()
-    with interpreted(True), ProcessPoolExecutor(workers, spawn) as pool:
-        if options.kernel:
-            jobs = [pool.submit(count_call, options.kernel, options.call)]
-        else:
-            names = options.ops or tuple(name for name in CASES if name in OPS or find_spec("liger_kernel"))
-            jobs = [
-                pool.submit(count_op, name, model, options.samples, options.dtype)
-                for name in names
-                for model in options.models
-            ]
-        counted = [one for job in progress(jobs) for one in job.result()]
-    with interpreted(False), ProcessPoolExecutor(workers, spawn) as pool:
-        jobs = [
-            (one, arch, [pool.submit(_compile, launch, arch) for launch in one.launches])
-            for one in counted
-            for arch in options.arch
-            if one.launches
-        ]
-        return [rows_of(one, arch, [job.result() for job in compiled]) for one, arch, compiled in progress(jobs)]
+    """Count, then compile what ran."""
+    if options.kernel:
+        jobs = [(count_call, options.kernel, options.call)]
+    else:
+        names = options.ops or tuple(name for name in CASES if name in OPS or find_spec("liger_kernel"))
+        jobs = [(count_op, name, model, options.samples, options.dtype) for name in names for model in options.models]
+    return compile_counted([one for found in run_apart(True, jobs, progress) for one in found], options.arch, progress)
+
+
+def compile_counted(
+    counted: list[Counted], archs: tuple[str, ...], progress: Callable[[list], Iterable] = iter
+) -> list[Row]:
+    """A row for each that launched a kernel, and each architecture."""
+    pairs = [(one, arch) for one in counted if one.launches for arch in archs]
+    jobs = [(_compile, launch, arch) for one, arch in pairs for launch in one.launches]
+    compiled = iter(run_apart(False, jobs, progress))
+    return [row_of(one, arch, [next(compiled) for _ in one.launches]) for one, arch in pairs]
 
 
 def run(options: Audit, console: Console) -> list[Row]:
@@ -264,56 +270,67 @@ def run(options: Audit, console: Console) -> list[Row]:
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    if options.chart is not None:
+    if options.chart is not None and not options.kernel:
         draw(rows, options.chart)
     return rows
 
 
 def print_rows(rows: list[Row], console: Console) -> None:
-    """A line for each op, direction and width; what differs by architecture in the order of the rows."""
-    archs = list(dict.fromkeys(row.arch for row in rows))
-    size = f"{rows[0].samples} samples, {rows[0].dtype}" if rows[0].samples else rows[0].dtype
-    table = Table(title=f"{size}; {' / '.join(archs)}; ratios of bytes, times from bytes alone")
-    table.add_column("op")
-    table.add_column("")
-    columns = ("D", "MB needed", "asked", "sectors", "of eager", "registers", "spills", "shared", "occupancy", "bits")
-    for column in (*columns, "f64", "atomics", "µs", "eager µs"):
-        table.add_column(column, justify="right")
+    """Two tables, of bytes and of compiled kernels; what differs by architecture in the order of the rows."""
+    archs = " / ".join(dict.fromkeys(row.arch for row in rows))
+    size = f"{rows[0].samples} samples, " if rows[0].samples else ""
 
     def ratio(a: int | None, b: int | None) -> str:
         return "?" if a is None or b is None else f"{a / b:.2f}"
 
-    notes = {}
-    for group in _groups(rows):
-        row = group[0]
+    def number(value: float | None, form: str) -> str:
+        return "?" if value is None else format(value, form)
 
-        def each(show: Callable[[Row], str], group: list[Row] = group) -> str:
-            shown = [show(row) for row in group]
-            return shown[0] if len(set(shown)) == 1 else "/".join(shown)
-
-        table.add_row(
-            row.op,
-            row.direction,
-            str(row.width),
-            "?" if row.compulsory_bytes is None else f"{row.compulsory_bytes / 1e6:.2f}",
-            ratio(row.asked_bytes, row.compulsory_bytes),
-            ratio(row.unique_bytes, row.compulsory_bytes),
-            ratio(row.asked_bytes, row.eager_bytes),
-            each(lambda r: str(r.registers)),
-            each(lambda r: str(r.spill_bytes)),
-            each(lambda r: str(r.shared_bytes)),
-            each(lambda r: f"{r.occupancy:.0%}"),
-            each(lambda r: "-" if r.min_access_bits is None else str(r.min_access_bits)),
-            each(lambda r: str(r.f64)),
-            each(lambda r: str(r.atomics)),
-            each(lambda r: "?" if r.predicted_us is None else f"{r.predicted_us:.1f}"),
-            each(lambda r: "?" if r.eager_us is None else f"{r.eager_us:.1f}"),
-        )
+    print_table(
+        f"Bytes: {size}{rows[0].dtype}. Times from bytes alone, {archs}",
+        {
+            "needed MB": lambda r: number(r.compulsory_bytes and r.compulsory_bytes / 1e6, ".2f"),
+            "asked / needed": lambda r: ratio(r.asked_bytes, r.compulsory_bytes),
+            "sectors / needed": lambda r: ratio(r.unique_bytes, r.compulsory_bytes),
+            "asked / eager": lambda r: ratio(r.asked_bytes, r.eager_bytes),
+            "µs": lambda r: number(r.predicted_us, ".1f"),
+            "eager µs": lambda r: number(r.eager_us, ".1f"),
+        },
+        rows,
+        console,
+    )
+    print_table(
+        f"Compiled for {archs}",
+        {
+            "registers": lambda r: str(r.registers),
+            "spills": lambda r: str(r.spill_bytes),
+            "shared": lambda r: str(r.shared_bytes),
+            "occupancy": lambda r: f"{r.occupancy:.0%}",
+            "bits": lambda r: "-" if r.min_access_bits is None else str(r.min_access_bits),
+            "f64": lambda r: str(r.f64),
+            "atomics": lambda r: str(r.atomics),
+        },
+        rows,
+        console,
+    )
+    notes: dict[str, list[str]] = {}
+    for row in rows:
         if row.note:
             notes.setdefault(row.note, []).append(f"{row.op} {row.direction}")
-    console.print(table)
     for note, named in notes.items():
         console.print(f"{', '.join(dict.fromkeys(named))}: {note}", highlight=False, markup=False)
+
+
+def print_table(title: str, columns: dict[str, Callable[[Row], str]], rows: list[Row], console: Console) -> None:
+    """A line for each op, direction and width; a cell has one value, or one an architecture where they differ."""
+    table = Table(title=title)
+    for name in ("op", "", "D", *columns):
+        table.add_column(name, no_wrap=name == "op", justify="left" if name in ("op", "") else "right")
+    for group in _groups(rows):
+        shown = [[show(row) for row in group] for show in columns.values()]
+        cells = [values[0] if len(set(values)) == 1 else "/".join(values) for values in shown]
+        table.add_row(group[0].op, group[0].direction, str(group[0].width), *cells)
+    console.print(table)
 
 
 def _groups(rows: list[Row]) -> list[list[Row]]:
@@ -324,11 +341,11 @@ def _groups(rows: list[Row]) -> list[list[Row]]:
 
 
 def draw(rows: list[Row], file: Path) -> None:
-    """Bars of bytes over compulsory bytes, ours and eager's, for each op at the first width."""
+    """Bars of bytes over compulsory bytes, ours and eager's, for each of our ops at the first width."""
     from matplotlib.figure import Figure
 
-    rows = [group[0] for group in _groups(rows) if group[0].compulsory_bytes]
-    rows = [row for row in rows if row.width == rows[0].width and row.asked_bytes and row.eager_bytes]
+    rows = [group[0] for group in _groups(rows) if group[0].asked_bytes and group[0].eager_bytes]
+    rows = [row for row in rows if row.width == rows[0].width and row.op in OPS]
     figure = Figure(figsize=(8, 0.55 * len(rows) + 1.4), layout="constrained")
     axes = figure.add_subplot()
     places = list(range(len(rows)))[::-1]

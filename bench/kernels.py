@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from umd.bench.count_bytes import interpreted
 from umd.errors import UserError
@@ -71,17 +72,17 @@ class Row:
     stream: str
     tokens: int
     dtype: str
+    device: str
     ms: float | None
     gb_per_s: float | None = None
     of_copy: float | None = None  # share of the speed of a copy
     tflop_per_s: float | None = None  # attention
-    device: str = "cpu"
 
 
-def median_ms(work: Callable[[], object], device: str) -> float | None:
+def median_ms(work: Callable[[], Tensor | tuple[Tensor, ...]]) -> float | None:
     """Of triton.testing.do_bench; on a CPU the work runs once and has no time."""
-    if device == "cpu":
-        work()
+    result = work()
+    if (result if isinstance(result, Tensor) else result[0]).device.type == "cpu":
         return None
     from triton.testing import do_bench
 
@@ -94,7 +95,7 @@ def copy_speed(device: str) -> float | None:
         return None
     source = torch.empty(2**29, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * 2**29 / (median_ms(lambda: target.copy_(source), device) / 1e3)
+    return 2 * 2**29 / (median_ms(lambda: target.copy_(source)) / 1e3)
 
 
 def other_layer_norms() -> tuple[dict[str, LayerNorm], list[str]]:
@@ -138,15 +139,15 @@ def implementations(
             yield name, "reference", case.eager_with(layer_norm)
 
 
-def time_side(side: Side, backward: bool, device: str) -> dict[str, float | None]:
+def time_side(side: Side, backward: bool) -> dict[str, float | None]:
     """Median milliseconds of forward, and of backward on one forward pass."""
     torch._dynamo.reset()
     with torch.set_grad_enabled(backward):
-        found = {"forward": median_ms(side.call, device)}
+        found = {"forward": median_ms(side.call)}
         if backward:
             outputs = side.call()
             douts = tuple(torch.randn_like(y) for y in outputs)
-            found["backward"] = median_ms(lambda: side.gradients(outputs, douts), device)
+            found["backward"] = median_ms(lambda: side.gradients(outputs, douts))
     return found
 
 
@@ -155,7 +156,7 @@ def time_op(case: OpCase, sides: Iterator, copy: float | None, **shape) -> list[
     rows = []
     for implementation, choice, side in sides:
         with ops.kernels(choice):
-            timed = time_side(side, case.backward_bytes is not None, shape["device"])
+            timed = time_side(side, case.backward_bytes is not None)
         for direction, ms in timed.items():
             speed = None if ms is None else needed[direction] / (ms / 1e3)
             rates = {} if speed is None else dict(gb_per_s=speed / 1e9, of_copy=speed / copy)
@@ -177,7 +178,7 @@ def time_attention(inputs: Inputs, notes: list[str], **shape) -> list[Row]:
     rows = []
     for implementation, one in sides.items():
         try:
-            timed = time_side(one, True, inputs.device)
+            timed = time_side(one, True)
         except ValueError as error:  # it says why this backend cannot
             notes.append(f"varlen_attention: {error}")
             continue
@@ -193,6 +194,7 @@ def run(bench: KernelBench, console: Console) -> list[Row]:
     """Time, print a table of the ops and one of attention, write JSON."""
     torch._functorch.config.donated_buffer = False  # a compiled backward pass runs many times on one forward pass
     copy = copy_speed(bench.device)
+    device = torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
     norms, notes = other_layer_norms()
     try:
         with ops.kernels("triton"):
@@ -205,7 +207,7 @@ def run(bench: KernelBench, console: Console) -> list[Row]:
         for name in bench.ops or (*OPS, "varlen_attention"):
             console.print(f"{model} {stream} {name}", style="dim", highlight=False)
             inputs = Inputs(model, bench.samples, DTYPES[bench.dtype], bench.device, STREAMS[stream])
-            shape = dict(model=model, width=inputs.D, stream=stream, tokens=inputs.tokens, device=bench.device)
+            shape = dict(model=model, width=inputs.D, stream=stream, tokens=inputs.tokens, device=device)
             if name == "varlen_attention":
                 rows += time_attention(inputs, notes, **shape)
             else:
@@ -215,16 +217,14 @@ def run(bench: KernelBench, console: Console) -> list[Row]:
     if copy is None:
         title = "Smoke run on a CPU, kernels in Triton's interpreter: it shows that every row runs, and times none."
     else:
-        title = f"{torch.cuda.get_device_name()}, where a copy reaches {copy / 1e9:.0f} GB/s"
+        title = f"{device}, where a copy reaches {copy / 1e9:.0f} GB/s"
     console.print(title, highlight=False)
     print_rows(rows, console)
     for note in dict.fromkeys(notes):
         console.print(note, highlight=False, markup=False)
     if bench.json is not None:
         bench.json.parent.mkdir(parents=True, exist_ok=True)
-        gpu = None if copy is None else torch.cuda.get_device_name()
-        found = dict(gpu=gpu, torch=torch.__version__, copy_bytes_per_s=copy, rows=[asdict(row) for row in rows])
-        bench.json.write_text(json.dumps(found, indent=1) + "\n")
+        bench.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return rows
 
 

@@ -49,7 +49,7 @@ class OpCase:
     op: str
     dtype: torch.dtype  # of the largest tensors
     ours: Side
-    eager: Side  # under ops.kernels("reference")
+    eager: Side | None  # under ops.kernels("reference")
     forward_bytes: int  # compulsory: what it must read and write, each once
     backward_bytes: int | None = None
     eager_with: Callable[["LayerNorm"], Side] | None = None  # eager around another LayerNorm, for what has one
@@ -197,7 +197,7 @@ def masked_diffusion_loss(i: Inputs) -> OpCase:
         Side(lambda: ops.masked_diffusion_loss(*arguments(c.noise))[:1], (prediction,)),
         Side(lambda: ops.masked_diffusion_loss(*arguments(eps))[:1], (prediction,)),
         forward_bytes=scored + tensor_bytes(c.ids_keep),
-        backward_bytes=scored + tensor_bytes(c.ids_keep, prediction),  # the gradient is zero elsewhere, and written
+        backward_bytes=scored + tensor_bytes(prediction),  # the gradient is zero elsewhere, and written
     )
 
 
