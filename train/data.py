@@ -27,6 +27,7 @@ from tyro.conf import Suppress
 
 from umd.device import pick_device
 from umd.errors import UserError
+from umd.train.clips import ClipDataset, decode_clip, open_clips, take_frames
 from umd.train.emoji import open_emoji
 from umd.train.latents import (
     LatentDataset,
@@ -71,6 +72,10 @@ class DataConfig:
     """height and width the model sees"""
     channels: Suppress[int] = 3
     """3 for colour (grey pictures are repeated), 1 for grey; those of latents"""
+    num_frames: Suppress[int] = 1
+    """frames of a clip that the model sees; 1: pictures"""
+    frame_stride: int = 1
+    """of a clip's frames every n-th is taken"""
     vae: str = ""
     """hub id or folder of a diffusers AutoencoderKL or VQModel: pictures are encoded in each training step, which is
     slow (umd encode-latents does it once); for stored latents where their VAE lies, by default where it lay"""
@@ -102,6 +107,8 @@ class DataConfig:
             raise UserError(f"{areas}: expected 0 < area_min <= area_max <= 1.")
         if not 0 <= self.holdout <= 1:
             raise UserError(f"holdout is {self.holdout}: expected a share between 0 and 1.")
+        if self.frame_stride < 1:
+            raise UserError(f"frame_stride is {self.frame_stride}: expected 1 or more.")
         if self.num_workers < 0:
             raise UserError(f"num_workers is {self.num_workers}: expected 0 or more.")
 
@@ -121,6 +128,8 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDa
     Raises UserError if the source is missing, empty, damaged, unknown, or not what the model sees.
     """
     path = Path(config.source).expanduser()
+    if config.num_frames > 1:
+        return open_clips(config.source, split, config.holdout, config.skip_broken)
     if is_latents(path):
         return open_latents(path, split, config)
     if config.channels not in (1, 3) and not config.vae:
@@ -175,7 +184,9 @@ def centered_box(height: int, width: int, aspect: float) -> Box:
 
 
 def resized(picture: np.ndarray, box: Box, config: DataConfig) -> np.ndarray:
-    """`box` of a picture [h, w, C'], resampled without aliasing: uint8 [H, W, C]."""
+    """`box` of a picture [h, w, C'] (of a clip, [F, h, w, C']), resampled without aliasing: uint8 [H, W, C]."""
+    if picture.ndim == 4:
+        return np.stack([resized(frame, box, config) for frame in picture])
     image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
     image = flatten(image).convert("L" if config.channels == 1 else "RGB")
     height, width = config.image_size
@@ -189,10 +200,12 @@ def draw_view(rng: np.random.Generator, height: int, width: int, config: DataCon
 
 
 def train_view(picture: np.ndarray, rng: np.random.Generator, config: DataConfig) -> np.ndarray:
-    """A random crop, mirrored half of the time: uint8 [H, W, C]."""
-    box, mirrored = draw_view(rng, picture.shape[0], picture.shape[1], config)
+    """A random crop, mirrored half of the time: uint8 [H, W, C]; the same of random frames of a clip: [F, H, W, C]."""
+    if picture.ndim == 4:
+        picture = take_frames(picture, config.num_frames, config.frame_stride, rng)
+    box, mirrored = draw_view(rng, picture.shape[-3], picture.shape[-2], config)
     view = resized(picture, box, config)
-    return view[:, ::-1] if mirrored else view
+    return view[..., ::-1, :] if mirrored else view
 
 
 def view_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -201,8 +214,10 @@ def view_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 def centered(picture: np.ndarray, config: DataConfig) -> np.ndarray:
-    """The middle of a picture in the shape of `image_size`: uint8 [H, W, C]."""
-    box = centered_box(picture.shape[0], picture.shape[1], config.image_size[1] / config.image_size[0])
+    """The middle of a picture in the shape of `image_size`: uint8 [H, W, C]; of a clip the middle frames."""
+    if picture.ndim == 4:
+        picture = take_frames(picture, config.num_frames, config.frame_stride)
+    box = centered_box(picture.shape[-3], picture.shape[-2], config.image_size[1] / config.image_size[0])
     return resized(picture, box, config)
 
 
@@ -228,12 +243,13 @@ def centered_view_of_file(path: Path | str, config: DataConfig) -> Tensor:
     """One image file as in `center_view`: float32 [1, C, H, W]. Raises UserError if it cannot be read."""
     if tokenizer := tokenizer_of(config, pick_device()):
         return tokenizer.moments(centered_view_of_file(path, pixel_config(config, tokenizer.vae)))[:, 0].cpu()
-    return as_model_input(torch.from_numpy(np.stack([centered(decode(path), config)])))
+    picture = decode(path) if config.num_frames == 1 else decode_clip(Path(path))
+    return as_model_input(torch.from_numpy(np.stack([centered(picture, config)])))
 
 
 def as_model_input(views: Tensor) -> Tensor:
-    """uint8 [B, H, W, C] to float32 [B, C, H, W] in [-1, 1], on the same device."""
-    return views.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+    """uint8 [B, H, W, C] or [B, F, H, W, C] to float32 [B, C, ...] in [-1, 1], on the same device."""
+    return views.movedim(-1, 1).contiguous().float().div_(127.5).sub_(1)
 
 
 # The stream of batches
@@ -272,7 +288,7 @@ def has_dali() -> bool:
 
 def choose_loader(dataset: ImageDataset | LatentDataset, wanted: str) -> str:
     """`dali` or `python`. Raises UserError where DALI is wanted and cannot read the pictures."""
-    if wanted == "python" or (wanted == "auto" and not has_dali()):
+    if wanted == "python" or isinstance(dataset, ClipDataset) or (wanted == "auto" and not has_dali()):
         return "python"
     if not has_dali():
         raise UserError("--data.loader dali: DALI is not installed; umd doctor says how to get it.")
@@ -305,9 +321,9 @@ class TrainViews(Dataset):
         epoch, index = key
         try:
             used, picture = self.dataset.read(index)
+            return train_view(picture, view_rng(self.seed, epoch, index), self.config), index, used
         except UserError as error:  # raised here, it would reach the user inside a worker's stack trace
             return error
-        return train_view(picture, view_rng(self.seed, epoch, index), self.config), index, used
 
 
 def collate(items: list) -> tuple[Tensor, np.ndarray, np.ndarray] | UserError:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -10,8 +11,10 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from umd.diffmae import DiffMAE, fill
 from umd.errors import UserError
-from umd.model import UMD
+from umd.images import grid, save_png
+from umd.methods import AnyModel
 from umd.sampler import inpaint
 from umd.schedule import NoiseSchedule
 from umd.train.data import center_view, centered_view_of_file, open_dataset
@@ -20,33 +23,51 @@ from umd.train.preview import rgb
 from umd.train.run import RunConfig
 
 DEFAULT_IMAGES = 6
+VIEWS = 6  # of a sample on its way
 
 
 @dataclass(frozen=True)
 class Inpaint:
-    """Fill a hole in images with a run: a PNG grid of masked input, samples and original."""
+    """Fill a hole in images with a run: PNG grids of masked input, samples and original, and single files."""
 
     image: tuple[Path, ...] = ()
     """Picture files; default: held-out images of the run's data."""
     mask: str = "center"
     """center, left, random (patches), or a PNG: white is filled, black is kept."""
+    mask_ratio: float = 0.5
+    """Share of patches that the random mask hides, about."""
     samples: int = 3
     """Samples an image."""
     steps: int = 50
     """Denoising steps."""
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    """ddpm: fresh noise at each step; ddim: none but the first."""
     resample: int = 2
-    """Times each step is repeated to harmonise hole and surroundings (RePaint)."""
+    """Times a UMD repeats each step to harmonise hole and surroundings (RePaint); a DiffMAE has no need to."""
     seed: int = 0
     """Of noise and random masks."""
     out: Path | None = None
-    """Where the PNG goes; default: RUN/inpainting.png."""
+    """Where the PNG goes; default: RUN/inpainting.png. Beside it NAME-steps.png, and the folder NAME of files."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise UserError(f"mask_ratio is the share of hidden patches, 0 < m < 1; got {self.mask_ratio}")
         if self.samples < 1:
             raise UserError(f"samples must be at least 1, got {self.samples}")
 
 
-def pictures_and_mask(config: RunConfig, images: tuple[Path, ...], mask: str, seed: int) -> tuple[Tensor, Tensor]:
+class Fillings(NamedTuple):
+    """B pictures [B, C, H, W], filled n times each."""
+
+    original: Tensor
+    masked: Tensor  # 0, which is grey, where the hole is
+    samples: Tensor  # [B, n, C, H, W]
+    steps: Tensor  # [B, n, V, C, H, W], what was predicted on the way, first to last call
+
+
+def pictures_and_mask(
+    config: RunConfig, images: tuple[Path, ...], mask: str, seed: int, mask_ratio: float = 0.5
+) -> tuple[Tensor, Tensor]:
     """Pictures [B, C, H, W] (held-out ones if none are named) and the hole [B, 1, H, W]: 0 keep, 1 remove."""
     if images:
         x = torch.cat([centered_view_of_file(path, config.data) for path in images])
@@ -55,10 +76,16 @@ def pictures_and_mask(config: RunConfig, images: tuple[Path, ...], mask: str, se
         if len(dataset) == 0:
             raise UserError(f"{dataset.name} has no held-out images to inpaint; name pictures with --image")
         x = center_view(dataset, np.linspace(0, len(dataset) - 1, DEFAULT_IMAGES).astype(int), config.data)
-    return x, hole_mask(mask, x, config.model.patch_size, seed)
+    return x, hole_mask(mask, x, config.model.patch_size, seed, mask_ratio)
 
 
-def hole_mask(mask: str, x: Tensor, patch_size: int, seed: int = 0) -> Tensor:
+def check_predicts_pixels(config: RunConfig) -> None:
+    target = getattr(config.objective, "target", "pixels")
+    if target != "pixels":
+        raise UserError(f"{config.out} predicts another target than pixels ({target}) and cannot fill a hole")
+
+
+def hole_mask(mask: str, x: Tensor, patch_size: int, seed: int = 0, mask_ratio: float = 0.5) -> Tensor:
     """The hole [B, 1, H, W], 1 where pixels are removed: `center`, `left`, `random` patches, or a PNG's white part."""
     B, _, H, W = x.shape
     hole = torch.zeros(B, 1, H, W)
@@ -68,7 +95,7 @@ def hole_mask(mask: str, x: Tensor, patch_size: int, seed: int = 0) -> Tensor:
         hole[..., : W // 2] = 1
     elif mask == "random":
         noise = torch.rand(B, 1, H // patch_size, W // patch_size, generator=torch.Generator().manual_seed(seed))
-        hole = (noise < 0.5).float().repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+        hole = (noise < mask_ratio).float().repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
     else:
         try:
             drawn = np.asarray(Image.open(mask).convert("L"))
@@ -86,8 +113,46 @@ def hole_mask(mask: str, x: Tensor, patch_size: int, seed: int = 0) -> Tensor:
     return hole
 
 
+def fillings(
+    model: AnyModel, schedule: NoiseSchedule, x: Tensor, hole: Tensor, *, samples: int, num_steps: int, resample: int,
+    seed: int, dtype: torch.dtype, eta: float = 1.0, clip: bool = True, console: Console | None = None,
+) -> Fillings:  # fmt: skip
+    """Fill pictures [B, C, H, W] `samples` times: a DiffMAE all at once, its encoder run once; a UMD one by one."""
+    steps: list[Tensor] = []  # of one sampling
+
+    def watch(update: Callable) -> Callable:
+        def callback(i: int, n: int, x_t: Tensor, x_start: Tensor) -> None:
+            update(i, n, x_t, x_start)
+            if i in np.linspace(0, n - 1, VIEWS).astype(int):
+                steps.append(x_start.view(len(x), -1, *x.shape[1:]))  # [B, n, C, H, W]
+
+        return callback
+
+    if isinstance(model, DiffMAE):
+        with sampling_progress(console, f"{samples} fillings") as update:
+            out = fill(
+                model, x, hole, schedule, fillings=samples, num_steps=num_steps, eta=eta, clip=clip, seed=seed,
+                dtype=dtype, callback=watch(update),
+            )  # fmt: skip
+        views = torch.stack(steps, 2)  # [B, n, V, C, H, W]
+    else:
+        drawn, seen = [], []
+        for i in range(samples):
+            with sampling_progress(console, f"filling {i + 1} of {samples}") as update, torch.no_grad():
+                filled = inpaint(
+                    denoiser(model, dtype), x, hole, schedule, num_steps=num_steps, resample=resample, eta=eta,
+                    clip=clip, seed=seed + i, callback=watch(update),
+                )  # fmt: skip
+            drawn.append(filled)
+            seen.append(torch.stack(steps, 2))
+            steps.clear()
+        out, views = torch.stack(drawn, 1), torch.cat(seen, 1)
+    views = torch.where(hole[:, None, None].bool(), views, x[:, None, None])
+    return Fillings(x, torch.where(hole.bool(), torch.zeros_like(x), x), out, views)
+
+
 def inpainting_rows(
-    model: UMD, schedule: NoiseSchedule, x: Tensor, hole: Tensor, *, samples: int, num_steps: int, resample: int,
+    model: AnyModel, schedule: NoiseSchedule, x: Tensor, hole: Tensor, *, samples: int, num_steps: int, resample: int,
     seed: int, dtype: torch.dtype, console: Console | None = None, show: Callable[[Tensor], np.ndarray] = rgb,
     clip: bool = True,
 ) -> list[list[np.ndarray]]:  # fmt: skip
@@ -95,13 +160,31 @@ def inpainting_rows(
 
     show: makes pictures of tensors; clip: as for `inpaint`, off for latents.
     """
-    columns = [show(torch.where(hole.bool(), torch.zeros_like(x), x))]
-    for i in range(samples):
-        with sampling_progress(console, f"filling {i + 1} of {samples}") as callback, torch.no_grad():
-            filled = inpaint(
-                denoiser(model, dtype), x, hole, schedule, num_steps=num_steps, resample=resample, seed=seed + i,
-                clip=clip, callback=callback,
-            )  # fmt: skip
-        columns.append(show(filled))
-    columns.append(show(x))
+    filled = fillings(
+        model, schedule, x, hole, samples=samples, num_steps=num_steps, resample=resample, seed=seed, dtype=dtype,
+        clip=clip, console=console,
+    )  # fmt: skip
+    columns = [show(filled.masked), *(show(sample) for sample in filled.samples.unbind(1)), show(filled.original)]
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def write_fillings(filled: Fillings, out: Path, show: Callable[[Tensor], np.ndarray] = rgb) -> None:
+    """Write `out`, a row of masked input, samples and original a picture; NAME-steps.png, a row a sample on its way;
+    and the folder NAME with the pictures one by one in their own size: 1-masked.png, 1-sample-1.png, 1-original.png.
+    """
+    B, n = filled.samples.shape[:2]
+    masked, original = show(filled.masked), show(filled.original)  # uint8 [B, H, W, 3]
+    samples = [show(sample) for sample in filled.samples.unbind(1)]  # n x [B, H, W, 3]
+    steps = [[show(view) for view in sample.unbind(1)] for sample in filled.steps.unbind(1)]  # n x V x [B, H, W, 3]
+    scale = max(1, 128 // masked.shape[1])
+    sheet = [picture for b in range(B) for picture in (masked[b], *(s[b] for s in samples), original[b])]
+    save_png(grid(np.stack(sheet), columns=n + 2), out, scale)
+    ways = [
+        picture for b in range(B) for views in steps for picture in (masked[b], *(v[b] for v in views), original[b])
+    ]
+    save_png(grid(np.stack(ways), columns=len(steps[0]) + 2), out.with_name(f"{out.stem}-steps.png"), scale)
+    for b in range(B):
+        save_png(masked[b], out.with_suffix("") / f"{b + 1}-masked.png")
+        save_png(original[b], out.with_suffix("") / f"{b + 1}-original.png")
+        for i, sample in enumerate(samples, 1):
+            save_png(sample[b], out.with_suffix("") / f"{b + 1}-sample-{i}.png")

@@ -82,8 +82,13 @@ class RunConfig:
         if min(self.epochs, self.steps, self.minutes) < 0 or max(self.epochs, self.steps, self.minutes) == 0:
             raise UserError("the length of a run (epochs, steps or minutes) must be above 0")
         check_match(self.model, self.objective)
-        data = replace(self.data, image_size=self.model.image_size, channels=self.model.channels)
+        frames = getattr(self.model, "num_frames", 1)
+        data = replace(self.data, image_size=self.model.image_size, channels=self.model.channels, num_frames=frames)
         object.__setattr__(self, "data", data)  # the model says what it sees
+
+    @property
+    def is_diffmae(self) -> bool:
+        return isinstance(self.model, DiffMAEConfig)
 
     @property
     def checkpoints(self) -> Path:
@@ -171,6 +176,13 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "diffmae-l16": (
         "DiffMAE-L/16, 224x224 pixels",
         _diffmae("DiffMAE-L/16", "diffmae-l16", dict(image_size=(224, 224))),
+    ),
+    "diffmae-video-l": (
+        "DiffMAE-L/16, clips of 16 frames, 224x224 pixels, in tubelets of 2: 90 % masked",
+        _diffmae(
+            "DiffMAE-L/16", "diffmae-video-l", dict(image_size=(224, 224), num_frames=16, tubelet_size=2),
+            mask_ratio=0.9, batch_size=512, data=DataConfig(source="clips", area_min=0.5, frame_stride=4),
+        ),
     ),
 }  # fmt: skip
 

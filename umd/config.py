@@ -213,9 +213,7 @@ class DiffMAEObjectiveConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
-            raise UserError(
-                f"mask_ratio is the share of patches to predict, above 0 and below 1; got {self.mask_ratio}"
-            )
+            raise UserError(f"mask_ratio is the share of patches to predict, 0 < m < 1; got {self.mask_ratio}")
         if self.min_time < 1:
             raise UserError(f"min_time must be at least 1, got {self.min_time}")
 

@@ -1,0 +1,127 @@
+"""Where clips come from: video files and folders of frames in a folder, or a .npz, each read into a `ClipDataset`.
+
+A clip is decoded whole, then F frames are taken from it (`take_frames`): cut long videos into clips first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from umd.errors import UserError
+from umd.train.sources import IMAGE_SUFFIXES, ImageDataset, check_labels, choose_split, decode
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif", ".mpg", ".m4v")
+
+
+@dataclass
+class ClipDataset(ImageDataset):
+    """Clips of one split: `pictures` are uint8 [N, F', h, w, C], or N video files or folders of frames."""
+
+    def image(self, index: int) -> np.ndarray:
+        """The clip as stored, uint8 [F', h, w, C]. Raises UserError naming the file if it cannot be read."""
+        clip = self.pictures[index]
+        return clip if isinstance(clip, np.ndarray) else decode_clip(Path(clip))
+
+
+def open_clips(source: str, split: str, holdout: float, skip_broken: bool) -> ClipDataset:
+    """The clips of one split. Raises UserError if the source is missing, holds none, or is damaged."""
+    path = Path(source).expanduser()
+    if path.suffix == ".npz" and path.exists():
+        return open_clip_arrays(path, split, holdout)
+    if not path.is_dir():
+        raise UserError(
+            f"data source {source} holds no clips: expected a folder of video files or of folders of frames, or a .npz"
+        )
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+    videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
+    folders = {file.parent for file in files if file.suffix.lower() not in VIDEO_SUFFIXES and file.parent != path}
+    clips = sorted({*videos, *folders})
+    if not clips:
+        raise UserError(
+            f"{path} holds no clips: expected video files ({', '.join(VIDEO_SUFFIXES)}) or folders of frames"
+        )
+    names = [clip.relative_to(path) for clip in clips]
+    labels, class_names = None, []
+    if all(len(name.parts) > 1 for name in names):  # class/clip
+        class_names = sorted({name.parts[0] for name in names})
+        labels = np.array([class_names.index(name.parts[0]) for name in names], dtype=np.int64)
+    rows = choose_split(map(str, names), split, holdout, str(path))
+    return ClipDataset(
+        name=path.name,
+        split=split,
+        pictures=[str(clips[row]) for row in rows],
+        labels=None if labels is None else labels[rows],
+        class_names=class_names,
+        skip_broken=skip_broken,
+    )
+
+
+def open_clip_arrays(path: Path, split: str, holdout: float) -> ClipDataset:
+    """A .npz with `clips`, uint8 [N, F', h, w, C] or [N, F', h, w], and perhaps `labels` [N]."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            clips, labels = stored["clips"], stored.get("labels")
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise UserError(f"cannot read clips from {path} ({error}): expected an array `clips` in it") from error
+    clips = clips[..., None] if clips.ndim == 4 else clips
+    if clips.ndim != 5 or clips.dtype != np.uint8 or clips.shape[-1] not in (1, 3):
+        raise UserError(
+            f"the clips in {path} are {clips.dtype} {list(clips.shape)}; expected uint8 [N, F, h, w, 1 or 3]"
+        )
+    rows = choose_split(map(str, range(len(clips))), split, holdout, str(path))
+    class_names: list[str] = []
+    if labels is not None:
+        labels = check_labels(labels, str(path))
+        class_names = [str(i) for i in range(int(labels.max()) + 1)]
+        labels = labels[rows]
+    return ClipDataset(name=path.stem, split=split, pictures=clips[rows], labels=labels, class_names=class_names)
+
+
+def decode_clip(path: Path) -> np.ndarray:
+    """All frames of a video file or a folder of frames: uint8 [F', h, w, 1 or 3]. Raises UserError naming it."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        frames = [decode(file) for file in files]
+    else:
+        frames = decode_video(path)
+    if len({frame.shape for frame in frames}) != 1:
+        problem = "it has no frames" if not frames else "its frames differ in size or colour"
+        raise UserError(f"cannot read clip {path} ({problem}): replace or remove it")
+    return np.stack(frames)
+
+
+def decode_video(path: Path) -> list[np.ndarray]:
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(f"reading {path} needs PyAV: pip install av, or give folders of frames or a .npz") from error
+    try:
+        with av.open(str(path)) as container:
+            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read video {path} ({reason}): replace or remove it, or set skip_broken") from error
+
+
+def take_frames(clip: np.ndarray, num_frames: int, stride: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Every `stride`-th of a clip's frames [F', h, w, C], from a random first one, without `rng` from the middle.
+
+    Raises:
+        UserError: the clip is too short.
+    """
+    spare = len(clip) - ((num_frames - 1) * stride + 1)
+    if spare < 0:
+        raise UserError(
+            f"a clip has {len(clip)} frames, and the model takes {num_frames}, every {stride}: leave short clips out, "
+            "or lower --data.frame-stride or --model.num-frames"
+        )
+    first = spare // 2 if rng is None else int(rng.integers(spare + 1))
+    return clip[first : first + (num_frames - 1) * stride + 1 : stride]
+
+
+def frames_of(views: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures of frames [H, W, 3] side by side, 2 white pixels between them: uint8 [H, W', 3]."""
+    white = np.full((views[0].shape[0], 2, 3), 255, np.uint8)
+    return np.concatenate([part for view in views for part in (view, white)][:-1], axis=1)
