@@ -81,11 +81,11 @@ class World:
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The ranks run the body after rank 0 has: it fills the caches that they then read."""
-        if self.size > 1 and not self.main:
-            dist.barrier()
+        if not self.main:
+            self.agree(None)
         yield
-        if self.size > 1 and self.main:
-            dist.barrier()
+        if self.main:
+            self.agree(None)
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -188,7 +188,8 @@ class Watch(threading.Thread):
 
     def __init__(self, store: dist.Store, rank: int, size: int):
         super().__init__(daemon=True, name="watch")
-        self.store, self.rank, self.neighbour = dist.PrefixStore("umd", store), rank, (rank + 1) % size
+        self.store, self.rank, self.size = dist.PrefixStore("umd", store), rank, size
+        self.neighbour = (rank + 1) % size
         self.leaving = threading.Event()
         self.store.set(f"host/{rank}", socket.gethostname())
 
@@ -197,7 +198,9 @@ class Watch(threading.Thread):
         while not self.leaving.wait(BEAT_SECONDS):
             try:
                 self.store.add(f"beat/{self.rank}", 1)
-                if self.store.add("ended", 0):
+                if self.store.add("ended", 0) and not self.leaving.is_set():
+                    if self.rank == 0:
+                        time.sleep(1.5 * BEAT_SECONDS)
                     os._exit(1)
                 seen = self.store.add(f"beat/{self.neighbour}", 0)
                 left = self.store.add(f"left/{self.neighbour}", 0)
@@ -213,6 +216,8 @@ class Watch(threading.Thread):
                 self.fail(f"rank {self.neighbour} on {host} is gone; every rank stops. {GO_ON}", 1)
 
     def fail(self, message: str, code: int) -> None:
+        """End this process and have the others end; the first of them prints."""
+        self.leaving.set()
         try:
             first = self.store.add("told", 1) == 1
             if first:
@@ -220,14 +225,21 @@ class Watch(threading.Thread):
             else:
                 time.sleep(1)  # a launcher that sees a process end kills the others, and one of them is speaking
             self.store.add("ended", 1)
+            if self.rank == 0:  # the store may live here
+                time.sleep(1.5 * BEAT_SECONDS)
         except RuntimeError:
             self._say(message)
         os._exit(code)
 
     def leave(self) -> None:
+        """A good end. Rank 0, where the store may live, goes last."""
         self.leaving.set()
         with contextlib.suppress(RuntimeError):
             self.store.add(f"left/{self.rank}", 1)
+            left, latest = self.store.add("left", 1), time.monotonic() + GONE_SECONDS
+            while self.rank == 0 and left < self.size and time.monotonic() < latest:
+                time.sleep(0.05)
+                left = self.store.add("left", 0)
 
     @staticmethod
     def _say(message: str) -> None:

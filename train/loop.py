@@ -128,6 +128,8 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
     background = BackgroundSave() if world.size > 1 or device.type == "cuda" else None
 
     def save() -> Path:
+        if background is not None:
+            background.wait()  # it holds the memory that is filled next
         tensors = parallel.tensors(ema)
         state = {"config": to_plain(config), "seconds": seconds, "images_seen": step * config.batch_size}
         state["micro_batches"] = micro_batches

@@ -105,6 +105,7 @@ class Shard:
 
     def __init__(self, model: nn.Module, world: World, starts: Mapping[str, int], pieces: Tensors):
         self.world, self.starts, self.pieces = world, starts, pieces
+        self.host: dict[str, Tensors] = {}
         # ZeRO 3 leaves parameters empty and keeps their shapes beside them.
         self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
 
@@ -119,26 +120,34 @@ class Shard:
         }
 
     @torch.no_grad()
-    def gather(self, pieces: Mapping[str, Tensor]) -> Tensors:
-        """Whole tensors on rank 0's host, one at a time through the device; nothing on the other ranks."""
-        whole = {}
+    def gather(self, pieces: Mapping[str, Tensor], part: str) -> Tensors:
+        """Whole tensors on rank 0's host, one at a time through the device; nothing on the other ranks.
+
+        The memory is that of the last call for the same part, and from a GPU the copies are only queued.
+        """
+        whole = self.host.setdefault(part, {})
         for name, shape in self.shapes.items():
             buffer = torch.zeros(shape.numel(), device=self.world.device)
             if name in pieces:
                 buffer[self.starts[name] : self.starts[name] + len(pieces[name])] = pieces[name]
             dist.reduce(buffer, dst=0)  # a sum of zeros and one piece at each place
             if self.world.main:
-                whole[name] = buffer.view(shape).cpu()
+                if name not in whole:
+                    whole[name] = torch.empty(shape, pin_memory=buffer.is_cuda)
+                whole[name].copy_(buffer.view(shape), non_blocking=True)
         return whole
 
     @contextmanager
     def averaged(self, model: UMD, ema: EMA | None) -> Iterator[UMD | None]:
         """A network of its own on rank 0, None elsewhere: nowhere else are the averages whole."""
-        whole = self.gather(self.pieces if ema is None else ema.state_dict())
+        whole = self.gather(self.pieces if ema is None else ema.state_dict(), "drawn")
+        del self.host["drawn"]
+        if whole and self.world.device.type == "cuda":
+            torch.cuda.synchronize()
         if not self.world.main:
             yield None
             return
-        copy = UMD(model.config)
+        copy = type(model)(model.config)
         copy.load_state_dict(whole, strict=False)
         yield copy.to(self.world.device)
 
@@ -165,7 +174,7 @@ class DDP(Alone):
         return super().forward_backward(x_start, corruption, last)
 
     def tensors(self, ema: EMA | None) -> dict[str, Tensors]:
-        return super().tensors(None) | ({} if ema is None else {"ema": self.weights.gather(ema.state_dict())})
+        return super().tensors(None) | ({} if ema is None else {"ema": self.weights.gather(ema.state_dict(), "ema")})
 
     def load(self, parts: Mapping[str, Tensors], ema: EMA | None) -> None:
         super().load(parts, None)
@@ -224,15 +233,15 @@ class Zero:
 
     def tensors(self, ema: EMA | None) -> dict[str, Tensors]:
         gather = self.weights.gather
-        parts = {"model": gather(self.weights.pieces), "optimizer": {}}
+        parts = {"model": gather(self.weights.pieces, "model"), "optimizer": {}}
         for key in ("exp_avg", "exp_avg_sq"):
             moments: Tensors = {}
             for flat, places in self.flats:
                 moments |= views(self.optimizer.state[flat][key], places)
-            parts["optimizer"] |= {f"{key}::{name}": whole for name, whole in gather(moments).items()}
+            parts["optimizer"] |= {f"{key}::{name}": whole for name, whole in gather(moments, key).items()}
         steps = next(self.optimizer.state[flat]["step"] for flat, _ in self.flats)
-        parts["optimizer"] |= {f"step::{name}": steps.detach().cpu().clone() for name in parts["model"]}
-        return parts | ({} if ema is None else {"ema": gather(ema.state_dict())})
+        parts["optimizer"] |= {f"step::{name}": steps.detach().clone() for name in parts["model"]}
+        return parts | ({} if ema is None else {"ema": gather(ema.state_dict(), "ema")})
 
     @torch.no_grad()
     def load(self, parts: Mapping[str, Tensors], ema: EMA | None) -> None:

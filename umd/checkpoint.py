@@ -110,17 +110,21 @@ class BackgroundSave:
         self._host: dict[str, dict[str, Tensor]] = {}  # pinned, used again for each save
 
     def save(self, root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict, keep: int) -> Path:
-        """As `save_checkpoint`, whose path this returns before the checkpoint is there."""
+        """As `save_checkpoint`, whose path this returns before the checkpoint is there.
+
+        Pinned tensors are taken as they are, being copies from a GPU: they may change only after `wait`.
+        """
         self.wait()
-        copied = None
         for part, named in tensors.items():
             host = self._host.setdefault(part, {})
             for name, tensor in named.items():
+                if tensor.is_pinned():
+                    host[name] = tensor
+                    continue
                 if name not in host or host[name].shape != tensor.shape:
                     host[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
                 host[name].copy_(tensor.detach(), non_blocking=True)
-                if tensor.is_cuda and copied is None:
-                    copied = torch.cuda.Event()
+        copied = torch.cuda.Event() if torch.cuda.is_available() else None
         if copied is not None:
             copied.record()
 

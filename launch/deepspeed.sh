@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Several hosts that ssh reaches without a password and that share the run's folder and the data:
+#   HOSTFILE=launch/hostfile launch/deepspeed.sh umd-l2 --data.source latents/imagenet --out runs/umd-l2
+# A line a host in the hostfile, `node01 slots=8`. This looks at each before it starts; a host that dies between is
+# told by rank 0 after --parallel.timeout seconds.
+set -euo pipefail
+HOSTFILE=${HOSTFILE:-launch/hostfile}
+dead=
+for host in $(awk '!/^#/ && NF {print $1}' "$HOSTFILE"); do
+    ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" true || dead+=" $host"
+done
+if [ -n "$dead" ]; then
+    echo "umd: ssh does not reach$dead; take them out of $HOSTFILE, or mend them" >&2
+    exit 2
+fi
+exec deepspeed --hostfile "$HOSTFILE" --module umd.cli pretrain "$@"

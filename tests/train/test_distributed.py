@@ -1,0 +1,406 @@
+"""Several ranks are one: DDP and ZeRO against one process, resuming over world sizes, a rank that dies, errors."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from umd.checkpoint import BackgroundSave, CheckpointError, list_checkpoints, load_checkpoint
+from umd.config import ModelConfig
+from umd.train.data import DataConfig
+from umd.train.distributed import ParallelConfig, World
+from umd.train.log import read_metrics
+from umd.train.loop import train
+from umd.train.optim import OptimConfig
+from umd.train.parallel import strategy
+from umd.train.run import RunConfig, to_plain
+
+ROOT = Path(__file__).parents[2]
+TINY = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=2, decoder_depth=1, num_heads=2)
+QUIET = Console(quiet=True)
+
+# What a launcher starts, for several runs one after another in the same processes.
+TRAIN_ALL = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from umd.train.loop import train
+from umd.train.run import read_config
+for file in sys.argv[1:]:
+    train(read_config(Path(file)), Console(quiet=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """60 images of 3 classes: 20 steps of 16 cross the seams of epochs."""
+    folder = tmp_path_factory.mktemp("ranks")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 10, 10, 3), dtype=np.uint8)
+    np.savez(folder / "tiny.npz", images=images, labels=np.arange(60) % 3)
+    return folder
+
+
+def tiny(folder: Path, out: str, strategy="auto", stage=2, **changes) -> RunConfig:
+    """4 micro-batches of 4 images a step, on labels, with EMA: `accumulate` is for two ranks."""
+    return RunConfig(
+        **{
+            "out": folder / out,
+            "model": replace(TINY, num_classes=3),
+            "data": DataConfig(source=str(folder / "tiny.npz"), num_workers=0),
+            "optim": OptimConfig(lr=0.03, ema=1.6),
+            "parallel": ParallelConfig(strategy, stage),
+            "batch_size": 16,
+            "accumulate": 2,
+            "steps": 20,
+            "precision": "fp32",
+            "device": "cpu",
+            "log_every": 1,
+            "draw_every": 0,
+            **changes,
+        }
+    )
+
+
+def as_file(config: RunConfig) -> str:
+    file = Path(f"{config.out}.yaml")
+    file.write_text(yaml.safe_dump(to_plain(config)))
+    return str(file)
+
+
+def start_ranks(command: list[str], size: int, ranks=None, **options) -> list[subprocess.Popen]:
+    """The processes that a launcher would start; `cwd` may be one folder or one a rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    base = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    base |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | options.get("env", {})
+    cwd = options.get("cwd", ROOT)
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=cwd[rank] if isinstance(cwd, list) else cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (range(size) if ranks is None else ranks)
+    ]
+
+
+def ends(processes: list[subprocess.Popen], timeout=240) -> tuple[list[int], list[str], list[str]]:
+    """(exit codes, what each wrote to stdout, to stderr)."""
+    try:
+        written = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], [out for out, _ in written], [err for _, err in written]
+
+
+def train_on(size: int, configs: list[RunConfig], **options) -> None:
+    codes, _, errors = ends(start_ranks(["-c", TRAIN_ALL, *map(as_file, configs)], size, **options))
+    assert codes == [0] * size, errors
+
+
+def column(config: RunConfig, key: str) -> np.ndarray:
+    return np.array([row[key] for row in read_metrics(config.out / "metrics.jsonl")])
+
+
+def wait_for(condition, process: subprocess.Popen, seconds=120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+# Two ranks are one
+
+CASES = {
+    "ddp": {"strategy": "ddp"},
+    "zero0": {"strategy": "zero", "stage": 0},
+    "zero1": {"strategy": "zero", "stage": 1},
+    "zero2": {"strategy": "zero", "stage": 2},
+    "zero3": {"strategy": "zero", "stage": 3, "checkpointing": True},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """Each case on two ranks, and one process with as many micro-batches, in fp32 and bf16."""
+    runs = {}
+    for precision in ("fp32", "bf16"):
+        runs["one", precision] = tiny(folder, f"one-{precision}", precision=precision, accumulate=4)
+        for name, case in CASES.items():
+            runs[name, precision] = tiny(folder, f"{name}-{precision}", precision=precision, **case)
+    train_on(1, [runs["one", "fp32"], runs["one", "bf16"]])
+    builds = folder / "extensions"
+    two = [config for (name, _), config in runs.items() if name != "one"]
+    train_on(2, two, env={"TORCH_EXTENSIONS_DIR": str(builds)})
+    assert not builds.exists(), "DeepSpeed compiled something, which takes a minute"
+    return runs
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_make_the_steps_of_one_process(runs, name, precision):
+    one, two = runs["one", precision], runs[name, precision]
+    loss, other = column(one, "loss"), column(two, "loss")
+    assert len(loss) == 20 and loss[-5:].mean() < loss[:5].mean() - 0.03  # it learns: other weights would show
+    assert np.abs(loss - other).max() <= (1e-5 if precision == "fp32" else 2e-3)
+    norms, others = column(one, "grad_norm"), column(two, "grad_norm")  # of the whole gradient, before clipping
+    assert np.abs(others / norms - 1).max() <= (1e-5 if precision == "fp32" else 2e-2)
+    for key in ("step", "images_seen", "lr"):
+        assert np.array_equal(column(one, key), column(two, key))
+
+    saved, others = (load_checkpoint(config.checkpoints).tensors for config in (one, two))
+    for part in ("model", "ema", "optimizer"):
+        assert saved[part].keys() == others[part].keys()
+        for key, tensor in saved[part].items():
+            assert tensor.shape == others[part][key].shape and tensor.dtype == others[part][key].dtype, key
+    for part in ("model", "ema"):
+        if precision == "fp32":
+            for key, tensor in saved[part].items():
+                torch.testing.assert_close(others[part][key], tensor, atol=1e-5, rtol=0, msg=key)
+        else:
+            flat, other = (torch.cat([t[part][key].flatten() for key in saved[part]]) for t in (saved, others))
+            assert (flat - other).norm() <= 1e-2 * flat.norm()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_no_optimizer_step_is_taken_in_secret(runs, name, precision):
+    """DeepSpeed's stage 0 in bf16 takes one before the first, on zero gradients."""
+    saved = load_checkpoint(runs[name, precision].checkpoints, parts=["optimizer"]).tensors["optimizer"]
+    steps = {tensor.item() for key, tensor in saved.items() if key.startswith("step::")}
+    assert steps == {20.0}
+
+
+def test_other_micro_batches_are_another_run(folder, runs):
+    """What the comparisons above would show if ranks drew the same noise, or other shares of the batch."""
+    other = tiny(folder, "two-micro-batches", accumulate=2)
+    train(other, QUIET)
+    assert np.abs(column(other, "loss") - column(runs["one", "fp32"], "loss")).max() > 1e-3
+
+
+def test_strategy():
+    two, alone = World(0, 2, torch.device("cpu")), World(0, 1, torch.device("cpu"))
+    for config, world, weights, expected in (
+        (ParallelConfig(), two, 999_999_999, "ddp"),
+        (ParallelConfig(), two, 1_000_000_000, "zero"),
+        (ParallelConfig("zero"), two, 1, "zero"),
+        (ParallelConfig("ddp"), two, 10**10, "ddp"),
+        (ParallelConfig("zero", 0), two, 10**10, "ddp"),
+        (ParallelConfig("zero", 3), alone, 10**10, "alone"),
+    ):
+        assert strategy(config, world, weights) == expected
+
+
+# Checkpoints across world sizes
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        (("zero", 2), ("zero", 3)),
+        pytest.param((("ddp", 2), ("zero", 1)), marks=pytest.mark.slow),
+        pytest.param((("zero", 3), ("ddp", 2)), marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_with_two_one_and_four_ranks(folder, runs, places):
+    """Steps 1-8 on two ranks, 9-16 on one, 17-20 on four of another stage: the losses of one process throughout."""
+    name = "moved-" + "-".join(f"{how}{stage}" for how, stage in places)
+    (first, stage), (last, last_stage) = places
+    moved = tiny(folder, name, first, stage, save_every=8)
+
+    def forget_after(step: int) -> None:
+        for path in list_checkpoints(moved.checkpoints):
+            if int(path.name[5:]) > step:
+                shutil.rmtree(path)
+        assert load_checkpoint(moved.checkpoints, parts=[]).step == step
+
+    train_on(2, [moved])
+    forget_after(8)
+    train(replace(moved, accumulate=4), QUIET)
+    forget_after(16)
+    train_on(4, [replace(moved, accumulate=1, parallel=ParallelConfig(last, last_stage))])
+    assert column(moved, "step").tolist() == list(range(1, 21))
+    assert np.abs(column(moved, "loss") - column(runs["one", "fp32"], "loss")).max() <= 1e-5
+    saved, other = (load_checkpoint(c.checkpoints).tensors["ema"] for c in (moved, runs["one", "fp32"]))
+    for key, tensor in other.items():
+        torch.testing.assert_close(saved[key], tensor, atol=1e-5, rtol=0, msg=key)
+
+
+def test_more_micro_batches_than_before_are_told(folder, capsys):
+    config = tiny(folder, "told", steps=2)
+    train(config, QUIET)
+    train(replace(config, steps=4, accumulate=4), Console(), "pretrain")
+    assert "the run had 2 micro-batches a step and now has 4" in capsys.readouterr().out
+
+
+def test_deepspeeds_own_checkpoint_is_refused_by_name(tmp_path):
+    (tmp_path / "global_step10").mkdir()
+    (tmp_path / "global_step10" / "mp_rank_00_model_states.pt").touch()
+    with pytest.raises(CheckpointError, match="DeepSpeed's own files, which fit one number of ranks"):
+        load_checkpoint(tmp_path)
+
+
+# Saving in the background
+
+
+def test_what_is_saved_in_the_background_is_as_it_was_at_the_call(tmp_path):
+    tensor = torch.zeros(1000)
+    saves = BackgroundSave()
+    for step in range(1, 6):
+        tensor += 1
+        path = saves.save(tmp_path, step, {"model": {"w": tensor}}, {}, keep=9)
+        tensor += 1000  # training goes on at once
+        tensor -= 1000
+        saves.wait()
+        assert torch.equal(load_checkpoint(path).tensors["model"]["w"], torch.full((1000,), float(step)))
+    slow = BackgroundSave()
+    slow.save(tmp_path, 6, {"model": {"w": tensor}}, {}, keep=9)
+    tensor.fill_(-1)
+    slow.wait()
+    assert load_checkpoint(tmp_path).tensors["model"]["w"][0] == 5
+
+
+def test_what_a_save_in_the_background_meets_is_raised_by_the_next_call(tmp_path):
+    (tmp_path / "file").touch()
+    saves = BackgroundSave()
+    saves.save(tmp_path / "file", 1, {"model": {"w": torch.zeros(3)}}, {}, keep=1)
+    with pytest.raises(CheckpointError, match="Could not write checkpoint"):
+        saves.wait()
+    saves.check()  # told once
+    saves.save(tmp_path / "good", 1, {"model": {"w": torch.zeros(3)}}, {}, keep=1)
+    saves.wait()
+    assert load_checkpoint(tmp_path / "good").step == 1
+
+
+# Ranks that end
+
+
+def rank_of(launcher: subprocess.Popen, rank: int) -> int:
+    """The process id of a rank that `launcher` started."""
+    for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+            return int(pid)
+    raise AssertionError(f"no rank {rank}")
+
+
+def test_after_kill_9_of_a_rank_all_end_and_the_run_goes_on(folder):
+    straight = tiny(folder, "straight", steps=200)
+    train(straight, QUIET)
+    killed = replace(straight, out=folder / "killed", accumulate=1, save_every=5)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.Popen(
+        [*command, "-m", "umd.cli", "pretrain", as_file(killed)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    wait_for(lambda: len(read_metrics(killed.out / "metrics.jsonl")) >= 12, process)
+    os.kill(rank_of(process, 1), signal.SIGKILL)
+    out, err = process.communicate(timeout=60)  # within a minute
+    assert process.returncode != 0
+    told = [line for line in err.splitlines() if line.startswith("umd: ")]
+    assert len(told) == 1 and "The same command goes on from the last checkpoint" in told[0], err
+    assert out.count("tiny.npz train") == 1  # one rank speaks
+    assert load_checkpoint(killed.checkpoints).step >= 5
+    for path in list_checkpoints(killed.checkpoints):  # whatever was kept is whole
+        load_checkpoint(path)
+    train(replace(killed, accumulate=2), QUIET)
+    assert column(killed, "step").tolist() == list(range(1, 201))
+    assert np.abs(column(killed, "loss") - column(straight, "loss")).max() <= 1e-5
+
+
+def test_a_rank_that_is_gone_is_noticed_without_an_exchange(folder):
+    """As with NCCL, where an exchange with a dead rank waits: rank 0 sleeps while rank 1 is killed."""
+    code = """
+import os, sys, time
+from umd.train.distributed import ParallelConfig, join
+world = join("cpu", ParallelConfig())
+print("met", flush=True)
+time.sleep(300)
+"""
+    first, second = start_ranks(["-c", code], 2)
+    assert first.stdout.readline() == second.stdout.readline() == "met\n"
+    second.kill()
+    codes, _, errors = ends([first], timeout=60)
+    assert codes == [1]
+    assert f"rank 1 on {socket.gethostname()} is gone; every rank stops" in errors[0]
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step(folder):
+    config = tiny(folder, "stopped", "zero", 2, steps=100_000)
+    ranks = start_ranks(["-m", "umd.cli", "pretrain", as_file(config)], 2)
+    wait_for(lambda: len(read_metrics(config.out / "metrics.jsonl")) >= 3, ranks[0])
+    ranks[1].send_signal(signal.SIGTERM)
+    codes, out, errors = ends(ranks)
+    assert codes == [143, 143], errors
+    saved = load_checkpoint(config.checkpoints)
+    assert saved.step == len(read_metrics(config.out / "metrics.jsonl"))
+    assert f"stopped by SIGTERM at step {saved.step}; saved {saved.path}" in out[0]
+    assert out[1] == "" and errors == ["", ""]
+
+
+# Mistakes
+
+
+def test_a_batch_that_does_not_divide_is_told_once(folder):
+    command = ["-m", "umd.cli", "pretrain", as_file(tiny(folder, "odd")), "--accumulate", "8"]
+    codes, _, errors = ends(start_ranks([*command, "--batch-size", "24"], 2))
+    assert codes == [2, 2]
+    said = "umd: batch_size 24 is not divisible by 2 ranks x accumulate 8; use a multiple of 16\n"
+    assert sorted(errors) == ["", said]
+
+
+def test_a_mistake_on_one_rank_ends_all_and_is_told_once(folder, tmp_path):
+    """The data lie in the first rank's folder only."""
+    config = replace(tiny(folder, "here"), data=DataConfig(source="tiny.npz", num_workers=0))
+    command = ["-m", "umd.cli", "--local_rank=0", "pretrain", as_file(config)]  # as the deepspeed launcher has it
+    codes, _, errors = ends(start_ranks(command, 2, cwd=[folder, tmp_path]))
+    assert 0 not in codes
+    told = [line for error in errors for line in error.splitlines() if line.startswith("umd: ")]
+    assert len(told) == 1 and "data source tiny.npz does not exist" in told[0], errors
+
+
+def test_an_unknown_option_is_told_once(folder):
+    command = ["-m", "umd.cli", "pretrain", as_file(tiny(folder, "option")), "--parallel.strategy", "fsdp"]
+    codes, out, errors = ends(start_ranks(command, 2))
+    assert codes == [2, 2]
+    assert "fsdp" in out[0] + errors[0] and out[1] + errors[1] == ""
+
+
+def test_a_host_that_does_not_come_is_told(folder):
+    config = tiny(folder, "dead-host")
+    config = replace(config, parallel=ParallelConfig(timeout=3))
+    codes, _, errors = ends(start_ranks(["-m", "umd.cli", "pretrain", as_file(config)], 2, ranks=[0]))
+    assert codes == [2]
+    assert errors[0].startswith("umd: rank 0 on ") and "not all 2 ranks came" in errors[0]
+    assert "a host of the hostfile is down" in errors[0]
+
+
+@pytest.mark.slow
+def test_the_deepspeed_launcher(folder):
+    straight = tiny(folder, "by-one", steps=4, accumulate=2)
+    train(straight, QUIET)
+    config = replace(straight, out=folder / "by-deepspeed", accumulate=1, parallel=ParallelConfig("zero", 2))
+    launcher = Path(sys.executable).with_name("deepspeed")
+    done = subprocess.run(
+        [str(launcher), "--num_gpus", "2", "--module", "umd.cli", "pretrain", as_file(config)],
+        env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert np.abs(column(config, "loss") - column(straight, "loss")).max() <= 1e-5
