@@ -123,7 +123,8 @@ def _dali() -> Row:
 
 def _deepspeed() -> Row:
     hint = "pip install deepspeed"
-    return Row("DeepSpeed", *_package("deepspeed", _version("deepspeed"), "one process trains", hint))
+    ranks = "several processes train with DDP", "several processes train with ZeRO or DDP"
+    return Row("DeepSpeed", *_package("deepspeed", _version("deepspeed"), ranks[0], hint, ranks[1]))
 
 
 def _flash_attention() -> Row:

@@ -110,7 +110,7 @@ def test_dali_is_found_under_either_of_its_names(site, monkeypatch):
 
 def test_a_package_that_imports_needs_no_hint(site):
     install(site, "deepspeed", "0.19.8", {"deepspeed.py": "print('banner'); import warnings; warnings.warn('x')"})
-    assert doctor._deepspeed() == ("DeepSpeed", "0.19.8, imports; one process trains", "")
+    assert doctor._deepspeed() == ("DeepSpeed", "0.19.8, imports; several processes train with ZeRO or DDP", "")
 
 
 def test_what_is_absent_gets_a_hint():
