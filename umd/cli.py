@@ -143,12 +143,12 @@ def take_path(arguments: list[str], command: str, what: str) -> tuple[Path, list
     return Path(arguments[0]), arguments[1:]
 
 
-def pretrain(arguments: list[str]) -> None:
-    from umd.train.loop import train
-    from umd.train.run import PRESETS, RunConfig, read_config
+def preset_or_config(arguments: list[str], command: str) -> tuple[str, "RunConfig", list[str]]:
+    """The first argument as the run it names, and the others. Without one, prints which there are."""
+    from umd.train.run import PRESETS, read_config
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        say("usage: umd pretrain PRESET|CONFIG.yaml [options]; `umd pretrain PRESET --help` lists the options\n")
+        say(f"usage: umd {command} PRESET|CONFIG.yaml [options]; `umd {command} PRESET --help` lists the options\n")
         table = Table(box=None, show_header=False, padding=(0, 2))
         for name, (what, _) in PRESETS.items():
             table.add_row(f"  [bold]{name}[/]", what)
@@ -156,13 +156,19 @@ def pretrain(arguments: list[str]) -> None:
         sys.exit(0 if arguments else 2)
     name, rest = arguments[0], arguments[1:]
     if name in PRESETS:
-        default = PRESETS[name][1]
-    elif name.endswith((".yaml", ".yml")) or Path(name).is_dir():
-        default = read_config(Path(name))
-    else:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(PRESETS)}, or a config.yaml"
-        raise UserError(f"unknown preset {name!r}; {hint}")
+        return name, PRESETS[name][1], rest
+    if name.endswith((".yaml", ".yml")) or Path(name).is_dir():
+        return name, read_config(Path(name)), rest
+    near = difflib.get_close_matches(name, PRESETS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(PRESETS)}, or a config.yaml"
+    raise UserError(f"unknown preset {name!r}; {hint}")
+
+
+def pretrain(arguments: list[str]) -> None:
+    from umd.train.loop import train
+    from umd.train.run import RunConfig
+
+    name, default, rest = preset_or_config(arguments, "pretrain")
     train(parse(RunConfig, f"pretrain {name}", rest, with_length(default, rest)), console, "pretrain")
 
 
@@ -363,6 +369,14 @@ def check_data(arguments: list[str]) -> None:
     check_data(source, parse(CheckData, f"check-data {source}", rest), console)
 
 
+def plan(arguments: list[str]) -> None:
+    from umd.train.plan import Planned, print_plan
+
+    name, default, rest = preset_or_config(arguments, "plan")
+    options: Planned = parse(Planned, f"plan {name}", rest, Planned(run=with_length(default, rest)))
+    print_plan(options.run, options.cluster, name, console)
+
+
 def doctor(arguments: list[str]) -> None:
     from umd.doctor import print_report
     from umd.train.loader_rate import loader_row
@@ -425,6 +439,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "demo": (demo, "pretrain, probe, fine-tune, sample and inpaint real images; writes a report page"),
     "pretrain": (pretrain, "train without labels: umd-b4, mae-b4, ... or a config.yaml"),
     "check-data": (check_data, "read every image once; list the unusable ones, which runs then leave out"),
+    "plan": (plan, "memory, time and communication of a run on a cluster that need not be there"),
     "finetune": (finetune, "go on with labels, for class-conditional generation"),
     "encode-latents": (encode_latents, "encode pictures with a VAE, once for all epochs"),
     "inspect": (inspect, "what a folder of latents holds; checks and decodes it"),
