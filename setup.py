@@ -38,6 +38,8 @@ setup(
         # Apart from `eval`: it needs torchvision, and that a particular build of torch.
         "fid": ["torch-fidelity"],
         "latent": ["diffusers"],
+        # For video files; folders of frames and .npz need nothing more.
+        "video": ["av"],
         # For checkpoint folders of the authors' JAX code; their .npz files need nothing more.
         "import": ["tensorstore"],
         "gpu": ["triton"],

@@ -3,7 +3,6 @@
 A clip is decoded whole, then F frames are taken from it (`take_frames`): cut long videos into clips first.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,9 +118,3 @@ def take_frames(clip: np.ndarray, num_frames: int, stride: int, rng: np.random.G
         )
     first = spare // 2 if rng is None else int(rng.integers(spare + 1))
     return clip[first : first + (num_frames - 1) * stride + 1 : stride]
-
-
-def frames_of(views: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures of frames [H, W, 3] side by side, 2 white pixels between them: uint8 [H, W', 3]."""
-    white = np.full((views[0].shape[0], 2, 3), 255, np.uint8)
-    return np.concatenate([part for view in views for part in (view, white)][:-1], axis=1)

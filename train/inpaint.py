@@ -33,7 +33,7 @@ class Inpaint:
     image: tuple[Path, ...] = ()
     """Picture files; default: held-out images of the run's data."""
     mask: str = "center"
-    """center, left, random (patches), or a PNG: white is filled, black is kept."""
+    """center, left, random (patches), frames (the middle half of a clip), or a PNG: white is filled, black is kept."""
     mask_ratio: float = 0.5
     """Share of patches that the random mask hides, about."""
     samples: int = 3
@@ -76,7 +76,7 @@ def pictures_and_mask(
         if len(dataset) == 0:
             raise UserError(f"{dataset.name} has no held-out images to inpaint; name pictures with --image")
         x = center_view(dataset, np.linspace(0, len(dataset) - 1, DEFAULT_IMAGES).astype(int), config.data)
-    return x, hole_mask(mask, x, config.model.patch_size, seed, mask_ratio)
+    return x, hole_mask(mask, x, config.model.patch_size, seed, mask_ratio, getattr(config.model, "tubelet_size", 1))
 
 
 def check_predicts_pixels(config: RunConfig) -> None:
@@ -85,17 +85,27 @@ def check_predicts_pixels(config: RunConfig) -> None:
         raise UserError(f"{config.out} predicts another target than pixels ({target}) and cannot fill a hole")
 
 
-def hole_mask(mask: str, x: Tensor, patch_size: int, seed: int = 0, mask_ratio: float = 0.5) -> Tensor:
-    """The hole [B, 1, H, W], 1 where pixels are removed: `center`, `left`, `random` patches, or a PNG's white part."""
-    B, _, H, W = x.shape
-    hole = torch.zeros(B, 1, H, W)
+def hole_mask(
+    mask: str, x: Tensor, patch_size: int, seed: int = 0, mask_ratio: float = 0.5, tubelet_size: int = 1
+) -> Tensor:
+    """The hole [B, 1, H, W], or of clips [B, 1, F, H, W], 1 where pixels are removed: `center`, `left`, `random`
+    patches, `frames` (the middle half of a clip), or a PNG's white part in every frame."""
+    B, _, *frames, H, W = x.shape
+    hole = torch.zeros(B, 1, *frames, H, W)
     if mask == "center":
-        hole[:, :, H // 4 : H - H // 4, W // 4 : W - W // 4] = 1
+        hole[..., H // 4 : H - H // 4, W // 4 : W - W // 4] = 1
     elif mask == "left":
         hole[..., : W // 2] = 1
     elif mask == "random":
-        noise = torch.rand(B, 1, H // patch_size, W // patch_size, generator=torch.Generator().manual_seed(seed))
-        hole = (noise < mask_ratio).float().repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+        shape = (*(F // tubelet_size for F in frames), H // patch_size, W // patch_size)
+        hole = (torch.rand(B, 1, *shape, generator=torch.Generator().manual_seed(seed)) < mask_ratio).float()
+        for axis, size in ((-1, patch_size), (-2, patch_size), *((2, tubelet_size) for _ in frames)):
+            hole = hole.repeat_interleave(size, axis)
+    elif mask == "frames" and frames:
+        F = frames[0] // tubelet_size  # whole tubelets, so that some are left
+        hole[:, :, F // 4 * tubelet_size : (F - F // 4) * tubelet_size] = 1
+        if F // 4 == 0:
+            raise UserError(f"the mask frames needs clips of at least 4 tubelets; this model's have {F}")
     else:
         try:
             drawn = np.asarray(Image.open(mask).convert("L"))
@@ -171,20 +181,42 @@ def inpainting_rows(
 def write_fillings(filled: Fillings, out: Path, show: Callable[[Tensor], np.ndarray] = rgb) -> None:
     """Write `out`, a row of masked input, samples and original a picture; NAME-steps.png, a row a sample on its way;
     and the folder NAME with the pictures one by one in their own size: 1-masked.png, 1-sample-1.png, 1-original.png.
+
+    Of clips each of these is a row of frames in `out` and a GIF in the folder; on the way the middle frame is shown.
     """
+    clips = filled.original.ndim == 5
+
+    def frames(x: Tensor) -> np.ndarray:  # [B, C, F, H, W] or [B, C, H, W] to uint8 [B, F, H, W, 3], F = 1 for images
+        x = x if clips else x[:, :, None]
+        return show(x.transpose(1, 2).flatten(0, 1)).reshape(len(x), x.shape[2], *x.shape[3:], 3)
+
     B, n = filled.samples.shape[:2]
-    masked, original = show(filled.masked), show(filled.original)  # uint8 [B, H, W, 3]
-    samples = [show(sample) for sample in filled.samples.unbind(1)]  # n x [B, H, W, 3]
-    steps = [[show(view) for view in sample.unbind(1)] for sample in filled.steps.unbind(1)]  # n x V x [B, H, W, 3]
-    scale = max(1, 128 // masked.shape[1])
-    sheet = [picture for b in range(B) for picture in (masked[b], *(s[b] for s in samples), original[b])]
-    save_png(grid(np.stack(sheet), columns=n + 2), out, scale)
+    columns = {"masked": frames(filled.masked)}  # name → [B, F, H, W, 3]
+    columns |= {f"sample-{i}": frames(sample) for i, sample in enumerate(filled.samples.unbind(1), 1)}
+    columns |= {"original": frames(filled.original)}
+    F, scale = columns["masked"].shape[1], max(1, 128 // columns["masked"].shape[2])
+    sheet = np.concatenate([column[b] for b in range(B) for column in columns.values()])  # [B·(n + 2)·F, H, W, 3]
+    save_png(grid(sheet, columns=F if clips else n + 2), out, scale)
+
+    steps = [[frames(view) for view in sample.unbind(1)] for sample in filled.steps.unbind(1)]  # n x V x [B, F, …]
     ways = [
-        picture for b in range(B) for views in steps for picture in (masked[b], *(v[b] for v in views), original[b])
+        view[b, F // 2]
+        for b in range(B)
+        for sample in steps
+        for view in (columns["masked"], *sample, columns["original"])
     ]
     save_png(grid(np.stack(ways), columns=len(steps[0]) + 2), out.with_name(f"{out.stem}-steps.png"), scale)
-    for b in range(B):
-        save_png(masked[b], out.with_suffix("") / f"{b + 1}-masked.png")
-        save_png(original[b], out.with_suffix("") / f"{b + 1}-original.png")
-        for i, sample in enumerate(samples, 1):
-            save_png(sample[b], out.with_suffix("") / f"{b + 1}-sample-{i}.png")
+    for name, column in columns.items():
+        for b in range(B):
+            file = out.with_suffix("") / f"{b + 1}-{name}"
+            if clips:
+                save_gif(column[b], file.with_suffix(".gif"))
+            else:
+                save_png(column[b, 0], file.with_suffix(".png"))
+
+
+def save_gif(frames: np.ndarray, path: Path, seconds_a_frame: float = 0.1) -> None:
+    """Write uint8 [F, H, W, 3] as a GIF that plays again and again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    first.save(path, save_all=True, append_images=rest, duration=int(1000 * seconds_a_frame), loop=0)
