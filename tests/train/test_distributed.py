@@ -1,5 +1,6 @@
 """Several ranks are one: DDP and ZeRO against one process, resuming over world sizes, a rank that dies, errors."""
 
+import json
 import os
 import shutil
 import signal
@@ -353,6 +354,17 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(folder):
     assert saved.step == len(read_metrics(config.out / "metrics.jsonl"))
     assert f"stopped by SIGTERM at step {saved.step}; saved {saved.path}" in out[0]
     assert out[1] == "" and errors == ["", ""]
+
+
+def test_a_loss_that_is_not_finite_is_told_once_with_the_whole_batch(folder):
+    config = tiny(folder, "diverged", optim=OptimConfig(lr=1e30, warmup=0.0), steps=50)
+    codes, _, errors = ends(start_ranks(["-m", "umd.cli", "pretrain", as_file(config)], 2))
+    assert 0 not in codes
+    told = [line for error in errors for line in error.splitlines() if line.startswith("umd: ")]
+    assert len(told) == 1 and "not finite at step" in told[0], errors
+    dump = json.loads((config.out / "nan-dump.json").read_text())
+    assert len(dump["batch_indices"]) == 16 and len(dump["corruption_seeds"]) == 4
+    assert list_checkpoints(config.checkpoints) == []
 
 
 # Mistakes
