@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,29 @@ from umd.tokenizer import Tokenizer, load_tokenizer
 from umd.train.data import center_view, open_dataset
 from umd.train.latents import tokenizer_of
 from umd.train.run import RunConfig, load_model
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Few-shot probe on the held-out split, beside raw pixels and an untrained network."""
+
+    shots: int = 100
+    """Labelled training images a class."""
+    allow_fewer: bool = False
+    """Let a class with fewer images give all it has."""
+    l2: tuple[float, ...] = (1024.0,)
+    """Ridge penalty; of several, one is chosen on a part of the shots."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Draws of the shots."""
+    ema: bool = False
+    """Averaged weights, where the run has them."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or min(self.seeds) < 0:
+            raise UserError(f"seeds must be one or more numbers from 0, got {list(self.seeds)}")
+        if not self.l2 or min(self.l2) <= 0:
+            raise UserError(f"l2 must be one or more numbers above 0, got {list(self.l2)}")
+
 
 NOISED_PROBE_INDEX = 50  # schedule index at which networks that never saw a noise-free image are read
 Denoise = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]

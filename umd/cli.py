@@ -291,28 +291,6 @@ def inpaint(arguments: list[str]) -> None:
     say(f"the samples on their way: {out.with_name(f'{out.stem}-steps.png')}; one by one: {out.with_suffix('')}")
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Few-shot probe on the held-out split, beside raw pixels and an untrained network."""
-
-    shots: int = 100
-    """Labelled training images a class."""
-    allow_fewer: bool = False
-    """Let a class with fewer images give all it has."""
-    l2: tuple[float, ...] = (1024.0,)
-    """Ridge penalty; of several, one is chosen on a part of the shots."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Draws of the shots."""
-    ema: bool = False
-    """Averaged weights, where the run has them."""
-
-    def __post_init__(self) -> None:
-        if not self.seeds or min(self.seeds) < 0:
-            raise UserError(f"seeds must be one or more numbers from 0, got {list(self.seeds)}")
-        if not self.l2 or min(self.l2) <= 0:
-            raise UserError(f"l2 must be one or more numbers above 0, got {list(self.l2)}")
-
-
 def probe(arguments: list[str]) -> None:
     import json
     from dataclasses import asdict
@@ -321,7 +299,7 @@ def probe(arguments: list[str]) -> None:
     from umd.train.run import read_config
 
     run, rest = take_path(arguments, "probe", "RUN")
-    options: Probe = parse(Probe, f"probe {run}", rest)
+    options: evaluate.Probe = parse(evaluate.Probe, f"probe {run}", rest)
     config = read_config(run)
     model, _, dtype = evaluate.open_run(config, options.ema)
     results = evaluate.probe(config, model, options.shots, options.seeds, options.l2, options.allow_fewer, dtype)

@@ -1,11 +1,11 @@
 """The ops of the model, each by the implementation that serves this machine. The only importer of `umd.kernels`."""
 
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
-from umd.kernels.attention import varlen_attention
+from umd.kernels.attention import attention, varlen_attention
 from umd.kernels.backend import kernels
 from umd.kernels.cross_attention import varlen_cross_attention
 from umd.kernels.ddim import ddim_step
-from umd.kernels.linear import linear
+from umd.kernels.linear import few_rows_linear, gelu_linear, linear
 from umd.kernels.loss import masked_diffusion_loss
 from umd.kernels.packing import Packing, pack
 from umd.kernels.patches import gather_patches, patchify, unpatchify
@@ -14,9 +14,12 @@ from umd.kernels.tokens import prepend_tokens, scatter_tokens, split_tokens
 
 __all__ = [
     "Packing",
+    "attention",
     "ddim_step",
+    "few_rows_linear",
     "gated_residual_layer_norm",
     "gather_patches",
+    "gelu_linear",
     "kernels",
     "linear",
     "masked_diffusion_loss",

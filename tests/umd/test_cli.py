@@ -24,6 +24,7 @@ from umd.checkpoint import list_checkpoints
 from umd.cli import COMMANDS, main
 from umd.train.demo import Demo
 from umd.train.encode import EncodeLatents, Inspect
+from umd.train.evaluate import Probe
 from umd.train.inpaint import Inpaint
 from umd.train.log import read_metrics
 from umd.train.run import PRESETS, RunConfig, finetune_config
@@ -162,7 +163,7 @@ def test_a_command_of_the_readme_parses(command):
         default = finetune_config(PRESETS["umd-tiny"][1], Path(rest[0]), 0, Path("runs/labels"))
         cli.parse(RunConfig, name, rest[1:], default)
     elif name in ("sample", "inpaint", "probe"):
-        cli.parse({"sample": cli.Sample, "inpaint": Inpaint, "probe": cli.Probe}[name], name, rest[1:])
+        cli.parse({"sample": cli.Sample, "inpaint": Inpaint, "probe": Probe}[name], name, rest[1:])
     elif name == "encode-latents":
         assert cli.parse(EncodeLatents, name, rest).data.vae
     elif name == "inspect":

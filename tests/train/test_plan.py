@@ -1,0 +1,201 @@
+"""`umd plan` against what training really does: counted operations, and the memory of real steps."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from umd import ops
+from umd.config import OBJECTIVES, ModelConfig
+from umd.errors import UserError
+from umd.methods import build_model, build_objective
+from umd.schedule import NoiseSchedule
+from umd.train.plan import GPUS, Cluster, communication, make_plan, print_plan, states
+from umd.train.run import PRESETS, RunConfig, to_plain
+from umd.train.step_counts import Ledger, StepCounts, count_gpu_step, count_step
+
+TINY = ModelConfig(image_size=(16, 16), hidden_size=64, depth=2, decoder_depth=1, num_heads=4)
+FP32 = torch.float32
+NOTHING = StepCounts(1000, 0, 0, [(10**9, 10**6)])
+
+
+def run_config(**changes) -> RunConfig:
+    return RunConfig(**{"model": TINY, "batch_size": 8, "precision": "fp32", "device": "cpu"} | changes)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_flops_are_torchs_count_of_a_real_step(objective):
+    config = run_config(objective=OBJECTIVES[objective], model=replace(TINY, adaLN=objective != "mae"))
+    counts = count_step(config, 8, FP32, FP32, "matmul")
+    model, corrupt = build_model(config.model), build_objective(config.model, config.objective, NoiseSchedule("cosine"))
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = corrupt(model, torch.zeros(8, 3, 16, 16), corrupt.corrupt(8, 0, torch.device("cpu")))
+        loss.backward()
+    assert sum(flops for flops, _ in counts.operations) == counter.get_total_flops()
+    assert counts.weights == sum(p.numel() for p in model.parameters())
+    # MFU's convention, three forward passes, also counts a gradient of the pictures, which nobody takes
+    planned = make_plan(config, Cluster(gpus=1), counts).flops_per_image * 8
+    assert counter.get_total_flops() <= planned <= 1.1 * counter.get_total_flops()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fake_tensors_live_as_long_as_real_ones(checkpointing):
+    config = run_config(checkpointing=checkpointing)
+    counted = count_step(config, 4, FP32, FP32, "matmul")
+    model = build_model(TINY)
+    model.set_checkpointing(checkpointing)
+    corrupt = build_objective(TINY, config.objective, NoiseSchedule("cosine"))
+    corruption = corrupt.corrupt(4, 0, torch.device("cpu"))
+    with Ledger() as ledger, ops.attention("matmul"):
+        loss, _ = corrupt(model, torch.zeros(4, 3, 16, 16), corruption)
+        loss.backward()
+    assert ledger.with_gradients == pytest.approx(counted.with_gradients, rel=0.01)
+
+
+def test_layouts_of_fake_tensors_are_not_kept():
+    count_step(run_config(), 4, FP32, FP32, "matmul")
+    corrupt = build_objective(TINY, run_config().objective, NoiseSchedule("cosine"))
+    layout = corrupt.corrupt(4, 0, torch.device("cpu")).layout
+    assert layout.encoder.cu_seqlens.tolist() == [0, 11, 22, 27, 32]
+
+
+# Peak memory of a real process: three optimisation steps of the training loop's parts.
+MEASURE = """
+import gc, json, sys, torch
+from umd.ema import EMA
+from umd.methods import build_model, build_objective
+from umd.schedule import NoiseSchedule
+from umd.train.optim import adamw
+from umd.train.parallel import Alone, LossStep
+from umd.train.run import RunConfig, from_plain
+
+def kib(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+config = from_plain(RunConfig, json.load(sys.stdin), "test")
+dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+objective = build_objective(config.model, config.objective, NoiseSchedule("cosine"))
+
+def steps(batch, count, model):
+    run = Alone(model, LossStep(model, objective, dtype), adamw(model, 1e-4, (0.9, 0.95), 0.05), 1, 1.0)
+    ema = EMA(model, 1e-3)
+    for step in range(count):
+        x = torch.randn(batch, config.model.channels, *config.model.image_size)
+        run.forward_backward(x, objective.corrupt(batch, step, x.device), True)
+        run.update()
+        ema.update(model)
+
+def make():
+    model = build_model(config.model)
+    model.set_checkpointing(config.checkpointing)
+    return model
+
+steps(config.batch_size, 2, make())  # libraries compile their kernels and load their own memory first
+gc.collect()
+before = kib("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+steps(config.batch_size, 3, make())
+print(1024 * (kib("VmHWM") - before))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("what", "changes", "batch"),
+    [
+        ("activations", {"hidden_size": 64, "depth": 4, "decoder_depth": 2}, 128),
+        ("weights", {"hidden_size": 320, "depth": 4, "decoder_depth": 2}, 8),
+        ("checkpointing", {"hidden_size": 128, "depth": 6, "decoder_depth": 2}, 96),
+        ("bf16", {"hidden_size": 128, "depth": 4, "decoder_depth": 2}, 96),
+    ],
+)
+def test_memory_is_what_a_real_run_takes_at_its_peak(what, changes, batch):
+    model = replace(TINY, image_size=(32, 32), **changes)
+    config = run_config(model=model, batch_size=batch, checkpointing=what == "checkpointing")
+    config = replace(config, optim=replace(config.optim, ema=1e-4), precision="bf16" if what == "bf16" else "fp32")
+    # glibc then gives back what is freed, so that the process holds what its tensors do
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], input=json.dumps(to_plain(config)), env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    measured = float(done.stdout)
+    with ops.kernels("reference"):
+        counts = count_step(config, batch, torch.bfloat16 if what == "bf16" else FP32, FP32, "auto")
+    planned = make_plan(config, Cluster(gpus=1), counts).peak
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+def test_a_gpu_step_saves_what_its_kernels_save():
+    """Counted in a process with Triton's ops and flash attention: no attention weights, so less than on the CPU."""
+    config = run_config(model=replace(TINY, image_size=(64, 64)))
+    on_gpu, on_cpu = count_gpu_step(config, 8, FP32, FP32), count_step(config, 8, FP32, FP32, "matmul")
+    assert on_gpu.weights == on_cpu.weights
+    heads, lengths = TINY.num_heads, [161] * 4 + [65] * 4
+    decoder_attention = 4 * 8 * heads * 257 * 257  # bytes of one layer's weights
+    encoder_attention = 4 * TINY.depth * heads * sum(n * n for n in lengths)
+    assert on_gpu.activations < on_cpu.activations - (decoder_attention + encoder_attention) / 2
+    # flash attention's backward makes its scores again: half as many products more
+    flops = [sum(f for f, _ in counts.operations) for counts in (on_gpu, on_cpu)]
+    assert 0 < flops[0] - flops[1] < 0.25 * flops[1]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 10**9), st.integers(1, 256), st.booleans())
+def test_each_stage_holds_no_more_than_the_one_before(weights, gpus, bf16):
+    held = [sum(states(how, weights, gpus, bf16)) for how in ("alone", "ddp", "zero1", "zero2")]
+    assert held[0] >= held[1]
+    if gpus >= 4:
+        assert held[1] >= held[2] >= held[3]
+    # 16 bytes a weight in ZeRO's paper; here 2 more for gradients in fp32, and 4 for the EMA
+    assert sum(states("zero2", weights, 1, True)) == (2 + 4 + 12 + 4) * weights
+
+
+def test_communication_is_that_of_rings():
+    P, N = 10**9, 8
+    share = (N - 1) / N
+    assert communication("alone", P, 1, 1, True) == (0, 0)
+    assert communication("ddp", P, N, 4, True)[0] == pytest.approx(
+        2 * 4 * P * share
+    )  # once, however many micro-batches
+    assert communication("zero2", P, N, 1, True)[0] == pytest.approx(2 * 2 * P * share)
+    assert communication("zero3", P, N, 1, True)[0] == pytest.approx(1.5 * communication("zero2", P, N, 1, True)[0])
+    assert communication("zero3", P, N, 4, True)[0] == pytest.approx(3 * 2 * P * share * 4)
+
+
+def test_time_is_a_roofline():
+    gpu = GPUS["a100-80"]
+    config = run_config(precision="bf16")
+    ops_of = {"compute": [(10**15, 10**6)], "memory": [(10**6, 10**12)]}
+    for kind, floor in (("compute", 1e15 / gpu.bf16), ("memory", 1e12 / gpu.bandwidth)):
+        best, usual = make_plan(config, Cluster(gpus=1), replace(NOTHING, operations=ops_of[kind])).seconds
+        assert floor < best < usual < 3 * floor
+
+
+def test_a_batch_that_does_not_divide_is_a_sentence():
+    with pytest.raises(UserError, match="batch_size 8 is not divisible by 3 GPUs x accumulate 1; use a multiple of 3"):
+        make_plan(run_config(), Cluster(gpus=3))
+    with pytest.raises(UserError, match="gpus must be above 0"):
+        Cluster(gpus=0)
+
+
+def test_the_printed_plan_of_a_preset_holds_together():
+    console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
+    config = PRESETS["umd-b4"][1]
+    plan = print_plan(config, Cluster(gpus=64), "umd-b4", console)
+    text = console.export_text()
+    assert "umd-b4 on 64 x a100-80: ddp, 16 images a GPU" in text and "800 epochs" in text
+    slow, fast = map(int, re.search(r"images/s +(\d+) to (\d+)", text).groups())
+    assert 0 < slow < fast
+    assert f"{plan.peak / 2**30:.2f} of 80" in text
+    parts = plan.weights + plan.gradients + plan.optimizer + plan.ema + plan.activations
+    assert plan.peak == pytest.approx(parts)  # under DDP all are full at once

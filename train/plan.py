@@ -1,0 +1,242 @@
+"""`umd plan`: memory, time and communication of a run on a cluster that need not be there.
+
+Memory and operations are counted (`umd.train.step_counts`); time is a roofline: each operation takes as long as its
+arithmetic or its memory traffic, at the shares of the data sheet's figures that such operations usually reach.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import arg
+
+from umd.errors import UserError
+from umd.methods import build_objective
+from umd.schedule import NoiseSchedule
+from umd.train.distributed import World
+from umd.train.parallel import deepspeed_config, strategy
+from umd.train.run import RunConfig
+from umd.train.step_counts import StepCounts, count_gpu_step
+
+GiB = 2**30
+IMAGENET = 1_281_167
+KERNEL_SECONDS = 4e-6  # from one launch to the next; torch.compile has fewer
+
+
+class Gpu(NamedTuple):
+    memory: float  # bytes
+    bf16: float  # dense FLOP/s
+    fp32: float  # FLOP/s, TF32 off
+    bandwidth: float  # bytes/s of its memory
+    link: float  # bytes/s to another GPU of the node, one way
+
+
+GPUS = {  # NVIDIA's data sheets
+    "a100-40": Gpu(40 * GiB, 312e12, 19.5e12, 1.555e12, 300e9),
+    "a100-80": Gpu(80 * GiB, 312e12, 19.5e12, 2.039e12, 300e9),
+    "h100": Gpu(80 * GiB, 989e12, 67e12, 3.35e12, 450e9),
+    "h200": Gpu(141e9, 989e12, 67e12, 4.8e12, 450e9),
+    "l40s": Gpu(48 * GiB, 362e12, 91.6e12, 0.864e12, 32e9),
+}
+# Shares of the data sheet's FLOP/s and bandwidth: what large operations reach, and what these often do.
+BEST, USUAL = (0.75, 0.85), (0.45, 0.65)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where and how the run of a preset would go."""
+
+    gpu: Literal["a100-40", "a100-80", "h100", "h200", "l40s"] = "a100-80"
+    """Type of the GPUs."""
+    gpus: int = 8
+    """How many, of all nodes."""
+    gpus_per_node: int = 8
+    """How many in one node."""
+    network: float = 200
+    """Gbit/s of the network for each GPU, between nodes."""
+    images: int = IMAGENET
+    """Pictures in the training set; default: ImageNet."""
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "gpus_per_node", "network", "images"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run would need: memory, time and communication, counted and by roofline, without the GPUs."""
+
+    cluster: Annotated[Cluster, arg(name="")] = field(default_factory=Cluster)
+    run: Annotated[RunConfig, arg(name="")] = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one GPU holds (bytes) and does in a step."""
+
+    how: str
+    micro: int
+    weights: float
+    gradients: float
+    optimizer: float
+    ema: float
+    activations: float
+    buckets: float
+    peak: float  # of all of these together: not all are full at once
+    flops_per_image: float
+    moved: float  # bytes read and written in a step
+    seconds: tuple[float, float]  # best, usual; without communication that does not hide
+    sent: float  # bytes each GPU sends in a step
+    exchange: float  # seconds that takes
+    hidden: float  # of them, beside the backward pass
+
+
+def bf16_or_fp32(config: RunConfig) -> torch.dtype:
+    return torch.float32 if config.precision == "fp32" else torch.bfloat16
+
+
+def how_spread(config: RunConfig, gpus: int, num_weights: int) -> str:
+    """alone, ddp, or zero1 to zero3, as the training loop would choose."""
+    world = World(0, gpus, torch.device("cpu"))
+    how = strategy(config.parallel, world, num_weights)
+    return f"zero{config.parallel.zero_stage}" if how == "zero" else how
+
+
+def states(how: str, num_weights: int, gpus: int, bf16: bool) -> tuple[float, float, float, float]:
+    """Bytes of weights, gradients, optimiser and EMA on each GPU.
+
+    ZeRO in bf16 computes with bf16 weights, and keeps fp32 ones beside AdamW's two moments, in each rank's part.
+    """
+    P = num_weights
+    if how == "alone":
+        return 4 * P, 4 * P, 8 * P, 4 * P
+    if how == "ddp":
+        return 4 * P, 4 * P, 8 * P, 4 * P / gpus
+    low = 2 if bf16 else 4
+    weights = low * P + (low * P / gpus if how == "zero3" else 0)  # stage 3 keeps what it gathered, up to 1e9 weights
+    gradients = low * P + 4 * P if how == "zero1" and bf16 else low * P if how == "zero1" else 4 * P / gpus
+    return weights, gradients, (12 if bf16 else 8) * P / gpus, 4 * P / gpus
+
+
+def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = None) -> Plan:
+    """Raises UserError if the batch does not divide. counts: of one micro-batch, if they are known already."""
+    ranks = cluster.gpus * config.accumulate
+    micro, left = divmod(config.batch_size, ranks)
+    if left or not micro:
+        raise UserError(
+            f"batch_size {config.batch_size} is not divisible by {cluster.gpus} GPUs x accumulate {config.accumulate}; "
+            f"use a multiple of {ranks}"
+        )
+    dtype = bf16_or_fp32(config)
+    bf16 = dtype == torch.bfloat16
+    gpu = GPUS[cluster.gpu]
+    if counts is None:
+        counts = count_gpu_step(config, micro, dtype, torch.float32)
+        how = how_spread(config, cluster.gpus, counts.weights)
+        if how.startswith("zero") and bf16:
+            counts = count_gpu_step(config, micro, dtype, torch.bfloat16)
+    how = how_spread(config, cluster.gpus, counts.weights)
+    weights, gradients, optimizer, ema = states(how, counts.weights, cluster.gpus, bf16)
+    ema *= config.optim.ema > 0
+    buckets = 0.0
+    if how.startswith("zero"):
+        zero = deepspeed_config(2, micro, 1, 1.0, dtype, torch.device("cuda"))["zero_optimization"]
+        buckets = (2 if bf16 else 4) * (2 * zero["reduce_bucket_size"] + zero["allgather_bucket_size"])
+        buckets = min(buckets, 3 * (2 if bf16 else 4) * counts.weights)
+    # Alone, gradients come while activations go; elsewhere, and from the second micro-batch on, they are there before.
+    both = gradients + counts.activations
+    if how == "alone" and config.accumulate == 1:
+        both = max(counts.with_gradients, gradients)
+    peak = weights + optimizer + ema + buckets + both
+
+    objective = build_objective(config.model, config.objective, NoiseSchedule(config.schedule.name))
+    flops = objective.step_flops(micro)
+    rate = gpu.bf16 if bf16 else gpu.fp32
+    state_traffic = 2 * optimizer + gradients + weights + 2 * ema
+    seconds = []
+    for compute, memory in (BEST, USUAL):
+        step = sum(max(f / (compute * rate), b / (memory * gpu.bandwidth)) for f, b in counts.operations)
+        step = config.accumulate * max(step, KERNEL_SECONDS * len(counts.operations))
+        seconds.append(step + state_traffic / (memory * gpu.bandwidth))
+    sent, hideable = communication(how, counts.weights, cluster.gpus, config.accumulate, bf16)
+    link = gpu.link if cluster.gpus <= cluster.gpus_per_node else min(gpu.link, cluster.network * 1e9 / 8)
+    exchange = sent / (0.8 * link)
+    backward = 2 / 3 * seconds[0] / (1 if how in ("zero2", "zero3") else config.accumulate)
+    return Plan(
+        how=how, micro=micro, weights=weights, gradients=gradients, optimizer=optimizer, ema=ema,
+        activations=counts.activations, buckets=buckets, peak=peak, flops_per_image=flops / micro,
+        moved=config.accumulate * sum(b for _, b in counts.operations) + state_traffic,
+        seconds=(seconds[0], seconds[1]), sent=sent, exchange=exchange,
+        hidden=min(exchange * hideable, backward),
+    )  # fmt: skip
+
+
+def communication(how: str, num_weights: int, gpus: int, accumulate: int, bf16: bool) -> tuple[float, float]:
+    """(bytes that each GPU sends in a step by rings, share of them that may go beside the backward pass)."""
+    ring, low = (gpus - 1) / gpus * num_weights, 2 if bf16 else 4
+    if how == "alone":
+        return 0.0, 0.0
+    if how == "ddp":  # fp32 gradients summed, once a step
+        return 2 * 4 * ring, 1.0
+    if how == "zero3":  # weights gathered forward and backward, gradients scattered, for every micro-batch
+        return 3 * low * ring * accumulate, 1.0
+    times = accumulate if how == "zero2" else 1
+    gradients, weights = low * ring * times, low * ring  # weights are gathered after the step, with nothing to hide it
+    return gradients + weights, gradients / (gradients + weights) if gpus > 1 else 0.0
+
+
+def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console) -> Plan:
+    plan = make_plan(config, cluster)
+    gpu = GPUS[cluster.gpu]
+    peak_rate = gpu.bf16 if bf16_or_fp32(config) == torch.bfloat16 else gpu.fp32
+    unhidden = plan.exchange - plan.hidden
+    steps = [s + unhidden for s in plan.seconds]
+    rates = [config.batch_size / s for s in steps]
+    mfu = [plan.flops_per_image * config.batch_size / cluster.gpus / s / peak_rate for s in steps]
+    epochs = config.epochs if not (config.steps or config.minutes) else 800
+    total_steps = math.ceil(epochs * cluster.images / config.batch_size)
+
+    memory = Table(title="memory of one GPU, GiB", box=None, show_header=False, padding=(0, 2), title_justify="left")
+    memory.add_column(min_width=24)
+    memory.add_column(justify="right")
+    for label in ("weights", "gradients", "optimizer", "ema", "activations", "buckets"):
+        memory.add_row(label.replace("ema", "EMA"), f"{getattr(plan, label) / GiB:.2f}")
+    memory.add_row("at most at once", f"{plan.peak / GiB:.2f} of {gpu.memory / GiB:.0f}")
+    rest = Table(title="a step", box=None, show_header=False, padding=(0, 2), title_justify="left")
+    rest.add_column(min_width=24)
+    per_node = min(cluster.gpus, cluster.gpus_per_node)
+    for label, value in (
+        ("FLOPs of an image", f"{plan.flops_per_image / 1e9:.1f} G, forward and backward"),
+        ("memory traffic", f"{plan.moved / 1e9:.0f} GB on each GPU"),
+        ("time", f"{1e3 * steps[0]:.0f} to {1e3 * steps[1]:.0f} ms"),
+        ("MFU", f"{mfu[1]:.0%} to {mfu[0]:.0%}"),
+        ("communication", f"{plan.sent / 1e9:.2f} GB from each GPU, {1e3 * plan.exchange:.0f} ms; " + hides(plan)),
+        ("images/s", f"{rates[1]:.0f} to {rates[0]:.0f}"),
+        ("loader must give", f"{rates[0] * per_node / cluster.gpus:.0f} images/s on each node"),
+        (f"{epochs:g} epochs", f"{total_steps * steps[0] / 86400:.1f} to {total_steps * steps[1] / 86400:.1f} days"),
+    ):
+        rest.add_row(label, value)
+    what = f"{name} on {cluster.gpus} x {cluster.gpu}: {plan.how}, {plan.micro} images a GPU"
+    what += f" x {config.accumulate} micro-batches" if config.accumulate > 1 else ""
+    console.print(what + (", checkpointing" if config.checkpointing else ""), highlight=False)
+    console.print(memory)
+    console.print(rest)
+    if plan.peak > 0.92 * gpu.memory:  # torch's allocator and CUDA itself need some
+        console.print(
+            "[yellow]does not fit[/]: raise --accumulate, set --checkpointing, or --parallel.strategy zero with a "
+            "higher --parallel.zero-stage",
+            highlight=False,
+        )
+    return plan
+
+
+def hides(plan: Plan) -> str:
+    if not plan.sent:
+        return "one GPU has no one to talk to"
+    if plan.hidden >= 0.99 * plan.exchange:
+        return "hides behind the backward pass"
+    return f"{1e3 * (plan.exchange - plan.hidden):.0f} ms of it do not hide"
