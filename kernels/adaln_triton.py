@@ -64,7 +64,7 @@ def _layer_norm_fwd_kernel(
     if gate_ptr is not None:
         gate = tl.load(gate_ptr + row * stride_gate + cols, cols < D, other=0.0).to(tl.float32)
 
-    for first in range(tl.program_id(1) * BLOCK_M, stop - start, tl.num_programs(1) * BLOCK_M):
+    for first in range(0, stop - start, BLOCK_M):
         offset = start.to(tl.int64) * D + first * D
         row_mask = first + tile_rows < stop - start
         mask = row_mask[:, None] & (cols < D)[None, :]
@@ -243,7 +243,7 @@ def _layer_norm_bwd_sum_kernel(
 def _blocks(D: int) -> dict[str, int]:
     """A thread holds 16 bytes of each bf16 row, so that all warps share a row and sums over rows stay in registers."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    return {"D": D, "BLOCK_D": BLOCK_D, "num_warps": min(max(BLOCK_D // 256, 2), 16)}
+    return {"D": D, "BLOCK_D": BLOCK_D, "num_warps": min(max(BLOCK_D // 256, 1), 16)}
 
 
 def _rows(table: Tensor | None) -> Tensor | None:
@@ -281,9 +281,9 @@ def layer_norm_fwd(
     r, y = _empty(h, x), _empty(x, x)
     mean, rstd = x.new_empty(N, dtype=torch.float32), x.new_empty(N, dtype=torch.float32)
     if C > 0:
-        wrap_triton(_layer_norm_fwd_kernel)[(C, 2)](
+        wrap_triton(_layer_norm_fwd_kernel)[(C,)](
             x, h, gate, shift, scale, weight, bias, chunks, None if h is None else r, y, mean, rstd,
-            _stride(gate), _stride(shift), _stride(scale), eps=eps, BLOCK_M=4, **_blocks(D),
+            _stride(gate), _stride(shift), _stride(scale), eps=eps, BLOCK_M=8 if D <= 1024 else 4, **_blocks(D),
         )  # fmt: skip
     return r, y, mean, rstd
 
