@@ -66,11 +66,11 @@ class GatedResidualLayerNormFunction(torch.autograd.Function):
     def forward(ctx, x, h, gate, alpha, beta, packing, eps):
         lengths, rows = _segments(packing, len(alpha))
         alphas, betas, gates = alpha.unbind(), beta.unbind(), gate.unbind()
-        parts = []
-        for x_part, h_part, row in zip(x.split(lengths), h.split(lengths), rows, strict=True):
-            r = torch.addcmul(x_part, h_part, gates[row])
-            parts.append((r, *torch.native_layer_norm(r, x.shape[-1:], alphas[row], betas[row], eps)))
-        r, y, mean, rstd = (torch.cat(column) for column in zip(*parts, strict=True))
+        r, parts = torch.empty_like(x), []
+        for x_part, h_part, r_part, row in zip(x.split(lengths), h.split(lengths), r.split(lengths), rows, strict=True):
+            torch.addcmul(x_part, h_part, gates[row], out=r_part)
+            parts.append(torch.native_layer_norm(r_part, x.shape[-1:], alphas[row], betas[row], eps))
+        y, mean, rstd = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(r, h, gate, alpha, beta, mean, rstd)
         ctx.lengths, ctx.rows = lengths, rows
         return r, y
@@ -80,12 +80,13 @@ class GatedResidualLayerNormFunction(torch.autograd.Function):
         r, h, gate, alpha, beta, mean, rstd = ctx.saved_tensors
         lengths, rows, gates = ctx.lengths, ctx.rows, gate.unbind()
         dnorm, dalpha, dbeta = _layer_norm_backward(dy, r, alpha, beta, mean, rstd, lengths, rows)
-        dx, dh, dgate = [], [], []
-        for dr_part, d, h_part, row in zip(dr.split(lengths), dnorm, h.split(lengths), rows, strict=True):
-            dx.append(d.add_(dr_part))
-            dh.append(d * gates[row])
-            dgate.append((d * h_part).sum(0))  # in fp32 inside, whatever the type
+        dx, dh, dgate = torch.empty_like(r), torch.empty_like(r), []
+        columns = (t.split(lengths) for t in (dr, h, dx, dh))
+        for dr_part, h_part, dx_part, dh_part, d, row in zip(*columns, dnorm, rows, strict=True):
+            torch.add(d, dr_part, out=dx_part)
+            torch.mul(dx_part, gates[row], out=dh_part)
+            dgate.append(torch.mul(dx_part, h_part, out=d).sum(0))  # in fp32 inside, whatever the type
         return (
-            torch.cat(dx), torch.cat(dh), _sum_rows(dgate, rows, alpha).to(gate.dtype),
+            dx, dh, _sum_rows(dgate, rows, alpha).to(gate.dtype),
             _sum_rows(dalpha, rows, alpha), _sum_rows(dbeta, rows, alpha), None, None,
         )  # fmt: skip

@@ -1,13 +1,36 @@
-"""linear: x·Wᵀ + b. On the CPU in bf16 with its own backward.
+"""linear: x·Wᵀ + b; gelu_linear: gelu(x)·Wᵀ + b. On the CPU with backward passes of their own.
 
-Autocast's version casts W, and its weight gradient dyᵀ·x has a transposed left operand, which the CPU's bf16 matrix
-units get through at half speed. Here the narrower of the two operands is transposed first, and the gradient is written
-in the parameter's type in the same pass.
+Many rows: autocast's version casts W, and its weight gradient dyᵀ·x has a transposed left operand, which the CPU's bf16
+matrix units get through at half speed. Here the narrower of the two operands is transposed first, by a product with the
+identity, and the gradient is written in the parameter's type in the same pass.
+
+GELU (its tanh form) runs over slices that stay in cache, in fp32, and is made again in the backward pass together with
+its derivative: torch's bf16 kernel takes longer than that, and the wide activations are kept once instead of twice.
+
+Few rows (the adaLN projection: nine conditions, a table of 75 thousand columns): the weight gradient is an outer
+product written in slices, because the library behind `mm` would set aside a second copy of it.
 """
+
+import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+FEW_ROWS_SLICE = 4096  # columns
+GELU_SLICE = 196_608  # elements
+_GELU_1, _GELU_3 = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
+
+
+@lru_cache(maxsize=8)
+def _identity(n: int) -> Tensor:
+    return torch.eye(n, dtype=torch.bfloat16)
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """[N, n] to a contiguous [n, N]: exact, and in a third of the time that a copy takes."""
+    return _identity(x.shape[1]) @ x.t()
 
 
 class BF16LinearFunction(torch.autograd.Function):
@@ -23,14 +46,98 @@ class BF16LinearFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         dx = (dy @ weight).to(x_dtype) if ctx.needs_input_grad[0] else None
-        outputs, inputs = weight.shape
-        product = (x.t().contiguous() @ dy).t() if inputs <= outputs else dy.t().contiguous() @ x
-        dweight = torch.empty(weight.shape, dtype=weight_dtype).copy_(product)
-        return dx, dweight, dy.sum(0).to(bias_dtype)  # summed in fp32; asked for in fp32, torch would copy dy first
+        return dx, _weight_gradient(x, dy, weight_dtype), _bias_gradient(dy, bias_dtype)
+
+
+def _weight_gradient(x: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """dyᵀ·x: [O, I] from bf16 x [N, I], dy [N, O]."""
+    inputs, outputs = x.shape[1], dy.shape[1]
+    if inputs == outputs:  # too small a product to pay for a transposition
+        product = dy.t() @ x
+    elif inputs < outputs:
+        product = (_transposed(x) @ dy).t()
+    else:
+        product = _transposed(dy) @ x
+    return torch.empty(outputs, inputs, dtype=dtype).copy_(product)
+
+
+def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    return dy.sum(0).to(dtype)  # summed in fp32; asked for in fp32, torch would copy dy first
+
+
+def _gelu_slices(x: Tensor, *others: Tensor):
+    """Rows of x and the others in slices, with two fp32 buffers of that shape and the constant of GELU's argument."""
+    rows = max(1, GELU_SLICE // x.shape[1])
+    constant = torch.full((min(rows, len(x)), x.shape[1]), _GELU_1)
+    buffers = torch.empty_like(constant), torch.empty_like(constant)
+    for parts in zip(*(t.split(rows) for t in (x, *others)), strict=True):
+        n = len(parts[0])
+        yield *parts, buffers[0][:n], buffers[1][:n], constant[:n]
+
+
+class GeluLinearFunction(torch.autograd.Function):
+    """In bf16. With u = √(2/π)·(x + 0.044715·x³) and t = tanh(u): gelu(x) = x/2·(1 + t)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        w16, activation = weight.to(torch.bfloat16), torch.empty_like(x)
+        for x_part, out, f, t, constant in _gelu_slices(x, activation):
+            f.copy_(x_part)
+            torch.addcmul(constant, f, f, value=_GELU_3, out=t).mul_(f).tanh_()
+            f.mul_(0.5)
+            out.copy_(t.mul_(f).add_(f))
+        ctx.save_for_backward(x, w16)
+        ctx.dtypes = weight.dtype, bias.dtype
+        return F.linear(activation, w16, bias.to(torch.bfloat16))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx, activation = dy @ weight, torch.empty_like(x)
+        for x_part, out, dx_part, f, t, constant in _gelu_slices(x, activation, dx):
+            f.copy_(x_part)
+            du = torch.addcmul(constant, f, f, value=3 * _GELU_3)
+            torch.addcmul(constant, f, f, value=_GELU_3, out=t).mul_(f).tanh_()
+            f.mul_(0.5)
+            out.copy_(torch.addcmul(f, t, f))
+            du.mul_(f)  # x/2·u'
+            du.addcmul_(du, t.square(), value=-1)  # x/2·u'·(1 - t²)
+            dx_part.copy_(t.add_(1).mul_(0.5).add_(du).mul_(dx_part))
+        weight_dtype, bias_dtype = ctx.dtypes
+        return dx, _weight_gradient(activation, dy, weight_dtype), _bias_gradient(dy, bias_dtype)
+
+
+class FewRowsLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dweight = torch.empty_like(weight)
+        for dy_slice, out in zip(dy.split(FEW_ROWS_SLICE, 1), dweight.split(FEW_ROWS_SLICE), strict=True):
+            torch.mm(dy_slice.t(), x, out=out)
+        return dy @ weight, dweight, dy.sum(0)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [N, I], weight [O, I], bias [O] → [N, O]; in bf16 under autocast or for bf16 x, else in x's type."""
     if x.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or x.dtype == torch.bfloat16):
         return BF16LinearFunction.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`linear` of gelu(x), GELU in its tanh form."""
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        return GeluLinearFunction.apply(x, weight, bias)
+    return linear(F.gelu(x, approximate="tanh"), weight, bias)
+
+
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`linear` for an x [R, I] of far fewer rows than the weight [O, I] has, in x's type."""
+    if x.device.type == "cpu":
+        return FewRowsLinearFunction.apply(x, weight, bias)
     return F.linear(x, weight, bias)

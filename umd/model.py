@@ -69,6 +69,20 @@ class Linear(nn.Linear):
         return ops.linear(x, self.weight, self.bias)
 
 
+class GeluLinear(nn.Linear):
+    """The second layer of an MLP with the activation before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.gelu_linear(x, self.weight, self.bias)
+
+
+class Modulation(nn.Linear):
+    """The projection of a few conditions to the tables of every block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.few_rows_linear(x, self.weight, self.bias)
+
+
 class ModulatedLayerNorm(nn.Module):
     """Adds the pending branch to the residual stream and normalises it, in one op."""
 
@@ -138,10 +152,10 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim)
+        self.fc2 = GeluLinear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.fc1(x))
 
 
 class Block(nn.Module):
@@ -296,7 +310,7 @@ class UMD(nn.Module):
         self.t_embedder = TimestepEmbedder(config)
         self.y_embedder = LabelEmbedder(config) if config.num_classes > 0 else None
         # One projection for every block: shift, scale, gate twice a block, shift and scale of the decoder's final norm.
-        self.adaLN_modulation = nn.Linear(D, config.num_modulations * D) if config.adaLN else None
+        self.adaLN_modulation = Modulation(D, config.num_modulations * D) if config.adaLN else None
 
         self.x_embedder = Linear(C * P * P, D)
         self.pos_embed = nn.Parameter(torch.empty(L, D))

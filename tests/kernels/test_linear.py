@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from umd.kernels.linear import linear
+from umd.kernels.linear import few_rows_linear, gelu_linear, linear
 
 # Narrower, wider and equal outputs (the backward pass transposes the narrower operand), one token, none.
 SHAPES = [(40, 16, 48), (40, 48, 16), (7, 8, 8), (1, 5, 3), (0, 4, 6)]  # N, inputs, outputs
@@ -24,14 +24,38 @@ def test_one_type(compare, shape, dtype):
     compare(linear, F.linear, draw(*shape, dtype, dtype))
 
 
+def plain_gelu_linear(x, weight, bias):
+    return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 1024, 32)], ids=str)  # the last: several slices of GELU
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gelu_linear(compare, shape, dtype):
+    compare(gelu_linear, plain_gelu_linear, draw(*shape, dtype, dtype))
+
+
+def test_gelu_linear_far_out():
+    """Large arguments: the cube neither overflows nor leaves NaN in the gradient."""
+    x = torch.tensor([[-1e4, -50.0, 0.0, 50.0, 1e4]], dtype=torch.bfloat16, requires_grad=True)
+    y = gelu_linear(x, torch.eye(5), torch.zeros(5))
+    y.sum().backward()
+    assert y.tolist() == [x.relu().flatten().tolist()]
+    assert x.grad.tolist() == [[0.0, 0.0, 0.5, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("shape", [(9, 24, 10_000), (1, 3, 4096), (2, 5, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_few_rows(compare, shape, dtype):
+    compare(few_rows_linear, F.linear, draw(*shape, dtype, dtype))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_fp32_parameters_under_autocast(shape, x_dtype):
+@pytest.mark.parametrize("op, plain", [(linear, F.linear), (gelu_linear, plain_gelu_linear)], ids=["linear", "gelu"])
+def test_fp32_parameters_under_autocast(shape, x_dtype, op, plain):
     """As accurate as autocast's own, in the same types; against fp64 of the inputs as bf16 rounds them."""
     args = draw(*shape, x_dtype, torch.float32)
-    exact, theirs, ours = (
-        run(op, args, dtype) for op, dtype in ((F.linear, torch.float64), (F.linear, None), (linear, None))
-    )
+    exact, theirs, ours = (run(op, args, dtype) for op, dtype in ((plain, torch.float64), (plain, None), (op, None)))
     for name, truth in exact.items():
         assert ours[name].dtype == theirs[name].dtype and ours[name].shape == truth.shape, name
         if truth.numel():
