@@ -65,6 +65,7 @@ setup(
             # The networks that `umd bench step` compares with.
             "diffusers",
             "transformers",
+            "av",
         ],
     },
 )

@@ -111,7 +111,7 @@ class DiffMAEConfig(ViTConfig):
     @property
     def num_patches(self) -> int:
         """L, over all frames."""
-        return self.num_frames // self.tubelet_size * super().num_patches
+        return self.num_frames // self.tubelet_size * self.grid_size[0] * self.grid_size[1]
 
     @property
     def patch_dim(self) -> int:

@@ -220,8 +220,10 @@ def decoder_block(config: DiffMAEConfig, context: int) -> Block:
     return Block(config, context if config.decoder == "cross" else None)
 
 
-def cross_attention(block: Block) -> CrossAttention:
-    return block.cross if isinstance(block, CrossSelfBlock) else block.attn
+def cross_attention(block: nn.Module) -> CrossAttention:
+    attention = block.cross if isinstance(block, CrossSelfBlock) else block.attn
+    assert isinstance(attention, CrossAttention), "the joint decoder has none"
+    return attention
 
 
 def patch_mask(hole: Tensor, config: DiffMAEConfig) -> Tensor:

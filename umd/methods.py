@@ -24,8 +24,10 @@ def build_objective(
 ) -> AnyObjective:
     """num_images: pictures in the dataset, for a file of features of them. Raises UserError for what cannot be."""
     check_match(model, config)
-    if isinstance(model, DiffMAEConfig):
+    if isinstance(config, DiffMAEObjectiveConfig):
+        assert isinstance(model, DiffMAEConfig), "check_match asks for it"
         return DiffMAEObjective(model, config, schedule, num_images)
+    assert isinstance(model, ModelConfig), "check_match asks for it"
     return Objective(model, config, schedule)
 
 

@@ -14,6 +14,7 @@ from umd.config import DiffMAEConfig, DiffMAEObjectiveConfig
 from umd.diffmae import DiffMAE, fill, filling_denoiser, from_images, layout, patch_mask, to_images
 from umd.errors import UserError
 from umd.flops import diffmae_decoder_flops, diffmae_encoder_flops
+from umd.kernels import backend
 from umd.model import timestep_features
 from umd.objective import DiffMAEObjective
 from umd.ops import patchify
@@ -152,6 +153,46 @@ def test_checkpointing_changes_no_gradient():
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
+
+
+def batch_of(config: DiffMAEConfig, keep: tuple[int, ...]) -> dict:
+    L = config.num_patches
+    ids = [torch.cat([torch.arange(k) + s * L for s, k in enumerate(ks)]) for ks in (keep, [L - k for k in keep])]
+    visible, masked = (draw(config, len(i), config.patch_dim, seed=len(i)).float() for i in ids)
+    return dict(
+        visible=visible, ids_keep=ids[0], masked=masked, ids_masked=ids[1], batch=layout(config, keep, CPU),
+        timesteps=torch.arange(1, 1 + len(keep)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cross_self", "joint", "video"])
+def test_compiles_whole(name):
+    torch._dynamo.reset()
+    model, arguments = trained(CONFIGS[name]).float(), batch_of(CONFIGS[name], (3, 3, 1))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**arguments), model(**arguments), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bfloat16_autocast(name):
+    model, arguments = trained(CONFIGS[name]).float(), batch_of(CONFIGS[name], (1, 3))
+    exact = model(**arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(**arguments)
+    error = (rounded.float() - exact).square().mean().sqrt() / exact.std()
+    assert 0 < error < 0.03
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("name", ["cross_self", "video"])
+def test_kernels_give_the_same_loss(name):
+    config, shape = CONFIGS[name], (2, 2, *((6,) if name == "video" else ()), 8, 12)
+    objective = DiffMAEObjective(config, DiffMAEObjectiveConfig(mask_ratio=0.5), SCHEDULE)
+    x, c, losses = draw(config, *shape).float(), objective.corrupt(2, 0, CPU), []
+    for choice in ("reference", "triton"):
+        with backend.kernels(choice):
+            losses.append(objective(trained(config).float(), x, c)[0])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
 
 
 def test_the_encoder_carries_over_to_and_from_clips_by_name():
