@@ -34,6 +34,7 @@ from umd.schedule import NoiseSchedule
 from umd.train.optim import adamw
 
 Step = Callable[[], None]
+WARMUP = 3  # rounds; until then memory still grows, and a step's time holds the first touch of new pages
 
 
 @dataclass(frozen=True)
@@ -289,8 +290,9 @@ def run(bench: StepBench, console: Console) -> list[Row]:
         flops[name] = counter.get_total_flops()
     steps["matmuls alone"] = matmul_step(bench)
     flops["matmuls alone"] = flops["umd"]
-    for step in steps.values():
-        step()
+    for _ in range(WARMUP):
+        for step in steps.values():
+            step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in track(range(bench.repeats), description="rounds", console=console, transient=True):
         for name, step in steps.items():
@@ -328,31 +330,19 @@ def print_rows(bench: StepBench, rows: list[Row], seconds: dict[str, list[float]
     table = Table(
         title=f"{bench.model} {bench.image_size}x{bench.image_size}, batch {bench.batch}, {bench.dtype}, {where}"
     )
-    for column in (
-        "step",
-        "median s",
-        "min-max s",
-        "img/s",
-        "TFLOP",
-        "TFLOP/s",
-        "peak GiB",
-        "UMD is faster by",
-        "FLOP ratio",
-    ):
-        table.add_column(column, justify="left" if column == "step" else "right")
+    for column in ("step", "seconds (min-max)", "img/s", "TFLOP", "peak GiB", "UMD faster", "FLOPs"):
+        table.add_column(column, justify="left" if column == "step" else "right", no_wrap=True)
     ours = rows[0]
     for row in rows:
         # the median of the ratios within a round: drift of the machine's speed falls out
         ratio = statistics.median(b / a for a, b in zip(seconds[ours.name], seconds[row.name], strict=True))
         table.add_row(
             row.name,
-            f"{row.seconds:.3f}",
-            f"{row.seconds_min:.3f}-{row.seconds_max:.3f}",
+            f"{row.seconds:.2f} ({row.seconds_min:.2f}-{row.seconds_max:.2f})",
             f"{row.images_per_second:.2f}",
-            f"{row.flops / 1e12:.3f}",
-            f"{row.flops / row.seconds / 1e12:.2f}",
+            f"{row.flops / 1e12:.2f}",
             "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.2f}",
             f"{ratio:.2f}x",
-            f"{row.flops / ours.flops:.2f}",
+            f"{row.flops / ours.flops:.2f}x",
         )
     console.print(table)
