@@ -68,6 +68,11 @@ class ModelConfig(ViTConfig):
     """Decoder blocks."""
     adaLN: bool = True
     """adaLN-zero conditioning; off: the condition is one more token in every block (MAE, the paper's ablation)."""
+    adaLN_projection: Literal["per_block", "single", "low_rank"] = "per_block"
+    """Weights of adaLN: each block's own; one projection shared, with offsets a block (PixArt's adaLN-single); or
+    each block's own as a product of low rank."""
+    adaLN_rank: int = 64
+    """Rank of low_rank."""
     num_classes: int = 0
     """Classes of the label embedding; 0: no labels, as in pre-training."""
 
@@ -80,6 +85,8 @@ class ModelConfig(ViTConfig):
         super().__post_init__()
         if self.decoder_depth < 1:
             raise UserError(f"decoder_depth must be at least 1, got {self.decoder_depth}")
+        if self.adaLN_rank < 1:
+            raise UserError(f"adaLN_rank must be at least 1, got {self.adaLN_rank}")
         if self.num_classes < 0:
             raise UserError(f"num_classes must be 0 (no labels) or more, got {self.num_classes}")
 

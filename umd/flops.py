@@ -12,7 +12,12 @@ def forward_flops(config: ModelConfig, keep: tuple[int, ...], num_conditions: in
     decoder = [extra + 1 + config.num_patches] * len(keep)
 
     features, t_hidden = (256, D) if config.embedding == "paper" else (D, 2 * D)
-    condition = features * t_hidden + t_hidden * D + (D * config.num_modulations * D if config.adaLN else 0)
+    condition = features * t_hidden + t_hidden * D
+    if config.adaLN:
+        tables, rank = config.num_modulations * D, config.adaLN_rank
+        condition += {"per_block": D * tables, "single": D * 6 * D, "low_rank": rank * (D + tables)}[
+            config.adaLN_projection
+        ]
     if config.num_classes and config.embedding == "released":
         condition += 4 * D * D
     ends = sum(keep) * pixels * D + config.num_patches * len(keep) * D * 2 * pixels

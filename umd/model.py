@@ -19,6 +19,7 @@ from umd import ops
 from umd.config import ModelConfig, ViTConfig
 from umd.errors import UserError
 from umd.masking import Layout, layout
+from umd.modulation import build_modulation
 from umd.ops import Packing
 
 Branch = tuple[Tensor, Tensor | None] | None  # a branch not yet added to the residual stream: (h [N, D], gate [R, D])
@@ -74,13 +75,6 @@ class GeluLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.gelu_linear(x, self.weight, self.bias)
-
-
-class Modulation(nn.Linear):
-    """The projection of a few conditions to the tables of every block."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.few_rows_linear(x, self.weight, self.bias)
 
 
 class ModulatedLayerNorm(nn.Module):
@@ -309,8 +303,8 @@ class UMD(nn.Module):
         C, P, D, L = config.channels, config.patch_size, config.hidden_size, config.num_patches
         self.t_embedder = TimestepEmbedder(config)
         self.y_embedder = LabelEmbedder(config) if config.num_classes > 0 else None
-        # One projection for every block: shift, scale, gate twice a block, shift and scale of the decoder's final norm.
-        self.adaLN_modulation = Modulation(D, config.num_modulations * D) if config.adaLN else None
+        # Of all blocks at once: shift, scale, gate twice a block, shift and scale of the decoder's final norm.
+        self.adaLN_modulation = build_modulation(config) if config.adaLN else None
 
         self.x_embedder = Linear(C * P * P, D)
         self.pos_embed = nn.Parameter(torch.empty(L, D))
@@ -331,8 +325,7 @@ class UMD(nn.Module):
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
             lecun_normal(self.y_embedder)
         if self.adaLN_modulation is not None:  # the zero of adaLN-zero: every block starts as the identity
-            nn.init.zeros_(self.adaLN_modulation.weight)
-            nn.init.zeros_(self.adaLN_modulation.bias)
+            self.adaLN_modulation.zero()
         nn.init.normal_(self.pos_embed, std=self.config.num_patches**-0.5)
         nn.init.normal_(self.decoder_pos_embed, std=self.config.num_patches**-0.5)
         nn.init.normal_(self.mask_token, std=0.02)

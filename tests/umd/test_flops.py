@@ -21,6 +21,8 @@ NETWORKS = {
     "released embedding, labels": replace(BASE, embedding="released", num_classes=5),
     "paper embedding, labels": replace(BASE, num_classes=5),
     "no adaLN, released embedding, labels": replace(BASE, adaLN=False, embedding="released", num_classes=5),
+    "adaLN-single": replace(BASE, adaLN_projection="single"),
+    "low-rank adaLN": replace(BASE, adaLN_projection="low_rank", adaLN_rank=5),
     "narrow MLP, one channel": replace(BASE, mlp_ratio=1.5, channels=1, num_cls=1, norm_affine=False),
 }
 OBJECTIVES = {
