@@ -325,7 +325,7 @@ def print_table(title: str, columns: dict[str, Callable[[Row], str]], rows: list
     """A line for each op, direction and width; a cell has one value, or one an architecture where they differ."""
     table = Table(title=title)
     for name in ("op", "", "D", *columns):
-        table.add_column(name, no_wrap=name == "op", justify="left" if name in ("op", "") else "right")
+        table.add_column(name, no_wrap=name == "op", overflow="fold", justify="left" if name in ("op", "") else "right")
     for group in _groups(rows):
         shown = [[show(row) for row in group] for show in columns.values()]
         cells = [values[0] if len(set(values)) == 1 else "/".join(values) for values in shown]
@@ -356,9 +356,7 @@ def draw(rows: list[Row], file: Path) -> None:
         axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(places, [f"{row.op}\n{row.direction}" for row in rows], fontsize=8)
-    axes.set_xlabel(
-        f"bytes moved / bytes that must move (each input read once, each output written once), D = {rows[0].width}"
-    )
+    axes.set_xlabel(f"bytes moved / bytes that must move, D = {rows[0].width}")
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
