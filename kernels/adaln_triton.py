@@ -6,7 +6,7 @@ A program walks a chunk of the stream whose tokens share a modulation row (`Pack
     backward   reads dy, dr, r, h, writes dx, dh [N, D] and the chunk's sums for the tables, fp32 [C, D]
     sum        adds the sums of the chunks of each row, in a fixed order: no atomics, the same bits every time
 
-The stream moves once each way; a chunk of 64 tokens or more adds a few percent for tables and sums.
+The stream moves once each way; a chunk of 72 tokens or more adds a few percent for tables and sums.
 """
 
 import torch

@@ -72,8 +72,3 @@ def triton_op(name: str):
 def wrap_triton(kernel):
     """`wrap_triton(kernel)[grid](...)`: how a `triton_op` launches. By this name torch finds the source to hash."""
     return kernel if INTERPRET else torch.library.wrap_triton(kernel)
-
-
-def launch(kernel, grid):
-    """wrap_triton(kernel)[grid]."""
-    return wrap_triton(kernel)[grid]

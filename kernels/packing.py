@@ -14,7 +14,7 @@ from torch import Tensor
 
 # Tokens of a chunk: few, to keep a GPU busy; enough for its reads of the tables and its partial sums (20 to 36 bytes a
 # column in a norm's backward) to stay small beside the stream (6 bytes a column and token).
-_CHUNK = 64
+_CHUNK = 72
 
 
 class Packing(NamedTuple):

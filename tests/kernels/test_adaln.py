@@ -276,7 +276,7 @@ def test_chunks_are_the_stream(lengths, rows):
     chunks, offsets = packing.chunks.tolist(), packing.row_chunks.tolist()
     assert sorted(token for start, stop, _ in chunks for token in range(start, stop)) == list(range(len(row_of_token)))
     for start, stop, row in chunks:
-        assert (row_of_token[start:stop] == row).all() and 0 < stop - start < 2 * 64
-        assert stop - start >= 64 or (start, stop, row) in packing.segments
+        assert (row_of_token[start:stop] == row).all() and 0 < stop - start < 2 * 72
+        assert stop - start >= 72 or (start, stop, row) in packing.segments
     assert offsets[0] == 0 and offsets[-1] == len(chunks) and len(offsets) == packing.num_rows + 1
     assert [row for row, n in enumerate(torch.tensor(offsets).diff()) for _ in range(n)] == [row for *_, row in chunks]
