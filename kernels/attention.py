@@ -1,4 +1,21 @@
-"""Attention inside each sample of a packed stream: no token sees another sample, no token is padding."""
+"""Attention inside each sample of a packed stream: no token sees another sample, no token is padding.
+
+One call, four backends; `attention_backend` tells which one runs and why.
+
+    flash_attn   flash-attn 2: gradients written packed as [N, 3, H, d], and the same bits each time
+    varlen_attn  torch.nn.attention.varlen: the same algorithm, in PyTorch itself
+    sdpa         scaled_dot_product_attention, once for each run of samples of equal length
+    matmul       matmul, softmax, matmul, once for each run (attention_cpu.py)
+"""
+
+import difflib
+import importlib.metadata
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +23,78 @@ from torch import Tensor
 
 from .attention_cpu import BatchedAttentionFunction
 from .packing import Packing
+
+Attention = Literal["auto", "flash_attn", "varlen_attn", "sdpa", "matmul"]
+NAMES = get_args(Attention)
+FLASH_ATTN_VERSIONS = (2, 7), (2, 8)  # first and last whose function is known to be as below
+FLASH_ATTN_SIGNATURE = (
+    "qkv, cu_seqlens, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, "
+    "return_attn_probs"
+)
+# Without flash-attn: up to so many runs of samples this short, a dense call each costs less than a ragged one.
+DENSE_RUNS = 2
+DENSE_SEQLEN = 200
+
+_choice: Attention = "auto"
+
+
+class AttentionBackend(NamedTuple):
+    """A backend of `varlen_attention` and why it is taken, as a sentence without its subject."""
+
+    name: str
+    reason: str
+
+
+def set_attention(choice: Attention) -> None:
+    """Choose the backend for all calls of this process that do not name one; `auto` is the rule of `attention_backend`.
+
+    Raises:
+        ValueError: another name. Whether the backend can run is checked when it is called.
+    """
+    global _choice
+    _choice = _known(choice)
+
+
+@contextmanager
+def attention(choice: Attention) -> Iterator[None]:
+    """`set_attention` for the length of a with block."""
+    before = _choice
+    set_attention(choice)
+    try:
+        yield
+    finally:
+        set_attention(before)
+
+
+def attention_backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    packing: Packing | None = None,
+    backend: Attention | None = None,
+) -> AttentionBackend:
+    """The backend that `varlen_attention` takes for such a tensor, and why.
+
+    The rule of `auto`, the first that fits:
+
+        on the CPU                                                        matmul
+        flash-attn 2 is installed and takes the tensor                    flash_attn
+        one run of equal lengths, or two of at most 200 tokens a sample   sdpa
+        varlen_attn takes the tensor                                      varlen_attn
+        else                                                              sdpa
+
+    Args:
+        packing: of the stream; None stands for a ragged one.
+        backend: instead of `set_attention`'s.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot take such a tensor.
+    """
+    runs = None if packing is None else sum(1 for _ in packing.token_runs())
+    max_seqlen = 0 if packing is None else packing.max_seqlen
+    return AttentionBackend(
+        *_select(device, dtype, head_dim, runs, max_seqlen, _choice if backend is None else backend)
+    )
 
 
 def varlen_attention_ref(qkv: Tensor, packing: Packing) -> Tensor:
@@ -19,26 +108,145 @@ def varlen_attention_ref(qkv: Tensor, packing: Packing) -> Tensor:
     return torch.cat(out).to(qkv.dtype)
 
 
-def varlen_attention(qkv: Tensor, packing: Packing) -> Tensor:
+def varlen_attention(qkv: Tensor, packing: Packing, backend: Attention | None = None) -> Tensor:
     """Self-attention of each sample of a packed stream, scale 1/√d.
 
     Args:
         qkv: [N, 3, H, d], any floating type.
         packing: lengths of the samples.
+        backend: instead of `set_attention`'s; see `attention_backend`.
 
     Returns:
         [N, H, d] in qkv's type.
 
     Raises:
-        ValueError: qkv not [N, 3, H, d] with the packing's N.
+        ValueError: qkv not [N, 3, H, d] with the packing's N, or on another device; a backend that is unknown or cannot
+            take qkv.
     """
     if qkv.ndim != 4 or qkv.shape[1] != 3 or len(qkv) != packing.num_tokens:
         raise ValueError(f"qkv: expected [{packing.num_tokens}, 3, H, d], got {tuple(qkv.shape)}")
-    if qkv.device.type == "cpu":
+    if packing.cu_seqlens.device != qkv.device:
+        raise ValueError(f"packing: expected on {qkv.device} like qkv, got {packing.cu_seqlens.device}")
+    name, _ = attention_backend(qkv.device, qkv.dtype, qkv.shape[-1], packing, backend)
+    if qkv.numel() == 0:
+        return qkv[:, 0]
+    if name == "matmul":
         return BatchedAttentionFunction.apply(qkv, packing)
+    if name == "flash_attn":
+        from flash_attn import flash_attn_varlen_qkvpacked_func
+
+        return flash_attn_varlen_qkvpacked_func(qkv, packing.cu_seqlens, packing.max_seqlen, deterministic=True)
+    if name == "varlen_attn":
+        from torch.nn.attention.varlen import varlen_attn
+
+        lengths = packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen
+        return varlen_attn(*qkv.unbind(1), *lengths)
+    return _dense_attention(qkv, packing)
+
+
+def _dense_attention(qkv: Tensor, packing: Packing) -> Tensor:
+    """One call of SDPA a run, on views; with several runs their outputs, and their gradients, are copied together."""
     _, _, H, d = qkv.shape
+    runs = [(samples, length) for _, samples, length in packing.token_runs()]
+    parts = [qkv] if len(runs) == 1 else qkv.split([samples * length for samples, length in runs])
     out = []
-    for part, samples, length in packing.token_runs():
-        q, k, v = qkv[part].view(samples, length, 3, H, d).permute(2, 0, 3, 1, 4)
+    for part, (samples, length) in zip(parts, runs, strict=True):
+        q, k, v = (x.transpose(1, 2) for x in part.view(samples, length, 3, H, d).unbind(2))  # [S, H, L, d]
         out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, H, d))
-    return torch.cat(out)
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _select(
+    device: torch.device, dtype: torch.dtype, head_dim: int, runs: int | None, max_seqlen: int, choice: str
+) -> tuple[str, str]:
+    if _known(choice) != "auto":
+        reason = _refusal(choice, device, dtype, head_dim)
+        if reason:
+            raise ValueError(f"backend: {choice} {reason}; 'auto' takes one that can run")
+        return choice, "was asked for"
+    if device.type == "cpu":
+        return "matmul", "is the fastest on a CPU at these lengths, forward and backward"
+    refused = {name: _refusal(name, device, dtype, head_dim) for name in ("flash_attn", "varlen_attn")}
+    return _automatic(refused, runs, max_seqlen)
+
+
+def _automatic(refused: dict[str, str], runs: int | None, max_seqlen: int) -> tuple[str, str]:
+    """`auto` off the CPU. refused: why flash_attn and varlen_attn cannot run, or ""."""
+    if not refused["flash_attn"]:
+        return "flash_attn", "takes ragged streams and gives the same gradient bits each time"
+    why = f"flash_attn {refused['flash_attn']}"
+    if runs is not None and (runs <= 1 or runs <= DENSE_RUNS and max_seqlen <= DENSE_SEQLEN):
+        shape = "one dense batch" if runs <= 1 else f"{runs} dense batches of at most {DENSE_SEQLEN} tokens a sample"
+        return "sdpa", f"has {shape}; {why}"
+    if not refused["varlen_attn"]:
+        return "varlen_attn", f"takes ragged streams in one call; {why}"
+    return "sdpa", f"runs anywhere; {why}; varlen_attn {refused['varlen_attn']}"
+
+
+def _known(choice: str) -> str:
+    if choice not in NAMES:
+        near = difflib.get_close_matches(str(choice), NAMES, n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {choice!r}{hint}")
+    return choice
+
+
+def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Why a backend cannot take such a tensor, or ""."""
+    if name in ("sdpa", "matmul"):
+        return ""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
+    if head_dim % 8 or head_dim > 256:
+        return f"takes head dimensions up to 256 that are multiples of 8, not {head_dim}"
+    return _flash_attn_missing(device) if name == "flash_attn" else _varlen_attn_missing(device)
+
+
+# Facts about the machine: torch.compile asks once and keeps the answer.
+@torch.compiler.assume_constant_result
+def _flash_attn_missing(device: torch.device) -> str:
+    return _flash_attn_refusal() or _device_refusal("flash_attn::_flash_attn_varlen_forward", device)
+
+
+@torch.compiler.assume_constant_result
+def _varlen_attn_missing(device: torch.device) -> str:
+    return _varlen_attn_refusal() or _device_refusal("torch_attn::_varlen_attn", device)
+
+
+def _device_refusal(op: str, device: torch.device) -> str:
+    if device.type != "cuda":
+        there = torch._C._dispatch_has_kernel_for_dispatch_key(op, device.type.upper())
+        return "" if there else f"has no kernel for {device.type}"
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"needs compute capability 8.0, this GPU has {major}.{minor}"
+
+
+@cache
+def _flash_attn_refusal() -> str:
+    """Why flash-attn's function cannot be called as `varlen_attention` does, or ""."""
+    try:
+        version = importlib.metadata.version("flash-attn")
+    except importlib.metadata.PackageNotFoundError:
+        return "is not installed"
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    oldest, newest = FLASH_ATTN_VERSIONS
+    if not oldest <= numbers <= newest:
+        return f"is version {version}; expected {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}"
+    try:
+        from flash_attn import flash_attn_varlen_qkvpacked_func
+    except Exception as error:  # built for another torch or CUDA: anything may come
+        return f"{version} does not import ({type(error).__name__}: {error})"
+    found = ", ".join(inspect.signature(flash_attn_varlen_qkvpacked_func).parameters)
+    return "" if found == FLASH_ATTN_SIGNATURE else f"{version} takes ({found}), expected ({FLASH_ATTN_SIGNATURE})"
+
+
+def _varlen_attn_refusal() -> str:
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+    except ImportError:
+        return f"is not in torch {torch.__version__}"
+    if torch.cuda.is_available() and not torch.backends.cuda.is_flash_attention_available():
+        return "needs a torch built with flash attention"
+    return ""
