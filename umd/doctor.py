@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 import umd
+from umd import ops
 from umd.device import pick_device, pick_dtype
 from umd.errors import UserError
 
@@ -92,12 +93,21 @@ def _precision() -> Row:
 
 
 def _attention() -> Row:
-    how = "scaled_dot_product_attention" if pick_device().type == "cuda" else "matmul, softmax, matmul"
-    return Row("attention", f"{how}, once for each run of samples of equal length")
+    device = pick_device()
+    name, reason = ops.attention_backend(device, pick_dtype("auto", device), head_dim=64)
+    return Row("attention", f"{name}: {reason}")
 
 
 def _kernels() -> Row:
-    return Row("kernels", "each op's definition in PyTorch")
+    device = pick_device()
+    if ops.use_triton(torch.empty(0, device=device)):
+        return Row(
+            "kernels", f"Triton {_version('triton')}" + ("" if device.type == "cuda" else ", in its interpreter")
+        )
+    definitions = "each op's definition in PyTorch"
+    if device.type == "cuda":
+        return Row("kernels", f"{definitions}: Triton is not installed", "pip install triton")
+    return Row("kernels", f"{definitions}: Triton's kernels are for GPUs")
 
 
 def _compile() -> Row:

@@ -1,8 +1,8 @@
 """The ops of the model, each by the implementation that serves this machine. The only importer of `umd.kernels`."""
 
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
-from umd.kernels.attention import attention, varlen_attention
-from umd.kernels.backend import kernels
+from umd.kernels.attention import attention, attention_backend, varlen_attention
+from umd.kernels.backend import kernels, use_triton
 from umd.kernels.cross_attention import varlen_cross_attention
 from umd.kernels.ddim import ddim_step
 from umd.kernels.linear import few_rows_linear, gelu_linear, linear
@@ -15,6 +15,7 @@ from umd.kernels.tokens import prepend_tokens, scatter_tokens, split_tokens
 __all__ = [
     "Packing",
     "attention",
+    "attention_backend",
     "ddim_step",
     "few_rows_linear",
     "gated_residual_layer_norm",
@@ -32,6 +33,7 @@ __all__ = [
     "scatter_tokens",
     "split_tokens",
     "unpatchify",
+    "use_triton",
     "varlen_attention",
     "varlen_cross_attention",
 ]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from umd import doctor
+from umd import doctor, ops
+from umd.device import pick_device, pick_dtype
 from umd.doctor import print_report, report
 from umd.train.data import has_dali
 from umd.train.loader_rate import loader_row
@@ -51,6 +52,21 @@ def test_the_machine_is_described_as_torch_and_the_kernel_see_it():
         assert ("AMX" in rows["device"]) == ("amx_bf16" in flags)
         fast = "amx_bf16" in flags or "avx512_bf16" in flags
         assert rows["precision"].startswith("bf16 autocast" if fast else "fp32: without AMX")
+
+
+def test_attention_and_kernels_are_those_that_run():
+    rows = {row.name: row for row in report()}
+    device = pick_device()
+    with ops.kernels("reference"):
+        assert doctor._kernels().value.startswith("each op's definition in PyTorch")
+    with ops.kernels("auto"):
+        interpreted = device.type == "cpu" and ops.use_triton(torch.empty(0))
+        assert doctor._kernels().value.startswith("Triton") == (device.type == "cuda" or interpreted)
+        assert doctor._kernels().value.endswith("in its interpreter") == interpreted
+    name, reason = ops.attention_backend(device, pick_dtype("auto", device), 64)
+    assert rows["attention"].value == f"{name}: {reason}"
+    with ops.attention("sdpa"):
+        assert doctor._attention().value == "sdpa: was asked for"
 
 
 @pytest.mark.slow
