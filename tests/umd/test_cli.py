@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,6 @@ from PIL import Image
 
 import umd as package
 from umd import cli
-from umd.bench.loader import LoaderBench
-from umd.bench.step import StepBench
 from umd.checkpoint import list_checkpoints
 from umd.cli import COMMANDS, main
 from umd.train.demo import Demo
@@ -169,7 +168,8 @@ def test_a_command_of_the_readme_parses(command):
     elif name == "inspect":
         cli.parse(Inspect, name, rest[1:])
     elif name == "bench":
-        cli.parse({"step": StepBench, "loader": LoaderBench}[rest[0]], name, rest[1:])
+        module, options, _ = cli.BENCHES[rest[0]]
+        cli.parse(getattr(import_module(module), options), name, rest[1:])
     else:
         cli.parse(Demo, name, rest)
 
