@@ -52,7 +52,8 @@ def scatter_tokens_ref(
     """The definition of `scatter_tokens`."""
     S, (L, D) = packing.num_samples, pos_embed.shape
     cls, visible = split_tokens(tokens, num_cls, packing)
-    x = mask_token.to(tokens.dtype).expand(S * L, D).index_copy(0, ids_keep, visible)
+    x = mask_token.to(tokens.dtype).repeat(S * L, 1)  # not expand: Inductor then copies into the one row there is
+    x = x.index_copy(0, ids_keep, visible)
     x = x.view(S, L, D) + pos_embed.to(tokens.dtype)
     return torch.cat([cls.mean(dim=1, keepdim=True), x], dim=1).flatten(0, 1)
 
