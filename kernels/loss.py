@@ -4,6 +4,8 @@
                          fully visible samples (no mask): both means run over all pixels
     noise-free samples:  mean over masked pixels (x̂0 - x0)²
 
+Masked patches named in `ids_ignored` count in no mean: where only a random subset of them is predicted, the rest.
+
 ε is made again from the seed `noise` that `gather_patches` used. Forward and backward each read the prediction and
 x_start once, and only where they are scored: ε̂ of visible patches, x̂0 and x0 of masked ones. Neither stores ε, a target
 or an error; the backward makes the errors again, which moves fewer bytes than to write a gradient in the forward and
@@ -35,14 +37,20 @@ def masked_diffusion_loss_ref(
     num_noised: int,
     noise: Tensor,
     patch_size: int,
+    ids_ignored: Tensor | None = None,
+    num_ignored_noised: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The definition of `masked_diffusion_loss`, in fp32 or wider."""
     target_x0 = patchify(x_start, patch_size).to(torch.promote_types(prediction.dtype, torch.float32))
     B, L, D = target_x0.shape
     n = num_noised
     pred_x0, pred_eps = prediction.to(target_x0.dtype).view(B, L, 2, D).unbind(2)
-    masked = torch.ones(B * L, dtype=target_x0.dtype, device=prediction.device)
-    masked = masked.index_fill(0, ids_keep, 0).view(B, L)
+    visible = torch.zeros(B * L, dtype=target_x0.dtype, device=prediction.device).index_fill(0, ids_keep, 1)
+    masked = 1 - visible
+    ignored = 0
+    if ids_ignored is not None:
+        masked, ignored = masked.index_fill(0, ids_ignored, 0), len(ids_ignored)
+    visible, masked = visible.view(B, L), masked.view(B, L)
     zero = prediction.new_zeros((), dtype=target_x0.dtype)
 
     def mean(squared_error: Tensor, weight: Tensor, count: int) -> Tensor:
@@ -52,11 +60,12 @@ def masked_diffusion_loss_ref(
     if n > 0:
         eps = patchify(standard_noise(noise, x_start[:n]), patch_size)
         all_visible = num_visible_noised == n * L
-        on_eps, on_x0 = (torch.ones_like(masked[:n]),) * 2 if all_visible else (1 - masked[:n], masked[:n])
+        on_eps, on_x0 = (torch.ones_like(masked[:n]),) * 2 if all_visible else (visible[:n], masked[:n])
         loss_eps = mean((pred_eps[:n] - eps) ** 2, on_eps, num_visible_noised)
-        loss_x0 = mean((pred_x0[:n] - target_x0[:n]) ** 2, on_x0, n * L if all_visible else n * L - num_visible_noised)
+        hidden = n * L - num_visible_noised - num_ignored_noised
+        loss_x0 = mean((pred_x0[:n] - target_x0[:n]) ** 2, on_x0, n * L if all_visible else hidden)
     if n < B:
-        hidden = (B - n) * L - (len(ids_keep) - num_visible_noised)
+        hidden = (B - n) * L - (len(ids_keep) - num_visible_noised) - (ignored - num_ignored_noised)
         loss_clean = mean((pred_x0[n:] - target_x0[n:]) ** 2, masked[n:], hidden)
     clean_share = (B - n) / B
     total = (1 - clean_share) * 0.5 * (loss_eps + loss_x0) + clean_share * loss_clean
@@ -67,7 +76,7 @@ def masked_diffusion_loss_ref(
 def _errors(
     prediction_ptr,
     x_ptr,
-    visible_ptr,
+    roles_ptr,
     noise_ptr,
     num_patches,
     num_noised,
@@ -87,10 +96,11 @@ def _errors(
     first_col = tl.program_id(1) * BLOCK_D
     col = first_col + tl.arange(0, BLOCK_D)
     mask = (row < num_patches)[:, None] & (col < D)[None, :]
-    visible = tl.load(visible_ptr + row, row < num_patches, other=1) != 0
+    role = tl.load(roles_ptr + row, row < num_patches, other=2)
+    visible = role == 1
     noised = row < num_noised
     score_eps = mask & (visible & noised)[:, None]
-    score_x0 = mask & ((visible == 0) | (noised & (num_eps == num_noised)))[:, None]  # nothing hidden: both halves
+    score_x0 = mask & ((role == 0) | (noised & (num_eps == num_noised)))[:, None]  # nothing hidden: both halves
 
     at = row[:, None] * (2 * D) + col[None, :]
     corner, _ = patch_corner(row, C, H, W, P)
@@ -106,7 +116,7 @@ def _errors(
 def _masked_diffusion_loss_fwd_kernel(
     prediction_ptr,  # [B·L, 2·C·P·P]
     x_ptr,  # [B, C, H, W]
-    visible_ptr,  # uint8 [B·L]
+    roles_ptr,  # uint8 [B·L]: 0 hidden, 1 visible, 2 ignored
     noise_ptr,  # int64 [], or [n, C, H, W]
     partials_ptr,  # fp32 [4, programs]: each program's share of total, eps, x0, clean
     num_patches,  # B·L
@@ -123,7 +133,7 @@ def _masked_diffusion_loss_fwd_kernel(
     FROM_SEED: tl.constexpr,
 ):
     error_x0, error_eps, noised, _, _ = _errors(
-        prediction_ptr, x_ptr, visible_ptr, noise_ptr, num_patches, num_noised, num_eps,
+        prediction_ptr, x_ptr, roles_ptr, noise_ptr, num_patches, num_noised, num_eps,
         C, H, W, P, BLOCK_M, BLOCK_D, FROM_SEED,
     )  # fmt: skip
     D: tl.constexpr = C * P * P
@@ -145,7 +155,7 @@ def _masked_diffusion_loss_bwd_kernel(
     dlosses_ptr,  # fp32 [4]: the upstream gradients of total, eps, x0, clean
     prediction_ptr,  # [B·L, 2·C·P·P]
     x_ptr,  # [B, C, H, W]
-    visible_ptr,  # uint8 [B·L]
+    roles_ptr,  # uint8 [B·L]: 0 hidden, 1 visible, 2 ignored
     noise_ptr,  # int64 [], or [n, C, H, W]
     dprediction_ptr,  # [B·L, 2·C·P·P]
     num_patches,
@@ -162,7 +172,7 @@ def _masked_diffusion_loss_bwd_kernel(
     FROM_SEED: tl.constexpr,
 ):
     error_x0, error_eps, noised, at, mask = _errors(
-        prediction_ptr, x_ptr, visible_ptr, noise_ptr, num_patches, num_noised, num_eps,
+        prediction_ptr, x_ptr, roles_ptr, noise_ptr, num_patches, num_noised, num_eps,
         C, H, W, P, BLOCK_M, BLOCK_D, FROM_SEED,
     )  # fmt: skip
     D: tl.constexpr = C * P * P
@@ -177,12 +187,12 @@ def _masked_diffusion_loss_bwd_kernel(
 
 
 def _arguments(
-    prediction: Tensor, x_start: Tensor, visible: Tensor, noise: Tensor, patch_size: int, num_noised: int, *counts: int
+    prediction: Tensor, x_start: Tensor, roles: Tensor, noise: Tensor, patch_size: int, num_noised: int, *counts: int
 ) -> tuple[tuple[int, int], tuple[Tensor, ...], tuple[int, ...], dict]:
     """(grid, tensors, numbers, constants) of both kernels."""
     _, C, H, W = x_start.shape
     grid, block_m, block_d = patch_tiles(len(prediction), C * patch_size**2)
-    tensors = prediction.contiguous(), x_start.contiguous(), visible, noise.contiguous()
+    tensors = prediction.contiguous(), x_start.contiguous(), roles, noise.contiguous()
     numbers = len(prediction), num_noised * (H // patch_size) * (W // patch_size), *counts
     constants = dict(C=C, H=H, W=W, P=patch_size, BLOCK_M=block_m, BLOCK_D=block_d, FROM_SEED=noise.ndim == 0)
     return grid, tensors, numbers, constants
@@ -192,7 +202,7 @@ def _arguments(
 def masked_diffusion_loss_fwd(
     prediction: Tensor,
     x_start: Tensor,
-    visible: Tensor,
+    roles: Tensor,
     noise: Tensor,
     patch_size: int,
     num_noised: int,
@@ -200,16 +210,19 @@ def masked_diffusion_loss_fwd(
     num_x0: int,
     num_clean: int,
 ) -> Tensor:
-    """(total, eps, x0, clean), fp32 [4]. visible: uint8 [B·L]; num_eps, num_x0, num_clean: patches in each mean."""
+    """(total, eps, x0, clean), fp32 [4].
+
+    roles: uint8 [B·L], 0 hidden, 1 visible, 2 ignored; num_eps, num_x0, num_clean: patches in each mean.
+    """
     counts = num_noised, num_eps, num_x0, num_clean
-    grid, tensors, numbers, constants = _arguments(prediction, x_start, visible, noise, patch_size, *counts)
+    grid, tensors, numbers, constants = _arguments(prediction, x_start, roles, noise, patch_size, *counts)
     partials = prediction.new_empty(4, grid[0] * grid[1], dtype=torch.float32)
     wrap_triton(_masked_diffusion_loss_fwd_kernel)[grid](*tensors, partials, *numbers, **constants)
     return partials.sum(1)
 
 
 @masked_diffusion_loss_fwd.register_fake
-def _(prediction, x_start, visible, noise, patch_size, num_noised, num_eps, num_x0, num_clean):
+def _(prediction, x_start, roles, noise, patch_size, num_noised, num_eps, num_x0, num_clean):
     return prediction.new_empty(4, dtype=torch.float32)
 
 
@@ -218,7 +231,7 @@ def masked_diffusion_loss_bwd(
     dlosses: Tensor,
     prediction: Tensor,
     x_start: Tensor,
-    visible: Tensor,
+    roles: Tensor,
     noise: Tensor,
     patch_size: int,
     num_noised: int,
@@ -228,7 +241,7 @@ def masked_diffusion_loss_bwd(
 ) -> Tensor:
     """dprediction, from dlosses, fp32 [4]."""
     counts = num_noised, num_eps, num_x0, num_clean
-    grid, tensors, numbers, constants = _arguments(prediction, x_start, visible, noise, patch_size, *counts)
+    grid, tensors, numbers, constants = _arguments(prediction, x_start, roles, noise, patch_size, *counts)
     dprediction = prediction.new_empty(prediction.shape)
     wrap_triton(_masked_diffusion_loss_bwd_kernel)[grid](
         dlosses.contiguous(), *tensors, dprediction, *numbers, **constants
@@ -237,7 +250,7 @@ def masked_diffusion_loss_bwd(
 
 
 @masked_diffusion_loss_bwd.register_fake
-def _(dlosses, prediction, x_start, visible, noise, patch_size, num_noised, num_eps, num_x0, num_clean):
+def _(dlosses, prediction, x_start, roles, noise, patch_size, num_noised, num_eps, num_x0, num_clean):
     return prediction.new_empty(prediction.shape)
 
 
@@ -261,6 +274,8 @@ def masked_diffusion_loss(
     num_noised: int,
     noise: Tensor,
     patch_size: int,
+    ids_ignored: Tensor | None = None,
+    num_ignored_noised: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch whose first `num_noised` samples are noised and whose others are noise-free.
 
@@ -271,6 +286,8 @@ def masked_diffusion_loss(
         num_visible_noised: how many of `ids_keep` belong to the noised samples.
         num_noised: n, 0 <= n <= B.
         noise, patch_size: as in `gather_patches`.
+        ids_ignored: int64, hidden patches that are not scored, each at most once; the prediction is not read there.
+        num_ignored_noised: how many of `ids_ignored` belong to the noised samples.
 
     Returns:
         (total, parts [3]): total = (1 - f)·½(eps + x0) + f·clean with f = (B - n)/B; parts = eps, x0, clean, detached;
@@ -295,20 +312,36 @@ def masked_diffusion_loss(
             f"num_visible_noised: expected {min(n, 1)} to {min(n * L, len(ids_keep))} of {len(ids_keep)} visible "
             f"patches in {n} noised samples, got {num_visible_noised}"
         )
+    hidden_noised = n * L - num_visible_noised
     hidden_clean = (B - n) * L - (len(ids_keep) - num_visible_noised)
     if hidden_clean < min(B - n, 1):
         raise ValueError(
             f"ids_keep: expected a hidden patch among the {(B - n) * L} of the noise-free samples, "
             f"got {len(ids_keep) - num_visible_noised} visible ones"
         )
+    ignored = 0
+    if ids_ignored is not None:
+        check_devices(x_start, ids_ignored=ids_ignored)
+        if ids_ignored.ndim != 1 or ids_ignored.dtype != torch.int64:
+            raise ValueError(f"ids_ignored: expected int64 [N], got {tuple(ids_ignored.shape)} {ids_ignored.dtype}")
+        ignored = len(ids_ignored)
+    left = hidden_noised - num_ignored_noised, hidden_clean - (ignored - num_ignored_noised)
+    if not 0 <= num_ignored_noised <= ignored or left[0] < min(hidden_noised, 1) or left[1] < min(B - n, 1):
+        raise ValueError(
+            f"ids_ignored: expected to leave some of the {hidden_noised} hidden patches of noised samples and of the "
+            f"{hidden_clean} of noise-free ones, got {num_ignored_noised} and {ignored - num_ignored_noised} ignored"
+        )
     check_noise(noise, (n, C, H, W))
     check_devices(x_start, prediction=prediction, ids_keep=ids_keep, noise=noise)
     if not (use_triton(prediction) and use_triton(x_start)):
-        return masked_diffusion_loss_ref(prediction, x_start, ids_keep, num_visible_noised, n, noise, patch_size)
-    visible = torch.zeros(B * L, dtype=torch.uint8, device=prediction.device).index_fill_(0, ids_keep, 1)
-    hidden_noised = n * L - num_visible_noised
+        return masked_diffusion_loss_ref(
+            prediction, x_start, ids_keep, num_visible_noised, n, noise, patch_size, ids_ignored, num_ignored_noised
+        )
+    roles = torch.zeros(B * L, dtype=torch.uint8, device=prediction.device).index_fill_(0, ids_keep, 1)
+    if ids_ignored is not None:
+        roles.index_fill_(0, ids_ignored, 2)
     losses = masked_diffusion_loss_fwd(
-        prediction, x_start, visible, noise, patch_size,
-        num_noised=n, num_eps=num_visible_noised, num_x0=hidden_noised or n * L, num_clean=hidden_clean,
+        prediction, x_start, roles, noise, patch_size,
+        num_noised=n, num_eps=num_visible_noised, num_x0=left[0] or n * L, num_clean=left[1],
     )  # fmt: skip
     return losses[0], losses[1:].detach()

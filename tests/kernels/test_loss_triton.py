@@ -19,20 +19,28 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def case(
     B=4, n=2, K=3, K_clean=2, C=3, h=2, w=3, P=2, dtype=torch.float32, x_dtype=torch.float32, seed=0, given=False,
-    device="cpu",
+    device="cpu", ignored=None,
 ):  # fmt: skip
-    """Arguments of masked_diffusion_loss: n noised samples with K of h·w patches visible, the others with K_clean."""
+    """Arguments of masked_diffusion_loss: n noised samples with K of h·w patches visible, the others with K_clean.
+
+    ignored: hidden patches of each noised and of each other sample that are not scored; None: the argument left out.
+    """
     generator = torch.Generator().manual_seed(seed)
     L = h * w
     keep = [K] * n + [K_clean] * (B - n)
-    ids = torch.cat([s * L + torch.rand(L, generator=generator).argsort()[:k] for s, k in enumerate(keep)])
+    orders = [s * L + torch.rand(L, generator=generator).argsort() for s in range(B)]
+    ids = torch.cat([order[:k] for order, k in zip(orders, keep, strict=True)])
     prediction = torch.randn(B * L, 2 * C * P * P, generator=generator).to(dtype)
     x_start = torch.randn(B, C, h * P, w * P, generator=generator).to(x_dtype)
     noise = torch.randint(-(2**62), 2**62, (), generator=generator)
     if given:
         noise = torch.randn(n, C, h * P, w * P, generator=generator)
     prediction, x_start, ids, noise = (t.to(device) for t in (prediction, x_start, ids, noise))
-    return prediction, x_start, ids, n * K, n, noise, P
+    if ignored is None:
+        return prediction, x_start, ids, n * K, n, noise, P
+    spared = [ignored[0]] * n + [ignored[1]] * (B - n)
+    rest = torch.cat([order[L - i :] for order, i in zip(orders, spared, strict=True)]).to(device)
+    return prediction, x_start, ids, n * K, n, noise, P, rest, n * ignored[0]
 
 
 def with_gradient(op, prediction, *rest, upstream=1.0):
@@ -95,6 +103,18 @@ def test_published_settings(device, name, dtype):
         check(masked_diffusion_loss, case(4, n, K, K_clean, C, 4, 4, P, dtype, device=device))
 
 
+@pytest.mark.parametrize("n, K, K_clean, ignored", [(2, 10, 4, (4, 9)), (0, 1, 4, (0, 11)), (3, 16, 4, (0, 5))])
+def test_hidden_patches_that_are_ignored(device, n, K, K_clean, ignored):
+    """Predictions there may be anything."""
+    for dtype in (torch.float32, torch.bfloat16):
+        args = case(4, n, K, K_clean, 3, 4, 4, 2, dtype, device=device, ignored=ignored)
+        check(masked_diffusion_loss, args)
+        expected = with_gradient(masked_diffusion_loss, *args)
+        poisoned = args[0].index_fill(0, args[7], 1e4)
+        for a, b in zip(with_gradient(masked_diffusion_loss, poisoned, *args[1:]), expected, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("C, h, w, P", [(3, 16, 16, 4), (3, 2, 3, 16), (3, 3, 2, 8), (1, 3, 5, 2), (2, 3, 2, 5)])
 def test_sizes(device, C, h, w, P):
     """Of many programs; of patches wider than a program's tile; of odd rows."""
@@ -150,7 +170,7 @@ def test_each_output_of_the_operator_has_its_gradient(device):
     the gradient of a part is that of the total times 4, 4 or 2.
     """
     prediction, x_start, ids, K, n, noise, P = case(device=device)
-    visible = torch.zeros(len(prediction), dtype=torch.uint8, device=device).index_fill_(0, ids, 1)
+    roles = torch.zeros(len(prediction), dtype=torch.uint8, device=device).index_fill_(0, ids, 1)
     counts = dict(num_noised=n, num_eps=K, num_x0=n * 6 - K, num_clean=2 * 6 - 4)
     D, noised = prediction.shape[1] // 2, n * 6
     _, _, of_total = with_gradient(masked_diffusion_loss_ref, prediction.double(), x_start, ids, K, n, noise, P)
@@ -159,7 +179,7 @@ def test_each_output_of_the_operator_has_its_gradient(device):
     expected[:noised, :D] += 4 * 2.0 * of_total[:noised, :D]
     expected[noised:] += 2 * 0.4 * of_total[noised:]
     with backend.kernels("triton"):
-        losses = masked_diffusion_loss_fwd(prediction.requires_grad_(), x_start, visible, noise, P, **counts)
+        losses = masked_diffusion_loss_fwd(prediction.requires_grad_(), x_start, roles, noise, P, **counts)
         (found,) = torch.autograd.grad(losses, prediction, torch.tensor([0.7, -1.3, 2.0, 0.4], device=device))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -167,8 +187,8 @@ def test_each_output_of_the_operator_has_its_gradient(device):
 @pytest.mark.parametrize("given", [False, True], ids=["seed", "given"])
 def test_operators(device, given):
     prediction, x_start, ids, K, n, noise, P = case(given=given, device=device)
-    visible = torch.zeros(len(prediction), dtype=torch.uint8, device=device).index_fill_(0, ids, 1)
-    args = x_start, visible, noise, P, n, K, n * 6 - K, 2 * 6 - 4
+    roles = torch.zeros(len(prediction), dtype=torch.uint8, device=device).index_fill_(0, ids, 1)
+    args = x_start, roles, noise, P, n, K, n * 6 - K, 2 * 6 - 4
     torch.library.opcheck(masked_diffusion_loss_fwd, (prediction.requires_grad_(), *args))
     torch.library.opcheck(masked_diffusion_loss_bwd, (torch.ones(4, device=device), prediction.detach(), *args))
 
@@ -195,22 +215,28 @@ REFUSED = [
     ("noise", lambda s: s[None], r"noise: expected a seed, int64 \[\], or floating \(2, 3, 4, 6\), got \(1,\)"),
     ("noise", lambda s: s.to("meta"), "noise: expected on cpu like x_start, got meta"),
     ("prediction", lambda p: p.to("meta"), "prediction: expected on cpu like x_start, got meta"),
+    ("ids_ignored", lambda ids: ids.int(), r"ids_ignored: expected int64 \[N\], got .*int32"),
+    ("ids_ignored", lambda ids: ids.to("meta"), "ids_ignored: expected on cpu like x_start, got meta"),
+    ("ids_ignored", lambda ids: torch.arange(12), "ids_ignored: expected to leave some .* got 2 and 10 ignored"),
+    ("num_ignored_noised", lambda n: 7, "ids_ignored: .* got 7 and -1 ignored"),
     ("patch_size", lambda P: 4, "patch_size: expected a divisor of H = 4 and W = 6, got 4"),
 ]
 NAMES = ["prediction", "x_start", "ids_keep", "num_visible_noised", "num_noised", "noise", "patch_size"]
+NAMES += ["ids_ignored", "num_ignored_noised"]
 
 
 @pytest.mark.parametrize("name, change, message", REFUSED)
 def test_wrong_arguments_are_refused_by_name(name, change, message):
-    args = dict(zip(NAMES, case(), strict=True))
+    args = dict(zip(NAMES, case(ignored=(1, 2)), strict=True))
     args[name] = change(args[name])
     with pytest.raises(ValueError, match=message):
         masked_diffusion_loss(**args)
 
 
 MUTANTS = {
-    "dropped mask of x0": ("mask & ((visible == 0) | (noised & (num_eps == num_noised)))[:, None]", "mask"),
+    "dropped mask of x0": ("mask & ((role == 0) | (noised & (num_eps == num_noised)))[:, None]", "mask"),
     "dropped mask of eps": ("mask & (visible & noised)[:, None]", "mask & noised[:, None]"),
+    "ignored patches scored": ("mask & ((role == 0) |", "mask & ((role != 1) |"),
     "halves swapped": ("prediction_ptr + at + D, score_eps", "prediction_ptr + at, score_eps"),
     "gradient of the other half": ("dprediction_ptr + at + D, error_eps", "dprediction_ptr + at, error_eps"),
     "groups swapped": ("tl.where(noised, dx0, dclean)", "tl.where(noised, dclean, dx0)"),
@@ -229,7 +255,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_noticed(mutant, name):
     found = mutant(loss, *MUTANTS[name])
-    args = case(B=5, n=3, K=4, K_clean=1)
+    args = case(B=5, n=3, K=4, K_clean=1, ignored=(1, 2))
     with backend.kernels("triton"):
         check(masked_diffusion_loss, args, upstream=3.0)
         with pytest.raises(AssertionError):
