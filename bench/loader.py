@@ -80,8 +80,8 @@ class LoaderBench:
 
     def config(self) -> ModelConfig:
         whole = model_config(self.model, image_size=(self.latent_size, self.latent_size), channels=4)
-        depths = (max(depth // self.shallower, 1) for depth in (whole.depth, whole.decoder_depth))
-        return replace(whole, **dict(zip(("depth", "decoder_depth"), depths, strict=True)))
+        depth, decoder_depth = (max(n // self.shallower, 1) for n in (whole.depth, whole.decoder_depth))
+        return replace(whole, depth=depth, decoder_depth=decoder_depth)
 
 
 @dataclass(frozen=True)

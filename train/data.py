@@ -377,7 +377,6 @@ def train_loader(
         return drawn_latents(pictures, tokenizer.moments, len(dataset), **place)
     keys = sample_keys(len(dataset), **place)
     device = torch.device(device)
-    stored = isinstance(dataset, LatentDataset)
     if isinstance(dataset, ImageDataset) and choose_loader(dataset, config.loader) == "dali":
         from umd.train.dali import dali_batches  # which imports this file
 
@@ -385,7 +384,7 @@ def train_loader(
     # Forked workers share the pictures' memory; elsewhere than on Linux forking is not safe.
     fork = config.num_workers > 0 and sys.platform == "linux"
     loader = DataLoader(
-        StoredViews(dataset) if stored else TrainViews(dataset, config, seed),
+        StoredViews(dataset) if isinstance(dataset, LatentDataset) else TrainViews(dataset, config, seed),
         batch_sampler=keys,
         collate_fn=collate,
         num_workers=config.num_workers,
@@ -394,7 +393,7 @@ def train_loader(
         multiprocessing_context=multiprocessing.get_context("fork") if fork else None,
         generator=torch.Generator(),  # its own, so that the global one stays untouched
     )
-    if stored:
+    if isinstance(dataset, LatentDataset):
         return drawn_latents(batches(loader, dataset, device, dataset.moments), lambda x: x, len(dataset), **place)
     return batches(loader, dataset, device)
 
@@ -413,7 +412,7 @@ def drawn_latents(
             yield replace(batch, x_start=x_start)
             first += batch_size
     finally:
-        loader.close()
+        loader.close()  # type: ignore[attr-defined]  # a generator, as all loaders are
 
 
 def batches(
@@ -431,7 +430,8 @@ def batches(
             if isinstance(item, UserError):
                 raise item
             views, asked, used = item
-            for index in asked[asked != used]:  # pictures only
+            for index in asked[asked != used]:
+                assert isinstance(dataset, ImageDataset), "stored latents have no stand-ins"
                 dataset.mark_broken(int(index))
             indices = torch.from_numpy(used)
             yield Batch(

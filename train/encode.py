@@ -44,6 +44,7 @@ from umd.train.latents import (
 )
 from umd.train.sources import ImageDataset
 
+SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 BATCH = 32  # pictures held at a time, each in all its views
 
 
@@ -112,7 +113,7 @@ def encode(options: EncodeLatents, console: Console) -> Path:
     tokenizer = load_tokenizer(options.data.vae, device)
     shape = tokenizer.latent_shape(*options.image_size)
     config = replace(options.data, image_size=options.image_size, channels=3, vae="", vae_hash="")
-    datasets = {split: open_dataset(config, split) for split in ("train", "test")}
+    datasets: dict[str, ImageDataset] = {split: pictures(config, split) for split in SPLITS}
     names = {split: picture_names(dataset, config.source) for split, dataset in datasets.items()}
     recipe = {
         "vae": asdict(tokenizer.vae),
@@ -145,15 +146,17 @@ def encode(options: EncodeLatents, console: Console) -> Path:
             data = encoder.shard(recipe, names[job.split], lambda count: bar.advance(task, count))
             write_shard(job.path, data)
     if all(job.path.exists() for job in jobs):
+        say(console, f"all {len(jobs)} shards are there; checking them")
         header = finish(options.out, recipe, totals)
         images = header["splits"]["train"]["images"], header["splits"]["test"]["images"]
-        console.print(f"{images[0]} training and {images[1]} held-out pictures as latents in {options.out}", **PLAIN)
+        say(console, f"{images[0]} training and {images[1]} held-out pictures as latents in {options.out}")
     else:
-        console.print(f"rank {rank} of {world_size} is done; the last rank to finish writes {HEADER}", **PLAIN)
+        say(console, f"rank {rank} of {world_size} is done; the last rank to finish writes {HEADER}")
     return options.out
 
 
-PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}
+def say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Encoder:
@@ -271,6 +274,13 @@ def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
     return found
 
 
+def pictures(config: DataConfig, split: Literal["train", "test"]) -> ImageDataset:
+    dataset = open_dataset(config, split)
+    if not isinstance(dataset, ImageDataset):
+        raise UserError(f"{config.source} holds no pictures; a VAE encodes pictures")
+    return dataset
+
+
 def picture_names(dataset: ImageDataset, source: str) -> list[str]:
     """Files relative to the source; of arrays the positions."""
     if isinstance(dataset.pictures, np.ndarray):
@@ -317,14 +327,14 @@ class Inspect:
 def inspect(folder: Path, options: Inspect, console: Console) -> None:
     """Raises UserError if the folder is not whole, or the VAE is another."""
     header = read_header(folder)
-    datasets = {split: open_latents(folder, split) for split in header["splits"]}
+    datasets = {split: open_latents(folder, split) for split in SPLITS}
     show(folder, header, console)
     if options.check:
         entries = [entry for split in header["splits"].values() for entry in split["shards"]]
         for entry in entries:
             if sha256(folder / entry["file"]) != entry["sha256"]:
                 raise damaged(folder / entry["file"], "differs from its checksum")
-        console.print(f"{len(entries)} shards, all as they were written", **PLAIN)
+        say(console, f"{len(entries)} shards, all as they were written")
     dataset = datasets[options.split]
     count = min(options.decode, len(dataset))
     if count > 0:
@@ -332,7 +342,7 @@ def inspect(folder: Path, options: Inspect, console: Console) -> None:
         check_vae(tokenizer.vae.sha256, dataset.vae.sha256, f"{options.vae or dataset.vae.name} is")
         out = options.out or folder / "decoded.png"
         save_png(decoded(dataset, tokenizer, count), out)
-        console.print(f"{count} of them decoded: {out}", **PLAIN)
+        say(console, f"{count} of them decoded: {out}")
 
 
 def decoded(dataset: LatentDataset, tokenizer: Tokenizer, count: int) -> np.ndarray:

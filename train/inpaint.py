@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -48,6 +49,8 @@ class Inpaint:
     """Of noise and random masks."""
     out: Path | None = None
     """Where the PNG goes; default: RUN/inpainting.png. Beside it NAME-steps.png, and the folder NAME of files."""
+    mp4: bool = False
+    """Write clips as MP4 too, beside the GIF; needs PyAV (pip install av)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
@@ -80,9 +83,18 @@ def pictures_and_mask(
 
 
 def check_predicts_pixels(config: RunConfig) -> None:
+    if config.is_classifier:
+        raise UserError(f"{config.out} is a classifier and cannot fill a hole; use the run that it started from")
     target = getattr(config.objective, "target", "pixels")
     if target != "pixels":
         raise UserError(f"{config.out} predicts another target than pixels ({target}) and cannot fill a hole")
+
+
+def check_mp4(config: RunConfig) -> None:
+    """Raises UserError where `save_mp4` would fail, before the sampling."""
+    if getattr(config.model, "num_frames", 1) == 1:
+        raise UserError(f"{config.out} is a run on images, and an MP4 is a clip; leave out --mp4")
+    pyav()
 
 
 def hole_mask(
@@ -178,17 +190,19 @@ def inpainting_rows(
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def write_fillings(filled: Fillings, out: Path, show: Callable[[Tensor], np.ndarray] = rgb) -> None:
+def write_fillings(filled: Fillings, out: Path, show: Callable[[Tensor], np.ndarray] = rgb, mp4: bool = False) -> None:
     """Write `out`, a row of masked input, samples and original a picture; NAME-steps.png, a row a sample on its way;
     and the folder NAME with the pictures one by one in their own size: 1-masked.png, 1-sample-1.png, 1-original.png.
 
-    Of clips each of these is a row of frames in `out` and a GIF in the folder; on the way the middle frame is shown.
+    Of clips each of these is a row of frames in `out` and a GIF in the folder, with `mp4` an MP4 too; on the way the
+    middle frame is shown.
     """
     clips = filled.original.ndim == 5
 
     def frames(x: Tensor) -> np.ndarray:  # [B, C, F, H, W] or [B, C, H, W] to uint8 [B, F, H, W, 3], F = 1 for images
         x = x if clips else x[:, :, None]
-        return show(x.transpose(1, 2).flatten(0, 1)).reshape(len(x), x.shape[2], *x.shape[3:], 3)
+        shown = show(x.transpose(1, 2).flatten(0, 1))  # larger than x where a VAE decodes it
+        return shown.reshape(len(x), x.shape[2], *shown.shape[1:])
 
     B, n = filled.samples.shape[:2]
     columns = {"masked": frames(filled.masked)}  # name → [B, F, H, W, 3]
@@ -211,6 +225,8 @@ def write_fillings(filled: Fillings, out: Path, show: Callable[[Tensor], np.ndar
             file = out.with_suffix("") / f"{b + 1}-{name}"
             if clips:
                 save_gif(column[b], file.with_suffix(".gif"))
+                if mp4:
+                    save_mp4(column[b], file.with_suffix(".mp4"))
             else:
                 save_png(column[b, 0], file.with_suffix(".png"))
 
@@ -220,3 +236,30 @@ def save_gif(frames: np.ndarray, path: Path, seconds_a_frame: float = 0.1) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     first, *rest = [Image.fromarray(frame) for frame in frames]
     first.save(path, save_all=True, append_images=rest, duration=int(1000 * seconds_a_frame), loop=0)
+
+
+def save_mp4(frames: np.ndarray, path: Path, frames_a_second: int = 10) -> None:
+    """Write uint8 [F, H, W, 3] as H.264; an odd side repeats its last row or column, since players want even ones.
+
+    Raises UserError without PyAV or its H.264 encoder.
+    """
+    av = pyav()
+    _, H, W, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), mode="edge")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=frames_a_second, options={"crf": "12"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def pyav() -> ModuleType:
+    try:
+        import av
+    except ImportError as error:
+        raise UserError("writing MP4 needs PyAV: pip install av, or leave out --mp4 and take the GIF") from error
+    if "libx264" not in av.codecs_available:
+        raise UserError("this PyAV has no H.264 encoder (libx264): pip install av, or leave out --mp4")
+    return av

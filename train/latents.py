@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,7 +36,8 @@ FORMAT = 1
 HEADER = "latents.json"
 SHARD = re.compile(r"(train|test)-(\d{5})-of-(\d{5})\.safetensors")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BITS = {"bf16": np.dtype("<i2"), "fp16": np.dtype("<i2"), "fp32": np.dtype("<i4")}  # numpy has no bf16
+# What they are mapped as: numpy has no bf16.
+BITS: dict[str, np.dtype] = {"bf16": np.dtype("<i2"), "fp16": np.dtype("<i2"), "fp32": np.dtype("<i4")}
 
 
 def sample_posterior(moments: Tensor, seed: int, draws: Tensor) -> Tensor:
@@ -135,7 +136,8 @@ def finish(folder: Path, recipe: dict, shards: dict[str, int]) -> dict:
     """Check every shard, byte for byte, and write the header. `shards`: how many each split has."""
     splits = {}
     for split, total in shards.items():
-        entries, count, left_out = [], 0, []
+        entries: list[dict[str, Any]] = []
+        count, left_out = 0, []
         sums, squares = torch.zeros(2, recipe["shape"][0], dtype=torch.float64)
         for number in range(total):
             shard = read_shard(folder / shard_name(split, number, total))
@@ -169,7 +171,7 @@ def check_rows(shard: Shard, dtype: str) -> None:
         return
     moments, crc32 = shard.map("moments", BITS[dtype]), shard.array("crc32")
     for row, expected in zip(moments.reshape(crc32.size, -1), crc32.flat, strict=True):
-        if zlib.crc32(row) != expected:
+        if zlib.crc32(row.data) != expected:
             raise damaged(shard.path, "differs from its checksums")
 
 
@@ -241,7 +243,7 @@ class LatentDataset:
         moments, crc32 = self.mapped(shard)
         view %= moments.shape[1]
         found = np.array(moments[row, view])
-        if zlib.crc32(found) != crc32[row, view]:
+        if zlib.crc32(found.data) != crc32[row, view]:
             raise damaged(self.shards[shard].path, "differs from its checksums")
         return found
 

@@ -9,10 +9,11 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from umd.errors import UserError
 
@@ -41,7 +42,7 @@ class VAE:
 class Tokenizer:
     """A loaded autoencoder. `load_tokenizer` makes it."""
 
-    def __init__(self, network: nn.Module, vae: VAE):
+    def __init__(self, network: Any, vae: VAE):
         self.network, self.vae = network, vae
 
     @property
@@ -101,7 +102,7 @@ def load_tokenizer(name: str, device: torch.device | str = "cpu") -> Tokenizer:
         import diffusers
     except ImportError as error:
         raise UserError("a VAE needs diffusers: pip install diffusers") from error
-    diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # what it logs is said below, in one sentence
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # what it logs is said below
     local = Path(name).expanduser()
     if not local.exists() and not HUB_ID.fullmatch(name):
         raise UserError(f"there is no VAE at {name}: there is no such folder")
@@ -141,7 +142,8 @@ def find_config(path: str) -> tuple[dict, str | None]:
     )
 
 
-def identity(name: str, kind: str, network: nn.Module) -> VAE:
+def identity(name: str, kind: str, network: Any) -> VAE:
+    """What is to be known of an AutoencoderKL or VQModel of diffusers."""
     config = network.config
     scale = float(config.scaling_factor)
     shift = float(getattr(config, "shift_factor", None) or 0.0)
