@@ -63,6 +63,25 @@ def use_triton(x: Tensor) -> bool:
     return (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
+_cpu_paths = True
+
+
+@contextmanager
+def cpu_paths(on: bool) -> Iterator[None]:
+    """Off, tensors on the CPU take the path of those on a GPU: to count what a GPU's step does where there is none."""
+    global _cpu_paths
+    before, _cpu_paths = _cpu_paths, on
+    try:
+        yield
+    finally:
+        _cpu_paths = before
+
+
+def use_cpu_path(x: Tensor) -> bool:
+    """Whether an op on x takes an implementation made for the CPU."""
+    return x.device.type == "cpu" and _cpu_paths
+
+
 def triton_op(name: str):
     """Register `umd::name`. Inductor sees through it on a GPU; interpreted kernels cannot be traced: it is opaque."""
     register = torch.library.custom_op if INTERPRET else torch.library.triton_op

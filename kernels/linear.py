@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import use_cpu_path
+
 FEW_ROWS_SLICE = 4096  # columns
 GELU_SLICE = 196_608  # elements
 _GELU_1, _GELU_3 = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
@@ -124,20 +126,20 @@ class FewRowsLinearFunction(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [N, I], weight [O, I], bias [O] → [N, O]; in bf16 under autocast or for bf16 x, else in x's type."""
-    if x.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or x.dtype == torch.bfloat16):
+    if use_cpu_path(x) and (torch.is_autocast_enabled("cpu") or x.dtype == torch.bfloat16):
         return BF16LinearFunction.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`linear` of gelu(x), GELU in its tanh form."""
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+    if use_cpu_path(x) and x.dtype == torch.bfloat16:
         return GeluLinearFunction.apply(x, weight, bias)
     return linear(F.gelu(x, approximate="tanh"), weight, bias)
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`linear` for an x [R, I] of far fewer rows than the weight [O, I] has, in x's type."""
-    if x.device.type == "cpu":
+    if use_cpu_path(x):
         return FewRowsLinearFunction.apply(x, weight, bias)
     return F.linear(x, weight, bias)

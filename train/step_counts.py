@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -44,8 +45,10 @@ class StepCounts:
 class Ledger(TorchDispatchMode):
     """Follows every tensor's memory from the operation that makes it to its release."""
 
-    def __init__(self) -> None:
+    def __init__(self, apart: Iterable[Tensor]) -> None:
+        """apart: tensors whose memory is not counted, nor that of views of them."""
         super().__init__()
+        self.apart = {x.untyped_storage()._cdata for x in apart}
         self.live: dict[int, int] = {}  # bytes by storage
         self.gradients: dict[int, int] = {}
         self.total = self.activations = self.with_gradients = 0
@@ -67,7 +70,7 @@ class Ledger(TorchDispatchMode):
     def add(self, x: Tensor) -> None:
         storage = x.untyped_storage()
         key = storage._cdata
-        if key in self.live:
+        if key in self.live or key in self.apart:
             return
         self.live[key] = storage.nbytes()
         self.total += storage.nbytes()
@@ -99,7 +102,7 @@ def run_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.d
     model.set_checkpointing(config.checkpointing)
     # Numbers of samples and patches are all that the layouts know of a batch.
     corruption = objective.corrupt(micro, 0, torch.device("cpu"), labels_of(config, micro))
-    ledger = Ledger()
+    ledger = Ledger(model.parameters())
 
     def hook(parameter: Tensor) -> None:
         ledger.now_gradient(parameter.grad)  # type: ignore[arg-type]
@@ -149,4 +152,5 @@ def answer() -> None:
     request = json.loads(sys.stdin.read())
     config = from_plain(RunConfig, request["config"], "plan")
     types = [getattr(torch, name) for name in request["types"]]
-    print(json.dumps(asdict(count_step(config, request["micro"], *types, attention="sdpa"))))
+    with ops.cpu_paths(False):
+        print(json.dumps(asdict(count_step(config, request["micro"], *types, attention="sdpa"))))

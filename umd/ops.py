@@ -2,7 +2,7 @@
 
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
 from umd.kernels.attention import attention, attention_backend, varlen_attention
-from umd.kernels.backend import kernels, use_triton
+from umd.kernels.backend import cpu_paths, kernels, use_triton
 from umd.kernels.cross_attention import varlen_cross_attention
 from umd.kernels.ddim import ddim_step
 from umd.kernels.linear import few_rows_linear, gelu_linear, linear
@@ -16,6 +16,7 @@ __all__ = [
     "Packing",
     "attention",
     "attention_backend",
+    "cpu_paths",
     "ddim_step",
     "few_rows_linear",
     "gated_residual_layer_norm",
