@@ -66,6 +66,9 @@ class ModelConfig(ViTConfig):
 
     decoder_depth: int = 4
     """Decoder blocks."""
+    decoder: Literal["self", "cross"] = "self"
+    """self: all patches attend to each other, as published; cross: the patches to predict attend to the encoder's
+    tokens only (CrossMAE)."""
     adaLN: bool = True
     """adaLN-zero conditioning; off: the condition is one more token in every block (MAE, the paper's ablation)."""
     adaLN_projection: Literal["per_block", "single", "low_rank"] = "per_block"
@@ -140,6 +143,42 @@ class DiffMAEConfig(ViTConfig):
             raise UserError(f"target_size must be 0 (pixels) or more, got {self.target_size}")
 
 
+@dataclass(frozen=True)
+class ClassifierConfig(ViTConfig):
+    """A ViT with a linear layer behind it, of the size of the encoder it starts from."""
+
+    kind: Suppress[Literal["classifier"]] = "classifier"
+    num_frames: int = 1
+    """Frames of a clip; 1: images."""
+    tubelet_size: int = 1
+    """Frames of a patch; divides the frames."""
+    num_classes: Suppress[int] = 0  # not an option: a run takes it from its data
+    """Classes."""
+    pool: Literal["cls", "mean"] = "cls"
+    """What the linear layer sees: the averaged CLS tokens, or the averaged patch tokens."""
+    norm_affine: Suppress[bool] = True  # neither are these two: shift and scale fold into it, and there is no time
+    embedding: Suppress[Literal["paper", "released"]] = "paper"
+    cond_token: Suppress[bool] = False  # not an option: the encoder has one or not
+    """One more token in front, as a UMD without adaLN has for its condition."""
+    linear: bool = False
+    """Train the linear layer alone, behind a batch norm, on frozen features (linear probing)."""
+
+    @property
+    def num_patches(self) -> int:
+        """L, over all frames."""
+        return self.num_frames // self.tubelet_size * self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of a patch."""
+        return self.channels * self.tubelet_size * self.patch_size**2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.num_frames, self.tubelet_size) < 1 or self.num_frames % self.tubelet_size:
+            raise UserError(f"num_frames {self.num_frames} is not divisible by tubelet_size {self.tubelet_size}")
+
+
 SIZES: dict[str, dict[str, int]] = {
     "Ti": dict(hidden_size=192, depth=6, decoder_depth=2, num_heads=3),  # for CPUs and tests; not in the paper
     "S": dict(hidden_size=384, depth=12, decoder_depth=4, num_heads=6),
@@ -191,8 +230,12 @@ class ObjectiveConfig:
     """m0: share of patches hidden in noise-free samples."""
     class_dropout_prob: float = 0.1
     """Share of labels replaced by the null class in fine-tuning, for guidance."""
+    predict_ratio: float = 1.0
+    """Share of a sample's hidden patches that are predicted, drawn at random; below 1 needs the cross decoder."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.predict_ratio <= 1:
+            raise UserError(f"predict_ratio is a share of the hidden patches, 0 < p <= 1; got {self.predict_ratio}")
         for name in ("no_noise_prob", "class_dropout_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is a share of the batch, 0 to 1; got {getattr(self, name)}")
@@ -223,6 +266,32 @@ class DiffMAEObjectiveConfig:
             raise UserError(f"mask_ratio is the share of patches to predict, 0 < m < 1; got {self.mask_ratio}")
         if self.min_time < 1:
             raise UserError(f"min_time must be at least 1, got {self.min_time}")
+
+
+@dataclass(frozen=True)
+class ClassifierObjectiveConfig:
+    """How pictures and labels are changed in training. The defaults are MAE's fine-tuning recipe."""
+
+    kind: Suppress[Literal["classifier"]] = "classifier"
+    smoothing: float = 0.1
+    """Share of each target spread over all classes."""
+    mixup: float = 0.8
+    """Both shape parameters of the Beta law of mixup's share; 0: no mixup."""
+    cutmix: float = 1.0
+    """The same of cutmix; with both, each batch has one or the other, at even odds. 0: no cutmix."""
+    erase: float = 0.25
+    """Share of pictures in which a rectangle becomes noise."""
+    drop_path: float = 0.1
+    """Share of pictures that skip a branch of the last block; towards the first block it falls linearly to 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("smoothing", "erase", "drop_path"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is a share, 0 to 1; got {getattr(self, name)}")
+        if self.drop_path == 1:
+            raise UserError("drop_path must be below 1: nothing would be left of the last block")
+        if min(self.mixup, self.cutmix) < 0:
+            raise UserError(f"mixup and cutmix must be 0 (off) or more, got {self.mixup} and {self.cutmix}")
 
 
 @dataclass(frozen=True)

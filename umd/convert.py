@@ -125,11 +125,13 @@ def to_small_vision(model: UMD) -> dict[str, np.ndarray]:
     """The inverse of `from_small_vision`: a flat flax tree, blocks not stacked.
 
     Raises:
-        UserError: the model has no counterpart there: the paper's embedding, or norms without affine.
+        UserError: the model has no counterpart there: the paper's embedding, norms without affine, a cross decoder.
     """
     config = model.config
     if config.embedding != "released" or not config.norm_affine:
         raise UserError("small-vision has no counterpart: use the released embedding and norms with affine")
+    if config.decoder != "self":
+        raise UserError("small-vision has no counterpart of the cross decoder")
     D, state, params = config.hidden_size, model.state_dict(), {}
     for name, paths in _paths(config).items():
         array = state[name].detach().cpu().numpy()

@@ -1,15 +1,27 @@
 """Matrix-product FLOPs of the network, from its configuration; a multiply-add is two, as in torch's flop counter."""
 
-from umd.config import DiffMAEConfig, ModelConfig
+from collections.abc import Sequence
+
+from umd.config import ClassifierConfig, DiffMAEConfig, ModelConfig
 
 
-def forward_flops(config: ModelConfig, keep: tuple[int, ...], num_conditions: int) -> int:
-    """FLOPs of one forward pass over samples with `keep[s]` visible patches and so many distinct conditions."""
+def forward_flops(
+    config: ModelConfig, keep: tuple[int, ...], num_conditions: int, predict: tuple[int, ...] | None = None
+) -> int:
+    """FLOPs of one forward pass over samples with `keep[s]` visible patches and so many distinct conditions.
+
+    predict: patches of each sample that a cross decoder predicts; None: all.
+    """
     D, P = config.hidden_size, config.patch_size
     hidden, pixels = int(D * config.mlp_ratio), config.channels * P * P
     extra = 0 if config.adaLN else 1
     encoder = [extra + config.num_cls + k for k in keep]
-    decoder = [extra + 1 + config.num_patches] * len(keep)
+    whole = (config.num_patches,) * len(keep)
+    predict = predict or whole
+    if config.decoder == "cross":
+        decoder = cross_attention_products(D, D, predict, encoder) + sum(predict) * 2 * D * hidden
+    else:
+        decoder = vit_block(D, hidden, [extra + 1 + length for length in whole])
 
     features, t_hidden = (256, D) if config.embedding == "paper" else (D, 2 * D)
     condition = features * t_hidden + t_hidden * D
@@ -20,14 +32,16 @@ def forward_flops(config: ModelConfig, keep: tuple[int, ...], num_conditions: in
         ]
     if config.num_classes and config.embedding == "released":
         condition += 4 * D * D
-    ends = sum(keep) * pixels * D + config.num_patches * len(keep) * D * 2 * pixels
-    blocks = config.depth * vit_block(D, hidden, encoder) + config.decoder_depth * vit_block(D, hidden, decoder)
+    ends = sum(keep) * pixels * D + sum(predict) * D * 2 * pixels
+    blocks = config.depth * vit_block(D, hidden, encoder) + config.decoder_depth * decoder
     return 2 * (blocks + num_conditions * condition + ends)
 
 
-def step_flops(config: ModelConfig, keep: tuple[int, ...], num_conditions: int) -> int:
+def step_flops(
+    config: ModelConfig, keep: tuple[int, ...], num_conditions: int, predict: tuple[int, ...] | None = None
+) -> int:
     """FLOPs of forward and backward: three times the forward pass, the convention of MFU."""
-    return 3 * forward_flops(config, keep, num_conditions)
+    return 3 * forward_flops(config, keep, num_conditions, predict)
 
 
 def diffmae_encoder_flops(config: DiffMAEConfig, keep: tuple[int, ...]) -> int:
@@ -43,7 +57,7 @@ def diffmae_decoder_flops(config: DiffMAEConfig, keep: tuple[int, ...]) -> int:
     """FLOPs of one pass of DiffMAE's decoder: what each step of an inpainting costs."""
     D, hidden = config.decoder_hidden_size, int(config.decoder_hidden_size * config.mlp_ratio)
     seen, masked = [config.num_cls + k for k in keep], [config.num_patches - k for k in keep]
-    cross = sum(2 * m * D * D + 2 * m * s * D for m, s in zip(masked, seen, strict=True))  # q, proj; scores, mix
+    cross = cross_attention_products(D, 0, masked, seen)  # keys and values are the encoder's part
     block = {
         "joint": vit_block(D, hidden, [m + s for m, s in zip(masked, seen, strict=True)]),
         "cross": cross + sum(masked) * 2 * D * hidden,
@@ -63,3 +77,17 @@ def diffmae_flops(config: DiffMAEConfig, keep: tuple[int, ...]) -> int:
 def vit_block(D: int, hidden: int, lengths: list[int]) -> int:
     """Multiply-adds of one block, self-attention and MLP, over samples of these lengths."""
     return sum(length * (4 * D * D + 2 * D * hidden) + 2 * length * length * D for length in lengths)
+
+
+def classifier_flops(config: ClassifierConfig, batch_size: int) -> int:
+    """FLOPs of one forward pass of a classifier over whole pictures."""
+    D, L = config.hidden_size, config.num_patches
+    length = config.num_cls + L + config.cond_token
+    block = vit_block(D, int(D * config.mlp_ratio), [length])
+    return 2 * batch_size * (config.depth * block + L * config.patch_dim * D + D * config.num_classes)
+
+
+def cross_attention_products(D: int, context: int, queries: Sequence[int], keys: Sequence[int]) -> int:
+    """Multiply-adds of one cross-attention of width D: q and proj, scores and mix; k and v of tokens `context` wide."""
+    pairs = sum(q * k for q, k in zip(queries, keys, strict=True))
+    return sum(queries) * 2 * D * D + 2 * pairs * D + sum(keys) * context * 2 * D

@@ -1,6 +1,7 @@
 """Which patches are seen, and how a batch of samples with different numbers of them is packed."""
 
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -38,23 +39,31 @@ class Layout(NamedTuple):
     encoder: Packing  # num_cls + K
     decoder: Packing  # 1 + L
     encoder_blocks: Packing  # what runs through the blocks: the same, or without adaLN one more, the condition token
-    decoder_blocks: Packing
+    decoder_blocks: Packing  # so too; with the cross decoder the patches it predicts
 
 
 @lru_cache(maxsize=64)
 def layout(
-    config: ModelConfig, keep: tuple[int, ...], cond_index: tuple[int, ...] | None, device: torch.device
+    config: ModelConfig,
+    keep: tuple[int, ...],
+    cond_index: tuple[int, ...] | None,
+    device: torch.device,
+    predict: tuple[int, ...] | None = None,
 ) -> Layout:
-    """Packings for samples with `keep[s]` visible patches and condition row `cond_index[s]` (None: each its own)."""
+    """Packings for samples with `keep[s]` visible patches and condition row `cond_index[s]` (None: each its own).
+
+    predict: how many patches of each sample the cross decoder predicts; None: all L.
+    """
 
     def packing(extra: int, lengths: tuple[int, ...]) -> Packing:
         return pack([extra + length for length in lengths], cond_index, device)
 
     whole = (config.num_patches,) * len(keep)
     encoder, decoder = packing(config.num_cls, keep), packing(1, whole)
-    if config.adaLN:
-        return Layout(packing(0, keep), encoder, decoder, encoder, decoder)
-    return Layout(packing(0, keep), encoder, decoder, packing(config.num_cls + 1, keep), packing(2, whole))
+    encoder_blocks = encoder if config.adaLN else packing(config.num_cls + 1, keep)
+    if config.decoder == "cross":
+        return Layout(packing(0, keep), encoder, decoder, encoder_blocks, packing(0, predict or whole))
+    return Layout(packing(0, keep), encoder, decoder, encoder_blocks, decoder if config.adaLN else packing(2, whole))
 
 
 def random_ids_keep(keep: tuple[int, ...], num_patches: int, generator: torch.Generator) -> Tensor:
@@ -65,13 +74,16 @@ def random_ids_keep(keep: tuple[int, ...], num_patches: int, generator: torch.Ge
 
 def ids_keep_from_noise(noise: Tensor, keep: tuple[int, ...]) -> Tensor:
     """The patches with the smallest noise [S, L] of each sample, in the order of the noise (MAE's `ids_shuffle`)."""
+    return ranked_ids(noise, (0,) * len(keep), keep)
+
+
+def ranked_ids(noise: Tensor, first: tuple[int, ...], stop: tuple[int, ...]) -> Tensor:
+    """Of each sample s the patches that come at `first[s]` to `stop[s] - 1` in the order of their noise [S, L]."""
     S, L = noise.shape
     flat = noise.argsort(dim=1) + torch.arange(S, device=noise.device)[:, None] * L  # [S, L]
     ids, start = [], 0
-    while start < S:  # samples of equal length are one slice; there are two lengths at most
-        stop = start
-        while stop < S and keep[stop] == keep[start]:
-            stop += 1
-        ids.append(flat[start:stop, : keep[start]].flatten())
-        start = stop
+    for span, samples in groupby(zip(first, stop, strict=True)):  # equal spans are one slice; there are two at most
+        end = start + len(list(samples))
+        ids.append(flat[start:end, slice(*span)].flatten())
+        start = end
     return torch.cat(ids)

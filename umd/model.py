@@ -313,7 +313,8 @@ class UMD(nn.Module):
 
         self.mask_token = nn.Parameter(torch.empty(D))
         self.decoder_pos_embed = nn.Parameter(torch.empty(L, D))
-        self.decoder = Blocks(config, [Block(config) for _ in range(config.decoder_depth)])
+        context = D if config.decoder == "cross" else None
+        self.decoder = Blocks(config, [Block(config, context) for _ in range(config.decoder_depth)])
         self.head = Head(config)
         self.initialize_weights()
 
@@ -350,6 +351,7 @@ class UMD(nn.Module):
         batch: Layout,
         timesteps: Tensor,
         labels: Tensor | None = None,
+        ids_predict: Tensor | None = None,
     ) -> Tensor:
         """Predict x̂0 and ε̂ of every patch from the visible ones.
 
@@ -359,18 +361,42 @@ class UMD(nn.Module):
             batch: the packings; sample s uses condition `cond_index[s]`.
             timesteps: int64 [R], model times 0..T of the distinct conditions.
             labels: int64 [R] in 0..num_classes (the last is the null class), or None: the null class.
+            ids_predict: int64, as many as `batch` was made for, sample after sample: the places that a cross decoder
+                predicts; None: all.
 
         Returns:
-            [S·L, 2·C·P·P]: x̂0, then ε̂.
+            [S·L, 2·C·P·P]: x̂0, then ε̂; 0 at places that are not predicted.
         """
         cond, encoder_mod, decoder_mod = self.condition(timesteps, labels)  # [R, D], tables of [R, D]
         tokens = self.encode(patches, ids_keep, batch, cond, encoder_mod)  # [sum (num_cls + K), D]
         x = ops.scatter_tokens(  # [S·(1 + L), D]
             tokens, batch.encoder, ids_keep, self.config.num_cls, self.mask_token, self.decoder_pos_embed
         )
+        if self.config.decoder == "cross":
+            return self.decode_cross(x, tokens, batch, cond, decoder_mod, ids_predict)
         x = self.decoder(x, batch.decoder_blocks, decoder_mod, None if self.config.adaLN else cond)  # [S·(1 + L), D]
         _, x = ops.split_tokens(x, 1, batch.decoder)  # [S·L, D]
         return self.head(x)  # [S·L, 2·C·P·P]
+
+    def decode_cross(
+        self, x: Tensor, tokens: Tensor, batch: Layout, cond: Tensor, modulation: tuple[Tensor, ...], ids: Tensor | None
+    ) -> Tensor:
+        """Queries: of x [S·(1 + L), D] the patches `ids`, hidden ones as mask tokens, visible ones (whose noise is to
+        be predicted) as their own tokens. Keys: the encoder's tokens, without adaLN the condition in front of them."""
+        S, L = batch.patches.num_samples, self.config.num_patches
+        if not self.config.adaLN:
+            rows = cond.index_select(0, batch.encoder_blocks.cond_index).to(tokens.dtype)  # [S, D]
+            tokens = ops.prepend_tokens(rows[:, None], tokens, batch.encoder_blocks)
+        places = torch.arange(S * L, device=x.device) if ids is None else ids
+        x = x.index_select(0, places + places // L + 1)  # [Q, D]
+        memories = [
+            Memory(block.attn.memory(tokens, batch.encoder_blocks), batch.decoder_blocks, batch.encoder_blocks)
+            for block in self.decoder.layers
+        ]
+        prediction = self.head(self.decoder(x, batch.decoder_blocks, modulation, memories=memories))  # [Q, 2·C·P·P]
+        if ids is None:
+            return prediction
+        return prediction.new_zeros(S * L, prediction.shape[1]).index_copy(0, ids, prediction)
 
     def condition(
         self, timesteps: Tensor, labels: Tensor | None = None

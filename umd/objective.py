@@ -15,7 +15,7 @@ from umd import diffmae, ops
 from umd.config import DiffMAEConfig, DiffMAEObjectiveConfig, ModelConfig, ObjectiveConfig
 from umd.errors import UserError
 from umd.flops import diffmae_flops, step_flops
-from umd.masking import Layout, layout, num_keep, random_ids_keep
+from umd.masking import Layout, ids_keep_from_noise, layout, num_keep, ranked_ids
 from umd.schedule import NoiseSchedule
 
 
@@ -29,6 +29,9 @@ class Corruption(NamedTuple):
     labels: Tensor | None  # int64 [R]
     noise: Tensor  # int64 [], the Philox seed of ε; or ε itself [n, C, H, W]
     layout: Layout
+    ids_predict: Tensor | None = None  # int64 [Q], places that a cross decoder predicts; None: all
+    ids_ignored: Tensor | None = None  # int64, hidden patches that are not scored; None: every one is
+    num_ignored_noised: int = 0  # how many of them are in noised samples
 
 
 class Objective:
@@ -40,7 +43,8 @@ class Objective:
         schedule: noise schedule.
 
     Raises:
-        UserError: a mask ratio leaves no visible or no hidden patch.
+        UserError: a mask ratio leaves no visible or no hidden patch, or predict_ratio none to predict; a subset to
+            predict where the decoder reads all patches, or where none is hidden.
     """
 
     def __init__(self, model: ModelConfig, config: ObjectiveConfig, schedule: NoiseSchedule):
@@ -50,6 +54,18 @@ class Objective:
         self.keep_clean = num_keep(L, config.mask_ratio_no_noise)
         if config.no_noise_prob > 0 and self.keep_clean == L:
             raise UserError("mask_ratio_no_noise is 0: noise-free samples would have nothing to predict; use e.g. 0.75")
+        if config.predict_ratio < 1 and model.decoder != "cross":
+            raise UserError(
+                f"predict_ratio is {config.predict_ratio}, but the published decoder reads and predicts every patch: "
+                "use --model.decoder cross, or predict_ratio 1"
+            )
+        self.spare_noised = self._spare(L - self.keep_noised) if config.no_noise_prob < 1 else 0
+        self.spare_clean = self._spare(L - self.keep_clean) if config.no_noise_prob > 0 else 0
+        if config.predict_ratio < 1 and self.spare_noised + self.spare_clean == 0:
+            raise UserError(
+                f"predict_ratio is {config.predict_ratio}, but of the patches that these mask ratios hide none can be "
+                "left out: hide more, or use predict_ratio 1"
+            )
 
     def split(self, batch_size: int) -> tuple[int, int]:
         """(noised, noise-free) samples of a batch: the first B - int(B·r0), and the rest."""
@@ -66,7 +82,8 @@ class Objective:
     def step_flops(self, batch_size: int) -> int:
         """FLOPs of forward and backward of a batch."""
         noised, clean = self.split(batch_size)
-        return step_flops(self.model, self._keep(noised, clean), noised + min(clean, 1))
+        predict = self._predict(noised, clean) if self.model.decoder == "cross" else None
+        return step_flops(self.model, self._keep(noised, clean), noised + min(clean, 1), predict)
 
     def corrupt(
         self,
@@ -89,12 +106,26 @@ class Objective:
             null = self.model.num_classes
             drop = torch.rand(noised, generator=generator, device=device) < self.config.class_dropout_prob
             rows = torch.where(drop, null, labels[:noised])
-        return self.corruption(
+        L, keep = self.model.num_patches, self._keep(noised, clean)
+        order = torch.rand(batch_size, L, generator=generator, device=device)
+        c = self.corruption(
             timesteps=t,
-            ids_keep=random_ids_keep(self._keep(noised, clean), self.model.num_patches, generator),
+            ids_keep=ids_keep_from_noise(order, keep),
             noise=torch.randint(2**62, (), generator=generator, device=device),
             clean=clean,
             labels=rows,
+        )
+        if self.model.decoder != "cross":
+            return c
+        predict = self._predict(noised, clean)
+        first = (0,) * noised + (self.keep_clean,) * clean  # nothing is asked of noise-free visible patches
+        stop = tuple(a + n for a, n in zip(first, predict, strict=True))
+        rows_of = (*range(noised), *(noised for _ in range(clean)))
+        return c._replace(
+            layout=layout(self.model, keep, rows_of, device, predict),
+            ids_predict=ranked_ids(order, first, stop),
+            ids_ignored=ranked_ids(order, stop, (L,) * batch_size) if self.config.predict_ratio < 1 else None,
+            num_ignored_noised=noised * self.spare_noised,
         )
 
     def corruption(
@@ -131,16 +162,33 @@ class Objective:
             c.num_noised,
             c.noise,
             self.model.patch_size,
+            c.ids_ignored,
+            c.num_ignored_noised,
         )
 
     def __call__(self, model, x_start: Tensor, c: Corruption) -> tuple[Tensor, Tensor]:
         """One forward pass of the whole batch: (total loss, its parts)."""
         patches = self.visible_patches(x_start, c)
-        prediction = model(patches, c.ids_keep, c.layout, c.timesteps, c.labels)
+        prediction = model(patches, c.ids_keep, c.layout, c.timesteps, c.labels, c.ids_predict)
         return self.loss(prediction, x_start, c)
 
     def _keep(self, noised: int, clean: int) -> tuple[int, ...]:
         return (self.keep_noised,) * noised + (self.keep_clean,) * clean
+
+    def _predict(self, noised: int, clean: int) -> tuple[int, ...]:
+        """Patches of each sample that a cross decoder predicts: of noised ones the visible too, whose ε is scored."""
+        L = self.model.num_patches
+        return (L - self.spare_noised,) * noised + (L - self.keep_clean - self.spare_clean,) * clean
+
+    def _spare(self, hidden: int) -> int:
+        """How many of a sample's hidden patches are not predicted."""
+        predicted = int(hidden * self.config.predict_ratio)
+        if hidden and not predicted:
+            raise UserError(
+                f"predict_ratio {self.config.predict_ratio} leaves none of {hidden} hidden patches to predict; "
+                f"use at least {1 / hidden:.3f}"
+            )
+        return hidden - predicted
 
 
 class DiffMAECorruption(NamedTuple):

@@ -23,6 +23,8 @@ NETWORKS = {
     "no adaLN, released embedding, labels": replace(BASE, adaLN=False, embedding="released", num_classes=5),
     "adaLN-single": replace(BASE, adaLN_projection="single"),
     "low-rank adaLN": replace(BASE, adaLN_projection="low_rank", adaLN_rank=5),
+    "cross decoder": replace(BASE, decoder="cross"),
+    "cross decoder, no adaLN, labels": replace(BASE, decoder="cross", adaLN=False, num_classes=5),
     "narrow MLP, one channel": replace(BASE, mlp_ratio=1.5, channels=1, num_cls=1, norm_affine=False),
 }
 OBJECTIVES = {
@@ -43,7 +45,11 @@ def counted(config: ModelConfig, objective_config: ObjectiveConfig, batch: int) 
         objective(UMD(config), x, corruption)
     noised, clean = objective.split(batch)
     keep = (objective.keep_noised,) * noised + (objective.keep_clean,) * clean
-    return counter.get_total_flops(), forward_flops(config, keep, noised + min(clean, 1))
+    queries = corruption.ids_predict
+    predict = None if queries is None else tuple((queries // config.num_patches).bincount().tolist())
+    ours = forward_flops(config, keep, noised + min(clean, 1), predict)
+    assert objective.step_flops(batch) == 3 * ours
+    return counter.get_total_flops(), ours
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -51,6 +57,15 @@ def counted(config: ModelConfig, objective_config: ObjectiveConfig, batch: int) 
 def test_equals_torchs_count(network, objective):
     theirs, ours = counted(NETWORKS[network], OBJECTIVES[objective], batch=5)
     assert ours == theirs
+
+
+@pytest.mark.parametrize("adaLN", [True, False])
+@pytest.mark.parametrize("objective", ["UMD", "MAE", "MaskDiT"])
+def test_a_subset_of_the_hidden_patches(objective, adaLN):
+    config = replace(BASE, decoder="cross", adaLN=adaLN)
+    whole = counted(config, OBJECTIVES[objective], batch=5)
+    part = counted(config, replace(OBJECTIVES[objective], predict_ratio=0.4), batch=5)
+    assert part[0] == part[1] < whole[0] == whole[1]
 
 
 def test_a_step_is_three_forward_passes():

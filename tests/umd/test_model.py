@@ -21,6 +21,8 @@ CONFIGS = {
     "4 CLS": dict(num_cls=4),
     "no adaLN, 3 CLS, labels": dict(adaLN=False, num_cls=3, num_classes=5),
     "released, labels": dict(embedding="released", num_classes=5),
+    "cross decoder": dict(decoder="cross"),
+    "cross decoder, no adaLN, 3 CLS, labels": dict(decoder="cross", adaLN=False, num_cls=3, num_classes=5),
     "not square": dict(image_size=(4, 10), channels=1),
     "no adaLN, not square, 5 channels": dict(adaLN=False, image_size=(6, 4), channels=5, patch_size=1),
 }
@@ -183,7 +185,7 @@ def check_compiled(changes, backend, tolerance):
     assert_close(dict(zip(expected[1], gradients, strict=True)), expected[1], tolerance)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(adaLN=False, num_classes=3)], ids=str)
+@pytest.mark.parametrize("changes", [dict(), dict(adaLN=False, num_classes=3), dict(decoder="cross")], ids=str)
 def test_compiles_whole(changes):
     check_compiled(changes, "eager", 1e-6)
 
