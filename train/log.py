@@ -51,16 +51,20 @@ class RunLog:
 
     def row(self, row: dict) -> None:
         """One logged step, also on disk if the process is killed right after."""
-        self._rows.write(json.dumps(row) + "\n")
-        self._rows.flush()
-        for key, value in row.items():
-            if key not in ("step", "seconds"):
-                self._board.add_scalar(key, value, row["step"])
+        self.scores(row)
         note = f"step {row['step']}  loss {row['loss']:.4f}  {row['images_per_second']:.0f} img/s  MFU {row['mfu']:.0%}"
         self._bar.update(self._task, note=note)
         if not self.console.is_terminal and time.monotonic() - self._last_line > PLAIN_SECONDS:
             self._last_line = time.monotonic()
             self.say(f"{self._bar.tasks[0].completed:4.0%}  {note}")
+
+    def scores(self, row: dict) -> None:
+        """Values of a step, without a line about it."""
+        self._rows.write(json.dumps(row) + "\n")
+        self._rows.flush()
+        for key, value in row.items():
+            if key not in ("step", "seconds"):
+                self._board.add_scalar(key, value, row["step"])
 
     def progress(self, share: float) -> None:
         self._bar.update(self._task, completed=min(share, 1.0))

@@ -23,6 +23,7 @@ from umd.checkpoint import (
     load_model_state,
     save_checkpoint,
 )
+from umd.classifier import Classifier
 from umd.device import autocast, keep_freed_memory, peak_flops, pick_dtype
 from umd.ema import EMA, ema_rate, warm_rate
 from umd.errors import UserError
@@ -31,6 +32,7 @@ from umd.methods import AnyModel, AnyModelConfig, AnyObjective, build_model, bui
 from umd.objective import DiffMAEObjective
 from umd.sampler import ddim_sample
 from umd.schedule import NoiseSchedule
+from umd.train.classify import load_encoder, open_held_out, show_scores
 from umd.train.data import DataConfig, center_view, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import World, join
 from umd.train.latents import check_run_vae, with_vae
@@ -123,7 +125,9 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
     part_names = objective.part_names(micro)
     flops = micro_batches * objective.step_flops(micro)
     peak = world.size * peak_flops(device, dtype) if world.main else math.inf
-    preview = preview_images(config, device) if world.main else None
+    classifies = isinstance(model, Classifier)
+    held_out = open_held_out(config) if world.main and classifies and config.draw_every else None
+    preview = preview_images(config, device) if world.main and not classifies else None
     # On one CPU a copy and a thread would take from the step what they save.
     background = BackgroundSave() if world.size > 1 or device.type == "cuda" else None
 
@@ -140,7 +144,9 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
 
     def draw() -> None:
         with parallel.averaged(ema) as network:
-            if world.main:
+            if held_out is not None:
+                show_scores(network, held_out, config, dtype, log, step)
+            elif world.main:
                 for label, sheet in previews(network, objective, preview, dtype, show, clip=not on_latents).items():
                     log.picture(label, sheet, step)
 
@@ -158,7 +164,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
                 "on, with other noise and masks than it would have had"
             )
         on_latents, show = bool(config.data.vae_hash), rgb
-        if world.main and config.draw_every:
+        if world.main and config.draw_every and not classifies:
             try:
                 show = picture_maker(config.data, device)
             except UserError as error:  # a run can do without
@@ -182,8 +188,9 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
             while progress() < 1 and not stopping():
                 started = time.perf_counter()
                 batch = next(loader)
+                lr = peak_lr * lr_scale(progress(), config.optim.warmup)
                 for group in parallel.optimizer.param_groups:
-                    group["lr"] = peak_lr * lr_scale(progress(), config.optim.warmup)
+                    group["lr"] = lr * group["lr_multiplier"]
                 sums = torch.zeros(1 + len(part_names) + 2, device=device)  # loss, its parts, clock and stop request
                 for i in range(config.accumulate):
                     part = slice(i * micro, (i + 1) * micro)
@@ -220,7 +227,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
                     row = {"step": step, "images_seen": step * config.batch_size}
                     row |= {"epoch": step * config.batch_size / len(dataset), "seconds": seconds, "loss": total}
                     row |= {name: value for name, value in zip(part_names, parts_read, strict=True) if name}
-                    row |= {"lr": parallel.optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
+                    row |= {"lr": lr, "grad_norm": float(norm)}
                     row |= {"images_per_second": window * config.batch_size / took}
                     row |= {"mfu": window * flops / took / peak}
                     log.row(row)
@@ -258,11 +265,13 @@ def spread(
     """The model, its optimiser and the forward pass, laid over the ranks."""
     how = strategy(config.parallel, world, sum(p.numel() for p in model.parameters()))
     stage = config.parallel.zero_stage
+    if how == "zero" and isinstance(model, Classifier):
+        raise UserError("a classifier trains with DDP, not ZeRO; leave out --parallel.strategy zero")
     if how == "zero" and stage == 3 and config.compile:
         raise UserError("compile does not go with ZeRO 3, whose weights come and go; use --parallel.zero-stage 2")
     if how != "zero":
         model.to(world.device)
-    optimizer = adamw(model, peak_lr, config.optim.betas, config.optim.weight_decay)
+    optimizer = adamw(model, peak_lr, config.optim.betas, config.optim.weight_decay, config.optim.layer_decay)
     loss = LossStep(torch.compile(model) if config.compile else model, objective, dtype)
     if how == "alone":
         return Alone(model, loss, optimizer, config.accumulate, config.optim.clip)
@@ -275,6 +284,9 @@ def spread(
 def load_pretrained(model: AnyModel, init: Path, data: DataConfig) -> None:
     """Weights of another run into `model`; label embeddings may be new. Raises UserError saying what differs."""
     path = init / "checkpoints" if (init / "checkpoints").is_dir() else init
+    if isinstance(model, Classifier):
+        load_encoder(model, path, data)
+        return
     saved = load_checkpoint(path, parts=["model"])
     check_same_network(saved, model.config, init, but=("num_classes",))
     check_run_vae(saved.state, data, init)

@@ -25,12 +25,16 @@ class OptimConfig:
     """Largest global norm of the gradient; 0: no clipping."""
     ema: float = 0.0
     """EMA rate of a step at batch 256, scaled with the batch; 0: no EMA. Released code 1e-4, Table 5 2.5e-4."""
+    layer_decay: float = 1.0
+    """Of a classifier: learning rate of each layer over that of the next; 1: one rate for all."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise UserError(f"lr must be above 0, got {self.lr}")
         if not 0 <= self.warmup < 1:
             raise UserError(f"warmup is a share of the run, 0 <= warmup < 1; got {self.warmup}")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay}")
 
 
 def lr_scale(progress: float, warmup: float) -> float:
@@ -40,12 +44,24 @@ def lr_scale(progress: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
 
 
-def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """torch's fused AdamW over two groups: parameters in `model.no_weight_decay()`, and the others."""
+def adamw(
+    model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float, layer_decay: float = 1.0
+) -> torch.optim.AdamW:
+    """torch's fused AdamW over two groups: parameters in `model.no_weight_decay()`, and the others.
+
+    With a layer decay two for each layer; `lr_multiplier` of a group is its rate's share of the run's.
+    """
     undecayed = model.no_weight_decay()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    multipliers = {name: 1.0 for name, _ in named} if layer_decay == 1 else model.lr_multipliers(layer_decay)
     groups = [
-        {"params": [p for name, p in named if name not in undecayed], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if name in undecayed], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in named if (name in undecayed) == spared and multipliers[name] == multiplier],
+            "weight_decay": 0.0 if spared else weight_decay,
+            "lr": lr * multiplier,
+            "lr_multiplier": multiplier,
+        }
+        for multiplier in sorted({multipliers[name] for name, _ in named}, reverse=True)
+        for spared in (False, True)
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=1e-8, fused=True)

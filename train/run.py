@@ -11,8 +11,11 @@ import yaml
 from tyro.conf import AvoidSubcommands
 
 from umd.checkpoint import load_checkpoint, load_model_state
+from umd.classifier import classifier_config
 from umd.config import (
     OBJECTIVES,
+    ClassifierConfig,
+    ClassifierObjectiveConfig,
     DiffMAEConfig,
     DiffMAEObjectiveConfig,
     ModelConfig,
@@ -69,7 +72,8 @@ class RunConfig:
     log_every: int = 10
     """Steps between log lines."""
     draw_every: int = 1000
-    """Steps between pictures of reconstructions (and samples, with labels); the last step is always drawn. 0: never."""
+    """Steps between pictures of reconstructions (and samples, with labels), or for a classifier between its scores on
+    the held-out pictures; the last step always has them. 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "save_every", "keep", "log_every"):
@@ -82,6 +86,8 @@ class RunConfig:
         if min(self.epochs, self.steps, self.minutes) < 0 or max(self.epochs, self.steps, self.minutes) == 0:
             raise UserError("the length of a run (epochs, steps or minutes) must be above 0")
         check_match(self.model, self.objective)
+        if self.optim.layer_decay != 1 and not isinstance(self.model, ClassifierConfig):
+            raise UserError("layer_decay is for classifiers; leave it at 1")
         frames = getattr(self.model, "num_frames", 1)
         data = replace(self.data, image_size=self.model.image_size, channels=self.model.channels, num_frames=frames)
         object.__setattr__(self, "data", data)  # the model says what it sees
@@ -89,6 +95,10 @@ class RunConfig:
     @property
     def is_diffmae(self) -> bool:
         return isinstance(self.model, DiffMAEConfig)
+
+    @property
+    def is_classifier(self) -> bool:
+        return isinstance(self.model, ClassifierConfig)
 
     @property
     def checkpoints(self) -> Path:
@@ -207,6 +217,34 @@ def finetune_config(pretrained: RunConfig, init: Path, num_classes: int, out: Pa
     )
 
 
+def classify_config(pretrained: RunConfig, init: Path, out: Path, linear: bool, from_scratch: bool) -> RunConfig:
+    """MAE's recipes for a classifier on a pre-trained run: of all weights (its Table 9), or of the last layer alone
+    (Table 10, with AdamW in the place of LARS, which is for batches of thousands).
+
+    from_scratch: all weights, and none from the run.
+    """
+    large = pretrained.model.depth > 12
+    layer_decay = 1.0 if linear or from_scratch else 0.75 if large else 0.65
+    optim = OptimConfig(lr=1e-3 if large or linear else 5e-4, betas=(0.9, 0.999), clip=0, layer_decay=layer_decay)
+    objective = ClassifierObjectiveConfig(drop_path=0.2 if large else 0.1)
+    if linear:
+        optim = replace(optim, weight_decay=0.0, warmup=0.1)
+        objective = ClassifierObjectiveConfig(smoothing=0, mixup=0, cutmix=0, erase=0, drop_path=0)
+    return replace(
+        pretrained,
+        out=out,
+        init=None if from_scratch else init,
+        model=classifier_config(pretrained.model, linear=linear),
+        objective=objective,
+        optim=optim,
+        data=replace(pretrained.data, area_min=0.08),
+        batch_size=min(1024, pretrained.batch_size),
+        epochs=90 if linear else 50 if large else 100,
+        steps=0,
+        minutes=0,
+    )
+
+
 def to_plain(value: Any) -> Any:
     """Dataclasses, tuples and paths as what YAML and JSON hold."""
     if dataclasses.is_dataclass(value):
@@ -297,7 +335,8 @@ def load_model(path: Path, ema: bool = True, device: torch.device | str = "cpu")
         raise UserError(f"checkpoint {saved.path} does not say which network it is of; expected one written by umd")
     part = "ema" if ema and (saved.path / "ema.safetensors").exists() else "model"
     values = saved.state["config"]["model"]
-    config = from_plain(DiffMAEConfig if values.get("kind") == "diffmae" else ModelConfig, values, str(saved.path))
+    kinds = {"diffmae": DiffMAEConfig, "classifier": ClassifierConfig}
+    config = from_plain(kinds.get(values.get("kind"), ModelConfig), values, str(saved.path))
     model = build_model(config)
     load_model_state(model, load_checkpoint(saved.path, parts=[part]).tensors[part])
     return model.to(device).eval().requires_grad_(False)

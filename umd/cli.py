@@ -173,17 +173,21 @@ def pretrain(arguments: list[str]) -> None:
 
 
 def finetune(arguments: list[str]) -> None:
+    from umd.train.classify import check_classes
     from umd.train.data import open_dataset
+    from umd.train.finetune import Finetune, default_finetune
     from umd.train.loop import train
-    from umd.train.run import RunConfig, finetune_config, read_config
+    from umd.train.run import read_config
 
     init, rest = take_path(arguments, "finetune", "RUN")
-    pretrained = read_config(init)
-    if pretrained.is_diffmae:
-        raise UserError("a DiffMAE takes no labels; pretrain a UMD for class-conditional generation")
-    default = finetune_config(pretrained, init, 0, init.with_name(init.name + "-labels"))
-    config = parse(RunConfig, f"finetune {init}", rest, with_length(default, rest))
+    default = default_finetune(read_config(init), init, rest)
+    options: Finetune = parse(Finetune, f"finetune {init}", rest, replace(default, run=with_length(default.run, rest)))
+    config = options.run
     dataset = open_dataset(config.data, "train")
+    if options.task != "generate":
+        classes = check_classes(dataset)
+        train(replace(config, model=replace(config.model, num_classes=classes)), console, options.task)
+        return
     if not dataset.class_names:
         raise UserError(
             f"{dataset.name} has no labels to fine-tune with; use one subfolder a class, or labels in the .npz"
@@ -235,6 +239,8 @@ def sample(arguments: list[str]) -> None:
     run, rest = take_path(arguments, "sample", "RUN")
     options: Sample = parse(Sample, f"sample {run}", rest)
     config = read_config(run)
+    if config.is_classifier:
+        raise UserError(f"{run} is a classifier and draws nothing; sample the run that it started from")
     if config.is_diffmae:
         raise UserError("a DiffMAE fills holes in pictures and draws none without: use `umd inpaint`")
     model, device, dtype = evaluate.open_run(config, options.ema)
@@ -270,7 +276,7 @@ def sample(arguments: list[str]) -> None:
 
 def inpaint(arguments: list[str]) -> None:
     from umd.train import evaluate
-    from umd.train.inpaint import Inpaint, check_predicts_pixels, fillings, pictures_and_mask, write_fillings
+    from umd.train.inpaint import Inpaint, check_mp4, check_predicts_pixels, fillings, pictures_and_mask, write_fillings
     from umd.train.preview import picture_maker
     from umd.train.run import read_config
 
@@ -278,6 +284,8 @@ def inpaint(arguments: list[str]) -> None:
     options: Inpaint = parse(Inpaint, f"inpaint {run}", rest)
     config = read_config(run)
     check_predicts_pixels(config)
+    if options.mp4:
+        check_mp4(config)
     model, device, dtype = evaluate.open_run(config)
     x, hole = pictures_and_mask(config, options.image, options.mask, options.seed, options.mask_ratio)
     filled = fillings(
@@ -286,7 +294,7 @@ def inpaint(arguments: list[str]) -> None:
         eta={"ddpm": 1.0, "ddim": 0.0}[options.sampler], clip=not config.data.vae_hash, console=console,
     )  # fmt: skip
     out = png_path(options.out or run / "inpainting.png")
-    write_fillings(filled, out, picture_maker(config.data, device))
+    write_fillings(filled, out, picture_maker(config.data, device), options.mp4)
     say(f"masked, {options.samples} samples, original, a row an image: {out}")
     say(f"the samples on their way: {out.with_name(f'{out.stem}-steps.png')}; one by one: {out.with_suffix('')}")
 
@@ -351,6 +359,8 @@ def plan(arguments: list[str]) -> None:
     from umd.train.plan import Planned, print_plan
 
     name, default, rest = preset_or_config(arguments, "plan")
+    if default.is_classifier:
+        raise UserError("umd plan counts pre-training runs; give the run that this classifier started from")
     options: Planned = parse(Planned, f"plan {name}", rest, Planned(run=with_length(default, rest)))
     print_plan(options.run, options.cluster, name, console)
 
@@ -399,6 +409,7 @@ BENCHES = {  # module and options of each, and what it measures
     "step": ("umd.bench.step", "StepBench", "a training step against its baselines"),
     "loader": ("umd.bench.loader", "LoaderBench", "what data cost beside the step they feed"),
     "audit": ("umd.bench.audit", "Audit", "what kernels move and need on an A100 or H100, without a GPU"),
+    "diffmae": ("umd.bench.diffmae", "DiffMAEBench", "DiffMAE: decoder steps against whole passes; training steps"),
     "kernels": ("umd.bench.kernels", "KernelBench", "each op: eager, torch.compile, Triton; on a GPU"),
 }
 
@@ -418,7 +429,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "pretrain": (pretrain, "train without labels: umd-b4, mae-b4, ... or a config.yaml"),
     "check-data": (check_data, "read every image once; list the unusable ones, which runs then leave out"),
     "plan": (plan, "memory, time and communication of a run on a cluster that need not be there"),
-    "finetune": (finetune, "go on with labels, for class-conditional generation"),
+    "finetune": (finetune, "go on with labels: class-conditional generation, or --task classify or linear"),
     "encode-latents": (encode_latents, "encode pictures with a VAE, once for all epochs"),
     "inspect": (inspect, "what a folder of latents holds; checks and decodes it"),
     "sample": (sample, "draw samples: PNG grid and .npz"),

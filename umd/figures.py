@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -198,3 +199,31 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
         svg = svg.replace(value, f"var(--{key})")
     # The page's own font replaces matplotlib's name for it; releases write it long or short.
     return re.sub(r"font-family: [^;\"]*; ?", "", re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg))
+
+
+def confusion_sheet(counts: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Each class's pictures by predicted class, in per cent of the row: counts [classes, classes] to uint8 [H, W, 3].
+
+    Names are left out beyond 40 classes, numbers in the cells beyond 15.
+    """
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    K = len(counts)
+    side = min(9.0, 3.2 + 0.28 * K)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(side + 0.6, side), layout="constrained", dpi=120)
+        canvas = FigureCanvasAgg(figure)
+        ax = figure.add_subplot()
+        image = ax.imshow(share, cmap="Blues", vmin=0, vmax=100)
+        figure.colorbar(image, ax=ax, label="% of the class", fraction=0.046)
+        if K <= 40:
+            ax.set_xticks(range(K), names, rotation=90)
+            ax.set_yticks(range(K), names)
+        for i, j in np.ndindex(K, K) if K <= 15 else ():
+            ink = "white" if share[i, j] > 55 else "black"
+            ax.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", color=ink)
+        ax.set_xlabel("predicted")
+        ax.set_ylabel("class")
+        right = counts.trace() / max(counts.sum(), 1)
+        ax.set_title(f"{counts.sum()} held-out pictures, {100 * right:.1f} % right")
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -2,20 +2,31 @@
 
 from typing import TypeAlias
 
-from umd.config import DiffMAEConfig, DiffMAEObjectiveConfig, ModelConfig, ObjectiveConfig
+from umd.augment import ClassifierObjective
+from umd.classifier import Classifier
+from umd.config import (
+    ClassifierConfig,
+    ClassifierObjectiveConfig,
+    DiffMAEConfig,
+    DiffMAEObjectiveConfig,
+    ModelConfig,
+    ObjectiveConfig,
+)
 from umd.diffmae import DiffMAE
 from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import DiffMAEObjective, Objective
 from umd.schedule import NoiseSchedule
 
-AnyModelConfig: TypeAlias = ModelConfig | DiffMAEConfig
-AnyObjectiveConfig: TypeAlias = ObjectiveConfig | DiffMAEObjectiveConfig
-AnyModel: TypeAlias = UMD | DiffMAE
-AnyObjective: TypeAlias = Objective | DiffMAEObjective
+AnyModelConfig: TypeAlias = ModelConfig | DiffMAEConfig | ClassifierConfig
+AnyObjectiveConfig: TypeAlias = ObjectiveConfig | DiffMAEObjectiveConfig | ClassifierObjectiveConfig
+AnyModel: TypeAlias = UMD | DiffMAE | Classifier
+AnyObjective: TypeAlias = Objective | DiffMAEObjective | ClassifierObjective
 
 
 def build_model(config: AnyModelConfig) -> AnyModel:
+    if isinstance(config, ClassifierConfig):
+        return Classifier(config)
     return DiffMAE(config) if isinstance(config, DiffMAEConfig) else UMD(config)
 
 
@@ -24,6 +35,9 @@ def build_objective(
 ) -> AnyObjective:
     """num_images: pictures in the dataset, for a file of features of them. Raises UserError for what cannot be."""
     check_match(model, config)
+    if isinstance(config, ClassifierObjectiveConfig):
+        assert isinstance(model, ClassifierConfig), "check_match asks for it"
+        return ClassifierObjective(model, config)
     if isinstance(config, DiffMAEObjectiveConfig):
         assert isinstance(model, DiffMAEConfig), "check_match asks for it"
         return DiffMAEObjective(model, config, schedule, num_images)
@@ -39,4 +53,4 @@ def check_match(model: AnyModelConfig, objective: AnyObjectiveConfig) -> None:
 
 def kind_of(config: AnyModelConfig) -> str:
     """What the method is called in messages and tables."""
-    return "DiffMAE" if isinstance(config, DiffMAEConfig) else "UMD"
+    return {"diffmae": "DiffMAE", "classifier": "classifier"}.get(getattr(config, "kind", ""), "UMD")

@@ -24,9 +24,10 @@ from umd.cli import COMMANDS, main
 from umd.train.demo import Demo
 from umd.train.encode import EncodeLatents, Inspect
 from umd.train.evaluate import Probe
+from umd.train.finetune import Finetune, default_finetune
 from umd.train.inpaint import Inpaint
 from umd.train.log import read_metrics
-from umd.train.run import PRESETS, RunConfig, finetune_config
+from umd.train.run import PRESETS, RunConfig
 
 ROOT = Path(__file__).parents[2]
 TINY = "--model.image-size 8 8 --model.patch-size 2 --model.hidden-size 32 --model.depth 1 --model.decoder-depth 1"
@@ -159,8 +160,8 @@ def test_a_command_of_the_readme_parses(command):
         default = PRESETS[rest[0]][1]
         assert cli.parse(RunConfig, name, rest[1:], default) != default or not rest[1:]
     elif name == "finetune":
-        default = finetune_config(PRESETS["umd-tiny"][1], Path(rest[0]), 0, Path("runs/labels"))
-        cli.parse(RunConfig, name, rest[1:], default)
+        preset = "diffmae-tiny" if "diffmae" in rest[0] else "umd-tiny"
+        cli.parse(Finetune, name, rest[1:], default_finetune(PRESETS[preset][1], Path(rest[0]), rest[1:]))
     elif name in ("sample", "inpaint", "probe"):
         cli.parse({"sample": cli.Sample, "inpaint": Inpaint, "probe": Probe}[name], name, rest[1:])
     elif name == "encode-latents":

@@ -1,0 +1,102 @@
+"""Classification on a pre-trained encoder: where its weights come from, and its scores on the held-out pictures."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from umd.checkpoint import load_checkpoint, load_model_state
+from umd.classifier import Classifier, classifier_config, encoder_weights
+from umd.config import ClassifierConfig
+from umd.device import autocast
+from umd.errors import UserError
+from umd.figures import confusion_sheet
+from umd.probe import confusion
+from umd.train.data import DataConfig, ImageDataset, center_view, open_dataset
+from umd.train.latents import LatentDataset, check_run_vae
+from umd.train.log import NoLog, RunLog
+from umd.train.run import RunConfig, load_model, to_plain
+
+Dataset = ImageDataset | LatentDataset
+
+
+class Scores(NamedTuple):
+    top1: float
+    top5: float
+    loss: float
+    confusion: Tensor  # int64 [classes, classes]: row = label, column = prediction
+
+
+def check_classes(dataset: Dataset) -> int:
+    """The number of classes. Raises UserError for unlabelled data and for fewer than 2."""
+    if not dataset.class_names:
+        raise UserError(
+            f"{dataset.name} has no labels to classify by; use one subfolder a class, or labels in the .npz"
+        )
+    if len(dataset.class_names) < 2:
+        raise UserError(f"{dataset.name} has 1 class; a classifier needs 2 or more")
+    return len(dataset.class_names)
+
+
+def open_held_out(config: RunConfig) -> Dataset:
+    """The held-out pictures. Raises UserError if there are none, or without labels."""
+    dataset = open_dataset(config.data, "test")
+    if len(dataset) == 0:
+        raise UserError(
+            f"{dataset.name} has no held-out pictures to score on; hold a share out, e.g. --data.holdout 0.2, or train "
+            "without scores: --draw-every 0"
+        )
+    if dataset.labels is None:
+        raise UserError(f"the held-out pictures of {dataset.name} have no labels; --draw-every 0 trains without scores")
+    return dataset
+
+
+def load_encoder(model: Classifier, path: Path, data: DataConfig) -> None:
+    """The encoder of another run into `model`, folded at t = 0. Raises UserError saying what differs."""
+    check_run_vae(load_checkpoint(path, parts=[]).state, data, path)
+    source = load_model(path, ema=False)
+    if isinstance(source, Classifier):
+        raise UserError(f"{path} holds a classifier; start from the run whose encoder it took")
+    free = {name: getattr(model.config, name) for name in ("num_classes", "pool", "linear")}
+    before, now = (to_plain(c) for c in (classifier_config(source.config, **free), model.config))
+    if differ := [f"{name} {before[name]}, not {now[name]}" for name in now if before[name] != now[name]]:
+        raise UserError(f"the encoder in {path} has {'; '.join(differ)}: leave them as they are, or start from scratch")
+    load_model_state(model, encoder_weights(source), allow_missing=("head.", "batch_norm."))
+
+
+@torch.no_grad()
+def score(model: Classifier, dataset: Dataset, data: DataConfig, dtype: torch.dtype, batch: int = 256) -> Scores:
+    """Scores of a classifier on pictures as they are tested, a batch in memory at a time. Top-5 is top-K below 5."""
+    device, K = model.pos_embed.device, model.config.num_classes
+    training = model.training
+    model.eval()
+    assert dataset.labels is not None, "open_held_out asks for them"
+    counts, top5, loss = torch.zeros(K, K, dtype=torch.int64), 0, 0.0
+    for ids in np.array_split(np.arange(len(dataset)), -(-len(dataset) // batch)):
+        x, labels = center_view(dataset, ids, data).to(device), torch.from_numpy(dataset.labels[ids]).long()
+        with autocast(device, dtype):
+            logits = model(x).float().cpu()
+        counts += confusion(logits.argmax(1), labels, K)
+        top5 += int((logits.topk(min(5, K)).indices == labels[:, None]).sum())
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    model.train(training)
+    n = len(dataset)
+    return Scores(float(counts.trace()) / n, top5 / n, loss / n, counts)
+
+
+def show_scores(
+    model: Classifier, held_out: Dataset, config: RunConfig, dtype: torch.dtype, log: RunLog | NoLog, step: int
+) -> None:
+    """Score the classifier: a line, a row of metrics.jsonl, the confusion plot, and scores.json with its counts."""
+    assert isinstance(log, RunLog) and isinstance(config.model, ClassifierConfig)
+    scores = score(model, held_out, config.data, dtype)
+    log.scores({"step": step, "top-1": scores.top1, "top-5": scores.top5, "held_out_loss": scores.loss})
+    log.picture("confusion", confusion_sheet(scores.confusion.numpy(), held_out.class_names), step)
+    record = {"step": step, "top-1": scores.top1, "top-5": scores.top5, "images": len(held_out)}
+    record |= {"classes": list(held_out.class_names), "confusion": scores.confusion.tolist()}
+    (config.out / "scores.json").write_text(json.dumps(record))
+    log.say(f"step {step}: top-1 {scores.top1:.3f}, top-5 {scores.top5:.3f} on {len(held_out)} held-out pictures")

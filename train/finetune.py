@@ -1,0 +1,54 @@
+"""What `umd finetune` can do with a pre-trained run, and the recipe of each task."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from tyro.conf import arg
+
+from umd.errors import UserError
+from umd.train.run import RunConfig, classify_config, finetune_config
+
+Task = Literal["generate", "classify", "linear"]
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Go on with a pre-trained run, with labels."""
+
+    task: Task = "generate"
+    """generate: class-conditional samples; classify: a classifier of all weights, by MAE's recipe; linear: a linear
+    layer on frozen features (linear probing). It decides the defaults of the other options."""
+    from_scratch: bool = False
+    """The same classifier and budget with weights of its own, to compare with."""
+    run: Annotated[RunConfig, arg(name="")] = field(default_factory=RunConfig)
+
+
+def default_finetune(pretrained: RunConfig, init: Path, arguments: list[str]) -> Finetune:
+    """The recipe of the task that the arguments name. Raises UserError for a run that the task cannot start from."""
+    task, from_scratch = task_of(arguments), "--from-scratch" in arguments
+    if pretrained.is_classifier:
+        raise UserError(f"{init} is a classifier already; fine-tune the run that it started from")
+    if task == "generate":
+        if from_scratch:
+            raise UserError("--from-scratch is for --task classify; for generation pretrain with --model.num-classes")
+        if pretrained.is_diffmae:
+            raise UserError(
+                "a DiffMAE takes no labels to generate by; pretrain a UMD for that, or give --task classify"
+            )
+        return Finetune(run=finetune_config(pretrained, init, 0, init.with_name(f"{init.name}-labels")))
+    if task == "linear" and from_scratch:
+        raise UserError("--from-scratch is for --task classify; a linear probe is of a trained encoder")
+    out = init.with_name(f"{init.name}-{'scratch' if from_scratch else task}")
+    return Finetune(task, from_scratch, classify_config(pretrained, init, out, task == "linear", from_scratch))
+
+
+def task_of(arguments: list[str]) -> Task:
+    for i, argument in enumerate(arguments):
+        name, has_value, value = argument.partition("=")
+        if name == "--task":
+            value = value if has_value else (arguments[i + 1 : i + 2] or [""])[0]
+            if value not in get_args(Task):
+                raise UserError(f"unknown task {value!r}; it is one of {', '.join(get_args(Task))}")
+            return value
+    return "generate"

@@ -1,0 +1,173 @@
+"""A plain ViT that classifies: the encoder of a pre-trained UMD, MAE or DiffMAE, and a linear layer behind it.
+
+UMD's encoder is read at t = 0, where its adaLN tables are constants. They fold into the norms' affines (shift, scale)
+and into the last layer of each branch (gate), so that one network without a condition serves all three methods. Only
+MAE's condition token, which a UMD without adaLN puts in front of each picture, stays as a parameter.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from umd import ops
+from umd.config import ClassifierConfig, DiffMAEConfig, ViTConfig
+from umd.diffmae import DiffMAE, to_images
+from umd.errors import UserError
+from umd.model import UMD, Block, Blocks, Linear, initialize_blocks, lecun_normal
+from umd.ops import Packing, pack
+
+
+@lru_cache(maxsize=16)
+def layout(config: ClassifierConfig, batch_size: int, device: torch.device) -> tuple[Packing, Packing]:
+    """Packings of whole pictures: of CLS and patch tokens, and of what runs through the blocks."""
+    length = config.num_cls + config.num_patches
+    tokens = pack([length] * batch_size, device=device)
+    return tokens, pack([length + 1] * batch_size, device=device) if config.cond_token else tokens
+
+
+class BatchNorm(nn.Module):
+    """Batch norm without an affine. The running moments are parameters, which checkpoints hold, but never trained."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.running_mean = nn.Parameter(torch.zeros(dim), requires_grad=False)
+        self.running_var = nn.Parameter(torch.ones(dim), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, training=self.training, eps=1e-6)  # [B, D]
+
+
+class Classifier(nn.Module):
+    def __init__(self, config: ClassifierConfig):
+        super().__init__()
+        if config.num_classes < 2:
+            raise UserError(f"a classifier needs 2 classes or more, got {config.num_classes}")
+        self.config = config
+        D = config.hidden_size
+        self.x_embedder = Linear(config.patch_dim, D)
+        self.pos_embed = nn.Parameter(torch.empty(config.num_patches, D))
+        self.cls_token = nn.Parameter(torch.zeros(config.num_cls, D))
+        self.cond_token = nn.Parameter(torch.zeros(D)) if config.cond_token else None
+        self.encoder = Blocks(config, [Block(config) for _ in range(config.depth)])
+        self.batch_norm = BatchNorm(D) if config.linear else None
+        self.head = nn.Linear(D, config.num_classes)
+        self.initialize_weights()
+        if config.linear:
+            self.requires_grad_(False)
+            self.head.requires_grad_(True)
+
+    def initialize_weights(self) -> None:
+        initialize_blocks(self)
+        lecun_normal(self.x_embedder)
+        nn.init.normal_(self.pos_embed, std=self.config.num_patches**-0.5)
+        nn.init.normal_(self.head.weight, std=0.01 if self.config.linear else 2e-5)  # MAE's
+        nn.init.zeros_(self.head.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that AdamW must not decay: MAE's choice, all vectors, CLS tokens and positions."""
+        return {name for name, p in self.named_parameters() if p.ndim == 1} | {"cls_token", "pos_embed"}
+
+    def lr_multipliers(self, decay: float) -> dict[str, float]:
+        """Each parameter's learning rate over that of the head: `decay` to the power of the layers in between.
+
+        Layer 0 is all that comes before the blocks, layer i + 1 is block i, layer depth + 1 the final norm and head.
+        """
+        depth, multipliers = self.config.depth, {}
+        for name, _ in self.named_parameters():
+            layer = 0
+            if name.startswith("encoder.layers."):
+                layer = 1 + int(name.split(".")[2])
+            elif name.startswith(("encoder.norm.", "head.", "batch_norm.")):
+                layer = depth + 1
+            multipliers[name] = decay ** (depth + 1 - layer)
+        return multipliers
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.encoder.checkpointing = on
+
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        """Logits [B, num_classes] of images [B, C, H, W] or clips [B, C, F, H, W].
+
+        gates: [2·depth, B], what each picture's branches are multiplied by, attention and MLP in turn (drop path).
+        """
+        features = self.features(x, gates)
+        if self.batch_norm is not None:
+            features = self.batch_norm(features)
+        return self.head(features)
+
+    def features(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        """What the head sees: the mean of the CLS tokens, or of the patch tokens, behind the final norm: [B, D]."""
+        config, B = self.config, len(x)
+        clip = (config.num_frames,) if config.num_frames > 1 else ()
+        expected = (config.channels, *clip, *config.image_size)
+        if tuple(x.shape[1:]) != expected:
+            raise UserError(
+                f"images: expected [B, {', '.join(map(str, expected))}] for this model, got {list(x.shape)}"
+            )
+        packing, block_packing = layout(config, B, x.device)
+        patches = ops.patchify(to_images(x, config), config.patch_size).flatten(0, 1)  # [B·L, C·p·P·P]
+        y = self.x_embedder(patches)  # [B·L, D]
+        y = y + self.pos_embed.to(y.dtype).repeat(B, 1)
+        y = ops.prepend_tokens(self.cls_token.expand(B, -1, -1), y, packing)
+        cond = None if self.cond_token is None else self.cond_token.expand(B, -1)
+        y = self.encoder(y, block_packing, self.modulation(gates), cond)  # [B·(num_cls + L), D]
+        cls, y = ops.split_tokens(y, config.num_cls, packing)
+        y = cls if config.pool == "cls" else y.view(B, -1, config.hidden_size)
+        return y.to(torch.promote_types(y.dtype, torch.float32)).mean(dim=1)
+
+    def modulation(self, gates: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gates is None:
+            return ()
+        tables = (gate[:, None].repeat(1, self.config.hidden_size) for gate in gates)  # each [B, D]
+        return tuple(table for gate in tables for table in (None, None, gate))  # no shift, no scale
+
+    def represent(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        """The features; timesteps are not used, there is no time here."""
+        return self.features(x)
+
+
+def classifier_config(source: ViTConfig, **changes) -> ClassifierConfig:
+    """The classifier on the encoder of a UMD or DiffMAE of this configuration."""
+    same = ("image_size", "channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_cls")
+    values = {name: getattr(source, name) for name in same}
+    if isinstance(source, DiffMAEConfig):
+        values |= {"num_frames": source.num_frames, "tubelet_size": source.tubelet_size}
+    return ClassifierConfig(**values, cond_token=not getattr(source, "adaLN", True), **changes)
+
+
+@torch.no_grad()
+def encoder_weights(source: UMD | DiffMAE) -> dict[str, Tensor]:
+    """Weights of a `Classifier`, all but the head's, whose features are `source.represent(x)` at t = 0."""
+    own = dict(source.named_parameters())
+    weights = {name: own[name] for name in ("x_embedder.weight", "x_embedder.bias", "pos_embed", "cls_token")}
+    encoder = source.encoder
+    tables: tuple[Tensor, ...] = ()
+    if isinstance(source, UMD):
+        cond, tables, _ = source.condition(torch.zeros(1, dtype=torch.int64, device=source.pos_embed.device))
+        if not source.config.adaLN:
+            weights["cond_token"] = cond[0]
+    elif source.pos_embed_time is not None:
+        weights["pos_embed"] = (source.pos_embed_time[:, None] + source.pos_embed).flatten(0, 1)
+
+    def norm(name: str, module: nn.Module, shift: Tensor | float, scale: Tensor | float) -> None:
+        ones = torch.ones_like(weights["cls_token"][0])
+        weight, bias = (ones, 0 * ones) if module.weight is None else (module.weight, module.bias)
+        weights[f"{name}.weight"], weights[f"{name}.bias"] = weight * (1 + scale), bias * (1 + scale) + shift
+
+    for i, block in enumerate(encoder.layers):
+        name = f"encoder.layers.{i}"
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            (table[0] for table in tables[6 * i : 6 * i + 6]) if tables else (0.0, 0.0, None, 0.0, 0.0, None)
+        )
+        norm(f"{name}.norm1", block.norm1, shift1, scale1)
+        norm(f"{name}.norm2", block.norm2, shift2, scale2)
+        layers = (("attn.qkv", None), ("attn.proj", gate1), ("mlp.fc1", None), ("mlp.fc2", gate2))
+        for layer, gate in layers:
+            weight, bias = own[f"{name}.{layer}.weight"], own[f"{name}.{layer}.bias"]
+            weights[f"{name}.{layer}.weight"] = weight if gate is None else gate[:, None] * weight
+            weights[f"{name}.{layer}.bias"] = bias if gate is None else gate * bias
+    norm("encoder.norm", encoder.norm, 0.0, 0.0)
+    return weights
