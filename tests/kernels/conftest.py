@@ -51,6 +51,52 @@ def nan_in_new_memory():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def _span(x: Tensor) -> tuple[int, int]:
+    """First address of a tensor, and the first behind it."""
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + elements * x.element_size()
+
+
+@pytest.fixture(autouse=True)
+def in_bounds(monkeypatch):
+    """In the interpreter, a kernel that touches an address outside of the tensors it was given fails."""
+    if not backend.INTERPRET:
+        return
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    run, load, store = (
+        GridExecutor.__call__,
+        InterpreterBuilder.create_masked_load,
+        InterpreterBuilder.create_masked_store,
+    )
+    spans: list[tuple[int, int]] = []
+
+    def check(pointers, mask) -> None:
+        size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+        touched = pointers.data[mask.data.astype(bool)].astype("int64")
+        if touched.size == 0 or any(low <= touched.min() and touched.max() + size <= high for low, high in spans):
+            return
+        inside = sum((low <= touched) & (touched + size <= high) for low, high in spans)
+        assert inside.all(), "an access outside of the tensors given"
+
+    def checked_run(executor, *args, **kwargs):
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.numel()]
+        spans[:] = [_span(x) for x in tensors]
+        return run(executor, *args, **kwargs)
+
+    def checked_load(builder, pointers, mask, *rest):
+        check(pointers, mask)
+        return load(builder, pointers, mask, *rest)
+
+    def checked_store(builder, pointers, value, mask, *rest):
+        check(pointers, mask)
+        return store(builder, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(GridExecutor, "__call__", checked_run)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
+
+
 @pytest.fixture(scope="session")
 def compare():
     """compare(op, plain, inputs): against fp64, op is off by at most twice what `plain` is in the same type.

@@ -182,7 +182,7 @@ def test_compiled_is_eager(device, compiler):
 # A text in the kernels, what a careless edit would make of it, and how often it stands there.
 MUTANTS = {
     "every sample gets the first row": ("tl.load(chunk + 2).to(tl.int64)", "tl.load(chunk + 2).to(tl.int64) * 0", 2),
-    "a sample gets the row of another": ("tl.load(chunk + 2).to(tl.int64)", "(tl.load(chunk + 2).to(tl.int64) ^ 1)", 2),
+    "a sample gets the row of another": ("tl.load(chunk + 2).to(tl.int64)", "2 - tl.load(chunk + 2).to(tl.int64)", 2),
     "mask of columns dropped": ("tl.where(mask, x - mean[:, None], 0.0)", "x - mean[:, None]", 1),
     "mask of rows dropped": ("mask = row_mask[:, None] & (cols < D)[None, :]", "mask = (cols < D + 0 * tile)", 2),
     "1 + dropped in front of the scale": ("tl.full(cols.shape, 1.0", "tl.full(cols.shape, 0.0", 1),
@@ -229,3 +229,26 @@ def test_mutants_fail(compare, device, mutant):
             assert "off by" in str(error) or "not finite" in str(error), what
         else:
             pytest.fail(f"not noticed: {what}")
+
+
+@pytest.mark.parametrize("device", ["interpreter"], indirect=True)
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("(chunk < stop)[:, None]", "(chunk < stop + 1)[:, None]", 1),
+        ("mask = row_mask[:, None] & (cols < D)[None, :]", "mask = (cols < D + 0 * tile)", 2),
+        (
+            "tl.load(mean_ptr + start + first + tile_rows, row_mask, other=0.0)",
+            "tl.load(mean_ptr + start + first + tile_rows)",
+            1,
+        ),
+    ],
+)
+def test_mutants_that_leave_their_tensors_fail(compare, device, mutant, change):
+    from triton.runtime.errors import InterpreterError
+
+    packing = pack([3, 5])
+    args = inputs(packing, 24, torch.float32, torch.float32)
+    compare(through(adaln_triton, packing), plain(packing), args)
+    with pytest.raises(InterpreterError, match="outside of the tensors given"):
+        compare(through(mutant(adaln_triton, *change), packing), plain(packing), args)
