@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ import torch
 from PIL import Image
 
 from umd import cli
+from umd.config import DiffMAEConfig, DiffMAEObjectiveConfig
 from umd.errors import UserError
 from umd.train.clips import decode_clip, open_clips, take_frames
 from umd.train.data import DataConfig, center_view, open_dataset, train_loader
-from umd.train.inpaint import hole_mask
+from umd.train.inpaint import check_mp4, hole_mask, save_mp4
+from umd.train.run import RunConfig
 
 
 def moving_square(seed: int, frames: int = 8, side: int = 12) -> np.ndarray:
@@ -106,6 +110,33 @@ def test_batches_are_whole_clips_with_one_crop_for_all_frames(npz):
     assert np.array_equal(((middle[0].permute(1, 2, 3, 0) + 1) * 127.5).round().numpy(), dataset.read(0)[1][0:7:2])
 
 
+def test_clips_are_written_as_mp4(tmp_path):
+    """Smooth frames come back nearly; an odd side is one longer, its last line twice; frames keep their order."""
+    pytest.importorskip("av")
+    y, x = np.mgrid[:31, :45]
+    clip = np.stack([np.stack([40 + 3 * y, 220 - 3 * x, 0 * x + 20 * f], -1) for f in range(9)]).astype(np.uint8)
+    save_mp4(clip, tmp_path / "new" / "a.mp4")
+    back = decode_clip(tmp_path / "new" / "a.mp4")
+    assert back.shape == (9, 32, 46, 3)
+    assert (
+        np.abs(back[:, :31, :45].astype(int) - clip).max() <= 16 and np.abs(back[:, :31, :45] - 1.0 * clip).mean() < 3
+    )
+    assert np.abs(back[:, 31].astype(int) - back[:, 30]).max() <= 8
+    save_mp4(clip[:, :30, :44], tmp_path / "even.mp4")
+    assert decode_clip(tmp_path / "even.mp4").shape == (9, 30, 44, 3)
+
+
+def test_no_mp4_without_pyav_or_of_images(tmp_path, monkeypatch):
+    """The sentence comes before the sampling."""
+    target = DiffMAEObjectiveConfig()
+    video = RunConfig(model=DiffMAEConfig(num_frames=8), objective=target, out=tmp_path)
+    with pytest.raises(UserError, match="is a run on images, and an MP4 is a clip; leave out --mp4"):
+        check_mp4(RunConfig(model=DiffMAEConfig(), objective=target, out=tmp_path))
+    monkeypatch.setitem(sys.modules, "av", None)  # what import finds where it is not installed
+    with pytest.raises(UserError, match="writing MP4 needs PyAV: pip install av"):
+        check_mp4(video)
+
+
 def test_holes_of_clips_are_whole_tubelets():
     x = torch.zeros(2, 3, 8, 12, 12)
     frames = hole_mask("frames", x, 4, tubelet_size=2)
@@ -138,8 +169,11 @@ def test_a_run_on_clips_trains_and_fills(npz, tmp_path):
     code, err = umd(f"pretrain diffmae-video-l --data.source {npz} --out {run} --steps 2 --draw-every 2 {TINY}")
     assert code == 0, err
     for mask in ("frames", "random"):
-        code, err = umd(f"inpaint {run} --mask {mask} --samples 2 --steps 2 --out {tmp_path / mask}")
+        mp4 = "--mp4" if mask == "frames" and find_spec("av") else ""
+        code, err = umd(f"inpaint {run} --mask {mask} --samples 2 --steps 2 --out {tmp_path / mask} {mp4}")
         assert code == 0, err
+        gifs, films = ({file.stem for file in (tmp_path / mask).glob(f"*.{kind}")} for kind in ("gif", "mp4"))
+        assert "1-sample-2" in gifs and films == (gifs if mp4 else set())
         with Image.open(tmp_path / mask / "1-sample-2.gif") as gif:
             assert gif.n_frames == 8 and gif.size == (12, 12)
         assert (tmp_path / f"{mask}.png").exists() and (tmp_path / f"{mask}-steps.png").exists()
