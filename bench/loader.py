@@ -22,9 +22,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from umd.bench.step import count_flops
 from umd.config import ModelConfig, ObjectiveConfig, model_config
 from umd.device import keep_freed_memory
 from umd.errors import UserError
@@ -32,8 +31,9 @@ from umd.model import UMD
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer, identity
-from umd.train.data import DataConfig, open_dataset, train_loader
+from umd.train.data import DataConfig, has_dali, open_dataset, train_loader
 from umd.train.latents import finish, sample_posterior, shard_bytes, shard_name
+from umd.train.loader_rate import photographs, rates
 from umd.train.optim import adamw
 
 SD_VAE = dict(
@@ -47,7 +47,7 @@ class LoaderBench:
     """What is measured."""
 
     groups: tuple[str, ...] = ("latents", "steps")
-    """Which groups: latents (encoding against reading), steps (training on stored latents)."""
+    """Which groups: latents (encoding against reading), steps (training on stored latents), pictures (DALI, Pillow)."""
     model: str = "UMD-L/2"
     """Size and patch size of the network that trains."""
     shallower: int = 1
@@ -103,12 +103,6 @@ def timed(bench: LoaderBench, call: Callable[[], object]) -> Callable[[], float]
     return seconds
 
 
-def count_flops(call: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused CPU attention counts as none
-        call()
-    return counter.get_total_flops()
-
-
 # Groups
 
 
@@ -154,12 +148,25 @@ def step_cases(bench: LoaderBench) -> Iterator[list[Case]]:
         ]
 
 
-GROUPS = {"latents": latent_cases, "steps": step_cases}
+@contextmanager
+def picture_cases(bench: LoaderBench) -> Iterator[list[Case]]:
+    """CPU time, all threads together, of reading JPEGs of ImageNet's size as crops of 64x64: DALI against Pillow."""
+
+    def case(loader: str) -> Case:
+        name = {"dali": "JPEGs by DALI, CPU time", "python": "JPEGs by Pillow, CPU time"}[loader]
+        return Case(name, 1, lambda: rates(folder, loader, size=64, workers=0)[1])
+
+    with photographs(64) as folder:
+        yield [case(loader) for loader in ("dali", "python") if loader == "python" or has_dali()]
+
+
+GROUPS = {"latents": latent_cases, "steps": step_cases, "pictures": picture_cases}
 # (what, numerator, denominator, target); seconds a sample of two cases of one group
 RATIOS = [
     ("encoding / reading", "encode with the VAE", "read stored latents", ">= 50"),
     ("wait / step", "waiting for them", "umd, stored latents", "< 0.03"),
     ("VAE in the step / stored", "umd, VAE in the step", "umd, stored latents", ""),
+    ("Pillow / DALI", "JPEGs by Pillow, CPU time", "JPEGs by DALI, CPU time", ""),
     ("UMD / DiT of equal depth", "umd, stored latents", "dit, stored latents", "<= 0.62"),
 ]
 

@@ -9,10 +9,11 @@ from rich.console import Console
 pytest.importorskip("diffusers", reason="the baseline DiT comes from diffusers: pip install diffusers")
 pytest.importorskip("transformers", reason="the baseline MAE comes from transformers: pip install transformers")
 
-from umd.bench.step import StepBench, run  # noqa: E402
+from umd.bench.step import StepBench, count_flops, run  # noqa: E402
 from umd.cli import main  # noqa: E402
 from umd.config import ObjectiveConfig, model_config  # noqa: E402
 from umd.flops import step_flops  # noqa: E402
+from umd.kernels.linear import linear  # noqa: E402
 from umd.objective import Objective  # noqa: E402
 from umd.schedule import NoiseSchedule  # noqa: E402
 
@@ -85,3 +86,12 @@ def test_peak_memory_of_each_row_in_a_process_of_its_own(tmp_path):
         assert rows[name]["peak_memory_bytes"] > 1e6, name
     assert rows["umd"]["peak_memory_bytes"] < rows["umd unmasked"]["peak_memory_bytes"]
     assert rows["matmuls alone"]["peak_memory_bytes"] is None
+
+
+def test_products_that_transpose_are_no_work():
+    """Forward, dx and dW of a linear layer: 6·N·I·O, however the weight gradient gets its transpose."""
+    x = torch.randn(10, 16, dtype=torch.bfloat16, requires_grad=True)
+    for outputs in (48, 8):
+        weight = torch.randn(outputs, 16, requires_grad=True)
+        bias = torch.zeros(outputs, requires_grad=True)
+        assert count_flops(lambda w=weight, b=bias: linear(x, w, b).sum().backward()) == 6 * 10 * 16 * outputs
