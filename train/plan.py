@@ -163,7 +163,10 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
         step = config.accumulate * max(step, KERNEL_SECONDS * len(counts.operations))
         seconds.append(step + state_traffic / (memory * gpu.bandwidth))
     sent, hideable = communication(how, counts.weights, cluster.gpus, config.accumulate, bf16)
-    link = gpu.link if cluster.gpus <= cluster.gpus_per_node else min(gpu.link, cluster.network * 1e9 / 8)
+    # Between nodes there are as many rings as GPUs in a node, each through a network card of its own.
+    link = gpu.link
+    if cluster.gpus > cluster.gpus_per_node:
+        link = min(link, cluster.gpus_per_node * cluster.network * 1e9 / 8)
     exchange = sent / (0.8 * link)
     backward = 2 / 3 * seconds[0] / (1 if how in ("zero2", "zero3") else config.accumulate)
     return Plan(

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from rich.console import Console
 
 pytest.importorskip("diffusers", reason="VAE and DiT come from diffusers: pip install diffusers")
 
@@ -10,6 +11,7 @@ from umd.bench import loader  # noqa: E402
 from umd.bench.loader import GROUPS, LoaderBench, count_flops, latent_cases, step_cases  # noqa: E402
 from umd.cli import main  # noqa: E402
 from umd.errors import UserError  # noqa: E402
+from umd.train.data import has_dali  # noqa: E402
 
 SMALL = {"model": "UMD-Ti/2", "shallower": 2, "latent_size": 8, "batch": 4, "stored": 64}
 SMALL |= {"num_workers": 0, "device": "cpu"}
@@ -68,3 +70,10 @@ def test_what_cannot_be_measured():
         with pytest.raises(UserError, match="disks" if "groups" in bad else next(iter(bad))):
             LoaderBench(**bad)
     assert set(LoaderBench().groups) <= set(GROUPS)
+
+
+def test_dalis_cpu_time_beside_pillows():
+    result = loader.run(LoaderBench(groups=("pictures",), repeats=1), Console(quiet=True))
+    readers = {row["name"].split()[2].rstrip(",") for row in result["rows"]}
+    assert readers == ({"DALI", "Pillow"} if has_dali() else {"Pillow"})
+    assert all(0 < row["seconds_per_sample"] < 1 for row in result["rows"])
