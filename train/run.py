@@ -105,11 +105,11 @@ class RunConfig:
         return self.out / "checkpoints"
 
 
-def _pixels(name: str, objective: str, out: str, side: int = 64, **changes: Any) -> RunConfig:
+def _pixels(name: str, objective: str, out: str, side: int = 64, num_cls: int = 1, **changes: Any) -> RunConfig:
     adaLN = objective != "mae"
     return RunConfig(
         out=Path("runs") / out,
-        model=model_config(name, image_size=(side, side), adaLN=adaLN),
+        model=model_config(name, image_size=(side, side), adaLN=adaLN, num_cls=num_cls),
         objective=OBJECTIVES[objective],
         **changes,
     )
@@ -139,8 +139,8 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "umd-tiny": (
         "UMD-Ti/4 on 32x32 colour emoji: minutes on a laptop",
         _pixels(
-            "UMD-Ti/4", "umd", "umd-tiny", side=32, batch_size=64, minutes=10, save_every=200, draw_every=200,
-            optim=OptimConfig(lr=1e-2), data=DataConfig(hflip=True),
+            "UMD-Ti/4", "umd", "umd-tiny", side=32, num_cls=4, batch_size=64, minutes=10, save_every=200,
+            draw_every=200, optim=OptimConfig(lr=1e-2), data=DataConfig(hflip=True),
         ),
     ),
     "umd-s4": ("UMD-S/4, 64x64 pixels", _pixels("UMD-S/4", "umd", "umd-s4")),
