@@ -14,10 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from umd.bench.step import WARMUP, Step, StepBench, autocast, images, timed, umd_step, vit_mae_step
+from umd.bench.step import WARMUP, Step, StepBench, autocast, count_flops, images, timed, umd_step, vit_mae_step
 from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, diffmae_config
 from umd.device import keep_freed_memory
 from umd.diffmae import DiffMAE
@@ -141,11 +139,7 @@ def training_steps(bench: DiffMAEBench, console: Console) -> dict[str, Step]:
 
 def measured(part: str, steps: dict[str, Step], bench: DiffMAEBench, console: Console) -> list[Row]:
     """Every row once a round, after rounds that do not count."""
-    flops = {}
-    for name, step in steps.items():
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            step()
-        flops[name] = counter.get_total_flops()
+    flops = {name: count_flops(step) for name, step in steps.items()}
     for _ in range(WARMUP):
         for step in steps.values():
             step()
