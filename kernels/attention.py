@@ -52,7 +52,8 @@ def set_attention(choice: Attention) -> None:
         ValueError: another name. Whether the backend can run is checked when it is called.
     """
     global _choice
-    _choice = _known(choice)
+    _check_known(choice)
+    _choice = choice
 
 
 @contextmanager
@@ -139,8 +140,9 @@ def varlen_attention(qkv: Tensor, packing: Packing, backend: Attention | None = 
     if name == "varlen_attn":
         from torch.nn.attention.varlen import varlen_attn
 
-        lengths = packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen
-        return varlen_attn(*qkv.unbind(1), *lengths)
+        q, k, v = qkv.unbind(1)
+        cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)  # type: ignore[return-value]
     return _dense_attention(qkv, packing)
 
 
@@ -159,7 +161,8 @@ def _dense_attention(qkv: Tensor, packing: Packing) -> Tensor:
 def _select(
     device: torch.device, dtype: torch.dtype, head_dim: int, runs: int | None, max_seqlen: int, choice: str
 ) -> tuple[str, str]:
-    if _known(choice) != "auto":
+    _check_known(choice)
+    if choice != "auto":
         reason = _refusal(choice, device, dtype, head_dim)
         if reason:
             raise ValueError(f"backend: {choice} {reason}; 'auto' takes one that can run")
@@ -183,12 +186,11 @@ def _automatic(refused: dict[str, str], runs: int | None, max_seqlen: int) -> tu
     return "sdpa", f"runs anywhere; {why}; varlen_attn {refused['varlen_attn']}"
 
 
-def _known(choice: str) -> str:
+def _check_known(choice: str) -> None:
     if choice not in NAMES:
         near = difflib.get_close_matches(str(choice), NAMES, n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {choice!r}{hint}")
-    return choice
 
 
 def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

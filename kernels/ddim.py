@@ -136,7 +136,7 @@ def _ddim_step(
     if x_t.numel() == 0:
         return x_next, x_start
     guided, given, philox = pred_uncond is not None, noise is not None, noise is None and seed is not None
-    uncond = pred_uncond if guided else pred_cond
+    uncond = pred_cond if pred_uncond is None else pred_uncond
     sources = (noise if given else x_t, *((seed, offsets) if philox else (x_t, x_t)))
     wrap_triton(_ddim_step_kernel)[(B, triton.cdiv(C * H * W, 4 * BLOCK))](
         x_t, pred_cond, uncond, coefficients, *sources, x_next, x_start, *pred_cond.stride(), *uncond.stride(),
