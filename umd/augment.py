@@ -16,7 +16,7 @@ from umd.config import ClassifierConfig, ClassifierObjectiveConfig
 from umd.errors import UserError
 from umd.flops import classifier_flops
 
-ERASED_AREA, ERASED_ASPECT, ERASE_TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10
+ERASED_AREA, ERASED_ASPECT, ERASE_TRIES = (0.02, 1 / 3), 1 / 0.3, 10
 NOISE_STD = 0.5  # about that of pixels in [-1, 1]
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right
@@ -102,7 +102,8 @@ class ClassifierObjective:
     def __call__(self, model, x_start: Tensor, a: Augmentation) -> tuple[Tensor, Tensor]:
         """One forward pass of images [B, C, H, W] or clips [B, C, F, H, W]: (loss, no parts [0])."""
         logits = model(self.augmented(x_start, a), a.gates)
-        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), a.targets)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, a.targets.to(logits.dtype))
         return loss, loss.detach().new_empty(0)
 
 
@@ -135,7 +136,7 @@ def draw_erased(rng: np.random.Generator, probability: float, image_size: tuple[
     if rng.random() < probability:
         for _ in range(ERASE_TRIES):
             area = H * W * rng.uniform(*ERASED_AREA)
-            aspect = math.exp(rng.uniform(*map(math.log, ERASED_ASPECT)))
+            aspect = ERASED_ASPECT ** rng.uniform(-1, 1)
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < h < H and 0 < w < W:
                 top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))

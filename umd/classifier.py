@@ -101,12 +101,6 @@ class Classifier(nn.Module):
     def features(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """What the head sees: the mean of the CLS tokens, or of the patch tokens, behind the final norm: [B, D]."""
         config, B = self.config, len(x)
-        clip = (config.num_frames,) if config.num_frames > 1 else ()
-        expected = (config.channels, *clip, *config.image_size)
-        if tuple(x.shape[1:]) != expected:
-            raise UserError(
-                f"images: expected [B, {', '.join(map(str, expected))}] for this model, got {list(x.shape)}"
-            )
         packing, block_packing = layout(config, B, x.device)
         patches = ops.patchify(to_images(x, config), config.patch_size).flatten(0, 1)  # [B·L, C·p·P·P]
         y = self.x_embedder(patches)  # [B·L, D]
@@ -141,9 +135,10 @@ def classifier_config(source: ViTConfig, **changes) -> ClassifierConfig:
 @torch.no_grad()
 def encoder_weights(source: UMD | DiffMAE) -> dict[str, Tensor]:
     """Weights of a `Classifier`, all but the head's, whose features are `source.represent(x)` at t = 0."""
-    own = dict(source.named_parameters())
+    own: dict[str, Tensor] = dict(source.named_parameters())
     weights = {name: own[name] for name in ("x_embedder.weight", "x_embedder.bias", "pos_embed", "cls_token")}
-    encoder = source.encoder
+    ones = torch.ones_like(source.cls_token[0])  # [D]
+    zeros = 0 * ones
     tables: tuple[Tensor, ...] = ()
     if isinstance(source, UMD):
         cond, tables, _ = source.condition(torch.zeros(1, dtype=torch.int64, device=source.pos_embed.device))
@@ -152,22 +147,19 @@ def encoder_weights(source: UMD | DiffMAE) -> dict[str, Tensor]:
     elif source.pos_embed_time is not None:
         weights["pos_embed"] = (source.pos_embed_time[:, None] + source.pos_embed).flatten(0, 1)
 
-    def norm(name: str, module: nn.Module, shift: Tensor | float, scale: Tensor | float) -> None:
-        ones = torch.ones_like(weights["cls_token"][0])
-        weight, bias = (ones, 0 * ones) if module.weight is None else (module.weight, module.bias)
+    def norm(name: str, shift: Tensor, scale: Tensor) -> None:
+        weight, bias = own.get(f"{name}.weight", ones), own.get(f"{name}.bias", zeros)
         weights[f"{name}.weight"], weights[f"{name}.bias"] = weight * (1 + scale), bias * (1 + scale) + shift
 
-    for i, block in enumerate(encoder.layers):
+    for i in range(source.config.depth):
         name = f"encoder.layers.{i}"
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            (table[0] for table in tables[6 * i : 6 * i + 6]) if tables else (0.0, 0.0, None, 0.0, 0.0, None)
-        )
-        norm(f"{name}.norm1", block.norm1, shift1, scale1)
-        norm(f"{name}.norm2", block.norm2, shift2, scale2)
-        layers = (("attn.qkv", None), ("attn.proj", gate1), ("mlp.fc1", None), ("mlp.fc2", gate2))
-        for layer, gate in layers:
+        constants = [table[0] for table in tables[6 * i : 6 * i + 6]] or [zeros, zeros, ones] * 2
+        shift1, scale1, gate1, shift2, scale2, gate2 = constants  # each [D]
+        norm(f"{name}.norm1", shift1, scale1)
+        norm(f"{name}.norm2", shift2, scale2)
+        for layer, gate in (("attn.qkv", None), ("attn.proj", gate1), ("mlp.fc1", None), ("mlp.fc2", gate2)):
             weight, bias = own[f"{name}.{layer}.weight"], own[f"{name}.{layer}.bias"]
             weights[f"{name}.{layer}.weight"] = weight if gate is None else gate[:, None] * weight
             weights[f"{name}.{layer}.bias"] = bias if gate is None else gate * bias
-    norm("encoder.norm", encoder.norm, 0.0, 0.0)
+    norm("encoder.norm", zeros, zeros)
     return weights

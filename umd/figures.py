@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 
 # In the SVG each colour becomes var(--name), which the page defines for light and for dark.
 COLOURS = {
@@ -211,7 +211,6 @@ def confusion_sheet(counts: np.ndarray, names: Sequence[str]) -> np.ndarray:
     side = min(9.0, 3.2 + 0.28 * K)
     with rc_context(STYLE):
         figure = Figure(figsize=(side + 0.6, side), layout="constrained", dpi=120)
-        canvas = FigureCanvasAgg(figure)
         ax = figure.add_subplot()
         image = ax.imshow(share, cmap="Blues", vmin=0, vmax=100)
         figure.colorbar(image, ax=ax, label="% of the class", fraction=0.046)
@@ -225,5 +224,6 @@ def confusion_sheet(counts: np.ndarray, names: Sequence[str]) -> np.ndarray:
         ax.set_ylabel("class")
         right = counts.trace() / max(counts.sum(), 1)
         ax.set_title(f"{counts.sum()} held-out pictures, {100 * right:.1f} % right")
-        canvas.draw()
-        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, bbox_inches="tight")  # long names may reach beyond the figure
+        return np.asarray(Image.open(buffer).convert("RGB"))
