@@ -8,7 +8,7 @@ Letters: N tokens of the stream, S samples, D width, L patches, K visible patche
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -390,8 +390,8 @@ class UMD(nn.Module):
         places = torch.arange(S * L, device=x.device) if ids is None else ids
         x = x.index_select(0, places + places // L + 1)  # [Q, D]
         memories = [
-            Memory(block.attn.memory(tokens, batch.encoder_blocks), batch.decoder_blocks, batch.encoder_blocks)
-            for block in self.decoder.layers
+            Memory(attention.memory(tokens, batch.encoder_blocks), batch.decoder_blocks, batch.encoder_blocks)
+            for attention in (cast(CrossAttention, block.attn) for block in self.decoder.layers)
         ]
         prediction = self.head(self.decoder(x, batch.decoder_blocks, modulation, memories=memories))  # [Q, 2·C·P·P]
         if ids is None:
