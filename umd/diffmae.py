@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umd import ops
-from umd.config import DiffMAEConfig
+from umd.config import ClassifierConfig, DiffMAEConfig
 from umd.device import autocast
 from umd.errors import UserError
 from umd.model import (
@@ -75,7 +75,7 @@ def layout(
     )
 
 
-def to_images(x: Tensor, config: DiffMAEConfig) -> Tensor:
+def to_images(x: Tensor, config: DiffMAEConfig | ClassifierConfig) -> Tensor:
     """Clips [B, C, F, H, W] to images [B·F/p, C·p, H, W], p frames each; images [B, C, H, W] are left as they are."""
     shape = (config.channels, *config.image_size)
     clip = (config.channels, config.num_frames, *config.image_size)
