@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from umd import ops
 from umd.checkpoint import (
     BackgroundSave,
     Checkpoint,
@@ -41,7 +42,7 @@ from umd.train.optim import adamw, lr_scale
 from umd.train.parallel import DDP, Alone, LossStep, Zero, strategy
 from umd.train.preview import filled_sheets, picture_maker, reconstructions, rgb
 from umd.train.quarantine import record_quarantine
-from umd.train.run import RunConfig, to_plain, write_config
+from umd.train.run import RunConfig, check_attention, to_plain, write_config
 
 PREVIEW_IMAGES = 8
 
@@ -79,6 +80,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
             f"use a multiple of {world.size * config.accumulate}"
         )
     dtype = pick_dtype(config.precision, device)
+    check_attention(config, device, dtype)
     with world.main_first():
         dataset = open_dataset(config.data, "train")
         config = replace(config, data=with_vae(config.data, dataset))
@@ -151,7 +153,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
                     log.picture(label, sheet, step)
 
     writer = RunLog(config.out, console, step, name) if world.main else NoLog()
-    with writer as log, finished(background), stop_signal() as stop:
+    with writer as log, finished(background), stop_signal() as stop, ops.attention(config.attention):
         log.say(f"{describe(dataset)}; {reader(dataset, config.data)}")
         log.say(
             f"{num_weights / 1e6:.1f} M parameters on {parallel.place(device)}, "

@@ -10,6 +10,7 @@ import torch
 import yaml
 from tyro.conf import AvoidSubcommands
 
+from umd import ops
 from umd.checkpoint import load_checkpoint, load_model_state
 from umd.classifier import classifier_config
 from umd.config import (
@@ -61,6 +62,8 @@ class RunConfig:
     """Autocast type; auto is bf16 where the hardware multiplies it."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; of several processes each takes the GPU of its own number."""
+    attention: Literal["auto", "flash_attn", "varlen_attn", "sdpa", "matmul"] = "auto"
+    """Backend of self-attention; `umd doctor` tells which one auto is here."""
     compile: bool = False
     """Run the network through torch.compile."""
     checkpointing: bool = False
@@ -295,6 +298,15 @@ def from_plain(cls: type, values: Mapping[str, Any], where: str) -> Any:
             raise UserError(f"{where}: {name} is {value!r}; expected {expected}") from error
 
     return cls(**{name: checked(name, value) for name, value in values.items()})
+
+
+def check_attention(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError if the configured backend cannot run this network here."""
+    try:
+        head_dim = config.model.hidden_size // config.model.num_heads
+        ops.attention_backend(device, dtype, head_dim, backend=config.attention)
+    except ValueError as error:
+        raise UserError(f"attention {error}") from error
 
 
 def write_config(config: RunConfig) -> None:

@@ -23,6 +23,7 @@ from umd.config import ModelConfig, ObjectiveConfig
 from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Objective
+from umd.ops import attention_backend
 from umd.schedule import NoiseSchedule
 from umd.train.data import DataConfig, open_dataset, train_loader
 from umd.train.log import read_metrics
@@ -342,6 +343,17 @@ def test_recomputed_activations_change_nothing(tiny):
 
 
 @pytest.mark.slow
+def test_the_attention_backend_is_the_one_asked_for(tiny):
+    """SDPA's losses are those of the CPU's own path; a backend that cannot run here is one sentence."""
+    for attention in ("auto", "sdpa"):
+        train(tiny(out=attention, attention=attention), QUIET)
+    ours, sdpa = ([row["loss"] for row in read_metrics(tiny(out=name).out)] for name in ("auto", "sdpa"))
+    assert sdpa == pytest.approx(ours, rel=1e-4) and len(ours) > 0
+    with pytest.raises(UserError, match="^attention backend: varlen_attn takes bf16 and fp16, not float32"):
+        train(tiny(attention="varlen_attn"), QUIET)
+    assert attention_backend(torch.device("cpu"), torch.float32, 16).name == "matmul"  # of this process, as before
+
+
 def test_compiled_training_gives_the_same_losses(tiny):
     plain, compiled = tiny("plain"), tiny("compiled", compile=True)
     for config in (plain, compiled):
