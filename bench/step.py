@@ -28,7 +28,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from umd.config import ModelConfig, ObjectiveConfig, model_config
 from umd.device import keep_freed_memory
 from umd.errors import UserError
-from umd.kernels.linear import identity
 from umd.model import UMD
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
@@ -202,7 +201,11 @@ class MatmulRecorder(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("mm", "bmm", "addmm", "baddbmm"):
             a, b = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
-            if name == "mm" and len(a) == a.shape[1] and a is identity(len(a)):
+            if (
+                name == "mm"
+                and len(a) == a.shape[1]
+                and torch.equal(a, torch.eye(len(a), dtype=a.dtype, device=a.device))
+            ):
                 self.transposing_flops += 2 * a.numel() * b.shape[1]
             else:
                 self.shapes[tuple(a.shape), tuple(b.shape), a.dtype] += 1

@@ -26,13 +26,13 @@ _GELU_1, _GELU_3 = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
 
 
 @lru_cache(maxsize=8)
-def identity(n: int) -> Tensor:
+def _identity(n: int) -> Tensor:
     return torch.eye(n, dtype=torch.bfloat16)
 
 
 def _transposed(x: Tensor) -> Tensor:
     """[N, n] to a contiguous [n, N]: exact, and in a third of the time that a copy takes."""
-    return identity(x.shape[1]) @ x.t()
+    return _identity(x.shape[1]) @ x.t()
 
 
 class BF16LinearFunction(torch.autograd.Function):

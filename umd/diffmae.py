@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from umd import ops
 from umd.config import ClassifierConfig, DiffMAEConfig
 from umd.device import autocast
+from umd.embedders import TimestepEmbedder
 from umd.errors import UserError
 from umd.model import (
     Block,
@@ -28,7 +29,6 @@ from umd.model import (
     CrossSelfBlock,
     Linear,
     Memory,
-    TimestepEmbedder,
     initialize_blocks,
     lecun_normal,
     per_token,

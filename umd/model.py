@@ -6,7 +6,6 @@ each sample. MAE, MaskDiT and DiT are the same network under other masks and noi
 Letters: N tokens of the stream, S samples, D width, L patches, K visible patches, R distinct conditions, P patch size.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -17,52 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from umd import ops
 from umd.config import ModelConfig, ViTConfig
+from umd.embedders import LabelEmbedder, TimestepEmbedder
 from umd.errors import UserError
 from umd.masking import Layout, layout
 from umd.modulation import build_modulation
 from umd.ops import Packing
 
 Branch = tuple[Tensor, Tensor | None] | None  # a branch not yet added to the residual stream: (h [N, D], gate [R, D])
-
-
-def timestep_features(timesteps: Tensor, dim: int, released: bool, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal features [R, dim] of model times [R]. The paper's are DiT's: cosine first, frequencies 1e4^(-i/half);
-    the released code puts sine first and divides by half - 1."""
-    half = dim // 2
-    index = torch.arange(half, dtype=torch.float64, device=timesteps.device)
-    angles = timesteps.double()[:, None] * torch.exp(-math.log(1e4) * index / (half - 1 if released else half))
-    order = (angles.sin(), angles.cos()) if released else (angles.cos(), angles.sin())
-    return torch.cat(order, dim=-1).to(dtype)
-
-
-class TimestepEmbedder(nn.Module):
-    """e_t: sin/cos features of t, Linear, SiLU, Linear."""
-
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        D = config.hidden_size
-        self.released = config.embedding == "released"
-        self.features, hidden = (D, 2 * D) if self.released else (256, D)
-        self.mlp = nn.Sequential(nn.Linear(self.features, hidden), nn.SiLU(), nn.Linear(hidden, D))
-
-    def forward(self, timesteps: Tensor) -> Tensor:
-        dtype = next(self.parameters()).dtype
-        features = timestep_features(timesteps, self.features, self.released, dtype)
-        return self.mlp(features)  # [R, D]
-
-
-class LabelEmbedder(nn.Module):
-    """e_y: a table of classes, the last row the learned null class; the released code puts an MLP behind it."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        D = config.hidden_size
-        self.embedding_table = nn.Embedding(config.num_classes + 1, D)
-        released = config.embedding == "released"
-        self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D)) if released else nn.Identity()
-
-    def forward(self, labels: Tensor) -> Tensor:
-        return self.mlp(self.embedding_table(labels))  # [R, D]
 
 
 class Linear(nn.Linear):

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from umd.config import DiffMAEConfig, DiffMAEObjectiveConfig
 from umd.diffmae import DiffMAE, fill, filling_denoiser, from_images, layout, patch_mask, to_images
+from umd.embedders import timestep_features
 from umd.errors import UserError
 from umd.flops import diffmae_decoder_flops, diffmae_encoder_flops
 from umd.kernels import backend
-from umd.model import timestep_features
 from umd.objective import DiffMAEObjective
 from umd.ops import patchify
 from umd.schedule import NoiseSchedule

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from umd.config import SIZES, ModelConfig, model_config
+from umd.embedders import timestep_features
 from umd.errors import UserError
 from umd.masking import layout
-from umd.model import UMD, timestep_features
+from umd.model import UMD
 from umd.ops import patchify
 
 CPU = torch.device("cpu")
