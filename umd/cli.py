@@ -33,8 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     if silent(*arguments[:1]):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         warnings.simplefilter("ignore")
-    # Before torch is imported. Threads that spin while they wait make a step on a busy machine ten times slower, threads
-    # that sleep at once make one on a quiet machine three times slower: GNU's OpenMP spins briefly, then sleeps.
+    # Before torch is imported. Waiting threads that spin make a step on a busy machine several times slower, those that
+    # sleep at once make one on a quiet machine three times slower: GNU's OpenMP spins briefly, then sleeps.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
