@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -341,9 +342,13 @@ def run(bench: StepBench, console: Console) -> list[Row]:
 def print_rows(bench: StepBench, rows: list[Row], seconds: dict[str, list[float]], console: Console) -> None:
     where = torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     table = Table(
-        title=f"{bench.model} {bench.image_size}x{bench.image_size}, batch {bench.batch}, {bench.dtype}, {where}"
+        title=f"{bench.model} {bench.image_size}x{bench.image_size}, batch {bench.batch}, {bench.dtype}, {where}",
+        caption="ratio: the row's time over UMD's, in the same round",
+        box=box.SIMPLE,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    for column in ("step", "seconds (min-max)", "img/s", "TFLOP", "peak GiB", "UMD faster", "FLOPs"):
+    for column in ("step", "seconds (min-max)", "img/s", "TFLOP", "peak GiB", "ratio", "FLOPs"):
         table.add_column(column, justify="left" if column == "step" else "right", no_wrap=True)
     ours = rows[0]
     for row in rows:
