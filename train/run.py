@@ -318,7 +318,10 @@ def write_config(config: RunConfig) -> None:
 
 
 def read_config(path: Path) -> RunConfig:
-    """The configuration of a run folder or of a config.yaml. Raises UserError if there is none or it is damaged."""
+    """The configuration of a run folder or of a config.yaml. Raises UserError if there is none or it is damaged.
+
+    A folder that was moved or copied since is the run's folder now.
+    """
     file = path / "config.yaml" if path.is_dir() else path
     try:
         values = yaml.safe_load(file.read_text())
@@ -330,7 +333,8 @@ def read_config(path: Path) -> RunConfig:
         raise UserError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no settings; expected the config.yaml of a run")
-    return from_plain(RunConfig, values, str(file))
+    config = from_plain(RunConfig, values, str(file))
+    return replace(config, out=path) if path.is_dir() else config
 
 
 def load_model(path: Path, ema: bool = True, device: torch.device | str = "cpu") -> AnyModel:

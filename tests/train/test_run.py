@@ -35,6 +35,14 @@ def test_presets_survive_yaml_and_json(name, tmp_path):
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
+def test_a_moved_run_is_where_it_lies(tmp_path):
+    """Else `umd sample` would read the weights of the folder that it was copied from."""
+    write_config(replace(PRESETS["umd-tiny"][1], out=tmp_path / "before"))
+    (tmp_path / "before").rename(tmp_path / "now")
+    assert read_config(tmp_path / "now").out == tmp_path / "now"
+    assert read_config(tmp_path / "now" / "config.yaml").out == tmp_path / "before"
+
+
 def test_settings_that_are_not_defaults_survive_yaml(tmp_path):
     config = RunConfig(
         out=tmp_path,
