@@ -40,6 +40,7 @@ setup(
         "latent": ["diffusers"],
         # For video files; folders of frames and .npz need nothing more.
         "video": ["av"],
+        "wandb": ["wandb"],
         # For checkpoint folders of the authors' JAX code; their .npz files need nothing more.
         "import": ["tensorstore"],
         "gpu": ["triton"],

@@ -1,7 +1,8 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard scalars and pictures, a progress bar or plain lines."""
+"""What a run writes while it trains: metrics.jsonl, scalars and pictures for TensorBoard or W&B, a progress bar."""
 
 import json
 import os
+import secrets
 import threading
 import time
 from pathlib import Path
@@ -11,20 +12,28 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from umd.errors import UserError
 from umd.images import save_png
 
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw a bar in
 
 
 class RunLog:
-    """Writes the rows and pictures of a run that goes on from step `start`; later rows of a killed one are dropped."""
+    """Writes the rows and pictures of a run that goes on from step `start`; later rows of a killed one are dropped.
 
-    def __init__(self, out: Path, console: Console, start: int, name: str):
+    project: of Weights & Biases, to which they go as well, with `settings`; "": not.
+    Raises UserError if W&B is asked for and cannot be used.
+    """
+
+    def __init__(
+        self, out: Path, console: Console, start: int, name: str, project: str = "", settings: dict | None = None
+    ):
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.console, self.name = out, console, name
         self._drop_rows_after(start)
         self._rows = (out / "metrics.jsonl").open("a")
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1 if start else None)
+        self._wandb = open_wandb(out, project, settings) if project else None
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -47,6 +56,8 @@ class RunLog:
         self._bar.stop()
         self._rows.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         threading.excepthook = threading.__excepthook__
 
     def row(self, row: dict) -> None:
@@ -65,6 +76,8 @@ class RunLog:
         for key, value in row.items():
             if key not in ("step", "seconds"):
                 self._board.add_scalar(key, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(row, step=row["step"])
 
     def progress(self, share: float) -> None:
         self._bar.update(self._task, completed=min(share, 1.0))
@@ -73,6 +86,10 @@ class RunLog:
         """uint8 [H, W, 3] to images/NAME-STEP.png and to TensorBoard."""
         save_png(sheet, self.out / "images" / f"{name}-{step:08d}.png")
         self._board.add_image(name, sheet, step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(sheet)}, step=step)
 
     def say(self, text: str) -> None:
         # as it is: a path must not be broken at the width of the terminal, nor brackets in it be taken for markup
@@ -103,6 +120,24 @@ class NoLog:
 
     def say(self, text: str) -> None:
         pass
+
+
+def open_wandb(out: Path, project: str, settings: dict | None):
+    """The W&B run of this folder, the same one when it is resumed. Raises UserError if wandb cannot be used."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("wandb is not installed: pip install wandb, or leave out --wandb") from error
+    file = out / "wandb-id"
+    if not file.exists():
+        file.write_text(secrets.token_hex(4))
+    try:
+        return wandb.init(
+            project=project, id=file.read_text(), name=out.name, dir=out, config=settings, resume="allow",
+            settings=wandb.Settings(quiet=True),
+        )  # fmt: skip
+    except wandb.errors.Error as error:
+        raise UserError(f"Weights & Biases: {error} Or WANDB_MODE=offline, or without --wandb") from error
 
 
 def read_metrics(file: Path) -> list[dict]:

@@ -25,7 +25,7 @@ from umd.checkpoint import (
     save_checkpoint,
 )
 from umd.classifier import Classifier
-from umd.device import autocast, keep_freed_memory, peak_flops, pick_dtype
+from umd.device import autocast, keep_freed_memory, peak_flops, peak_memory, pick_dtype
 from umd.ema import EMA, ema_rate, warm_rate
 from umd.errors import UserError
 from umd.images import grid
@@ -152,7 +152,8 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
                 for label, sheet in previews(network, objective, preview, dtype, show, clip=not on_latents).items():
                     log.picture(label, sheet, step)
 
-    writer = RunLog(config.out, console, step, name) if world.main else NoLog()
+    settings = to_plain(config)
+    writer = RunLog(config.out, console, step, name, config.wandb, settings) if world.main else NoLog()
     with writer as log, finished(background), stop_signal() as stop, ops.attention(config.attention):
         log.say(f"{describe(dataset)}; {reader(dataset, config.data)}")
         log.say(
@@ -231,7 +232,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
                     row |= {name: value for name, value in zip(part_names, parts_read, strict=True) if name}
                     row |= {"lr": lr, "grad_norm": float(norm)}
                     row |= {"images_per_second": window * config.batch_size / took}
-                    row |= {"mfu": window * flops / took / peak}
+                    row |= {"mfu": window * flops / took / peak, "peak_memory_bytes": peak_memory(device)}
                     log.row(row)
                     window, window_start = 0, time.perf_counter()
                 paused = time.perf_counter()

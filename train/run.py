@@ -74,6 +74,8 @@ class RunConfig:
     """Checkpoints kept."""
     log_every: int = 10
     """Steps between log lines."""
+    wandb: str = ""
+    """Log to this project of Weights & Biases as well (pip install wandb)."""
     draw_every: int = 1000
     """Steps between pictures of reconstructions (and samples, with labels), or for a classifier between its scores on
     the held-out pictures; the last step always has them. 0: never."""

@@ -1,7 +1,9 @@
 """What this machine computes on, in which type, and how fast that could be at best."""
 
 import ctypes
+import resource
 import statistics
+import sys
 import time
 
 import torch
@@ -73,6 +75,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2 * n**3 / statistics.median(sorted(seconds)[:4])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by torch's allocator on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def keep_freed_memory() -> None:

@@ -347,7 +347,7 @@ def test_the_attention_backend_is_the_one_asked_for(tiny):
     """SDPA's losses are those of the CPU's own path; a backend that cannot run here is one sentence."""
     for attention in ("auto", "sdpa"):
         train(tiny(out=attention, attention=attention), QUIET)
-    ours, sdpa = ([row["loss"] for row in read_metrics(tiny(out=name).out)] for name in ("auto", "sdpa"))
+    ours, sdpa = ([row[3] for row in losses(tiny(out=name))] for name in ("auto", "sdpa"))
     assert sdpa == pytest.approx(ours, rel=1e-4) and len(ours) > 0
     with pytest.raises(UserError, match="^attention backend: varlen_attn takes bf16 and fp16, not float32"):
         train(tiny(attention="varlen_attn"), QUIET)
@@ -391,7 +391,7 @@ def test_rows_and_tensorboard_say_the_same(tiny):
     rows = read_metrics(config.out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [2, 4, 6]
     keys = {"step", "images_seen", "epoch", "seconds", "loss", "loss_noised_eps", "loss_noised_x0", "loss_clean"}
-    keys |= {"lr", "grad_norm", "images_per_second", "mfu"}
+    keys |= {"lr", "grad_norm", "images_per_second", "mfu", "peak_memory_bytes"}
     count = len(open_dataset(config.data, "train"))
     for row in rows:
         assert row.keys() == keys and all(math.isfinite(value) for value in row.values())
@@ -409,6 +409,21 @@ def test_rows_and_tensorboard_say_the_same(tiny):
         assert [(event.step, event.value) for event in board.Scalars(key)] == [
             (row["step"], pytest.approx(row[key], rel=1e-6)) for row in rows
         ]
+
+
+def test_wandb_has_one_run_a_folder(tiny, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for steps in (2, 4):
+        train(tiny(wandb="umd-tests", steps=steps), QUIET)
+    runs = list((tiny().out / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(runs) == 2 and len({run.name for run in runs}) == 1 and wandb.run is None
+
+
+def test_wandb_that_is_not_there_is_named(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb, or leave out --wandb"):
+        train(tiny(wandb="umd-tests"), QUIET)
 
 
 def test_tensorboard_of_a_resumed_run_has_each_step_once(tiny):
