@@ -12,10 +12,14 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from umd import ops
+from umd.device import autocast
 from umd.diffmae import DiffMAE, fill
 from umd.errors import UserError
 from umd.images import grid, save_png
+from umd.masking import layout
 from umd.methods import AnyModel
+from umd.model import UMD
 from umd.sampler import inpaint
 from umd.schedule import NoiseSchedule
 from umd.train.data import center_view, centered_view_of_file, open_dataset
@@ -171,6 +175,22 @@ def fillings(
         out, views = torch.stack(drawn, 1), torch.cat(seen, 1)
     views = torch.where(hole[:, None, None].bool(), views, x[:, None, None])
     return Fillings(x, torch.where(hole.bool(), torch.zeros_like(x), x), out, views)
+
+
+@torch.no_grad()
+def reconstruct(model: UMD, x: Tensor, hole: Tensor, dtype: torch.dtype) -> Tensor:
+    """An MAE's filling [B, C, H, W] of a hole [B, 1, H, W]: every patch it touches in one pass without noise; the kept
+    pixels come back bit for bit."""
+    config = model.config
+    B, L, P = len(x), config.num_patches, config.patch_size
+    mask = ops.patchify(hole, P).amax(-1) > 0  # [B, L], 1 remove
+    keep, ids_keep = tuple((L - mask.sum(1)).tolist()), (~mask).flatten().nonzero()[:, 0]
+    visible = ops.patchify(x, P).flatten(0, 1).index_select(0, ids_keep)  # [sum K, C·P·P]
+    with autocast(x.device, dtype):
+        clean = torch.zeros(1, dtype=torch.int64, device=x.device)  # t = 0, of all pictures
+        prediction = model(visible, ids_keep, layout(config, keep, (0,) * B, x.device), clean)
+    x_start, _ = model.to_images(prediction.to(x.dtype))
+    return torch.where(hole.bool(), x_start, x)
 
 
 def inpainting_rows(

@@ -1,0 +1,47 @@
+"""`umd bench reproduce`: small trainings from scratch, and what docs/results shows of them. A stopped one goes on."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from umd.errors import UserError
+
+PARTS = {  # each a module with reproduce(options, console)
+    "filling": "umd.bench.filling",
+}
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Train from scratch, measure, and draw the figures of docs/results."""
+
+    part: Annotated[Literal["filling"], tyro.conf.Positional]
+    """filling: what DiffMAE and MAE put in the place of hidden patches."""
+    steps: int = 0
+    """Of each training; 0: as many as the committed figures had."""
+    pictures: int = 256
+    """Held-out pictures that are measured."""
+    out: Path = Path("runs/reproduce")
+    """Folder of the runs; those found there go on, or are taken as they are where they have ended."""
+    figures: Path = Path("docs/results")
+    """Where the pictures go, and the numbers as JSON."""
+    seed: int = 0
+    """Of weights, data order, masks and noise."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise UserError(f"steps must be 0 (those of the figures) or more, got {self.steps}")
+        if self.pictures < 1:
+            raise UserError(f"pictures must be at least 1, got {self.pictures}")
+
+
+def run(options: Reproduce, console: Console) -> None:
+    console.print(f"{torch.get_num_threads()} threads, torch {torch.__version__}", highlight=False)
+    import_module(PARTS[options.part]).reproduce(options, console)
