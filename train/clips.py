@@ -18,17 +18,32 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif", ".mpg", ".m4v
 class ClipDataset(ImageDataset):
     """Clips of one split: `pictures` are uint8 [N, F', h, w, C], or N video files or folders of frames."""
 
+    num_frames: int = 1
+    """Frames that are taken of each."""
+    frame_stride: int = 1
+    """Every which."""
+
     def image(self, index: int) -> np.ndarray:
-        """The clip as stored, uint8 [F', h, w, C]. Raises UserError naming the file if it cannot be read."""
+        """The clip as stored, uint8 [F', h, w, C]. Raises UserError naming the file if it cannot be read or is too
+        short."""
         clip = self.pictures[index]
-        return clip if isinstance(clip, np.ndarray) else decode_clip(Path(clip))
+        if isinstance(clip, np.ndarray):
+            return clip
+        frames = decode_clip(Path(clip))
+        check_length(len(frames), self.num_frames, self.frame_stride, f"clip {clip}")
+        return frames
 
 
-def open_clips(source: str, split: str, holdout: float, skip_broken: bool) -> ClipDataset:
+def open_clips(
+    source: str, split: str, holdout: float, skip_broken: bool, num_frames: int = 1, frame_stride: int = 1
+) -> ClipDataset:
     """The clips of one split. Raises UserError if the source is missing, holds none, or is damaged."""
     path = Path(source).expanduser()
     if path.suffix == ".npz" and path.exists():
-        return open_clip_arrays(path, split, holdout)
+        dataset = open_clip_arrays(path, split, holdout)
+        assert isinstance(dataset.pictures, np.ndarray)
+        check_length(dataset.pictures.shape[1], num_frames, frame_stride, f"a clip of {path}")
+        return dataset
     if not path.is_dir():
         raise UserError(
             f"data source {source} holds no clips: expected a folder of video files or of folders of frames, or a .npz"
@@ -54,14 +69,22 @@ def open_clips(source: str, split: str, holdout: float, skip_broken: bool) -> Cl
         labels=None if labels is None else labels[rows],
         class_names=class_names,
         skip_broken=skip_broken,
+        num_frames=num_frames,
+        frame_stride=frame_stride,
     )
 
 
 def open_clip_arrays(path: Path, split: str, holdout: float) -> ClipDataset:
-    """A .npz with `clips`, uint8 [N, F', h, w, C] or [N, F', h, w], and perhaps `labels` [N]."""
+    """A .npz with `clips`, uint8 [N, F', h, w, C] or [N, F', h, w], and perhaps `labels` [N]; with splits of its own
+    as `train_clips`, `test_clips`, `train_labels`, `test_labels`."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            clips, labels = stored["clips"], stored.get("labels")
+            own_splits = {"train_clips", "test_clips"} <= set(stored)
+            parts = ("train_", "test_") if own_splits else ("",)
+            mine = parts[split == "test"] if own_splits else ""
+            clips = stored[f"{mine}clips"]
+            labels = [check_labels(stored[f"{part}labels"], str(path)) for part in parts if f"{part}labels" in stored]
+            own_labels = check_labels(stored[f"{mine}labels"], str(path)) if f"{mine}labels" in stored else None
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(f"cannot read clips from {path} ({error}): expected an array `clips` in it") from error
     clips = clips[..., None] if clips.ndim == 4 else clips
@@ -69,13 +92,16 @@ def open_clip_arrays(path: Path, split: str, holdout: float) -> ClipDataset:
         raise UserError(
             f"the clips in {path} are {clips.dtype} {list(clips.shape)}; expected uint8 [N, F, h, w, 1 or 3]"
         )
-    rows = choose_split(map(str, range(len(clips))), split, holdout, str(path))
-    class_names: list[str] = []
-    if labels is not None:
-        labels = check_labels(labels, str(path))
-        class_names = [str(i) for i in range(int(labels.max()) + 1)]
-        labels = labels[rows]
-    return ClipDataset(name=path.stem, split=split, pictures=clips[rows], labels=labels, class_names=class_names)
+    if own_labels is not None and len(own_labels) != len(clips):
+        raise UserError(f"{path} has {len(clips)} {split} clips and {len(own_labels)} labels; expected as many")
+    rows = np.arange(len(clips)) if own_splits else choose_split(map(str, range(len(clips))), split, holdout, str(path))
+    return ClipDataset(
+        name=path.stem,
+        split=split,
+        pictures=clips[rows],
+        labels=None if own_labels is None else own_labels[rows],
+        class_names=[] if own_labels is None else [str(i) for i in range(1 + max(int(part.max()) for part in labels))],
+    )
 
 
 def decode_clip(path: Path) -> np.ndarray:
@@ -110,11 +136,16 @@ def take_frames(clip: np.ndarray, num_frames: int, stride: int, rng: np.random.G
     Raises:
         UserError: the clip is too short.
     """
+    check_length(len(clip), num_frames, stride, "a clip")
     spare = len(clip) - ((num_frames - 1) * stride + 1)
-    if spare < 0:
-        raise UserError(
-            f"a clip has {len(clip)} frames, and the model takes {num_frames}, every {stride}: leave short clips out, "
-            "or lower --data.frame-stride or --model.num-frames"
-        )
     first = spare // 2 if rng is None else int(rng.integers(spare + 1))
     return clip[first : first + (num_frames - 1) * stride + 1 : stride]
+
+
+def check_length(frames: int, num_frames: int, stride: int, what: str) -> None:
+    if frames < (num_frames - 1) * stride + 1:
+        every = f", every {stride}" if stride > 1 else ""
+        raise UserError(
+            f"{what} has {frames} frame{'' if frames == 1 else 's'}, and the model takes {num_frames}{every}: leave "
+            "short clips out (--data.skip-broken does), or lower --data.frame-stride or --model.num-frames"
+        )

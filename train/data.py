@@ -27,7 +27,7 @@ from tyro.conf import Suppress
 
 from umd.device import pick_device
 from umd.errors import UserError
-from umd.train.clips import ClipDataset, decode_clip, open_clips, take_frames
+from umd.train.clips import ClipDataset, check_length, decode_clip, open_clips, take_frames
 from umd.train.emoji import open_emoji
 from umd.train.latents import (
     LatentDataset,
@@ -129,7 +129,9 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDa
     """
     path = Path(config.source).expanduser()
     if config.num_frames > 1:
-        return open_clips(config.source, split, config.holdout, config.skip_broken)
+        return open_clips(
+            config.source, split, config.holdout, config.skip_broken, config.num_frames, config.frame_stride
+        )
     if is_latents(path):
         return open_latents(path, split, config)
     if config.channels not in (1, 3) and not config.vae:
@@ -244,6 +246,8 @@ def centered_view_of_file(path: Path | str, config: DataConfig) -> Tensor:
     if tokenizer := tokenizer_of(config, pick_device()):
         return tokenizer.moments(centered_view_of_file(path, pixel_config(config, tokenizer.vae)))[:, 0].cpu()
     picture = decode(path) if config.num_frames == 1 else decode_clip(Path(path))
+    if config.num_frames > 1:
+        check_length(len(picture), config.num_frames, config.frame_stride, f"clip {path}")
     return as_model_input(torch.from_numpy(np.stack([centered(picture, config)])))
 
 

@@ -117,7 +117,9 @@ def hole_mask(
         hole = (torch.rand(B, 1, *shape, generator=torch.Generator().manual_seed(seed)) < mask_ratio).float()
         for axis, size in ((-1, patch_size), (-2, patch_size), *((2, tubelet_size) for _ in frames)):
             hole = hole.repeat_interleave(size, axis)
-    elif mask == "frames" and frames:
+    elif mask == "frames":
+        if not frames:
+            raise UserError("the mask frames is for clips, and this run is on images: center, left, random, or a PNG")
         F = frames[0] // tubelet_size  # whole tubelets, so that some are left
         hole[:, :, F // 4 * tubelet_size : (F - F // 4) * tubelet_size] = 1
         if F // 4 == 0:
@@ -126,9 +128,8 @@ def hole_mask(
         try:
             drawn = np.asarray(Image.open(mask).convert("L"))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"mask {mask!r} cannot be read; expected center, left, random, or a black and white PNG"
-            ) from error
+            known = "center, left, random, " + ("frames, " if frames else "")
+            raise UserError(f"mask {mask!r} cannot be read; expected {known}or a black and white PNG") from error
         if drawn.shape != (H, W):
             raise UserError(f"mask {mask!r} is {drawn.shape[0]}x{drawn.shape[1]}; this model's pictures are {H}x{W}")
         hole[:] = torch.from_numpy(drawn > 127)

