@@ -1,4 +1,4 @@
-"""`umd bench recognition`: fine-tuning for classification from pre-trained encoders against the same from scratch.
+"""`umd bench reproduce recognition`: classifiers fine-tuned from pre-trained encoders against the same from scratch.
 
 Emoji in Unicode's nine groups, few labels a class, a fixed number of steps. Each start chooses its learning rate among
 the same few, on training pictures that are not drawn for training; only then come the held-out ones, over several
@@ -15,47 +15,33 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from umd.bench.reproduce import Reproduce
 from umd.config import OBJECTIVES
-from umd.errors import UserError
 from umd.train.data import DataConfig
 from umd.train.emoji import GROUPS, load
+from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.run import PRESETS, RunConfig, classify_config
 from umd.train.sources import in_test_split
 
 HOLDOUT = 0.2  # of DataConfig: the pre-training has seen the others
-STARTS = ("UMD", "MAE", "DiffMAE", "scratch")
 SEARCH_SEED = 1000
+STEPS, PRETRAINING = 200, 600
 
 
 @dataclass(frozen=True)
-class RecognitionBench:
+class Comparison:
     """What is trained and compared."""
 
-    starts: tuple[str, ...] = STARTS
-    """Among UMD, MAE, DiffMAE and scratch."""
-    pretraining: int = 600
-    """Steps of each pre-training, 64 pictures each."""
-    shots: int = 50
-    """Labelled pictures a class."""
-    steps: int = 200
-    """Steps of each fine-tuning, 32 pictures each."""
-    rates: tuple[float, ...] = (2e-3, 6e-3, 2e-2)
-    """Learning rates (for a batch of 256) that each start chooses among."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the labels drawn, their order, and new weights."""
-    out: Path = Path("runs/recognition")
-    """Folder of the runs; finished ones there are not run again."""
-    json: Path | None = None
-    """Write the rows here."""
-
-    def __post_init__(self) -> None:
-        if unknown := set(self.starts) - set(STARTS):
-            raise UserError(f"unknown start {unknown.pop()!r}; it is one of {', '.join(STARTS)}")
-        if len(self.seeds) < 2:
-            raise UserError(f"a spread needs 2 seeds or more, got {len(self.seeds)}")
-        if not self.rates or min(self.pretraining, self.shots, self.steps) < 1:
-            raise UserError("rates must be one or more, and pretraining, shots and steps at least 1")
+    out: Path  # of the runs; those that have ended are not run again
+    starts: tuple[str, ...] = ("UMD", "MAE", "DiffMAE", "scratch")
+    pretraining: int = PRETRAINING  # steps of 64 pictures
+    shots: int = 50  # labelled pictures a class
+    steps: int = STEPS  # of a fine-tuning, 32 pictures each
+    rates: tuple[float, ...] = (2e-3, 6e-3, 2e-2)  # for a batch of 256; each start chooses one
+    seeds: tuple[int, ...] = (0, 1, 2)  # of the labels drawn, their order, and new weights
+    scored: int | None = None  # pictures that are scored on; None: all
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -67,7 +53,7 @@ class Row:
     averaged: list[float]  # accuracy averaged over classes
 
 
-def pretraining_config(start: str, bench: RecognitionBench) -> RunConfig:
+def pretraining_config(start: str, plan: Comparison) -> RunConfig:
     """The tiny presets, all with four CLS tokens; MAE as the setting of UMD that it is."""
     config = PRESETS["diffmae-tiny" if start == "DiffMAE" else "umd-tiny"][1]
     model, objective = replace(config.model, num_cls=4), config.objective
@@ -75,19 +61,20 @@ def pretraining_config(start: str, bench: RecognitionBench) -> RunConfig:
         model, objective = replace(model, adaLN=False), OBJECTIVES["mae"]
     return replace(
         config,
-        out=bench.out / start.lower(),
+        out=plan.out / start.lower(),
         model=model,
         objective=objective,
         data=replace(config.data, num_workers=1),
         minutes=0,
-        steps=bench.pretraining,
+        steps=plan.pretraining,
         save_every=200,
         keep=1,
         draw_every=0,
+        device=plan.device,
     )
 
 
-def labelled(path: Path, shots: int, seed: int, search: bool) -> None:
+def labelled(path: Path, shots: int, seed: int, search: bool, scored: int | None = None) -> None:
     """Write a .npz of `shots` training pictures a class and those to score on: the held-out ones, or for the search a
     fifth of the training split, whose emoji are then not trained on."""
     images, labels, bases = load()
@@ -99,25 +86,25 @@ def labelled(path: Path, shots: int, seed: int, search: bool) -> None:
         train_rows, test_rows = ~held_out, held_out
     rng = np.random.default_rng(seed)
     drawn = [rng.permutation(np.flatnonzero(train_rows & (labels == label)))[:shots] for label in range(len(GROUPS))]
-    chosen = np.concatenate(drawn)
+    chosen, test_ids = np.concatenate(drawn), rng.permutation(np.flatnonzero(test_rows))[:scored]
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(
         path,
         train_images=images[chosen],
         train_labels=labels[chosen],
-        test_images=images[test_rows],
-        test_labels=labels[test_rows],
+        test_images=images[test_ids],
+        test_labels=labels[test_ids],
     )
 
 
-def classified(start: str, rate: float, seed: int, search: bool, bench: RecognitionBench, console: Console) -> dict:
+def classified(start: str, rate: float, seed: int, search: bool, plan: Comparison, console: Console) -> dict:
     """The scores of one fine-tuning; `umd finetune --task classify` with a recipe for few steps."""
-    source = bench.out / f"{'search' if search else 'labels'}-{seed}.npz"
+    source = plan.out / f"{'search' if search else 'labels'}-{seed}.npz"
     if not source.exists():
-        labelled(source, bench.shots, seed, search)
+        labelled(source, plan.shots, seed, search, plan.scored)
     scratch = start == "scratch"
-    pretrained = pretraining_config("UMD" if scratch else start, bench)
-    out = bench.out / f"{start.lower()}-{rate:g}-{source.stem}"
+    pretrained = pretraining_config("UMD" if scratch else start, plan)
+    out = plan.out / f"{start.lower()}-{rate:g}-{source.stem}"
     config = classify_config(pretrained, pretrained.out, out, linear=False, from_scratch=scratch)
     config = replace(
         config,
@@ -126,16 +113,18 @@ def classified(start: str, rate: float, seed: int, search: bool, bench: Recognit
         optim=replace(config.optim, lr=rate),
         data=DataConfig(str(source), area_min=0.5, num_workers=1),
         batch_size=32,
-        steps=bench.steps,
+        steps=plan.steps,
         epochs=0,
-        save_every=bench.steps,
-        draw_every=bench.steps,
+        save_every=plan.steps,
+        draw_every=plan.steps,
         seed=seed,
     )
     file = out / "scores.json"
-    if not file.exists():
+    scores = json.loads(file.read_text()) if file.exists() else {}
+    if scores.get("step") != plan.steps:
         train(config, console, f"{start} {rate:g}")
-    return json.loads(file.read_text())
+        scores = json.loads(file.read_text())
+    return scores
 
 
 def averaged_accuracy(scores: dict) -> float:
@@ -145,17 +134,31 @@ def averaged_accuracy(scores: dict) -> float:
     return float((confusion.diagonal()[counts > 0] / counts[counts > 0]).mean())
 
 
-def run(bench: RecognitionBench, console: Console) -> list[Row]:
-    """Pre-train, search, fine-tune, print the table, write the JSON. Returns the rows."""
+def reproduce(options: Reproduce, console: Console) -> None:
+    steps = options.steps or STEPS
+    plan = Comparison(
+        options.out / "recognition", steps=steps, pretraining=steps * PRETRAINING // STEPS,
+        seeds=tuple(range(options.seed, options.seed + 3)), device=options.device,
+    )  # fmt: skip
+    rows = compare(plan, console)
+    console.print(table(plan, rows))
+    options.figures.mkdir(parents=True, exist_ok=True)
+    stored = {"shots": plan.shots, "steps": plan.steps, "pretraining": plan.pretraining, "seeds": plan.seeds}
+    stored |= {"minutes": minutes(plan), "rows": [asdict(row) for row in rows]}
+    (options.figures / "recognition.json").write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def compare(plan: Comparison, console: Console) -> list[Row]:
+    """Pre-train, search, fine-tune: the rows, a start each."""
     rows = []
-    for start in bench.starts:
+    for start in plan.starts:
         if start != "scratch":
-            train(pretraining_config(start, bench), console, start)
+            train(pretraining_config(start, plan), console, start)
         searched = {
-            rate: averaged_accuracy(classified(start, rate, SEARCH_SEED, True, bench, console)) for rate in bench.rates
+            rate: averaged_accuracy(classified(start, rate, SEARCH_SEED, True, plan, console)) for rate in plan.rates
         }
         rate = max(searched, key=searched.__getitem__)
-        scores = [classified(start, rate, seed, False, bench, console) for seed in bench.seeds]
+        scores = [classified(start, rate, seed, False, plan, console) for seed in plan.seeds]
         rows.append(
             Row(
                 start,
@@ -165,20 +168,22 @@ def run(bench: RecognitionBench, console: Console) -> list[Row]:
                 [averaged_accuracy(score) for score in scores],
             )
         )
-    print_rows(bench, rows, console)
-    if bench.json is not None:
-        bench.json.parent.mkdir(parents=True, exist_ok=True)
-        bench.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return rows
 
 
-def print_rows(bench: RecognitionBench, rows: list[Row], console: Console) -> None:
+def minutes(plan: Comparison) -> float:
+    """Of training, all runs together."""
+    logs = plan.out.glob("*/metrics.jsonl")
+    return sum(max(row.get("seconds", 0) for row in read_metrics(log)) for log in logs) / 60
+
+
+def table(plan: Comparison, rows: list[Row]) -> Table:
     def spread(values: Sequence[float]) -> str:
         return f"{fmean(values):.3f} ± {stdev(values):.3f}"
 
-    table = Table(title=f"{bench.shots} labels a class, {bench.steps} steps, {len(bench.seeds)} seeds, held-out emoji")
+    table = Table(title=f"{plan.shots} labels a class, {plan.steps} steps, {len(plan.seeds)} seeds, held-out emoji")
     for column in ("start", "rate", "top-1", "averaged over classes"):
         table.add_column(column)
     for row in rows:
         table.add_row(row.start, f"{row.rate:g}", spread(row.top1), spread(row.averaged))
-    console.print(table)
+    return table

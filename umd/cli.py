@@ -412,8 +412,6 @@ BENCHES = {  # module and options of each, and what it measures
     "loader": ("umd.bench.loader", "LoaderBench", "what data cost beside the step they feed"),
     "audit": ("umd.bench.audit", "Audit", "what kernels move and need on an A100 or H100, without a GPU"),
     "diffmae": ("umd.bench.diffmae", "DiffMAEBench", "DiffMAE: decoder steps against whole passes; training steps"),
-    "recognition": ("umd.bench.recognition", "RecognitionBench", "fine-tuned classifiers against those from scratch"),
-    "video": ("umd.bench.video", "VideoBench", "DiffMAE on clips: what it fills, against the truth"),
     "kernels": ("umd.bench.kernels", "KernelBench", "each op: eager, torch.compile, Triton; on a GPU"),
     "reproduce": ("umd.bench.reproduce", "Reproduce", "small trainings from scratch and the figures of docs/results"),
 }

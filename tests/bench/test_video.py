@@ -1,27 +1,26 @@
-"""The clips of `umd bench video` and what their fillings are measured with; the real ones are read as users' are."""
+"""The clips of `umd bench reproduce video` and what measures their fillings; real ones are read as users' are."""
 
 import importlib.util
+import json
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from umd.bench.video import (
     EMOJI,
     FRAMES,
     SIDE,
-    VideoBench,
     cut_videos,
     emoji_of,
     measure,
     moving_emoji,
     places,
     real_videos,
-    run,
     untrained_fillings,
     write_moving_emoji,
 )
+from umd.cli import main
 from umd.train.clips import decode_clip, open_clips
 from umd.train.data import as_model_input
 from umd.train.inpaint import hole_mask
@@ -106,12 +105,11 @@ def test_real_videos_are_cut_and_read(tmp_path):
 
 
 @needs_emoji
-def test_the_bench_trains_measures_and_draws(tmp_path):
-    bench = VideoBench(
-        steps=2, samples=2, sampling_steps=2, held_out=3, out=tmp_path / "runs", results=tmp_path / "results",
-        json=tmp_path / "rows.json",
-    )  # fmt: skip
-    rows = run(bench, Console(quiet=True))
-    assert len(rows) == 10 and all(row.mse > 0 and row.pixels_off is not None for row in rows)
-    names = {file.name for file in (tmp_path / "results").iterdir()}
-    assert names == {f"video-moving-{hole}.{kind}" for hole in ("patches", "frames") for kind in ("png", "gif")}
+def test_the_command_trains_measures_and_draws(tmp_path):
+    options = f"--steps 2 --pictures 3 --out {tmp_path / 'runs'} --figures {tmp_path / 'figures'} --device cpu"
+    main(["bench", "reproduce", "video", *options.split()])
+    stored = json.loads((tmp_path / "figures" / "video.json").read_text())
+    assert stored["steps"] == 2 and stored["clips"] == 3 and len(stored["rows"]) == 10
+    assert all(row["mse"] > 0 and row["pixels_off"] is not None for row in stored["rows"])
+    names = {file.name for file in (tmp_path / "figures").iterdir()} - {"video.json"}
+    assert names == {f"video-{hole}.{kind}" for hole in ("patches", "frames") for kind in ("png", "gif")}
