@@ -38,7 +38,7 @@ class Comparison:
     pretraining: int = PRETRAINING  # steps of 64 pictures
     shots: int = 50  # labelled pictures a class
     steps: int = STEPS  # of a fine-tuning, 32 pictures each
-    rates: tuple[float, ...] = (2e-3, 6e-3, 2e-2)  # for a batch of 256; each start chooses one
+    rates: tuple[float, ...] = (2e-3, 6e-3, 2e-2, 6e-2)  # for a batch of 256; each start chooses one
     seeds: tuple[int, ...] = (0, 1, 2)  # of the labels drawn, their order, and new weights
     scored: int | None = None  # pictures that are scored on; None: all
     device: str = "auto"

@@ -35,31 +35,30 @@ from umd.train.run import PRESETS, RunConfig
 
 Split = Literal["train", "test"]
 
-FRAMES, SIDE, TUBELET = 8, 32, 2
-STEPS = {"video": 900, "real-video": 300}  # of 32 clips
+FRAMES, TUBELET = 8, 2
+SIZE = {"video": (16, 32), "real-video": (32, 32)}
+STEPS = {"video": 1600, "real-video": 300}  # of 32 clips
 SAMPLES, SAMPLING_STEPS = 4, 25
-EMOJI = 16  # pixels a side
-SPEEDS = (-2, -1, 0, 1, 2)  # pixels a frame
+EMOJI = 16  # pixels a side: as high as the clips
+SPEEDS = (-2, -1, 1, 2)  # pixels a frame, to the right
 SIZES: dict[Split, int] = {"train": 4000, "test": 200}
 HOLES = {"90 % of the patches": ("random", 0.9), "the frames between": ("frames", 0.5)}
 
 
 def moving_emoji(count: int, seed: int, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Emoji of a split, each on white at a constant speed that keeps it inside: uint8 [count, F, side, side, 3], and
-    the top left corners, int64 [count, F, 2]."""
-    pictures, rng = open_emoji(split, 0.2).pictures, np.random.default_rng(seed)
-    velocities = np.array([(y, x) for y in SPEEDS for x in SPEEDS if (y, x) != (0, 0)])
-    clips = np.full((count, FRAMES, SIDE, SIDE, 3), 255, np.uint8)
-    corners = np.empty((count, FRAMES, 2), np.int64)
-    for clip, corner in zip(clips, corners, strict=True):
+    """Emoji of a split, each on white at a constant speed that keeps it inside: uint8 [count, F, 16, 32, 3], and where
+    their left edges are, int64 [count, F]."""
+    pictures, rng, width = open_emoji(split, 0.2).pictures, np.random.default_rng(seed), SIZE["video"][1]
+    clips = np.full((count, FRAMES, EMOJI, width, 3), 255, np.uint8)
+    lefts = np.empty((count, FRAMES), np.int64)
+    for clip, left in zip(clips, lefts, strict=True):
         image = Image.fromarray(pictures[rng.integers(len(pictures))])
         small = np.asarray(image.resize((EMOJI, EMOJI), Image.Resampling.LANCZOS))
-        path = np.arange(FRAMES)[:, None] * velocities[rng.integers(len(velocities))]  # [F, 2]
-        low, high = -path.min(0), SIDE - EMOJI - path.max(0)
-        corner[:] = path + rng.integers(low, high + 1)
-        for frame, (y, x) in zip(clip, corner, strict=True):
-            frame[y : y + EMOJI, x : x + EMOJI] = small
-    return clips, corners
+        path = np.arange(FRAMES) * rng.choice(SPEEDS)
+        left[:] = path + rng.integers(-path.min(), width - EMOJI - path.max() + 1)
+        for frame, x in zip(clip, left, strict=True):
+            frame[:, x : x + EMOJI] = small
+    return clips, lefts
 
 
 def write_moving_emoji(path: Path, sizes: dict[Split, int]) -> None:
@@ -77,7 +76,7 @@ def real_videos() -> list[Path]:
     return [folder / f"{name}.mp4" for name in ("bigbuckbunny", "bikes", "carphone_pristine")]
 
 
-def cut_videos(videos: list[Path], folder: Path, frames: int = 2 * FRAMES, side: int = 2 * SIDE) -> int:
+def cut_videos(videos: list[Path], folder: Path, frames: int = 2 * FRAMES, side: int = 64) -> int:
     """Videos as MP4s of so many frames each, none in two, their short side resized. Returns how many."""
     count = 0
     for video in videos:
@@ -97,10 +96,10 @@ def video_config(options: Reproduce, source: Path, **data) -> RunConfig:
     return replace(
         preset,
         out=options.out / options.part,
-        model=replace(preset.model, num_frames=FRAMES, tubelet_size=TUBELET),
+        model=replace(preset.model, image_size=SIZE[options.part], num_frames=FRAMES, tubelet_size=TUBELET),
         objective=replace(preset.objective, mask_ratio=0.9),
         data=DataConfig(str(source), num_workers=1, **data),
-        optim=OptimConfig(lr=8e-3),
+        optim=OptimConfig(lr=1.6e-2),
         batch_size=32,
         minutes=0,
         steps=options.steps or STEPS[options.part],
@@ -134,23 +133,13 @@ def untrained_fillings(x: Tensor, hole: Tensor) -> dict[str, Tensor]:
     return {name: torch.where(hole.bool(), torch.where(shown, y, mean).expand_as(x), x) for name, y in filled.items()}
 
 
-def emoji_of(x: Tensor, corners: Tensor) -> Tensor:
-    """The emoji of each clip [B, 3, F, H, W], cut from its first frame: [B, 3, EMOJI, EMOJI]."""
-    at = corners[:, 0].tolist()
-    return torch.stack(
-        [clip[:, 0, top : top + EMOJI, left : left + EMOJI] for clip, (top, left) in zip(x, at, strict=True)]
-    )
-
-
 def places(x: Tensor, emoji: Tensor) -> Tensor:
-    """Where in each frame of clips [B, 3, F, H, W] the emoji [B, 3, EMOJI, EMOJI], on white, fits with the least
-    squared error: top left corners [B, F, 2]."""
+    """Where in each frame of clips [B, 3, F, H, W] the emoji [B, 3, H, EMOJI], on white, fits with the least squared
+    error: its left edges [B, F]."""
     B, C, F, H, W = x.shape
-    ink = (1 - x).transpose(1, 2).reshape(1, B * F * C, H, W)  # zero where white: the error is least where this
-    kernel = (1 - emoji).repeat_interleave(F, 0)  # [B·F, C, EMOJI, EMOJI]    correlates most
-    fit = torch.nn.functional.conv2d(ink, kernel, groups=B * F).view(B, F, -1)
-    best, columns = fit.argmax(-1), W - EMOJI + 1
-    return torch.stack([best // columns, best % columns], -1)
+    ink = (1 - x).transpose(1, 2).reshape(1, B * F * C, H, W)  # zero where white, so that the error is least where
+    kernel = (1 - emoji).repeat_interleave(F, 0)  # [B·F, C, H, EMOJI]           this correlates most
+    return torch.nn.functional.conv2d(ink, kernel, groups=B * F).view(B, F, -1).argmax(-1)
 
 
 @dataclass(frozen=True)
@@ -161,12 +150,15 @@ class Measured:
     pixels_off: float | None  # from where the emoji is, mean over the frames that have masked parts
 
 
-def measure(filled: Tensor, x: Tensor, hole: Tensor, corners: Tensor | None) -> tuple[float, float | None]:
-    """MSE of fillings [B, C, F, H, W] of clips x, and how far from the true corners [B, F, 2] their emoji lie."""
+def measure(filled: Tensor, x: Tensor, hole: Tensor, lefts: Tensor | None) -> tuple[float, float | None]:
+    """MSE of fillings [B, C, F, H, W] of clips x, and how far from the true left edges [B, F] their emoji lie."""
     mse = float((((filled - x) ** 2) * hole).sum() / (hole.sum() * x.shape[1]))
-    if corners is None:
+    if lefts is None:
         return mse, None
-    off = (places(filled, emoji_of(x, corners)) - corners).float().norm(dim=-1)  # [B, F]
+    emoji = torch.stack(
+        [clip[:, 0, :, left : left + EMOJI] for clip, left in zip(x, lefts[:, 0].tolist(), strict=True)]
+    )
+    off = (places(filled, emoji) - lefts).abs().float()  # [B, F]
     return mse, float(off[hole.amax((1, 3, 4)).bool()].mean())
 
 
@@ -178,12 +170,12 @@ def fillings(config: RunConfig, x: Tensor, hole: Tensor, samples: int, steps: in
 
 
 def evaluate(
-    config: RunConfig, clips: int, samples: int, steps: int, corners: np.ndarray | None = None
+    config: RunConfig, clips: int, samples: int, steps: int, lefts: np.ndarray | None = None
 ) -> tuple[list[Measured], list[tuple[Tensor, Tensor, Tensor]]]:
-    """The rows of both holes, and for pictures of each hole x, hole and fillings; corners: of the held-out clips."""
+    """The rows of both holes, and for pictures of each hole x, hole and fillings; lefts: of the held-out clips."""
     dataset = open_dataset(config.data, "test")
     x = center_view(dataset, np.arange(min(clips, len(dataset))), config.data)
-    known = None if corners is None else torch.from_numpy(corners[: len(x)])
+    known = None if lefts is None else torch.from_numpy(lefts[: len(x)])
     rows, drawn = [], []
     for name, (mask, ratio) in HOLES.items():
         hole = hole_mask(mask, x, config.model.patch_size, 0, ratio, TUBELET)
@@ -200,17 +192,17 @@ def evaluate(
 def reproduce(options: Reproduce, console: Console) -> None:
     """Train, measure, print the table, draw the figures."""
     if options.part == "video":
-        source, corners = options.out / "moving.npz", moving_emoji(SIZES["test"], SIZES["test"], "test")[1]
+        source, lefts = options.out / "moving.npz", moving_emoji(SIZES["test"], SIZES["test"], "test")[1]
         if not source.exists():
             write_moving_emoji(source, SIZES)
         config = video_config(options, source, area_min=1.0)
     else:
-        source, corners = options.out / "clips", None
+        source, lefts = options.out / "clips", None
         if not source.is_dir():
             cut_videos(real_videos(), source)
         config = video_config(options, source, area_min=0.3)
     train(config, console, options.part)
-    rows, drawn = evaluate(config, options.pictures, SAMPLES, SAMPLING_STEPS, corners)
+    rows, drawn = evaluate(config, options.pictures, SAMPLES, SAMPLING_STEPS, lefts)
     table = Table(title=f"{len(drawn[0][0])} held-out clips after {config.steps} steps")
     for column in ("masked", "filled by", "squared error", "pixels off"):
         table.add_column(column, justify="right" if column in ("squared error", "pixels off") else "left")
@@ -223,13 +215,15 @@ def reproduce(options: Reproduce, console: Console) -> None:
     stored |= {"minutes": read_metrics(config.out / "metrics.jsonl")[-1]["seconds"] / 60}
     stored |= {"rows": [asdict(row) for row in rows]}
     (options.figures / f"{options.part}.json").write_text(json.dumps(stored, indent=1) + "\n")
+    shown, n = 4, len(drawn[0][0])
+    # The first of the real ones are of Big Buck Bunny, which may be shown: (c) Blender Foundation, CC BY 3.0.
+    chosen = np.linspace(0, n - 1, shown).astype(int) if options.part == "video" else np.arange(min(3, n))
     for kind, (x, hole, filled) in zip(("patches", "frames"), drawn, strict=True):
-        draw(x, hole, filled, options.figures / f"{options.part}-{kind}")
+        draw(x, hole, filled, options.figures / f"{options.part}-{kind}", chosen)
 
 
-def draw(x: Tensor, hole: Tensor, filled: Tensor, path: Path, shown: int = 3) -> None:
+def draw(x: Tensor, hole: Tensor, filled: Tensor, path: Path, chosen: np.ndarray) -> None:
     """PATH.png: of some clips the frames, masked, of two samples, and of the original; PATH.gif: side by side."""
-    chosen = np.linspace(0, len(x) - 1, shown).astype(int)
     rows = [clip for b in chosen for clip in (x[b] * (1 - hole[b]), filled[b, 0], filled[b, 1], x[b])]
     clips = np.stack([to_uint8(row.transpose(0, 1)) for row in rows])  # [4·shown, F, H, W, 3]
     save_png(grid(clips.reshape(-1, *clips.shape[2:]), columns=clips.shape[1]), path.with_suffix(".png"), 2)

@@ -1,6 +1,7 @@
 """What a run is: its configuration, the presets, and where its files lie."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -226,11 +227,13 @@ def classify_config(pretrained: RunConfig, init: Path, out: Path, linear: bool, 
     """MAE's recipes for a classifier on a pre-trained run: of all weights (its Table 9), or of the last layer alone
     (Table 10, with AdamW in the place of LARS, which is for batches of thousands).
 
+    A run whose own rate is k times the paper's (small networks, short runs) has √k times MAE's for all weights.
     from_scratch: all weights, and none from the run.
     """
     large = pretrained.model.depth > 12
     layer_decay = 1.0 if linear or from_scratch else 0.75 if large else 0.65
-    optim = OptimConfig(lr=1e-3 if large or linear else 5e-4, betas=(0.9, 0.999), clip=0, layer_decay=layer_decay)
+    lr = (1e-3 if large else 5e-4) * math.sqrt(pretrained.optim.lr / OptimConfig().lr)
+    optim = OptimConfig(lr=1e-3 if linear else lr, betas=(0.9, 0.999), clip=0, layer_decay=layer_decay)
     objective = ClassifierObjectiveConfig(drop_path=0.2 if large else 0.1)
     if linear:
         optim = replace(optim, weight_decay=0.0, warmup=0.1)

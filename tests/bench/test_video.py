@@ -10,12 +10,9 @@ import torch
 from umd.bench.video import (
     EMOJI,
     FRAMES,
-    SIDE,
     cut_videos,
-    emoji_of,
     measure,
     moving_emoji,
-    places,
     real_videos,
     untrained_fillings,
     write_moving_emoji,
@@ -33,25 +30,23 @@ needs_videos = pytest.mark.skipif(
 
 @needs_emoji
 def test_emoji_move_at_one_speed_on_white_and_are_found_again():
-    clips, corners = moving_emoji(24, 3, "test")
-    assert clips.shape == (24, FRAMES, SIDE, SIDE, 3) and corners.min() >= 0 and corners.max() <= SIDE - EMOJI
-    steps = np.diff(corners, axis=1)
-    assert (steps == steps[:, :1]).all() and (np.abs(steps).sum(-1) > 0).all() and np.abs(steps).max() == 2
-    for clip, corner in zip(clips, corners, strict=True):
-        for frame, (y, x) in zip(clip, corner, strict=True):
-            (y0, x0), cut = corner[0], frame[y : y + EMOJI, x : x + EMOJI]
-            assert np.array_equal(cut, clip[0, y0 : y0 + EMOJI, x0 : x0 + EMOJI])
-            outside = frame.copy()
-            outside[y : y + EMOJI, x : x + EMOJI] = 255
-            assert (outside == 255).all()
+    clips, lefts = moving_emoji(24, 3, "test")
+    assert clips.shape == (24, FRAMES, EMOJI, 32, 3) and lefts.min() >= 0 and lefts.max() <= 32 - EMOJI
+    steps = np.diff(lefts)
+    assert (steps == steps[:, :1]).all() and set(np.abs(steps).ravel()) == {1, 2}
+    for clip, left in zip(clips, lefts, strict=True):
+        emoji = clip[0, :, left[0] : left[0] + EMOJI]
+        for frame, x in zip(clip, left, strict=True):
+            assert np.array_equal(frame[:, x : x + EMOJI], emoji)
+            assert (np.delete(frame, range(x, x + EMOJI), axis=1) == 255).all()
     again, _ = moving_emoji(24, 3, "test")
     assert np.array_equal(clips, again) and not np.array_equal(clips, moving_emoji(24, 4, "test")[0])
-    x, known = as_model_input(torch.from_numpy(clips)), torch.from_numpy(corners)
-    assert torch.equal(places(x, emoji_of(x, known)), known)
-    moved = x.roll(1, dims=-1)  # a pixel to the right, where none lies at the right edge
-    inside = (corners[..., 1] < SIDE - EMOJI).all(1)
-    off = measure(moved[inside], x[inside], torch.ones_like(x[inside, :1]), known[inside])[1]
-    assert inside.any() and off == 1
+    x, known = as_model_input(torch.from_numpy(clips)), torch.from_numpy(lefts)
+    everywhere = torch.ones_like(x[:, :1])
+    assert measure(x, x, everywhere, known) == (0, 0)
+    inside = (known < 32 - EMOJI).all(1)  # a pixel to the right there is room
+    moved = x.roll(1, dims=-1)[inside]
+    assert inside.any() and measure(moved, x[inside], everywhere[inside], known[inside])[1] == 1
 
 
 @needs_emoji

@@ -29,7 +29,7 @@ from umd.train.data import DataConfig, center_view, open_dataset
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.optim import OptimConfig
-from umd.train.run import RunConfig, classify_config, load_model, read_config
+from umd.train.run import PRESETS, RunConfig, classify_config, load_model, read_config
 
 QUIET = Console(quiet=True)
 PLAIN = ClassifierObjectiveConfig(smoothing=0, mixup=0, cutmix=0, erase=0, drop_path=0)
@@ -142,6 +142,17 @@ def test_the_confusion_plot_is_darkest_where_the_counts_are(classes):
     wrong = confusion_sheet(np.roll(np.eye(classes, dtype=np.int64) * 10, 1, axis=1), ["x"] * classes)
     assert right.dtype == np.uint8 and right.ndim == 3 and right.shape[2] == 3 and min(right.shape[:2]) > 300
     assert not np.array_equal(right, wrong)
+
+
+@pytest.mark.parametrize(
+    ("preset", "rate"),
+    [("umd-b4", 5e-4), ("umd-l4", 1e-3), ("diffmae-l16", 1e-3), ("umd-tiny", 5e-4 * (1e-2 / 1.5e-4) ** 0.5)],
+)
+def test_the_rate_is_mae_s_where_the_pretraining_s_is_the_paper_s_and_follows_it_else(preset, rate):
+    run = PRESETS[preset][1]
+    for from_scratch in (False, True):
+        assert classify_config(run, run.out, run.out, False, from_scratch).optim.lr == pytest.approx(rate, rel=1e-12)
+    assert classify_config(run, run.out, run.out, linear=True, from_scratch=False).optim.lr == 1e-3
 
 
 def test_layer_decay_is_for_classifiers(tiny):
