@@ -11,30 +11,37 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from umd.config import ObjectiveConfig, model_config
+from umd.config import OBJECTIVES, ObjectiveConfig, model_config
 from umd.device import pick_device, pick_dtype
+from umd.diffmae import DiffMAE
 from umd.errors import UserError
+from umd.methods import AnyModel
 from umd.model import UMD
 from umd.objective import Objective
 from umd.report import DemoRecord, Part, ProbeRow, save_record, write_report
 from umd.sampler import denoising_sequence
+from umd.schedule import NoiseSchedule
 from umd.train import evaluate
 from umd.train.data import DataConfig, center_view, describe, open_dataset
-from umd.train.inpaint import hole_mask, inpainting_rows
+from umd.train.inpaint import fillings, hole_mask, reconstruct
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.optim import OptimConfig
 from umd.train.preview import reconstructions, rgb
-from umd.train.run import RunConfig, finetune_config
+from umd.train.run import PRESETS, RunConfig, finetune_config
 
-# Shares of the time budget. What is left over is for starting, reading data and writing the page.
-PRETRAIN, PROBE, FINETUNE, SAMPLE, INPAINT, FRECHET = 0.42, 0.09, 0.29, 0.09, 0.03, 0.04
+# Shares of the time budget, in the order of the parts. The rest is for starting, reading data and writing the page.
+SHARES = {
+    "pretrain": 0.37, "probe": 0.08, "finetune": 0.25, "sample": 0.07, "mae": 0.05, "diffmae": 0.10, "inpaint": 0.03,
+    "frechet": 0.03,
+}  # fmt: skip
 SHOWN = 8  # pictures of each kind on the page
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Pretrain, probe, fine-tune with labels, sample and inpaint, on real images, within a time budget."""
+    """Pretrain, probe, fine-tune with labels, sample and inpaint beside MAE and DiffMAE, on real images, within a time
+    budget."""
 
     minutes: float = 15.0
     """Time budget of the whole."""
@@ -55,10 +62,12 @@ class Clock:
         self.start, self.budget = time.monotonic(), 60 * minutes
         self.parts: list[Part] = []
 
-    def share(self, share: float, of_rest: float) -> float:
+    def share(self, part: str) -> float:
         """Seconds for a part: its share of the budget, or of what is left if the parts before it took longer."""
         left = self.start + self.budget - time.monotonic()
-        return max(0.0, min(share * self.budget, left * share / of_rest))
+        names = list(SHARES)
+        before = sum(SHARES[name] for name in names[: names.index(part)])
+        return max(0.0, SHARES[part] * min(self.budget, left / (1 - before)))
 
     def done(self, name: str, since: float, summary: str, command: str = "") -> None:
         self.parts.append(Part(name, time.monotonic() - since, summary, command))
@@ -82,7 +91,7 @@ def run_demo(demo: Demo, console: Console) -> Path:
     console.rule(f"[bold]UMD demo[/]: {demo.minutes:g} minutes, {describe(train_set)}")
 
     since = time.monotonic()
-    seconds = clock.share(PRETRAIN, 0.97)
+    seconds = clock.share("pretrain")
     pre = replace(pre, minutes=seconds / 60)
     train(pre, console, "pretrain")
     rows = read_metrics(pre.out / "metrics.jsonl")
@@ -102,7 +111,7 @@ def run_demo(demo: Demo, console: Console) -> Path:
 
     since = time.monotonic()
     shots = 100
-    seconds = clock.share(PROBE, 0.57)
+    seconds = clock.share("probe")
     x = held_out.repeat(8, 1, 1, 1)
     rate = len(x) / evaluate.timed(lambda: evaluate.represent(model, x, dtype))
     results = evaluate.probe(
@@ -124,7 +133,7 @@ def run_demo(demo: Demo, console: Console) -> Path:
     fine = replace(
         fine,
         batch_size=pre.batch_size,
-        minutes=clock.share(FINETUNE, FINETUNE + SAMPLE + INPAINT + FRECHET + 0.03) / 60,
+        minutes=clock.share("finetune") / 60,
         optim=replace(fine.optim, lr=6e-3),
         draw_every=10**9,
     )
@@ -138,7 +147,7 @@ def run_demo(demo: Demo, console: Console) -> Path:
     generator, _, _ = evaluate.open_run(fine)
 
     since = time.monotonic()
-    seconds = clock.share(SAMPLE, SAMPLE + INPAINT + FRECHET + 0.03)
+    seconds = clock.share("sample")
     for shown in (SHOWN, SHOWN // 2, SHOWN // 4):  # fewer pictures on a slow machine, rather than too few steps
         labels = torch.arange(len(classes)).repeat_interleave(shown)
         call = evaluate.seconds_a_call(generator, len(labels), dtype, labelled=True)
@@ -161,24 +170,14 @@ def run_demo(demo: Demo, console: Console) -> Path:
         f"umd sample {fine.out}",
     )
 
-    since = time.monotonic()
-    seconds = clock.share(INPAINT, INPAINT + FRECHET + 0.03)
-    picked = held_out[:6]
-    hole = hole_mask("center", picked, pre.model.patch_size).to(device)
-    call = evaluate.seconds_a_call(generator, len(picked), dtype, labelled=True)
-    inpaint_steps = int(np.clip(seconds / (3 * 2 * call), 10, 50))
-    inpainting = inpainting_rows(
-        generator, schedule, picked, hole, samples=3, num_steps=inpaint_steps, resample=2, seed=demo.seed, dtype=dtype,
-        console=console,
-    )  # fmt: skip
-    clock.done(
-        "Inpainting", since, f"3 fillings of {len(picked)} pictures, {inpaint_steps} steps", f"umd inpaint {fine.out}"
-    )
+    others = {name: train_other(config, clock, console) for name, config in other_configs(demo).items()}
 
     since = time.monotonic()
-    distances = frechet_distances(
-        plain_samples, train_set, test_set, pre, clock.share(FRECHET, FRECHET + 0.03), device, console
-    )
+    inpainting, summary = fill_holes(generator, others, held_out, schedule, demo.seed, dtype, clock, console)
+    clock.done("Inpainting", since, summary, f"umd inpaint {fine.out}; umd inpaint {demo.out / 'diffmae'}")
+
+    since = time.monotonic()
+    distances = frechet_distances(plain_samples, train_set, test_set, pre, clock.share("frechet"), device, console)
     if distances:
         clock.done("Fréchet distance", since, f"{distances[0][0]} against held-out pictures")
 
@@ -194,14 +193,17 @@ def run_demo(demo: Demo, console: Console) -> Path:
         settings=settings_of(pre, model),
         dataset=describe(train_set) + (EMOJI_CREDIT if demo.data.source == "emoji" else ""),
         parts=clock.parts,
-        metrics={config.out.name: read_metrics(config.out / "metrics.jsonl") for config in (pre, fine)},
+        metrics={
+            config.out.name: read_metrics(config.out / "metrics.jsonl")
+            for config in (pre, fine, *other_configs(demo).values())
+        },
         triplets=triplets,
         noised_triplets=noised_triplets,
         denoising=denoising,
         class_names=list(classes),
         samples=samples,
         inpainting=inpainting,
-        inpainting_columns=["hole", "filling 1", "filling 2", "filling 3", "original"],
+        inpainting_columns=["hole", "MAE", "UMD, 1", "UMD, 2", "DiffMAE, 1", "DiffMAE, 2", "original"],
         probe=probe_rows,
         frechet=distances,
     )  # fmt: skip
@@ -243,12 +245,66 @@ def pretrain_config(demo: Demo) -> RunConfig:
     )
 
 
+def other_configs(demo: Demo) -> dict[str, RunConfig]:
+    """The two methods that UMD's fillings are set beside: UMD's network as MAE, and a DiffMAE of the same encoder."""
+    pre, tiny = pretrain_config(demo), PRESETS["diffmae-tiny"][1]
+    model = replace(pre.model, adaLN=False, num_cls=1)
+    mae = replace(pre, out=demo.out / "mae", model=model, objective=OBJECTIVES["mae"], optim=tiny.optim)
+    return {
+        "mae": mae,
+        "diffmae": replace(
+            mae, out=demo.out / "diffmae", model=replace(tiny.model, image_size=model.image_size),
+            objective=tiny.objective, schedule=tiny.schedule,
+        ),
+    }  # fmt: skip
+
+
+def train_other(config: RunConfig, clock: Clock, console: Console) -> AnyModel:
+    since, name = time.monotonic(), config.out.name
+    config = replace(config, minutes=clock.share(name) / 60)
+    train(config, console, name)
+    rows = read_metrics(config.out / "metrics.jsonl")
+    preset = "diffmae-tiny" if config.is_diffmae else "umd-tiny --objective.no-noise-prob 1 --model.no-adaLN"
+    title = "DiffMAE" if config.is_diffmae else "MAE"
+    clock.done(
+        f"{title}, to compare", since, f"{rows[-1]['step']} steps without labels" if rows else "",
+        f"umd pretrain {preset} --minutes {config.minutes:.1f} --out {config.out}",
+    )  # fmt: skip
+    return evaluate.open_run(config)[0]
+
+
+def fill_holes(
+    generator: UMD, others: dict[str, AnyModel], x: Tensor, schedule: NoiseSchedule, seed: int, dtype: torch.dtype,
+    clock: Clock, console: Console,
+) -> tuple[list[list[np.ndarray]], str]:  # fmt: skip
+    """Rows of pictures [B, C, H, W], half of them with a hole in the middle, half with random patches hidden: masked,
+    MAE's answer, two fillings by UMD, two by DiffMAE, original. And how it was done."""
+    mae, diffmae = others["mae"], others["diffmae"]
+    assert isinstance(mae, UMD) and isinstance(diffmae, DiffMAE)
+    P, half = generator.config.patch_size, len(x) // 2
+    holes = [hole_mask("center", x[:half], P), hole_mask("random", x[half:], P, seed, 0.75)]
+    hole = torch.cat(holes).to(x.device)
+    call = evaluate.seconds_a_call(generator, len(x), dtype, labelled=True)
+    num_steps = int(np.clip(clock.share("inpaint") / (5 * call), 10, 50))  # 2 fillings with 2 calls a step, and DiffMAE
+    noise = evaluate.schedule_of(PRESETS["diffmae-tiny"][1].schedule)
+    drawn = {
+        name: fillings(
+            model, of, x, hole, samples=2, num_steps=num_steps, resample=2, seed=seed, dtype=dtype, console=console
+        )
+        for name, model, of in (("umd", generator, schedule), ("diffmae", diffmae, noise))
+    }
+    columns = [drawn["umd"].masked, reconstruct(mae, x, hole, dtype)]
+    columns += [sample for filled in drawn.values() for sample in filled.samples.unbind(1)]
+    rows = [list(row) for row in zip(*map(rgb, (*columns, x)), strict=True)]
+    return rows, f"2 fillings of {len(x)} pictures by UMD and DiffMAE, {num_steps} steps; MAE's one answer"
+
+
 def prepare_folder(out: Path) -> None:
     """Make room for a demo: an earlier one is removed, anything else is left alone with an error."""
     if out.exists() and any(out.iterdir()):
         if not {path.name for path in out.iterdir()} & {"pretrain", "record.json", "report.html"}:
             raise UserError(f"{out} is not empty and holds no demo; choose another folder with --out")
-        for name in ("pretrain", "finetune"):
+        for name in ("pretrain", "finetune", "mae", "diffmae"):
             shutil.rmtree(out / name, ignore_errors=True)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -194,23 +194,6 @@ def reconstruct(model: UMD, x: Tensor, hole: Tensor, dtype: torch.dtype) -> Tens
     return torch.where(hole.bool(), x_start, x)
 
 
-def inpainting_rows(
-    model: AnyModel, schedule: NoiseSchedule, x: Tensor, hole: Tensor, *, samples: int, num_steps: int, resample: int,
-    seed: int, dtype: torch.dtype, console: Console | None = None, show: Callable[[Tensor], np.ndarray] = rgb,
-    clip: bool = True,
-) -> list[list[np.ndarray]]:  # fmt: skip
-    """For each picture the views masked, `samples` fillings, original; each uint8 [H, W, 3].
-
-    show: makes pictures of tensors; clip: as for `inpaint`, off for latents.
-    """
-    filled = fillings(
-        model, schedule, x, hole, samples=samples, num_steps=num_steps, resample=resample, seed=seed, dtype=dtype,
-        clip=clip, console=console,
-    )  # fmt: skip
-    columns = [show(filled.masked), *(show(sample) for sample in filled.samples.unbind(1)), show(filled.original)]
-    return [list(row) for row in zip(*columns, strict=True)]
-
-
 def write_fillings(filled: Fillings, out: Path, show: Callable[[Tensor], np.ndarray] = rgb, mp4: bool = False) -> None:
     """Write `out`, a row of masked input, samples and original a picture; NAME-steps.png, a row a sample on its way;
     and the folder NAME with the pictures one by one in their own size: 1-masked.png, 1-sample-1.png, 1-original.png.
