@@ -40,7 +40,7 @@ from umd.train.run import PRESETS, RunConfig
 
 STEPS = 2400
 SAMPLES = 8  # of each picture
-SAMPLING_STEPS = 125
+SAMPLING_STEPS = 50
 SHOWN = 10  # pictures in the grid
 HIGH = 0.25  # cycles a pixel from which a frequency is called high: half the highest along an axis
 
