@@ -63,11 +63,14 @@ class Clock:
         self.parts: list[Part] = []
 
     def share(self, part: str) -> float:
-        """Seconds for a part: its share of the budget, or of what is left if the parts before it took longer."""
+        """Seconds for a part: its share of the budget, or of what is left if the parts before it took longer.
+
+        A second at least: a training of no minutes would take its epochs instead.
+        """
         left = self.start + self.budget - time.monotonic()
         names = list(SHARES)
         before = sum(SHARES[name] for name in names[: names.index(part)])
-        return max(0.0, SHARES[part] * min(self.budget, left / (1 - before)))
+        return max(1.0, SHARES[part] * min(self.budget, left / (1 - before)))
 
     def done(self, name: str, since: float, summary: str, command: str = "") -> None:
         self.parts.append(Part(name, time.monotonic() - since, summary, command))
@@ -203,7 +206,7 @@ def run_demo(demo: Demo, console: Console) -> Path:
         class_names=list(classes),
         samples=samples,
         inpainting=inpainting,
-        inpainting_columns=["hole", "MAE", "UMD, 1", "UMD, 2", "DiffMAE, 1", "DiffMAE, 2", "original"],
+        inpainting_columns=["given", "MAE", "UMD, 1", "UMD, 2", "DiffMAE, 1", "DiffMAE, 2", "original"],
         probe=probe_rows,
         frechet=distances,
     )  # fmt: skip

@@ -163,7 +163,7 @@ def full_record() -> DemoRecord:
             )
             for scale, size in (("1.0", 11), ("4.0", 18))
         },
-        inpainting_columns=["given", "drawn, 1", "drawn, 2", "drawn, 3", "the original"],
+        inpainting_columns=["given", "MAE", "UMD", "DiffMAE", "the original"],
         inpainting=[
             [masked_view(image, hole, 4), *(blurred(image, size) for size in (12, 16, 20)), image]
             for image in originals[:6]
@@ -267,6 +267,7 @@ def test_every_section_shows_its_data(text, record):
     assert all(part.command in page.sections["repeat"] for part in record.parts)
     assert all(name in page.sections["samples"] for name in record.class_names)
     assert "FD-EffLite0" in page.sections["frechet"]
+    assert "From the top: given; MAE; UMD; DiffMAE; the original." in page.sections["inpainting"]
 
 
 def test_a_section_without_data_says_so_in_one_sentence(tmp_path):
