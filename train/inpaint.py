@@ -23,7 +23,7 @@ from umd.model import UMD
 from umd.sampler import inpaint
 from umd.schedule import NoiseSchedule
 from umd.train.data import center_view, centered_view_of_file, open_dataset
-from umd.train.evaluate import denoiser, sampling_progress
+from umd.train.evaluate import denoiser, sampling_progress, schedule_of
 from umd.train.preview import rgb
 from umd.train.run import RunConfig
 
@@ -42,7 +42,7 @@ class Inpaint:
     mask_ratio: float = 0.5
     """Share of patches that the random mask hides, about."""
     samples: int = 3
-    """Samples an image."""
+    """Samples an image; an MAE has one answer."""
     steps: int = 50
     """Denoising steps."""
     sampler: Literal["ddpm", "ddim"] = "ddpm"
@@ -140,6 +140,21 @@ def hole_mask(
     return hole
 
 
+def fill_with(
+    config: RunConfig, model: AnyModel, x: Tensor, hole: Tensor, options: Inpaint, dtype: torch.dtype, console: Console
+) -> Fillings:
+    """Fill pictures as a run can: by samples, or where it saw no noise (an MAE) by its one answer."""
+    if getattr(config.objective, "no_noise_prob", 0) == 1:
+        assert isinstance(model, UMD)
+        answer = reconstruct(model, x, hole, dtype)[:, None]  # [B, 1, C, H, W]
+        return Fillings(x, torch.where(hole.bool(), torch.zeros_like(x), x), answer, answer[:, :, None])
+    return fillings(
+        model, schedule_of(config.schedule), x, hole, samples=options.samples, num_steps=options.steps,
+        resample=options.resample, seed=options.seed, dtype=dtype, eta={"ddpm": 1.0, "ddim": 0.0}[options.sampler],
+        clip=not config.data.vae_hash, console=console,
+    )  # fmt: skip
+
+
 def fillings(
     model: AnyModel, schedule: NoiseSchedule, x: Tensor, hole: Tensor, *, samples: int, num_steps: int, resample: int,
     seed: int, dtype: torch.dtype, eta: float = 1.0, clip: bool = True, console: Console | None = None,
@@ -185,6 +200,8 @@ def reconstruct(model: UMD, x: Tensor, hole: Tensor, dtype: torch.dtype) -> Tens
     config = model.config
     B, L, P = len(x), config.num_patches, config.patch_size
     mask = ops.patchify(hole, P).amax(-1) > 0  # [B, L], 1 remove
+    if mask.all(1).any():
+        raise UserError(f"the mask touches every {P}x{P} patch of a picture and leaves none to go by: hide less")
     keep, ids_keep = tuple((L - mask.sum(1)).tolist()), (~mask).flatten().nonzero()[:, 0]
     visible = ops.patchify(x, P).flatten(0, 1).index_select(0, ids_keep)  # [sum K, C·P·P]
     with autocast(x.device, dtype):

@@ -278,7 +278,14 @@ def sample(arguments: list[str]) -> None:
 
 def inpaint(arguments: list[str]) -> None:
     from umd.train import evaluate
-    from umd.train.inpaint import Inpaint, check_mp4, check_predicts_pixels, fillings, pictures_and_mask, write_fillings
+    from umd.train.inpaint import (
+        Inpaint,
+        check_mp4,
+        check_predicts_pixels,
+        fill_with,
+        pictures_and_mask,
+        write_fillings,
+    )
     from umd.train.preview import picture_maker
     from umd.train.run import read_config
 
@@ -290,14 +297,10 @@ def inpaint(arguments: list[str]) -> None:
         check_mp4(config)
     model, device, dtype = evaluate.open_run(config)
     x, hole = pictures_and_mask(config, options.image, options.mask, options.seed, options.mask_ratio)
-    filled = fillings(
-        model, evaluate.schedule_of(config.schedule), x.to(device), hole.to(device), samples=options.samples,
-        num_steps=options.steps, resample=options.resample, seed=options.seed, dtype=dtype,
-        eta={"ddpm": 1.0, "ddim": 0.0}[options.sampler], clip=not config.data.vae_hash, console=console,
-    )  # fmt: skip
+    filled = fill_with(config, model, x.to(device), hole.to(device), options, dtype, console)
     out = png_path(options.out or run / "inpainting.png")
     write_fillings(filled, out, picture_maker(config.data, device), options.mp4)
-    say(f"masked, {options.samples} samples, original, a row an image: {out}")
+    say(f"masked, {filled.samples.shape[1]} samples, original, a row an image: {out}")
     say(f"the samples on their way: {out.with_name(f'{out.stem}-steps.png')}; one by one: {out.with_suffix('')}")
 
 
