@@ -124,9 +124,9 @@ class Row:
 CASES = OPS | liger_cases.CASES
 
 
-def count_op(name: str, model: str, samples: int, dtype: str) -> list[Counted]:
+def count_op(name: str, model: str, samples: int, dtype: str, own_rows: int = 0) -> list[Counted]:
     """Run an op forward and backward and count. Where TRITON_INTERPRET=1 was set at the start."""
-    inputs = Inputs(model, samples, DTYPES[dtype], "cpu")
+    inputs = Inputs(model, samples, DTYPES[dtype], "cpu", own_rows=own_rows)
     case = CASES[name](inputs)
     foreign = name in liger_cases.CASES
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from umd import ops
 from umd.bench.count_bytes import tensor_bytes
 from umd.config import ModelConfig, ObjectiveConfig, model_config
+from umd.kernels.packing import pack
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 
@@ -66,9 +67,12 @@ class Inputs:
     """Random tensors of one model's shapes.
 
     samples: even where no_noise_prob, the share of noise-free samples, is 0.5.
+    own_rows: instead of the training stream, tokens of each sample, all with modulation rows of their own; for the norms.
     """
 
-    def __init__(self, model: str, samples: int, dtype: torch.dtype, device: str, no_noise_prob: float = 0.5):
+    def __init__(
+        self, model: str, samples: int, dtype: torch.dtype, device: str, no_noise_prob: float = 0.5, own_rows: int = 0
+    ):
         self.config: ModelConfig = model_config(model, **SHAPES[model])
         self.samples, self.dtype, self.device = samples, dtype, device
         self.D = self.config.hidden_size
@@ -77,7 +81,7 @@ class Inputs:
         self.corruption = objective.corrupt(samples, seed=0, device=torch.device(device))
         timesteps = self.corruption.timesteps[: self.corruption.num_noised]
         self.coefficients = objective.schedule.coefficients(timesteps, dtype=torch.float32)
-        self.stream = self.corruption.layout.encoder
+        self.stream = pack([own_rows] * samples, device=device) if own_rows else self.corruption.layout.encoder
         self.tokens = self.stream.num_tokens
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

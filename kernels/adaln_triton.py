@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .backend import tl, triton, triton_op, wrap_triton
 
+SUM_ROWS = 4  # table rows that a program of the sum serves with one read of weight and bias
+
 
 @triton.jit
 def _affine(shift_ptr, scale_ptr, weight_ptr, bias_ptr, row, stride_shift, stride_scale, cols, mask):
@@ -140,11 +142,11 @@ def _layer_norm_bwd_kernel(
         dx = (g - along_one[:, None] - x_hat * along_x_hat[:, None]) * rstd[:, None]
         if dr_ptr is not None:
             dx += tl.load(dr_ptr + offset + tile, mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + offset + tile, dx.to(dx_ptr.dtype.element_ty), mask)
         if gate_ptr is not None:
             h = tl.load(h_ptr + offset + tile, mask, other=0.0).to(tl.float32)
             dgate += tl.sum(dx * h, 0)
             tl.store(dh_ptr + offset + tile, (dx * gate[None, :]).to(dh_ptr.dtype.element_ty), mask)
+        tl.store(dx_ptr + offset + tile, dx.to(dx_ptr.dtype.element_ty), mask)  # last: in front it costs registers
 
     partial = pid.to(tl.int64) * D + cols
     if dgate_ptr is not None:
@@ -156,20 +158,18 @@ def _layer_norm_bwd_kernel(
 
 
 @triton.jit
-def _column_sums(
-    partial_ptr, scale_ptr, chunks_ptr, start, stop, cols, stride_scale, D: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Sum of partials [C, D] over chunks start : stop, each times 1 + scale of its row if there is a scale."""
+def _partials(partial_ptr, chunk, stop, cols, D: tl.constexpr):
+    """Partial sums [C, D] of some chunks before stop: [BLOCK_C, BLOCK_D]."""
+    mask = (chunk < stop)[:, None] & (cols < D)[None, :]
+    return tl.load(partial_ptr + chunk.to(tl.int64)[:, None] * D + cols[None, :], mask, other=0.0)
+
+
+@triton.jit
+def _column_sums(partial_ptr, start, stop, cols, D: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sum of partials [C, D] over chunks start : stop."""
     total = tl.zeros([BLOCK_C, cols.shape[0]], tl.float32)
     for first in range(start, stop, BLOCK_C):
-        chunk = first + tl.arange(0, BLOCK_C)
-        mask = (chunk < stop)[:, None] & (cols < D)[None, :]
-        part = tl.load(partial_ptr + chunk.to(tl.int64)[:, None] * D + cols[None, :], mask, other=0.0)
-        if scale_ptr is not None:
-            row = tl.load(chunks_ptr + 3 * chunk + 2, chunk < stop, other=0).to(tl.int64)
-            scale = tl.load(scale_ptr + row[:, None] * stride_scale + cols[None, :], mask, other=0.0)
-            part *= 1 + scale.to(tl.float32)
-        total += part
+        total += _partials(partial_ptr, first + tl.arange(0, BLOCK_C), stop, cols, D)
     return tl.sum(total, 0)  # [BLOCK_D]
 
 
@@ -208,36 +208,55 @@ def _layer_norm_bwd_sum_kernel(
     R,
     num_rows,
     D: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    first_row = tl.program_id(0) * ROWS
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    if row < R:
-        start = tl.load(row_chunks_ptr + row, row < num_rows, other=0)  # rows that no sample uses have no chunk
-        stop = tl.load(row_chunks_ptr + row + 1, row < num_rows, other=0)
-        out = row.to(tl.int64) * D
-        if dgate_ptr is not None:
-            dgate = _column_sums(dgate_part_ptr, None, None, start, stop, cols, 0, D, BLOCK_C)
-            _store_row(dgate_ptr + out, dgate, cols, D, BLOCK_C)
-        if dbeta_part_ptr is not None:
-            dbeta = _column_sums(dbeta_part_ptr, None, None, start, stop, cols, 0, D, BLOCK_C)
-            if dshift_ptr is not None:
-                _store_row(dshift_ptr + out, dbeta, cols, D, BLOCK_C)
+    if first_row < R:
         if dscale_ptr is not None:
-            dscale = _column_sums(dalpha_part_ptr, None, None, start, stop, cols, 0, D, BLOCK_C)
             if weight_ptr is not None:
-                dscale *= _load_row(weight_ptr, cols, D, BLOCK_C)
+                weight = _load_row(weight_ptr, cols, D, BLOCK_C)
             if bias_ptr is not None:
-                dscale += dbeta * _load_row(bias_ptr, cols, D, BLOCK_C)
-            _store_row(dscale_ptr + out, dscale, cols, D, BLOCK_C)
-    else:
+                bias = _load_row(bias_ptr, cols, D, BLOCK_C)
+        for i in range(0, tl.minimum(ROWS, R - first_row)):
+            row = first_row + i
+            start = tl.load(row_chunks_ptr + row, row < num_rows, other=0)  # rows that no sample uses have no chunk
+            stop = tl.load(row_chunks_ptr + row + 1, row < num_rows, other=0)
+            out = row.to(tl.int64) * D
+            if dgate_ptr is not None:
+                dgate = _column_sums(dgate_part_ptr, start, stop, cols, D, BLOCK_C)
+                _store_row(dgate_ptr + out, dgate, cols, D, BLOCK_C)
+            if dbeta_part_ptr is not None:
+                dbeta = _column_sums(dbeta_part_ptr, start, stop, cols, D, BLOCK_C)
+                if dshift_ptr is not None:
+                    _store_row(dshift_ptr + out, dbeta, cols, D, BLOCK_C)
+            if dscale_ptr is not None:
+                dscale = _column_sums(dalpha_part_ptr, start, stop, cols, D, BLOCK_C)
+                if weight_ptr is not None:
+                    dscale *= weight
+                if bias_ptr is not None:
+                    dscale += dbeta * bias
+                _store_row(dscale_ptr + out, dscale, cols, D, BLOCK_C)
+    else:  # dweight and dbias: all chunks, each times 1 + scale of its row, which is read once for both
+        dweight = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+        dbias = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+        for first in range(0, C, BLOCK_C):
+            chunk = first + tl.arange(0, BLOCK_C)
+            scale = tl.full([BLOCK_C, BLOCK_D], 1.0, tl.float32)
+            if scale_ptr is not None:
+                row = tl.load(chunks_ptr + 3 * chunk + 2, chunk < C, other=0).to(tl.int64)
+                mask = (chunk < C)[:, None] & (cols < D)[None, :]
+                scale += tl.load(scale_ptr + row[:, None] * stride_scale + cols[None, :], mask, other=0.0)
+            if dweight_ptr is not None:
+                dweight += _partials(dalpha_part_ptr, chunk, C, cols, D) * scale
+            if dbias_ptr is not None:
+                dbias += _partials(dbeta_part_ptr, chunk, C, cols, D) * scale
         if dweight_ptr is not None:
-            dweight = _column_sums(dalpha_part_ptr, scale_ptr, chunks_ptr, 0, C, cols, stride_scale, D, BLOCK_C)
-            _store_row(dweight_ptr, dweight, cols, D, BLOCK_C)
+            _store_row(dweight_ptr, tl.sum(dweight, 0), cols, D, BLOCK_C)
         if dbias_ptr is not None:
-            dbias = _column_sums(dbeta_part_ptr, scale_ptr, chunks_ptr, 0, C, cols, stride_scale, D, BLOCK_C)
-            _store_row(dbias_ptr, dbias, cols, D, BLOCK_C)
+            _store_row(dbias_ptr, tl.sum(dbias, 0), cols, D, BLOCK_C)
 
 
 def _blocks(D: int) -> dict[str, int]:
@@ -336,11 +355,11 @@ def layer_norm_bwd(
             _stride(gate), _stride(scale), BLOCK_M=4 if D <= 1024 else 2, **_blocks(D),
         )  # fmt: skip
     R = max(0 if table is None else table.shape[0] for table in (gate, shift, scale))
-    programs = R + (weight is not None or bias is not None)
+    programs = triton.cdiv(R, SUM_ROWS) + (weight is not None or bias is not None)
     if programs > 0:
         wrap_triton(_layer_norm_bwd_sum_kernel)[(programs, triton.cdiv(D, 32))](
             *parts, scale, weight, bias, chunks, row_chunks, *dtables,
-            _stride(scale), C, R, row_chunks.shape[0] - 1, D=D, BLOCK_C=64, BLOCK_D=32, num_warps=4,
+            _stride(scale), C, R, row_chunks.shape[0] - 1, D=D, ROWS=SUM_ROWS, BLOCK_C=64, BLOCK_D=32, num_warps=4,
         )  # fmt: skip
     return gradients
 

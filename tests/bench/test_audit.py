@@ -216,6 +216,18 @@ def test_our_kernels_keep_the_gates_at_every_width():
     keeps_the_gates(audit(Audit(models=("UMD-B/4", "UMD-L/2"), ops=tuple(OPS), arch=("sm_80", "sm_90"))))
 
 
+def test_short_samples_with_rows_of_their_own_keep_the_gate():
+    """68 tokens each: a table row is read, and its partial sums written and added, for few tokens."""
+    jobs = [(count_op, name, "UMD-B/4", 8, "bf16", 68) for name in OPS if name.endswith("layer_norm")]
+    counted = [one for found in run_apart(True, jobs) for one in found]
+    assert len(counted) == 4
+    for one in counted:
+        what = f"{one.op} {one.direction}"
+        assert one.compulsory_bytes <= one.bytes("asked") <= 1.10 * one.compulsory_bytes, what
+        rows = 2 * 8 * 768 * 4  # scale and shift, or scale and two gradients: of a row a sample
+        assert one.compulsory_bytes > 2 * 8 * 68 * 768 * 2 + rows, what
+
+
 def test_eager_moves_eleven_passes_forward_and_nineteen_backward(ours):
     """Over [N, D]. Forward: mul 2, add 3, norm 2, mul 2, add 2. Backward: shift's sum 1, the two gradients of mul 2 + 3
     and scale's sum 1, norm 3, the two residual gradients added 3, the two of gate·h 2 + 3 and gate's sum 1."""

@@ -119,6 +119,13 @@ def test_a_row_of_many_chunks(compare, device):
 
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
+def test_more_rows_than_a_program_sums(compare, device):
+    """Own rows, of a number that no block divides, and two that nobody uses."""
+    packing = pack([2, 1, 3, 0, 1, 2, 2, 4, 1], [0, 1, 2, 3, 5, 6, 8, 9, 10], device)
+    compare(ours(packing), plain(packing), inputs(packing, 48, torch.float32, torch.float32))
+
+
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
 def test_repeats_to_the_bit(device):
     packing = pack([70, 131, 3, 64], [1, 0, 1, 1], device)
     args = inputs(packing, 192, torch.bfloat16, torch.float32)
@@ -186,7 +193,7 @@ MUTANTS = {
     "mask of columns dropped": ("tl.where(mask, x - mean[:, None], 0.0)", "x - mean[:, None]", 1),
     "mask of rows dropped": ("mask = row_mask[:, None] & (cols < D)[None, :]", "mask = (cols < D + 0 * tile)", 2),
     "1 + dropped in front of the scale": ("tl.full(cols.shape, 1.0", "tl.full(cols.shape, 0.0", 1),
-    "1 + dropped in the affine's gradient": ("part *= 1 + scale", "part *= scale", 1),
+    "1 + dropped in the affine's gradient": ("tl.full([BLOCK_C, BLOCK_D], 1.0", "tl.full([BLOCK_C, BLOCK_D], 0.0", 1),
     "gate and scale swapped": ("gate_ptr + row * stride_gate", "scale_ptr + row * stride_scale", 2),
     "shift and scale swapped": (
         "_affine(\n        shift_ptr, scale_ptr,",
@@ -197,6 +204,7 @@ MUTANTS = {
     "gradient of the residual forgotten": ("if dr_ptr is not None:", "if False:", 1),
     "gate forgotten in dh": ("dx * gate[None, :]", "dx", 1),
     "a row's later chunks forgotten": ("tl.load(row_chunks_ptr + row + 1, row < num_rows, other=0)", "start + 1", 1),
+    "only the first of a sum's rows": ("row = first_row + i", "row = first_row + 0 * i", 1),
     "half of the tiles never written": ("range(0, stop - start, BLOCK_M)", "range(0, stop - start, 2 * BLOCK_M)", 2),
     "rstd never written": ("tl.store(rstd_ptr + start + first + tile_rows, rstd, row_mask)", "pass", 1),
 }
