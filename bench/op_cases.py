@@ -67,7 +67,7 @@ class Inputs:
     """Random tensors of one model's shapes.
 
     samples: even where no_noise_prob, the share of noise-free samples, is 0.5.
-    own_rows: instead of the training stream, tokens of each sample, all with modulation rows of their own; for the norms.
+    own_rows: instead of the training stream, tokens of each sample, each with its own modulation row; for the norms.
     """
 
     def __init__(

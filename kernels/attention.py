@@ -1,6 +1,6 @@
 """Attention inside each sample of a packed stream: no token sees another sample, no token is padding.
 
-One call, four backends; `attention_backend` tells which one runs and why.
+One call, four backends; `attention_backend` tells which one runs and why. `varlen_cross_attention` has the same.
 
     flash_attn   flash-attn 2: gradients written packed as [N, 3, H, d], and the same bits each time
     varlen_attn  torch.nn.attention.varlen: the same algorithm, in PyTorch itself
@@ -22,15 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_cpu import BatchedAttentionFunction
-from .packing import Packing
+from .packing import Packing, paired_runs
 
 Attention = Literal["auto", "flash_attn", "varlen_attn", "sdpa", "matmul"]
 NAMES = get_args(Attention)
-FLASH_ATTN_VERSIONS = (2, 7), (2, 8)  # first and last whose function is known to be as below
-FLASH_ATTN_SIGNATURE = (
-    "qkv, cu_seqlens, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, "
-    "return_attn_probs"
-)
+FLASH_ATTN_VERSIONS = (2, 7), (2, 8)  # first and last whose functions are known to be as below
+_OPTIONS = "dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs"
+FLASH_ATTN_SIGNATURES = {
+    "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {_OPTIONS}",
+    "flash_attn_varlen_kvpacked_func": (f"q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {_OPTIONS}"),
+}
 # Without flash-attn: up to so many runs of samples this short, a dense call each costs less than a ragged one.
 DENSE_RUNS = 2
 DENSE_SEQLEN = 200
@@ -39,7 +40,7 @@ _choice: Attention = "auto"
 
 
 class AttentionBackend(NamedTuple):
-    """A backend of `varlen_attention` and why it is taken, as a sentence without its subject."""
+    """A backend and why it is taken, as a sentence without its subject."""
 
     name: str
     reason: str
@@ -73,6 +74,7 @@ def attention_backend(
     head_dim: int,
     packing: Packing | None = None,
     backend: Attention | None = None,
+    kv_packing: Packing | None = None,
 ) -> AttentionBackend:
     """The backend that `varlen_attention` takes for such a tensor, and why.
 
@@ -87,12 +89,16 @@ def attention_backend(
     Args:
         packing: of the stream; None stands for a ragged one.
         backend: instead of `set_attention`'s.
+        kv_packing: of the keys in `varlen_cross_attention`, where a run is of samples equal in both lengths.
 
     Raises:
         ValueError: an unknown backend, or one that cannot take such a tensor.
     """
-    runs = None if packing is None else sum(1 for _ in packing.token_runs())
-    max_seqlen = 0 if packing is None else packing.max_seqlen
+    runs, max_seqlen = None, 0
+    if packing is not None:
+        kv_packing = packing if kv_packing is None else kv_packing
+        runs = sum(1 for _, queries, keys in paired_runs(packing, kv_packing) if queries and keys)
+        max_seqlen = max(packing.max_seqlen, kv_packing.max_seqlen)
     return AttentionBackend(
         *_select(device, dtype, head_dim, runs, max_seqlen, _choice if backend is None else backend)
     )
@@ -132,7 +138,7 @@ def varlen_attention(qkv: Tensor, packing: Packing, backend: Attention | None = 
     if qkv.numel() == 0:
         return qkv[:, 0]
     if name == "matmul":
-        return BatchedAttentionFunction.apply(qkv, packing)
+        return BatchedAttentionFunction.apply(paired_runs(packing, packing), qkv)
     if name == "flash_attn":
         from flash_attn import flash_attn_varlen_qkvpacked_func
 
@@ -143,18 +149,25 @@ def varlen_attention(qkv: Tensor, packing: Packing, backend: Attention | None = 
         q, k, v = qkv.unbind(1)
         cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)  # type: ignore[return-value]
-    return _dense_attention(qkv, packing)
+    return dense_attention(*qkv.unbind(1), paired_runs(packing, packing))
 
 
-def _dense_attention(qkv: Tensor, packing: Packing) -> Tensor:
-    """One call of SDPA a run, on views; with several runs their outputs, and their gradients, are copied together."""
-    _, _, H, d = qkv.shape
-    runs = [(samples, length) for _, samples, length in packing.token_runs()]
-    parts = [qkv] if len(runs) == 1 else qkv.split([samples * length for samples, length in runs])
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
+    """SDPA of q [N, H, d] over k, v [M, H, d], a call a run (`paired_runs`), on views.
+
+    With several runs their outputs, and their gradients, are copied together. A sample without keys gets zeros.
+    """
+    _, H, d = q.shape
+
+    def heads(x: Tensor, which: int) -> list[Tensor]:  # of each run [S, H, L, d]
+        parts = [x] if len(runs) == 1 else x.split([run[0] * run[which] for run in runs])
+        return [part.view(run[0], run[which], H, d).transpose(1, 2) for part, run in zip(parts, runs, strict=True)]
+
     out = []
-    for part, (samples, length) in zip(parts, runs, strict=True):
-        q, k, v = (x.transpose(1, 2) for x in part.view(samples, length, 3, H, d).unbind(2))  # [S, H, L, d]
-        out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, H, d))
+    for q_, k_, v_ in zip(heads(q, 1), heads(k, 2), heads(v, 2), strict=True):
+        if q_.shape[2] > 0:
+            mixed = F.scaled_dot_product_attention(q_, k_, v_) if k_.shape[2] > 0 else torch.zeros_like(q_)
+            out.append(mixed.transpose(1, 2).reshape(-1, H, d))
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -227,7 +240,7 @@ def _device_refusal(op: str, device: torch.device) -> str:
 
 @cache
 def _flash_attn_refusal() -> str:
-    """Why flash-attn's function cannot be called as `varlen_attention` does, or ""."""
+    """Why flash-attn's functions cannot be called as they are here, or ""."""
     try:
         version = importlib.metadata.version("flash-attn")
     except importlib.metadata.PackageNotFoundError:
@@ -237,11 +250,16 @@ def _flash_attn_refusal() -> str:
     if not oldest <= numbers <= newest:
         return f"is version {version}; expected {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}"
     try:
-        from flash_attn import flash_attn_varlen_qkvpacked_func
+        import flash_attn
     except Exception as error:  # built for another torch or CUDA: anything may come
         return f"{version} does not import ({type(error).__name__}: {error})"
-    found = ", ".join(inspect.signature(flash_attn_varlen_qkvpacked_func).parameters)
-    return "" if found == FLASH_ATTN_SIGNATURE else f"{version} takes ({found}), expected ({FLASH_ATTN_SIGNATURE})"
+    for name, expected in FLASH_ATTN_SIGNATURES.items():
+        if not hasattr(flash_attn, name):
+            return f"{version} has no {name}"
+        found = ", ".join(inspect.signature(getattr(flash_attn, name)).parameters)
+        if found != expected:
+            return f"{version}: {name} takes ({found}), expected ({expected})"
+    return ""
 
 
 def _varlen_attn_refusal() -> str:

@@ -1,4 +1,4 @@
-"""varlen_attention on the CPU: samples of equal length are one batched product.
+"""Attention on the CPU: samples of equal length are one batched product.
 
 Written out by hand because torch's bf16 flash backward is several times slower there than matmul and softmax at these
 lengths (64 to 257 tokens).
@@ -13,38 +13,50 @@ def scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
+def _views(stream: Tensor, runs: list[tuple[int, int, int]], which: int) -> list[Tensor]:
+    """The heads of each run in a stream [N, n, H, d]: n x [S, H, L, d]. which: 1 of queries, 2 of keys."""
+    _, n, H, d = stream.shape
+    parts = stream.split([run[0] * run[which] for run in runs])
+    return [
+        part.view(run[0], run[which], n, H, d).permute(2, 0, 3, 1, 4) for part, run in zip(parts, runs, strict=True)
+    ]
+
+
 class BatchedAttentionFunction(torch.autograd.Function):
-    """One batched product per run of equal lengths; keeps the heads and the weights."""
+    """One batched product per run of equal lengths (`paired_runs`); keeps the heads and the weights.
+
+    Of a stream qkv [N, 3, H, d], or of two, q [N, 1, H, d] and kv [M, 2, H, d].
+    """
 
     @staticmethod
-    def forward(ctx, qkv, packing):
-        _, _, H, d = qkv.shape
-        out = qkv.new_empty(len(qkv), H, d)
+    def forward(ctx, runs, *streams):
+        N, _, H, d = streams[0].shape
+        out = streams[0].new_empty(N, H, d)
         saved = []
-        for part, samples, length in packing.token_runs():
-            heads = qkv[part].view(samples, length, 3, H, d).permute(2, 0, 3, 1, 4)  # [3, S, H, L, d]
-            heads = heads.clone(memory_format=torch.contiguous_format)
-            q, k, v = heads.flatten(1, 2)  # 3 x [S·H, L, d]
-            weights = torch.softmax(scaled_bmm(q, k.mT, d**-0.5), dim=-1)  # [S·H, L, L]
-            out[part].view(samples, length, H, d).copy_(
-                torch.bmm(weights, v).view(samples, H, length, d).transpose(1, 2)
-            )
-            saved += [heads, weights]
+        views = [_views(stream, runs, 1 + i) for i, stream in enumerate(streams)]
+        for (mixed,), *parts in zip(_views(out.unsqueeze(1), runs, 1), *views, strict=True):
+            heads = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+            q, k, v = (x for part in heads for x in part.flatten(1, 2))  # [S·H, L, d] and twice [S·H, M, d]
+            weights = torch.softmax(scaled_bmm(q, k.mT, d**-0.5), dim=-1)  # [S·H, L, M]
+            mixed.copy_(torch.bmm(weights, v).view_as(mixed))
+            saved += [*heads, weights]
         ctx.save_for_backward(*saved)
-        ctx.packing = packing
+        ctx.runs, ctx.shapes = runs, [stream.shape for stream in streams]
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        N, H, d = dout.shape
-        dqkv = dout.new_empty(N, 3, H, d)
+        d = dout.shape[-1]
+        gradients = [dout.new_empty(shape) for shape in ctx.shapes]
         saved = iter(ctx.saved_tensors)
-        for part, samples, length in ctx.packing.token_runs():
-            (q, k, v), weights = next(saved).flatten(1, 2), next(saved)
-            do = dout[part].view(samples, length, H, d).transpose(1, 2).contiguous().flatten(0, 1)  # [S·H, L, d]
-            dq, dk, dv = dqkv[part].view(samples, length, 3, H, d).permute(2, 0, 3, 1, 4)  # 3 x [S, H, L, d]
+        views = [_views(gradient, ctx.runs, 1 + i) for i, gradient in enumerate(gradients)]
+        for (do,), *parts in zip(_views(dout.unsqueeze(1), ctx.runs, 1), *views, strict=True):
+            q, k, v = (x for _ in parts for x in next(saved).flatten(1, 2))
+            weights = next(saved)
+            dq, dk, dv = (x for part in parts for x in part)
+            do = do.contiguous().flatten(0, 1)  # [S·H, L, d]
             dv.copy_(torch.bmm(weights.mT, do).view_as(dv))
             dscores = torch._softmax_backward_data(torch.bmm(do, v.mT), weights, -1, weights.dtype)
             dq.copy_(scaled_bmm(dscores, k, d**-0.5).view_as(dq))
             dk.copy_(scaled_bmm(dscores.mT, q, d**-0.5).view_as(dk))
-        return dqkv, None
+        return None, *gradients

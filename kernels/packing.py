@@ -90,6 +90,20 @@ def pack(
     )
 
 
+def paired_runs(packing: Packing, kv_packing: Packing) -> list[tuple[int, int, int]]:
+    """(samples, query length, key length) of consecutive samples equal in both lengths; those with neither left out."""
+    queries, keys = list(packing.runs), list(kv_packing.runs)
+    runs, i, j = [], 0, 0
+    while i < len(queries) and j < len(keys):
+        (q_samples, q_length), (k_samples, k_length) = queries[i], keys[j]
+        samples = min(q_samples, k_samples)
+        if q_length + k_length > 0:
+            runs.append((samples, q_length, k_length))
+        queries[i], keys[j] = (q_samples - samples, q_length), (k_samples - samples, k_length)
+        i, j = i + (q_samples == samples), j + (k_samples == samples)
+    return runs
+
+
 def _cut(start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Pieces of nearly equal size, at least _CHUNK tokens each where there are as many."""
     pieces = max(1, (stop - start) // _CHUNK)

@@ -56,7 +56,7 @@ def ours():
     jobs = [(count_op, name, "UMD-B/4", 8, "bf16") for name in OPS]
     jobs += [(count_op, name, "UMD-L/2", 4, "bf16") for name in OPS if name.endswith("layer_norm")]
     counted = [one for found in run_apart(True, jobs) for one in found]
-    return compile_counted(counted, ("sm_80", "sm_90"))
+    return compile_counted(counted, tuple(ARCHITECTURES))
 
 
 def test_a_copy_asks_for_what_it_moves(small):
@@ -187,7 +187,7 @@ def test_broadcast_dimensions_take_no_room(shape, data):
 def test_every_op_launches_its_kernels_in_every_direction(ours):
     backward = {"modulated_layer_norm", "gated_residual_layer_norm", "scatter_tokens", "masked_diffusion_loss"}
     expected = {(op, "forward") for op in OPS} | {(op, "backward") for op in backward}
-    for arch in ("sm_80", "sm_90"):
+    for arch in ARCHITECTURES:
         assert {(r.op, r.direction) for r in ours if r.arch == arch and r.width == 768} == expected
     assert all(kernel["kernel"].startswith("umd.kernels.") for row in ours for kernel in row.kernels)
 
@@ -213,7 +213,7 @@ def test_our_kernels_keep_the_gates(ours):
 
 @pytest.mark.slow
 def test_our_kernels_keep_the_gates_at_every_width():
-    keeps_the_gates(audit(Audit(models=("UMD-B/4", "UMD-L/2"), ops=tuple(OPS), arch=("sm_80", "sm_90"))))
+    keeps_the_gates(audit(Audit(models=("UMD-B/4", "UMD-L/2"), ops=tuple(OPS))))
 
 
 def test_short_samples_with_rows_of_their_own_keep_the_gate():

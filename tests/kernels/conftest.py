@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from umd.kernels import backend
+from umd.kernels import attention, backend
 
 Inputs = dict[str, Tensor | None]
 SLACK = {torch.float64: 1e4, torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}  # in units of eps·max
@@ -39,6 +39,12 @@ def device(request):
         pytest.skip("kernels are compiled for the GPU here")
     with backend.kernels("reference" if request.param == "torch" else "triton"):
         yield "cuda" if request.param == "cuda" else "cpu"
+
+
+@pytest.fixture
+def strictly_deterministic(nan_in_new_memory):
+    """Not warn_only, under which torch's flash kernels add to dq in any order."""
+    torch.use_deterministic_algorithms(True)
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +161,86 @@ def mutant(tmp_path, monkeypatch):
         return found
 
     return load
+
+
+# flash-attn and varlen_attn have kernels for CUDA only. Here their operators get one for the CPU, so that all that lies
+# between our call and a kernel runs: their Python, their autograd, and what torch.compile makes of both.
+
+
+def _samples(cu_seqlens: Tensor) -> list[slice]:
+    bounds = cu_seqlens.tolist()
+    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+def _attend(q, k, v, cu_q, cu_k):
+    """(out, logsumexp [H, N]) of packed streams in fp32: what both libraries ask of their kernel."""
+    out, logsumexp = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
+    for here, there in zip(_samples(cu_q), _samples(cu_k), strict=True):
+        q_, k_, v_ = (x.transpose(0, 1).float() for x in (q[here], k[there], v[there]))  # [H, L or M, d]
+        scores = q_ @ k_.mT / q.shape[-1] ** 0.5
+        logsumexp[:, here] = scores.logsumexp(-1)
+        out[here] = (scores.softmax(-1) @ v_).transpose(0, 1)
+    return out, logsumexp
+
+
+def _attend_backward(dout, q, k, v, out, logsumexp, cu_q, cu_k):
+    """dq, dk, dv from what the forward left: the output and the logsumexp, as Dao et al. 2022 derive them."""
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for here, there in zip(_samples(cu_q), _samples(cu_k), strict=True):
+        q_, out_, dout_ = (x[here].transpose(0, 1).float() for x in (q, out, dout))
+        k_, v_ = (x[there].transpose(0, 1).float() for x in (k, v))
+        weights = (q_ @ k_.mT / q.shape[-1] ** 0.5 - logsumexp[:, here, None]).exp()
+        dscores = weights * (dout_ @ v_.mT - (dout_ * out_).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
+        dq[here], dk[there] = (dscores @ k_).transpose(0, 1), (dscores.mT @ q_).transpose(0, 1)
+        dv[there] = (weights.mT @ dout_).transpose(0, 1)
+    return dq, dk, dv
+
+
+@pytest.fixture
+def varlen_attn_on_cpu():
+    def forward(q, k, v, cu_q, cu_k, *rest):
+        return *_attend(q, k, v, cu_q, cu_k), torch.zeros(2, dtype=torch.uint64)
+
+    def backward(dout, q, k, v, out, logsumexp, cu_q, cu_k, *rest):
+        return _attend_backward(dout, q, k, v, out, logsumexp, cu_q, cu_k)
+
+    with torch.library._scoped_library("torch_attn", "FRAGMENT") as library:
+        library.impl("_varlen_attn", forward, "CPU")
+        library.impl("_varlen_attn_backward", backward, "CPU")
+        yield
+
+
+@pytest.fixture
+def flash_attn_on_cpu(monkeypatch):
+    """Gives the list of `deterministic` in each backward pass."""
+    if importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed")
+    if importlib.util.find_spec("flash_attn_2_cuda") is None:  # only its Python is: the kernels are ours anyway
+        monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", ModuleType("flash_attn_2_cuda"))
+    attention._flash_attn_refusal.cache_clear()
+    import flash_attn  # noqa: F401
+
+    deterministic: list[bool] = []
+
+    def forward(q, k, v, cu_q, cu_k, *rest, **named):
+        return *_attend(q, k, v, cu_q, cu_k), q.new_empty(0), torch.zeros(2, dtype=torch.int64)
+
+    def backward(dout, q, k, v, out, logsumexp, dq, dk, dv, cu_q, cu_k, *rest, **named):
+        deterministic.append(rest[9])
+        found = _attend_backward(dout, q, k, v, out, logsumexp, cu_q, cu_k)
+        for gradient, value in zip((dq, dk, dv), found, strict=True):
+            gradient.copy_(value)
+        return torch.empty(q.shape[1], len(q), dtype=torch.float32)
+
+    with torch.library._scoped_library("flash_attn", "FRAGMENT") as library:
+        library.impl("_flash_attn_varlen_forward", forward, "CPU")
+        library.impl("_flash_attn_varlen_backward", backward, "CPU")
+        yield deterministic
+    attention._flash_attn_refusal.cache_clear()
+
+
+@pytest.fixture(name="backend", params=["flash_attn", "varlen_attn", "sdpa", "matmul"])
+def attention_backend_on_cpu(request):
+    if request.param.endswith("attn"):
+        request.getfixturevalue(f"{request.param}_on_cpu")
+    return request.param

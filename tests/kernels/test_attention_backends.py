@@ -1,20 +1,17 @@
 """The backends behind `varlen_attention`: each against the fp64 definition, the choice between them, and refusals.
 
-flash-attn and varlen_attn have kernels for CUDA only. Here their operators get one for the CPU, so that all that lies
-between our call and a kernel runs: their Python, their autograd, and what torch.compile makes of both.
+flash-attn and varlen_attn have kernels for CUDA only; conftest.py gives their operators one for the CPU.
 """
 
-import importlib.util
 import inspect
 import sys
-import types
 
 import pytest
 import torch
 
 from umd.kernels import attention
 from umd.kernels.attention import (
-    FLASH_ATTN_SIGNATURE,
+    FLASH_ATTN_SIGNATURES,
     attention_backend,
     set_attention,
     varlen_attention,
@@ -25,84 +22,6 @@ from umd.kernels.packing import pack
 CPU = torch.device("cpu")
 HALF = [torch.bfloat16, torch.float16]
 LENGTHS = [[5], [3, 3], [4, 4, 7, 7, 7, 1], [2, 0, 1, 3], [0], [64, 64, 160]]
-calls: list[bool] = []  # `deterministic` of each backward of flash-attn
-
-
-def forward(q, k, v, cu_seqlens):
-    """(out, logsumexp [H, N]) of a packed stream in fp32: what both libraries ask of their kernel."""
-    out, logsumexp = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
-    bounds = cu_seqlens.tolist()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
-        q_, k_, v_ = (x[start:stop].transpose(0, 1).float() for x in (q, k, v))  # [H, L, d]
-        scores = q_ @ k_.mT / q.shape[-1] ** 0.5
-        logsumexp[:, start:stop] = scores.logsumexp(-1)
-        out[start:stop] = (scores.softmax(-1) @ v_).transpose(0, 1)
-    return out, logsumexp
-
-
-def backward(dout, q, k, v, out, logsumexp, cu_seqlens):
-    """dq, dk, dv from what the forward left: the output and the logsumexp, as Dao et al. 2022 derive them."""
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    bounds = cu_seqlens.tolist()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
-        here = slice(start, stop)
-        q_, k_, v_, out_, dout_ = (x[here].transpose(0, 1).float() for x in (q, k, v, out, dout))
-        weights = (q_ @ k_.mT / q.shape[-1] ** 0.5 - logsumexp[:, here, None]).exp()
-        dscores = weights * (dout_ @ v_.mT - (dout_ * out_).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
-        dq[here], dk[here] = (dscores @ k_).transpose(0, 1), (dscores.mT @ q_).transpose(0, 1)
-        dv[here] = (weights.mT @ dout_).transpose(0, 1)
-    return dq, dk, dv
-
-
-def varlen_attn_forward(q, k, v, cu_seqlens, *rest):
-    return *forward(q, k, v, cu_seqlens), torch.zeros(2, dtype=torch.uint64)
-
-
-def varlen_attn_backward(dout, q, k, v, out, logsumexp, cu_seqlens, *rest):
-    return backward(dout, q, k, v, out, logsumexp, cu_seqlens)
-
-
-def flash_attn_forward(q, k, v, cu_seqlens, *rest, **named):
-    return *forward(q, k, v, cu_seqlens), q.new_empty(0), torch.zeros(2, dtype=torch.int64)
-
-
-def flash_attn_backward(dout, q, k, v, out, logsumexp, dq, dk, dv, cu_seqlens, *rest, **named):
-    calls.append(rest[10])
-    for gradient, value in zip((dq, dk, dv), backward(dout, q, k, v, out, logsumexp, cu_seqlens), strict=True):
-        gradient.copy_(value)
-    return torch.empty(q.shape[1], len(q), dtype=torch.float32)
-
-
-@pytest.fixture
-def varlen_attn_on_cpu():
-    with torch.library._scoped_library("torch_attn", "FRAGMENT") as library:
-        library.impl("_varlen_attn", varlen_attn_forward, "CPU")
-        library.impl("_varlen_attn_backward", varlen_attn_backward, "CPU")
-        yield
-
-
-@pytest.fixture
-def flash_attn_on_cpu(monkeypatch):
-    if importlib.util.find_spec("flash_attn") is None:
-        pytest.skip("flash-attn is not installed")
-    if importlib.util.find_spec("flash_attn_2_cuda") is None:  # only its Python is: the kernels are ours anyway
-        monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", types.ModuleType("flash_attn_2_cuda"))
-    attention._flash_attn_refusal.cache_clear()
-    import flash_attn  # noqa: F401
-
-    calls.clear()
-    with torch.library._scoped_library("flash_attn", "FRAGMENT") as library:
-        library.impl("_flash_attn_varlen_forward", flash_attn_forward, "CPU")
-        library.impl("_flash_attn_varlen_backward", flash_attn_backward, "CPU")
-        yield
-    attention._flash_attn_refusal.cache_clear()
-
-
-@pytest.fixture(params=["flash_attn", "varlen_attn", "sdpa", "matmul"])
-def backend(request):
-    if request.param.endswith("attn"):
-        request.getfixturevalue(f"{request.param}_on_cpu")
-    return request.param
 
 
 def draw(lengths, H=3, d=8, dtype=torch.bfloat16, device="cpu"):
@@ -147,8 +66,7 @@ def test_every_backend_on_a_gpu(compare, name, lengths, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["flash_attn", "varlen_attn", "sdpa", "matmul"])
-def test_repeats_to_the_bit_on_a_gpu(name):
-    """Under torch.use_deterministic_algorithms, which every test here runs under."""
+def test_repeats_to_the_bit_on_a_gpu(name, strictly_deterministic):
     packing, qkv = draw([257, 1, 164, 257], H=4, d=64, device="cuda")
     refusal = attention._refusal(name, qkv.device, qkv.dtype, 64)
     if refusal:
@@ -195,13 +113,14 @@ def test_the_automatic_choice_compiles_whole():
 def test_flash_attn_is_asked_for_the_same_gradient_bits_each_time(flash_attn_on_cpu):
     packing, qkv = draw([3, 2])
     varlen_attention(qkv.requires_grad_(), packing, "flash_attn").sum().backward()
-    assert calls == [True]
+    assert flash_attn_on_cpu == [True]
 
 
-def test_the_signature_is_that_of_the_package(flash_attn_on_cpu):
-    from flash_attn import flash_attn_varlen_qkvpacked_func
+def test_the_signatures_are_those_of_the_package(flash_attn_on_cpu):
+    import flash_attn
 
-    assert ", ".join(inspect.signature(flash_attn_varlen_qkvpacked_func).parameters) == FLASH_ATTN_SIGNATURE
+    for name, expected in FLASH_ATTN_SIGNATURES.items():
+        assert ", ".join(inspect.signature(getattr(flash_attn, name)).parameters) == expected
     assert attention._flash_attn_refusal() == ""
 
 
@@ -287,10 +206,17 @@ def install(site, version, source):
         ("2.5.9", "", "is version 2.5.9; expected 2.7 to 2.8"),
         ("3.0.0b1", "", "is version 3.0.0b1; expected 2.7 to 2.8"),
         ("2.8.3", "import flash_attn_2_cuda_of_another_torch", "does not import .ModuleNotFoundError: .*another_torch"),
+        ("2.8.3", "", "has no flash_attn_varlen_qkvpacked_func"),
         (
             "2.8.3",
             "def flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens): ...",
-            "takes .qkv, cu_seqlens., expected .qkv",
+            "2.8.3: flash_attn_varlen_qkvpacked_func takes .qkv, cu_seqlens., expected .qkv",
+        ),
+        (
+            "2.8.3",
+            f"def flash_attn_varlen_qkvpacked_func({FLASH_ATTN_SIGNATURES['flash_attn_varlen_qkvpacked_func']}): ...\n"
+            "def flash_attn_varlen_kvpacked_func(q, kv): ...",
+            "2.8.3: flash_attn_varlen_kvpacked_func takes .q, kv., expected .q, kv, cu_seqlens_q",
         ),
     ],
 )

@@ -254,6 +254,8 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_noticed(mutant, name):
+    if not backend.INTERPRET:
+        pytest.skip("kernels are compiled for the GPU here")
     found = mutant(loss, *MUTANTS[name])
     args = case(B=5, n=3, K=4, K_clean=1, ignored=(1, 2))
     with backend.kernels("triton"):
