@@ -54,6 +54,8 @@ setup(
             "pytest-xdist",
             # Kernels are tested in its interpreter where there is no GPU.
             "triton; sys_platform == 'linux'",
+            # Its sanitizer proves the bounds of some of them.
+            "triton-viz; sys_platform == 'linux'",
             "nvidia-dali-cuda130; sys_platform == 'linux'",
             "hypothesis",
             "ruff",
