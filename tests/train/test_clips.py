@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -212,6 +213,12 @@ def test_a_run_on_clips_trains_and_fills(npz, tmp_path):
         with Image.open(tmp_path / mask / "1-sample-2.gif") as gif:
             assert gif.n_frames == 8 and gif.size == (12, 12)
         assert (tmp_path / f"{mask}.png").exists() and (tmp_path / f"{mask}-steps.png").exists()
+    code, err = umd(
+        f"finetune {run} --task classify --steps 2 --batch-size 4 --out {tmp_path / 'classes'} --data.num-workers 0"
+    )
+    assert code == 0, err
+    scores = json.loads((tmp_path / "classes" / "scores.json").read_text())
+    assert scores["classes"] == ["0", "1", "2"] and scores["images"] == len(open_clips(str(npz), "test", 0.2, False))
 
 
 def test_mistakes_are_one_sentence(npz, tmp_path):
