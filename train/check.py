@@ -113,11 +113,9 @@ def files_of(source: Path) -> tuple[list[tuple[str, Any]], dict[str, list[str]],
     tests = [name for name in ("test", "val") if name in subfolders]
     if "train" not in subfolders or not tests:
         return files_in(source, "")
-    files, classes, wrong = [], {}, [Finding(name, OUTSIDE) for name in listing(source)[1]]
-    for split in ("train", tests[0]):
-        found = files_in(source, split)
-        files, classes, wrong = files + found[0], classes | found[1], wrong + found[2]
-    return files, classes, wrong
+    outside = [Finding(name, OUTSIDE) for name in listing(source)[1]]
+    (files, classes, wrong), test = files_in(source, "train"), files_in(source, tests[0])
+    return files + test[0], classes | test[1], outside + wrong + test[2]
 
 
 def files_in(source: Path, split: str) -> tuple[list[tuple[str, Any]], dict[str, list[str]], list[Finding]]:

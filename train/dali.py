@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from umd.errors import UserError
-from umd.train.data import Batch, DataConfig, draw_view, view_rng
+from umd.train.data import Batch, Batches, DataConfig, draw_view, view_rng
 from umd.train.sources import ImageDataset, unreadable
 
 READERS = 8  # threads that wait for the disk
@@ -33,7 +33,7 @@ ORIENTATION = 0x0112  # EXIF tag; from 5 on height and width change places
 class Sample(NamedTuple):
     """One picture as the pipeline takes it."""
 
-    index: int  # of the picture read: with `skip_broken`, perhaps a stand-in
+    number: int  # index of the picture read: with `skip_broken`, perhaps a stand-in
     encoded: np.ndarray  # uint8 [bytes]
     corner: np.ndarray  # int32 [2], row and column where decoding starts
     shape: np.ndarray  # int32 [2], rows and columns to decode
@@ -82,7 +82,7 @@ def build_pipeline(config: DataConfig, batch_size: int, device: torch.device):
 
 def dali_batches(
     dataset: ImageDataset, config: DataConfig, keys: Iterator[list[tuple[int, int]]], seed: int, device: torch.device
-) -> Iterator[Batch]:
+) -> Batches:
     """Batches of `keys`, (epoch, index) of each sample, as `umd.train.data.train_loader` promises them."""
     labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
@@ -98,7 +98,7 @@ def dali_batches(
         for name, column in zip(INPUTS, list(zip(*samples, strict=True))[1:], strict=True):
             pipeline.feed_input(name, list(column))
         pipeline.schedule_run()
-        decoding = [sample.index for sample in samples]
+        decoding = [sample.number for sample in samples]
 
     def read_ahead() -> None:
         while len(waiting) < BATCHES_READ:

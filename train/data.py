@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -120,6 +120,9 @@ class Batch:
     x_start: Tensor
     labels: Tensor | None
     indices: Tensor
+
+
+Batches = Generator[Batch, None, None]  # without end; `.close()` them or drop them to end their workers
 
 
 def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDataset | LatentDataset:
@@ -290,7 +293,7 @@ def has_dali() -> bool:
         return False
 
 
-def choose_loader(dataset: ImageDataset | LatentDataset, wanted: str) -> str:
+def choose_loader(dataset: ImageDataset, wanted: str) -> str:
     """`dali` or `python`. Raises UserError where DALI is wanted and cannot read the pictures."""
     if wanted == "python" or isinstance(dataset, ClipDataset) or (wanted == "auto" and not has_dali()):
         return "python"
@@ -359,14 +362,13 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-) -> Iterator[Batch]:
+) -> Batches:
     """Training batches without end: one permutation of the dataset after another, batches across the seams.
 
     Of a run on latents they are drawn from the posteriors, anew each epoch, stored or of pictures encoded here.
     batch_size: samples of all ranks together; each rank gets its own contiguous `batch_size // world_size`.
     start: samples already seen by all ranks together; the batches go on from there.
     device: where the batch ends up; towards a GPU the pictures travel as bytes from pinned memory.
-    Close the iterator (`.close()`) or drop it to end its workers.
     """
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(f"batch_size is {batch_size}: expected a multiple of the {world_size} ranks")
@@ -403,9 +405,9 @@ def train_loader(
 
 
 def drawn_latents(
-    loader: Iterator[Batch], moments: Callable[[Tensor], Tensor], size: int,
+    loader: Batches, moments: Callable[[Tensor], Tensor], size: int,
     *, batch_size: int, seed: int, start: int, rank: int, world_size: int,
-) -> Iterator[Batch]:  # fmt: skip
+) -> Batches:  # fmt: skip
     """The loader's batches with latents drawn from `moments(x_start)`, by (seed, epoch, index)."""
     share = batch_size // world_size
     first = start + rank * share
@@ -416,15 +418,13 @@ def drawn_latents(
             yield replace(batch, x_start=x_start)
             first += batch_size
     finally:
-        loader.close()  # type: ignore[attr-defined]  # a generator, as all loaders are
+        loader.close()
 
 
 def batches(
-    loader: DataLoader,
-    dataset: ImageDataset | LatentDataset,
-    device: torch.device,
+    loader: DataLoader, dataset: ImageDataset | LatentDataset, device: torch.device,
     convert: Callable[[Tensor], Tensor] = as_model_input,
-) -> Iterator[Batch]:
+) -> Batches:  # fmt: skip
     """What the workers prepared, moved to `device` and put in the model's form."""
     labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)
     prepared = iter(loader)

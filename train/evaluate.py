@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ class Probe:
 
 
 NOISED_PROBE_INDEX = 50  # schedule index at which networks that never saw a noise-free image are read
+M = TypeVar("M", bound=AnyModel)
 Denoise = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
@@ -61,6 +63,13 @@ def open_run(config: RunConfig, ema: bool = True) -> tuple[AnyModel, torch.devic
     """The network of a run on this machine's device, and the autocast type."""
     device = pick_device(config.device)
     return load_model(config.out, ema, device), device, pick_dtype(config.precision, device)
+
+
+def open_run_of(kind: type[M], config: RunConfig, ema: bool = True) -> tuple[M, torch.device, torch.dtype]:
+    """`open_run` of a run whose network is known to be of this kind."""
+    model, device, dtype = open_run(config, ema)
+    assert isinstance(model, kind)
+    return model, device, dtype
 
 
 def open_tokenizer(config: RunConfig, vae: str, device: torch.device) -> Tokenizer | None:
@@ -107,7 +116,7 @@ def represent(
 
 def open_gates(model: AnyModel) -> AnyModel:
     """Set every gate of an untrained adaLN-zero network to 1: as made, its blocks do nothing and CLS sees no image."""
-    if getattr(model, "adaLN_modulation", None) is not None:
+    if isinstance(model, UMD) and model.adaLN_modulation is not None:
         config = model.config
         with torch.no_grad():
             tables = model.adaLN_modulation.bias[: -2 * config.hidden_size].view(-1, 6, config.hidden_size)
@@ -117,7 +126,7 @@ def open_gates(model: AnyModel) -> AnyModel:
 
 def probe(
     config: RunConfig,
-    model: UMD,
+    model: AnyModel,
     shots: int,
     seeds: tuple[int, ...] = (0, 1, 2),
     l2: tuple[float, ...] = (1024.0,),

@@ -32,10 +32,6 @@ def default_finetune(pretrained: RunConfig, init: Path, arguments: list[str]) ->
     if task == "generate":
         if from_scratch:
             raise UserError("--from-scratch is for --task classify; for generation pretrain with --model.num-classes")
-        if pretrained.is_diffmae:
-            raise UserError(
-                "a DiffMAE takes no labels to generate by; pretrain a UMD for that, or give --task classify"
-            )
         return Finetune(run=finetune_config(pretrained, init, 0, init.with_name(f"{init.name}-labels")))
     if task == "linear" and from_scratch:
         raise UserError("--from-scratch is for --task classify; a linear probe is of a trained encoder")
@@ -48,7 +44,9 @@ def task_of(arguments: list[str]) -> Task:
         name, has_value, value = argument.partition("=")
         if name == "--task":
             value = value if has_value else (arguments[i + 1 : i + 2] or [""])[0]
-            if value not in get_args(Task):
-                raise UserError(f"unknown task {value!r}; it is one of {', '.join(get_args(Task))}")
-            return value
+            tasks: tuple[Task, ...] = get_args(Task)
+            for task in tasks:
+                if task == value:
+                    return task
+            raise UserError(f"unknown task {value!r}; it is one of {', '.join(tasks)}")
     return "generate"

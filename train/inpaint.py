@@ -14,6 +14,7 @@ from torch import Tensor
 
 from umd import ops
 from umd.device import autocast
+from umd.classifier import Classifier
 from umd.diffmae import DiffMAE, fill
 from umd.errors import UserError
 from umd.images import grid, save_png
@@ -148,6 +149,7 @@ def fill_with(
         assert isinstance(model, UMD)
         answer = reconstruct(model, x, hole, dtype)[:, None]  # [B, 1, C, H, W]
         return Fillings(x, torch.where(hole.bool(), torch.zeros_like(x), x), answer, answer[:, :, None])
+    assert not isinstance(model, Classifier), "check_predicts_pixels asks for it"
     return fillings(
         model, schedule_of(config.schedule), x, hole, samples=options.samples, num_steps=options.steps,
         resample=options.resample, seed=options.seed, dtype=dtype, eta={"ddpm": 1.0, "ddim": 0.0}[options.sampler],
@@ -156,8 +158,8 @@ def fill_with(
 
 
 def fillings(
-    model: AnyModel, schedule: NoiseSchedule, x: Tensor, hole: Tensor, *, samples: int, num_steps: int, resample: int,
-    seed: int, dtype: torch.dtype, eta: float = 1.0, clip: bool = True, console: Console | None = None,
+    model: UMD | DiffMAE, schedule: NoiseSchedule, x: Tensor, hole: Tensor, *, samples: int, num_steps: int,
+    resample: int, seed: int, dtype: torch.dtype, eta: float = 1.0, clip: bool = True, console: Console | None = None,
 ) -> Fillings:  # fmt: skip
     """Fill pictures [B, C, H, W] `samples` times: a DiffMAE all at once, its encoder run once; a UMD one by one."""
     steps: list[Tensor] = []  # of one sampling

@@ -46,7 +46,7 @@ def rates(folder: Path, loader: str, size: int, workers: int, batches: int = 8) 
             pass
         seconds = time.perf_counter() - start
     finally:
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
     return batches * BATCH / seconds, (cpu_seconds() - cpu) / (batches * BATCH)
 
 

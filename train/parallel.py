@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,8 @@ from umd.checkpoint import load_optimizer_tensors, optimizer_tensors
 from umd.device import autocast
 from umd.ema import EMA
 from umd.errors import UserError
+from umd.methods import AnyCorruption
 from umd.model import UMD
-from umd.objective import Corruption, Objective
 from umd.train.distributed import ParallelConfig, World
 
 DDP_BELOW = 1_000_000_000  # weights: 16 bytes each fit beside the activations, and DDP sends least and waits least
@@ -44,11 +44,14 @@ def strategy(config: ParallelConfig, world: World, num_weights: int) -> str:
 class LossStep(nn.Module):
     """The forward pass of a micro-batch to its loss as one module, which DDP and DeepSpeed can wrap."""
 
-    def __init__(self, network: nn.Module, objective: Objective, dtype: torch.dtype):
+    def __init__(
+        self, network: Callable[..., Tensor], objective: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype
+    ):
+        """network, objective: of one kind; the objective takes the corruptions that it drew."""
         super().__init__()
         self.network, self.objective, self.dtype = network, objective, dtype
 
-    def forward(self, x_start: Tensor, corruption: Corruption) -> tuple[Tensor, Tensor]:
+    def forward(self, x_start: Tensor, corruption: AnyCorruption) -> tuple[Tensor, Tensor]:
         """x_start [B, C, H, W] to (loss [], its parts [3])."""
         with autocast(x_start.device, self.dtype):
             return self.objective(self.network, x_start, corruption)
@@ -65,7 +68,7 @@ class Alone:
     def place(self, device: torch.device) -> str:
         return str(device)
 
-    def forward_backward(self, x_start: Tensor, corruption: Corruption, last: bool) -> tuple[Tensor, Tensor]:
+    def forward_backward(self, x_start: Tensor, corruption: AnyCorruption, last: bool) -> tuple[Tensor, Tensor]:
         """Add the gradient of one micro-batch; `last` is the last of the step. Returns (loss [], parts [3])."""
         loss, parts = self.loss(x_start, corruption)
         (loss / self.accumulate).backward()
@@ -169,7 +172,7 @@ class DDP(Alone):
     def place(self, device: torch.device) -> str:
         return f"{self.weights.world.size} x {device.type}, DDP"
 
-    def forward_backward(self, x_start: Tensor, corruption: Corruption, last: bool) -> tuple[Tensor, Tensor]:
+    def forward_backward(self, x_start: Tensor, corruption: AnyCorruption, last: bool) -> tuple[Tensor, Tensor]:
         self.loss.require_backward_grad_sync = last  # what DDP's no_sync() sets
         return super().forward_backward(x_start, corruption, last)
 
@@ -220,7 +223,7 @@ class Zero:
     def place(self, device: torch.device) -> str:
         return f"{self.weights.world.size} x {device.type}, ZeRO {self.stage}"
 
-    def forward_backward(self, x_start: Tensor, corruption: Corruption, last: bool) -> tuple[Tensor, Tensor]:
+    def forward_backward(self, x_start: Tensor, corruption: AnyCorruption, last: bool) -> tuple[Tensor, Tensor]:
         loss, parts = self.engine(x_start, corruption)
         self.engine.backward(loss)
         if not last:

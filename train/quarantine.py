@@ -58,6 +58,8 @@ def summary(reasons: dict[str, str], left: int) -> str:
 def record_quarantine(reasons: dict[str, str], left: int, out: Path) -> None:
     """Write quarantine.json into a run's folder: what the run leaves out of its training split, and why."""
     listed = [{"path": path, "reason": reason} for path, reason in sorted(reasons.items())]
-    record = {"images": left, "left_out": count(reasons), "share": share_lost(reasons, left)}
-    record |= {"counts": dict(Counter(reasons.values()).most_common()), "files": listed}
+    record = {
+        "images": left, "left_out": count(reasons), "share": share_lost(reasons, left),
+        "counts": dict(Counter(reasons.values()).most_common()), "files": listed,
+    }  # fmt: skip
     write_whole(out / "quarantine.json", json.dumps(record, indent=1).encode())

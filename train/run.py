@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -31,6 +31,9 @@ from umd.methods import AnyModel, AnyModelConfig, AnyObjectiveConfig, build_mode
 from umd.train.data import DataConfig
 from umd.train.distributed import ParallelConfig
 from umd.train.optim import OptimConfig
+
+Model = TypeVar("Model", bound=AnyModelConfig)
+Objective = TypeVar("Objective", bound=AnyObjectiveConfig)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,11 @@ class RunConfig:
     @property
     def is_classifier(self) -> bool:
         return isinstance(self.model, ClassifierConfig)
+
+    def parts(self, model: type[Model], objective: type[Objective]) -> tuple[Model, Objective]:
+        """Network and objective of a run that is known to be of these kinds."""
+        assert isinstance(self.model, model) and isinstance(self.objective, objective)
+        return self.model, self.objective
 
     @property
     def checkpoints(self) -> Path:
@@ -203,16 +211,22 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
 }  # fmt: skip
 
 
+def with_classes(config: RunConfig, num_classes: int) -> RunConfig:
+    """The run with this many classes. Raises UserError for a DiffMAE."""
+    if isinstance(config.model, DiffMAEConfig):
+        raise UserError("a DiffMAE takes no labels to generate by; pretrain a UMD for that, or give --task classify")
+    return replace(config, model=replace(config.model, num_classes=num_classes))
+
+
 def finetune_config(pretrained: RunConfig, init: Path, num_classes: int, out: Path) -> RunConfig:
     """The paper's recipe for class-conditional generation (its Table 5) on a pre-trained run.
 
     Its learning rate for a batch of 256 is that of pre-training, 1.5e-4 in the paper's presets.
     """
     return replace(
-        pretrained,
+        with_classes(pretrained, num_classes),
         out=out,
         init=init,
-        model=replace(pretrained.model, num_classes=num_classes),
         objective=ObjectiveConfig(no_noise_prob=0.05, mask_ratio=0.0, mask_ratio_no_noise=0.75),
         optim=OptimConfig(lr=pretrained.optim.lr, betas=(0.9, 0.999), weight_decay=0.0, ema=1e-4),
         data=replace(pretrained.data, area_min=0.95),
@@ -272,7 +286,9 @@ def from_plain(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
     def convert(hint: Any, value: Any) -> Any:
         args = get_args(hint)
-        configs = [choice for choice in args or (hint,) if dataclasses.is_dataclass(choice)]
+        configs = [
+            choice for choice in args or (hint,) if isinstance(choice, type) and dataclasses.is_dataclass(choice)
+        ]
         if configs and isinstance(value, Mapping):
             same = [choice for choice in configs if getattr(choice, "kind", None) == value.get("kind")]
             return from_plain((same or configs)[0], value, where)

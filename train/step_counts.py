@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from umd import masking, ops
 from umd.methods import build_model, build_objective
 from umd.schedule import NoiseSchedule
+from umd.train.parallel import LossStep
 from umd.train.run import RunConfig, from_plain, to_plain
 
 aten = torch.ops.aten
@@ -111,8 +112,7 @@ def run_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.d
         parameter.register_post_accumulate_grad_hook(hook)
     with ledger:
         x_start = torch.zeros(micro, config.model.channels, *config.model.image_size)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss, _ = objective(model, x_start, corruption)
+        loss, _ = LossStep(model, objective, dtype)(x_start, corruption)
         loss.backward()
         ledger.look()
     return StepCounts(
@@ -124,10 +124,12 @@ def labels_of(config: RunConfig, micro: int) -> Tensor | None:
     return torch.zeros(micro, dtype=torch.int64) if getattr(config.model, "num_classes", 0) else None
 
 
-def count_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype, attention: str) -> StepCounts:
+def count_step(
+    config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype, attention: ops.Attention
+) -> StepCounts:
     """`run_step` on fake tensors. attention: a backend of `ops.attention`."""
     try:
-        with FakeTensorMode(), ops.attention(attention):  # type: ignore[arg-type]
+        with FakeTensorMode(), ops.attention(attention):
             return run_step(config, micro, dtype, weights)
     finally:
         masking.layout.cache_clear()  # of fake tensors
@@ -151,6 +153,6 @@ def answer() -> None:
     """`count_gpu_step`'s process: a request from stdin, the counts to stdout."""
     request = json.loads(sys.stdin.read())
     config = from_plain(RunConfig, request["config"], "plan")
-    types = [getattr(torch, name) for name in request["types"]]
+    dtype, weights = (getattr(torch, name) for name in request["types"])
     with ops.cpu_paths(False):
-        print(json.dumps(asdict(count_step(config, request["micro"], *types, attention="sdpa"))))
+        print(json.dumps(asdict(count_step(config, request["micro"], dtype, weights, "sdpa"))))

@@ -122,7 +122,8 @@ def with_length(default: "RunConfig", arguments: list[str]) -> "RunConfig":
     lengths = ("epochs", "steps", "minutes")
     given = {a.partition("=")[0].removeprefix("--") for a in arguments if a.startswith("--")} & set(lengths)
     # 1 stands in until the option is read
-    return replace(default, **{name: int(name in given) for name in lengths}) if given else default
+    epochs, steps, minutes = (int(name in given) for name in lengths)
+    return replace(default, epochs=epochs, steps=steps, minutes=minutes) if given else default
 
 
 def png_path(path: Path) -> Path:
@@ -179,7 +180,7 @@ def finetune(arguments: list[str]) -> None:
     from umd.train.data import open_dataset
     from umd.train.finetune import Finetune, default_finetune
     from umd.train.loop import train
-    from umd.train.run import read_config
+    from umd.train.run import read_config, with_classes
 
     init, rest = take_path(arguments, "finetune", "RUN")
     default = default_finetune(read_config(init), init, rest)
@@ -188,13 +189,13 @@ def finetune(arguments: list[str]) -> None:
     dataset = open_dataset(config.data, "train")
     if options.task != "generate":
         classes = check_classes(dataset)
-        train(replace(config, model=replace(config.model, num_classes=classes)), console, options.task)
+        train(with_classes(config, classes), console, options.task)
         return
     if not dataset.class_names:
         raise UserError(
             f"{dataset.name} has no labels to fine-tune with; use one subfolder a class, or labels in the .npz"
         )
-    train(replace(config, model=replace(config.model, num_classes=len(dataset.class_names))), console, "finetune")
+    train(with_classes(config, len(dataset.class_names)), console, "finetune")
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,7 @@ def sample(arguments: list[str]) -> None:
     import torch
 
     from umd.images import grid, save_png, to_uint8
+    from umd.model import UMD
     from umd.train import evaluate
     from umd.train.data import center_view, open_dataset
     from umd.train.preview import rgb
@@ -245,7 +247,7 @@ def sample(arguments: list[str]) -> None:
         raise UserError(f"{run} is a classifier and draws nothing; sample the run that it started from")
     if config.is_diffmae:
         raise UserError("a DiffMAE fills holes in pictures and draws none without: use `umd inpaint`")
-    model, device, dtype = evaluate.open_run(config, options.ema)
+    model, device, dtype = evaluate.open_run_of(UMD, config, options.ema)
     tokenizer = evaluate.open_tokenizer(config, options.vae, device)
     known = model.config.num_classes
     classes = options.classes or tuple(range(known))
@@ -278,28 +280,21 @@ def sample(arguments: list[str]) -> None:
 
 def inpaint(arguments: list[str]) -> None:
     from umd.train import evaluate
-    from umd.train.inpaint import (
-        Inpaint,
-        check_mp4,
-        check_predicts_pixels,
-        fill_with,
-        pictures_and_mask,
-        write_fillings,
-    )
+    from umd.train import inpaint as filling
     from umd.train.preview import picture_maker
     from umd.train.run import read_config
 
     run, rest = take_path(arguments, "inpaint", "RUN")
-    options: Inpaint = parse(Inpaint, f"inpaint {run}", rest)
+    options: filling.Inpaint = parse(filling.Inpaint, f"inpaint {run}", rest)
     config = read_config(run)
-    check_predicts_pixels(config)
+    filling.check_predicts_pixels(config)
     if options.mp4:
-        check_mp4(config)
+        filling.check_mp4(config)
     model, device, dtype = evaluate.open_run(config)
-    x, hole = pictures_and_mask(config, options.image, options.mask, options.seed, options.mask_ratio)
-    filled = fill_with(config, model, x.to(device), hole.to(device), options, dtype, console)
+    x, hole = filling.pictures_and_mask(config, options.image, options.mask, options.seed, options.mask_ratio)
+    filled = filling.fill_with(config, model, x.to(device), hole.to(device), options, dtype, console)
     out = png_path(options.out or run / "inpainting.png")
-    write_fillings(filled, out, picture_maker(config.data, device), options.mp4)
+    filling.write_fillings(filled, out, picture_maker(config.data, device), options.mp4)
     say(f"masked, {filled.samples.shape[1]} samples, original, a row an image: {out}")
     say(f"the samples on their way: {out.with_name(f'{out.stem}-steps.png')}; one by one: {out.with_suffix('')}")
 

@@ -2,7 +2,7 @@
 
 from typing import TypeAlias
 
-from umd.augment import ClassifierObjective
+from umd.augment import Augmentation, ClassifierObjective
 from umd.classifier import Classifier
 from umd.config import (
     ClassifierConfig,
@@ -15,13 +15,14 @@ from umd.config import (
 from umd.diffmae import DiffMAE
 from umd.errors import UserError
 from umd.model import UMD
-from umd.objective import DiffMAEObjective, Objective
+from umd.objective import Corruption, DiffMAECorruption, DiffMAEObjective, Objective
 from umd.schedule import NoiseSchedule
 
 AnyModelConfig: TypeAlias = ModelConfig | DiffMAEConfig | ClassifierConfig
 AnyObjectiveConfig: TypeAlias = ObjectiveConfig | DiffMAEObjectiveConfig | ClassifierObjectiveConfig
 AnyModel: TypeAlias = UMD | DiffMAE | Classifier
 AnyObjective: TypeAlias = Objective | DiffMAEObjective | ClassifierObjective
+AnyCorruption: TypeAlias = Corruption | DiffMAECorruption | Augmentation
 
 
 def build_model(config: AnyModelConfig) -> AnyModel:

@@ -1,7 +1,7 @@
 """The ops of the model, each by the implementation that serves this machine. The only importer of `umd.kernels`."""
 
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
-from umd.kernels.attention import attention, attention_backend, varlen_attention
+from umd.kernels.attention import Attention, attention, attention_backend, varlen_attention
 from umd.kernels.backend import cpu_paths, kernels, use_triton
 from umd.kernels.cross_attention import varlen_cross_attention
 from umd.kernels.ddim import ddim_step
@@ -13,6 +13,7 @@ from umd.kernels.philox import philox_randn, philox_randn_rows
 from umd.kernels.tokens import prepend_tokens, scatter_tokens, split_tokens
 
 __all__ = [
+    "Attention",
     "Packing",
     "attention",
     "attention_backend",
