@@ -65,7 +65,7 @@ class Compiled:
     atomics: int  # of floats
     accesses: tuple[Access, ...]
 
-    def access_bits(self) -> dict[str, int]:
+    def access_bits(self) -> dict[str, int | None]:
         """The narrowest access to each pointer argument."""
         return {
             name: self.min_access_bits({name}) for name in sorted(set().union(*(a.arguments for a in self.accesses)))
@@ -85,6 +85,7 @@ class _Pointer:
     """Stands for a tensor when Triton chooses a specialisation."""
 
     def __init__(self, argument: Argument):
+        assert argument.dtype is not None, "a tensor's"
         self.dtype = getattr(torch, argument.dtype)
         self.shape = argument.shape
         self._address = 0 if argument.aligned else 8
@@ -222,9 +223,9 @@ def global_accesses(ptx: str, passed: list[str], pointers: list[str]) -> list[Ac
         elif match := _ACCESS.search(line):
             kind = {"ld": "load", "st": "store"}.get(match[1], "atomic")
             modifiers = match[2].split(".")
-            base, bits, pair = re.fullmatch(r"([a-z]+?)(\d+)(x2)?", modifiers[-1]).groups()
+            base, bits, pair = re.findall(r"^([a-z]+?)(\d+)(x2)?$", modifiers[-1])[0]
             lanes = next((int(m[1:]) for m in modifiers if re.fullmatch(r"v\d", m)), 1)
-            address = re.search(r"\[([^]]*)\]", line)[1]
+            address = line.partition("[")[2].partition("]")[0]
             width = int(bits) * lanes * (2 if pair else 1)
             accesses.append(Access(kind, width, base in ("f", "bf"), origin(address)))
     return accesses

@@ -7,7 +7,7 @@ the same GPU. Without a GPU every row runs once at a tiny size, kernels in Trito
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ with interpreted(not torch.cuda.is_available()):  # Triton asks when a kernel is
 
 # The two lengths of a packed stream: samples with 160 of 256 patches visible, and with 64; or both, as trained.
 STREAMS = {"noised": 0.0, "noise-free": 1.0, "mixed": 0.5}
-ATTENTION = ("flash_attn", "varlen_attn", "sdpa", "matmul")
+ATTENTION: tuple[ops.Attention, ...] = ("flash_attn", "varlen_attn", "sdpa", "matmul")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def copy_speed(device: str) -> float | None:
         return None
     source = torch.empty(2**29, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * 2**29 / (median_ms(lambda: target.copy_(source)) / 1e3)
+    ms = median_ms(lambda: target.copy_(source))
+    return None if ms is None else 2 * 2**29 / (ms / 1e3)
 
 
 def other_layer_norms() -> tuple[dict[str, LayerNorm], list[str]]:
@@ -130,8 +131,9 @@ def implementations(
     case: OpCase, norms: dict[str, LayerNorm], device: str, with_triton: bool
 ) -> Iterator[tuple[str, Literal["reference", "triton"], Side]]:
     """(name, choice of kernels, side)."""
-    yield "eager", "reference", case.eager
-    yield "torch.compile", "reference", compiled(case.eager, device)
+    if case.eager is not None:
+        yield "eager", "reference", case.eager
+        yield "torch.compile", "reference", compiled(case.eager, device)
     if with_triton:
         yield "triton", "triton", case.ours
     if case.eager_with is not None:
@@ -158,9 +160,12 @@ def time_op(case: OpCase, sides: Iterator, copy: float | None, **shape) -> list[
         with ops.kernels(choice):
             timed = time_side(side, case.backward_bytes is not None)
         for direction, ms in timed.items():
-            speed = None if ms is None else needed[direction] / (ms / 1e3)
-            rates = {} if speed is None else dict(gb_per_s=speed / 1e9, of_copy=speed / copy)
-            rows.append(Row(case.op, direction, implementation, dtype=dtype_name(case.dtype), ms=ms, **rates, **shape))
+            row = Row(case.op, direction, implementation, dtype=dtype_name(case.dtype), ms=ms, **shape)
+            size = needed[direction]
+            if ms is not None and size is not None and copy is not None:
+                speed = size / (ms / 1e3)
+                row = replace(row, gb_per_s=speed / 1e9, of_copy=speed / copy)
+            rows.append(row)
     return rows
 
 
@@ -170,10 +175,10 @@ def time_attention(inputs: Inputs, notes: list[str], **shape) -> list[Row]:
     qkv = inputs.randn(inputs.tokens, 3, H, D // H)
     flops = sum(4 * samples * length**2 * D for samples, length in inputs.stream.runs)
 
-    def side(backend: str) -> Side:
+    def side(backend: ops.Attention) -> Side:
         return Side(lambda: (ops.varlen_attention(qkv, inputs.stream, backend),), (qkv,))
 
-    sides = {backend: side(backend) for backend in ATTENTION}
+    sides: dict[str, Side] = {backend: side(backend) for backend in ATTENTION}
     sides["torch.compile"] = compiled(side("auto"), inputs.device)
     rows = []
     for implementation, one in sides.items():
@@ -184,9 +189,12 @@ def time_attention(inputs: Inputs, notes: list[str], **shape) -> list[Row]:
             continue
         for direction, ms in timed.items():
             work = flops * (1 if direction == "forward" else 2.5)  # the backward pass multiplies five times, not two
-            rates = {} if ms is None else dict(tflop_per_s=work / ms / 1e9)
+            tflop_per_s = None if ms is None else work / ms / 1e9
             dtype = dtype_name(inputs.dtype)
-            rows.append(Row("varlen_attention", direction, implementation, dtype=dtype, ms=ms, **rates, **shape))
+            row = Row(
+                "varlen_attention", direction, implementation, dtype=dtype, ms=ms, tflop_per_s=tflop_per_s, **shape
+            )
+            rows.append(row)
     return rows
 
 

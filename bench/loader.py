@@ -28,6 +28,7 @@ from umd.config import ModelConfig, ObjectiveConfig, model_config
 from umd.device import keep_freed_memory
 from umd.errors import UserError
 from umd.model import UMD
+from umd.modulation import Modulation
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer, identity
@@ -216,6 +217,7 @@ def stored_batches(bench: LoaderBench, num_workers: int, batch: int) -> Iterator
 def umd_step(bench: LoaderBench) -> Callable[[Tensor], None]:
     config = bench.config()
     model = UMD(config).to(bench.device)
+    assert isinstance(model.adaLN_modulation, Modulation)
     torch.nn.init.normal_(model.adaLN_modulation.weight, std=0.02)
     objective = Objective(config, ObjectiveConfig(), NoiseSchedule("linear"))
     seeds = itertools.count()

@@ -30,6 +30,7 @@ from umd.config import ModelConfig, ObjectiveConfig, model_config
 from umd.device import keep_freed_memory
 from umd.errors import UserError
 from umd.model import UMD
+from umd.modulation import Modulation
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 from umd.train.optim import adamw
@@ -90,6 +91,7 @@ def umd_step(bench: StepBench, objective_config: ObjectiveConfig, passes: int = 
     """One optimisation step of UMD; with `passes=2` the noised and the noise-free half go separately."""
     config = bench.config()
     model = UMD(config).to(bench.device)
+    assert isinstance(model.adaLN_modulation, Modulation)
     torch.nn.init.normal_(model.adaLN_modulation.weight, std=0.02)
     optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.05)
     schedule = NoiseSchedule("cosine")

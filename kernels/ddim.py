@@ -44,7 +44,7 @@ def ddim_step_ref(
         x_start = x_start.clamp(-1, 1)
     eps = (x_t - sqrt_alpha * x_start) / sqrt_one_minus_alpha
     x_next = sqrt_alpha_next * x_start + eps_scale * eps
-    if noise is None and seed is not None:
+    if noise is None and seed is not None and offsets is not None:
         noise = philox_randn_rows(seed, offsets, x_t.shape[1:], x_t.dtype)
     if noise is not None:
         x_next = x_next + sigma * noise

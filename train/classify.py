@@ -96,7 +96,9 @@ def show_scores(
     scores = score(model, held_out, config.data, dtype)
     log.scores({"step": step, "top-1": scores.top1, "top-5": scores.top5, "held_out_loss": scores.loss})
     log.picture("confusion", confusion_sheet(scores.confusion.numpy(), held_out.class_names), step)
-    record = {"step": step, "top-1": scores.top1, "top-5": scores.top5, "images": len(held_out)}
-    record |= {"classes": list(held_out.class_names), "confusion": scores.confusion.tolist()}
+    record = {
+        "step": step, "top-1": scores.top1, "top-5": scores.top5, "images": len(held_out),
+        "classes": list(held_out.class_names), "confusion": scores.confusion.tolist(),
+    }  # fmt: skip
     (config.out / "scores.json").write_text(json.dumps(record))
     log.say(f"step {step}: top-1 {scores.top1:.3f}, top-5 {scores.top5:.3f} on {len(held_out)} held-out pictures")

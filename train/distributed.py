@@ -152,7 +152,7 @@ def join(device: str, config: ParallelConfig) -> World:
             "address. Try `ssh HOST true` for each host, and take dead ones out"
         ) from error
     # A connection of its own: waiting for a key would keep the others' exchanges waiting too.
-    watch = Watch(dist.distributed_c10d._get_default_store().clone(), rank, size)
+    watch = Watch(dist.distributed_c10d._get_default_store().clone(), rank, size)  # type: ignore[attr-defined]
     watch.start()
     _world = World(rank, size, where, watch)
     atexit.register(leave)

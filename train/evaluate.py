@@ -4,12 +4,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from umd.config import ScheduleConfig
@@ -238,6 +239,10 @@ def seconds_a_call(model: UMD, batch: int, dtype: torch.dtype, labelled: bool) -
         return timed(lambda: denoiser(model, dtype)(x, t, labels))
 
 
+def show_done(bar: Progress, task: TaskID, done: int) -> None:
+    bar.update(task, completed=done)
+
+
 def frechet(samples: Tensor, reference: Tensor, console: Console | None = None) -> tuple[str, float]:
     """(name, distance) of samples to images, both [N, C, H, W] in [-1, 1]; the name is FID only with InceptionV3."""
     network, name = default_features()
@@ -248,7 +253,7 @@ def frechet(samples: Tensor, reference: Tensor, console: Console | None = None) 
             statistics.append(
                 feature_statistics(
                     images, network, name, device=samples.device,
-                    progress=lambda done, bar=bar, task=task: bar.update(task, completed=done),
+                    progress=partial(show_done, bar, task),
                 )
             )  # fmt: skip
     return name, statistics[0].distance(statistics[1])
