@@ -13,8 +13,8 @@ from rich.console import Console
 from torch import Tensor
 
 from umd import ops
-from umd.device import autocast
 from umd.classifier import Classifier
+from umd.device import autocast
 from umd.diffmae import DiffMAE, fill
 from umd.errors import UserError
 from umd.images import grid, save_png
