@@ -23,13 +23,15 @@ from torch import Tensor
 
 from umd import ops
 from umd.bench.reproduce import Reproduce
-from umd.config import OBJECTIVES, ScheduleConfig, model_config
-from umd.diffmae import fill, pixel_mask
+from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, ScheduleConfig, model_config
+from umd.diffmae import DiffMAE, fill, pixel_mask
 from umd.errors import UserError
 from umd.figures import COLOURS, STYLE
 from umd.flops import diffmae_encoder_flops
 from umd.images import grid
-from umd.objective import DiffMAEObjective, Objective
+from umd.methods import build_objective
+from umd.model import UMD
+from umd.objective import DiffMAEObjective
 from umd.train import evaluate
 from umd.train.data import center_view, open_dataset
 from umd.train.inpaint import reconstruct
@@ -89,8 +91,7 @@ def facts(configs: dict[str, RunConfig]) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for name, config in configs.items():
         schedule = evaluate.schedule_of(config.schedule)
-        kind = DiffMAEObjective if config.is_diffmae else Objective
-        objective = kind(config.model, config.objective, schedule)
+        objective = build_objective(config.model, config.objective, schedule)
         last = read_metrics(config.out / "metrics.jsonl")[-1]
         numbers[f"{name}: steps"] = last["step"]
         numbers[f"{name}: minutes of training"] = last["seconds"] / 60
@@ -110,20 +111,21 @@ def encoder_flops(model, keep: int) -> float:
 @torch.no_grad()
 def fill_held_out(configs: dict[str, RunConfig], options: Reproduce, console: Console) -> Filled:
     config = configs["DiffMAE"]
-    mae, device, dtype = evaluate.open_run(configs["MAE"])
-    diffmae, _, _ = evaluate.open_run(config)
+    mae, device, dtype = evaluate.open_run_of(UMD, configs["MAE"])
+    diffmae, _, _ = evaluate.open_run_of(DiffMAE, config)
     schedule = evaluate.schedule_of(config.schedule)
-    objective = DiffMAEObjective(config.model, config.objective, schedule)
+    objective = DiffMAEObjective(*config.parts(DiffMAEConfig, DiffMAEObjectiveConfig), schedule)
     dataset = open_dataset(config.data, "test")
     ids = np.random.default_rng(options.seed).permutation(len(dataset))[: options.pictures]
     pictures = center_view(dataset, ids, config.data).to(device)
     masked = objective.corrupt(len(pictures), options.seed, device).ids_masked
     mask = torch.zeros(len(pictures) * config.model.num_patches, device=device).index_fill(0, masked, 1)
-    hole = pixel_mask(mask.view(len(pictures), -1), config.model)
+    hole = pixel_mask(mask.view(len(pictures), -1), diffmae.config)
     parts = []
     starts = range(0, len(pictures), 32)
     for start in track(starts, description="fillings", console=console, disable=not console.is_terminal):
-        x, h, first = pictures[start : start + 32], hole[start : start + 32], []
+        x, h = pictures[start : start + 32], hole[start : start + 32]
+        first: list[Tensor] = []
 
         def watch(i: int, n: int, x_t: Tensor, x_start: Tensor, x=x, first=first) -> None:
             if i == 0:

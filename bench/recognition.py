@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from umd.bench.reproduce import Reproduce
-from umd.config import OBJECTIVES
+from umd.config import OBJECTIVES, ClassifierConfig, ClassifierObjectiveConfig, ModelConfig
 from umd.train.data import DataConfig
 from umd.train.emoji import GROUPS, load
 from umd.train.log import read_metrics
@@ -58,6 +58,7 @@ def pretraining_config(start: str, plan: Comparison) -> RunConfig:
     config = PRESETS["diffmae-tiny" if start == "DiffMAE" else "umd-tiny"][1]
     model, objective = replace(config.model, num_cls=4), config.objective
     if start == "MAE":
+        assert isinstance(model, ModelConfig), "umd-tiny's"
         model, objective = replace(model, adaLN=False), OBJECTIVES["mae"]
     return replace(
         config,
@@ -106,10 +107,11 @@ def classified(start: str, rate: float, seed: int, search: bool, plan: Compariso
     pretrained = pretraining_config("UMD" if scratch else start, plan)
     out = plan.out / f"{start.lower()}-{rate:g}-{source.stem}"
     config = classify_config(pretrained, pretrained.out, out, linear=False, from_scratch=scratch)
+    model, objective = config.parts(ClassifierConfig, ClassifierObjectiveConfig)
     config = replace(
         config,
-        model=replace(config.model, num_classes=len(GROUPS), pool="mean"),
-        objective=replace(config.objective, mixup=0.0, cutmix=0.0),
+        model=replace(model, num_classes=len(GROUPS), pool="mean"),
+        objective=replace(objective, mixup=0.0, cutmix=0.0),
         optim=replace(config.optim, lr=rate),
         data=DataConfig(str(source), area_min=0.5, num_workers=1),
         batch_size=32,

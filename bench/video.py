@@ -10,7 +10,7 @@ import importlib.util
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,13 +20,14 @@ from rich.table import Table
 from torch import Tensor
 
 from umd.bench.reproduce import Reproduce
-from umd.diffmae import fill
+from umd.config import DiffMAEConfig, DiffMAEObjectiveConfig
+from umd.diffmae import DiffMAE, fill
 from umd.errors import UserError
 from umd.images import grid, save_png, to_uint8
 from umd.train.clips import decode_clip
 from umd.train.data import DataConfig, center_view, open_dataset
 from umd.train.emoji import open_emoji
-from umd.train.evaluate import open_run, schedule_of
+from umd.train.evaluate import open_run_of, schedule_of
 from umd.train.inpaint import hole_mask, save_gif, save_mp4
 from umd.train.log import read_metrics
 from umd.train.loop import train
@@ -52,7 +53,7 @@ def moving_emoji(count: int, seed: int, split: Split) -> tuple[np.ndarray, np.nd
     clips = np.full((count, FRAMES, EMOJI, width, 3), 255, np.uint8)
     lefts = np.empty((count, FRAMES), np.int64)
     for clip, left in zip(clips, lefts, strict=True):
-        image = Image.fromarray(pictures[rng.integers(len(pictures))])
+        image = Image.fromarray(pictures[int(rng.integers(len(pictures)))])
         small = np.asarray(image.resize((EMOJI, EMOJI), Image.Resampling.LANCZOS))
         path = np.arange(FRAMES) * rng.choice(SPEEDS)
         left[:] = path + rng.integers(-path.min(), width - EMOJI - path.max() + 1)
@@ -64,7 +65,8 @@ def moving_emoji(count: int, seed: int, split: Split) -> tuple[np.ndarray, np.nd
 def write_moving_emoji(path: Path, sizes: dict[Split, int]) -> None:
     """Both splits as one .npz, no emoji in both."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **{f"{split}_clips": moving_emoji(size, size, split)[0] for split, size in sizes.items()})
+    clips: dict[str, Any] = {f"{split}_clips": moving_emoji(size, size, split)[0] for split, size in sizes.items()}
+    np.savez(path, **clips)
 
 
 def real_videos() -> list[Path]:
@@ -93,11 +95,12 @@ def cut_videos(videos: list[Path], folder: Path, frames: int = 2 * FRAMES, side:
 def video_config(options: Reproduce, source: Path, **data) -> RunConfig:
     """The preset diffmae-tiny on clips."""
     preset = PRESETS["diffmae-tiny"][1]
+    model, objective = preset.parts(DiffMAEConfig, DiffMAEObjectiveConfig)
     return replace(
         preset,
         out=options.out / options.part,
-        model=replace(preset.model, image_size=SIZE[options.part], num_frames=FRAMES, tubelet_size=TUBELET),
-        objective=replace(preset.objective, mask_ratio=0.9),
+        model=replace(model, image_size=SIZE[options.part], num_frames=FRAMES, tubelet_size=TUBELET),
+        objective=replace(objective, mask_ratio=0.9),
         data=DataConfig(str(source), num_workers=1, **data),
         optim=OptimConfig(lr=1.6e-2),
         batch_size=32,
@@ -164,7 +167,7 @@ def measure(filled: Tensor, x: Tensor, hole: Tensor, lefts: Tensor | None) -> tu
 
 def fillings(config: RunConfig, x: Tensor, hole: Tensor, samples: int, steps: int) -> Tensor:
     """Fillings [B, n, C, F, H, W] by the trained run, by DDIM."""
-    model, _, dtype = open_run(config)
+    model, _, dtype = open_run_of(DiffMAE, config)
     schedule = schedule_of(config.schedule)
     return fill(model, x, hole, schedule, fillings=samples, num_steps=steps, eta=0.0, seed=1, dtype=dtype)
 
@@ -211,9 +214,11 @@ def reproduce(options: Reproduce, console: Console) -> None:
         table.add_row(row.hole, row.filling, f"{row.mse:.4f}", off)
     console.print(table)
     options.figures.mkdir(parents=True, exist_ok=True)
-    stored = {"steps": config.steps, "clips": len(drawn[0][0])}
-    stored |= {"minutes": read_metrics(config.out / "metrics.jsonl")[-1]["seconds"] / 60}
-    stored |= {"rows": [asdict(row) for row in rows]}
+    stored = {
+        "steps": config.steps, "clips": len(drawn[0][0]),
+        "minutes": read_metrics(config.out / "metrics.jsonl")[-1]["seconds"] / 60,
+        "rows": [asdict(row) for row in rows],
+    }  # fmt: skip
     (options.figures / f"{options.part}.json").write_text(json.dumps(stored, indent=1) + "\n")
     shown, n = 4, len(drawn[0][0])
     # The first of the real ones are of Big Buck Bunny, which may be shown: (c) Blender Foundation, CC BY 3.0.

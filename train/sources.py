@@ -14,13 +14,16 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from umd.errors import UserError
 from umd.train.quarantine import Quarantine, summary
+
+if TYPE_CHECKING:
+    from umd.train.latents import LatentDataset
 
 log = logging.getLogger("umd")
 
@@ -87,7 +90,7 @@ class ImageDataset:
             log.warning("left out unreadable image %s", self.pictures[index])
 
 
-def describe(dataset: ImageDataset) -> str:
+def describe(dataset: "ImageDataset | LatentDataset") -> str:
     """One line for logs: name, split, number of images and classes, how many were unreadable."""
     classes = f"{len(dataset.class_names)} classes" if dataset.class_names else "no labels"
     quarantined = getattr(dataset, "quarantined", {})
