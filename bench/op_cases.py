@@ -6,6 +6,7 @@ sharing one. Eager gets as many tokens, as dense samples of one length: no gathe
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -210,14 +211,14 @@ def ddim_step(i: Inputs) -> OpCase:
     coefficients = torch.tensor([0.8, 0.6, 0.9, 0.4, 0.15], device=i.device)
     seed = torch.tensor(7, device=i.device)
     offsets = torch.arange(i.samples, device=i.device) * x_t[0].numel()
-    options = dict(from_xstart=False, clip=True)
+    step = partial(ops.ddim_step, x_t, cond, uncond, 1.5, coefficients, from_xstart=False, clip=True)
 
     def eager():
         noise = torch.randn(x_t.shape, device=x_t.device)
-        return ops.ddim_step(x_t, cond, uncond, 1.5, coefficients, noise=noise, **options)
+        return step(noise=noise)
 
     def ours():
-        return ops.ddim_step(x_t, cond, uncond, 1.5, coefficients, seed=seed, offsets=offsets, **options)
+        return step(seed=seed, offsets=offsets)
 
     return OpCase(
         "ddim_step",

@@ -20,15 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from umd.checkpoint import load_optimizer_tensors, optimizer_tensors
 from umd.device import autocast
-from umd.ema import EMA
+from umd.ema import EMA, HasParameters
 from umd.errors import UserError
-from umd.methods import AnyCorruption
-from umd.model import UMD
+from umd.methods import AnyCorruption, AnyModel, build_model
 from umd.train.distributed import ParallelConfig, World
 
 DDP_BELOW = 1_000_000_000  # weights: 16 bytes each fit beside the activations, and DDP sends least and waits least
 
 Tensors = dict[str, Tensor]
+# Where parameters lie in a flat tensor: (name, start in the parameter, length, place in the tensor).
+Places = list[tuple[str, int, int, int]]
 
 
 def strategy(config: ParallelConfig, world: World, num_weights: int) -> str:
@@ -60,10 +61,14 @@ class LossStep(nn.Module):
 class Alone:
     """One process has it all."""
 
-    def __init__(self, model: UMD, loss: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int, clip: float):
+    weights: HasParameters  # what the EMA averages here
+
+    def __init__(
+        self, model: AnyModel, loss: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int, clip: float
+    ):
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.accumulate, self.clip = accumulate, clip
-        self.weights: Any = model  # what the EMA averages here
+        self.weights = model
 
     def place(self, device: torch.device) -> str:
         return str(device)
@@ -83,7 +88,7 @@ class Alone:
 
     def tensors(self, ema: EMA | None) -> dict[str, Tensors]:
         """What a checkpoint holds. All ranks call this together; only rank 0's is whole."""
-        parts = {"model": dict(self.model.named_parameters())}
+        parts: dict[str, Tensors] = {"model": {**dict(self.model.named_parameters())}}
         parts["optimizer"] = optimizer_tensors(self.optimizer, self.model)
         return parts | ({} if ema is None else {"ema": ema.state_dict()})
 
@@ -94,7 +99,7 @@ class Alone:
             ema.load_state_dict(parts["ema"])
 
     @contextmanager
-    def averaged(self, ema: EMA | None) -> Iterator[UMD]:
+    def averaged(self, ema: EMA | None) -> Iterator[AnyModel | None]:
         """The network with averaged weights, for as long as the block runs."""
         if ema is None:
             yield self.model
@@ -141,7 +146,7 @@ class Shard:
         return whole
 
     @contextmanager
-    def averaged(self, model: UMD, ema: EMA | None) -> Iterator[UMD | None]:
+    def averaged(self, model: AnyModel, ema: EMA | None) -> Iterator[AnyModel | None]:
         """A network of its own on rank 0, None elsewhere: nowhere else are the averages whole."""
         whole = self.gather(self.pieces if ema is None else ema.state_dict(), "drawn")
         del self.host["drawn"]
@@ -150,7 +155,7 @@ class Shard:
         if not self.world.main:
             yield None
             return
-        copy = type(model)(model.config)
+        copy = build_model(model.config)
         copy.load_state_dict(whole, strict=False)
         yield copy.to(self.world.device)
 
@@ -158,7 +163,10 @@ class Shard:
 class DDP(Alone):
     """Everything on every rank but the EMA, of which each keeps and updates an equal share."""
 
-    def __init__(self, model: UMD, loss: nn.Module, optimizer: Any, accumulate: int, clip: float, world: World):
+    weights: Shard
+    loss: DistributedDataParallel
+
+    def __init__(self, model: AnyModel, loss: nn.Module, optimizer: Any, accumulate: int, clip: float, world: World):
         wrapped = DistributedDataParallel(loss, gradient_as_bucket_view=True)
         super().__init__(model, wrapped, optimizer, accumulate, clip)
         starts, pieces = {}, {}
@@ -184,8 +192,10 @@ class DDP(Alone):
         if ema is not None:
             ema.load_state_dict(self.weights.cut(parts["ema"]))
 
-    def averaged(self, ema: EMA | None):  # type: ignore[override]
-        return self.weights.averaged(self.model, ema)
+    @contextmanager
+    def averaged(self, ema: EMA | None) -> Iterator[AnyModel | None]:
+        with self.weights.averaged(self.model, ema) as network:
+            yield network
 
 
 class Zero:
@@ -195,7 +205,7 @@ class Zero:
     """
 
     def __init__(
-        self, model: UMD, loss: nn.Module, optimizer: Any, accumulate: int, clip: float, world: World, stage: int,
+        self, model: AnyModel, loss: nn.Module, optimizer: Any, accumulate: int, clip: float, world: World, stage: int,
         micro: int, dtype: torch.dtype,
     ):  # fmt: skip
         deepspeed = import_deepspeed(world.device)
@@ -208,7 +218,7 @@ class Zero:
                 config=deepspeed_config(stage, micro, accumulate, clip, dtype, world.device),
             )
         self.model, self.optimizer, self.accumulate, self.stage = model, optimizer, accumulate, stage
-        # Of each flat fp32 tensor that DeepSpeed optimises here: (name, start in the parameter, length, place in it).
+        # The flat fp32 tensors that DeepSpeed optimises here.
         self.flats = self._flats(world)
         self.weights = Shard(
             model,
@@ -260,28 +270,33 @@ class Zero:
         if ema is not None:
             ema.load_state_dict(self.weights.cut(parts["ema"]))
 
-    def averaged(self, ema: EMA | None):
-        return self.weights.averaged(self.model, ema)
+    @contextmanager
+    def averaged(self, ema: EMA | None) -> Iterator[AnyModel | None]:
+        with self.weights.averaged(self.model, ema) as network:
+            yield network
 
-    def _flats(self, world: World) -> list[tuple[Tensor, list[tuple[str, int, int, int]]]]:
+    def _flats(self, world: World) -> list[tuple[Tensor, Places]]:
+        flats: list[tuple[Tensor, Places]]
         if self.stage == 3:
             zero = self.engine.optimizer
             flats = [(flat, []) for flat in zero.fp32_partitioned_groups_flat]
             for name, p in self.model.named_parameters():
                 group, place, share = zero.grad_position[zero.get_param_id(p)]
-                length = min(share, p.ds_numel - world.rank * share)  # the last rank's share is padded
+                whole = p.ds_numel  # type: ignore[attr-defined]  # DeepSpeed's
+                length = min(share, whole - world.rank * share)  # the last rank's share is padded
                 if length > 0:
                     flats[group][1].append((name, world.rank * share, length, place))
             return flats
         flats = [(group["params"][0], []) for group in self.optimizer.param_groups]
         for name, p in self.model.named_parameters():
-            if (here := p._hp_mapping) is not None:
+            here = p._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
+            if here is not None:
                 lp, hp = here.lp_fragment_address, here.hp_fragment_address
                 flats[here.param_group_index][1].append((name, lp.start, lp.numel, hp.start))
         return flats
 
 
-def views(flat: Tensor, places: list[tuple[str, int, int, int]]) -> Tensors:
+def views(flat: Tensor, places: Places) -> Tensors:
     return {name: flat.detach()[place : place + length] for name, _, length, place in places}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,12 @@ def warm_rate(rate: float, step: int) -> float:
     return max(rate, 9 / (10 + step))
 
 
+class HasParameters(Protocol):
+    """A module, or a rank's piece of one."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
 class EMA:
     """`shadow += rate · (parameter - shadow)` after each step, for every parameter, frozen ones too.
 
@@ -32,7 +39,7 @@ class EMA:
     parameters.
     """
 
-    def __init__(self, model: nn.Module, rate: float):
+    def __init__(self, model: HasParameters, rate: float):
         """rate: in (0, 1], see `ema_rate`; `ema.rate` may be changed between steps."""
         if not 0 < rate <= 1:
             raise ValueError(f"An EMA rate of {rate} was given, expected above 0 and at most 1.")
@@ -41,7 +48,7 @@ class EMA:
         self.track(model)
 
     @torch.no_grad()
-    def track(self, model: nn.Module) -> None:
+    def track(self, model: HasParameters) -> None:
         """Start averaging parameters that have no shadow yet: label embeddings added for fine-tuning."""
         for name, parameter in model.named_parameters():
             if name not in self.shadows:
@@ -49,7 +56,7 @@ class EMA:
                 self.shadows[name] = parameter.detach().to(dtype, copy=True)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: HasParameters) -> None:
         """Move every shadow by `rate` towards its parameter. Raises ValueError if the parameters changed."""
         shadows, parameters = self._pairs(model)
         torch._foreach_lerp_(shadows, [p.to(s.dtype) for s, p in zip(shadows, parameters, strict=True)], self.rate)
@@ -81,7 +88,7 @@ class EMA:
         for name, shadow in self.shadows.items():
             shadow.copy_(state[name])
 
-    def _pairs(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    def _pairs(self, model: HasParameters) -> tuple[list[Tensor], list[Tensor]]:
         parameters = dict(model.named_parameters())
         _check_same(self.shadows, parameters, "the model")
         return list(self.shadows.values()), [parameters[name] for name in self.shadows]
