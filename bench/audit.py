@@ -136,18 +136,20 @@ def count_op(name: str, model: str, samples: int, dtype: str, own_rows: int = 0)
         return result, tuple(launches), torch_bytes.total
 
     outputs, launches, torch_bytes = counted(case.ours.call)
-    eager_outputs, eager_bytes = (), None
-    if case.eager is not None:
+    eager = case.eager
+    eager_outputs: tuple[Tensor, ...] = ()
+    eager_bytes: int | None = None
+    if eager is not None:
         with ops.kernels("reference"):
-            eager_outputs, _, eager_bytes = counted(case.eager.call)
+            eager_outputs, _, eager_bytes = counted(eager.call)
     common = (case.op, dtype_name(case.dtype), inputs.D, samples)
     found = [Counted(*common, "forward", launches, torch_bytes, case.forward_bytes, eager_bytes)]
     if case.backward_bytes is not None:
         douts = tuple(torch.randn_like(y) for y in outputs)
         _, launches, torch_bytes = counted(lambda: case.ours.gradients(outputs, douts))
-        if case.eager is not None:
+        if eager is not None:
             douts = tuple(torch.randn_like(y) for y in eager_outputs)
-            _, _, eager_bytes = counted(lambda: case.eager.gradients(eager_outputs, douts))
+            _, _, eager_bytes = counted(lambda: eager.gradients(eager_outputs, douts))
         found.append(Counted(*common, "backward", launches, torch_bytes, case.backward_bytes, eager_bytes))
     return found
 
@@ -165,11 +167,11 @@ def count_call(kernel: str, call: str) -> list[Counted]:
     if not ours:
         ran = sorted({launch.kernel for launch in launches})
         raise UserError(f"call {call!r} did not launch {name}; it launched {', '.join(ran) or 'nothing'}")
-    tensors = [a for launch in ours for a in launch.arguments if a.dtype]
-    largest = max(tensors, key=lambda a: a.storage_bytes)
-    touched = None if any(launch.error for launch in ours) else sum(launch.counts.touched for launch in ours)
-    dtype = dtype_name(getattr(torch, largest.dtype))
-    return [Counted(name, dtype, largest.shape[-1], 0, "call", ours, 0, touched, None)]
+    tensors = [(a.storage_bytes, a.shape, a.dtype) for launch in ours for a in launch.arguments if a.dtype]
+    _, shape, dtype = max(tensors, key=lambda tensor: tensor[0])
+    counts = [launch.counts for launch in ours if launch.counts is not None]
+    touched = sum(c.touched for c in counts) if len(counts) == len(ours) else None
+    return [Counted(name, dtype_name(getattr(torch, dtype)), shape[-1], 0, "call", ours, 0, touched, None)]
 
 
 def _compile(launch: Launch, arch: str):
@@ -203,7 +205,7 @@ def row_of(counted: Counted, arch: str, compiled: list) -> Row:
         f64=sum(c.f64 for c in compiled),
         atomics=sum(c.atomics for c in compiled),
         min_access_bits=min((b for b in bits if b is not None), default=None),
-        predicted_us=None if asked is None else max(asked, unique) / rate,
+        predicted_us=None if asked is None or unique is None else max(asked, unique) / rate,
         eager_us=None if counted.eager_bytes is None else counted.eager_bytes / rate,
         kernels=tuple(
             dict(
@@ -241,6 +243,7 @@ def run_apart(interpret: bool, jobs: list[tuple], progress: Callable[[list], Ite
 
 def audit(options: Audit, progress: Callable[[list], Iterable] = iter) -> list[Row]:
     """Count, then compile what ran."""
+    jobs: list[tuple]
     if options.kernel:
         jobs = [(count_call, options.kernel, options.call)]
     else:

@@ -15,7 +15,6 @@ from torch import Tensor
 from umd import ops
 from umd.bench.count_bytes import tensor_bytes
 from umd.config import ModelConfig, ObjectiveConfig, model_config
-from umd.kernels.packing import pack
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 
@@ -82,7 +81,7 @@ class Inputs:
         self.corruption = objective.corrupt(samples, seed=0, device=torch.device(device))
         timesteps = self.corruption.timesteps[: self.corruption.num_noised]
         self.coefficients = objective.schedule.coefficients(timesteps, dtype=torch.float32)
-        self.stream = pack([own_rows] * samples, device=device) if own_rows else self.corruption.layout.encoder
+        self.stream = ops.pack([own_rows] * samples, device=device) if own_rows else self.corruption.layout.encoder
         self.tokens = self.stream.num_tokens
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -361,7 +361,8 @@ def layer_norm_bwd(
             *parts, scale, weight, bias, chunks, row_chunks, *dtables,
             _stride(scale), C, R, row_chunks.shape[0] - 1, D=D, ROWS=SUM_ROWS, BLOCK_C=64, BLOCK_D=32, num_warps=4,
         )  # fmt: skip
-    return gradients
+    for_x, for_h, for_gate, for_shift, for_scale, for_weight, for_bias = gradients
+    return for_x, for_h, for_gate, for_shift, for_scale, for_weight, for_bias
 
 
 @layer_norm_bwd.register_fake

@@ -69,7 +69,7 @@ def test_nobody_imports_the_folders_by_their_own_names(file):
 def test_kernels_import_torch_triton_and_the_standard_library_only(file):
     if file.parts[0] == "kernels":
         packages = ["torch", "triton", "umd"]
-        if file.name == "attention.py":
+        if file.name in ("attention.py", "cross_attention.py"):
             packages.append("flash_attn")  # where it is installed: one of the backends
         outside = {name for name in imports(file) if name.split(".")[0] not in sys.stdlib_module_names}
         assert all(name.split(".")[0] in packages for name in outside), outside

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from umd.config import OBJECTIVES, ObjectiveConfig, model_config
+from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, model_config
 from umd.device import pick_device, pick_dtype
 from umd.diffmae import DiffMAE
 from umd.errors import UserError
@@ -85,7 +85,7 @@ def run_demo(demo: Demo, console: Console) -> Path:
     prepare_folder(demo.out)
     pre = pretrain_config(demo)
     train_set, test_set = open_dataset(pre.data, "train"), open_dataset(pre.data, "test")
-    if train_set.labels is None:
+    if train_set.labels is None or test_set.labels is None:
         raise UserError(f"{train_set.name} has no labels; the demo needs one subfolder a class")
     classes = train_set.class_names
     device = pick_device("auto")
@@ -102,9 +102,9 @@ def run_demo(demo: Demo, console: Console) -> Path:
         "Pre-training", since, f"{rows[-1]['step']} steps of {pre.batch_size} images without labels" if rows else "",
         f"umd pretrain umd-tiny --minutes {pre.minutes:.1f} --out {pre.out}",
     )  # fmt: skip
-    model, _, _ = evaluate.open_run(pre)
+    model, _, _ = evaluate.open_run_of(UMD, pre)
     held_out = center_view(test_set, spread(test_set.labels, SHOWN), pre.data).to(device)
-    objective = Objective(pre.model, pre.objective, schedule)
+    objective = Objective(*pre.parts(ModelConfig, ObjectiveConfig), schedule)
     triplets = reconstructions(model, objective, held_out, 0, demo.seed, dtype)
     noised_triplets = reconstructions(model, objective, held_out, schedule.num_steps // 4, demo.seed, dtype)
     times = [schedule.num_steps * share // 20 for share in (1, 3, 5, 10, 15, 18)]
@@ -147,7 +147,7 @@ def run_demo(demo: Demo, console: Console) -> Path:
         f"umd finetune {pre.out} --minutes {fine.minutes:.1f} --batch-size {fine.batch_size} --optim.lr 6e-3 "
         f"--out {fine.out}",
     )  # fmt: skip
-    generator, _, _ = evaluate.open_run(fine)
+    generator, _, _ = evaluate.open_run_of(UMD, fine)
 
     since = time.monotonic()
     seconds = clock.share("sample")
@@ -251,7 +251,7 @@ def pretrain_config(demo: Demo) -> RunConfig:
 def other_configs(demo: Demo) -> dict[str, RunConfig]:
     """The two methods that UMD's fillings are set beside: UMD's network as MAE, and a DiffMAE of the same encoder."""
     pre, tiny = pretrain_config(demo), PRESETS["diffmae-tiny"][1]
-    model = replace(pre.model, adaLN=False, num_cls=1)
+    model = replace(pre.parts(ModelConfig, ObjectiveConfig)[0], adaLN=False, num_cls=1)
     mae = replace(pre, out=demo.out / "mae", model=model, objective=OBJECTIVES["mae"], optim=tiny.optim)
     return {
         "mae": mae,
@@ -350,7 +350,7 @@ def frechet_distances(
 
 
 def settings_of(config: RunConfig, model: UMD) -> dict[str, str]:
-    m, o = config.model, config.objective
+    m, o = config.parts(ModelConfig, ObjectiveConfig)
     return {
         "network": f"width {m.hidden_size}, {m.depth} + {m.decoder_depth} blocks, patch {m.patch_size}",
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
