@@ -143,13 +143,13 @@ def varlen_attention(qkv: Tensor, packing: Packing, backend: Attention | None = 
         from flash_attn import flash_attn_varlen_qkvpacked_func
 
         return flash_attn_varlen_qkvpacked_func(qkv, packing.cu_seqlens, packing.max_seqlen, deterministic=True)
+    q, k, v = qkv.unbind(1)
     if name == "varlen_attn":
         from torch.nn.attention.varlen import varlen_attn
 
-        q, k, v = qkv.unbind(1)
         cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)  # type: ignore[return-value]
-    return dense_attention(*qkv.unbind(1), paired_runs(packing, packing))
+    return dense_attention(q, k, v, paired_runs(packing, packing))
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
