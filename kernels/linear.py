@@ -21,8 +21,8 @@ from torch import Tensor
 from .backend import use_cpu_path
 
 FEW_ROWS_SLICE = 4096  # columns
-GELU_SLICE = 196_608  # elements
-_GELU_1, _GELU_3 = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
+GELU_SLICE = 98_304  # elements for each thread: with the buffers they fill a core's second-level cache
+_GELU_1, _GELU_3 = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
 
 
 @lru_cache(maxsize=8)
@@ -68,26 +68,23 @@ def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gelu_slices(x: Tensor, *others: Tensor):
-    """Rows of x and the others in slices, with two fp32 buffers of that shape and the constant of GELU's argument."""
-    rows = max(1, GELU_SLICE // x.shape[1])
-    constant = torch.full((min(rows, len(x)), x.shape[1]), _GELU_1)
-    buffers = torch.empty_like(constant), torch.empty_like(constant)
+    """Rows of x and the others in slices, with three fp32 buffers of that shape."""
+    rows = max(1, GELU_SLICE * torch.get_num_threads() // x.shape[1])
+    buffers = [torch.empty(min(rows, len(x)), x.shape[1]) for _ in range(3)]
     for parts in zip(*(t.split(rows) for t in (x, *others)), strict=True):
-        n = len(parts[0])
-        yield *parts, buffers[0][:n], buffers[1][:n], constant[:n]
+        yield *parts, *(buffer[: len(parts[0])] for buffer in buffers)
 
 
 class GeluLinearFunction(torch.autograd.Function):
-    """In bf16. With u = √(2/π)·(x + 0.044715·x³) and t = tanh(u): gelu(x) = x/2·(1 + t)."""
+    """In bf16. With v = 2·√(2/π)·(x + 0.044715·x³) and σ = 1/(1 + e⁻ᵛ): gelu(x) = x/2·(1 + tanh(v/2)) = x·σ."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        w16, activation = weight.to(torch.bfloat16), torch.empty_like(x)
-        for x_part, out, f, t, constant in _gelu_slices(x, activation):
+        w16, activation, linear_term = weight.to(torch.bfloat16), torch.empty_like(x), torch.full(x.shape[1:], _GELU_1)
+        for x_part, out, f, s, _ in _gelu_slices(x, activation):
             f.copy_(x_part)
-            torch.addcmul(constant, f, f, value=_GELU_3, out=t).mul_(f).tanh_()
-            f.mul_(0.5)
-            out.copy_(t.mul_(f).add_(f))
+            torch.addcmul(linear_term, f, f, value=_GELU_3, out=s).mul_(f).sigmoid_()
+            out.copy_(f.mul_(s))
         ctx.save_for_backward(x, w16)
         ctx.dtypes = weight.dtype, bias.dtype
         return F.linear(activation, w16, bias.to(torch.bfloat16))
@@ -95,16 +92,15 @@ class GeluLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dx, activation = dy @ weight, torch.empty_like(x)
-        for x_part, out, dx_part, f, t, constant in _gelu_slices(x, activation, dx):
+        dx, activation, linear_term = dy @ weight, torch.empty_like(x), torch.full(x.shape[1:], _GELU_1)
+        for x_part, out, dx_part, f, s, dv in _gelu_slices(x, activation, dx):
             f.copy_(x_part)
-            du = torch.addcmul(constant, f, f, value=3 * _GELU_3)
-            torch.addcmul(constant, f, f, value=_GELU_3, out=t).mul_(f).tanh_()
-            f.mul_(0.5)
-            out.copy_(torch.addcmul(f, t, f))
-            du.mul_(f)  # x/2·u'
-            du.addcmul_(du, t.square(), value=-1)  # x/2·u'·(1 - t²)
-            dx_part.copy_(t.add_(1).mul_(0.5).add_(du).mul_(dx_part))
+            torch.addcmul(linear_term, f, f, value=_GELU_3, out=s).mul_(f).sigmoid_()
+            torch.addcmul(linear_term, f, f, value=3 * _GELU_3, out=dv)
+            out.copy_(f.mul_(s))
+            f.addcmul_(f, s, value=-1)  # x·σ·(1 - σ)
+            s.addcmul_(f, dv)
+            dx_part.copy_(s.mul_(dv.copy_(dx_part)))
         weight_dtype, bias_dtype = ctx.dtypes
         return dx, _weight_gradient(activation, dy, weight_dtype), _bias_gradient(dy, bias_dtype)
 
