@@ -33,7 +33,7 @@ from umd.model import UMD
 from umd.modulation import Modulation
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
-from umd.train.optim import adamw
+from umd.train.optim import adamw, clipped_step
 
 Step = Callable[[], None]
 WARMUP = 3  # rounds; until then memory still grows, and a step's time holds the first touch of new pages
@@ -113,8 +113,7 @@ def umd_step(bench: StepBench, objective_config: ObjectiveConfig, passes: int = 
             with autocast(bench):
                 loss, _ = objective(model, batch, objective.corrupt(len(batch), seed, batch.device))
             (loss * (len(batch) / len(x))).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        clipped_step(optimizer, 1.0)
         optimizer.zero_grad(set_to_none=True)
 
     return step

@@ -6,7 +6,6 @@ names. So a run may go on with another number of ranks, another stage, or alone.
 
 import contextlib
 import logging
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from umd.ema import EMA, HasParameters
 from umd.errors import UserError
 from umd.methods import AnyCorruption, AnyModel, build_model
 from umd.train.distributed import ParallelConfig, World
+from umd.train.optim import clipped_step
 
 DDP_BELOW = 1_000_000_000  # weights: 16 bytes each fit beside the activations, and DDP sends least and waits least
 
@@ -81,8 +81,7 @@ class Alone:
 
     def update(self) -> Tensor:
         """One optimiser step; returns the norm of the whole gradient before clipping, []."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
-        self.optimizer.step()
+        norm = clipped_step(self.optimizer, self.clip)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

@@ -8,7 +8,7 @@ import torch
 from umd.config import ModelConfig
 from umd.errors import UserError
 from umd.model import UMD
-from umd.train.optim import OptimConfig, adamw, lr_scale
+from umd.train.optim import OptimConfig, adamw, clipped_step, lr_scale
 
 MODEL = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)
 
@@ -83,6 +83,28 @@ def test_a_step_is_adamw_with_decoupled_decay():
         optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_clipping_within_the_step(max_norm, dtype):
+    """As if all gradients together were first scaled down to the norm; AdamW's steps differ by the clip of each."""
+    torch.manual_seed(0)
+    ours, theirs = UMD(MODEL).to(dtype), UMD(MODEL).to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    optimizers = [adamw(model, 1e-2, (0.9, 0.95), 0.05) for model in (ours, theirs)]
+    for size in (0.1, 3.0, 0.001):
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = torch.randn_like(p) * size
+            q.grad = p.grad.clone()
+        norm = torch.cat([q.grad.flatten() for q in theirs.parameters()]).norm()
+        if max_norm:
+            for q in theirs.parameters():
+                q.grad *= min(1.0, max_norm / norm)
+        torch.testing.assert_close(clipped_step(optimizers[0], max_norm), norm)
+        optimizers[1].step()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
 
 
 def test_the_area_under_the_curve():
