@@ -7,9 +7,9 @@ identity, and the gradient is written in the parameter's type in the same pass.
 GELU (its tanh form) runs over slices that stay in cache, in fp32, and is made again in the backward pass together with
 its derivative: torch's bf16 kernel takes longer than that, and the wide activations are kept once instead of twice.
 
-Few rows (the adaLN projection: nine conditions, a table of 75 thousand columns): the product has the weight on the left,
-where it is read at twice the speed, and the weight gradient is an outer product written in slices, because the library
-behind `mm` would set aside a second copy of it.
+Few rows (the adaLN projection: nine conditions, a table of 75 thousand columns): the product has the weight on the
+left, where it is read at twice the speed, and the weight gradient is an outer product written in slices, because the
+library behind `mm` would set aside a second copy of it.
 """
 
 import math
