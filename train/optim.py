@@ -67,13 +67,14 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=1e-8, fused=True)
 
 
-def clipped_step(optimizer: torch.optim.AdamW, max_norm: float) -> Tensor:
+def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """A step of `adamw`'s optimiser with a gradient of global norm at most `max_norm` (0: any). Returns the norm, [].
 
     The fused step divides the gradient on its way; clip_grad_norm_ would read and write all of it once more.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1).float() if max_norm else None
+    scale = ((norm + 1e-6) / max_norm).clamp(min=1).float() if max_norm else None
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]  # as torch's GradScaler hands it over
     optimizer.step()
     return norm
