@@ -245,7 +245,7 @@ def print_rows(rows: list[Row], console: Console) -> None:
         table = Table(title="varlen_attention: ms, TFLOP/s" if attention else "ms, GB/s, share of a copy's speed")
         columns = list(dict.fromkeys(row.implementation for row in group))
         for column in ("op", "", "model", "stream", "tokens", *columns):
-            table.add_column(column)
+            table.add_column(column, no_wrap=column == "op", overflow="fold")
         lines: dict[tuple, dict[str, Row]] = {}
         for row in group:
             key = (row.op, row.direction, row.model, row.stream, str(row.tokens))
