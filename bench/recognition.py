@@ -12,11 +12,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from umd.bench.reproduce import Reproduce
 from umd.config import OBJECTIVES, ClassifierConfig, ClassifierObjectiveConfig, ModelConfig
+from umd.figures import COLOURS, STYLE
 from umd.train.data import DataConfig
 from umd.train.emoji import GROUPS, load
 from umd.train.log import read_metrics
@@ -145,6 +148,7 @@ def reproduce(options: Reproduce, console: Console) -> None:
     rows = compare(plan, console)
     console.print(table(plan, rows))
     options.figures.mkdir(parents=True, exist_ok=True)
+    draw(plan, rows, options.figures / "recognition.png")
     stored = {"shots": plan.shots, "steps": plan.steps, "pretraining": plan.pretraining, "seeds": plan.seeds}
     stored |= {"minutes": minutes(plan), "rows": [asdict(row) for row in rows]}
     (options.figures / "recognition.json").write_text(json.dumps(stored, indent=1) + "\n")
@@ -189,3 +193,21 @@ def table(plan: Comparison, rows: list[Row]) -> Table:
     for row in rows:
         table.add_row(row.start, f"{row.rate:g}", spread(row.top1), spread(row.averaged))
     return table
+
+
+def draw(plan: Comparison, rows: list[Row], path: Path) -> None:
+    """A dot a seed and a line at the mean, for both accuracies."""
+    panels = {"averaged over classes": [row.averaged for row in rows], "top-1": [row.top1 for row in rows]}
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7, 2.8), layout="constrained", dpi=150)
+        for ax, (title, values) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+            for i, (row, seeds) in enumerate(zip(rows, values, strict=True)):
+                colour = COLOURS["muted" if row.start == "scratch" else "blue"]
+                ax.plot([i] * len(seeds), seeds, "o", color=colour, markersize=4)
+                ax.plot([i - 0.25, i + 0.25], [fmean(seeds)] * 2, color=colour)
+            ax.set_xticks(range(len(rows)), [row.start for row in rows])
+            ax.set_title(title)
+            ax.grid(axis="y")
+        figure.suptitle(f"Held-out accuracy, {plan.shots} labels a class, {plan.steps} steps", fontsize=9.5)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, facecolor="white")
