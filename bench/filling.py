@@ -232,15 +232,15 @@ def draw_spectra(spectra: dict[str, Tensor], path: Path) -> None:
             ax.axhline(1, color=COLOURS["muted"], linewidth=0.8)
             ax.set_title(title)
             ax.set_ylabel(unit)
-        axes[0].legend(loc="best")
+        axes[0].legend(loc="upper right")
         variance, n = spectra["variance between samples"], int(mean.split()[-2])
         axes[2].plot(f, variance * (1 + 1 / n), color=COLOURS["green"], label="what the samples' variance asks for")
         axes[2].plot(f, spectra[f"error: {mean}"], ":", color=COLOURS["blue"], label=f"error of the {mean[9:]}")
         axes[2].set_title("Are samples varied enough?")
         axes[2].set_ylabel("/ the originals' energy")
-        axes[2].legend(loc="best")
+        axes[2].legend(loc="upper right")
         for ax in axes:
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, max(1.5, ax.get_ylim()[1]))  # room for the legend
             ax.set_xlabel("frequency within a patch, cycles a pixel")
             ax.grid(axis="y")
         path.parent.mkdir(parents=True, exist_ok=True)
