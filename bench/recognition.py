@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from umd.bench.reproduce import Reproduce
-from umd.config import OBJECTIVES, ClassifierConfig, ClassifierObjectiveConfig, ModelConfig
+from umd.config import OBJECTIVES, ClassifierConfig, ClassifierObjectiveConfig, ModelConfig, model_config
 from umd.figures import COLOURS, STYLE
 from umd.train.data import DataConfig
 from umd.train.emoji import GROUPS, load
@@ -57,11 +57,13 @@ class Row:
 
 
 def pretraining_config(start: str, plan: Comparison) -> RunConfig:
-    """The tiny presets, all with four CLS tokens; MAE as the setting of UMD that it is."""
+    """The tiny presets, all with Ti's encoder and four CLS tokens; MAE as the setting of UMD that it is."""
     config = PRESETS["diffmae-tiny" if start == "DiffMAE" else "umd-tiny"][1]
+    if start != "DiffMAE":
+        config = replace(config, model=model_config("UMD-Ti/4", image_size=config.model.image_size))
     model, objective = replace(config.model, num_cls=4), config.objective
     if start == "MAE":
-        assert isinstance(model, ModelConfig), "umd-tiny's"
+        assert isinstance(model, ModelConfig), "UMD's"
         model, objective = replace(model, adaLN=False), OBJECTIVES["mae"]
     return replace(
         config,

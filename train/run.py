@@ -151,9 +151,9 @@ def _diffmae(name: str, out: str, model: dict[str, Any], mask_ratio: float = 0.7
 
 PRESETS: dict[str, tuple[str, RunConfig]] = {
     "umd-tiny": (
-        "UMD-Ti/4 on 32x32 colour emoji: minutes on a laptop",
+        "UMD-Mi/4 on 32x32 colour emoji: minutes on a laptop",
         _pixels(
-            "UMD-Ti/4", "umd", "umd-tiny", side=32, num_cls=4, batch_size=64, minutes=10, save_every=200,
+            "UMD-Mi/4", "umd", "umd-tiny", side=32, num_cls=4, batch_size=64, minutes=10, save_every=200,
             draw_every=200, optim=OptimConfig(lr=1e-2), data=DataConfig(hflip=True),
         ),
     ),
