@@ -11,7 +11,6 @@ from torch import Tensor
 
 from umd.checkpoint import load_checkpoint, load_model_state
 from umd.classifier import Classifier, classifier_config, encoder_weights
-from umd.config import ClassifierConfig
 from umd.device import autocast
 from umd.errors import UserError
 from umd.figures import confusion_sheet
@@ -92,7 +91,6 @@ def show_scores(
     model: Classifier, held_out: Dataset, config: RunConfig, dtype: torch.dtype, log: RunLog | NoLog, step: int
 ) -> None:
     """Score the classifier: a line, a row of metrics.jsonl, the confusion plot, and scores.json with its counts."""
-    assert isinstance(log, RunLog) and isinstance(config.model, ClassifierConfig)
     scores = score(model, held_out, config.data, dtype)
     log.scores({"step": step, "top-1": scores.top1, "top-5": scores.top5, "held_out_loss": scores.loss})
     log.picture("confusion", confusion_sheet(scores.confusion.numpy(), held_out.class_names), step)

@@ -115,7 +115,13 @@ class NoLog:
     def row(self, row: dict) -> None:
         pass
 
+    def scores(self, row: dict) -> None:
+        pass
+
     def progress(self, share: float) -> None:
+        pass
+
+    def picture(self, name: str, sheet: np.ndarray, step: int) -> None:
         pass
 
     def say(self, text: str) -> None:

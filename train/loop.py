@@ -26,11 +26,13 @@ from umd.checkpoint import (
 )
 from umd.classifier import Classifier
 from umd.device import autocast, keep_freed_memory, peak_flops, peak_memory, pick_dtype
+from umd.diffmae import DiffMAE
 from umd.ema import EMA, ema_rate, warm_rate
 from umd.errors import UserError
 from umd.images import grid
 from umd.methods import AnyModel, AnyModelConfig, AnyObjective, build_model, build_objective
-from umd.objective import DiffMAEObjective
+from umd.model import UMD
+from umd.objective import DiffMAEObjective, Objective
 from umd.sampler import ddim_sample
 from umd.schedule import NoiseSchedule
 from umd.train.classify import load_encoder, open_held_out, show_scores
@@ -146,9 +148,9 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
 
     def draw() -> None:
         with parallel.averaged(ema) as network:
-            if held_out is not None:
+            if held_out is not None and isinstance(network, Classifier):
                 show_scores(network, held_out, config, dtype, log, step)
-            elif world.main:
+            elif preview is not None and network is not None:
                 for label, sheet in previews(network, objective, preview, dtype, show, clip=not on_latents).items():
                     log.picture(label, sheet, step)
 
@@ -166,7 +168,8 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
                 f"the run had {before} micro-batches a step and now has {micro_batches} (ranks x accumulate): it goes "
                 "on, with other noise and masks than it would have had"
             )
-        on_latents, show = bool(config.data.vae_hash), rgb
+        on_latents = bool(config.data.vae_hash)
+        show: Callable[[Tensor], np.ndarray] = rgb
         if world.main and config.draw_every and not classifies:
             try:
                 show = picture_maker(config.data, device)
@@ -197,7 +200,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
                 sums = torch.zeros(1 + len(part_names) + 2, device=device)  # loss, its parts, clock and stop request
                 for i in range(config.accumulate):
                     part = slice(i * micro, (i + 1) * micro)
-                    labels = batch.labels[part] if labelled else None
+                    labels = batch.labels[part] if labelled and batch.labels is not None else None
                     number = world.rank * config.accumulate + i  # of the micro-batch among those of all ranks
                     corruption = objective.corrupt(
                         micro, derive_seed(config.seed, 2, step, number), device, labels, batch.indices[part]
@@ -227,7 +230,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
                 if step % config.log_every == 0 or progress() >= 1:
                     total, *parts_read = read()[:-2]
                     took = time.perf_counter() - window_start
-                    row = {"step": step, "images_seen": step * config.batch_size}
+                    row: dict[str, float] = {"step": step, "images_seen": step * config.batch_size}
                     row |= {"epoch": step * config.batch_size / len(dataset), "seconds": seconds, "loss": total}
                     row |= {name: value for name, value in zip(part_names, parts_read, strict=True) if name}
                     row |= {"lr": lr, "grad_norm": float(norm)}
@@ -259,6 +262,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
             draw()
         log.progress(1.0)
         log.say(f"done: step {step}, {seconds / 60:.1f} min of training, saved {saved_path}")
+    assert saved_path is not None, "the last step is always saved"
     return saved_path
 
 
@@ -420,8 +424,9 @@ def previews(
     clip: bool,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Sheets by name: masked input, reconstruction and original in three rows; with labels, a sample of each class."""
-    if isinstance(objective, DiffMAEObjective):
+    if isinstance(model, DiffMAE) and isinstance(objective, DiffMAEObjective):
         return filled_sheets(model, objective, x, dtype, show, clip)
+    assert isinstance(model, UMD) and isinstance(objective, Objective), "a classifier shows scores instead"
     sheets = {}
     T = objective.schedule.num_steps
     r0 = objective.config.no_noise_prob
