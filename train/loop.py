@@ -151,7 +151,9 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
             if held_out is not None and isinstance(network, Classifier):
                 show_scores(network, held_out, config, dtype, log, step)
             elif preview is not None and network is not None:
-                for label, sheet in previews(network, objective, preview, dtype, show, clip=not on_latents).items():
+                for label, sheet in previews(
+                    network, objective, preview, dtype, show, clip=not config.data.vae_hash
+                ).items():
                     log.picture(label, sheet, step)
 
     settings = to_plain(config)
@@ -168,7 +170,6 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
                 f"the run had {before} micro-batches a step and now has {micro_batches} (ranks x accumulate): it goes "
                 "on, with other noise and masks than it would have had"
             )
-        on_latents = bool(config.data.vae_hash)
         show: Callable[[Tensor], np.ndarray] = rgb
         if world.main and config.draw_every and not classifies:
             try:
@@ -233,8 +234,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
                     row: dict[str, float] = {"step": step, "images_seen": step * config.batch_size}
                     row |= {"epoch": step * config.batch_size / len(dataset), "seconds": seconds, "loss": total}
                     row |= {name: value for name, value in zip(part_names, parts_read, strict=True) if name}
-                    row |= {"lr": lr, "grad_norm": float(norm)}
-                    row |= {"images_per_second": window * config.batch_size / took}
+                    row |= {"lr": lr, "grad_norm": float(norm), "images_per_second": window * config.batch_size / took}
                     row |= {"mfu": window * flops / took / peak, "peak_memory_bytes": peak_memory(device)}
                     log.row(row)
                     window, window_start = 0, time.perf_counter()
@@ -428,8 +428,7 @@ def previews(
         return filled_sheets(model, objective, x, dtype, show, clip)
     assert isinstance(model, UMD) and isinstance(objective, Objective), "a classifier shows scores instead"
     sheets = {}
-    T = objective.schedule.num_steps
-    r0 = objective.config.no_noise_prob
+    T, r0 = objective.schedule.num_steps, objective.config.no_noise_prob
     trained = ({"reconstruction": 0} if r0 > 0 else {}) | ({"denoising": T // 4} if r0 < 1 else {})
     for label, timestep in trained.items():
         triplets = reconstructions(model, objective, x, timestep, dtype=dtype, show=show)

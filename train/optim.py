@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from umd.classifier import Classifier
 from umd.errors import UserError
+from umd.methods import AnyModel
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def lr_scale(progress: float, warmup: float) -> float:
 
 
 def adamw(
-    model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float, layer_decay: float = 1.0
+    model: AnyModel, lr: float, betas: tuple[float, float], weight_decay: float, layer_decay: float = 1.0
 ) -> torch.optim.AdamW:
     """torch's fused AdamW over two groups: parameters in `model.no_weight_decay()`, and the others.
 
@@ -53,7 +55,10 @@ def adamw(
     """
     undecayed = model.no_weight_decay()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    multipliers = {name: 1.0 for name, _ in named} if layer_decay == 1 else model.lr_multipliers(layer_decay)
+    multipliers = {name: 1.0 for name, _ in named}
+    if layer_decay != 1:
+        assert isinstance(model, Classifier), "RunConfig asks for it"
+        multipliers = model.lr_multipliers(layer_decay)
     groups = [
         {
             "params": [p for name, p in named if (name in undecayed) == spared and multipliers[name] == multiplier],
@@ -64,7 +69,7 @@ def adamw(
         for multiplier in sorted({multipliers[name] for name, _ in named}, reverse=True)
         for spared in (False, True)
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
