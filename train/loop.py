@@ -151,13 +151,11 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
             if held_out is not None and isinstance(network, Classifier):
                 show_scores(network, held_out, config, dtype, log, step)
             elif preview is not None and network is not None:
-                for label, sheet in previews(
-                    network, objective, preview, dtype, show, clip=not config.data.vae_hash
-                ).items():
+                sheets = previews(network, objective, preview, dtype, show, clip=not config.data.vae_hash)
+                for label, sheet in sheets.items():
                     log.picture(label, sheet, step)
 
-    settings = to_plain(config)
-    writer = RunLog(config.out, console, step, name, config.wandb, settings) if world.main else NoLog()
+    writer = RunLog(config.out, console, step, name, config.wandb, to_plain(config)) if world.main else NoLog()
     with writer as log, finished(background), stop_signal() as stop, ops.attention(config.attention):
         log.say(f"{describe(dataset)}; {reader(dataset, config.data)}")
         log.say(
@@ -248,7 +246,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
         finally:
             loader.close()
         read()
-        if saved_step != step:
+        if saved_path is None or saved_step != step:
             saved_path = save()
         if background is not None:
             background.wait()
@@ -262,7 +260,6 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
             draw()
         log.progress(1.0)
         log.say(f"done: step {step}, {seconds / 60:.1f} min of training, saved {saved_path}")
-    assert saved_path is not None, "the last step is always saved"
     return saved_path
 
 
@@ -435,8 +432,7 @@ def previews(
         sheets[label] = grid(
             np.stack([picture for row in zip(*triplets, strict=True) for picture in row]), len(triplets)
         )
-    classes = model.config.num_classes
-    if classes:
+    if classes := model.config.num_classes:
         labels = torch.arange(min(classes, 16), device=x.device)
 
         def denoise(x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
