@@ -47,15 +47,15 @@ SD_VAE = dict(
 class LoaderBench:
     """What is measured."""
 
-    groups: tuple[str, ...] = ("latents", "steps")
+    groups: tuple[str, ...] = ("latents", "pictures", "steps")
     """Which groups: latents (encoding against reading), steps (training on stored latents), pictures (DALI, Pillow)."""
     model: str = "UMD-L/2"
     """Size and patch size of the network that trains."""
-    shallower: int = 1
-    """Divide its depths by this: the same ratios from less memory."""
+    shallower: int = 4
+    """Divide its depths by this: the same ratios of steps from less memory."""
     latent_size: int = 32
     """Side of the latents; pictures are 8 times as large."""
-    batch: int = 4
+    batch: int = 16
     """Samples a step."""
     stored: int = 512
     """Latents in the folder that is read."""

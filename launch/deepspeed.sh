@@ -5,6 +5,10 @@
 # told by rank 0 after --parallel.timeout seconds.
 set -euo pipefail
 HOSTFILE=${HOSTFILE:-launch/hostfile}
+if [ ! -r "$HOSTFILE" ]; then
+    echo "umd: cannot read the hostfile $HOSTFILE; write one with a line a host, such as: node01 slots=8" >&2
+    exit 2
+fi
 dead=
 for host in $(awk '!/^#/ && NF {print $1}' "$HOSTFILE"); do
     ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" true || dead+=" $host"

@@ -15,35 +15,28 @@ from rich.console import Console
 from torch import Tensor
 
 from umd import ops
-from umd.checkpoint import (
-    BackgroundSave,
-    Checkpoint,
-    checkpoint_path,
-    latest_checkpoint,
-    load_checkpoint,
-    load_model_state,
-    save_checkpoint,
-)
+from umd.checkpoint import BackgroundSave, checkpoint_path, load_model_state, save_checkpoint
 from umd.classifier import Classifier
 from umd.device import autocast, keep_freed_memory, peak_flops, peak_memory, pick_dtype
 from umd.diffmae import DiffMAE
 from umd.ema import EMA, ema_rate, warm_rate
 from umd.errors import UserError
 from umd.images import grid
-from umd.methods import AnyModel, AnyModelConfig, AnyObjective, build_model, build_objective
+from umd.methods import AnyModel, AnyObjective, build_model, build_objective
 from umd.model import UMD
 from umd.objective import DiffMAEObjective, Objective
 from umd.sampler import ddim_sample
 from umd.schedule import NoiseSchedule
-from umd.train.classify import load_encoder, open_held_out, show_scores
-from umd.train.data import DataConfig, center_view, derive_seed, describe, open_dataset, reader, train_loader
+from umd.train.classify import open_held_out, show_scores
+from umd.train.data import center_view, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import World, join
-from umd.train.latents import check_run_vae, with_vae
+from umd.train.latents import with_vae
 from umd.train.log import NoLog, RunLog
 from umd.train.optim import adamw, lr_scale
 from umd.train.parallel import DDP, Alone, LossStep, Zero, strategy
 from umd.train.preview import filled_sheets, picture_maker, reconstructions, rgb
 from umd.train.quarantine import record_quarantine
+from umd.train.resume import fingerprint, load_pretrained, newest_checkpoint
 from umd.train.run import RunConfig, check_attention, to_plain, write_config
 
 PREVIEW_IMAGES = 8
@@ -61,7 +54,7 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
     numbered over all ranks, so W ranks with `accumulate` A make the steps of one rank with W·A.
 
     Raises:
-        UserError: settings that do not fit together, data that cannot be read, another network in `config.out`.
+        UserError: settings that do not fit together, data that cannot be read, another run in `config.out`.
         Diverged: NaN or infinite loss; the last good checkpoint is kept and the batch is described in `nan-dump.json`.
         KeyboardInterrupt, SystemExit(143): after saving, on Ctrl-C or SIGTERM.
     """
@@ -97,12 +90,13 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
 
     torch.manual_seed(derive_seed(config.seed, 0))
     model = build_model(config.model)
-    if config.init is not None:
-        load_pretrained(model, config.init, config.data)
     model.set_checkpointing(config.checkpointing)
-    saved_path, saved = newest_checkpoint(config, world)
+    source = fingerprint(dataset)
+    saved_path, saved = newest_checkpoint(config, world, source)
     if saved is not None:
         load_model_state(model, saved.tensors["model"])
+    elif config.init is not None:
+        load_pretrained(model, config.init, config.data)
     num_weights = sum(p.numel() for p in model.parameters())
     peak_lr = config.optim.lr * config.batch_size / 256
     parallel = spread(config, world, model, objective, peak_lr, dtype)
@@ -114,7 +108,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
         parallel.load(saved.tensors, ema)
         step, seconds, saved_step = saved.step, saved.state["seconds"], saved.step
     micro_batches = world.size * config.accumulate
-    before = saved.state.get("micro_batches", micro_batches) if saved is not None else micro_batches
+    before = {"micro_batches": micro_batches, "source": source} | (saved.state if saved is not None else {})
     saved = None  # its tensors
     if world.main:
         write_config(config)
@@ -140,7 +134,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
             background.wait()  # it holds the memory that is filled next
         tensors = parallel.tensors(ema)
         state = {"config": to_plain(config), "seconds": seconds, "images_seen": step * config.batch_size}
-        state["micro_batches"] = micro_batches
+        state |= {"micro_batches": micro_batches, "source": source}
         write = save_checkpoint if background is None else background.save
         if not world.main:
             return checkpoint_path(config.checkpoints, step)
@@ -163,10 +157,15 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
             f"{'bf16' if dtype == torch.bfloat16 else 'fp32'}, {flops / config.batch_size / 1e9:.2f} GFLOP an image"
             + (f"; goes on at step {step}" if step else "")
         )
-        if before != micro_batches:
+        if before["micro_batches"] != micro_batches:
             log.say(
-                f"the run had {before} micro-batches a step and now has {micro_batches} (ranks x accumulate): it goes "
-                "on, with other noise and masks than it would have had"
+                f"the run had {before['micro_batches']} micro-batches a step and now has {micro_batches} (ranks x "
+                "accumulate): it goes on, with other noise and masks than it would have had"
+            )
+        if before["source"] != source:
+            log.say(
+                f"{config.data.source} changed: the run had {before['source']['images']} pictures there and now has "
+                f"{len(dataset)}; it goes on with them in another order than it would have had"
             )
         show: Callable[[Tensor], np.ndarray] = rgb
         if world.main and config.draw_every and not classifies:
@@ -275,7 +274,10 @@ def spread(
         raise UserError("compile does not go with ZeRO 3, whose weights come and go; use --parallel.zero-stage 2")
     if how != "zero":
         model.to(world.device)
-    optimizer = adamw(model, peak_lr, config.optim.betas, config.optim.weight_decay, config.optim.layer_decay)
+    if how == "zero" and config.optim.fused == "apex":
+        raise UserError("apex's FusedAdam goes with one process or DDP, not ZeRO; leave optim.fused at auto")
+    recipe = config.optim
+    optimizer = adamw(model, peak_lr, recipe.betas, recipe.weight_decay, recipe.layer_decay, recipe.fused)
     loss = LossStep(torch.compile(model) if config.compile else model, objective, dtype)
     if how == "alone":
         return Alone(model, loss, optimizer, config.accumulate, config.optim.clip)
@@ -283,58 +285,6 @@ def spread(
         return DDP(model, loss, optimizer, config.accumulate, config.optim.clip, world)
     micro = config.batch_size // (world.size * config.accumulate)
     return Zero(model, loss, optimizer, config.accumulate, config.optim.clip, world, stage, micro, dtype)
-
-
-def load_pretrained(model: AnyModel, init: Path, data: DataConfig) -> None:
-    """Weights of another run into `model`; label embeddings may be new. Raises UserError saying what differs."""
-    path = init / "checkpoints" if (init / "checkpoints").is_dir() else init
-    if isinstance(model, Classifier):
-        load_encoder(model, path, data)
-        return
-    saved = load_checkpoint(path, parts=["model"])
-    check_same_network(saved, model.config, init, but=("num_classes",))
-    check_run_vae(saved.state, data, init)
-    load_model_state(
-        model, saved.tensors["model"], allow_missing=("y_embedder.",),
-        saved_config=saved.state.get("config", {}).get("model", {}), config=to_plain(model.config),
-    )  # fmt: skip
-
-
-def check_same_network(saved: Checkpoint, config: AnyModelConfig, folder: Path, but: tuple[str, ...] = ()) -> None:
-    """Raise UserError naming the settings that differ, also those that change no shape, such as the heads."""
-    before, now = saved.state.get("config", {}).get("model", {}), to_plain(config)
-    if before.get("kind") != now.get("kind"):
-        kinds = (before.get("kind", "umd"), now.get("kind", "umd"))
-        raise UserError(f"{folder} holds a {kinds[0]} network, not a {kinds[1]} one: give another folder")
-    differ = [
-        f"{name} {before[name]}, not {now[name]}"
-        for name in now
-        if name not in but and name in before and before[name] != now[name]
-    ]
-    if differ:
-        raise UserError(
-            f"{folder} holds a network with {'; '.join(differ)}: "
-            "give the settings it was trained with, or another folder"
-        )
-
-
-def newest_checkpoint(config: RunConfig, world: World) -> tuple[Path | None, Checkpoint | None]:
-    """The checkpoint this run goes on from, the same on every rank; its tensors wait on the CPU."""
-    path = world.agree(latest_checkpoint(config.checkpoints) if world.main else None)
-    if path is None:
-        return None, None
-    if not path.is_dir():
-        raise UserError(f"rank {world.rank} does not see {path}; all hosts must share the folder of the run")
-    parts = ["model", "optimizer"] + (["ema"] if config.optim.ema > 0 else [])
-    saved = load_checkpoint(path, parts=parts, verify=world.main)
-    check_same_network(saved, config.model, config.out)
-    check_run_vae(saved.state, config.data, config.out)
-    if saved.state["images_seen"] != saved.step * config.batch_size:
-        raise UserError(
-            f"{config.out} was trained with batch_size {saved.state['config']['batch_size']}, not {config.batch_size}; "
-            "resume with the same batch, or start a new run from its weights with --init"
-        )
-    return path, saved
 
 
 def check_finite(
@@ -368,7 +318,7 @@ def check_finite(
     raise Diverged(
         f"the loss or its gradient is not finite at step {step} (loss {values[0]}, gradient norm {float(norm)}; images "
         f"{indices[:8].tolist()}...); {dump} has the batch, last good checkpoint: {saved or 'none'}; "
-        "lower the lr or the batch"
+        "go on with --precision fp32, or start another run from its weights (--init) with a lower lr"
     )
 
 

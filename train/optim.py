@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from umd.classifier import Classifier
+from umd.device import apex_lacks
 from umd.errors import UserError
 from umd.methods import AnyModel
 
@@ -29,6 +31,9 @@ class OptimConfig:
     """EMA rate of a step at batch 256, scaled with the batch; 0: no EMA. Released code 1e-4, Table 5 2.5e-4."""
     layer_decay: float = 1.0
     """Of a classifier: learning rate of each layer over that of the next; 1: one rate for all."""
+    fused: Literal["auto", "torch", "apex"] = "auto"
+    """Whose fused AdamW makes the step: torch's, or FusedAdam of NVIDIA's apex on a GPU. auto is torch's, which is the
+    same formula in one kernel too; a run may change from one to the other."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -47,11 +52,15 @@ def lr_scale(progress: float, warmup: float) -> float:
 
 
 def adamw(
-    model: AnyModel, lr: float, betas: tuple[float, float], weight_decay: float, layer_decay: float = 1.0
-) -> torch.optim.AdamW:
-    """torch's fused AdamW over two groups: parameters in `model.no_weight_decay()`, and the others.
+    model: AnyModel, lr: float, betas: tuple[float, float], weight_decay: float, layer_decay: float = 1.0,
+    fused: str = "auto",
+) -> torch.optim.Optimizer:  # fmt: skip
+    """Fused AdamW over two groups: parameters in `model.no_weight_decay()`, and the others.
 
     With a layer decay two for each layer; `lr_multiplier` of a group is its rate's share of the run's.
+
+    Raises:
+        UserError: apex is asked for and is not to be had.
     """
     undecayed = model.no_weight_decay()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -69,17 +78,38 @@ def adamw(
         for multiplier in sorted({multipliers[name] for name, _ in named}, reverse=True)
         for spared in (False, True)
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
+    if fused != "apex":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
+    check_apex(named[0][1].device)
+    from apex.optimizers import FusedAdam
+
+    # It counts steps a group and not a parameter; given from the start, checkpoints find the count there.
+    groups = [group | {"step": 0} for group in groups if group["params"]]
+    return FusedAdam(groups, lr=lr, betas=betas, eps=1e-8, adam_w_mode=True)
+
+
+def check_apex(device: torch.device) -> None:
+    """Raise UserError if FusedAdam of NVIDIA's apex cannot be used there."""
+    if lacks := apex_lacks():
+        raise UserError(
+            f"optim.fused apex needs NVIDIA's apex (github.com/NVIDIA/apex, not the package on PyPI), and the one here "
+            f"is {lacks}; leave optim.fused at auto, for torch's fused AdamW"
+        )
+    if device.type != "cuda":
+        raise UserError(f"optim.fused apex runs on GPUs, not on {device}; leave it at auto, for torch's fused AdamW")
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """A step of `adamw`'s optimiser with a gradient of global norm at most `max_norm` (0: any). Returns the norm, [].
 
-    The fused step divides the gradient on its way; clip_grad_norm_ would read and write all of it once more.
+    torch's fused step divides the gradient on its way; clip_grad_norm_ would read and write all of it once more.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     scale = ((norm + 1e-6) / max_norm).clamp(min=1).float() if max_norm else None
-    optimizer.grad_scale = scale  # type: ignore[attr-defined]  # as torch's GradScaler hands it over
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.grad_scale = scale  # type: ignore[attr-defined]  # as torch's GradScaler hands it over
+    elif scale is not None:  # apex's has no such way in
+        torch._foreach_div_(gradients, scale)
     optimizer.step()
     return norm

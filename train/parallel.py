@@ -209,12 +209,16 @@ class Zero:
     ):  # fmt: skip
         deepspeed = import_deepspeed(world.device)
         whole = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        settings = deepspeed_config(stage, micro, accumulate, clip, dtype, world.device)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints memory figures
+            if stage == 3:  # each parameter is cut as it comes to the device, which never holds all of them
+                for p in model.parameters():
+                    p.data = p.data.to(dtype)
+                for buffer in model.buffers():
+                    buffer.data = buffer.data.to(world.device)
+                deepspeed.zero.Init(module=loss, config_dict_or_path=settings, dtype=dtype)
             self.engine, *_ = deepspeed.initialize(
-                model=loss,
-                optimizer=optimizer,
-                dist_init_required=False,
-                config=deepspeed_config(stage, micro, accumulate, clip, dtype, world.device),
+                model=loss, optimizer=optimizer, dist_init_required=False, config=settings
             )
         self.model, self.optimizer, self.accumulate, self.stage = model, optimizer, accumulate, stage
         # The flat fp32 tensors that DeepSpeed optimises here.

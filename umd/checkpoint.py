@@ -248,12 +248,21 @@ def load_model_state(
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimiser's state as `{"exp_avg::blocks.0.fc1.weight": tensor, …}`, independent of its groups."""
+    """The optimiser's state as `{"exp_avg::blocks.0.fc1.weight": tensor, …}`, independent of its groups.
+
+    A step count that a group has (apex) is written as torch writes it, a parameter's own.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    counts = {
+        p: {"step": float(group["step"])}
+        for group in optimizer.param_groups
+        if "step" in group
+        for p in group["params"]
+    }
     return {
         f"{key}::{names[parameter]}": torch.as_tensor(value)
         for parameter, values in optimizer.state.items()
-        for key, value in values.items()
+        for key, value in (counts.get(parameter, {}) | values).items()
     }
 
 
@@ -273,8 +282,11 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
                 f"The optimiser state {full_name} {list(value.shape)} fits no parameter trained here; "
                 "use the settings it was trained with, or start from its weights alone."
             )
-        # AdamW wants its step count beside the parameter when fused or capturable, on the CPU otherwise.
         group = groups[parameter]
+        if key == "step" and "step" in group:
+            group["step"] = int(value)
+            continue
+        # AdamW wants its step count beside the parameter when fused or capturable, on the CPU otherwise.
         beside = value.ndim or group.get("fused") or group.get("capturable")
         state.setdefault(parameter, {})[key] = value.to(parameter.device if beside else "cpu", copy=True)
     optimizer.state.clear()

@@ -1,10 +1,12 @@
 """What this machine computes on, in which type, and how fast that could be at best."""
 
 import ctypes
+import importlib.util
 import resource
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -57,6 +59,19 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def apex_lacks() -> str:
+    """What keeps NVIDIA's apex from being used; "" if nothing does.
+
+    Told from its files alone: importing the package that PyPI calls apex would run what is not NVIDIA's.
+    """
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return "not installed"
+    if not any(Path(folder, "optimizers").is_dir() for folder in spec.submodule_search_locations or ()):
+        return "not NVIDIA's"  # but PyPI's package of that name
+    return "" if importlib.util.find_spec("amp_C") else "without its CUDA extensions"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

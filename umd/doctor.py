@@ -21,7 +21,7 @@ from rich.text import Text
 
 import umd
 from umd import ops
-from umd.device import pick_device, pick_dtype
+from umd.device import apex_lacks, pick_device, pick_dtype
 from umd.errors import UserError
 
 IMPORT_SECONDS = 120
@@ -143,16 +143,16 @@ def _flash_attention() -> Row:
 
 
 def _apex() -> Row:
-    """Told from its files alone: importing the package that PyPI calls apex would run what is not NVIDIA's."""
     instead = "torch's fused AdamW is used"
     hint = "nothing lacks without it; NVIDIA's is at github.com/NVIDIA/apex, the one on PyPI is not it"
-    spec = _spec("apex")
-    if spec is None:
-        return Row("apex", f"not installed; {instead}", hint)
-    if not any(Path(folder, "optimizers").is_dir() for folder in spec.submodule_search_locations or ()):
-        return Row("apex", f"{_version('apex')}, but not NVIDIA's; {instead}", f"pip uninstall apex: {hint}")
-    extensions = "with" if _spec("amp_C") else "without"
-    return Row("apex", f"{_version('apex')}, {extensions} its CUDA extensions; {instead}")
+    lacks = apex_lacks()
+    if lacks == "not installed":
+        return Row("apex", f"{lacks}; {instead}", hint)
+    if lacks == "not NVIDIA's":
+        return Row("apex", f"{_version('apex')}, but {lacks}; {instead}", f"pip uninstall apex: {hint}")
+    if lacks:
+        return Row("apex", f"{_version('apex')}, {lacks}; {instead}")
+    return Row("apex", f"{_version('apex')}, with its CUDA extensions; {instead}, its own with --optim.fused apex")
 
 
 def _frechet() -> Row:

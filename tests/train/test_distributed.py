@@ -402,17 +402,3 @@ def test_a_host_that_does_not_come_is_told(folder):
     assert codes == [2]
     assert errors[0].startswith("umd: rank 0 on ") and "not all 2 ranks came" in errors[0]
     assert "a host of the hostfile is down" in errors[0]
-
-
-@pytest.mark.slow
-def test_the_deepspeed_launcher(folder):
-    straight = tiny(folder, "by-one", steps=4, accumulate=2)
-    train(straight, QUIET)
-    config = replace(straight, out=folder / "by-deepspeed", accumulate=1, parallel=ParallelConfig("zero", 2))
-    launcher = Path(sys.executable).with_name("deepspeed")
-    done = subprocess.run(
-        [str(launcher), "--num_gpus", "2", "--module", "umd.cli", "pretrain", as_file(config)],
-        env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, cwd=ROOT, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert np.abs(column(config, "loss") - column(straight, "loss")).max() <= 1e-5

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +20,14 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from umd.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from umd.config import ModelConfig, ObjectiveConfig
+from umd.config import ModelConfig, ObjectiveConfig, ScheduleConfig
 from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Objective
 from umd.ops import attention_backend
 from umd.schedule import NoiseSchedule
 from umd.train.data import DataConfig, open_dataset, train_loader
+from umd.train.distributed import ParallelConfig
 from umd.train.log import read_metrics
 from umd.train.loop import Diverged, derive_seed, train
 from umd.train.optim import OptimConfig, lr_scale
@@ -217,6 +219,10 @@ def test_a_signal_saves_says_how_to_go_on_and_ends(tiny, number, code):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tiny):
     good = tiny(steps=5, save_every=5)
     kept = train(good, QUIET)
+    # As if the run had this rate from its start: resuming with another is refused.
+    saved = load_checkpoint(kept)
+    saved.state["config"]["optim"]["lr"] = 1e30
+    save_checkpoint(good.checkpoints, 5, saved.tensors, saved.state)
     before = {file.name: file.read_bytes() for file in kept.iterdir()}
     with pytest.raises(Diverged) as caught:
         # Step 7 is a save, and not logged: its weights must be looked at before they are written.
@@ -257,23 +263,103 @@ def test_infinite_weights_stop_at_the_first_step(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": replace(TINY, depth=2)}, "depth 1, not 2"),
-        ({"model": replace(TINY, num_heads=4)}, "num_heads 2, not 4"),  # changes no shape
+        ({"model": replace(TINY, depth=2)}, "model.depth 1, not 2"),
+        ({"model": replace(TINY, num_heads=4)}, "model.num_heads 2, not 4"),  # changes no shape
         ({"model": replace(TINY, image_size=(4, 16))}, r"image_size \[8, 8\], not \[4, 16\]"),  # neither does this
-        ({"model": replace(TINY, hidden_size=48, adaLN=False)}, "hidden_size 32, not 48; adaLN True, not False"),
-        ({"model": replace(TINY, num_classes=3)}, "num_classes 0, not 3"),
-        ({"batch_size": 16}, "batch_size 8, not 16"),
-        ({"optim": OptimConfig(ema=1e-3)}, "has no part 'ema'"),
+        ({"model": replace(TINY, hidden_size=48, adaLN=False)}, "hidden_size 32, not 48; model.adaLN True, not False"),
+        ({"model": replace(TINY, num_classes=3)}, "model.num_classes 0, not 3"),
+        ({"objective": ObjectiveConfig(no_noise_prob=0.25)}, "objective.no_noise_prob 0.5, not 0.25"),
+        ({"schedule": ScheduleConfig("linear")}, "schedule.name cosine, not linear"),
+        ({"optim": OptimConfig(lr=0.01)}, "optim.lr 0.03, not 0.01"),
+        ({"optim": OptimConfig(lr=0.03, ema=1e-3)}, "optim.ema 0.0, not 0.001"),
+        ({"batch_size": 16, "seed": 4}, "batch_size 8, not 16; seed 0, not 4"),
+        ({"init": Path("another/run")}, "init None, not another/run"),
     ],
 )
-def test_resuming_with_other_settings_is_refused_by_name(tiny, changes, said):
+def test_resuming_with_settings_of_another_run_is_refused_by_name(tiny, changes, said):
     config = tiny(steps=1)
     path = train(config, QUIET)
+    before = {file: file.read_bytes() for file in (config.out / "config.yaml", config.out / "metrics.jsonl")}
     with pytest.raises(UserError, match=said) as caught:
         train(replace(config, steps=2, **changes), QUIET)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{config.out} holds a run with ") and "\n" not in str(caught.value)
+    assert f"another --out for a new run (--init {config.out} starts that from its weights)" in str(caught.value)
+    assert before == {file: file.read_bytes() for file in before}
     assert list_checkpoints(config.checkpoints) == [path] and load_model(config.out).config == TINY
     train(replace(config, steps=2), QUIET)  # nothing was changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"area_min": 0.5}, "data.area_min 0.8, not 0.5"),
+        ({"hflip": False, "holdout": 0.3}, "data.hflip True, not False; data.holdout 0.2, not 0.3"),
+        ({"source": "other.npz"}, "data.source .*tiny.npz, not .*other.npz, which holds other pictures"),
+    ],
+)
+def test_resuming_with_other_data_is_refused_by_name(tiny, tmp_path, changes, said):
+    with np.load(tiny().data.source) as arrays:
+        np.savez(tmp_path / "other.npz", images=arrays["images"], labels=arrays["labels"][::-1])
+    if "source" in changes:
+        changes = {"source": str(tmp_path / changes["source"])}
+    config = tiny(steps=1)
+    train(config, QUIET)
+    with pytest.raises(UserError, match=said):
+        train(replace(config, steps=2, data=replace(config.data, **changes)), QUIET)
+
+
+def test_what_leaves_the_run_as_it_is_may_change(tiny, tmp_path):
+    """Its length, what it keeps and shows, who computes and reads, and where the same pictures lie."""
+    straight = tiny("straight", steps=6)
+    train(straight, QUIET)
+    config = tiny(steps=6, save_every=3, optim={"fused": "torch"})
+    train(config, QUIET)
+    shutil.rmtree(list_checkpoints(config.checkpoints)[-1])
+    moved = tmp_path / "moved" / "tiny.npz"
+    moved.parent.mkdir()
+    shutil.copy(config.data.source, moved)
+    data = replace(config.data, source=str(moved), num_workers=1, skip_broken=True, loader="python")
+    changed = replace(
+        config, data=data, save_every=2, keep=1, log_every=3, draw_every=4, device="cpu", checkpointing=True,
+        attention="matmul", parallel=ParallelConfig("zero", 3), optim=replace(config.optim, fused="auto"),
+    )  # fmt: skip
+    train(changed, QUIET)
+    ours, theirs = (load_checkpoint(c.checkpoints).tensors["model"] for c in (changed, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for length in ({"steps": 7}, {"steps": 0, "epochs": 1.5}, {"steps": 0, "minutes": 5e-3}):
+        before = load_checkpoint(config.checkpoints, parts=[])
+        longer = load_checkpoint(train(replace(changed, **length), QUIET), parts=[])
+        assert longer.step > before.step or longer.state["seconds"] >= 60 * 5e-3
+
+
+def test_a_run_by_the_clock_goes_on_when_it_gets_more_time(tiny):
+    config = tiny(steps=0, minutes=0.01)
+    train(config, QUIET)
+    first = load_checkpoint(config.checkpoints, parts=[])
+    train(replace(config, minutes=0.02), QUIET)
+    second = load_checkpoint(config.checkpoints, parts=[])
+    assert second.step > first.step and first.state["seconds"] < 1.2 <= second.state["seconds"]
+
+
+def test_pictures_that_came_to_the_source_are_told(tiny, tmp_path, capsys):
+    source = tmp_path / "pictures.npy"
+    images = np.random.default_rng(0).integers(0, 256, (40, 10, 10, 3), dtype=np.uint8)
+    np.save(source, images)
+    config = tiny(steps=1)
+    config = replace(config, data=replace(config.data, source=str(source), holdout=0.0))
+    train(config, QUIET)
+    np.save(source, images[:30])
+    train(replace(config, steps=2), Console(width=200))
+    assert "pictures.npy changed: the run had 40 pictures there and now has 30" in capsys.readouterr().out
+
+
+def test_a_started_run_no_longer_needs_what_it_started_from(tiny):
+    first = tiny("first", steps=1)
+    train(first, QUIET)
+    second = tiny("second", steps=1, init=first.out)
+    train(second, QUIET)
+    shutil.rmtree(first.out)
+    assert train(replace(second, steps=2), QUIET).name == "step-00000002"
 
 
 def test_starting_from_another_network_is_refused_by_name(tiny):

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from umd.checkpoint import load_optimizer_tensors, optimizer_tensors
 from umd.config import ModelConfig
+from umd.device import apex_lacks
 from umd.errors import UserError
 from umd.model import UMD
 from umd.train.optim import OptimConfig, adamw, clipped_step, lr_scale
@@ -111,3 +113,77 @@ def test_the_area_under_the_curve():
     """The mean rate is warmup/2 + (1 - warmup)/2: neither piece is steeper than it says."""
     rates = [lr_scale((i + 0.5) / 4000, 0.1) for i in range(4000)]
     assert math.fsum(rates) / len(rates) == pytest.approx(0.5, abs=1e-6)
+
+
+# apex
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder that Python searches first, like a site-packages."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(*files: str) -> None:
+        for name in files:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("1/0")  # nothing of it may run
+
+    return install
+
+
+def test_apex_is_taken_only_if_it_is_nvidias_whole_and_on_a_gpu(site):
+    model = UMD(MODEL)
+    for files, said in (
+        (["apex/__init__.py", "apex/lib/__init__.py"], "the one here is not NVIDIA's"),  # PyPI's, a Pyramid toolkit
+        (["apex/optimizers/__init__.py"], "the one here is without its CUDA extensions"),
+        (["amp_C.py"], "runs on GPUs, not on cpu"),
+    ):
+        site(*files)
+        with pytest.raises(UserError, match=said):
+            adamw(model, 1e-3, (0.9, 0.95), 0.05, fused="apex")
+    for fused in ("auto", "torch"):  # even where there is an apex
+        assert type(adamw(model, 1e-3, (0.9, 0.95), 0.05, fused=fused)) is torch.optim.AdamW
+
+
+def test_moments_go_from_torchs_to_apexs_layout_and_back():
+    """apex keeps the step count in the group; which kernel made the moments does not show in a checkpoint."""
+    torch.manual_seed(0)
+    model = UMD(MODEL)
+    ours = adamw(model, 1e-3, (0.9, 0.95), 0.05)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        ours.step()
+    saved = {key: value.clone() for key, value in optimizer_tensors(ours, model).items()}
+    apexs = adamw(model, 1e-3, (0.9, 0.95), 0.05)
+    for group in apexs.param_groups:
+        group["step"] = 0
+    load_optimizer_tensors(apexs, model, saved)
+    assert [group["step"] for group in apexs.param_groups] == [3, 3]
+    assert all(state.keys() == {"exp_avg", "exp_avg_sq"} for state in apexs.state.values())
+    written = optimizer_tensors(apexs, model)
+    assert written.keys() == saved.keys()
+    for key, value in saved.items():
+        assert written[key].dtype == value.dtype and torch.equal(written[key], value), key
+    back = adamw(model, 1e-3, (0.9, 0.95), 0.05)
+    load_optimizer_tensors(back, model, written)
+    assert all(torch.equal(back.state[p][key], ours.state[p][key]) for p in ours.state for key in ours.state[p])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(apex_lacks() != "", reason="NVIDIA's apex is not installed")
+def test_apex_makes_torchs_steps():
+    torch.manual_seed(0)
+    ours, apexs = UMD(MODEL).cuda(), UMD(MODEL).cuda()
+    apexs.load_state_dict(ours.state_dict())
+    steps = [adamw(m, 1e-2, (0.9, 0.95), 0.05, fused=f) for m, f in ((ours, "torch"), (apexs, "apex"))]
+    for _ in range(10):
+        for p, q in zip(ours.parameters(), apexs.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in steps:
+            optimizer.step()
+    for p, q in zip(ours.parameters(), apexs.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-6)
+    a, b = (optimizer_tensors(o, m) for o, m in zip(steps, (ours, apexs), strict=True))
+    assert a.keys() == b.keys() and all(torch.equal(a[k].cpu(), b[k].cpu()) for k in a if k.startswith("step::"))

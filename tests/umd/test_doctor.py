@@ -103,7 +103,8 @@ def test_nvidias_apex_is_recognised(site):
     install(site, "apex", "0.1", {"apex/__init__.py": "1/0", "apex/optimizers/__init__.py": ""})
     assert doctor._apex().value == "0.1, without its CUDA extensions; torch's fused AdamW is used"
     (site / "amp_C.py").write_text("1/0")
-    assert doctor._apex().value == "0.1, with its CUDA extensions; torch's fused AdamW is used"
+    used = "torch's fused AdamW is used, its own with --optim.fused apex"
+    assert doctor._apex().value == f"0.1, with its CUDA extensions; {used}"
 
 
 def test_a_flash_attn_without_its_extension_gives_the_reason(site):

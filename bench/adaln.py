@@ -1,0 +1,139 @@
+"""`umd bench adaln`: weights, FLOPs and step time of adaLN's projections, measured alternately in one process."""
+
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args, get_type_hints
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from umd.bench.step import WARMUP, timed
+from umd.config import ModelConfig, ObjectiveConfig, model_config
+from umd.device import autocast, keep_freed_memory
+from umd.errors import UserError
+from umd.model import UMD
+from umd.objective import Objective
+from umd.schedule import NoiseSchedule
+from umd.train.optim import adamw
+
+PROJECTIONS = get_args(get_type_hints(ModelConfig)["adaLN_projection"])
+
+
+@dataclass(frozen=True)
+class AdaLNBench:
+    """What is measured."""
+
+    model: str = "UMD-B/4"
+    """Size and patch size."""
+    image_size: int = 64
+    """Side of the images or latents."""
+    channels: int = 3
+    """Of the images; 4 for latents."""
+    shallower: int = 1
+    """Divide the depths by this: the same ratios from less memory."""
+    rank: int = 64
+    """Of low_rank."""
+    batch: int = 16
+    """Images a step."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Autocast type."""
+    repeats: int = 5
+    """Measured rounds; each runs every row once. 0: count weights and FLOPs only."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where."""
+    json: Path | None = None
+    """Write the rows here."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("shallower", 1), ("batch", 1), ("repeats", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def config(self, projection: str) -> ModelConfig:
+        whole = model_config(self.model, image_size=(self.image_size, self.image_size), channels=self.channels)
+        depth, decoder_depth = (max(n // self.shallower, 1) for n in (whole.depth, whole.decoder_depth))
+        changes = {"adaLN_projection": projection, "adaLN_rank": self.rank}
+        return replace(whole, depth=depth, decoder_depth=decoder_depth, **changes)
+
+
+@dataclass(frozen=True)
+class Row:
+    projection: str
+    weights: int
+    of_adaLN: int
+    flops_per_image: float  # forward and backward
+    seconds: float | None  # a step, median
+    ratio: float | None  # to the first row's, median of the ratios within a round
+
+
+def training_step(bench: AdaLNBench, model: UMD) -> Callable[[], None]:
+    objective = Objective(model.config, ObjectiveConfig(), NoiseSchedule("cosine"))
+    optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.05)
+    x = torch.randn(bench.batch, bench.channels, bench.image_size, bench.image_size, device=bench.device)
+    dtype = torch.bfloat16 if bench.dtype == "bf16" else torch.float32
+    seeds = itertools.count()
+
+    def step() -> None:
+        with autocast(x.device, dtype):
+            loss, _ = objective(model, x, objective.corrupt(bench.batch, next(seeds), x.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def run(bench: AdaLNBench, console: Console) -> list[Row]:
+    """Measure, print, write the JSON."""
+    keep_freed_memory()
+    counts, steps = {}, {}
+    for projection in PROJECTIONS:
+        config = bench.config(projection)
+        with torch.device("meta" if bench.repeats == 0 else bench.device):
+            model = UMD(config)
+        flops = Objective(config, ObjectiveConfig(), NoiseSchedule("cosine")).step_flops(bench.batch) / bench.batch
+        sizes = (sum(p.numel() for p in m.parameters()) for m in (model, model.adaLN_modulation))
+        counts[projection] = (*sizes, flops)
+        if bench.repeats:
+            steps[projection] = training_step(bench, model)
+    for step in [*steps.values()] * WARMUP:
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in PROJECTIONS}
+    for _ in track(range(bench.repeats), description="rounds", console=console, transient=True):
+        for name, step in steps.items():
+            seconds[name].append(timed(step, bench.device))
+    rows = []
+    for name in PROJECTIONS:
+        ratios = [b / a for a, b in zip(seconds[PROJECTIONS[0]], seconds[name], strict=True)]
+        times = (statistics.median(seconds[name]), statistics.median(ratios)) if ratios else (None, None)
+        rows.append(Row(name, *counts[name], *times))
+    where = torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    what = f"{bench.model}" + (f", depth / {bench.shallower}" if bench.shallower > 1 else "")
+    table = Table(
+        "adaLN",
+        "weights, M",
+        "of adaLN",
+        "GFLOP an image",
+        "s a step",
+        "ratio",
+        title=f"{what}, batch {bench.batch}, {where}",
+    )
+    for row in rows:
+        cells = [f"{row.weights / 1e6:.1f}", f"{row.of_adaLN / 1e6:.1f}", f"{row.flops_per_image / 1e9:.2f}"]
+        cells += ["", ""] if row.seconds is None else [f"{row.seconds:.2f}", f"{row.ratio:.2f}"]
+        table.add_row(row.projection, *cells)
+    console.print(table)
+    if bench.json is not None:
+        bench.json.parent.mkdir(parents=True, exist_ok=True)
+        settings = {**asdict(bench), "json": None, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        bench.json.write_text(
+            json.dumps({"settings": settings, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+        )
+    return rows

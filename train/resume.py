@@ -1,0 +1,128 @@
+"""What a run starts from: its own newest checkpoint, if it is still the same run, or the weights of another."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from umd.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, load_model_state
+from umd.classifier import Classifier
+from umd.errors import UserError
+from umd.methods import AnyModel
+from umd.train.classify import load_encoder
+from umd.train.data import DataConfig, ImageDataset
+from umd.train.distributed import World
+from umd.train.latents import LatentDataset, check_run_vae
+from umd.train.run import RunConfig, to_plain
+
+# What a run is. The rest (its length, what is saved and shown, where and how it computes) may change on the way.
+RUN = ("model", "objective", "schedule", "data", "optim", "batch_size", "seed")
+# `source` is compared by its pictures; the model and the VAE say the others, and are compared themselves.
+FREE = {
+    "data": {"source", "image_size", "channels", "num_frames", "vae", "vae_hash"}
+    | {"skip_broken", "quarantine", "loader", "num_workers"},
+    "optim": {"fused"},
+}
+
+
+def newest_checkpoint(config: RunConfig, world: World, source: dict) -> tuple[Path | None, Checkpoint | None]:
+    """The checkpoint this run goes on from, the same on every rank; its tensors wait on the CPU.
+
+    source: `fingerprint` of what it will train on.
+    """
+    path = world.agree(latest_checkpoint(config.checkpoints) if world.main else None)
+    if path is None:
+        return None, None
+    if not path.is_dir():
+        raise UserError(f"rank {world.rank} does not see {path}; all hosts must share the folder of the run")
+    check_same_run(load_checkpoint(path, parts=[]), config, source)
+    parts = ["model", "optimizer"] + (["ema"] if config.optim.ema > 0 else [])
+    return path, load_checkpoint(path, parts=parts, verify=world.main)
+
+
+def check_same_run(saved: Checkpoint, config: RunConfig, source: dict) -> None:
+    """Raise UserError naming every setting that would make another run of the one in `config.out`."""
+    before, now = saved.state.get("config", {}), to_plain(config)
+    check_kind(before.get("model", {}), now["model"], config.out)
+    check_run_vae(saved.state, config.data, config.out)
+    differ = list(changes({name: before[name] for name in RUN if name in before}, now))
+    trained_on, source_before = saved.state.get("source"), before.get("data", {}).get("source", "")
+    if not same_path(source_before, config.data.source) and trained_on != source:
+        differ.append(f"data.source {source_before}, not {config.data.source}, which holds other pictures")
+    if config.init is not None and not same_path(before.get("init") or "", config.init):
+        differ.append(f"init {before.get('init')}, not {config.init}")
+    if differ:
+        raise UserError(
+            f"{config.out} holds a run with {'; '.join(differ)}: give the settings it was trained with to go on with "
+            f"it, or another --out for a new run (--init {config.out} starts that from its weights)"
+        )
+
+
+def changes(before: Mapping, now: Mapping, section: str = "") -> Iterator[str]:
+    """ "optim.lr 0.1, not 0.2" for each setting that both have and that is part of what a run is."""
+    for name in (name for name in now if name in before and name not in FREE.get(section, ())):
+        a, b = before[name], now[name]
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from changes(a, b, name)
+        elif a != b:
+            yield f"{section}.{name} {a}, not {b}" if section else f"{name} {a}, not {b}"
+
+
+def same_path(a: str | Path, b: str | Path) -> bool:
+    return str(a) == str(b) or Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
+
+
+def fingerprint(dataset: ImageDataset | LatentDataset) -> dict[str, Any]:
+    """How many pictures there are, and a digest of their labels and of a few of them, wherever they lie."""
+    digest = hashlib.sha256(repr(dataset.class_names).encode())
+    if dataset.labels is not None:
+        digest.update(np.ascontiguousarray(dataset.labels, dtype=np.int64).data)
+    for index in np.linspace(0, len(dataset) - 1, min(8, len(dataset))).astype(int).tolist():
+        digest.update(stored(dataset, index))
+    return {"images": len(dataset), "sha256": digest.hexdigest()}
+
+
+def stored(dataset: ImageDataset | LatentDataset, index: int) -> bytes:
+    """A picture's bytes as they lie; of a folder of frames, the names; nothing of a file that went away."""
+    if isinstance(dataset, LatentDataset):
+        return dataset.bits(index).tobytes()
+    picture = dataset.pictures[index]
+    if isinstance(picture, np.ndarray):
+        return picture.tobytes()
+    try:
+        if not isinstance(picture, str | Path):
+            return picture.read()
+        path = Path(picture)
+        return repr(sorted(p.name for p in path.iterdir())).encode() if path.is_dir() else path.read_bytes()
+    except OSError:
+        return b""
+
+
+def load_pretrained(model: AnyModel, init: Path, data: DataConfig) -> None:
+    """Weights of another run into `model`; label embeddings may be new. Raises UserError saying what differs."""
+    path = init / "checkpoints" if (init / "checkpoints").is_dir() else init
+    if isinstance(model, Classifier):
+        load_encoder(model, path, data)
+        return
+    saved = load_checkpoint(path, parts=["model"])
+    before, now = saved.state.get("config", {}).get("model", {}), to_plain(model.config)
+    check_kind(before, now, init)
+    # Also those that change no shape, such as the heads.
+    differ = [f"{name} {before[name]}, not {now[name]}" for name in now if name in before and before[name] != now[name]]
+    differ = [what for what in differ if not what.startswith("num_classes ")]
+    if differ:
+        raise UserError(
+            f"{init} holds a network with {'; '.join(differ)}: give the settings it was trained with, or another folder"
+        )
+    check_run_vae(saved.state, data, init)
+    load_model_state(
+        model, saved.tensors["model"], allow_missing=("y_embedder.",), saved_config=before, config=now
+    )  # fmt: skip
+
+
+def check_kind(before: Mapping, now: Mapping, folder: Path) -> None:
+    kinds = before.get("kind", "umd"), now.get("kind", "umd")
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{folder} holds a {kinds[0]} network, not a {kinds[1]} one: give another folder")
