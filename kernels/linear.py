@@ -32,6 +32,11 @@ def _identity(n: int) -> Tensor:
     return torch.eye(n, dtype=torch.bfloat16)
 
 
+def forget() -> None:
+    """Let go of what is kept from call to call: made on tensors without data, it is of no use on others."""
+    _identity.cache_clear()
+
+
 def _transposed(x: Tensor) -> Tensor:
     """[N, n] to a contiguous [n, N]: exact, and in a third of the time that a copy takes."""
     out = x.new_empty(x.shape[1], len(x))

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from umd import masking, ops
+from umd import classifier, diffmae, masking, ops
 from umd.methods import build_model, build_objective
 from umd.schedule import NoiseSchedule
 from umd.train.parallel import LossStep
@@ -128,11 +128,19 @@ def count_step(
     config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype, attention: ops.Attention
 ) -> StepCounts:
     """`run_step` on fake tensors. attention: a backend of `ops.attention`."""
+    forget()
     try:
         with FakeTensorMode(), ops.attention(attention):
             return run_step(config, micro, dtype, weights)
     finally:
-        masking.layout.cache_clear()  # of fake tensors
+        forget()
+
+
+def forget() -> None:
+    """Fake and real tensors do not mix: what is cached of either goes."""
+    for module in (masking, diffmae, classifier):
+        module.layout.cache_clear()
+    ops.forget()
 
 
 def count_gpu_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> StepCounts:

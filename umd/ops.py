@@ -5,7 +5,7 @@ from umd.kernels.attention import Attention, attention, attention_backend, varle
 from umd.kernels.backend import cpu_paths, kernels, use_triton
 from umd.kernels.cross_attention import varlen_cross_attention
 from umd.kernels.ddim import ddim_step
-from umd.kernels.linear import few_rows_linear, gelu_linear, linear
+from umd.kernels.linear import few_rows_linear, forget, gelu_linear, linear
 from umd.kernels.loss import masked_diffusion_loss
 from umd.kernels.packing import Packing, pack
 from umd.kernels.patches import gather_patches, patchify, unpatchify
@@ -20,6 +20,7 @@ __all__ = [
     "cpu_paths",
     "ddim_step",
     "few_rows_linear",
+    "forget",
     "gated_residual_layer_norm",
     "gather_patches",
     "gelu_linear",

@@ -64,7 +64,16 @@ def test_fake_tensors_live_as_long_as_real_ones():
     assert most[1] < 0.7 * most[0]  # recomputed, not kept
 
 
-def test_layouts_of_fake_tensors_are_not_kept():
+def test_counting_leaves_nothing_behind_and_meets_nothing_left():
+    """Tensors without data and real ones do not mix, and the CPU's bf16 ops keep some from call to call."""
+    bf16 = torch.bfloat16
+    model, objective = build_model(TINY), build_objective(TINY, run_config().objective, NoiseSchedule("cosine"))
+    counts = []
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=bf16), ops.kernels("reference"):
+            counts.append(count_step(run_config(), 4, bf16, FP32, "matmul"))
+            objective(model, torch.zeros(4, 3, 16, 16), objective.corrupt(4, 0, torch.device("cpu")))[0].backward()
+    assert counts[0] == counts[1]
     count_step(run_config(), 4, FP32, FP32, "matmul")
     corrupt = build_objective(TINY, run_config().objective, NoiseSchedule("cosine"))
     layout = corrupt.corrupt(4, 0, torch.device("cpu")).layout
