@@ -309,7 +309,8 @@ def check_vae(found: str, expected: str, what: str) -> None:
     if expected and found != expected:
         raise UserError(
             f"{what} another VAE ({found[:12] or 'none'}) than was used before ({expected[:12]}); "
-            "latents of one mean nothing to the other, nor to a network trained on them"
+            "latents of one mean nothing to the other or to a network trained on them: give the one used before, or "
+            "encode and train anew in other folders"
         )
 
 

@@ -92,8 +92,8 @@ def check_apex(device: torch.device) -> None:
     """Raise UserError if FusedAdam of NVIDIA's apex cannot be used there."""
     if lacks := apex_lacks():
         raise UserError(
-            f"optim.fused apex needs NVIDIA's apex (github.com/NVIDIA/apex, not the package on PyPI), and the one here "
-            f"is {lacks}; leave optim.fused at auto, for torch's fused AdamW"
+            "optim.fused apex needs NVIDIA's apex (github.com/NVIDIA/apex, not PyPI's package), and here it is "
+            f"{lacks}; leave optim.fused at auto, for torch's fused AdamW"
         )
     if device.type != "cuda":
         raise UserError(f"optim.fused apex runs on GPUs, not on {device}; leave it at auto, for torch's fused AdamW")

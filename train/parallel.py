@@ -209,7 +209,8 @@ class Zero:
     ):  # fmt: skip
         deepspeed = import_deepspeed(world.device)
         whole = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-        settings = deepspeed_config(stage, micro, accumulate, clip, dtype, world.device)
+        num_weights = sum(p.numel() for p in model.parameters())
+        settings = deepspeed_config(stage, micro, accumulate, clip, dtype, world.device, num_weights)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints memory figures
             if stage == 3:  # each parameter is cut as it comes to the device, which never holds all of them
                 for p in model.parameters():
@@ -304,9 +305,11 @@ def views(flat: Tensor, places: Places) -> Tensors:
 
 
 def deepspeed_config(
-    stage: int, micro: int, accumulate: int, clip: float, dtype: torch.dtype, device: torch.device
+    stage: int, micro: int, accumulate: int, clip: float, dtype: torch.dtype, device: torch.device, num_weights: int
 ) -> dict:
     bf16 = dtype == torch.bfloat16
+    # DeepSpeed sets a bucket aside whole, however small the network; on a CPU a large one saves nothing.
+    bucket = min(2**26 if device.type == "cuda" else 2**20, num_weights)
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulate,
@@ -317,7 +320,7 @@ def deepspeed_config(
             "stage": stage,
             "overlap_comm": device.type == "cuda",
             "contiguous_gradients": True,
-            "reduce_bucket_size": 2**26,
+            "reduce_bucket_size": bucket,
             "allgather_bucket_size": 2**27,
         },
         "steps_per_print": None,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from umd.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, load_model_state
+from umd.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint, load_model_state
 from umd.classifier import Classifier
 from umd.errors import UserError
 from umd.methods import AnyModel
@@ -34,12 +34,25 @@ def newest_checkpoint(config: RunConfig, world: World, source: dict) -> tuple[Pa
     """
     path = world.agree(latest_checkpoint(config.checkpoints) if world.main else None)
     if path is None:
+        check_none_there(config.checkpoints)
         return None, None
     if not path.is_dir():
         raise UserError(f"rank {world.rank} does not see {path}; all hosts must share the folder of the run")
     check_same_run(load_checkpoint(path, parts=[]), config, source)
     parts = ["model", "optimizer"] + (["ema"] if config.optim.ema > 0 else [])
     return path, load_checkpoint(path, parts=parts, verify=world.main)
+
+
+def check_none_there(checkpoints: Path) -> None:
+    """Raise UserError if there are checkpoints of which none can be read: the run would silently begin anew."""
+    if any(not path.name.startswith(".") for path in checkpoints.glob("*")):  # hidden: a save that was not finished
+        try:
+            load_checkpoint(checkpoints, parts=[])
+        except CheckpointError as error:
+            raise UserError(
+                f"no checkpoint in {checkpoints} can be gone on from ({str(error).rstrip('.')}); restore one, or give "
+                "another --out to train from the start"
+            ) from error
 
 
 def check_same_run(saved: Checkpoint, config: RunConfig, source: dict) -> None:

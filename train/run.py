@@ -89,7 +89,9 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
-            raise UserError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+            raise UserError(
+                f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}; use a multiple"
+            )
         if self.seed < 0:
             raise UserError(f"seed must be 0 or more, got {self.seed}")
         if min(self.epochs, self.steps, self.minutes) < 0 or max(self.epochs, self.steps, self.minutes) == 0:

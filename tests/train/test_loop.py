@@ -362,6 +362,27 @@ def test_a_started_run_no_longer_needs_what_it_started_from(tiny):
     assert train(replace(second, steps=2), QUIET).name == "step-00000002"
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tiny):
+    config = tiny(steps=4, save_every=2)
+    train(config, QUIET)
+    first, second = list_checkpoints(config.checkpoints)
+    (second / "model.safetensors").write_bytes(b"half")
+    with pytest.warns(UserWarning, match="Skipped: .*has 4 bytes where"):
+        train(config, QUIET)  # from the one before, which makes the second again
+    for path in (first, second):
+        (path / "state.json").unlink()
+    log = (config.out / "metrics.jsonl").read_bytes()
+    with pytest.warns(UserWarning, match="has no state.json"), pytest.raises(UserError, match="gone on from") as caught:
+        train(config, QUIET)
+    assert "another --out to train from the start" in str(caught.value) and "\n" not in str(caught.value)
+    shutil.rmtree(config.checkpoints)
+    (config.checkpoints / "global_step10").mkdir(parents=True)
+    (config.checkpoints / "global_step10" / "mp_rank_00_model_states.pt").touch()
+    with pytest.raises(UserError, match="DeepSpeed's own files, which fit one number of ranks"):
+        train(config, QUIET)
+    assert (config.out / "metrics.jsonl").read_bytes() == log
+
+
 def test_starting_from_another_network_is_refused_by_name(tiny):
     first = tiny("first", steps=1)
     train(first, QUIET)

@@ -134,8 +134,8 @@ def site(tmp_path, monkeypatch):
 def test_apex_is_taken_only_if_it_is_nvidias_whole_and_on_a_gpu(site):
     model = UMD(MODEL)
     for files, said in (
-        (["apex/__init__.py", "apex/lib/__init__.py"], "the one here is not NVIDIA's"),  # PyPI's, a Pyramid toolkit
-        (["apex/optimizers/__init__.py"], "the one here is without its CUDA extensions"),
+        (["apex/__init__.py", "apex/lib/__init__.py"], "here it is not NVIDIA's"),  # PyPI's, a Pyramid toolkit
+        (["apex/optimizers/__init__.py"], "here it is without its CUDA extensions"),
         (["amp_C.py"], "runs on GPUs, not on cpu"),
     ):
         site(*files)
