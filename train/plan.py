@@ -118,12 +118,15 @@ def states(how: str, num_weights: int, gpus: int, bf16: bool) -> tuple[float, fl
         return 4 * P, 4 * P, 8 * P, 4 * P / gpus
     low = 2 if bf16 else 4
     weights = low * P + (low * P / gpus if how == "zero3" else 0)  # stage 3 keeps what it gathered, up to 1e9 weights
-    gradients = low * P + 4 * P if how == "zero1" and bf16 else low * P if how == "zero1" else 4 * P / gpus
-    return weights, gradients, (12 if bf16 else 8) * P / gpus, 4 * P / gpus
+    gradients = 4 * P if how == "zero1" else 4 * P / gpus
+    return weights, gradients, 12 * P / gpus, 4 * P / gpus
 
 
-def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = None) -> Plan:
-    """Raises UserError if the batch does not divide. counts: of one micro-batch, if they are known already."""
+def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = None, device: str = "cuda") -> Plan:
+    """Raises UserError if the batch does not divide.
+
+    counts: of one micro-batch, if they are known already. device: what the ranks compute on; buckets differ.
+    """
     ranks = cluster.gpus * config.accumulate
     micro, left = divmod(config.batch_size, ranks)
     if left or not micro:
@@ -144,13 +147,18 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
     ema *= config.optim.ema > 0
     buckets = 0.0
     if how.startswith("zero"):
-        zero = deepspeed_config(2, micro, 1, 1.0, dtype, torch.device("cuda"))["zero_optimization"]
-        buckets = (2 if bf16 else 4) * (2 * zero["reduce_bucket_size"] + zero["allgather_bucket_size"])
-        buckets = min(buckets, 3 * (2 if bf16 else 4) * counts.weights)
-    # Alone, gradients come while activations go; elsewhere, and from the second micro-batch on, they are there before.
+        zero = deepspeed_config(2, micro, 1, 1.0, dtype, torch.device(device), counts.weights)["zero_optimization"]
+        copies = 2 if zero["overlap_comm"] and how != "zero3" else 1
+        buckets = copies * (4 if how == "zero1" or not bf16 else 2) * zero["reduce_bucket_size"]
+    # The most of gradients and activations at one time. Activations go while gradients come; those of earlier
+    # micro-batches, DDP's buckets and what ZeRO sums up in fp32 are there before.
     both = gradients + counts.activations
-    if how == "alone" and config.accumulate == 1:
+    if config.accumulate == 1 and (how == "alone" or (how == "zero1" and not bf16)):
         both = max(counts.with_gradients, gradients)
+    elif how == "zero3" or (how == "zero1" and bf16):
+        both = gradients + counts.with_gradients
+    elif how == "zero2":  # a rank's part is flattened once more for the optimiser
+        both = gradients + max(counts.activations, gradients)
     peak = weights + optimizer + ema + buckets + both
 
     objective = build_objective(config.model, config.objective, NoiseSchedule(config.schedule.name))

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ from umd.config import OBJECTIVES, ModelConfig
 from umd.errors import UserError
 from umd.methods import build_model, build_objective
 from umd.schedule import NoiseSchedule
+from umd.train.distributed import ParallelConfig
 from umd.train.plan import GPUS, Cluster, communication, make_plan, print_plan, states
 from umd.train.run import PRESETS, RunConfig, to_plain
 from umd.train.step_counts import Ledger, StepCounts, count_gpu_step, count_step
 
+ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(image_size=(16, 16), hidden_size=64, depth=2, decoder_depth=1, num_heads=4)
 FP32 = torch.float32
 NOTHING = StepCounts(1000, 0, 0, [(10**9, 10**6)])
@@ -145,6 +148,74 @@ def test_memory_is_what_a_real_run_takes_at_its_peak(what, changes, batch):
         counts = count_step(config, batch, torch.bfloat16 if what == "bf16" else FP32, FP32, "auto")
     planned = make_plan(config, Cluster(gpus=1), counts).peak
     assert planned == pytest.approx(measured, rel=0.1)
+
+
+# The same on ranks, for several runs one after another: after a first step, the peak of two more.
+MEASURE_RANKS = """
+import gc, json, sys, torch
+from umd.ema import EMA
+from umd.methods import build_model, build_objective
+from umd.schedule import NoiseSchedule
+from umd.train.distributed import ParallelConfig, join
+from umd.train.loop import spread
+from umd.train.run import RunConfig, from_plain
+
+def kib(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+def steps(config, count):
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    model = build_model(config.model)
+    objective = build_objective(config.model, config.objective, NoiseSchedule("cosine"))
+    run = spread(config, world, model, objective, 1e-4, dtype)
+    ema = EMA(run.weights, 1e-3)
+    micro = config.batch_size // world.size
+    for step in range(count):
+        if step == 1:  # DeepSpeed holds the weights several times while it cuts them
+            gc.collect()
+            open("/proc/self/clear_refs", "w").write("5")
+        x = torch.randn(micro, config.model.channels, *config.model.image_size)
+        run.forward_backward(x, objective.corrupt(micro, step, x.device), True)
+        run.update()
+        ema.update(run.weights)
+
+world = join("cpu", ParallelConfig())
+for config in json.load(open(sys.argv[1])):
+    config = from_plain(RunConfig, config, "test")
+    steps(config, 2)
+    gc.collect()
+    before = kib("VmRSS")
+    steps(config, 3)
+    if world.main:
+        print("peak", 1024 * (kib("VmHWM") - before), flush=True)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_of_each_of_two_ranks_is_what_a_real_run_takes(precision, tmp_path):
+    model = replace(TINY, hidden_size=384, depth=2, decoder_depth=1)
+    cases = [ParallelConfig("zero", 1), ParallelConfig("zero", 2), ParallelConfig("zero", 3), ParallelConfig("ddp")]
+    runs = [run_config(model=model, batch_size=16, precision=precision, parallel=case) for case in cases]
+    runs = [replace(run, optim=replace(run.optim, ema=1e-4)) for run in runs]
+    (tmp_path / "runs.json").write_text(json.dumps([to_plain(run) for run in runs]))
+    (tmp_path / "measure.py").write_text(MEASURE_RANKS)
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "measure.py"), str(tmp_path / "runs.json")],
+        env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    measured = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak")]
+    dtype, planned = getattr(torch, "bfloat16" if precision == "bf16" else "float32"), []
+    for run in runs:
+        with ops.kernels("reference"):
+            weights = dtype if run.parallel.strategy == "zero" else FP32
+            counts = count_step(run, 8, dtype, weights, "auto")
+        planned.append(make_plan(run, Cluster(gpus=2), counts, device="cpu").peak)
+    ratios = [a / b for a, b in zip(planned, measured, strict=True)]
+    assert ratios == pytest.approx([1] * 4, abs=0.1), (planned, measured)
 
 
 def test_a_gpu_step_saves_what_its_kernels_save():
