@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args
 
 import torch
 from rich.console import Console
@@ -22,7 +22,8 @@ from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 from umd.train.optim import adamw
 
-PROJECTIONS = get_args(get_type_hints(ModelConfig)["adaLN_projection"])
+Projection = Literal["per_block", "single", "low_rank"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,12 @@ class AdaLNBench:
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
-    def config(self, projection: str) -> ModelConfig:
+    def config(self, projection: Projection) -> ModelConfig:
         whole = model_config(self.model, image_size=(self.image_size, self.image_size), channels=self.channels)
         depth, decoder_depth = (max(n // self.shallower, 1) for n in (whole.depth, whole.decoder_depth))
-        changes = {"adaLN_projection": projection, "adaLN_rank": self.rank}
-        return replace(whole, depth=depth, decoder_depth=decoder_depth, **changes)
+        return replace(
+            whole, depth=depth, decoder_depth=decoder_depth, adaLN_projection=projection, adaLN_rank=self.rank
+        )
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,16 @@ def training_step(bench: AdaLNBench, model: UMD) -> Callable[[], None]:
 def run(bench: AdaLNBench, console: Console) -> list[Row]:
     """Measure, print, write the JSON."""
     keep_freed_memory()
-    counts, steps = {}, {}
+    counts: dict[str, tuple[int, int, float]] = {}
+    steps: dict[str, Callable[[], None]] = {}
     for projection in PROJECTIONS:
         config = bench.config(projection)
         with torch.device("meta" if bench.repeats == 0 else bench.device):
             model = UMD(config)
         flops = Objective(config, ObjectiveConfig(), NoiseSchedule("cosine")).step_flops(bench.batch) / bench.batch
-        sizes = (sum(p.numel() for p in m.parameters()) for m in (model, model.adaLN_modulation))
-        counts[projection] = (*sizes, flops)
+        weights = sum(p.numel() for p in model.parameters())
+        of_adaLN = sum(p.numel() for name, p in model.named_parameters() if name.startswith("adaLN_modulation."))
+        counts[projection] = weights, of_adaLN, flops
         if bench.repeats:
             steps[projection] = training_step(bench, model)
     for step in [*steps.values()] * WARMUP:
@@ -113,7 +117,7 @@ def run(bench: AdaLNBench, console: Console) -> list[Row]:
     for name in PROJECTIONS:
         ratios = [b / a for a, b in zip(seconds[PROJECTIONS[0]], seconds[name], strict=True)]
         times = (statistics.median(seconds[name]), statistics.median(ratios)) if ratios else (None, None)
-        rows.append(Row(name, *counts[name], *times))
+        rows.append(Row(name, *counts[name], seconds=times[0], ratio=times[1]))
     where = torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     what = f"{bench.model}" + (f", depth / {bench.shallower}" if bench.shallower > 1 else "")
     table = Table(
