@@ -268,7 +268,8 @@ def train_other(config: RunConfig, clock: Clock, console: Console) -> AnyModel:
     config = replace(config, minutes=clock.share(name) / 60)
     train(config, console, name)
     rows = read_metrics(config.out / "metrics.jsonl")
-    preset = "diffmae-tiny" if config.is_diffmae else "umd-tiny --objective.no-noise-prob 1 --model.no-adaLN"
+    mae = "umd-tiny --objective.no-noise-prob 1 --model.no-adaLN --model.num-cls 1"
+    preset = "diffmae-tiny" if config.is_diffmae else f"{mae} --optim.lr {config.optim.lr:g}"
     title = "DiffMAE" if config.is_diffmae else "MAE"
     clock.done(
         f"{title}, to compare", since, f"{rows[-1]['step']} steps without labels" if rows else "",
