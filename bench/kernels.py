@@ -25,7 +25,8 @@ with interpreted(not torch.cuda.is_available()):  # Triton asks when a kernel is
 
 # The two lengths of a packed stream: samples with 160 of 256 patches visible, and with 64; or both, as trained.
 STREAMS = {"noised": 0.0, "noise-free": 1.0, "mixed": 0.5}
-ATTENTION: tuple[ops.Attention, ...] = ("flash_attn", "varlen_attn", "sdpa", "matmul")
+ATTENTION = ("varlen_attention", "varlen_cross_attention")
+BACKENDS: tuple[ops.Attention, ...] = ("flash_attn", "varlen_attn", "sdpa", "matmul")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class KernelBench:
     streams: tuple[str, ...] = ("noised", "noise-free")
     """Samples of a batch: noised (161 tokens), noise-free (65), or mixed, half of each."""
     ops: tuple[str, ...] = ()
-    """Which ops; default: all, and varlen_attention."""
+    """Which ops; default: all, and both attentions."""
     dtype: str = "bf16"
     """Of tokens and predictions: bf16, fp16 or fp32."""
     samples: int = 256 if torch.cuda.is_available() else 2
@@ -48,7 +49,7 @@ class KernelBench:
     """Write the rows here."""
 
     def __post_init__(self) -> None:
-        names = [*OPS, "varlen_attention"]
+        names = [*OPS, *ATTENTION]
         for name, known in (("models", SHAPES), ("streams", STREAMS), ("ops", names)):
             if unknown := [x for x in getattr(self, name) if x not in known]:
                 raise UserError(f"{name} must be of {', '.join(known)}; got {unknown[0]!r}")
@@ -169,32 +170,38 @@ def time_op(case: OpCase, sides: Iterator, copy: float | None, **shape) -> list[
     return rows
 
 
-def time_attention(inputs: Inputs, notes: list[str], **shape) -> list[Row]:
-    """Every backend of varlen_attention that takes the tensor, and under torch.compile the one that `auto` takes."""
-    H, D = inputs.config.num_heads, inputs.D
-    qkv = inputs.randn(inputs.tokens, 3, H, D // H)
-    flops = sum(4 * samples * length**2 * D for samples, length in inputs.stream.runs)
+def attention_case(op: str, inputs: Inputs) -> tuple[Callable[[ops.Attention], Side], int]:
+    """The op on a backend, and its forward FLOPs. Cross-attention: hidden patches ask, the encoder's tokens answer."""
+    H, D, stream = inputs.config.num_heads, inputs.D, inputs.stream
+    lengths = [length for samples, length in stream.runs for _ in range(samples)]
+    if op == "varlen_attention":
+        qkv = inputs.randn(inputs.tokens, 3, H, D // H)
+        flops = 4 * D * sum(length**2 for length in lengths)
+        return lambda backend: Side(lambda: (ops.varlen_attention(qkv, stream, backend),), (qkv,)), flops
+    hidden = [inputs.config.num_patches + inputs.config.num_cls - length for length in lengths]
+    queries = ops.pack(hidden, device=inputs.device)
+    q, kv = inputs.randn(queries.num_tokens, H, D // H), inputs.randn(inputs.tokens, 2, H, D // H)
+    flops = 4 * D * sum(asking * keys for asking, keys in zip(hidden, lengths, strict=True))
+    return lambda backend: Side(lambda: (ops.varlen_cross_attention(q, kv, queries, stream, backend),), (q, kv)), flops
 
-    def side(backend: ops.Attention) -> Side:
-        return Side(lambda: (ops.varlen_attention(qkv, inputs.stream, backend),), (qkv,))
 
-    sides: dict[str, Side] = {backend: side(backend) for backend in ATTENTION}
+def time_attention(op: str, inputs: Inputs, notes: list[str], **shape) -> list[Row]:
+    """Every backend that takes the tensors, and under torch.compile the one that `auto` takes."""
+    side, flops = attention_case(op, inputs)
+    sides: dict[str, Side] = {backend: side(backend) for backend in BACKENDS}
     sides["torch.compile"] = compiled(side("auto"), inputs.device)
     rows = []
     for implementation, one in sides.items():
         try:
             timed = time_side(one, True)
         except ValueError as error:  # it says why this backend cannot
-            notes.append(f"varlen_attention: {error}")
+            notes.append(f"{op}: {error}")
             continue
         for direction, ms in timed.items():
             work = flops * (1 if direction == "forward" else 2.5)  # the backward pass multiplies five times, not two
             tflop_per_s = None if ms is None else work / ms / 1e9
             dtype = dtype_name(inputs.dtype)
-            row = Row(
-                "varlen_attention", direction, implementation, dtype=dtype, ms=ms, tflop_per_s=tflop_per_s, **shape
-            )
-            rows.append(row)
+            rows.append(Row(op, direction, implementation, dtype=dtype, ms=ms, tflop_per_s=tflop_per_s, **shape))
     return rows
 
 
@@ -212,12 +219,12 @@ def run(bench: KernelBench, console: Console) -> list[Row]:
         notes.append(f"Triton left out: {error}")
     rows: list[Row] = []
     for model, stream in itertools.product(bench.models, bench.streams):
-        for name in bench.ops or (*OPS, "varlen_attention"):
+        for name in bench.ops or (*OPS, *ATTENTION):
             console.print(f"{model} {stream} {name}", style="dim", highlight=False)
             inputs = Inputs(model, bench.samples, DTYPES[bench.dtype], bench.device, STREAMS[stream])
             shape = dict(model=model, width=inputs.D, stream=stream, tokens=inputs.tokens, device=device)
-            if name == "varlen_attention":
-                rows += time_attention(inputs, notes, **shape)
+            if name in ATTENTION:
+                rows += time_attention(name, inputs, notes, **shape)
             else:
                 case = OPS[name](inputs)
                 with interpreted(bench.device == "cpu"):  # Triton imports a part of itself when it runs, and asks again
@@ -240,9 +247,9 @@ def print_rows(rows: list[Row], console: Console) -> None:
     """A line for each op, direction and shape; a cell: milliseconds and GB/s as share of a copy, or TFLOP/s."""
     groups: dict[bool, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.op == "varlen_attention", []).append(row)
+        groups.setdefault(row.op in ATTENTION, []).append(row)
     for attention, group in groups.items():
-        table = Table(title="varlen_attention: ms, TFLOP/s" if attention else "ms, GB/s, share of a copy's speed")
+        table = Table(title="attention: ms, TFLOP/s" if attention else "ms, GB/s, share of a copy's speed")
         columns = list(dict.fromkeys(row.implementation for row in group))
         for column in ("op", "", "model", "stream", "tokens", *columns):
             table.add_column(column, no_wrap=column == "op", overflow="fold")

@@ -8,6 +8,8 @@ import torch
 
 pytest.importorskip("triton", reason="kernels run in Triton's interpreter: pip install triton")
 
+from umd.bench.kernels import attention_case  # noqa: E402
+from umd.bench.op_cases import Inputs  # noqa: E402
 from umd.cli import main  # noqa: E402
 
 SMALL = "--models UMD-Ti/4 --samples 2 --device cpu"
@@ -15,14 +17,15 @@ SMALL = "--models UMD-Ti/4 --samples 2 --device cpu"
 
 def test_a_smoke_run_has_every_row_and_no_time(tmp_path, capsys):
     file = tmp_path / "new" / "kernels.json"
-    ops = "gated_residual_layer_norm ddim_step varlen_attention"
+    ops = "gated_residual_layer_norm ddim_step varlen_attention varlen_cross_attention"
     main(["bench", "kernels", *SMALL.split(), "--ops", *ops.split(), "--streams", "mixed", "--json", str(file)])
     rows = json.loads(file.read_text())
     found = {(row["op"], row["direction"], row["implementation"]) for row in rows}
     both = {"forward", "backward"}
     expected = {("gated_residual_layer_norm", d, i) for d in both for i in ("eager", "torch.compile", "triton")}
     expected |= {("ddim_step", "forward", i) for i in ("eager", "torch.compile", "triton")}
-    expected |= {("varlen_attention", d, i) for d in both for i in ("sdpa", "matmul", "torch.compile")}
+    for attention in ("varlen_attention", "varlen_cross_attention"):
+        expected |= {(attention, d, i) for d in both for i in ("sdpa", "matmul", "torch.compile")}
     assert found == expected and len(rows) == len(expected)
     for row in rows:
         assert row["ms"] is row["gb_per_s"] is row["of_copy"] is row["tflop_per_s"] is None
@@ -36,7 +39,13 @@ def test_a_smoke_run_of_every_op_and_stream(tmp_path):
     file = tmp_path / "kernels.json"
     main(["bench", "kernels", *SMALL.split(), "--json", str(file)])
     rows = json.loads(file.read_text())
-    assert {row["stream"] for row in rows} == {"noised", "noise-free"} and len({row["op"] for row in rows}) == 7
+    assert {row["stream"] for row in rows} == {"noised", "noise-free"} and len({row["op"] for row in rows}) == 8
+
+
+def test_attention_counts_every_pair_once():
+    inputs = Inputs("UMD-Ti/4", 2, torch.float32, "cpu")  # of 16 patches 10 and 4 are seen, beside one CLS token
+    assert attention_case("varlen_attention", inputs)[1] == 4 * 192 * (11 * 11 + 5 * 5)
+    assert attention_case("varlen_cross_attention", inputs)[1] == 4 * 192 * (6 * 11 + 12 * 5)
 
 
 @pytest.mark.parametrize("option", ["--streams half", "--models UMD-B/16", "--samples 1", "--ops norm"])
