@@ -35,6 +35,7 @@ FLASH_ATTN_SIGNATURES = {
 # Without flash-attn: up to so many runs of samples this short, a dense call each costs less than a ragged one.
 DENSE_RUNS = 2
 DENSE_SEQLEN = 200
+FEW_TOKENS = 128  # up to so many a CPU is faster with the weights written out, and with more too if it needs gradients
 
 _choice: Attention = "auto"
 
@@ -80,7 +81,8 @@ def attention_backend(
 
     The rule of `auto`, the first that fits:
 
-        on the CPU                                                        matmul
+        on the CPU, without gradients, more than 128 tokens a sample      sdpa
+        else on the CPU                                                   matmul
         flash-attn 2 is installed and takes the tensor                    flash_attn
         one run of equal lengths, or two of at most 200 tokens a sample   sdpa
         varlen_attn takes the tensor                                      varlen_attn
@@ -181,6 +183,8 @@ def _select(
             raise ValueError(f"backend: {choice} {reason}; 'auto' takes one that can run")
         return choice, "was asked for"
     if device.type == "cpu":
+        if max_seqlen > FEW_TOKENS and not torch.is_grad_enabled():
+            return "sdpa", f"is the fastest on a CPU above {FEW_TOKENS} tokens a sample where no gradient is asked for"
         return "matmul", "is the fastest on a CPU at these lengths, forward and backward"
     refused = {name: _refusal(name, device, dtype, head_dim) for name in ("flash_attn", "varlen_attn")}
     return _automatic(refused, runs, max_seqlen)

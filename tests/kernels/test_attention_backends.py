@@ -148,6 +148,15 @@ def test_choice_for_a_call_a_block_and_the_process():
         set_attention("auto")
 
 
+def test_the_rule_on_the_cpu():
+    def chosen(*lengths):
+        return attention_backend(CPU, torch.bfloat16, 32, pack(lengths)).name
+
+    assert chosen(192, 192) == "matmul"
+    with torch.no_grad():
+        assert chosen(192, 192) == "sdpa" and chosen(68, 128) == "matmul"
+
+
 def test_the_rule_off_the_cpu():
     """Rows of the table in `attention_backend`, given what can run."""
 
