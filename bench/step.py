@@ -1,18 +1,20 @@
-"""`umd bench step`: a training step of UMD against its baselines, measured alternately in one process.
+"""`umd bench step`: a training step of UMD against its baselines.
 
 Rows: UMD; the same network unmasked; UMD in two passes; diffusers' DiT and transformers' ViT-MAE of the same width
-and depth; and the matrix products of UMD's step alone, the floor under its time. Read the ratios, not the seconds.
+and depth; and the matrix products of UMD's step alone, the floor under its time. Each row has a process of its own, as
+a training has, and is measured in turn with UMD's: read the ratios, not the seconds.
 """
 
-import gc
 import json
+import multiprocessing
+import os
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -52,11 +54,9 @@ class StepBench:
     dtype: str = "bf16"
     """bf16 (autocast) or fp32."""
     repeats: int = 5
-    """Measured rounds; each runs every row once."""
+    """Rounds of each pair, a row and UMD."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where."""
-    memory: bool = True
-    """Also measure peak memory, each row in a process of its own."""
     json: Path | None = None
     """Write the rows here."""
 
@@ -74,7 +74,8 @@ class Row:
     seconds_max: float
     images_per_second: float
     flops: int
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int | None  # of the process, beyond what it held before the model was made
+    time_ratio: float  # to UMD's: median of the ratios within a round, so that drift of the machine falls out
 
 
 def autocast(bench: StepBench):
@@ -182,15 +183,6 @@ def vit_mae_step(bench: StepBench) -> Step:
     return baseline_step(bench, model, lambda: model(x).loss)
 
 
-STEPS: dict[str, Callable[[StepBench], Step]] = {
-    "umd": lambda b: umd_step(b, ObjectiveConfig()),
-    "umd unmasked": lambda b: umd_step(b, ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.0)),
-    "umd two passes": lambda b: umd_step(b, ObjectiveConfig(), passes=2),
-    "diffusers dit": dit_step,
-    "transformers vit-mae": vit_mae_step,
-}
-
-
 class MatmulRecorder(TorchDispatchMode):
     """Counts the matrix products that run, by shape and type; those that only transpose are apart, and no work."""
 
@@ -239,6 +231,19 @@ def matmul_step(bench: StepBench) -> Step:
     return products
 
 
+STEPS: dict[str, Callable[[StepBench], Step]] = {
+    "umd": lambda b: umd_step(b, ObjectiveConfig()),
+    "umd unmasked": lambda b: umd_step(b, ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.0)),
+    "umd two passes": lambda b: umd_step(b, ObjectiveConfig(), passes=2),
+    "diffusers dit": dit_step,
+    "dit, our allocator": dit_step,
+    "transformers vit-mae": vit_mae_step,
+    "matmuls alone": matmul_step,
+}
+# Run as their users' scripts run them: without what `umd` tells the allocator and the waiting threads.
+AS_THEIR_USERS = ("diffusers dit", "transformers vit-mae")
+
+
 def timed(step: Step, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -249,40 +254,89 @@ def timed(step: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
-def resident_bytes(key: str) -> int:
-    """VmRSS or VmHWM (its peak) of this process, from Linux's /proc."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {key} in /proc/self/status")
+def resident_bytes(key: str) -> int | None:
+    """VmRSS or VmHWM (its peak) of this process, from Linux's /proc; None elsewhere."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
 
 
-def peak_memory(bench: StepBench, name: str) -> int:
-    """Peak memory of three steps beyond what the process held before the model was made."""
+def warm_up(bench: StepBench, name: str) -> tuple[Step, int | None]:
+    """A row's step, and the peak memory of its first rounds beyond what the process held before the model was made."""
     if bench.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        step = STEPS[name](bench)
-        for _ in range(3):
-            step()
-        return torch.cuda.max_memory_allocated()
-    torch.randn(64, 64).bfloat16() @ torch.randn(64, 64).bfloat16()  # libraries load their own memory first
+    else:
+        torch.randn(64, 64).bfloat16() @ torch.randn(64, 64).bfloat16()  # libraries load their own memory first
     before = resident_bytes("VmRSS")
     step = STEPS[name](bench)
-    for _ in range(3):
+    for _ in range(WARMUP):
         step()
-    return resident_bytes("VmHWM") - before
+    if bench.device == "cuda":
+        return step, torch.cuda.max_memory_allocated()
+    peak = resident_bytes("VmHWM")
+    return step, None if peak is None or before is None else peak - before
 
 
-def peak_memory_apart(bench: StepBench, name: str) -> int | None:
-    """`peak_memory` in a fresh process; None where the system has no /proc."""
-    if bench.device == "cpu" and not Path("/proc/self/status").exists():
-        return None
-    fields = {**asdict(bench), "json": None}
-    code = f"from umd.bench.step import StepBench, peak_memory; print(peak_memory(StepBench(**{fields!r}), {name!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {name!r} failed:\n{done.stderr[-2000:]}")
-    return int(done.stdout.split()[-1])
+def serve(bench: StepBench, name: str, pipe: Connection) -> None:
+    """A row's process: tells FLOPs and peak memory, or what package it lacks; then a step's time when asked."""
+    if name not in AS_THEIR_USERS:
+        keep_freed_memory()
+    try:
+        step, peak = warm_up(bench, name)
+    except ImportError as error:
+        pipe.send(error)
+        return
+    pipe.send((count_flops(step), peak))
+    while pipe.recv():
+        pipe.send(timed(step, bench.device))
+
+
+@contextmanager
+def row_process(bench: StepBench, name: str) -> Iterator[Connection]:
+    """The pipe to a process that runs `serve`."""
+    context = multiprocessing.get_context("spawn")
+    pipe, its_end = context.Pipe()
+    process = context.Process(target=serve, args=(bench, name, its_end), daemon=True)
+    spin = os.environ.pop("GOMP_SPINCOUNT", None) if name in AS_THEIR_USERS else None
+    process.start()
+    if spin is not None:
+        os.environ["GOMP_SPINCOUNT"] = spin
+    its_end.close()
+    try:
+        yield pipe
+    finally:
+        process.kill()
+        process.join()
+
+
+def measure(bench: StepBench, console: Console) -> list[Row]:
+    """UMD's process stays; each other row's runs beside it, a step of each in turn."""
+
+    def ask(pipe: Connection) -> float:
+        pipe.send(True)
+        return pipe.recv()
+
+    with row_process(bench, "umd") as ours:
+        flops, peak = ours.recv()
+        seconds: list[float] = []
+        others = []
+        for name in track([name for name in STEPS if name != "umd"], "rows", console=console, transient=True):
+            with row_process(bench, name) as pipe:
+                made = pipe.recv()
+                if isinstance(made, ImportError):
+                    console.print(f"[yellow]{name} left out: {made}; pip install diffusers transformers")
+                    continue
+                pairs = [(ask(ours), ask(pipe)) for _ in range(bench.repeats)]
+            seconds += [a for a, _ in pairs]
+            others.append(row(bench, name, [b for _, b in pairs], *made, statistics.median(b / a for a, b in pairs)))
+    return [row(bench, "umd", seconds, flops, peak, 1.0), *others]
+
+
+def row(bench: StepBench, name: str, seconds: list[float], flops: int, peak: int | None, ratio: float) -> Row:
+    median = statistics.median(seconds)
+    return Row(
+        name, bench.batch, bench.dtype, median, min(seconds), max(seconds), bench.batch / median, flops, peak, ratio
+    )
 
 
 def run(bench: StepBench, console: Console) -> list[Row]:
@@ -293,54 +347,15 @@ def run(bench: StepBench, console: Console) -> list[Row]:
         if getattr(bench, name) < 1:
             raise UserError(f"{name} must be at least 1, got {getattr(bench, name)}")
     bench.config()
-    keep_freed_memory()  # in every row's favour
-    steps: dict[str, Step] = {}
-    for name, make in STEPS.items():
-        try:
-            steps[name] = make(bench)
-        except ImportError as error:
-            console.print(f"[yellow]{name} left out: {error}; pip install diffusers transformers")
-    flops = {}
-    for name, step in steps.items():
-        flops[name] = count_flops(step)
-    steps["matmuls alone"] = matmul_step(bench)
-    flops["matmuls alone"] = flops["umd"]
-    for _ in range(WARMUP):
-        for step in steps.values():
-            step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in track(range(bench.repeats), description="rounds", console=console, transient=True):
-        for name, step in steps.items():
-            seconds[name].append(timed(step, bench.device))
-    names = list(steps)
-    steps.clear()
-    del step
-    gc.collect()
-    rows = []
-    for name in names:
-        median = statistics.median(seconds[name])
-        memory = peak_memory_apart(bench, name) if bench.memory and name in STEPS else None
-        rows.append(
-            Row(
-                name,
-                bench.batch,
-                bench.dtype,
-                median,
-                min(seconds[name]),
-                max(seconds[name]),
-                bench.batch / median,
-                flops[name],
-                memory,
-            )  # fmt: skip
-        )
-    print_rows(bench, rows, seconds, console)
+    rows = measure(bench, console)
+    print_rows(bench, rows, console)
     if bench.json is not None:
         bench.json.parent.mkdir(parents=True, exist_ok=True)
         bench.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return rows
 
 
-def print_rows(bench: StepBench, rows: list[Row], seconds: dict[str, list[float]], console: Console) -> None:
+def print_rows(bench: StepBench, rows: list[Row], console: Console) -> None:
     where = torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     table = Table(
         title=f"{bench.model} {bench.image_size}x{bench.image_size}, batch {bench.batch}, {bench.dtype}, {where}",
@@ -351,17 +366,14 @@ def print_rows(bench: StepBench, rows: list[Row], seconds: dict[str, list[float]
     )
     for column in ("step", "seconds (min-max)", "img/s", "TFLOP", "peak GiB", "ratio", "FLOPs"):
         table.add_column(column, justify="left" if column == "step" else "right", no_wrap=True)
-    ours = rows[0]
     for row in rows:
-        # the median of the ratios within a round: drift of the machine's speed falls out
-        ratio = statistics.median(b / a for a, b in zip(seconds[ours.name], seconds[row.name], strict=True))
         table.add_row(
             row.name,
             f"{row.seconds:.2f} ({row.seconds_min:.2f}-{row.seconds_max:.2f})",
             f"{row.images_per_second:.2f}",
             f"{row.flops / 1e12:.2f}",
             "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.2f}",
-            f"{ratio:.2f}x",
-            f"{row.flops / ours.flops:.2f}x",
+            f"{row.time_ratio:.2f}x",
+            f"{row.flops / rows[0].flops:.2f}x",
         )
     console.print(table)

@@ -49,16 +49,16 @@ class BF16LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         x16, w16 = x.to(torch.bfloat16), weight.to(torch.bfloat16)
-        ctx.save_for_backward(x16, w16)
-        ctx.dtypes = x.dtype, weight.dtype, bias.dtype
+        ctx.save_for_backward(x16, weight)  # and not w16: casting it again costs less than keeping it
+        ctx.dtypes = x.dtype, bias.dtype
         return F.linear(x16, w16, bias.to(torch.bfloat16))
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        dx = (dy @ weight).to(x_dtype) if ctx.needs_input_grad[0] else None
-        return dx, _weight_gradient(x, dy, weight_dtype), _bias_gradient(dy, bias_dtype)
+        x_dtype, bias_dtype = ctx.dtypes
+        dx = (dy @ weight.to(torch.bfloat16)).to(x_dtype) if ctx.needs_input_grad[0] else None
+        return dx, _weight_gradient(x, dy, weight.dtype), _bias_gradient(dy, bias_dtype)
 
 
 def _weight_gradient(x: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,14 +90,15 @@ class GeluLinearFunction(torch.autograd.Function):
             f.copy_(x_part)
             torch.addcmul(linear_term, f, f, value=_GELU_3, out=s).mul_(f).sigmoid_()
             out.copy_(f.mul_(s))
-        ctx.save_for_backward(x, w16)
-        ctx.dtypes = weight.dtype, bias.dtype
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = bias.dtype
         return F.linear(activation, w16, bias.to(torch.bfloat16))
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dx, activation, linear_term = dy @ weight, torch.empty_like(x), torch.full(x.shape[1:], _GELU_1)
+        dx = dy @ weight.to(torch.bfloat16)
+        activation, linear_term = torch.empty_like(x), torch.full(x.shape[1:], _GELU_1)
         for x_part, out, dx_part, f, s, dv in _gelu_slices(x, activation, dx):
             f.copy_(x_part)
             torch.addcmul(linear_term, f, f, value=_GELU_3, out=s).mul_(f).sigmoid_()
@@ -106,8 +107,7 @@ class GeluLinearFunction(torch.autograd.Function):
             f.addcmul_(f, s, value=-1)  # x·σ·(1 - σ)
             s.addcmul_(f, dv)
             dx_part.copy_(s.mul_(dv.copy_(dx_part)))
-        weight_dtype, bias_dtype = ctx.dtypes
-        return dx, _weight_gradient(activation, dy, weight_dtype), _bias_gradient(dy, bias_dtype)
+        return dx, _weight_gradient(activation, dy, weight.dtype), _bias_gradient(dy, ctx.bias_dtype)
 
 
 class FewRowsLinearFunction(torch.autograd.Function):

@@ -37,9 +37,6 @@ def main(arguments: list[str] | None = None) -> None:
     # sleep at once make one on a quiet machine three times slower: GNU's OpenMP spins briefly, then sleeps.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    # Tensors of 2 MiB and more lie in huge pages: a CPU step of gigabytes then needs fewer page lookups.
-    if Path("/sys/kernel/mm/transparent_hugepage").is_dir():
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print_help()
         return

@@ -107,6 +107,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
-        libc.mallopt(M_TOP_PAD, 2**26)
+        libc.mallopt(M_TOP_PAD, 2**24)
     except (OSError, AttributeError):
         pass
