@@ -4,7 +4,8 @@ puts in the place of the hidden patches of held-out pictures.
 Frequencies are those of the discrete cosine transform of each hidden patch alone: it needs no window, and neither the
 visible patches nor the seams between patches leak into it. An MAE answers with the mean of what may be there, whose
 squared error no sample can beat: a sample drawn from the truth has twice the error. So three things are measured, by
-frequency: how much there is of it, how far it is from the original, and how much samples differ.
+frequency: how much there is of it (as one number the log-spectral distance to the originals), how far it is from the
+original, and how much samples differ.
 """
 
 import json
@@ -185,6 +186,11 @@ def measure(filled: Filled, patch_size: int) -> dict[str, Tensor]:
     return out
 
 
+def log_spectral_distance(energy: Tensor) -> float:
+    """Of energies over the originals' [K], in dB: rms over frequencies."""
+    return float((10 * energy.log10()).square().mean().sqrt())
+
+
 def summary(filled: Filled, spectra: dict[str, Tensor], console: Console) -> dict[str, float]:
     hidden = filled.hole.expand_as(filled.original).bool()
     high = spectra["cycles a pixel"] >= HIGH
@@ -193,6 +199,9 @@ def summary(filled: Filled, spectra: dict[str, Tensor], console: Console) -> dic
     for key, values in spectra.items():
         if ":" in key or key.startswith("variance"):
             numbers[f"{key}, from {HIGH} cycles a pixel"] = float((values[high] * weight).sum() / weight.sum())
+        if key.startswith("energy: "):
+            name = f"log-spectral distance in dB, from {HIGH} cycles a pixel: {key[8:]}"
+            numbers[name] = log_spectral_distance(values[high])
     kinds = {"MAE": filled.mae, "DiffMAE, first call": filled.first, "DiffMAE, a sample": filled.samples[:, 0]}
     kinds[f"DiffMAE, mean of {filled.samples.shape[1]} samples"] = filled.samples.mean(1)
     for name, x in kinds.items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from umd.bench.filling import Filled, cosine_transform, measure, radial
+from umd.bench.filling import Filled, cosine_transform, log_spectral_distance, measure, radial
 from umd.cli import main
 from umd.kernels import backend
 from umd.ops import patchify
@@ -56,6 +56,11 @@ def test_samples_of_the_truth_have_twice_the_error_of_its_mean():
     for name, value in expected.items():
         assert (spectra[name] - value).abs().max() < 0.15, name
         assert spectra[name].mean() == pytest.approx(value, abs=0.03), name
+
+
+def test_a_tenth_and_ten_times_of_the_energy_are_ten_decibels_away():
+    assert log_spectral_distance(torch.tensor([0.1, 10.0])) == pytest.approx(10)
+    assert log_spectral_distance(torch.ones(3)) == 0
 
 
 def test_the_command_trains_measures_and_draws(tmp_path):
