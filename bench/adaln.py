@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from umd.bench.step import WARMUP, timed
-from umd.config import ModelConfig, ObjectiveConfig, model_config
+from umd.config import AdaLNProjection, ModelConfig, ObjectiveConfig, model_config
 from umd.device import autocast, keep_freed_memory
 from umd.errors import UserError
 from umd.model import UMD
@@ -22,8 +22,7 @@ from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 from umd.train.optim import adamw
 
-Projection = Literal["per_block", "single", "low_rank"]
-PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+PROJECTIONS: tuple[AdaLNProjection, ...] = get_args(AdaLNProjection)
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class AdaLNBench:
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
-    def config(self, projection: Projection) -> ModelConfig:
+    def config(self, projection: AdaLNProjection) -> ModelConfig:
         whole = model_config(self.model, image_size=(self.image_size, self.image_size), channels=self.channels)
         depth, decoder_depth = (max(n // self.shallower, 1) for n in (whole.depth, whole.decoder_depth))
         return replace(

@@ -317,9 +317,9 @@ def measure(bench: StepBench, console: Console) -> list[Row]:
         return pipe.recv()
 
     with row_process(bench, "umd") as ours:
-        flops, peak = ours.recv()
-        seconds: list[float] = []
-        others = []
+        counts = {"umd": ours.recv()}
+        seconds: dict[str, list[float]] = {"umd": []}
+        ratios = {"umd": 1.0}
         for name in track([name for name in STEPS if name != "umd"], "rows", console=console, transient=True):
             with row_process(bench, name) as pipe:
                 made = pipe.recv()
@@ -327,16 +327,15 @@ def measure(bench: StepBench, console: Console) -> list[Row]:
                     console.print(f"[yellow]{name} left out: {made}; pip install diffusers transformers")
                     continue
                 pairs = [(ask(ours), ask(pipe)) for _ in range(bench.repeats)]
-            seconds += [a for a, _ in pairs]
-            others.append(row(bench, name, [b for _, b in pairs], *made, statistics.median(b / a for a, b in pairs)))
-    return [row(bench, "umd", seconds, flops, peak, 1.0), *others]
-
-
-def row(bench: StepBench, name: str, seconds: list[float], flops: int, peak: int | None, ratio: float) -> Row:
-    median = statistics.median(seconds)
-    return Row(
-        name, bench.batch, bench.dtype, median, min(seconds), max(seconds), bench.batch / median, flops, peak, ratio
-    )
+            counts[name], seconds[name] = made, [b for _, b in pairs]
+            seconds["umd"] += [a for a, _ in pairs]
+            ratios[name] = statistics.median(b / a for a, b in pairs)
+    rows = []
+    for name, (flops, peak) in counts.items():
+        median, least, most = statistics.median(seconds[name]), min(seconds[name]), max(seconds[name])
+        speed = bench.batch / median
+        rows.append(Row(name, bench.batch, bench.dtype, median, least, most, speed, flops, peak, ratios[name]))
+    return rows
 
 
 def run(bench: StepBench, console: Console) -> list[Row]:
@@ -347,7 +346,10 @@ def run(bench: StepBench, console: Console) -> list[Row]:
         if getattr(bench, name) < 1:
             raise UserError(f"{name} must be at least 1, got {getattr(bench, name)}")
     bench.config()
-    rows = measure(bench, console)
+    try:
+        rows = measure(bench, console)
+    except EOFError:
+        raise UserError("a row's process ended before its time, of what it printed above; try a smaller batch") from None
     print_rows(bench, rows, console)
     if bench.json is not None:
         bench.json.parent.mkdir(parents=True, exist_ok=True)

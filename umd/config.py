@@ -10,6 +10,8 @@ from tyro.conf import Suppress
 
 from umd.errors import UserError
 
+AdaLNProjection = Literal["per_block", "single", "low_rank"]
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -71,7 +73,7 @@ class ModelConfig(ViTConfig):
     tokens only (CrossMAE)."""
     adaLN: bool = True
     """adaLN-zero conditioning; off: the condition is one more token in every block (MAE, the paper's ablation)."""
-    adaLN_projection: Literal["per_block", "single", "low_rank"] = "per_block"
+    adaLN_projection: AdaLNProjection = "per_block"
     """Weights of adaLN: each block's own; one projection shared, with offsets a block (PixArt's adaLN-single); or
     each block's own as a product of low rank."""
     adaLN_rank: int = 64
