@@ -349,7 +349,7 @@ def run(bench: StepBench, console: Console) -> list[Row]:
     try:
         rows = measure(bench, console)
     except EOFError:
-        raise UserError("a row's process ended before its time, of what it printed above; try a smaller batch") from None
+        raise UserError("a row's process ended early, of what it printed above; try a smaller batch") from None
     print_rows(bench, rows, console)
     if bench.json is not None:
         bench.json.parent.mkdir(parents=True, exist_ok=True)
