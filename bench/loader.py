@@ -1,18 +1,18 @@
-"""`umd bench loader`: what data cost beside the training step they feed, measured alternately in one process.
+"""`umd bench loader`: what data cost beside the training step they feed.
 
-A group is a function that makes cases, each a number of samples and a measurement in seconds; in every round each case
-of a group is measured once. Read the ratios, each the median of the ratios within a round, not the seconds.
+Each case has a process of its own, as a training has; in every round each case of a group is measured once. Read the
+ratios, each the median of the ratios within a round, not the seconds.
 """
 
-import gc
 import itertools
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from umd.bench.step import count_flops
+from umd.bench.step import WARMUP, count_flops, own_process
 from umd.config import ModelConfig, ObjectiveConfig, model_config
 from umd.device import keep_freed_memory
 from umd.errors import UserError
@@ -35,12 +35,7 @@ from umd.tokenizer import Tokenizer, identity
 from umd.train.data import DataConfig, has_dali, open_dataset, train_loader
 from umd.train.latents import finish, sample_posterior, shard_bytes, shard_name
 from umd.train.loader_rate import photographs, rates
-from umd.train.optim import adamw
-
-SD_VAE = dict(
-    block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, sample_size=256,
-)  # fmt: skip
+from umd.train.optim import adamw, clipped_step
 
 
 @dataclass(frozen=True)
@@ -55,8 +50,10 @@ class LoaderBench:
     """Divide its depths by this: the same ratios of steps from less memory."""
     latent_size: int = 32
     """Side of the latents; pictures are 8 times as large."""
-    batch: int = 16
+    batch: int = 32
     """Samples a step."""
+    vae_channels: tuple[int, int, int, int] = (128, 256, 512, 512)
+    """Widths of the autoencoder; Stable Diffusion's."""
     stored: int = 512
     """Latents in the folder that is read."""
     num_workers: int = 2
@@ -87,82 +84,94 @@ class LoaderBench:
 
 @dataclass(frozen=True)
 class Case:
-    name: str
+    measure: Callable[[], dict[str, float]]  # once: seconds by the names of rows
     samples: int  # that one measurement handles
-    seconds: Callable[[], float]  # measure once
     flops: Callable[[], object] | None = None  # what to count the FLOPs of
 
 
-def timed(bench: LoaderBench, call: Callable[[], object]) -> Callable[[], float]:
-    def seconds() -> float:
-        start = time.perf_counter()
-        call()
-        if bench.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    return seconds
+def timed(bench: LoaderBench, call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    if bench.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-# Groups
+# Cases
 
 
 @contextmanager
-def latent_cases(bench: LoaderBench) -> Iterator[list[Case]]:
-    """Encoding a picture with a VAE of Stable Diffusion's size, against reading what was stored."""
+def encoding(bench: LoaderBench) -> Iterator[Case]:
+    """A picture through a VAE of Stable Diffusion's size."""
     tokenizer, x = sd_vae(bench), pictures(bench, 1)
-    with stored_batches(bench, num_workers=0, batch=64) as batches, autocast(bench):
-        yield [
-            Case("encode with the VAE", 1, timed(bench, lambda: tokenizer.moments(x))),
-            Case("read stored latents", 64, timed(bench, lambda: next(batches))),
-        ]
+    with autocast(bench):
+        yield Case(lambda: {"encode with the VAE": timed(bench, lambda: tokenizer.moments(x))}, 1)
 
 
 @contextmanager
-def step_cases(bench: LoaderBench) -> Iterator[list[Case]]:
-    """A training step on stored latents, its wait for them, the same step with the VAE inside, and DiT's."""
-    tokenizer, x = sd_vae(bench), pictures(bench, bench.batch)
-    umd, dit = umd_step(bench), dit_step(bench)
-    waits = [0.0]
+def reading(bench: LoaderBench) -> Iterator[Case]:
+    """Stored latents, in this process."""
+    with stored_batches(bench, num_workers=0, batch=64) as batches:
+        yield Case(lambda: {"read stored latents": timed(bench, lambda: next(batches))}, 64)
 
-    def stored_step() -> None:
-        start = time.perf_counter()
-        latents = next(batches).x_start
-        waits.append(time.perf_counter() - start)
-        umd(latents)
 
-    def dit_on_stored() -> None:
-        dit(next(batches).x_start)
+@contextmanager
+def step_on_stored(bench: LoaderBench) -> Iterator[Case]:
+    """A training step on stored latents, and its wait for them."""
+    umd = umd_step(bench)
+    with stored_batches(bench, bench.num_workers, bench.batch) as batches:
 
-    def vae_step() -> None:
+        def measure() -> dict[str, float]:
+            start = time.perf_counter()
+            latents = next(batches).x_start
+            wait = time.perf_counter() - start
+            return {"umd, stored latents": wait + timed(bench, lambda: umd(latents)), "waiting for them": wait}
+
+        yield Case(measure, bench.batch, lambda: umd(next(batches).x_start))
+
+
+@contextmanager
+def step_with_vae(bench: LoaderBench) -> Iterator[Case]:
+    """The same step with the VAE inside."""
+    tokenizer, x, umd = sd_vae(bench), pictures(bench, bench.batch), umd_step(bench)
+
+    def step() -> None:
         with autocast(bench):
             moments = tokenizer.moments(x)
         umd(sample_posterior(moments, 0, torch.arange(bench.batch, device=x.device)))
 
-    with stored_batches(bench, bench.num_workers, bench.batch) as batches:
-        latents = next(batches).x_start
-        yield [
-            Case("umd, stored latents", bench.batch, timed(bench, stored_step), lambda: umd(latents)),
-            Case("waiting for them", bench.batch, lambda: waits[-1]),
-            Case("umd, VAE in the step", bench.batch, timed(bench, vae_step)),
-            Case("dit, stored latents", bench.batch, timed(bench, dit_on_stored), lambda: dit(latents)),
-        ]
+    yield Case(lambda: {"umd, VAE in the step": timed(bench, step)}, bench.batch)
 
 
 @contextmanager
-def picture_cases(bench: LoaderBench) -> Iterator[list[Case]]:
-    """CPU time, all threads together, of reading JPEGs of ImageNet's size as crops of 64x64: DALI against Pillow."""
+def dit_on_stored(bench: LoaderBench) -> Iterator[Case]:
+    """DiT's step on stored latents."""
+    dit = dit_step(bench)
+    with stored_batches(bench, bench.num_workers, bench.batch) as batches:
+        step = lambda: dit(next(batches).x_start)  # noqa: E731
+        yield Case(lambda: {"dit, stored latents": timed(bench, step)}, bench.batch, step)
 
-    def case(loader: str) -> Case:
-        name = {"dali": "JPEGs by DALI, CPU time", "python": "JPEGs by Pillow, CPU time"}[loader]
-        return Case(name, 1, lambda: rates(folder, loader, size=64, workers=0)[1])
 
+@contextmanager
+def jpegs_by_dali(bench: LoaderBench) -> Iterator[Case]:
+    """CPU time, all threads together, of reading JPEGs of ImageNet's size as crops of 64x64."""
     with photographs(64) as folder:
-        yield [case(loader) for loader in ("dali", "python") if loader == "python" or has_dali()]
+        yield Case(lambda: {"JPEGs by DALI, CPU time": rates(folder, "dali", size=64, workers=0)[1]}, 1)
 
 
-GROUPS = {"latents": latent_cases, "steps": step_cases, "pictures": picture_cases}
-# (what, numerator, denominator, target); seconds a sample of two cases of one group
+@contextmanager
+def jpegs_by_pillow(bench: LoaderBench) -> Iterator[Case]:
+    with photographs(64) as folder:
+        yield Case(lambda: {"JPEGs by Pillow, CPU time": rates(folder, "python", size=64, workers=0)[1]}, 1)
+
+
+Maker = Callable[[LoaderBench], AbstractContextManager[Case]]
+GROUPS: dict[str, tuple[Maker, ...]] = {
+    "latents": (encoding, reading),
+    "steps": (step_on_stored, step_with_vae, dit_on_stored),
+    "pictures": (jpegs_by_dali, jpegs_by_pillow) if has_dali() else (jpegs_by_pillow,),
+}
+# (what, numerator, denominator, target); seconds a sample of two rows of one group
 RATIOS = [
     ("encoding / reading", "encode with the VAE", "read stored latents", ">= 50"),
     ("wait / step", "waiting for them", "umd, stored latents", "< 0.03"),
@@ -188,7 +197,12 @@ def sd_vae(bench: LoaderBench) -> Tokenizer:
     """An autoencoder of Stable Diffusion's size with random weights, as fast as with trained ones."""
     from diffusers import AutoencoderKL
 
-    network = AutoencoderKL(**SD_VAE).to(bench.device).eval().requires_grad_(False)
+    network = AutoencoderKL(
+        block_out_channels=bench.vae_channels, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, sample_size=256,
+        norm_num_groups=min(32, *bench.vae_channels),
+    )  # fmt: skip
+    network = network.to(bench.device).eval().requires_grad_(False)
     return Tokenizer(network, identity("random weights", "AutoencoderKL", network))
 
 
@@ -226,7 +240,7 @@ def umd_step(bench: LoaderBench) -> Callable[[Tensor], None]:
     def loss(x: Tensor) -> Tensor:
         return objective(model, x, objective.corrupt(len(x), next(seeds), x.device))[0]
 
-    return optimization_step(bench, model, optimizer, loss)
+    return optimization_step(bench, optimizer, loss)
 
 
 def dit_step(bench: LoaderBench) -> Callable[[Tensor], None]:
@@ -252,18 +266,17 @@ def dit_step(bench: LoaderBench) -> Callable[[Tensor], None]:
         prediction = model(schedule.q_sample(x, t, eps), timestep=t - 1, class_labels=labels).sample
         return F.mse_loss(prediction.float(), eps)
 
-    return optimization_step(bench, model, optimizer, loss)
+    return optimization_step(bench, optimizer, loss)
 
 
 def optimization_step(
-    bench: LoaderBench, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor], Tensor]
+    bench: LoaderBench, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], None]:
     def step(x: Tensor) -> None:
         with autocast(bench):
             value = loss(x)
         value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        clipped_step(optimizer, 1.0)
         optimizer.zero_grad(set_to_none=True)
 
     return step
@@ -272,34 +285,45 @@ def optimization_step(
 # Running
 
 
+def serve(bench: LoaderBench, maker: Maker, pipe: Connection) -> None:
+    """A case's process: tells samples and FLOPs; then its seconds, as often as it is asked."""
+    keep_freed_memory()
+    with maker(bench) as case:
+        for _ in range(WARMUP):
+            case.measure()
+        pipe.send((case.samples, None if case.flops is None else count_flops(case.flops)))
+        while pipe.recv():
+            pipe.send(case.measure())
+
+
 def run(bench: LoaderBench, console: Console) -> dict:
     """Measure, print, write the JSON. Returns {"settings", "rows", "ratios"}."""
-    keep_freed_memory()
     rows, ratios = [], []
     for group in bench.groups:
-        with GROUPS[group](bench) as cases:
-            flops = {}
-            for case in cases:
-                case.seconds()  # warm-up
-                if case.flops is not None:
-                    flops[case.name] = count_flops(case.flops)
-            seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+        seconds: dict[str, list[float]] = {}
+        about: dict[str, tuple[int, int | None]] = {}  # samples and FLOPs
+        with ExitStack() as stack:
+            pipes = [stack.enter_context(own_process(serve, bench, maker)) for maker in GROUPS[group]]
+            counts = [pipe.recv() for pipe in pipes]
             for _ in track(range(bench.repeats), description=group, console=console, transient=True):
-                for case in cases:
-                    seconds[case.name].append(case.seconds() / case.samples)
-        for case in cases:
-            values = seconds[case.name]
+                for pipe, (samples, flops) in zip(pipes, counts, strict=True):
+                    pipe.send(True)
+                    for name, value in pipe.recv().items():
+                        seconds.setdefault(name, []).append(value / samples)
+                        about[name] = samples, flops
+        for name, values in seconds.items():
+            samples, flops = about[name]
             rows.append(
-                {"group": group, "name": case.name, "samples": case.samples, "flops": flops.get(case.name)}
+                {"group": group, "name": name, "samples": samples, "flops": flops}
                 | {"seconds_per_sample": statistics.median(values), "min": min(values), "max": max(values)}
             )
         for what, over, under, target in RATIOS:
             if over in seconds and under in seconds:
                 value = statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
-                counted = flops[over] / flops[under] if over in flops and under in flops else None
-                ratios.append({"name": what, "value": value, "target": target, "flops": counted})
-        cases.clear()
-        gc.collect()
+                above, below = about[over][1], about[under][1]
+                ratios.append(
+                    {"name": what, "value": value, "target": target, "flops": above and below and above / below}
+                )
     settings = {**asdict(bench), "json": None, "torch": torch.__version__, "threads": torch.get_num_threads()}
     result = {"settings": settings, "rows": rows, "ratios": ratios}
     show(bench, result, console)

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -292,21 +292,36 @@ def serve(bench: StepBench, name: str, pipe: Connection) -> None:
 
 
 @contextmanager
-def row_process(bench: StepBench, name: str) -> Iterator[Connection]:
-    """The pipe to a process that runs `serve`."""
+def own_process(serve: Callable[..., None], *arguments) -> Iterator[Connection]:
+    """The pipe to a new process that runs `serve(*arguments, its end of the pipe)` until it is sent False."""
     context = multiprocessing.get_context("spawn")
     pipe, its_end = context.Pipe()
-    process = context.Process(target=serve, args=(bench, name, its_end), daemon=True)
-    spin = os.environ.pop("GOMP_SPINCOUNT", None) if name in AS_THEIR_USERS else None
+    process = context.Process(target=serve, args=(*arguments, its_end))
     process.start()
-    if spin is not None:
-        os.environ["GOMP_SPINCOUNT"] = spin
     its_end.close()
     try:
         yield pipe
+    except EOFError:
+        raise UserError(
+            "a process of the benchmark ended early, of what it printed above; try a smaller batch"
+        ) from None
     finally:
+        with suppress(OSError):  # it may be gone
+            pipe.send(False)
+        process.join(30)
         process.kill()
-        process.join()
+
+
+@contextmanager
+def row_process(bench: StepBench, name: str) -> Iterator[Connection]:
+    """The pipe to a process that runs `serve`."""
+    spin = os.environ.pop("GOMP_SPINCOUNT", None) if name in AS_THEIR_USERS else None
+    try:
+        with own_process(serve, bench, name) as pipe:
+            yield pipe
+    finally:
+        if spin is not None:
+            os.environ["GOMP_SPINCOUNT"] = spin
 
 
 def measure(bench: StepBench, console: Console) -> list[Row]:
@@ -346,10 +361,7 @@ def run(bench: StepBench, console: Console) -> list[Row]:
         if getattr(bench, name) < 1:
             raise UserError(f"{name} must be at least 1, got {getattr(bench, name)}")
     bench.config()
-    try:
-        rows = measure(bench, console)
-    except EOFError:
-        raise UserError("a row's process ended early, of what it printed above; try a smaller batch") from None
+    rows = measure(bench, console)
     print_rows(bench, rows, console)
     if bench.json is not None:
         bench.json.parent.mkdir(parents=True, exist_ok=True)

@@ -8,26 +8,29 @@ from rich.console import Console
 pytest.importorskip("diffusers", reason="VAE and DiT come from diffusers: pip install diffusers")
 
 from umd.bench import loader  # noqa: E402
-from umd.bench.loader import GROUPS, LoaderBench, count_flops, latent_cases, step_cases  # noqa: E402
+from umd.bench.loader import (  # noqa: E402
+    GROUPS,
+    LoaderBench,
+    count_flops,
+    dit_on_stored,
+    encoding,
+    reading,
+    step_on_stored,
+)
 from umd.cli import main  # noqa: E402
 from umd.errors import UserError  # noqa: E402
 from umd.train.data import has_dali  # noqa: E402
 
 SMALL = {"model": "UMD-Ti/2", "shallower": 2, "latent_size": 8, "batch": 4, "stored": 64}
 SMALL |= {"num_workers": 0, "device": "cpu"}
-
-
-@pytest.fixture(autouse=True)
-def small_vae(monkeypatch):
-    """Stable Diffusion's autoencoder, narrower: its structure, not its 84 million weights."""
-    monkeypatch.setitem(loader.SD_VAE, "block_out_channels", (8, 8, 8, 8))
-    monkeypatch.setitem(loader.SD_VAE, "norm_num_groups", 4)
+SMALL |= {"vae_channels": (8, 8, 8, 8)}  # Stable Diffusion's structure, not its 84 million weights
 
 
 def test_rows_and_ratios(tmp_path):
     file = tmp_path / "new" / "loader.json"
     options = "--groups latents steps --model UMD-Ti/2 --shallower 2 --latent-size 8 --batch 4 --stored 64"
-    main(["bench", "loader", *options.split(), *f"--num-workers 0 --repeats 3 --device cpu --json {file}".split()])
+    options += " --num-workers 0 --repeats 3 --device cpu --vae-channels 8 8 8 8"
+    main(["bench", "loader", *options.split(), "--json", str(file)])
     result = json.loads(file.read_text())
     assert result["settings"]["model"] == "UMD-Ti/2" and result["settings"]["repeats"] == 3
     rows = {row["name"]: row for row in result["rows"]}
@@ -46,23 +49,21 @@ def test_rows_and_ratios(tmp_path):
 def test_the_published_flop_ratio():
     """The paper's 42 % less: UMD-L/2 against a DiT of as many blocks, here at its token counts and a narrow width."""
     bench = LoaderBench(**{**SMALL, "latent_size": 32, "batch": 2, "dtype": "fp32"})
-    counts = {}
-    with step_cases(bench) as cases:
-        for case in cases:
-            if case.flops is not None:
-                counts[case.name] = count_flops(case.flops)
-    assert 0.55 < counts["umd, stored latents"] / counts["dit, stored latents"] < 0.63
+    with step_on_stored(bench) as umd, dit_on_stored(bench) as dit:
+        assert 0.55 < count_flops(umd.flops) / count_flops(dit.flops) < 0.63
 
 
 def test_a_step_waits_for_what_it_reads():
-    with step_cases(LoaderBench(**SMALL)) as cases:
-        step, wait = cases[0].seconds(), cases[1].seconds()
-    assert 0 < wait < step
+    with step_on_stored(LoaderBench(**SMALL)) as case:
+        seconds = case.measure()
+    assert 0 < seconds["waiting for them"] < seconds["umd, stored latents"]
 
 
 def test_reading_gives_latents():
-    with latent_cases(LoaderBench(**SMALL)) as (encode, read):
-        assert encode.samples == 1 and read.samples == 64 and min(encode.seconds(), read.seconds()) > 0
+    bench = LoaderBench(**SMALL)
+    with encoding(bench) as encode, reading(bench) as read:
+        assert encode.samples == 1 and read.samples == 64
+        assert min(*encode.measure().values(), *read.measure().values()) > 0
 
 
 def test_what_cannot_be_measured():
