@@ -38,7 +38,7 @@ from umd.schedule import NoiseSchedule
 from umd.train.optim import adamw, clipped_step
 
 Step = Callable[[], None]
-WARMUP = 3  # rounds; until then memory still grows, and a step's time holds the first touch of new pages
+WARMUP = 5  # rounds; until then memory still grows, and a step's time holds the first touch of new pages
 
 
 @dataclass(frozen=True)
