@@ -1,13 +1,15 @@
 """`umd bench diffmae`: what a step of filling costs a DiffMAE, and its training step beside MAE's and UMD's.
 
 Filling: the decoder alone against the whole network run again at each step, the naive way. Training: the same encoder
-under each objective. All rows of a part run alternately in one process; read the ratios, not the seconds.
+under each objective, in processes of their own. All rows of a part run alternately; read the ratios, not the seconds.
 """
 
 import json
 import statistics
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -15,7 +17,18 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from umd.bench.step import WARMUP, Step, StepBench, autocast, count_flops, images, timed, umd_step, vit_mae_step
+from umd.bench.step import (
+    WARMUP,
+    Step,
+    StepBench,
+    autocast,
+    count_flops,
+    images,
+    own_process,
+    timed,
+    umd_step,
+    vit_mae_step,
+)
 from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, diffmae_config
 from umd.device import keep_freed_memory
 from umd.diffmae import DiffMAE
@@ -120,53 +133,72 @@ def diffmae_step(bench: DiffMAEBench) -> Step:
     return step
 
 
-def training_steps(bench: DiffMAEBench, console: Console) -> dict[str, Step]:
-    mae = replace(OBJECTIVES["mae"], mask_ratio_no_noise=bench.mask_ratio)
-    makers: dict[str, Callable[[], Step]] = {
-        "diffmae": lambda: diffmae_step(bench),
-        "umd as mae": lambda: umd_step(bench.step_bench(), mae),
-        "umd": lambda: umd_step(bench.step_bench(), OBJECTIVES["umd"]),
-        "transformers vit-mae": lambda: vit_mae_step(bench.step_bench()),
-    }
-    steps = {}
-    for name, make in makers.items():
-        try:
-            steps[name] = make()
-        except ImportError as error:
-            console.print(f"[yellow]{name} left out: {error}; pip install transformers")
-    return steps
+TRAINING: dict[str, Callable[[DiffMAEBench], Step]] = {
+    "diffmae": diffmae_step,
+    "umd as mae": lambda b: umd_step(b.step_bench(), replace(OBJECTIVES["mae"], mask_ratio_no_noise=b.mask_ratio)),
+    "umd": lambda b: umd_step(b.step_bench(), OBJECTIVES["umd"]),
+    "transformers vit-mae": lambda b: vit_mae_step(b.step_bench()),
+}
 
 
-def measured(part: str, steps: dict[str, Step], bench: DiffMAEBench, console: Console) -> list[Row]:
-    """Every row once a round, after rounds that do not count."""
+def filling_rows(bench: DiffMAEBench, console: Console) -> list[Row]:
+    """Both ways every round, after rounds that do not count."""
+    steps = filling_steps(bench)
     flops = {name: count_flops(step) for name, step in steps.items()}
-    for _ in range(WARMUP):
-        for step in steps.values():
-            step()
+    for step in [*steps.values()] * WARMUP:
+        step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in track(range(bench.repeats), description=part, console=console, transient=True):
+    for _ in track(range(bench.repeats), description="filling", console=console, transient=True):
         for name, step in steps.items():
             seconds[name].append(timed(step, bench.device))
-    first = next(iter(steps))
+    return rows_of("filling", seconds, flops, bench)
+
+
+def serve(bench: DiffMAEBench, name: str, pipe: Connection) -> None:
+    """The process of a row of training: tells FLOPs, or what package it lacks; then a step's time when asked."""
+    keep_freed_memory()
+    try:
+        step = TRAINING[name](bench)
+    except ImportError as error:
+        pipe.send(error)
+        return
+    for _ in range(WARMUP):
+        step()
+    pipe.send(count_flops(step))
+    while pipe.recv():
+        pipe.send(timed(step, bench.device))
+
+
+def training_rows(bench: DiffMAEBench, console: Console) -> list[Row]:
+    """Each network in a process of its own, as a training has; every one once a round."""
+    flops: dict[str, int] = {}
+    with ExitStack() as stack:
+        pipes = {}
+        for name in TRAINING:
+            pipe = stack.enter_context(own_process(serve, bench, name))
+            made = pipe.recv()
+            if isinstance(made, ImportError):
+                console.print(f"[yellow]{name} left out: {made}; pip install transformers")
+            else:
+                pipes[name], flops[name] = pipe, made
+        seconds: dict[str, list[float]] = {name: [] for name in pipes}
+        for _ in track(range(bench.repeats), description="training", console=console, transient=True):
+            for name, pipe in pipes.items():
+                pipe.send(True)
+                seconds[name].append(pipe.recv())
+    return rows_of("training", seconds, flops, bench)
+
+
+def rows_of(part: str, seconds: dict[str, list[float]], flops: dict[str, int], bench: DiffMAEBench) -> list[Row]:
+    first = next(iter(seconds))
     rows = []
     for name, taken in seconds.items():
         # the median of the ratios within a round: drift of the machine's speed falls out
         ratio = statistics.median(b / a for a, b in zip(seconds[first], taken, strict=True))
-        median = statistics.median(taken)
+        median, least, most = statistics.median(taken), min(taken), max(taken)
+        speed, work = bench.batch / median, flops[name]
         rows.append(
-            Row(
-                part,
-                name,
-                bench.batch,
-                bench.dtype,
-                median,
-                min(taken),
-                max(taken),
-                bench.batch / median,
-                flops[name],
-                ratio,
-                flops[name] / flops[first],
-            )  # fmt: skip
+            Row(part, name, bench.batch, bench.dtype, median, least, most, speed, work, ratio, work / flops[first])
         )
     return rows
 
@@ -179,8 +211,7 @@ def run(bench: DiffMAEBench, console: Console) -> list[Row]:
         if getattr(bench, name) < 1:
             raise UserError(f"{name} must be at least 1, got {getattr(bench, name)}")
     keep_freed_memory()
-    rows = measured("filling", filling_steps(bench), bench, console)
-    rows += measured("training", training_steps(bench, console), bench, console)
+    rows = filling_rows(bench, console) + training_rows(bench, console)
     print_rows(bench, rows, console)
     if bench.json is not None:
         bench.json.parent.mkdir(parents=True, exist_ok=True)
