@@ -22,14 +22,8 @@ def _views(stream: Tensor, runs: list[tuple[int, int, int]], which: int) -> list
     ]
 
 
-def _weights(q: Tensor, k: Tensor) -> Tensor:
-    """[S·H, L, M] of q [S·H, L, d] and k [S·H, M, d]."""
-    return torch.softmax(scaled_bmm(q, k.mT, q.shape[-1] ** -0.5), dim=-1)
-
-
 class BatchedAttentionFunction(torch.autograd.Function):
-    """One batched product per run of equal lengths (`paired_runs`); keeps the heads, and makes the weights anew in the
-    backward pass: they are larger than all else that a block of 257 tokens keeps.
+    """One batched product per run of equal lengths (`paired_runs`); keeps the heads and the weights.
 
     Of a stream qkv [N, 3, H, d], or of two, q [N, 1, H, d] and kv [M, 2, H, d].
     """
@@ -43,8 +37,9 @@ class BatchedAttentionFunction(torch.autograd.Function):
         for (mixed,), *parts in zip(_views(out.unsqueeze(1), runs, 1), *views, strict=True):
             heads = [part.clone(memory_format=torch.contiguous_format) for part in parts]
             q, k, v = (x for part in heads for x in part.flatten(1, 2))  # [S·H, L, d] and twice [S·H, M, d]
-            mixed.copy_(torch.bmm(_weights(q, k), v).view_as(mixed))
-            saved += heads
+            weights = torch.softmax(scaled_bmm(q, k.mT, d**-0.5), dim=-1)  # [S·H, L, M]
+            mixed.copy_(torch.bmm(weights, v).view_as(mixed))
+            saved += [*heads, weights]
         ctx.save_for_backward(*saved)
         ctx.runs, ctx.shapes = runs, [stream.shape for stream in streams]
         return out
@@ -57,7 +52,7 @@ class BatchedAttentionFunction(torch.autograd.Function):
         views = [_views(gradient, ctx.runs, 1 + i) for i, gradient in enumerate(gradients)]
         for (do,), *parts in zip(_views(dout.unsqueeze(1), ctx.runs, 1), *views, strict=True):
             q, k, v = (x for _ in parts for x in next(saved).flatten(1, 2))
-            weights = _weights(q, k)
+            weights = next(saved)
             dq, dk, dv = (x for part in parts for x in part)
             do = do.contiguous().flatten(0, 1)  # [S·H, L, d]
             dv.copy_(torch.bmm(weights.mT, do).view_as(dv))
