@@ -50,7 +50,7 @@ class LoaderBench:
     """Divide its depths by this: the same ratios of steps from less memory."""
     latent_size: int = 32
     """Side of the latents; pictures are 8 times as large."""
-    batch: int = 32
+    batch: int = 16
     """Samples a step."""
     vae_channels: tuple[int, int, int, int] = (128, 256, 512, 512)
     """Widths of the autoencoder; Stable Diffusion's."""
