@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -86,7 +86,7 @@ class LoaderBench:
 class Case:
     measure: Callable[[], dict[str, float]]  # once: seconds by the names of rows
     samples: int  # that one measurement handles
-    flops: Callable[[], object] | None = None  # what to count the FLOPs of
+    flops: dict[str, Callable[[], object]] = field(default_factory=dict)  # of a row, what to count the FLOPs of
 
 
 def timed(bench: LoaderBench, call: Callable[[], object]) -> float:
@@ -127,7 +127,7 @@ def step_on_stored(bench: LoaderBench) -> Iterator[Case]:
             wait = time.perf_counter() - start
             return {"umd, stored latents": wait + timed(bench, lambda: umd(latents)), "waiting for them": wait}
 
-        yield Case(measure, bench.batch, lambda: umd(next(batches).x_start))
+        yield Case(measure, bench.batch, {"umd, stored latents": lambda: umd(next(batches).x_start)})
 
 
 @contextmanager
@@ -148,8 +148,12 @@ def dit_on_stored(bench: LoaderBench) -> Iterator[Case]:
     """DiT's step on stored latents."""
     dit = dit_step(bench)
     with stored_batches(bench, bench.num_workers, bench.batch) as batches:
-        step = lambda: dit(next(batches).x_start)  # noqa: E731
-        yield Case(lambda: {"dit, stored latents": timed(bench, step)}, bench.batch, step)
+
+        def step() -> None:
+            dit(next(batches).x_start)
+
+        name = "dit, stored latents"
+        yield Case(lambda: {name: timed(bench, step)}, bench.batch, {name: step})
 
 
 @contextmanager
@@ -291,7 +295,7 @@ def serve(bench: LoaderBench, maker: Maker, pipe: Connection) -> None:
     with maker(bench) as case:
         for _ in range(WARMUP):
             case.measure()
-        pipe.send((case.samples, None if case.flops is None else count_flops(case.flops)))
+        pipe.send((case.samples, {name: count_flops(step) for name, step in case.flops.items()}))
         while pipe.recv():
             pipe.send(case.measure())
 
@@ -301,29 +305,28 @@ def run(bench: LoaderBench, console: Console) -> dict:
     rows, ratios = [], []
     for group in bench.groups:
         seconds: dict[str, list[float]] = {}
-        about: dict[str, tuple[int, int | None]] = {}  # samples and FLOPs
+        samples: dict[str, int] = {}
+        flops: dict[str, int] = {}
         with ExitStack() as stack:
             pipes = [stack.enter_context(own_process(serve, bench, maker)) for maker in GROUPS[group]]
             counts = [pipe.recv() for pipe in pipes]
             for _ in track(range(bench.repeats), description=group, console=console, transient=True):
-                for pipe, (samples, flops) in zip(pipes, counts, strict=True):
+                for pipe, (count, work) in zip(pipes, counts, strict=True):
                     pipe.send(True)
                     for name, value in pipe.recv().items():
-                        seconds.setdefault(name, []).append(value / samples)
-                        about[name] = samples, flops
+                        seconds.setdefault(name, []).append(value / count)
+                        samples[name] = count
+                    flops |= work
         for name, values in seconds.items():
-            samples, flops = about[name]
             rows.append(
-                {"group": group, "name": name, "samples": samples, "flops": flops}
+                {"group": group, "name": name, "samples": samples[name], "flops": flops.get(name)}
                 | {"seconds_per_sample": statistics.median(values), "min": min(values), "max": max(values)}
             )
         for what, over, under, target in RATIOS:
             if over in seconds and under in seconds:
                 value = statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
-                above, below = about[over][1], about[under][1]
-                ratios.append(
-                    {"name": what, "value": value, "target": target, "flops": above and below and above / below}
-                )
+                counted = flops[over] / flops[under] if over in flops and under in flops else None
+                ratios.append({"name": what, "value": value, "target": target, "flops": counted})
     settings = {**asdict(bench), "json": None, "torch": torch.__version__, "threads": torch.get_num_threads()}
     result = {"settings": settings, "rows": rows, "ratios": ratios}
     show(bench, result, console)
