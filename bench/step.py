@@ -303,7 +303,7 @@ def own_process(serve: Callable[..., None], *arguments) -> Iterator[Connection]:
         yield pipe
     except EOFError:
         raise UserError(
-            "a process of the benchmark ended early, for lack of memory or of what it printed above; try a smaller batch"
+            "a process of the benchmark ended early, for lack of memory or of what stands above; try a smaller batch"
         ) from None
     finally:
         with suppress(OSError):  # it may be gone
