@@ -38,7 +38,7 @@ Split = Literal["train", "test"]
 
 FRAMES, TUBELET = 8, 2
 SIZE = {"video": (16, 32), "real-video": (32, 32)}
-STEPS = {"video": 1200, "real-video": 250}  # of 32 clips
+STEPS = {"video": 4000, "real-video": 1600}  # of 32 clips
 SAMPLES, SAMPLING_STEPS = 4, 25
 EMOJI = 16  # pixels a side: as high as the clips
 SPEEDS = (-2, -1, 1, 2)  # pixels a frame, to the right
