@@ -135,8 +135,10 @@ def test_orders_of_a_small_set_are_uniform():
 
 def test_interrupted_program_ends_quietly():
     program = """
+import signal
 import numpy as np
 from umd.train.data import DataConfig, ImageDataset, train_loader
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what nohup or a shell's & starts ignores Ctrl-C
 dataset = ImageDataset("tiny", "train", np.zeros((9, 8, 8, 3), np.uint8))
 loader = train_loader(dataset, DataConfig(), batch_size=4, seed=0)
 next(loader)
@@ -157,7 +159,10 @@ except KeyboardInterrupt:
     )
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does: the whole process group gets it
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()  # or it would go on, on every core, beside the other tests
     assert (out, err, process.returncode) == ("stopped\n", "", 0)
 
 
