@@ -184,33 +184,45 @@ def vit_mae_step(bench: StepBench) -> Step:
 
 
 class MatmulRecorder(TorchDispatchMode):
-    """Counts the matrix products that run, by shape and type; those that only transpose are apart, and no work."""
+    """Counts the matrix products that run, by shape and type; those that only transpose or add up are apart, and no
+    work."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: Counter[tuple] = Counter()
-        self.transposing_flops = 0
+        self.moving_flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in ("mm", "bmm", "addmm", "baddbmm"):
             a, b = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
-            if (
-                name == "mm"
-                and len(a) == a.shape[1]
-                and torch.equal(a, torch.eye(len(a), dtype=a.dtype, device=a.device))
-            ):
-                self.transposing_flops += 2 * a.numel() * b.shape[1]
+            if name == "mm" and moves(a):
+                self.moving_flops += 2 * a.numel() * b.shape[1]
             else:
                 self.shapes[tuple(a.shape), tuple(b.shape), a.dtype] += 1
+        elif name == "_linear_pointwise":
+            x, weight = args[:2]
+            self.shapes[tuple(x.shape), tuple(weight.t().shape), x.dtype] += 1
         return func(*args, **(kwargs or {}))
+
+
+def moves(a: Tensor) -> bool:
+    """Whether a product with `a` on the left only moves numbers, a being the identity, or adds them up, being ones."""
+    identity = len(a) == a.shape[1] and torch.equal(a, torch.eye(len(a), dtype=a.dtype, device=a.device))
+    return identity or bool((a == 1).all())
+
+
+def fused_linear_flops(x: torch.Size, weight: torch.Size, *_, out_shape=None, **__) -> int:
+    return 2 * x.numel() * weight[0]
 
 
 def count_flops(call: Callable[[], object]) -> int:
     """FLOPs of what `call` runs; the counter sees fused CPU attention as none, so that is written out."""
-    with FlopCounterMode(display=False) as counter, MatmulRecorder() as recorder, sdpa_kernel(SDPBackend.MATH):
+    fused = {torch.ops.mkldnn._linear_pointwise: fused_linear_flops} if torch.backends.mkldnn.is_available() else {}
+    counter = FlopCounterMode(display=False, custom_mapping=fused)
+    with counter, MatmulRecorder() as recorder, sdpa_kernel(SDPBackend.MATH):
         call()
-    return counter.get_total_flops() - recorder.transposing_flops
+    return counter.get_total_flops() - recorder.moving_flops
 
 
 def matmul_step(bench: StepBench) -> Step:

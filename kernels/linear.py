@@ -1,8 +1,9 @@
 """linear: x·Wᵀ + b; gelu_linear: gelu(x)·Wᵀ + b. On the CPU with backward passes of their own.
 
-Many rows: autocast's version casts W, and its weight gradient dyᵀ·x has a transposed left operand, which the CPU's bf16
-matrix units get through at half speed. Here the narrower of the two operands is transposed first, by a product with the
-identity, and the gradient is written in the parameter's type in the same pass.
+Many rows, in bf16: autocast's version writes the bias over the whole result and reads it back to add the product;
+oneDNN's fused op adds it where the product is made. The weight gradient dyᵀ·x has a transposed left operand, which the
+matrix units get through at half speed: here the narrower of the two is transposed first, by a product with the
+identity, and the gradient is turned and written in the parameter's type in one pass.
 
 GELU (its tanh form) runs over slices that stay in cache, in fp32, and is made again in the backward pass together with
 its derivative: torch's bf16 kernel takes longer than that, and the wide activations are kept once instead of twice.
@@ -32,9 +33,22 @@ def _identity(n: int) -> Tensor:
     return torch.eye(n, dtype=torch.bfloat16)
 
 
+@lru_cache(maxsize=8)
+def _ones(n: int) -> Tensor:
+    return torch.ones(16, n, dtype=torch.bfloat16)  # rows: one tile of the matrix units
+
+
 def forget() -> None:
     """Let go of what is kept from call to call: made on tensors without data, it is of no use on others."""
     _identity.cache_clear()
+    _ones.cache_clear()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """All bf16."""
+    if torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -49,27 +63,33 @@ class BF16LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         x16, w16 = x.to(torch.bfloat16), weight.to(torch.bfloat16)
-        ctx.save_for_backward(x16, weight)  # and not w16: casting it again costs less than keeping it
-        ctx.dtypes = x.dtype, bias.dtype
-        return F.linear(x16, w16, bias.to(torch.bfloat16))
+        ctx.save_for_backward(x16, w16)
+        ctx.dtypes = x.dtype, weight.dtype, bias.dtype
+        return _linear(x16, w16, bias.to(torch.bfloat16))
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        x_dtype, bias_dtype = ctx.dtypes
-        dx = (dy @ weight.to(torch.bfloat16)).to(x_dtype) if ctx.needs_input_grad[0] else None
-        return dx, _weight_gradient(x, dy, weight.dtype), _bias_gradient(dy, bias_dtype)
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        dx = (dy @ weight).to(x_dtype) if ctx.needs_input_grad[0] else None
+        return dx, _weight_gradient(x, dy, weight_dtype), _bias_gradient(dy, bias_dtype)
 
 
 def _weight_gradient(x: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:
     """dyᵀ·x: [O, I] from bf16 x [N, I], dy [N, O]."""
     inputs, outputs = x.shape[1], dy.shape[1]
-    product = _transposed(_transposed(x) @ dy) if inputs < outputs else _transposed(dy) @ x
+    if inputs < outputs:
+        product = (_transposed(x) @ dy).t()
+    elif inputs > outputs:
+        product = _transposed(dy) @ x
+    else:  # transposing would take longer than it saves
+        product = dy.t() @ x
     return torch.empty(outputs, inputs, dtype=dtype).copy_(product)
 
 
 def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
-    return dy.sum(0).to(dtype)  # summed in fp32; asked for in fp32, torch would copy dy first
+    """Column sums of dy [N, O], added up in fp32 by the matrix units."""
+    return (_ones(len(dy)) @ dy)[0].to(dtype)
 
 
 def _gelu_slices(x: Tensor, *others: Tensor):
@@ -90,14 +110,15 @@ class GeluLinearFunction(torch.autograd.Function):
             f.copy_(x_part)
             torch.addcmul(linear_term, f, f, value=_GELU_3, out=s).mul_(f).sigmoid_()
             out.copy_(f.mul_(s))
-        ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = bias.dtype
-        return F.linear(activation, w16, bias.to(torch.bfloat16))
+        ctx.save_for_backward(x, w16)
+        ctx.dtypes = weight.dtype, bias.dtype
+        return _linear(activation, w16, bias.to(torch.bfloat16))
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dx = dy @ weight.to(torch.bfloat16)
+        weight_dtype, bias_dtype = ctx.dtypes
+        dx = dy @ weight
         activation, linear_term = torch.empty_like(x), torch.full(x.shape[1:], _GELU_1)
         for x_part, out, dx_part, f, s, dv in _gelu_slices(x, activation, dx):
             f.copy_(x_part)
@@ -107,7 +128,7 @@ class GeluLinearFunction(torch.autograd.Function):
             f.addcmul_(f, s, value=-1)  # x·σ·(1 - σ)
             s.addcmul_(f, dv)
             dx_part.copy_(s.mul_(dv.copy_(dx_part)))
-        return dx, _weight_gradient(activation, dy, weight.dtype), _bias_gradient(dy, ctx.bias_dtype)
+        return dx, _weight_gradient(activation, dy, weight_dtype), _bias_gradient(dy, bias_dtype)
 
 
 class FewRowsLinearFunction(torch.autograd.Function):

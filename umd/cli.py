@@ -33,10 +33,11 @@ def main(arguments: list[str] | None = None) -> None:
     if silent(*arguments[:1]):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         warnings.simplefilter("ignore")
-    # Before torch is imported. Waiting threads that spin make a step on a busy machine several times slower, those that
-    # sleep at once make one on a quiet machine three times slower: GNU's OpenMP spins briefly, then sleeps.
+    # Before torch is imported. A thread that waits for its fellows spins, then sleeps: to spin for long is a little faster
+    # on a free machine and many times slower on a busy one (docs/performance.md).
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+        free = hasattr(os, "getloadavg") and os.getloadavg()[0] < (os.cpu_count() or 1) / 4
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000" if free else "2000")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print_help()
         return

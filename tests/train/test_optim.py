@@ -10,7 +10,7 @@ from umd.config import ModelConfig
 from umd.device import apex_lacks
 from umd.errors import UserError
 from umd.model import UMD
-from umd.train.optim import OptimConfig, adamw, clipped_step, lr_scale
+from umd.train.optim import OptimConfig, adamw, clipped_step, global_norm, lr_scale
 
 MODEL = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)
 
@@ -85,6 +85,13 @@ def test_a_step_is_adamw_with_decoupled_decay():
         optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_global_norm_of_millions_of_numbers():
+    """torch's own norm in fp32 is off by 8e-5 here."""
+    gradients = [torch.randn(3072, 768), torch.randn(768, 3072).t(), torch.tensor(3.0)]
+    exact = torch.cat([g.double().flatten() for g in gradients]).norm()
+    torch.testing.assert_close(global_norm(gradients).double(), exact, rtol=5e-6, atol=0)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
