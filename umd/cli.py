@@ -33,8 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     if silent(*arguments[:1]):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         warnings.simplefilter("ignore")
-    # Before torch is imported. A thread that waits for its fellows spins, then sleeps: to spin for long is a little faster
-    # on a free machine and many times slower on a busy one (docs/performance.md).
+    # Before torch is imported. A thread that waits for its fellows spins, then sleeps: to spin for long is a little
+    # faster on a free machine and many times slower on a busy one (docs/performance.md).
     if "OMP_WAIT_POLICY" not in os.environ:
         free = hasattr(os, "getloadavg") and os.getloadavg()[0] < (os.cpu_count() or 1) / 4
         os.environ.setdefault("GOMP_SPINCOUNT", "20000" if free else "2000")
