@@ -32,7 +32,7 @@ from umd.train.run import PRESETS, RunConfig, finetune_config
 
 # Shares of the time budget, in the order of the parts. The rest is for starting, reading data and writing the page.
 SHARES = {
-    "pretrain": 0.37, "probe": 0.08, "finetune": 0.25, "sample": 0.07, "mae": 0.05, "diffmae": 0.10, "inpaint": 0.03,
+    "pretrain": 0.27, "probe": 0.08, "finetune": 0.35, "sample": 0.07, "mae": 0.05, "diffmae": 0.10, "inpaint": 0.03,
     "frechet": 0.03,
 }  # fmt: skip
 SHOWN = 8  # pictures of each kind on the page
@@ -137,14 +137,14 @@ def run_demo(demo: Demo, console: Console) -> Path:
         fine,
         batch_size=pre.batch_size,
         minutes=clock.share("finetune") / 60,
-        optim=replace(fine.optim, lr=6e-3),
+        optim=replace(fine.optim, lr=1.2e-2),
         draw_every=10**9,
     )
     train(fine, console, "finetune")
     rows = read_metrics(fine.out / "metrics.jsonl")
     clock.done(
         "Fine-tuning with labels", since, f"{rows[-1]['step']} steps, nothing masked" if rows else "",
-        f"umd finetune {pre.out} --minutes {fine.minutes:.1f} --batch-size {fine.batch_size} --optim.lr 6e-3 "
+        f"umd finetune {pre.out} --minutes {fine.minutes:.1f} --batch-size {fine.batch_size} --optim.lr 1.2e-2 "
         f"--out {fine.out}",
     )  # fmt: skip
     generator, _, _ = evaluate.open_run_of(UMD, fine)
