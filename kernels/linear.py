@@ -44,9 +44,15 @@ def forget() -> None:
     _ones.cache_clear()
 
 
+@lru_cache(maxsize=1)
+def _has_fused_linear() -> bool:
+    """Whether this build of torch and this processor (AVX-512 or better) have oneDNN's bf16."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """All bf16."""
-    if torch.backends.mkldnn.is_available():
+    if _has_fused_linear():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
