@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from umd import ops
 from umd.config import ModelConfig, ObjectiveConfig, model_config
 from umd.device import keep_freed_memory
 from umd.errors import UserError
@@ -35,7 +36,7 @@ from umd.model import UMD
 from umd.modulation import Modulation
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
-from umd.train.optim import adamw, clipped_step
+from umd.train.optim import adamw, clipped_step, narrow_gradients, runs_compiled
 
 Step = Callable[[], None]
 WARMUP = 5  # rounds; until then memory still grows, and a step's time holds the first touch of new pages
@@ -95,6 +96,8 @@ def umd_step(bench: StepBench, objective_config: ObjectiveConfig, passes: int = 
     assert isinstance(model.adaLN_modulation, Modulation)
     torch.nn.init.normal_(model.adaLN_modulation.weight, std=0.02)
     optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.05)
+    if passes == 1 and bench.dtype == "bf16" and runs_compiled(optimizer):
+        narrow_gradients(model)
     schedule = NoiseSchedule("cosine")
     x = images(bench)
     if passes == 1:
@@ -184,51 +187,32 @@ def vit_mae_step(bench: StepBench) -> Step:
 
 
 class MatmulRecorder(TorchDispatchMode):
-    """Counts the matrix products that run, by shape and type; those that only transpose or add up are apart, and no
-    work."""
+    """Counts the matrix products that run, by shape and type."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: Counter[tuple] = Counter()
-        self.moving_flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in ("mm", "bmm", "addmm", "baddbmm"):
             a, b = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
-            if name == "mm" and moves(a):
-                self.moving_flops += 2 * a.numel() * b.shape[1]
-            else:
-                self.shapes[tuple(a.shape), tuple(b.shape), a.dtype] += 1
-        elif name == "_linear_pointwise":
-            x, weight = args[:2]
-            self.shapes[tuple(x.shape), tuple(weight.t().shape), x.dtype] += 1
+            self.shapes[tuple(a.shape), tuple(b.shape), a.dtype] += 1
         return func(*args, **(kwargs or {}))
 
 
-def moves(a: Tensor) -> bool:
-    """Whether a product with `a` on the left only moves numbers, a being the identity, or adds them up, being ones."""
-    identity = len(a) == a.shape[1] and torch.equal(a, torch.eye(len(a), dtype=a.dtype, device=a.device))
-    return identity or bool((a == 1).all())
-
-
-def fused_linear_flops(x: torch.Size, weight: torch.Size, *_, out_shape=None, **__) -> int:
-    return 2 * x.numel() * weight[0]
-
-
 def count_flops(call: Callable[[], object]) -> int:
-    """FLOPs of what `call` runs; the counter sees fused CPU attention as none, so that is written out."""
-    fused = {torch.ops.mkldnn._linear_pointwise: fused_linear_flops} if torch.backends.mkldnn.is_available() else {}
-    counter = FlopCounterMode(display=False, custom_mapping=fused)
-    with counter, MatmulRecorder() as recorder, sdpa_kernel(SDPBackend.MATH):
+    """FLOPs of `call`; the counter sees neither what is compiled for the CPU nor fused attention, so the ops run
+    without the first, and attention is written out."""
+    with FlopCounterMode(display=False) as counter, ops.cpu_paths(False), sdpa_kernel(SDPBackend.MATH):
         call()
-    return counter.get_total_flops() - recorder.moving_flops
+    return counter.get_total_flops()
 
 
 def matmul_step(bench: StepBench) -> Step:
     """The matrix products of UMD's step and nothing else, on contiguous operands made beforehand."""
     step = STEPS["umd"](bench)
-    with MatmulRecorder() as recorder:
+    with MatmulRecorder() as recorder, ops.cpu_paths(False):
         step()
     operands = [
         (count, torch.randn(a, dtype=dtype, device=bench.device), torch.randn(b, dtype=dtype, device=bench.device))
@@ -327,13 +311,13 @@ def own_process(serve: Callable[..., None], *arguments) -> Iterator[Connection]:
 @contextmanager
 def row_process(bench: StepBench, name: str) -> Iterator[Connection]:
     """The pipe to a process that runs `serve`."""
-    spin = os.environ.pop("GOMP_SPINCOUNT", None) if name in AS_THEIR_USERS else None
+    ours = ("GOMP_SPINCOUNT", "GLIBC_TUNABLES") if name in AS_THEIR_USERS else ()
+    kept = {key: os.environ.pop(key) for key in ours if key in os.environ}
     try:
         with own_process(serve, bench, name) as pipe:
             yield pipe
     finally:
-        if spin is not None:
-            os.environ["GOMP_SPINCOUNT"] = spin
+        os.environ |= kept
 
 
 def measure(bench: StepBench, console: Console) -> list[Row]:

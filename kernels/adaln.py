@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adaln_cpu import GatedResidualLayerNormFunction, ModulatedLayerNormFunction
+from .adaln_cpu import CompiledLayerNormFunction, GatedResidualLayerNormFunction, ModulatedLayerNormFunction
 from .adaln_triton import layer_norm_fwd
 from .backend import use_triton
+from .cpu import use_compiled
 from .packing import Packing
 
 
@@ -108,6 +109,8 @@ def modulated_layer_norm(
     if x.device.type != "cpu":  # a call per stretch would be a launch per stretch
         return modulated_layer_norm_ref(x, packing, shift, scale, weight, bias, eps)
     alpha, beta = _fold(x, shift, scale, weight, bias)
+    if use_compiled(x):
+        return CompiledLayerNormFunction.apply(x, None, None, alpha, beta, packing, eps)[1]
     return ModulatedLayerNormFunction.apply(x, alpha, beta, packing, eps)
 
 
@@ -148,9 +151,11 @@ def gated_residual_layer_norm(
     alpha, beta = _fold(x, shift, scale, weight, bias)
     if gate is None:
         r = x + h
-        return r, ModulatedLayerNormFunction.apply(r, alpha, beta, packing, eps)
+        return r, modulated_layer_norm(r, packing, shift, scale, weight, bias, eps)
     rows = max(len(gate), len(alpha))
     alpha, beta = alpha.expand(rows, -1), beta.expand(rows, -1)
+    if use_compiled(x):
+        return CompiledLayerNormFunction.apply(x, h, gate.float().expand(rows, -1), alpha, beta, packing, eps)
     return GatedResidualLayerNormFunction.apply(x, h, gate.to(x.dtype).expand(rows, -1), alpha, beta, packing, eps)
 
 

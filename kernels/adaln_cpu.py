@@ -1,13 +1,33 @@
-"""The norms of adaln.py on the CPU: a call of torch's own LayerNorm for each stretch of equal modulation.
+"""The norms of adaln.py on the CPU: in bf16 one compiled pass each way, else a call of torch's own LayerNorm for each
+stretch of equal modulation.
 
-The row of the folded table is that call's affine: one pass over the stream forward and one backward, statistics and
-sums in fp32 whatever the storage type, in a fixed order.
+The row of the folded table is that call's affine. Statistics and sums are in fp32 at least, in a fixed order.
 """
 
 import torch
 from torch import Tensor
 
+from . import cpu
 from .packing import Packing
+
+
+class CompiledLayerNormFunction(torch.autograd.Function):
+    """(r, y) of bf16 x and h [N, D], h and its gate None for the norm alone; r is then x. Tables fp32."""
+
+    @staticmethod
+    def forward(ctx, x, h, gate, alpha, beta, packing, eps):
+        x, h = x.contiguous(), None if h is None else h.contiguous()
+        r, y, mean, rstd = cpu.layer_norm(x, h, gate, alpha, beta, packing, eps)
+        ctx.save_for_backward(r, h, gate, alpha, mean, rstd)
+        ctx.packing = packing
+        return r if h is not None else None, y
+
+    @staticmethod
+    def backward(ctx, dr, dy):
+        r, h, gate, alpha, mean, rstd = ctx.saved_tensors
+        dr, dy = None if h is None else dr.contiguous(), dy.contiguous()
+        dx, dh, (dalpha, dbeta, dgate) = cpu.layer_norm_backward(dr, dy, r, h, gate, alpha, mean, rstd, ctx.packing)
+        return dx, dh, None if h is None else dgate, dalpha, dbeta, None, None
 
 
 def _segments(packing: Packing, rows: int) -> tuple[list[int], list[int]]:

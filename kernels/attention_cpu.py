@@ -13,6 +13,12 @@ def scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
+def _weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√d) [S·H, L, M]."""
+    scores = scaled_bmm(q, k.mT, q.shape[-1] ** -0.5)
+    return torch.softmax(scores, dim=-1, out=scores)
+
+
 def _views(stream: Tensor, runs: list[tuple[int, int, int]], which: int) -> list[Tensor]:
     """The heads of each run in a stream [N, n, H, d]: n x [S, H, L, d]. which: 1 of queries, 2 of keys."""
     _, n, H, d = stream.shape
@@ -23,25 +29,29 @@ def _views(stream: Tensor, runs: list[tuple[int, int, int]], which: int) -> list
 
 
 class BatchedAttentionFunction(torch.autograd.Function):
-    """One batched product per run of equal lengths (`paired_runs`); keeps the heads and the weights.
+    """One batched product per run of equal lengths (`paired_runs`).
 
-    Of a stream qkv [N, 3, H, d], or of two, q [N, 1, H, d] and kv [M, 2, H, d].
+    It keeps the heads, and the weights where they are smaller; else the backward pass makes them again. Of a stream
+    qkv [N, 3, H, d], or of two, q [N, 1, H, d] and kv [M, 2, H, d].
     """
 
     @staticmethod
     def forward(ctx, runs, *streams):
         N, _, H, d = streams[0].shape
         out = streams[0].new_empty(N, H, d)
-        saved = []
+        saved, kept = [], []
         views = [_views(stream, runs, 1 + i) for i, stream in enumerate(streams)]
         for (mixed,), *parts in zip(_views(out.unsqueeze(1), runs, 1), *views, strict=True):
             heads = [part.clone(memory_format=torch.contiguous_format) for part in parts]
             q, k, v = (x for part in heads for x in part.flatten(1, 2))  # [S·H, L, d] and twice [S·H, M, d]
-            weights = torch.softmax(scaled_bmm(q, k.mT, d**-0.5), dim=-1)  # [S·H, L, M]
+            weights = _weights(q, k)
             mixed.copy_(torch.bmm(weights, v).view_as(mixed))
-            saved += [*heads, weights]
+            saved += heads
+            if keep := weights.numel() <= sum(x.numel() for x in heads):
+                saved.append(weights)
+            kept.append(keep)
         ctx.save_for_backward(*saved)
-        ctx.runs, ctx.shapes = runs, [stream.shape for stream in streams]
+        ctx.runs, ctx.kept, ctx.shapes = runs, kept, [stream.shape for stream in streams]
         return out
 
     @staticmethod
@@ -50,13 +60,14 @@ class BatchedAttentionFunction(torch.autograd.Function):
         gradients = [dout.new_empty(shape) for shape in ctx.shapes]
         saved = iter(ctx.saved_tensors)
         views = [_views(gradient, ctx.runs, 1 + i) for i, gradient in enumerate(gradients)]
-        for (do,), *parts in zip(_views(dout.unsqueeze(1), ctx.runs, 1), *views, strict=True):
+        for keep, (do,), *parts in zip(ctx.kept, _views(dout.unsqueeze(1), ctx.runs, 1), *views, strict=True):
             q, k, v = (x for _ in parts for x in next(saved).flatten(1, 2))
-            weights = next(saved)
+            weights = next(saved) if keep else _weights(q, k)
             dq, dk, dv = (x for part in parts for x in part)
             do = do.contiguous().flatten(0, 1)  # [S·H, L, d]
             dv.copy_(torch.bmm(weights.mT, do).view_as(dv))
-            dscores = torch._softmax_backward_data(torch.bmm(do, v.mT), weights, -1, weights.dtype)
+            dweights = torch.bmm(do, v.mT)
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype, grad_input=dweights)
             dq.copy_(scaled_bmm(dscores, k, d**-0.5).view_as(dq))
             dk.copy_(scaled_bmm(dscores.mT, q, d**-0.5).view_as(dk))
         return None, *gradients

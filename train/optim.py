@@ -7,10 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from umd import ops
 from umd.classifier import Classifier
 from umd.device import apex_lacks
 from umd.errors import UserError
 from umd.methods import AnyModel
+from umd.model import GeluLinear, Linear
+from umd.modulation import Modulation
 
 
 @dataclass(frozen=True)
@@ -99,14 +102,32 @@ def check_apex(device: torch.device) -> None:
         raise UserError(f"optim.fused apex runs on GPUs, not on {device}; leave it at auto, for torch's fused AdamW")
 
 
+def runs_compiled(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `clipped_step` takes the step in one compiled pass, whose gradients may be bf16 beside fp32 weights."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    ours = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in params)
+    return ours and isinstance(optimizer, torch.optim.AdamW) and not ops.compiler_lacks()
+
+
+def narrow_gradients(model: AnyModel) -> None:
+    """Keep the gradients of the weights whose products are in bf16 under autocast on a CPU as those products come:
+    the same numbers in half the memory. For steps that are compiled, of one backward pass, with no sum to round."""
+    for module in model.modules():
+        if isinstance(module, Linear | GeluLinear | Modulation):
+            module.weight.grad_dtype = torch.bfloat16
+
+
 def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """A step of `adamw`'s optimiser with a gradient of global norm at most `max_norm` (0: any). Returns the norm, [].
 
-    torch's fused step divides the gradient on its way; clip_grad_norm_ would read and write all of it once more.
+    AdamW divides the gradient on its way; clip_grad_norm_ would read and write all of it once more.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = global_norm(gradients)
     scale = ((norm + 1e-6) / max_norm).clamp(min=1).float() if max_norm else None
+    if runs_compiled(optimizer):
+        _compiled_step(optimizer, 1.0 if scale is None else 1 / float(scale))
+        return norm
     if isinstance(optimizer, torch.optim.AdamW):
         optimizer.grad_scale = scale  # type: ignore[attr-defined]  # as torch's GradScaler hands it over
     elif scale is not None:  # apex's has no such way in
@@ -115,13 +136,25 @@ def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     return norm
 
 
+@torch.no_grad()
+def _compiled_step(optimizer: torch.optim.Optimizer, scale: float) -> None:
+    for group in optimizer.param_groups:
+        lists: list[list[Tensor]] = [[] for _ in range(6)]  # the last but one is amsgrad's, and stays empty
+        optimizer._init_group(group, *lists)  # type: ignore[attr-defined]
+        options = {key: group[key] for key in ("lr", "betas", "weight_decay", "eps")}
+        for p, gradient, average, square, step in zip(*lists[:4], lists[5], strict=True):
+            step += 1
+            ops.adamw_(p, gradient.contiguous(), average, square, int(step), scale, **options)
+
+
 def global_norm(gradients: list[Tensor]) -> Tensor:
-    """The norm of all of them as one vector, [].
+    """The norm of all of them as one vector, [], fp32 or fp64.
 
     On the CPU by BLAS's dot, which takes two thirds of the time of torch's norm there and, in fp32, is fifty times as
     accurate.
     """
-    if gradients and gradients[0].device.type == "cpu":
-        flat = [g.reshape(-1) for g in gradients]
-        return torch.stack([torch.dot(g, g) for g in flat]).sum().sqrt()
-    return torch.nn.utils.get_total_norm(gradients)
+    if not gradients or gradients[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(gradients)
+    flat = [g.reshape(-1) for g in gradients]
+    sums = [ops.square_sum(g) if g.dtype == torch.bfloat16 else torch.dot(g, g) for g in flat]
+    return torch.stack([s.double() for s in sums]).sum().sqrt().to(sums[0].dtype)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from rich.console import Console
 from rich.table import Table
 
+from umd.environment import prepare
 from umd.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,17 +28,13 @@ TOGETHER = ("pretrain", "finetune")  # commands whose ranks do one thing, of whi
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits 0, or 2 with one sentence for what the user can mend."""
+    prepare(restart=arguments is None)
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].startswith(("--local_rank=", "--local-rank=")):
         arguments = arguments[1:]  # the deepspeed launcher's; the environment says the same
     if silent(*arguments[:1]):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         warnings.simplefilter("ignore")
-    # Before torch is imported. A thread that waits for its fellows spins, then sleeps: to spin for long is a little
-    # faster on a free machine and many times slower on a busy one (docs/performance.md).
-    if "OMP_WAIT_POLICY" not in os.environ:
-        free = hasattr(os, "getloadavg") and os.getloadavg()[0] < (os.cpu_count() or 1) / 4
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000" if free else "2000")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print_help()
         return

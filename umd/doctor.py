@@ -107,7 +107,9 @@ def _kernels() -> Row:
     definitions = "each op's definition in PyTorch"
     if device.type == "cuda":
         return Row("kernels", f"{definitions}: Triton is not installed", "pip install triton")
-    return Row("kernels", f"{definitions}: Triton's kernels are for GPUs")
+    if lacks := ops.compiler_lacks():
+        return Row("kernels", f"{definitions}; faster ones for the CPU need a C++ compiler: {lacks}", "apt install g++")
+    return Row("kernels", f"{definitions}, and bf16 ones for the CPU compiled by {os.environ.get('CXX', 'g++')}")
 
 
 def _compile() -> Row:

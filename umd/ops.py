@@ -3,6 +3,7 @@
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
 from umd.kernels.attention import Attention, attention, attention_backend, varlen_attention
 from umd.kernels.backend import cpu_paths, kernels, use_triton
+from umd.kernels.cpu import adamw_, compiler_lacks, square_sum
 from umd.kernels.cross_attention import varlen_cross_attention
 from umd.kernels.ddim import ddim_step
 from umd.kernels.linear import few_rows_linear, forget, gelu_linear, linear
@@ -15,8 +16,10 @@ from umd.kernels.tokens import prepend_tokens, scatter_tokens, split_tokens
 __all__ = [
     "Attention",
     "Packing",
+    "adamw_",
     "attention",
     "attention_backend",
+    "compiler_lacks",
     "cpu_paths",
     "ddim_step",
     "few_rows_linear",
@@ -35,6 +38,7 @@ __all__ = [
     "prepend_tokens",
     "scatter_tokens",
     "split_tokens",
+    "square_sum",
     "unpatchify",
     "use_triton",
     "varlen_attention",

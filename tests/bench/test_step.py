@@ -84,10 +84,10 @@ def test_the_table_names_every_row(measured):
     assert "fp32" in printed and f"{torch.get_num_threads()} threads" in printed
 
 
-def test_products_that_transpose_or_add_up_are_no_work():
+def test_only_a_linear_layers_three_products_are_work():
     """Forward, dx and dW of a linear layer: 6·N·I·O, however the gradients are made."""
     x = torch.randn(10, 16, dtype=torch.bfloat16, requires_grad=True)
     for outputs in (48, 16, 8):
-        weight = torch.randn(outputs, 16, requires_grad=True)
-        bias = torch.zeros(outputs, requires_grad=True)
+        weight = torch.randn(outputs, 16, dtype=torch.bfloat16, requires_grad=True)
+        bias = torch.zeros(outputs, dtype=torch.bfloat16, requires_grad=True)
         assert count_flops(lambda w=weight, b=bias: linear(x, w, b).square().sum().backward()) == 6 * 10 * 16 * outputs

@@ -79,3 +79,38 @@ def test_input_without_gradient():
     weight = args["weight"].requires_grad_()
     linear(args["x"], weight, args["bias"]).sum().backward()
     assert weight.grad.dtype == torch.float32 and weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", [linear, gelu_linear], ids=["linear", "gelu"])
+def test_narrow_gradients_are_the_same_numbers(shape, op):
+    """Of a weight that is told to have its gradient in bf16: what autocast widens, before it does."""
+    wide, narrow = (draw(*shape, torch.bfloat16, torch.float32) for _ in range(2))
+    narrow["weight"].grad_dtype = torch.bfloat16
+    gradients = []
+    for args in (wide, narrow):
+        leaves = {name: x.requires_grad_() for name, x in args.items()}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            op(**leaves).float().square().sum().backward()
+        gradients.append({name: leaf.grad for name, leaf in leaves.items()})
+    assert gradients[1]["weight"].dtype == torch.bfloat16 and gradients[1]["weight"].is_contiguous()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradients[1][name].to(gradient.dtype), gradient), name
+
+
+def test_a_narrow_gradient_is_not_copied():
+    """It is made where the bf16 weight lay, and autograd takes it as it is."""
+    x, weight = torch.randn(8, 16).bfloat16(), torch.randn(16, 16, requires_grad=True)
+    weight.grad_dtype = torch.bfloat16
+    out = linear(x, weight, torch.zeros(16).bfloat16())
+    copy = next(t for t in out.grad_fn.saved_tensors if t.shape == weight.shape).data_ptr()
+    out.sum().backward()
+    assert weight.grad.data_ptr() == copy
+
+
+def test_few_rows_narrow():
+    args = draw(9, 24, 5000, torch.float32, torch.float32)
+    args["weight"].requires_grad_().grad_dtype = torch.bfloat16
+    dy = torch.randn(9, 5000)
+    few_rows_linear(**args).backward(dy)
+    torch.testing.assert_close(args["weight"].grad, (dy.t() @ args["x"]).bfloat16(), rtol=2**-7, atol=1e-6)

@@ -1,16 +1,28 @@
 """The learning-rate curve and what AdamW decays."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from umd import ops
 from umd.checkpoint import load_optimizer_tensors, optimizer_tensors
-from umd.config import ModelConfig
+from umd.config import ModelConfig, ObjectiveConfig
 from umd.device import apex_lacks
 from umd.errors import UserError
 from umd.model import UMD
-from umd.train.optim import OptimConfig, adamw, clipped_step, global_norm, lr_scale
+from umd.objective import Objective
+from umd.schedule import NoiseSchedule
+from umd.train.optim import (
+    OptimConfig,
+    adamw,
+    clipped_step,
+    global_norm,
+    lr_scale,
+    narrow_gradients,
+    runs_compiled,
+)
 
 MODEL = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)
 
@@ -114,6 +126,33 @@ def test_clipping_within_the_step(max_norm, dtype):
         optimizers[1].step()
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
+
+
+def test_narrow_gradients_take_the_same_steps():
+    """A model told to keep bf16 gradients, and one that widens them. Not with adaLN, whose projection is in fp32."""
+    config = replace(MODEL, adaLN=False)
+    models = [UMD(config) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [adamw(model, 1e-3, (0.9, 0.95), 0.05) for model in models]
+    if not runs_compiled(optimizers[0]):
+        pytest.skip(f"nothing is compiled: {ops.compiler_lacks()}")
+    narrow_gradients(models[1])
+    objective = Objective(config, ObjectiveConfig(), NoiseSchedule("cosine"))
+    x = torch.rand(4, MODEL.channels, *MODEL.image_size) * 2 - 1
+    for seed in range(3):
+        norms = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                objective(model, x, objective.corrupt(4, seed, x.device))[0].backward()
+            norms.append(clipped_step(optimizer, 0.1))
+        narrow = {name for name, p in models[1].named_parameters() if p.grad.dtype == torch.bfloat16}
+        assert {"encoder.layers.0.attn.qkv.weight", "decoder.layers.0.mlp.fc2.weight"} <= narrow
+        torch.testing.assert_close(norms[1], norms[0], rtol=1e-5, atol=0)
+        for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            assert name in narrow or q.grad.dtype == torch.float32
+            torch.testing.assert_close(q.grad.float(), p.grad, rtol=2e-2, atol=1e-5, msg=name)
+            torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-5, msg=name)
+            p.grad = q.grad = None
 
 
 def test_the_area_under_the_curve():

@@ -40,7 +40,7 @@ def test_flops_are_torchs_count_of_a_real_step(objective):
     config = run_config(objective=OBJECTIVES[objective], model=replace(TINY, adaLN=objective != "mae"))
     counts = count_step(config, 8, FP32, FP32, "matmul")
     model, corrupt = build_model(config.model), build_objective(config.model, config.objective, NoiseSchedule("cosine"))
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, ops.cpu_paths(False):  # it does not see what is compiled
         loss, _ = corrupt(model, torch.zeros(8, 3, 16, 16), corrupt.corrupt(8, 0, torch.device("cpu")))
         loss.backward()
     assert sum(flops for flops, _ in counts.operations) == counter.get_total_flops()
@@ -219,17 +219,14 @@ def test_memory_of_each_of_two_ranks_is_what_a_real_run_takes(precision, tmp_pat
 
 
 def test_a_gpu_step_saves_what_its_kernels_save():
-    """Counted in a process with Triton's ops and flash attention: no attention weights, so less than on the CPU."""
+    """Counted in a process with Triton's ops and flash attention: no attention weights, on the CPU one layer's."""
     config = run_config(model=replace(TINY, image_size=(64, 64)))
     on_gpu, on_cpu = count_gpu_step(config, 8, FP32, FP32), count_step(config, 8, FP32, FP32, "matmul")
     assert on_gpu.weights == on_cpu.weights
-    heads, lengths = TINY.num_heads, [161] * 4 + [65] * 4
-    decoder_attention = 4 * 8 * heads * 257 * 257  # bytes of one layer's weights
-    encoder_attention = 4 * TINY.depth * heads * sum(n * n for n in lengths)
-    assert on_gpu.activations < on_cpu.activations - (decoder_attention + encoder_attention) / 2
-    # flash attention's backward makes its scores again: half as many products more
-    flops = [sum(f for f, _ in counts.operations) for counts in (on_gpu, on_cpu)]
-    assert 0 < flops[0] - flops[1] < 0.25 * flops[1]
+    decoder_attention = 4 * 8 * TINY.num_heads * 257 * 257  # bytes
+    assert on_gpu.activations < on_cpu.activations - decoder_attention
+    # both make the scores again in the backward pass
+    assert sum(f for f, _ in on_gpu.operations) == sum(f for f, _ in on_cpu.operations)
 
 
 @settings(deadline=None, max_examples=50)

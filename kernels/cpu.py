@@ -1,0 +1,203 @@
+"""The compiled part of the CPU's path, cpu.cpp: built on first use by the C++ compiler of this machine, if it has one.
+
+As Triton does on a GPU: the library is made for the processor at hand, in under a second, and kept in the user's cache
+folder. Without a compiler each op does the same in torch's own calls, more slowly; `umd doctor` says which it is.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .backend import use_cpu_path
+from .packing import Packing
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+TILE, SLICE = 2048, 1024  # elements and rows of a piece of work, for which cpu.cpp gives a sum of its own
+# None of them lets sums be reordered: that is asked for loop by loop in the source.
+FLAGS = (
+    f"-DTILE={TILE} -DSLICE={SLICE} -std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math "
+    "-shared -fPIC"
+)
+
+
+class CannotCompile(Exception):
+    """Says why."""
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may serve machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    described = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+    return "\n".join(sorted({line for line in lines if line.startswith(described)} | {platform.machine()}))
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "umd")
+
+
+def build(folder: Path) -> Path:
+    """The shared library in `folder`, compiled if it is not there.
+
+    Raises:
+        CannotCompile: no compiler, one that cannot do it, or a folder that cannot be written.
+    """
+    recipe = "\n".join([SOURCE.read_text(), compiler(), FLAGS, _processor()])
+    library = folder / f"cpu-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may be at it too
+            made = Path(scratch, library.name)
+            command = [compiler(), *FLAGS.split(), str(SOURCE), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            made.rename(library)
+    except FileNotFoundError:
+        raise CannotCompile(f"no {compiler()}") from None
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or [f"exit status {error.returncode}"]
+        raise CannotCompile(f"{compiler()}: {lines[0]}") from None
+    except OSError as error:
+        raise CannotCompile(f"{folder}: {error.strerror}") from None
+    return library
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """Raises CannotCompile."""
+    return ctypes.CDLL(str(build(_cache())))
+
+
+@lru_cache(maxsize=1)
+def compiler_lacks() -> str:
+    """Why there is no library; "" if there is one. Builds it."""
+    try:
+        library()
+    except (CannotCompile, OSError) as error:
+        return str(error)
+    return ""
+
+
+def use_compiled(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether an op on x runs cpu.cpp: on a CPU, in that type, in eager mode."""
+    if x.dtype != dtype or not use_cpu_path(x):
+        return False
+    return not torch.compiler.is_compiling() and not isinstance(x, FakeTensor) and not compiler_lacks()
+
+
+def _pointer(t: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def gelu(x: Tensor) -> Tensor:
+    """gelu(x) in its tanh form, bf16."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    library().gelu(_pointer(x), _pointer(y), ctypes.c_int64(x.numel()))
+    return y
+
+
+def gelu_backward(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """(gelu(x) again, dx). dx takes the place of dy, contiguous."""
+    x, y = x.contiguous(), torch.empty_like(x)
+    library().gelu_backward(_pointer(x), _pointer(dy), _pointer(y), ctypes.c_int64(x.numel()))
+    torch.autograd.graph.increment_version(dy)
+    return y, dy
+
+
+def _row_stride(table: Tensor) -> ctypes.c_int64:
+    """Tables of one row serve every sample."""
+    return ctypes.c_int64(table.stride(0) if len(table) > 1 else 0)
+
+
+def layer_norm(
+    x: Tensor, h: Tensor | None, gate: Tensor | None, alpha: Tensor, beta: Tensor, packing: Packing, eps: float
+) -> tuple[Tensor, ...]:
+    """(r, y, mean, rstd): r = x + gate·h, or x where h is None, and y = (r - mean)·rstd·alpha + beta.
+
+    x, h: bf16 [N, D], contiguous. gate, alpha, beta: fp32 [R, D], unit stride in a row. mean, rstd: fp32 [N].
+    """
+    N, D = x.shape
+    r, y = x if h is None else torch.empty_like(x), torch.empty_like(x)
+    mean, rstd = x.new_empty(2, N, dtype=torch.float32)
+    library().layer_norm(
+        *map(_pointer, (x, h, gate, alpha, beta)),
+        *map(_row_stride, (alpha if gate is None else gate, alpha, beta)),
+        _pointer(packing.chunks), ctypes.c_int64(len(packing.chunks)), ctypes.c_int64(D), ctypes.c_float(eps),
+        *map(_pointer, (r, y, mean, rstd)),
+    )  # fmt: skip
+    return r, y, mean, rstd
+
+
+def layer_norm_backward(
+    dr: Tensor | None, dy: Tensor, r: Tensor, h: Tensor | None, gate: Tensor | None, alpha: Tensor,
+    mean: Tensor, rstd: Tensor, packing: Packing,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """(dx, dh, sums) of `layer_norm`; sums, fp32 [3, R, D], are dalpha, dbeta and, with h, dgate. All contiguous."""
+    D, chunks = r.shape[1], packing.chunks
+    dx, dh = torch.empty_like(r), None if h is None else torch.empty_like(r)
+    sums = alpha.new_empty(len(chunks), 3, D)
+    library().layer_norm_backward(
+        *map(_pointer, (dr, dy, r, h, gate, alpha)),
+        *map(_row_stride, (alpha if gate is None else gate, alpha)),
+        *map(_pointer, (mean, rstd, chunks)), ctypes.c_int64(len(chunks)), ctypes.c_int64(D),
+        *map(_pointer, (dx, dh, sums)),
+    )  # fmt: skip
+    rows = chunks[:, 2] if len(alpha) > 1 else torch.zeros(len(chunks), dtype=torch.int32)
+    return dx, dh, alpha.new_zeros(len(alpha), 3, D).index_add_(0, rows, sums).transpose(0, 1)
+
+
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x·weightᵀ + bias: [R, O] of x [R, I], weight [O, I], bias [O], all fp32 and contiguous."""
+    y = x.new_empty(len(x), len(weight))
+    sizes = map(ctypes.c_int64, (len(x), *weight.shape))
+    library().few_rows(*map(_pointer, (x, weight, bias)), *sizes, _pointer(y))
+    return y
+
+
+def few_rows_linear_backward(x: Tensor, weight: Tensor, dy: Tensor, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(dx, dweight) of `few_rows_linear`; dweight in fp32 or bf16. dy contiguous."""
+    dx, dweight = x.new_empty(-(-len(weight) // SLICE), *x.shape), torch.empty_like(weight, dtype=grad_dtype)
+    sizes = map(ctypes.c_int64, (len(x), *weight.shape))
+    library().few_rows_backward(
+        *map(_pointer, (x, weight, dy)), *sizes, _pointer(dx), _pointer(dweight),
+        ctypes.c_int64(grad_dtype == torch.bfloat16),
+    )  # fmt: skip
+    return dx.sum(0), dweight
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """Sum of squares of a contiguous bf16 tensor: fp32 []."""
+    sums = torch.empty(-(-x.numel() // TILE))
+    library().squares(_pointer(x), ctypes.c_int64(x.numel()), _pointer(sums))
+    return sums.sum()
+
+
+def adamw_(
+    weight: Tensor, gradient: Tensor, average: Tensor, square: Tensor, step: int, scale: float, lr: float,
+    betas: tuple[float, float], weight_decay: float, eps: float,
+) -> None:  # fmt: skip
+    """Step number `step` of AdamW, in place, on fp32 tensors and a gradient, fp32 or bf16, times `scale`."""
+    rate, correction = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
+    library().adamw(
+        _pointer(weight), _pointer(gradient), ctypes.c_int64(gradient.dtype == torch.bfloat16), _pointer(average),
+        _pointer(square), ctypes.c_int64(weight.numel()),
+        *map(ctypes.c_float, (scale, 1 - lr * weight_decay, *betas, rate, correction, eps)),
+    )  # fmt: skip
+    torch.autograd.graph.increment_version([weight, average, square])
