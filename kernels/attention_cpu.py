@@ -31,8 +31,8 @@ def _views(stream: Tensor, runs: list[tuple[int, int, int]], which: int) -> list
 class BatchedAttentionFunction(torch.autograd.Function):
     """One batched product per run of equal lengths (`paired_runs`).
 
-    It keeps the heads, and the weights where they are smaller; else the backward pass makes them again. Of a stream
-    qkv [N, 3, H, d], or of two, q [N, 1, H, d] and kv [M, 2, H, d].
+    It keeps the heads, and the weights where they are less than half as large; else the backward pass makes them again.
+    Of a stream qkv [N, 3, H, d], or of two, q [N, 1, H, d] and kv [M, 2, H, d].
     """
 
     @staticmethod
@@ -47,7 +47,7 @@ class BatchedAttentionFunction(torch.autograd.Function):
             weights = _weights(q, k)
             mixed.copy_(torch.bmm(weights, v).view_as(mixed))
             saved += heads
-            if keep := weights.numel() <= sum(x.numel() for x in heads):
+            if keep := 2 * weights.numel() <= sum(x.numel() for x in heads):
                 saved.append(weights)
             kept.append(keep)
         ctx.save_for_backward(*saved)
