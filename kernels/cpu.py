@@ -47,41 +47,40 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(described)} | {platform.machine()}))
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "umd")
-
-
 def build(folder: Path) -> Path:
     """The shared library in `folder`, compiled if it is not there.
 
     Raises:
-        CannotCompile: no compiler, one that cannot do it, or a folder that cannot be written.
+        CannotCompile: no compiler, or one that cannot do it.
+        OSError: a folder that cannot be written.
     """
     recipe = "\n".join([SOURCE.read_text(), compiler(), FLAGS, _processor()])
     library = folder / f"cpu-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may be at it too
-            made = Path(scratch, library.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may be at it too
+        made = Path(scratch, library.name)
+        try:
             command = [compiler(), *FLAGS.split(), str(SOURCE), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True)
-            made.rename(library)
-    except FileNotFoundError:
-        raise CannotCompile(f"no {compiler()}") from None
-    except subprocess.CalledProcessError as error:
-        lines = [line for line in error.stderr.splitlines() if "error" in line] or [f"exit status {error.returncode}"]
-        raise CannotCompile(f"{compiler()}: {lines[0]}") from None
-    except OSError as error:
-        raise CannotCompile(f"{folder}: {error.strerror}") from None
+        except FileNotFoundError:
+            raise CannotCompile(f"no {compiler()}") from None
+        except subprocess.CalledProcessError as error:
+            said = [line for line in error.stderr.splitlines() if "error" in line]
+            raise CannotCompile(f"{compiler()}: {[*said, f'exit status {error.returncode}'][0]}") from None
+        made.rename(library)
     return library
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """Raises CannotCompile."""
-    return ctypes.CDLL(str(build(_cache())))
+    """From the user's cache folder, else made for this process alone. Raises CannotCompile, or OSError."""
+    try:
+        return ctypes.CDLL(str(build(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "umd"))))
+    except (OSError, RuntimeError):  # no home, or none that can be written or run from
+        with tempfile.TemporaryDirectory() as folder:
+            return ctypes.CDLL(str(build(Path(folder))))
 
 
 @lru_cache(maxsize=1)

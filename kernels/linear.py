@@ -59,7 +59,7 @@ class BF16LinearFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         x16, w16 = x.to(torch.bfloat16), weight.to(torch.bfloat16)
         ctx.save_for_backward(x16, w16)
-        ctx.dtypes = x.dtype, _grad_dtype(weight), bias.dtype
+        ctx.dtypes, ctx.spare = (x.dtype, _grad_dtype(weight), bias.dtype), w16 is not weight
         return _linear(x16, w16, bias.to(torch.bfloat16))
 
     @staticmethod
@@ -67,25 +67,26 @@ class BF16LinearFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         dx = (dy @ weight).to(x_dtype) if ctx.needs_input_grad[0] else None
-        return dx, _weight_gradient(x, dy, weight, weight_dtype), _bias_gradient(dy, bias_dtype)
+        spare = weight if ctx.spare else None
+        return dx, _weight_gradient(x, dy, weight_dtype, spare), _bias_gradient(dy, bias_dtype)
 
 
 def _grad_dtype(weight: Tensor) -> torch.dtype:
     return weight.grad_dtype or weight.dtype if weight.is_leaf else weight.dtype
 
 
-def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """dyᵀ·x: [O, I] from bf16 x [N, I], dy [N, O]. In bf16 it takes the place of the weight's copy, of no more use."""
+def _weight_gradient(x: Tensor, dy: Tensor, dtype: torch.dtype, spare: Tensor | None) -> Tensor:
+    """dyᵀ·x: [O, I] from bf16 x [N, I], dy [N, O]. In bf16 in the place of `spare`: a weight's copy, of no more use."""
     inputs, outputs = x.shape[1], dy.shape[1]
-    out = weight if dtype == torch.bfloat16 else None
+    out = spare if dtype == torch.bfloat16 else None
     if inputs < outputs:
         turned = _transposed(x) @ dy
-        product = turned.t() if out is None else _transposed(turned, out)
+        product = _transposed(turned, out) if dtype == torch.bfloat16 else turned.t()
     elif inputs > outputs:
         product = torch.mm(_transposed(dy), x, out=out)
     else:  # transposing would take longer than it saves
         product = torch.mm(dy.t(), x, out=out)
-    return product if out is not None else torch.empty(outputs, inputs, dtype=dtype).copy_(product)
+    return product if dtype == torch.bfloat16 else torch.empty(outputs, inputs, dtype=dtype).copy_(product)
 
 
 def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,7 +101,7 @@ class GeluLinearFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         w16 = weight.to(torch.bfloat16)
         ctx.save_for_backward(x, w16)
-        ctx.dtypes = _grad_dtype(weight), bias.dtype
+        ctx.dtypes, ctx.spare = (_grad_dtype(weight), bias.dtype), w16 is not weight
         return _linear(_gelu(x), w16, bias.to(torch.bfloat16))
 
     @staticmethod
@@ -108,7 +109,8 @@ class GeluLinearFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         activation, dx = _gelu_backward(x, dy @ weight)
-        return dx, _weight_gradient(activation, dy, weight, weight_dtype), _bias_gradient(dy, bias_dtype)
+        spare = weight if ctx.spare else None
+        return dx, _weight_gradient(activation, dy, weight_dtype, spare), _bias_gradient(dy, bias_dtype)
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -139,16 +141,21 @@ class FewRowsLinearFunction(torch.autograd.Function):
         return dx, dweight, dy.sum(0)
 
 
+def _by_hand(x: Tensor) -> bool:
+    """Whether a layer takes the path below; Inductor cannot lower oneDNN's op, and has its own."""
+    return use_cpu_path(x) and not torch.compiler.is_compiling()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [N, I], weight [O, I], bias [O] → [N, O]; in bf16 under autocast or for bf16 x, else in x's type."""
-    if use_cpu_path(x) and (torch.is_autocast_enabled("cpu") or x.dtype == torch.bfloat16):
+    if _by_hand(x) and (torch.is_autocast_enabled("cpu") or x.dtype == torch.bfloat16):
         return BF16LinearFunction.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`linear` of gelu(x), GELU in its tanh form."""
-    if use_cpu_path(x) and x.dtype == torch.bfloat16:
+    if _by_hand(x) and x.dtype == torch.bfloat16:
         return GeluLinearFunction.apply(x, weight, bias)
     return linear(F.gelu(x, approximate="tanh"), weight, bias)
 

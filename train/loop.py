@@ -280,7 +280,7 @@ def spread(
     optimizer = adamw(model, peak_lr, recipe.betas, recipe.weight_decay, recipe.layer_decay, recipe.fused)
     loss = LossStep(torch.compile(model) if config.compile else model, objective, dtype)
     if how == "alone":
-        if config.accumulate == 1 and dtype == torch.bfloat16 and runs_compiled(optimizer):
+        if config.accumulate == 1 and dtype == torch.bfloat16 and runs_compiled(optimizer) and not config.compile:
             narrow_gradients(model)
         return Alone(model, loss, optimizer, config.accumulate, config.optim.clip)
     if how == "ddp":

@@ -98,6 +98,16 @@ def test_narrow_gradients_are_the_same_numbers(shape, op):
         assert torch.equal(gradients[1][name].to(gradient.dtype), gradient), name
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", [linear, gelu_linear], ids=["linear", "gelu"])
+def test_weights_in_bf16_stay_what_they_are(shape, op):
+    """There is no copy of them to put a gradient in."""
+    args = {name: x.requires_grad_() for name, x in draw(*shape, torch.bfloat16, torch.bfloat16).items()}
+    before = {name: x.detach().clone() for name, x in args.items()}
+    op(**args).float().square().sum().backward()
+    assert all(torch.equal(args[name], x) for name, x in before.items())
+
+
 def test_a_narrow_gradient_is_not_copied():
     """It is made where the bf16 weight lay, and autograd takes it as it is."""
     x, weight = torch.randn(8, 16).bfloat16(), torch.randn(16, 16, requires_grad=True)

@@ -462,12 +462,13 @@ def test_the_attention_backend_is_the_one_asked_for(tiny):
     assert attention_backend(torch.device("cpu"), torch.float32, 16).name == "matmul"  # of this process, as before
 
 
-def test_compiled_training_gives_the_same_losses(tiny):
-    plain, compiled = tiny("plain"), tiny("compiled", compile=True)
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 2e-2)])
+def test_compiled_training_gives_the_same_losses(tiny, precision, tolerance):
+    plain, compiled = tiny("plain", precision=precision), tiny("compiled", precision=precision, compile=True)
     for config in (plain, compiled):
         train(config, QUIET)
     for a, b in zip(losses(plain), losses(compiled), strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
+        assert a == pytest.approx(b, rel=tolerance)
     assert load_model(compiled.out)  # the names in the checkpoint are the plain network's
 
 
