@@ -105,13 +105,14 @@ def check_apex(device: torch.device) -> None:
 def runs_compiled(optimizer: torch.optim.Optimizer) -> bool:
     """Whether `clipped_step` takes the step in one compiled pass, whose gradients may be bf16 beside fp32 weights."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    ours = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in params)
+    ours = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in params)
     return ours and isinstance(optimizer, torch.optim.AdamW) and not ops.compiler_lacks()
 
 
 def narrow_gradients(model: AnyModel) -> None:
     """Keep the gradients of the weights whose products are in bf16 under autocast on a CPU as those products come:
-    the same numbers in half the memory. For steps that are compiled, of one backward pass, with no sum to round."""
+    the same numbers in half the memory. That of the adaLN projection, made in fp32, is rounded to bf16, as autocast
+    would. For steps that are compiled, of one backward pass, with no sum to round."""
     for module in model.modules():
         if isinstance(module, Linear | GeluLinear | Modulation):
             module.weight.grad_dtype = torch.bfloat16
