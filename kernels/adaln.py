@@ -148,10 +148,10 @@ def gated_residual_layer_norm(
         return layer_norm_fwd(x, h, gate, shift, scale, weight, bias, *work, eps)[:2]
     if x.device.type != "cpu":
         return gated_residual_layer_norm_ref(x, h, packing, gate, shift, scale, weight, bias, eps)
-    alpha, beta = _fold(x, shift, scale, weight, bias)
     if gate is None:
         r = x + h
         return r, modulated_layer_norm(r, packing, shift, scale, weight, bias, eps)
+    alpha, beta = _fold(x, shift, scale, weight, bias)
     rows = max(len(gate), len(alpha))
     alpha, beta = alpha.expand(rows, -1), beta.expand(rows, -1)
     if use_compiled(x):
