@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from umd import ops
 from umd.config import SIZES, ModelConfig, model_config
 from umd.embedders import timestep_features
 from umd.errors import UserError
@@ -178,7 +179,8 @@ def check_compiled(changes, backend, tolerance):
     torch._dynamo.reset()
     model = randomised(changes, torch.float32)
     args, dout = batch(model, [6, 6, 3], cond_index=(0, 1, 1)), douts(model, 3)
-    expected = run(model, args, dout)
+    with ops.cpu_paths(False):  # nor does a trace run what is compiled by hand
+        expected = run(model, args, dout)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     prediction = compiled(**args)
     gradients = torch.autograd.grad(prediction, list(model.parameters()), dout.float())
@@ -188,7 +190,7 @@ def check_compiled(changes, backend, tolerance):
 
 @pytest.mark.parametrize("changes", [dict(), dict(adaLN=False, num_classes=3), dict(decoder="cross")], ids=str)
 def test_compiles_whole(changes):
-    check_compiled(changes, "eager", 4e-6)  # traced without what is compiled by hand: other sums
+    check_compiled(changes, "eager", 1e-6)
 
 
 @pytest.mark.slow
