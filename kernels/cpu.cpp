@@ -33,7 +33,7 @@ static inline float wide(float value) { return value; }
 static inline void store(float *at, float value) { *at = value; }
 static inline void store(bf16 *at, float value) { *at = narrow(value); }
 
-// e^x for |x| < 88, to 2 ulp: 2^n·e^r with |r| <= ln(2)/2 and ln(2) in two parts; Taylor's polynomial of e^r.
+// e^x for |x| < 88, to a few ulp: 2^n·e^r with |r| <= ln(2)/2 and ln(2) in two parts; Taylor's polynomial of e^r.
 static inline float exponential(float x) {
   const float magic = 12582912.f;  // 1.5·2^23: adding it rounds to an integer, found in the low bits
   float shifted = x * 1.44269504f + magic;
