@@ -36,7 +36,7 @@ from umd.model import UMD
 from umd.modulation import Modulation
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
-from umd.train.optim import adamw, clipped_step, narrow_gradients, runs_compiled
+from umd.train.optim import adamw, clipped_step, narrow_gradients
 
 Step = Callable[[], None]
 WARMUP = 5  # rounds; until then memory still grows, and a step's time holds the first touch of new pages
@@ -96,8 +96,8 @@ def umd_step(bench: StepBench, objective_config: ObjectiveConfig, passes: int = 
     assert isinstance(model.adaLN_modulation, Modulation)
     torch.nn.init.normal_(model.adaLN_modulation.weight, std=0.02)
     optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.05)
-    if passes == 1 and bench.dtype == "bf16" and runs_compiled(optimizer):
-        narrow_gradients(model)
+    if passes == 1 and bench.dtype == "bf16":
+        narrow_gradients(model, optimizer)
     schedule = NoiseSchedule("cosine")
     x = images(bench)
     if passes == 1:

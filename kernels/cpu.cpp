@@ -7,6 +7,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
 
 #ifdef __AVX512F__
 #pragma GCC target("prefer-vector-width=512")
@@ -281,36 +284,112 @@ extern "C" void few_rows_backward(
     few_rows_gradients(x, weight, dy, R, O, I, dx, (float *)dweight);
 }
 
+const int SQUARE = 32;  // side of a block that lies in registers: a row is a cache line
+
+// y [cols, rows] of x [rows, cols], at most SQUARE each.
+static inline void turn(const bf16 *x, int64_t x_stride, int rows, int cols, bf16 *y, int64_t y_stride) {
+#ifdef __AVX512BW__
+  __m512i a[SQUARE], b[SQUARE];
+  __mmask32 read = 0xffffffffu >> (SQUARE - cols), written = 0xffffffffu >> (SQUARE - rows);
+  for (int i = 0; i < SQUARE; i++)
+    a[i] = i < rows ? _mm512_maskz_loadu_epi16(read, x + i * x_stride) : _mm512_setzero_si512();
+  // Of eight rows the 8 x 8 blocks within lanes of eight: 16, 32, then 64 bits change places.
+  for (int i = 0; i < SQUARE; i += 2) {
+    b[i] = _mm512_unpacklo_epi16(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi16(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < SQUARE; i += 4)
+    for (int j = 0; j < 2; j++) {
+      a[i + 2 * j] = _mm512_unpacklo_epi32(b[i + j], b[i + j + 2]);
+      a[i + 2 * j + 1] = _mm512_unpackhi_epi32(b[i + j], b[i + j + 2]);
+    }
+  for (int i = 0; i < SQUARE; i += 8)
+    for (int j = 0; j < 4; j++) {
+      b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 4]);
+      b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 4]);
+    }
+  // b[8g + k] has in lane l rows 8g.. of column 8l + k: now the lanes.
+  for (int k = 0; k < 8; k++) {
+    __m512i even0 = _mm512_shuffle_i32x4(b[k], b[k + 8], 0x88), odd0 = _mm512_shuffle_i32x4(b[k], b[k + 8], 0xdd);
+    __m512i even1 = _mm512_shuffle_i32x4(b[k + 16], b[k + 24], 0x88);
+    __m512i odd1 = _mm512_shuffle_i32x4(b[k + 16], b[k + 24], 0xdd);
+    a[k] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+    a[k + 8] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+    a[k + 16] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+    a[k + 24] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+  }
+  for (int j = 0; j < SQUARE; j++)
+    if (j < cols) _mm512_mask_storeu_epi16(y + j * y_stride, written, a[j]);
+#else
+  bf16 block[SQUARE][SQUARE];
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < cols; j++) block[j][i] = x[i * x_stride + j];
+  for (int j = 0; j < cols; j++) memcpy(y + j * y_stride, block[j], rows * sizeof(bf16));
+#endif
+}
+
+// y [cols, rows] of x [rows, cols], in pieces that touch few pages; no processor foresees lines of so many rows.
+extern "C" void transpose(const bf16 *x, int64_t rows, int64_t cols, bf16 *y) {
+  const int64_t PIECE = 8 * SQUARE;
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int64_t top = 0; top < rows; top += PIECE)
+    for (int64_t left = 0; left < cols; left += PIECE)
+      for (int64_t j = left; j < cols && j < left + PIECE; j += SQUARE)
+        for (int64_t i = top; i < rows && i < top + PIECE; i += SQUARE) {
+          int height = rows - i < SQUARE ? int(rows - i) : SQUARE, width = cols - j < SQUARE ? int(cols - j) : SQUARE;
+          for (int k = 0; k < SQUARE; k++) __builtin_prefetch(x + (i + k) * cols + j + SQUARE);
+          turn(x + i * cols + j, cols, height, width, y + j * rows + i, rows);
+        }
+}
+
+struct Parameter {
+  float *weight;
+  const void *gradient;
+  float *average, *square;
+  int64_t n;
+};
+
+struct Rate {
+  float step, correction;
+};
+
+// Within a parallel region, as all of the next.
 template <typename Gradient>
 static void adamw_step(
-    float *weight, const Gradient *gradient, float *average, float *square, int64_t n, float scale, float decay,
-    float beta1, float beta2, float rate, float correction, float eps) {
-#pragma omp parallel for simd schedule(static)
-  for (int64_t i = 0; i < n; i++) {
+    const Parameter &p, Rate rate, float scale, float decay, float beta1, float beta2, float eps) {
+  const Gradient *gradient = (const Gradient *)p.gradient;
+  float *weight = p.weight, *average = p.average, *square = p.square;
+#pragma omp for simd schedule(static) nowait
+  for (int64_t i = 0; i < p.n; i++) {
     float g = wide(gradient[i]) * scale;
     float m = average[i] + (g - average[i]) * (1 - beta1);
     float v = square[i] * beta2 + g * g * (1 - beta2);
     average[i] = m;
     square[i] = v;
-    weight[i] = weight[i] * decay - rate * m / (std::sqrt(v) * correction + eps);
+    weight[i] = weight[i] * decay - rate.step * m / (std::sqrt(v) * rate.correction + eps);
   }
 }
 
 // weight = weight·decay - rate·m / (√v·correction + eps), with the moments m and v of scale·gradient.
 extern "C" void adamw(
-    float *weight, const void *gradient, int64_t is_bf16, float *average, float *square, int64_t n, float scale,
-    float decay, float beta1, float beta2, float rate, float correction, float eps) {
-  if (is_bf16)
-    adamw_step(
-        weight, (const bf16 *)gradient, average, square, n, scale, decay, beta1, beta2, rate, correction, eps);
-  else
-    adamw_step(
-        weight, (const float *)gradient, average, square, n, scale, decay, beta1, beta2, rate, correction, eps);
+    const Parameter *parameters, int64_t count, const bool *is_bf16, const Rate *rates, float scale, float decay,
+    float beta1, float beta2, float eps) {
+#pragma omp parallel
+  for (int64_t k = 0; k < count; k++)
+    if (is_bf16[k])
+      adamw_step<bf16>(parameters[k], rates[k], scale, decay, beta1, beta2, eps);
+    else
+      adamw_step<float>(parameters[k], rates[k], scale, decay, beta1, beta2, eps);
 }
 
-// Sums of squares of the tiles of a bf16 tensor.
-extern "C" void squares(const bf16 *x, int64_t n, float *sums) {
-#pragma omp parallel for schedule(static)
+struct Values {
+  const void *data;
+  int64_t n;
+};
+
+template <typename Value>
+static void square_tiles(const Value *x, int64_t n, float *sums) {
+#pragma omp for schedule(static) nowait
   for (int64_t start = 0; start < n; start += TILE) {
     int size = n - start < TILE ? int(n - start) : TILE;
     float sum = 0;
@@ -318,4 +397,14 @@ extern "C" void squares(const bf16 *x, int64_t n, float *sums) {
     for (int i = 0; i < size; i++) sum += wide(x[start + i]) * wide(x[start + i]);
     sums[start / TILE] = sum;
   }
+}
+
+// Sums of squares of the tiles of some tensors.
+extern "C" void squares(const Values *tensors, int64_t count, const bool *is_bf16, float *sums) {
+#pragma omp parallel
+  for (int64_t k = 0, tile = 0; k < count; tile += (tensors[k++].n + TILE - 1) / TILE)
+    if (is_bf16[k])
+      square_tiles((const bf16 *)tensors[k].data, tensors[k].n, sums + tile);
+    else
+      square_tiles((const float *)tensors[k].data, tensors[k].n, sums + tile);
 }

@@ -120,6 +120,13 @@ def gelu_backward(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     return y, dy
 
 
+def transpose(x: Tensor, out: Tensor) -> Tensor:
+    """out [n, N] = xᵀ of x [N, n], bf16 and contiguous."""
+    x = x.contiguous()
+    library().transpose(_pointer(x), *map(ctypes.c_int64, x.shape), _pointer(out))
+    return out
+
+
 def _row_stride(table: Tensor) -> ctypes.c_int64:
     """Tables of one row serve every sample."""
     return ctypes.c_int64(table.stride(0) if len(table) > 1 else 0)
@@ -181,22 +188,34 @@ def few_rows_linear_backward(x: Tensor, weight: Tensor, dy: Tensor, grad_dtype: 
     return dx.sum(0), dweight
 
 
-def square_sum(x: Tensor) -> Tensor:
-    """Sum of squares of a contiguous bf16 tensor: fp32 []."""
-    sums = torch.empty(-(-x.numel() // TILE))
-    library().squares(_pointer(x), ctypes.c_int64(x.numel()), _pointer(sums))
-    return sums.sum()
+def _pieces(*lists: list[Tensor]) -> tuple[ctypes.Array, ctypes.c_int64]:
+    """Tensors as cpu.cpp takes them, parallel lists of contiguous ones: of each piece its pointers, and its length."""
+    rows = [[*(t.data_ptr() for t in row), row[0].numel()] for row in zip(*lists, strict=True)]
+    return (ctypes.c_int64 * sum(map(len, rows)))(*(n for row in rows for n in row)), ctypes.c_int64(len(rows))
+
+
+def _are_bf16(tensors: list[Tensor]) -> ctypes.Array:
+    return (ctypes.c_bool * len(tensors))(*(t.dtype == torch.bfloat16 for t in tensors))
+
+
+def square_sum(tensors: list[Tensor]) -> Tensor:
+    """Sum of the squares of all elements, of fp32 and bf16: fp64 []. Of tiles in fp32, and of those in fp64."""
+    tensors = [t.contiguous() for t in tensors]
+    sums = torch.empty(sum(-(-t.numel() // TILE) for t in tensors))
+    library().squares(*_pieces(tensors), _are_bf16(tensors), _pointer(sums))
+    return sums.sum(dtype=torch.float64)
 
 
 def adamw_(
-    weight: Tensor, gradient: Tensor, average: Tensor, square: Tensor, step: int, scale: float, lr: float,
-    betas: tuple[float, float], weight_decay: float, eps: float,
+    weights: list[Tensor], gradients: list[Tensor], averages: list[Tensor], squares: list[Tensor], steps: list[int],
+    scale: float, lr: float, betas: tuple[float, float], weight_decay: float, eps: float,
 ) -> None:  # fmt: skip
-    """Step number `step` of AdamW, in place, on fp32 tensors and a gradient, fp32 or bf16, times `scale`."""
-    rate, correction = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
+    """AdamW in place on fp32 tensors: of each step number `steps` with its gradient, fp32 or bf16, times `scale`."""
+    gradients = [g.contiguous() for g in gradients]
+    rates = [(lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5) for step in steps]
     library().adamw(
-        _pointer(weight), _pointer(gradient), ctypes.c_int64(gradient.dtype == torch.bfloat16), _pointer(average),
-        _pointer(square), ctypes.c_int64(weight.numel()),
-        *map(ctypes.c_float, (scale, 1 - lr * weight_decay, *betas, rate, correction, eps)),
+        *_pieces(weights, gradients, averages, squares), _are_bf16(gradients),
+        (ctypes.c_float * (2 * len(rates)))(*(x for rate in rates for x in rate)),
+        *map(ctypes.c_float, (scale, 1 - lr * weight_decay, *betas, eps)),
     )  # fmt: skip
-    torch.autograd.graph.increment_version([weight, average, square])
+    torch.autograd.graph.increment_version([*weights, *averages, *squares])

@@ -32,7 +32,7 @@ from umd.train.data import center_view, derive_seed, describe, open_dataset, rea
 from umd.train.distributed import World, join
 from umd.train.latents import with_vae
 from umd.train.log import NoLog, RunLog
-from umd.train.optim import adamw, lr_scale, narrow_gradients, runs_compiled
+from umd.train.optim import adamw, lr_scale, narrow_gradients
 from umd.train.parallel import DDP, Alone, LossStep, Zero, strategy
 from umd.train.preview import filled_sheets, picture_maker, reconstructions, rgb
 from umd.train.quarantine import record_quarantine
@@ -280,8 +280,8 @@ def spread(
     optimizer = adamw(model, peak_lr, recipe.betas, recipe.weight_decay, recipe.layer_decay, recipe.fused)
     loss = LossStep(torch.compile(model) if config.compile else model, objective, dtype)
     if how == "alone":
-        if config.accumulate == 1 and dtype == torch.bfloat16 and runs_compiled(optimizer) and not config.compile:
-            narrow_gradients(model)
+        if config.accumulate == 1 and dtype == torch.bfloat16 and not config.compile:
+            narrow_gradients(model, optimizer)
         return Alone(model, loss, optimizer, config.accumulate, config.optim.clip)
     if how == "ddp":
         return DDP(model, loss, optimizer, config.accumulate, config.optim.clip, world)

@@ -109,10 +109,12 @@ def runs_compiled(optimizer: torch.optim.Optimizer) -> bool:
     return ours and isinstance(optimizer, torch.optim.AdamW) and not ops.compiler_lacks()
 
 
-def narrow_gradients(model: AnyModel) -> None:
-    """Keep the gradients of the weights whose products are in bf16 under autocast on a CPU as those products come:
-    the same numbers in half the memory. That of the adaLN projection, made in fp32, is rounded to bf16, as autocast
-    would. For steps that are compiled, of one backward pass, with no sum to round."""
+def narrow_gradients(model: AnyModel, optimizer: torch.optim.Optimizer) -> None:
+    """Under bf16 autocast on a CPU, where `optimizer` makes compiled steps, each of one backward pass: keep the
+    gradients of the weights whose products are in bf16 as those products come, the same numbers in half the memory.
+    That of the adaLN projection, made in fp32, is rounded to bf16, as autocast would. There is then no sum to round."""
+    if not runs_compiled(optimizer):
+        return
     for module in model.modules():
         if isinstance(module, Linear | GeluLinear | Modulation):
             module.weight.grad_dtype = torch.bfloat16
@@ -142,20 +144,23 @@ def _compiled_step(optimizer: torch.optim.Optimizer, scale: float) -> None:
     for group in optimizer.param_groups:
         lists: list[list[Tensor]] = [[] for _ in range(6)]  # the last but one is amsgrad's, and stays empty
         optimizer._init_group(group, *lists)  # type: ignore[attr-defined]
-        options = {key: group[key] for key in ("lr", "betas", "weight_decay", "eps")}
-        for p, gradient, average, square, step in zip(*lists[:4], lists[5], strict=True):
-            step += 1
-            ops.adamw_(p, gradient.contiguous(), average, square, int(step), scale, **options)
+        weights, gradients, averages, squares, _, steps = lists
+        if weights:
+            torch._foreach_add_(steps, 1)
+            options = {key: group[key] for key in ("lr", "betas", "weight_decay", "eps")}
+            ops.adamw_(weights, gradients, averages, squares, list(map(int, steps)), scale, **options)
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
     """The norm of all of them as one vector, [], fp32 or fp64.
 
-    On the CPU by BLAS's dot, which takes two thirds of the time of torch's norm there and, in fp32, is fifty times as
-    accurate.
+    On the CPU compiled, or by BLAS's dot, which takes two thirds of the time of torch's norm there and, in fp32, is
+    fifty times as accurate.
     """
     if not gradients or gradients[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm(gradients)
-    flat = [g.reshape(-1) for g in gradients]
-    sums = [ops.square_sum(g) if g.dtype == torch.bfloat16 else torch.dot(g, g) for g in flat]
+    if {g.dtype for g in gradients} <= {torch.float32, torch.bfloat16} and not ops.compiler_lacks():
+        return ops.square_sum(gradients).sqrt().float()
+    flat = [g.reshape(-1).to(torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    sums = [torch.dot(g, g) for g in flat]
     return torch.stack([s.double() for s in sums]).sum().sqrt().to(sums[0].dtype)

@@ -125,7 +125,11 @@ def test_the_same_bits_on_any_number_of_threads():
             backward = cpu.layer_norm_backward(dr, dy, r, h, gate, alpha, mean, rstd, packing)
             rows = cpu.few_rows_linear_backward(few, weight, upstream, torch.float32)
             large = torch.randn(50_000, generator=torch.Generator().manual_seed(1)).to(BF16)
-            found.append([r, y, *backward, *rows, cpu.gelu(large), cpu.square_sum(large)])
+            turned = cpu.transpose(x, x.new_empty(96, 205))
+            moved = [weight.clone(), large.float()]
+            moments = ([torch.zeros_like(w) for w in moved] for _ in range(2))
+            cpu.adamw_(moved, [weight, large], *moments, [1, 7], 0.3, 1e-2, (0.9, 0.95), 0.05, 1e-8)
+            found.append([r, y, *backward, *rows, cpu.gelu(large), cpu.square_sum([large, weight]), turned, *moved])
     finally:
         torch.set_num_threads(before)
     for others in found[1:]:
@@ -147,30 +151,47 @@ def test_few_rows_and_their_gradients(R, inputs, outputs, grad_dtype):
     torch.testing.assert_close(dweight.double(), dy.double().t() @ x.double(), rtol=tolerance, atol=1e-5)
 
 
-@pytest.mark.parametrize("grad_dtype", [torch.float32, BF16], ids=str)
-def test_adamw_is_torchs(grad_dtype):
-    """Five steps of torch's in fp64, with a gradient that clipping halves."""
+def test_adamw_is_torchs():
+    """Five steps of torch's in fp64, with a gradient that clipping halves; one of the tensors has made two before."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(5001, generator=generator)
-    theirs = weight.double().requires_grad_()
+    dtypes = [torch.float32, BF16, BF16, torch.float32]
+    weights = [torch.randn(n, generator=generator) for n in (5001, 5001, 0, 3)]
+    theirs = [w.double().requires_grad_() for w in weights]
     options = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.05, eps=1e-8)
-    optimizer = torch.optim.AdamW([theirs], **options)
-    average, square = torch.zeros(5001), torch.zeros(5001)
-    versions = weight._version
-    for step in range(1, 6):
-        gradient = torch.randn(5001, generator=generator).to(grad_dtype)
-        theirs.grad = gradient.double() / 2
-        optimizer.step()
-        cpu.adamw_(weight, gradient, average, square, step, 0.5, **options)
-    torch.testing.assert_close(weight.double(), theirs.detach(), rtol=0, atol=1e-6)
-    assert weight._version == versions + 5  # autograd sees that it was changed
+    optimizers = [torch.optim.AdamW([w], **options) for w in theirs]
+    averages, squares = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    for round_ in range(-2, 5):
+        taking = range(4) if round_ >= 0 else [1]
+        gradients = [torch.randn(w.shape, generator=generator).to(d) for w, d in zip(weights, dtypes, strict=True)]
+        for i in taking:
+            theirs[i].grad = gradients[i].double() / 2
+            optimizers[i].step()
+        steps = [round_ + (3 if i == 1 else 1) for i in taking]
+        versions = [w._version for w in weights]
+        lists = ([x[i] for i in taking] for x in (weights, gradients, averages, squares))
+        cpu.adamw_(*lists, steps, 0.5, **options)
+        assert all(weights[i]._version > versions[i] for i in taking)  # autograd sees that it was changed
+    for ours, other in zip(weights, theirs, strict=True):
+        torch.testing.assert_close(ours.double(), other.detach(), rtol=0, atol=1e-6)
 
 
-@given(st.integers(0, 5000))
+@given(st.lists(st.tuples(st.integers(0, 5000), st.sampled_from([torch.float32, BF16])), max_size=4))
 @settings(deadline=None, max_examples=20)
-def test_sum_of_squares(n):
-    x = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(BF16)
-    torch.testing.assert_close(cpu.square_sum(x).double(), x.double().square().sum(), rtol=1e-6, atol=0)
+def test_sum_of_squares(kinds):
+    generator = torch.Generator().manual_seed(len(kinds))
+    tensors = [torch.randn(n, generator=generator).to(dtype) for n, dtype in kinds]
+    expected = sum((x.double().square().sum() for x in tensors), torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(cpu.square_sum(tensors), expected, rtol=1e-6, atol=0)
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+@settings(deadline=None, max_examples=40)
+def test_transpose(rows, columns):
+    """Every number at its place, and none outside."""
+    x = torch.arange(rows * columns, dtype=torch.int32).to(torch.int16).view(BF16).view(rows, columns)
+    around = torch.full((columns + 2, rows), -1, dtype=torch.int16).view(BF16)
+    assert torch.equal(cpu.transpose(x, around[1:-1]).view(torch.int16), x.view(torch.int16).t())
+    assert (around[[0, -1]].view(torch.int16) == -1).all()
 
 
 def test_only_plain_bf16_on_the_cpu_is_compiled():

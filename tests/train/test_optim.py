@@ -136,7 +136,7 @@ def test_narrow_gradients_take_the_same_steps():
     optimizers = [adamw(model, 1e-3, (0.9, 0.95), 0.05) for model in models]
     if not runs_compiled(optimizers[0]):
         pytest.skip(f"nothing is compiled: {ops.compiler_lacks()}")
-    narrow_gradients(models[1])
+    narrow_gradients(models[1], optimizers[1])
     objective = Objective(config, ObjectiveConfig(), NoiseSchedule("cosine"))
     x = torch.rand(4, MODEL.channels, *MODEL.image_size) * 2 - 1
     for seed in range(3):
