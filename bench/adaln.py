@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from umd.bench.step import WARMUP, timed
+from umd.bench.step import WARMUP, our_optimizer, timed
 from umd.config import AdaLNProjection, ModelConfig, ObjectiveConfig, model_config
 from umd.device import autocast, keep_freed_memory
 from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
-from umd.train.optim import adamw
+from umd.train.optim import clipped_step
 
 PROJECTIONS: tuple[AdaLNProjection, ...] = get_args(AdaLNProjection)
 
@@ -75,7 +75,7 @@ class Row:
 
 def training_step(bench: AdaLNBench, model: UMD) -> Callable[[], None]:
     objective = Objective(model.config, ObjectiveConfig(), NoiseSchedule("cosine"))
-    optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.05)
+    optimizer = our_optimizer(model, bench.dtype)
     x = torch.randn(bench.batch, bench.channels, bench.image_size, bench.image_size, device=bench.device)
     dtype = torch.bfloat16 if bench.dtype == "bf16" else torch.float32
     seeds = itertools.count()
@@ -84,8 +84,7 @@ def training_step(bench: AdaLNBench, model: UMD) -> Callable[[], None]:
         with autocast(x.device, dtype):
             loss, _ = objective(model, x, objective.corrupt(bench.batch, next(seeds), x.device))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        clipped_step(optimizer, 1.0)
         optimizer.zero_grad(set_to_none=True)
 
     return step

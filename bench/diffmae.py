@@ -24,6 +24,7 @@ from umd.bench.step import (
     autocast,
     count_flops,
     images,
+    our_optimizer,
     own_process,
     timed,
     umd_step,
@@ -35,7 +36,7 @@ from umd.diffmae import DiffMAE
 from umd.errors import UserError
 from umd.objective import DiffMAEObjective
 from umd.schedule import NoiseSchedule
-from umd.train.optim import adamw
+from umd.train.optim import clipped_step
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def diffmae_step(bench: DiffMAEBench) -> Step:
         diffmae_objective(bench),
         bench.step_bench(),
     )
-    optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.05)
+    optimizer = our_optimizer(model, bench.dtype)
     x, seed = images(step_bench), 0
 
     def step() -> None:
@@ -126,8 +127,7 @@ def diffmae_step(bench: DiffMAEBench) -> Step:
         with autocast(step_bench):
             loss, _ = objective(model, x, objective.corrupt(len(x), seed, x.device))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        clipped_step(optimizer, 1.0)
         optimizer.zero_grad(set_to_none=True)
 
     return step

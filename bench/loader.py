@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from umd.bench.step import WARMUP, count_flops, own_process
+from umd.bench.step import WARMUP, count_flops, our_optimizer, own_process
 from umd.config import ModelConfig, ObjectiveConfig, model_config
 from umd.device import keep_freed_memory
 from umd.errors import UserError
@@ -35,7 +35,7 @@ from umd.tokenizer import Tokenizer, identity
 from umd.train.data import DataConfig, has_dali, open_dataset, train_loader
 from umd.train.latents import finish, sample_posterior, shard_bytes, shard_name
 from umd.train.loader_rate import photographs, rates
-from umd.train.optim import adamw, clipped_step
+from umd.train.optim import clipped_step
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def umd_step(bench: LoaderBench) -> Callable[[Tensor], None]:
     torch.nn.init.normal_(model.adaLN_modulation.weight, std=0.02)
     objective = Objective(config, ObjectiveConfig(), NoiseSchedule("linear"))
     seeds = itertools.count()
-    optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.05)
+    optimizer = our_optimizer(model, bench.dtype)
 
     def loss(x: Tensor) -> Tensor:
         return objective(model, x, objective.corrupt(len(x), next(seeds), x.device))[0]

@@ -32,6 +32,7 @@ from umd import ops
 from umd.config import ModelConfig, ObjectiveConfig, model_config
 from umd.device import keep_freed_memory
 from umd.errors import UserError
+from umd.methods import AnyModel
 from umd.model import UMD
 from umd.modulation import Modulation
 from umd.objective import Objective
@@ -89,15 +90,21 @@ def images(bench: StepBench) -> Tensor:
     return x.to(bench.device)
 
 
+def our_optimizer(model: AnyModel, dtype: str, passes: int = 1) -> torch.optim.Optimizer:
+    """As `umd train` makes it for one process and so many backward passes a step; for `clipped_step`."""
+    optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.05)
+    if passes == 1 and dtype == "bf16":
+        narrow_gradients(model, optimizer)
+    return optimizer
+
+
 def umd_step(bench: StepBench, objective_config: ObjectiveConfig, passes: int = 1) -> Step:
     """One optimisation step of UMD; with `passes=2` the noised and the noise-free half go separately."""
     config = bench.config()
     model = UMD(config).to(bench.device)
     assert isinstance(model.adaLN_modulation, Modulation)
     torch.nn.init.normal_(model.adaLN_modulation.weight, std=0.02)
-    optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.05)
-    if passes == 1 and bench.dtype == "bf16":
-        narrow_gradients(model, optimizer)
+    optimizer = our_optimizer(model, bench.dtype, passes)
     schedule = NoiseSchedule("cosine")
     x = images(bench)
     if passes == 1:
