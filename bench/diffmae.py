@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -222,7 +223,10 @@ def run(bench: DiffMAEBench, console: Console) -> list[Row]:
 def print_rows(bench: DiffMAEBench, rows: list[Row], console: Console) -> None:
     where = torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     table = Table(
-        title=f"{bench.model} {bench.image_size}x{bench.image_size}, batch {bench.batch}, {bench.dtype}, {where}"
+        title=f"{bench.model} {bench.image_size}x{bench.image_size}, batch {bench.batch}, {bench.dtype}, {where}",
+        box=box.SIMPLE,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for column in ("", "row", "seconds (min-max)", "img/s", "GFLOP", "time", "FLOPs"):
         table.add_column(column, justify="left" if column in ("", "row") else "right", no_wrap=True)
@@ -232,7 +236,7 @@ def print_rows(bench: DiffMAEBench, rows: list[Row], console: Console) -> None:
             row.name,
             f"{row.seconds:.3f} ({row.seconds_min:.3f}-{row.seconds_max:.3f})",
             f"{row.images_per_second:.1f}",
-            f"{row.flops / 1e9:.1f}",
+            f"{row.flops / 1e9:.0f}",
             f"{row.time_ratio:.2f}x",
             f"{row.flop_ratio:.2f}x",
         )
