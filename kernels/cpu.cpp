@@ -1,5 +1,5 @@
-// What the CPU's path has compiled: GELU and the norms of adaln.py in bf16, the adaLN projection, AdamW. Each is one
-// pass over memory. cpu.py compiles and calls it.
+// What the CPU's path has compiled: GELU and the norms of adaln.py in bf16, the adaLN projection, transposes, AdamW.
+// Each is one pass over memory. cpu.py compiles and calls it.
 //
 // Arithmetic is fp32. Work is cut into pieces that do not depend on the number of threads, and each piece adds up its
 // sums in a fixed order: a result is the same bits on one thread and on many.

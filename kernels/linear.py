@@ -61,7 +61,7 @@ class BF16LinearFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         x16, w16 = x.to(torch.bfloat16), weight.to(torch.bfloat16)
         ctx.save_for_backward(x16, w16)
-        ctx.dtypes, ctx.spare = (x.dtype, _grad_dtype(weight), bias.dtype), w16 is not weight
+        ctx.dtypes, ctx.spare = (x.dtype, _grad_dtype(weight), bias.dtype), w16 is not weight and w16.is_contiguous()
         return _linear(x16, w16, bias.to(torch.bfloat16))
 
     @staticmethod
@@ -103,7 +103,7 @@ class GeluLinearFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         w16 = weight.to(torch.bfloat16)
         ctx.save_for_backward(x, w16)
-        ctx.dtypes, ctx.spare = (_grad_dtype(weight), bias.dtype), w16 is not weight
+        ctx.dtypes, ctx.spare = (_grad_dtype(weight), bias.dtype), w16 is not weight and w16.is_contiguous()
         return _linear(_gelu(x), w16, bias.to(torch.bfloat16))
 
     @staticmethod

@@ -118,6 +118,18 @@ def test_a_narrow_gradient_is_not_copied():
     assert weight.grad.data_ptr() == copy
 
 
+@pytest.mark.parametrize("op", [linear, gelu_linear], ids=["linear", "gelu"])
+def test_a_narrow_gradient_of_a_weight_that_lies_turned(op):
+    x, bias = torch.randn(40, 16).bfloat16(), torch.zeros(24)
+    turned = torch.randn(16, 24).t().requires_grad_()
+    plain = turned.detach().contiguous().requires_grad_()
+    for weight in (turned, plain):
+        weight.grad_dtype = torch.bfloat16
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            op(x, weight, bias).float().square().sum().backward()
+    assert torch.equal(turned.grad, plain.grad)
+
+
 def test_few_rows_narrow():
     args = draw(9, 24, 5000, torch.float32, torch.float32)
     args["weight"].requires_grad_().grad_dtype = torch.bfloat16
