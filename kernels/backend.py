@@ -82,12 +82,43 @@ def use_cpu_path(x: Tensor) -> bool:
     return x.device.type == "cpu" and _cpu_paths
 
 
+def sees_dispatch() -> bool:
+    """Whether somebody looks at the ops that run: a compiler, or a mode that fakes, counts or records them."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+class Op:
+    """An op of Triton kernels, called in one of two ways.
+
+    Who looks at the ops (`sees_dispatch`) gets `library`, registered as `umd::name`: Inductor sees through it on a GPU,
+    modes see one op. All others get a plain `torch.autograd.Function`, which costs the host a third of that.
+    """
+
+    def __init__(self, name: str, function):
+        # Interpreted kernels cannot be traced: to a compiler they are opaque.
+        register = torch.library.custom_op if INTERPRET else torch.library.triton_op
+        self.library = register(f"umd::{name}", mutates_args=())(function)
+        self.eager = function
+        self.__doc__ = function.__doc__
+
+    def register_fake(self, function):
+        return self.library.register_fake(function)
+
+    def register_autograd(self, backward, *, setup_context) -> None:
+        self.library.register_autograd(backward, setup_context=setup_context)
+        methods = dict(forward=self.eager, setup_context=setup_context, backward=backward)
+        name = f"{self.eager.__name__}_function"
+        self.eager = type(name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()}).apply
+
+    def __call__(self, *args):
+        return (self.library if sees_dispatch() else self.eager)(*args)
+
+
 def triton_op(name: str):
-    """Register `umd::name`. Inductor sees through it on a GPU; interpreted kernels cannot be traced: it is opaque."""
-    register = torch.library.custom_op if INTERPRET else torch.library.triton_op
-    return register(f"umd::{name}", mutates_args=())
+    """Make an `Op` of a function that launches Triton kernels by `wrap_triton`."""
+    return lambda function: Op(name, function)
 
 
 def wrap_triton(kernel):
-    """`wrap_triton(kernel)[grid](...)`: how a `triton_op` launches. By this name torch finds the source to hash."""
-    return kernel if INTERPRET else torch.library.wrap_triton(kernel)
+    """`wrap_triton(kernel)[grid](...)`: how an `Op` launches. By this name torch finds the source to hash."""
+    return torch.library.wrap_triton(kernel) if sees_dispatch() and not INTERPRET else kernel

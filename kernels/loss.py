@@ -341,7 +341,6 @@ def masked_diffusion_loss(
     if ids_ignored is not None:
         roles.index_fill_(0, ids_ignored, 2)
     losses = masked_diffusion_loss_fwd(
-        prediction, x_start, roles, noise, patch_size,
-        num_noised=n, num_eps=num_visible_noised, num_x0=left[0] or n * L, num_clean=left[1],
-    )  # fmt: skip
+        prediction, x_start, roles, noise, patch_size, n, num_visible_noised, left[0] or n * L, left[1]
+    )
     return losses[0], losses[1:].detach()

@@ -166,13 +166,13 @@ def test_registration(device, residual, affine):
     packing = pack(*RAGGED, device)
     args = operands(packing, residual=residual, affine=affine)
     leaves = [t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args]
-    torch.library.opcheck(adaln_triton.layer_norm_fwd, leaves)
+    torch.library.opcheck(adaln_triton.layer_norm_fwd.library, leaves)
     with torch.no_grad():
         r, y, mean, rstd = adaln_triton.layer_norm_fwd(*args)
     x, h, *tables = (None if t is None else t.detach() for t in args[:7])
     dy = torch.ones_like(y)
     backward = [dy, dy if residual else None, r if residual else x, h, *tables, mean, rstd, *args[7:9]]
-    torch.library.opcheck(adaln_triton.layer_norm_bwd, backward)
+    torch.library.opcheck(adaln_triton.layer_norm_bwd.library, backward)
 
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)

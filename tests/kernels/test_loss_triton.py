@@ -171,7 +171,7 @@ def test_each_output_of_the_operator_has_its_gradient(device):
     """
     prediction, x_start, ids, K, n, noise, P = case(device=device)
     roles = torch.zeros(len(prediction), dtype=torch.uint8, device=device).index_fill_(0, ids, 1)
-    counts = dict(num_noised=n, num_eps=K, num_x0=n * 6 - K, num_clean=2 * 6 - 4)
+    counts = n, K, n * 6 - K, 2 * 6 - 4  # noised samples; patches in each mean
     D, noised = prediction.shape[1] // 2, n * 6
     _, _, of_total = with_gradient(masked_diffusion_loss_ref, prediction.double(), x_start, ids, K, n, noise, P)
     expected = 0.7 * of_total
@@ -179,7 +179,7 @@ def test_each_output_of_the_operator_has_its_gradient(device):
     expected[:noised, :D] += 4 * 2.0 * of_total[:noised, :D]
     expected[noised:] += 2 * 0.4 * of_total[noised:]
     with backend.kernels("triton"):
-        losses = masked_diffusion_loss_fwd(prediction.requires_grad_(), x_start, roles, noise, P, **counts)
+        losses = masked_diffusion_loss_fwd(prediction.requires_grad_(), x_start, roles, noise, P, *counts)
         (found,) = torch.autograd.grad(losses, prediction, torch.tensor([0.7, -1.3, 2.0, 0.4], device=device))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -189,8 +189,8 @@ def test_operators(device, given):
     prediction, x_start, ids, K, n, noise, P = case(given=given, device=device)
     roles = torch.zeros(len(prediction), dtype=torch.uint8, device=device).index_fill_(0, ids, 1)
     args = x_start, roles, noise, P, n, K, n * 6 - K, 2 * 6 - 4
-    torch.library.opcheck(masked_diffusion_loss_fwd, (prediction.requires_grad_(), *args))
-    torch.library.opcheck(masked_diffusion_loss_bwd, (torch.ones(4, device=device), prediction.detach(), *args))
+    torch.library.opcheck(masked_diffusion_loss_fwd.library, (prediction.requires_grad_(), *args))
+    torch.library.opcheck(masked_diffusion_loss_bwd.library, (torch.ones(4, device=device), prediction.detach(), *args))
 
 
 def test_compiles_whole(device):

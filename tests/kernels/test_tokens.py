@@ -205,10 +205,10 @@ def test_scatter_operators(device):
     packing, ids_keep, args = case([3, 2, 4], 6, 24, 2, torch.bfloat16, torch.float32, device)
     x, mask_token, pos_embed = (x.requires_grad_() for x in args.values())
     work = tokens._slots(ids_keep, 3, 6, 2), packing.cu_seqlens, mask_token, pos_embed
-    torch.library.opcheck(tokens.scatter_tokens_fwd, (x, *work, 2))
+    torch.library.opcheck(tokens.scatter_tokens_fwd.library, (x, *work, 2))
     dout = randn(3 * 7, 24, dtype=torch.bfloat16).to(device)
     work = tuple(t.detach() for t in work)  # there is no second derivative
-    torch.library.opcheck(tokens.scatter_tokens_bwd, (dout, *work, len(x), 2))
+    torch.library.opcheck(tokens.scatter_tokens_bwd.library, (dout, *work, len(x), 2))
 
 
 def test_slots_are_the_inverse_of_ids_keep():
