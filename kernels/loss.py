@@ -6,7 +6,7 @@
 
 Masked patches named in `ids_ignored` count in no mean: where only a random subset of them is predicted, the rest.
 
-ε is made again from the seed `noise` that `gather_patches` used. Forward and backward each read the prediction and
+ε is made again from the seeds `noise` that `gather_patches` used. Forward and backward each read the prediction and
 x_start once, and only where they are scored: ε̂ of visible patches, x̂0 and x0 of masked ones. Neither stores ε, a target
 or an error; the backward makes the errors again, which moves fewer bytes than to write a gradient in the forward and
 to scale it by the upstream gradient later.
@@ -103,12 +103,15 @@ def _errors(
     score_x0 = mask & ((role == 0) | (noised & (num_eps == num_noised)))[:, None]  # nothing hidden: both halves
 
     at = row[:, None] * (2 * D) + col[None, :]
-    corner, _ = patch_corner(row, C, H, W, P)
+    corner, sample = patch_corner(row, C, H, W, P)
     pixel = corner[:, None] + patch_pixel(col, H, W, P)[None, :]
     error_x0 = tl.load(prediction_ptr + at, score_x0, other=0).to(tl.float32)
     error_x0 -= tl.load(x_ptr + pixel, score_x0, other=0).to(tl.float32)
     error_eps = tl.load(prediction_ptr + at + D, score_eps, other=0).to(tl.float32)
-    error_eps -= patch_noise(noise_ptr, corner, score_eps, first_col, H, W, P, BLOCK_D, FROM_SEED)
+    L: tl.constexpr = (H // P) * (W // P)
+    error_eps -= patch_noise(
+        noise_ptr, corner, sample, score_eps, num_noised // L, first_col, C, H, W, P, BLOCK_D, FROM_SEED
+    )
     return error_x0, tl.where(score_eps, error_eps, 0.0), noised, at, mask
 
 
@@ -117,7 +120,7 @@ def _masked_diffusion_loss_fwd_kernel(
     prediction_ptr,  # [B·L, 2·C·P·P]
     x_ptr,  # [B, C, H, W]
     roles_ptr,  # uint8 [B·L]: 0 hidden, 1 visible, 2 ignored
-    noise_ptr,  # int64 [], or [n, C, H, W]
+    noise_ptr,  # int64 [n], or [n, C, H, W]
     partials_ptr,  # fp32 [4, programs]: each program's share of total, eps, x0, clean
     num_patches,  # B·L
     num_noised,  # n·L
@@ -156,7 +159,7 @@ def _masked_diffusion_loss_bwd_kernel(
     prediction_ptr,  # [B·L, 2·C·P·P]
     x_ptr,  # [B, C, H, W]
     roles_ptr,  # uint8 [B·L]: 0 hidden, 1 visible, 2 ignored
-    noise_ptr,  # int64 [], or [n, C, H, W]
+    noise_ptr,  # int64 [n], or [n, C, H, W]
     dprediction_ptr,  # [B·L, 2·C·P·P]
     num_patches,
     num_noised,
@@ -194,7 +197,7 @@ def _arguments(
     grid, block_m, block_d = patch_tiles(len(prediction), C * patch_size**2)
     tensors = prediction.contiguous(), x_start.contiguous(), roles, noise.contiguous()
     numbers = len(prediction), num_noised * (H // patch_size) * (W // patch_size), *counts
-    constants = dict(C=C, H=H, W=W, P=patch_size, BLOCK_M=block_m, BLOCK_D=block_d, FROM_SEED=noise.ndim == 0)
+    constants = dict(C=C, H=H, W=W, P=patch_size, BLOCK_M=block_m, BLOCK_D=block_d, FROM_SEED=noise.ndim == 1)
     return grid, tensors, numbers, constants
 
 

@@ -1,6 +1,6 @@
 """gather_patches: corrupt, cut into patches and keep the visible ones, in one op.
 
-    x_t = √ᾱ·x_start + √(1-ᾱ)·ε,   ε from Philox (see philox.py), a pure function of the seed: it is never stored
+    x_t = √ᾱ·x_start + √(1-ᾱ)·ε,   ε of each sample from Philox (philox.py), made from the sample's seed, never stored
 
 A patch is a row of C·P·P values, channel slowest, as the head predicts it. The kernel reads the kept patches of x_start
 once and writes them once; ε is made in registers.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton, triton_op, use_triton, wrap_triton
-from .philox import normal_pair, philox_randn, randn4x
+from .philox import normal_pair, philox_randn_samples, randn4x
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
@@ -30,9 +30,9 @@ def unpatchify(patches: Tensor, image_size: tuple[int, int], patch_size: int) ->
 
 
 def standard_noise(noise: Tensor, like: Tensor) -> Tensor:
-    """ε in the shape of `like`, fp32 or as wide as `like`, from its Philox seed (int64 []) or as given."""
+    """ε in the shape of `like` [n, C, H, W], fp32 or as wide as `like`, from Philox seeds (int64 [n]) or as given."""
     wide = torch.promote_types(like.dtype, torch.float32)
-    return noise.to(wide) if noise.ndim > 0 else philox_randn(noise, like.shape, like.device, wide)
+    return noise.to(wide) if noise.ndim > 1 else philox_randn_samples(noise, like.shape[1:], wide)
 
 
 def gather_patches_ref(
@@ -71,10 +71,13 @@ def patch_pixel(col, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def patch_noise(
-    noise_ptr,  # int64 [], or [n, C, H, W]
+    noise_ptr,  # int64 [n], or [n, C, H, W]
     corner,  # [BLOCK_M]
+    sample,  # [BLOCK_M]
     mask,  # [BLOCK_M, BLOCK_D]
+    num_noised,  # n
     first_col,
+    C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     P: tl.constexpr,
@@ -83,16 +86,17 @@ def patch_noise(
 ):
     """ε of columns first_col : first_col + BLOCK_D of the patches at the corners: fp32 [BLOCK_M, BLOCK_D].
 
-    Element i of ε is number i % 4 of counter i // 4. Neighbours in a patch's row share a counter: all four where 4
-    divides P; else a pair of them, or one, is picked, and picked before the costly steps.
+    Element i of a sample's ε is number i % 4 of counter i // 4 under the sample's seed. Neighbours in a patch's row
+    share a counter: all four where 4 divides P; else a pair of them, or one, is picked, and before the costly steps.
     """
     if not FROM_SEED:
         col = first_col + tl.arange(0, BLOCK_D)
         return tl.load(noise_ptr + corner[:, None] + patch_pixel(col, H, W, P)[None, :], mask, other=0).to(tl.float32)
     SHARED: tl.constexpr = 4 if P % 4 == 0 else (2 if P % 2 == 0 else 1)
     col = first_col + tl.arange(0, BLOCK_D // SHARED) * SHARED
-    i = corner[:, None] + patch_pixel(col, H, W, P)[None, :]  # [BLOCK_M, BLOCK_D / SHARED]
-    seed = tl.load(noise_ptr)
+    first = (corner - sample * (C * H * W)).to(tl.int32)  # of the patch within its sample
+    i = first[:, None] + patch_pixel(col, H, W, P)[None, :]  # [BLOCK_M, BLOCK_D / SHARED]
+    seed = tl.load(noise_ptr + sample, sample < num_noised, other=0)[:, None]
     if SHARED == 4:
         n0, n1, n2, n3 = randn4x(seed, i // 4)
         eps = tl.join(tl.join(n0, n2), tl.join(n1, n3))
@@ -110,7 +114,7 @@ def _gather_patches_kernel(
     ids_ptr,  # int64 [N]
     sqrt_alpha_ptr,  # [n]
     sqrt_one_minus_alpha_ptr,  # [n]
-    noise_ptr,  # int64 [], or [n, C, H, W]
+    noise_ptr,  # int64 [n], or [n, C, H, W]
     out_ptr,  # [N, C·P·P]
     N,
     num_noised,
@@ -132,7 +136,8 @@ def _gather_patches_kernel(
     x = tl.load(x_ptr + corner[:, None] + patch_pixel(col, H, W, P)[None, :], mask, other=0).to(tl.float32)
     a = tl.where(noised, tl.load(sqrt_alpha_ptr + sample, noised, other=0).to(tl.float32), 1.0)
     b = tl.load(sqrt_one_minus_alpha_ptr + sample, noised, other=0).to(tl.float32)
-    eps = patch_noise(noise_ptr, corner, mask & noised[:, None], first_col, H, W, P, BLOCK_D, FROM_SEED)
+    wanted = mask & noised[:, None]
+    eps = patch_noise(noise_ptr, corner, sample, wanted, num_noised, first_col, C, H, W, P, BLOCK_D, FROM_SEED)
     x_t = a[:, None] * x + b[:, None] * eps
     tl.store(out_ptr + row[:, None] * D + col[None, :], x_t, mask)
 
@@ -162,7 +167,7 @@ def gather_patches_fwd(
     wrap_triton(_gather_patches_kernel)[grid](
         x_start.contiguous(), ids_keep.contiguous(), sqrt_alpha.contiguous(), sqrt_one_minus_alpha.contiguous(),
         noise.contiguous(), out, N, len(sqrt_alpha), C, H, W, patch_size,
-        BLOCK_M=block_m, BLOCK_D=block_d, FROM_SEED=noise.ndim == 0,
+        BLOCK_M=block_m, BLOCK_D=block_d, FROM_SEED=noise.ndim == 1,
     )  # fmt: skip
     return out
 
@@ -187,7 +192,7 @@ def gather_patches(
         ids_keep: int64 [N], visible patches as indices into the B·L patches of the batch, sample after sample; each in
             0..B·L - 1, which the kernel does not look for.
         sqrt_alpha, sqrt_one_minus_alpha: [n], the coefficients of the first n <= B samples; the others get no noise.
-        noise: int64 [], the Philox seed of ε; or ε itself, [n, C, H, W].
+        noise: int64 [n], the Philox seed of each sample's ε; or ε itself, [n, C, H, W].
         patch_size: P, divides H and W.
 
     Returns:
@@ -224,9 +229,9 @@ def check_patches(x_start: Tensor, ids_keep: Tensor, patch_size: int) -> None:
 
 
 def check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
-    seed = noise.ndim == 0 and noise.dtype == torch.int64
-    if not seed and (tuple(noise.shape) != tuple(shape) or not noise.is_floating_point()):
-        expected = f"a seed, int64 [], or floating {tuple(shape)}"
+    seeds = tuple(noise.shape) == shape[:1] and noise.dtype == torch.int64
+    if not seeds and (tuple(noise.shape) != tuple(shape) or not noise.is_floating_point()):
+        expected = f"a seed for each sample, int64 {shape[:1]}, or floating {tuple(shape)}"
         raise ValueError(f"noise: expected {expected}, got {tuple(noise.shape)} {noise.dtype}")
 
 

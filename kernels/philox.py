@@ -4,7 +4,9 @@ Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Words become 
 `tl.randn4x`; a Triton kernel calls `randn4x(seed, counter)` for the same noise in registers, up to the rounding of its
 log, sin and cos.
 
-Every other function works on any device and traces under `torch.compile(fullgraph=True)`.
+What a training step draws comes from `random_words`: a pure function of (seed, step, sample), whoever draws it.
+
+Every function but the kernels works on any device and traces under `torch.compile(fullgraph=True)`.
 """
 
 import math
@@ -12,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .backend import tl, triton
+from .backend import tl, triton, triton_op, use_triton, wrap_triton
 
 _LOW32 = 0xFFFFFFFF
 # A round's multipliers less 2**32: their product with a word stays inside int64 and keeps its lower half.
@@ -79,6 +81,74 @@ def randn4x(seed, counter):
     return n0, n1, n2, n3
 
 
+@triton.jit
+def _random_words_kernel(
+    step_ptr,  # int64 []
+    samples_ptr,  # int64 [S]
+    out_ptr,  # int64 [S, count]
+    seed,
+    count,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    c0 = j.to(tl.uint32)
+    zero = c0 * 0
+    c2 = zero + tl.load(samples_ptr + row).to(tl.uint32)
+    c3 = zero + tl.load(step_ptr).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(tl.full((), seed, tl.int64), c0, zero, c2, c3)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(4 * BLOCK)
+    at = tl.program_id(1) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
+    tl.store(out_ptr + row * count + at, words.to(tl.int64), at < count)
+
+
+@triton_op("random_words")
+def _random_words(seed: int, step: Tensor, samples: Tensor, count: int) -> Tensor:
+    out = samples.new_empty(len(samples), count)
+    grid = (len(samples), triton.cdiv(count, 4 * 64))
+    if out.numel() > 0:
+        wrap_triton(_random_words_kernel)[grid](step, samples, out, seed, count, BLOCK=64, num_warps=1)
+    return out
+
+
+@_random_words.register_fake
+def _(seed, step, samples, count):
+    return samples.new_empty(len(samples), count)
+
+
+def random_words_ref(seed: int, step: Tensor, samples: Tensor, count: int) -> Tensor:
+    """The definition of `random_words`."""
+    c0 = torch.arange((count + 3) // 4, device=samples.device).expand(len(samples), -1)  # [S, ceil(count / 4)]
+    c2, c3 = (samples & _LOW32)[:, None].expand_as(c0), (step & _LOW32).expand_as(c0)
+    key = (torch.full_like(c0, seed & _LOW32), torch.full_like(c0, seed >> 32))
+    return torch.stack(philox_uint32x4((c0, torch.zeros_like(c0), c2, c3), key), dim=-1).flatten(1)[:, :count]
+
+
+def random_words(seed: int, step: Tensor, samples: Tensor, count: int) -> Tensor:
+    """Random words of each sample of a training step: int64 [S, count], in [0, 2**32).
+
+    Word j of sample s is word j % 4 of Philox counter (j // 4, 0, samples[s], step) under the key `seed`: the same
+    whatever the batch that the sample is drawn in.
+
+    Args:
+        seed: of the run, 0 <= seed < 2**63.
+        step: int64 [], on the samples' device.
+        samples: int64 [S], numbers of the samples in the step; both numbers count modulo 2**32.
+
+    Raises:
+        ValueError: another shape or type, or two devices.
+    """
+    if step.ndim != 0 or step.dtype != torch.int64 or step.device != samples.device:
+        raise ValueError(f"step: expected int64 [] on {samples.device}, got {step.dtype} {tuple(step.shape)}")
+    if samples.ndim != 1 or samples.dtype != torch.int64:
+        raise ValueError(f"samples: expected int64 [S], got {samples.dtype} {tuple(samples.shape)}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected 0 <= seed < 2**63, got {seed}")
+    # fp32 stands for a type that kernels take: these have no floats
+    op = _random_words if use_triton(step.new_empty(0, dtype=torch.float32)) else random_words_ref
+    return op(seed, step, samples.contiguous(), count)
+
+
 # Opaque to torch.compile: a round uses a word twice, Inductor inlines both, and ten rounds make 2**10 copies.
 @torch.library.custom_op("umd::philox_randn4x", mutates_args=())
 def _randn4x(seed: Tensor, counter: Tensor) -> Tensor:
@@ -102,8 +172,8 @@ def _(seed: Tensor, counter: Tensor) -> Tensor:
 def philox_randn4x(seed: int | Tensor, counter: Tensor) -> Tensor:
     """Four standard normal numbers for each 64-bit counter, those of `tl.randn4x(seed, counter)`.
 
-    seed: int64 [] or an int that fits one. counter: int64 [...]. Returns float32 [..., 4], none beyond ±5.68,
-    for the uniform number under the logarithm is held above 1e-7.
+    seed: an int that fits int64, or int64 that broadcasts to the counter. counter: int64 [...]. Returns float32
+    [..., 4], none beyond ±5.68, for the uniform number under the logarithm is held above 1e-7.
     """
     return _randn4x(seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64), counter)
 
@@ -123,6 +193,13 @@ def philox_randn(
     size = math.prod(shape)
     counter = torch.arange((size + 3) // 4, device=device) + offset
     return philox_randn4x(seed, counter).flatten()[:size].view(shape).to(dtype)
+
+
+def philox_randn_samples(seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal noise [B, *shape]: sample b is `philox_randn(seeds[b], shape)`. seeds: int64 [B]."""
+    size = math.prod(shape)
+    counter = torch.arange((size + 3) // 4, device=seeds.device).expand(len(seeds), -1)  # [B, ceil(size / 4)]
+    return philox_randn4x(seeds[:, None], counter).flatten(1)[:, :size].reshape(len(seeds), *shape).to(dtype)
 
 
 def philox_randn_rows(

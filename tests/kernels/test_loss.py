@@ -96,10 +96,10 @@ def test_in_fp32_whatever_the_prediction(dtype):
     assert prediction.grad.dtype == dtype
 
 
-def test_noise_from_its_seed():
+def test_noise_from_seeds():
     args = case(3, 4, 3, torch.float32)
-    seed = torch.tensor(987654321987)
-    drawn = philox_randn(seed, (3, C, H, W))
+    seed = torch.tensor([987654321987, 3, 4])
+    drawn = torch.stack([philox_randn(one, (C, H, W)) for one in seed])
     with_seed = masked_diffusion_loss_ref(*args[:5], seed, P)[0]
     assert torch.equal(with_seed, masked_diffusion_loss_ref(*args[:5], drawn, P)[0])
     assert not torch.equal(with_seed, masked_diffusion_loss_ref(*args[:5], seed + 1, P)[0])

@@ -32,7 +32,7 @@ def case(
     ids = torch.cat([order[:k] for order, k in zip(orders, keep, strict=True)])
     prediction = torch.randn(B * L, 2 * C * P * P, generator=generator).to(dtype)
     x_start = torch.randn(B, C, h * P, w * P, generator=generator).to(x_dtype)
-    noise = torch.randint(-(2**62), 2**62, (), generator=generator)
+    noise = torch.randint(-(2**62), 2**62, (n,), generator=generator)
     if given:
         noise = torch.randn(n, C, h * P, w * P, generator=generator)
     prediction, x_start, ids, noise = (t.to(device) for t in (prediction, x_start, ids, noise))
@@ -212,7 +212,7 @@ REFUSED = [
     ("num_noised", lambda n: -1, "num_noised: .* got -1"),
     ("num_visible_noised", lambda k: 0, "num_visible_noised: expected 1 to 10 of 10 visible patches .* got 0"),
     ("num_visible_noised", lambda k: 13, "num_visible_noised: .* got 13"),
-    ("noise", lambda s: s[None], r"noise: expected a seed, int64 \[\], or floating \(2, 3, 4, 6\), got \(1,\)"),
+    ("noise", lambda s: s[:1], r"noise: .* each sample, int64 \(2,\), or floating \(2, 3, 4, 6\), got \(1,\)"),
     ("noise", lambda s: s.to("meta"), "noise: expected on cpu like x_start, got meta"),
     ("prediction", lambda p: p.to("meta"), "prediction: expected on cpu like x_start, got meta"),
     ("ids_ignored", lambda ids: ids.int(), r"ids_ignored: expected int64 \[N\], got .*int32"),
@@ -248,7 +248,7 @@ MUTANTS = {
     "wrong count": ("tl.where(noised, squares_x0, 0.0)) / D / tl.maximum(num_x0, 1)",
                     "tl.where(noised, squares_x0, 0.0)) / D / tl.maximum(num_eps, 1)"),
     "noise-free samples as noised ones": ("noised = row < num_noised", "noised = row < num_patches"),
-    "image of another sample": ("corner, _ = patch_corner(row,", "corner, _ = patch_corner(row % num_noised,"),
+    "image of another sample": ("corner, sample = patch_corner(row,", "corner, sample = patch_corner(row % num_noised,"),
 }  # fmt: skip
 
 

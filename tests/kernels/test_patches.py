@@ -73,11 +73,11 @@ def test_gather_patches_by_loops(n, dtype):
     torch.testing.assert_close(found, by_loops(*args))
 
 
-def test_noise_from_its_seed():
-    """A seed stands for the noise that philox_randn makes of it."""
+def test_noise_from_seeds():
+    """A sample's seed stands for the noise that philox_randn makes of it."""
     x_start, ids_keep, a, b, _, P = corruption(dtype=torch.float32)
-    seed = torch.tensor(1234567890123)
-    eps = philox_randn(seed, (3, *x_start.shape[1:]))
+    seed = torch.tensor([1234567890123, 5, 6])
+    eps = torch.stack([philox_randn(one, x_start.shape[1:]) for one in seed])
     found = gather_patches_ref(x_start, ids_keep, a, b, seed, P)
     assert torch.equal(found, gather_patches_ref(x_start, ids_keep, a, b, eps, P))
     assert not torch.equal(found, gather_patches_ref(x_start, ids_keep, a, b, seed + 1, P))

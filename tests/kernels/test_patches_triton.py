@@ -20,7 +20,7 @@ def corruption(B=4, n=3, C=3, h=2, w=3, P=4, dtype=torch.float32, seed=0, given=
     keep = torch.randint(1, L + 1, (B,), generator=generator).tolist()
     ids = [s * L + torch.rand(L, generator=generator).argsort()[:k] for s, k in enumerate(keep)]
     angle = torch.rand(n, generator=generator) * 1.4 + 0.1
-    noise = torch.randint(-(2**62), 2**62, (), generator=generator)
+    noise = torch.randint(-(2**62), 2**62, (n,), generator=generator)
     if given:
         noise = torch.randn(n, C, h * P, w * P, generator=generator)
     x_start = torch.randn(B, C, h * P, w * P, generator=generator).to(dtype)
@@ -140,7 +140,7 @@ REFUSED = [
     ("sqrt_alpha", lambda a: a.int(), "sqrt_alpha: .* got .*int32"),
     ("sqrt_one_minus_alpha", lambda b: b[:2], r"sqrt_one_minus_alpha: expected \(3,\) .* got \(2,\)"),
     ("sqrt_one_minus_alpha", lambda b: b.half(), "sqrt_one_minus_alpha: .* got .*float16"),
-    ("noise", lambda s: s.int(), r"noise: expected a seed, int64 \[\], or floating \(3, 3, 8, 12\), got \(\) .*int32"),
+    ("noise", lambda s: s.int(), r"noise: .* each sample, int64 \(3,\), or floating \(3, 3, 8, 12\), got \(3,\) .*int32"),
     ("noise", lambda s: torch.zeros(4, 3, 8, 12), r"noise: .* got \(4, 3, 8, 12\)"),
     ("noise", lambda s: torch.zeros(3, 3, 8, 12).long(), "noise: .* got .*int64"),
     ("noise", lambda s: s.to("meta"), "noise: expected on cpu like x_start, got meta"),
@@ -161,8 +161,8 @@ MUTANTS = {
     "wrong sample index": ("sqrt_alpha_ptr + sample", "sqrt_alpha_ptr + 0 * sample"),
     "swapped coefficients": ("a[:, None] * x + b[:, None] * eps", "b[:, None] * x + a[:, None] * eps"),
     "noise of a neighbour": ("randn4x(seed, i // 4)", "randn4x(seed, i // 4 + 1)"),
-    "one noise for all samples": ("randn4x(seed, i // 4)", "randn4x(seed, i % (3 * H * W) // 4)"),
-    "a noised sample left clean": ("sample < num_noised", "sample < num_noised - 1"),
+    "one noise for all samples": ("noise_ptr + sample,", "noise_ptr + 0 * sample,"),
+    "a noised sample left clean": ("& (sample < num_noised)", "& (sample < num_noised - 1)"),
     "channels interleaved": ("(col // (P * P)) * (H * W) + (col // P % P) * W", "(col // P) * W"),
     "rows of patches mixed up": ("(place // across) * (P * W)", "(place // across) * W"),
     "lanes swapped": ("tl.join(tl.join(n0, n2), tl.join(n1, n3))", "tl.join(tl.join(n0, n1), tl.join(n2, n3))"),

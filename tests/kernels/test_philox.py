@@ -6,7 +6,14 @@ import pytest
 import torch
 from scipy import stats
 
-from umd.kernels.philox import philox_randn, philox_randn4x, philox_randn_rows, philox_uint32x4
+from umd.kernels.philox import (
+    philox_randn,
+    philox_randn4x,
+    philox_randn_rows,
+    philox_randn_samples,
+    philox_uint32x4,
+    random_words,
+)
 
 # philox4x32 10 in kat_vectors of github.com/DEShawResearch/random123: counter, key, output.
 KNOWN_ANSWERS = [
@@ -116,6 +123,41 @@ def test_rows_do_not_depend_on_their_batch():
     for row, offset in zip(rows, offsets, strict=True):
         assert torch.equal(row, philox_randn(9, (3, 5), offset=offset))
     assert torch.equal(rows[1:3], philox_randn_rows(9, offsets[1:3], (3, 5)))
+
+
+def test_samples_have_seeds_of_their_own():
+    seeds = torch.tensor([3, 2**40, 3])
+    noise = philox_randn_samples(seeds, (3, 7))
+    for sample, seed in zip(noise, seeds, strict=True):
+        assert torch.equal(sample, philox_randn(seed, (3, 7)))
+
+
+@pytest.mark.parametrize("count", [1, 4, 261])
+def test_random_words_are_philox_words(device, count):
+    """Of counter (j // 4, 0, sample, step) under the seed, in integers that cannot overflow."""
+    seed, step, samples = 2**62 + 2**33 + 5, 2**32 + 9, [0, 1, 77, 2**31 + 3]
+    found = random_words(seed, torch.tensor(step, device=device), torch.tensor(samples, device=device), count)
+    assert found.shape == (4, count) and found.dtype == torch.int64
+    for sample, row in zip(samples, found.tolist(), strict=True):
+        counters = [[j, 0, sample, step % 2**32] for j in range((count + 3) // 4)]
+        words = [word for c in counters for word in philox_by_python_ints(c, [seed % 2**32, seed >> 32])]
+        assert row == words[:count]
+
+
+def test_random_words_of_small_seeds(device):
+    """1 is a constant to Triton, and 0 a number of 32 bits."""
+    step, samples = torch.tensor(0, device=device), torch.arange(2, device=device)
+    for seed in (0, 1, 16, 2**31):
+        expected = philox_by_python_ints([0, 0, 1, 0], [seed, 0])
+        assert random_words(seed, step, samples, 4)[1].tolist() == expected
+    assert random_words(0, step, samples[:0], 4).shape == (0, 4)
+
+
+def test_random_words_refuse_by_name():
+    step, samples = torch.tensor(0), torch.arange(2)
+    for args, name in (((-1, step, samples), "seed"), ((0, samples, samples), "step"), ((0, step, step), "samples")):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            random_words(*args, 4)
 
 
 def test_registered_operator():
