@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from umd.errors import UserError
-from umd.train.data import Batch, Batches, DataConfig, draw_view, view_rng
+from umd.train.data import Batch, Batches, DataConfig, draw_view, to_device, view_rng
 from umd.train.sources import ImageDataset, unreadable
 
 READERS = 8  # threads that wait for the disk
@@ -127,8 +127,8 @@ def dali_batches(
                 decode_next()
             yield Batch(
                 x_start=x_start,
-                labels=None if labels is None else labels[indices].to(device, non_blocking=True),
-                indices=indices.to(device, non_blocking=True),
+                labels=None if labels is None else to_device(labels[indices], device),
+                indices=to_device(indices, device),
             )
     finally:
         pool.shutdown(cancel_futures=True)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -274,16 +275,14 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def sample_keys(
-    size: int, *, batch_size: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+    size: int, *, batch_size: int, seed: int, start: int = 0, places: Sequence[int] | None = None
 ) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, index) of every sample of one rank's share of each global batch, without end."""
+    """(epoch, index) of the samples at `places` of each whole batch (None: of all), without end."""
+    places = range(batch_size) if places is None else places
     order = lru_cache(maxsize=2)(lambda epoch: epoch_order(size, seed, epoch))
-    share = batch_size // world_size
-    first = start + rank * share
-    while True:
-        places = (divmod(position, size) for position in range(first, first + share))
-        yield [(epoch, int(order(epoch)[place])) for epoch, place in places]
-        first += batch_size
+    for first in count(start, batch_size):
+        positions = (divmod(first + place, size) for place in places)
+        yield [(epoch, int(order(epoch)[position])) for epoch, position in positions]
 
 
 def has_dali() -> bool:
@@ -359,25 +358,26 @@ def train_loader(
     batch_size: int,
     seed: int,
     start: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    places: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> Batches:
     """Training batches without end: one permutation of the dataset after another, batches across the seams.
 
     Of a run on latents they are drawn from the posteriors, anew each epoch, stored or of pictures encoded here.
-    batch_size: samples of all ranks together; each rank gets its own contiguous `batch_size // world_size`.
+    batch_size: samples of all ranks together.
+    places: which of these this rank gets, in this order; None: all.
     start: samples already seen by all ranks together; the batches go on from there.
     device: where the batch ends up; towards a GPU the pictures travel as bytes from pinned memory.
     """
-    if batch_size < 1 or batch_size % world_size:
-        raise ValueError(f"batch_size is {batch_size}: expected a multiple of the {world_size} ranks")
-    if not 0 <= rank < world_size or start < 0 or seed < 0:
-        given = f"rank {rank} of {world_size}, start {start}, seed {seed}"
-        raise ValueError(f"{given}: expected rank < world_size and none negative")
+    places = range(batch_size) if places is None else places
+    if batch_size < 1 or start < 0 or seed < 0:
+        given = f"batch_size {batch_size}, start {start}, seed {seed}"
+        raise ValueError(f"{given}: expected a batch of 1 or more, and none negative")
+    if len(places) == 0 or not 0 <= min(places) <= max(places) < batch_size:
+        raise ValueError(f"places: expected some of 0..{batch_size - 1}, got {list(places)[:8]}")
     if len(dataset) == 0:
         raise ValueError(f"the {dataset.split} split of {dataset.name} is empty")
-    place = dict(batch_size=batch_size, seed=seed, start=start, rank=rank, world_size=world_size)
+    place = dict(batch_size=batch_size, seed=seed, start=start, places=places)
     if isinstance(dataset, ImageDataset) and (tokenizer := tokenizer_of(config, device)):
         pictures = train_loader(dataset, pixel_config(config, tokenizer.vae), **place, device=device)
         return drawn_latents(pictures, tokenizer.moments, len(dataset), **place)
@@ -406,19 +406,25 @@ def train_loader(
 
 def drawn_latents(
     loader: Batches, moments: Callable[[Tensor], Tensor], size: int,
-    *, batch_size: int, seed: int, start: int, rank: int, world_size: int,
+    *, batch_size: int, seed: int, start: int, places: Sequence[int],
 ) -> Batches:  # fmt: skip
     """The loader's batches with latents drawn from `moments(x_start)`, by (seed, epoch, index)."""
-    share = batch_size // world_size
-    first = start + rank * share
+    offsets = torch.tensor(places)
     try:
-        for batch in loader:
-            epochs = torch.arange(first, first + share, device=batch.indices.device) // size
+        for first, batch in zip(count(start, batch_size), loader, strict=False):
+            offsets = offsets.to(batch.indices.device)
+            epochs = (first + offsets) // size
             x_start = sample_posterior(moments(batch.x_start), seed, epochs * size + batch.indices)
             yield replace(batch, x_start=x_start)
-            first += batch_size
     finally:
         loader.close()
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device. To a GPU from pinned memory: from other memory the host would wait for the step before it."""
+    if device.type == "cuda" and not x.is_pinned():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def batches(
@@ -439,9 +445,9 @@ def batches(
                 dataset.mark_broken(int(index))
             indices = torch.from_numpy(used)
             yield Batch(
-                x_start=convert(views.to(device, non_blocking=True)),  # [B, C, H, W]
-                labels=None if labels is None else labels[indices].to(device, non_blocking=True),
-                indices=indices.to(device, non_blocking=True),
+                x_start=convert(to_device(views, device)),  # [B, C, H, W]
+                labels=None if labels is None else to_device(labels[indices], device),
+                indices=to_device(indices, device),
             )
     finally:
         # Not left to the garbage collector: a traceback may hold the iterator, and its workers with it.

@@ -120,7 +120,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
         by_clock = config.minutes > 0 and config.steps == 0
         return seconds / (60 * config.minutes) if by_clock else step / total_steps
 
-    part_names = objective.part_names(micro)
+    part_names = objective.part_names()
     flops = micro_batches * objective.step_flops(micro)
     peak = world.size * peak_flops(device, dtype) if world.main else math.inf
     classifies = isinstance(model, Classifier)

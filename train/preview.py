@@ -38,7 +38,7 @@ def reconstructions(
     c = objective.corruption(
         timesteps=torch.full((B if noised else 0,), timestep, device=x_start.device),
         ids_keep=random_ids_keep(keep, model.config.num_patches, generator),
-        noise=torch.randint(2**62, (), generator=generator, device=x_start.device),
+        noise=torch.randint(2**62, (B if noised else 0,), generator=generator, device=x_start.device),
         clean=0 if noised else B,
     )
     with autocast(x_start.device, dtype):
@@ -50,7 +50,7 @@ def reconstructions(
     seen = visible = x_start
     if noised:
         alpha, sigma = objective.schedule.coefficients(c.timesteps, dtype=x_start.dtype)
-        eps = ops.philox_randn(c.noise, x_start.shape, x_start.device, x_start.dtype)
+        eps = ops.philox_randn_samples(c.noise, x_start.shape[1:], x_start.dtype)
         seen = alpha.view(-1, 1, 1, 1) * x_start + sigma.view(-1, 1, 1, 1) * eps
         visible = objective.schedule.xstart_from_eps(seen, c.timesteps, predicted_eps)
     predicted = torch.where(pixels, predicted, visible)

@@ -1,7 +1,7 @@
 """The objective of classification: cross-entropy on mixed, erased pictures and smoothed targets, with drop path.
 
 The recipe with which MAE is fine-tuned (https://arxiv.org/abs/2111.06377, Table 9), but for RandAugment. Everything
-random of a step comes from one seed, so a step is a pure function of (weights, batch, seed).
+random is a pure function of (seed, step, part of the batch).
 """
 
 import math
@@ -15,6 +15,7 @@ from torch import Tensor
 from umd.config import ClassifierConfig, ClassifierObjectiveConfig
 from umd.errors import UserError
 from umd.flops import classifier_flops
+from umd.objective import WHOLE, Part
 
 ERASED_AREA, ERASED_ASPECT, ERASE_TRIES = (0.02, 1 / 3), 1 / 0.3, 10
 NOISE_STD = 0.5  # about that of pixels in [-1, 1]
@@ -45,10 +46,19 @@ class ClassifierObjective:
             raise UserError(f"a classifier needs 2 classes or more, got {model.num_classes}")
         self.model, self.config = model, config
 
-    def part_names(self, batch_size: int) -> tuple[str | None, ...]:
+    on_device = False  # boxes and shares are drawn on the host: `step` is a number
+
+    def places(self, batch_size: int, part: Part = WHOLE) -> list[int]:
+        """Numbers, in the whole batch, of the samples of one part: they follow each other."""
+        return list(range(part.index * batch_size, (part.index + 1) * batch_size))
+
+    def part_names(self) -> tuple[str | None, ...]:
         return ()
 
-    def step_flops(self, batch_size: int) -> int:
+    def part_weights(self, batch_size: int, part: Part) -> tuple[float, ...]:
+        return ()
+
+    def step_flops(self, batch_size: int, part: Part = WHOLE) -> int:
         """FLOPs of forward and backward of a batch; of frozen features, of the forward pass."""
         return (1 if self.model.linear else 3) * classifier_flops(self.model, batch_size)
 
@@ -59,13 +69,18 @@ class ClassifierObjective:
         device: torch.device,
         labels: Tensor | None = None,
         indices: Tensor | None = None,
+        step: int = 0,
+        part: Part = WHOLE,
     ) -> Augmentation:
-        """Draw what is done to a batch; labels: int64 [B]. Raises UserError without labels."""
+        """Draw what is done to one part of a step's batch, whose pictures are mixed with each other.
+
+        labels: int64 [batch_size]. Raises UserError without labels.
+        """
         if labels is None:
             raise UserError("classification needs labels; use one subfolder a class, or labels in the .npz")
         if self.model.linear and batch_size < 2:
             raise UserError("the batch norm of a linear probe needs 2 images or more in a (micro-)batch, got 1")
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng((seed, step, part.index))
         share, box = draw_mixing(rng, self.config, self.model.image_size)
         erased = [draw_erased(rng, self.config.erase, self.model.image_size) for _ in range(batch_size)]
         one_hot = smoothed(labels, self.model.num_classes, self.config.smoothing)  # [B, classes]

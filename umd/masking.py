@@ -73,14 +73,17 @@ def random_ids_keep(keep: tuple[int, ...], num_patches: int, generator: torch.Ge
 
 
 def ids_keep_from_noise(noise: Tensor, keep: tuple[int, ...]) -> Tensor:
-    """The patches with the smallest noise [S, L] of each sample, in the order of the noise (MAE's `ids_shuffle`)."""
+    """The patches with the smallest noise [S, L] of each sample, in the order of the noise (MAE's `ids_shuffle`).
+
+    noise: any real type; of equal numbers the one in front comes first.
+    """
     return ranked_ids(noise, (0,) * len(keep), keep)
 
 
 def ranked_ids(noise: Tensor, first: tuple[int, ...], stop: tuple[int, ...]) -> Tensor:
     """Of each sample s the patches that come at `first[s]` to `stop[s] - 1` in the order of their noise [S, L]."""
     S, L = noise.shape
-    flat = noise.argsort(dim=1) + torch.arange(S, device=noise.device)[:, None] * L  # [S, L]
+    flat = noise.argsort(dim=1, stable=True) + torch.arange(S, device=noise.device)[:, None] * L  # [S, L]
     ids, start = [], 0
     for span, samples in groupby(zip(first, stop, strict=True)):  # equal spans are one slice; there are two at most
         end = start + len(list(samples))

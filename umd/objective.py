@@ -1,8 +1,10 @@
 """Corruption and loss of UMD, and with other numbers of MAE, MaskDiT and DiT (the paper's Eqs. 4 to 6); of DiffMAE.
 
-Everything random of a step comes from one seed, so a step is a pure function of (weights, batch, seed).
+Everything random of a sample is a pure function of (seed, step, number of the sample in the whole batch): a step is the
+same for any number of ranks and micro-batches. `seed` is the run's; `step` may live on the device, for CUDA graphs.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,24 @@ from umd.masking import Layout, ids_keep_from_noise, layout, num_keep, ranked_id
 from umd.schedule import NoiseSchedule
 
 
+class Part(NamedTuple):
+    """Which of the `count` equal parts of a step's batch: one for each rank and micro-batch."""
+
+    index: int = 0
+    count: int = 1
+
+
+WHOLE = Part()
+WORD = 2**32  # random words lie below it
+# Words of a sample: time, label dropout, two of the noise's seed, then one a patch for the order of its patches.
+FIRST_PATCH = 4
+
+
+def seeds_from_words(high: Tensor, low: Tensor) -> Tensor:
+    """Two words to a Philox seed in [0, 2**63)."""
+    return (high >> 1) << 32 | low
+
+
 class Corruption(NamedTuple):
     """What was done to a batch [B, C, H, W]; its first `num_noised` samples are noised, the others noise-free."""
 
@@ -27,7 +47,7 @@ class Corruption(NamedTuple):
     ids_keep: Tensor  # int64 [N], visible patches among the B·L
     timesteps: Tensor  # int64 [R], model time of each distinct condition: the noised samples', then one 0
     labels: Tensor | None  # int64 [R]
-    noise: Tensor  # int64 [], the Philox seed of ε; or ε itself [n, C, H, W]
+    noise: Tensor  # int64 [n], the Philox seed of each noised sample's ε; or ε itself [n, C, H, W]
     layout: Layout
     ids_predict: Tensor | None = None  # int64 [Q], places that a cross decoder predicts; None: all
     ids_ignored: Tensor | None = None  # int64, hidden patches that are not scored; None: every one is
@@ -49,6 +69,7 @@ class Objective:
 
     def __init__(self, model: ModelConfig, config: ObjectiveConfig, schedule: NoiseSchedule):
         self.model, self.config, self.schedule = model, config, schedule
+        self._places: dict[tuple[int, Part, torch.device], Tensor] = {}
         L = model.num_patches
         self.keep_noised = num_keep(L, config.mask_ratio)
         self.keep_clean = num_keep(L, config.mask_ratio_no_noise)
@@ -67,23 +88,56 @@ class Objective:
                 "left out: hide more, or use predict_ratio 1"
             )
 
-    def split(self, batch_size: int) -> tuple[int, int]:
-        """(noised, noise-free) samples of a batch: the first B - int(B·r0), and the rest."""
-        clean = int(batch_size * self.config.no_noise_prob)
-        return batch_size - clean, clean
+    def split(self, batch_size: int, part: Part = WHOLE) -> tuple[int, int]:
+        """(noised, noise-free) samples of one part of `batch_size` samples.
 
-    def part_names(self, batch_size: int) -> tuple[str | None, ...]:
+        Of the whole batch B the first B - int(B·r0) samples are noised. Each part has its share of both, to within one
+        sample, and the noised ones in front.
+
+        Raises:
+            UserError: the whole batch is too small for a noise-free sample, though r0 is above 0.
+        """
+        noised, before, after = self._noised(batch_size, part)
+        return after - before, batch_size - (after - before)
+
+    def places(self, batch_size: int, part: Part = WHOLE) -> list[int]:
+        """Numbers, in the whole batch, of the samples of one part: the noised ones, then the noise-free ones."""
+        noised, before, after = self._noised(batch_size, part)
+        first_clean = noised + part.index * batch_size - before
+        return [*range(before, after), *range(first_clean, first_clean + batch_size - (after - before))]
+
+    def _noised(self, batch_size: int, part: Part) -> tuple[int, int, int]:
+        """Noised samples of the whole batch; where those of the part begin and end among them."""
+        whole, r0 = batch_size * part.count, self.config.no_noise_prob
+        clean = int(whole * r0)
+        if r0 > 0 and clean == 0:
+            raise UserError(
+                f"no_noise_prob is {r0}, and int({whole} x {r0}) = 0 of the {whole} samples of a batch would be "
+                f"noise-free; use a batch_size of at least {math.ceil(1 / r0)}, or no_noise_prob 0"
+            )
+        noised = whole - clean
+        return noised, noised * part.index // part.count, noised * (part.index + 1) // part.count
+
+    def part_names(self) -> tuple[str | None, ...]:
         """What the parts of the loss are called in logs; None for that of an absent group."""
-        noised, clean = self.split(batch_size)
-        return ("loss_noised_eps" if noised else None, "loss_noised_x0" if noised else None) + (
-            "loss_clean" if clean else None,
-        )
+        r0 = self.config.no_noise_prob
+        noised = ("loss_noised_eps", "loss_noised_x0") if r0 < 1 else (None, None)
+        return *noised, "loss_clean" if r0 > 0 else None
 
-    def step_flops(self, batch_size: int) -> int:
-        """FLOPs of forward and backward of a batch."""
-        noised, clean = self.split(batch_size)
+    def part_weights(self, batch_size: int, part: Part) -> tuple[float, ...]:
+        """What each part of the loss of one micro-batch counts in the mean over all of them, so that this is the whole
+        batch's: proportional to its samples of the group."""
+        samples, whole = self.split(batch_size, part), self.split(batch_size * part.count)
+        noised, clean = (part.count * a / max(b, 1) for a, b in zip(samples, whole, strict=True))
+        return noised, noised, clean
+
+    def step_flops(self, batch_size: int, part: Part = WHOLE) -> int:
+        """FLOPs of forward and backward of one part of `batch_size` samples."""
+        noised, clean = self.split(batch_size, part)
         predict = self._predict(noised, clean) if self.model.decoder == "cross" else None
         return step_flops(self.model, self._keep(noised, clean), noised + min(clean, 1), predict)
+
+    on_device = True  # nothing is drawn on the host: `step` may be a tensor
 
     def corrupt(
         self,
@@ -92,26 +146,31 @@ class Objective:
         device: torch.device,
         labels: Tensor | None = None,
         indices: Tensor | None = None,
+        step: int | Tensor = 0,
+        part: Part = WHOLE,
     ) -> Corruption:
-        """Draw noise levels, masks and label dropout for a batch.
+        """Draw noise levels, masks and label dropout for one part of a step's batch.
 
-        labels: int64 [B] of the batch, used for its noised samples; noise-free ones always get the null class.
-        indices: not used; other objectives look up what belongs to the pictures.
+        Args:
+            batch_size: samples of this part, whose places in the whole batch are `places(batch_size, part)`.
+            seed: the run's, 0 <= seed < 2**63.
+            labels: int64 [batch_size], used for noised samples; noise-free ones always get the null class.
+            indices: not used; other objectives look up what belongs to the pictures.
+            step: number of the step, or int64 [] on `device`.
         """
-        generator = torch.Generator(device).manual_seed(seed)
-        noised, clean = self.split(batch_size)
-        t = torch.randint(1, self.schedule.num_steps + 1, (noised,), generator=generator, device=device)
+        noised, clean = self.split(batch_size, part)
+        L, keep = self.model.num_patches, self._keep(noised, clean)
+        samples = self._samples(batch_size, part, device)
+        words = ops.random_words(seed, as_step(step, device), samples, FIRST_PATCH + L)  # [B, 4 + L]
+        of_noised, order = words[:noised], words[:, FIRST_PATCH:]
         rows = None
         if labels is not None:
-            null = self.model.num_classes
-            drop = torch.rand(noised, generator=generator, device=device) < self.config.class_dropout_prob
-            rows = torch.where(drop, null, labels[:noised])
-        L, keep = self.model.num_patches, self._keep(noised, clean)
-        order = torch.rand(batch_size, L, generator=generator, device=device)
+            drop = of_noised[:, 1] < int(self.config.class_dropout_prob * WORD)
+            rows = torch.where(drop, self.model.num_classes, labels[:noised])
         c = self.corruption(
-            timesteps=t,
+            timesteps=1 + (of_noised[:, 0] * self.schedule.num_steps >> 32),
             ids_keep=ids_keep_from_noise(order, keep),
-            noise=torch.randint(2**62, (), generator=generator, device=device),
+            noise=seeds_from_words(of_noised[:, 2], of_noised[:, 3]),
             clean=clean,
             labels=rows,
         )
@@ -127,6 +186,13 @@ class Objective:
             ids_ignored=ranked_ids(order, stop, (L,) * batch_size) if self.config.predict_ratio < 1 else None,
             num_ignored_noised=noised * self.spare_noised,
         )
+
+    def _samples(self, batch_size: int, part: Part, device: torch.device) -> Tensor:
+        """`places` on the device, int64 [batch_size]; copied there once."""
+        key = batch_size, part, device
+        if key not in self._places:
+            self._places[key] = torch.tensor(self.places(batch_size, part), device=device)
+        return self._places[key]
 
     def corruption(
         self, timesteps: Tensor, ids_keep: Tensor, noise: Tensor, clean: int, labels: Tensor | None = None
@@ -191,13 +257,18 @@ class Objective:
         return hidden - predicted
 
 
+def as_step(step: int | Tensor, device: torch.device) -> Tensor:
+    """The number of a step as int64 [] on the device."""
+    return step if isinstance(step, Tensor) else torch.full((), step, device=device)
+
+
 class DiffMAECorruption(NamedTuple):
     """What was done to a batch of B pictures."""
 
     ids_keep: Tensor  # int64 [B·K], visible patches among the B·L
     ids_masked: Tensor  # int64 [B·M], the others
     timesteps: Tensor  # int64 [B]
-    noise: Tensor  # int64 [], the Philox seed of ε; or ε itself, as `diffmae.to_images` has the pictures
+    noise: Tensor  # int64 [B·f], Philox seeds of ε; or ε itself; of the images that `diffmae.to_images` makes
     layout: diffmae.Layout
     indices: Tensor | None  # int64 [B], which pictures of the dataset they are
 
@@ -233,10 +304,22 @@ class DiffMAEObjective:
         elif model.target_size:
             raise UserError(f"target_size is {model.target_size}, but the target is {config.target}; use 0")
 
-    def part_names(self, batch_size: int) -> tuple[str | None, ...]:
+    @property
+    def on_device(self) -> bool:
+        """Whether nothing is drawn or read on the host; a file of features is."""
+        return self.features is None
+
+    def places(self, batch_size: int, part: Part = WHOLE) -> list[int]:
+        """Numbers, in the whole batch, of the samples of one part: they follow each other."""
+        return list(range(part.index * batch_size, (part.index + 1) * batch_size))
+
+    def part_names(self) -> tuple[str | None, ...]:
         return ()
 
-    def step_flops(self, batch_size: int) -> int:
+    def part_weights(self, batch_size: int, part: Part) -> tuple[float, ...]:
+        return ()
+
+    def step_flops(self, batch_size: int, part: Part = WHOLE) -> int:
         """FLOPs of forward and backward of a batch: three times the forward pass, the convention of MFU."""
         return 3 * diffmae_flops(self.model, (self.keep,) * batch_size)
 
@@ -247,20 +330,25 @@ class DiffMAEObjective:
         device: torch.device,
         labels: Tensor | None = None,
         indices: Tensor | None = None,
+        step: int | Tensor = 0,
+        part: Part = WHOLE,
     ) -> DiffMAECorruption:
-        """Draw noise levels and masks for a batch; indices: int64 [B], for a file of features. Labels are not used."""
-        L = self.model.num_patches
-        generator = torch.Generator(device).manual_seed(seed)
-        order = torch.rand(batch_size, L, generator=generator, device=device).argsort(dim=1)  # [B, L]
+        """Draw noise levels and masks for one part of a step's batch, as `Objective.corrupt` does.
+
+        indices: int64 [batch_size], for a file of features. Labels are not used.
+        """
+        L, T = self.model.num_patches, self.schedule.num_steps
+        frames = self.model.num_frames // self.model.tubelet_size
+        samples = torch.arange(batch_size, device=device) + part.index * batch_size
+        words = ops.random_words(seed, as_step(step, device), samples, FIRST_PATCH + L + 2 * frames)
+        order = words[:, FIRST_PATCH : FIRST_PATCH + L].argsort(dim=1, stable=True)  # [B, L]
         order = order + torch.arange(batch_size, device=device)[:, None] * L
-        timesteps = torch.randint(
-            self.config.min_time, self.schedule.num_steps + 1, (batch_size,), generator=generator, device=device
-        )
+        high, low = words[:, FIRST_PATCH + L :].chunk(2, dim=1)  # [B, f]
         return DiffMAECorruption(
             ids_keep=order[:, : self.keep].flatten(),
             ids_masked=order[:, self.keep :].flatten(),
-            timesteps=timesteps,
-            noise=torch.randint(2**62, (), generator=generator, device=device),
+            timesteps=self.config.min_time + (words[:, 0] * (T + 1 - self.config.min_time) >> 32),
+            noise=seeds_from_words(high, low).flatten(),
             layout=diffmae.layout(self.model, (self.keep,) * batch_size, device),
             indices=indices,
         )
@@ -290,8 +378,8 @@ class DiffMAEObjective:
         return target
 
     def clean_patches(self, images: Tensor, ids: Tensor) -> Tensor:
-        none, seed = images.new_empty(0), ids.new_zeros(())  # no coefficients: no picture is noised
-        return ops.gather_patches(images, ids, none, none, seed, self.model.patch_size)
+        none, no_seeds = images.new_empty(0), ids.new_empty(0)  # no picture is noised
+        return ops.gather_patches(images, ids, none, none, no_seeds, self.model.patch_size)
 
 
 class FeatureFile:

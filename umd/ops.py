@@ -10,7 +10,7 @@ from umd.kernels.linear import few_rows_linear, forget, gelu_linear, linear
 from umd.kernels.loss import masked_diffusion_loss
 from umd.kernels.packing import Packing, pack
 from umd.kernels.patches import gather_patches, patchify, unpatchify
-from umd.kernels.philox import philox_randn, philox_randn_rows
+from umd.kernels.philox import philox_randn, philox_randn_rows, philox_randn_samples, random_words
 from umd.kernels.tokens import prepend_tokens, scatter_tokens, split_tokens
 
 __all__ = [
@@ -35,7 +35,9 @@ __all__ = [
     "patchify",
     "philox_randn",
     "philox_randn_rows",
+    "philox_randn_samples",
     "prepend_tokens",
+    "random_words",
     "scatter_tokens",
     "split_tokens",
     "square_sum",

@@ -248,7 +248,7 @@ MUTANTS = {
     "wrong count": ("tl.where(noised, squares_x0, 0.0)) / D / tl.maximum(num_x0, 1)",
                     "tl.where(noised, squares_x0, 0.0)) / D / tl.maximum(num_eps, 1)"),
     "noise-free samples as noised ones": ("noised = row < num_noised", "noised = row < num_patches"),
-    "image of another sample": ("corner, sample = patch_corner(row,", "corner, sample = patch_corner(row % num_noised,"),
+    "image of another sample": ("sample = patch_corner(row,", "sample = patch_corner(row % num_noised,"),
 }  # fmt: skip
 
 

@@ -140,7 +140,11 @@ REFUSED = [
     ("sqrt_alpha", lambda a: a.int(), "sqrt_alpha: .* got .*int32"),
     ("sqrt_one_minus_alpha", lambda b: b[:2], r"sqrt_one_minus_alpha: expected \(3,\) .* got \(2,\)"),
     ("sqrt_one_minus_alpha", lambda b: b.half(), "sqrt_one_minus_alpha: .* got .*float16"),
-    ("noise", lambda s: s.int(), r"noise: .* each sample, int64 \(3,\), or floating \(3, 3, 8, 12\), got \(3,\) .*int32"),
+    (
+        "noise",
+        lambda s: s.int(),
+        r"noise: .* each sample, int64 \(3,\), or floating \(3, 3, 8, 12\), got \(3,\) .*int32",
+    ),
     ("noise", lambda s: torch.zeros(4, 3, 8, 12), r"noise: .* got \(4, 3, 8, 12\)"),
     ("noise", lambda s: torch.zeros(3, 3, 8, 12).long(), "noise: .* got .*int64"),
     ("noise", lambda s: s.to("meta"), "noise: expected on cpu like x_start, got meta"),

@@ -55,12 +55,11 @@ def config(source, **options) -> DataConfig:
     )
 
 
-def take(source, count, batch_size=6, seed=1, start=0, rank=0, world_size=1, **options):
+def take(source, count, batch_size=6, seed=1, start=0, places=None, **options):
     settings = config(source, **options)
     batches = train_loader(
-        open_dataset(settings, "train"), settings, batch_size=batch_size, seed=seed, start=start, rank=rank,
-        world_size=world_size,
-    )  # fmt: skip
+        open_dataset(settings, "train"), settings, batch_size=batch_size, seed=seed, start=start, places=places
+    )
     taken = list(islice(batches, count))
     batches.close()
     return taken
@@ -107,7 +106,7 @@ def test_threads_change_nothing_and_epochs_and_seeds_do(folder):
 @needs_dali
 def test_three_ranks_see_every_sample_once_an_epoch(folder):
     alone = take(folder, 8, batch_size=9, loader="dali")
-    ranks = [take(folder, 8, batch_size=9, rank=r, world_size=3, loader="dali") for r in range(3)]
+    ranks = [take(folder, 8, batch_size=9, places=range(3 * r, 3 * r + 3), loader="dali") for r in range(3)]
     for whole, *parts in zip(alone, *ranks, strict=True):
         assert torch.equal(whole.x_start, torch.cat([part.x_start for part in parts]))
     order = torch.cat([part.indices for step in zip(*ranks, strict=True) for part in step])

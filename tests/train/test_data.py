@@ -71,12 +71,16 @@ def test_batch_has_the_promised_form():
     assert torch.equal(batch.labels, batch.indices % 3)
 
 
+def share_of(rank, ranks, share):
+    return range(rank * share, (rank + 1) * share)
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 23), st.integers(1, 5), st.integers(1, 4), st.integers(0, 200), st.integers(0, 3))
 def test_ranks_share_each_epoch_and_resume_anywhere(size, share, ranks, start, seed):
     def positions(start, count):
         streams = [
-            sample_keys(size, batch_size=share * ranks, seed=seed, start=start, rank=rank, world_size=ranks)
+            sample_keys(size, batch_size=share * ranks, seed=seed, start=start, places=share_of(rank, ranks, share))
             for rank in range(ranks)
         ]
         batches = [[next(stream) for stream in streams] for _ in range(count)]
@@ -101,10 +105,16 @@ def test_resumed_batches_are_bit_identical(size, batch_size, done, seed):
 def test_three_ranks_together_are_one():
     dataset = tiny(17)
     alone = take(dataset, CONFIG, 4, batch_size=12, seed=3)
-    ranks = [take(dataset, CONFIG, 4, batch_size=12, seed=3, rank=r, world_size=3) for r in range(3)]
+    ranks = [take(dataset, CONFIG, 4, batch_size=12, seed=3, places=share_of(r, 3, 4)) for r in range(3)]
     for whole, *parts in zip(alone, *ranks, strict=True):
         assert torch.equal(whole.x_start, torch.cat([part.x_start for part in parts]))
         assert torch.equal(whole.indices, torch.cat([part.indices for part in parts]))
+
+
+def test_places_are_taken_in_their_order():
+    whole, some = (take(tiny(17), CONFIG, 3, batch_size=6, seed=3, places=p) for p in (None, [4, 0, 5]))
+    for a, b in zip(whole, some, strict=True):
+        assert torch.equal(a.x_start[[4, 0, 5]], b.x_start) and torch.equal(a.indices[[4, 0, 5]], b.indices)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than processors
@@ -166,7 +176,9 @@ except KeyboardInterrupt:
     assert (out, err, process.returncode) == ("stopped\n", "", 0)
 
 
-@pytest.mark.parametrize("bad", [{"batch_size": 5, "world_size": 2}, {"rank": 1}, {"start": -1}, {"batch_size": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"places": [0, 4]}, {"places": [-1]}, {"places": []}, {"start": -1}, {"batch_size": 0}]
+)
 def test_loader_refuses_impossible_arguments(bad):
     with pytest.raises(ValueError, match="expected"):
         train_loader(tiny(4), CONFIG, **{"batch_size": 4, "seed": 0, **bad})

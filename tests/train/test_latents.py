@@ -312,7 +312,14 @@ def test_ranks_share_every_epoch_for_any_world_size_and_resume_anywhere(
     def stream(start: int, steps: int) -> list[tuple[int, int, float]]:
         """(label, index, value) of each sample of all ranks, in the order of the global batches."""
         loaders = [
-            train_loader(dataset, config, batch_size=batch_size, seed=3, start=start, rank=rank, world_size=world_size)
+            train_loader(
+                dataset,
+                config,
+                batch_size=batch_size,
+                seed=3,
+                start=start,
+                places=range(rank * share, (rank + 1) * share),
+            )  # fmt: skip
             for rank in range(world_size)
         ]
         seen = []
@@ -353,8 +360,8 @@ def test_ranks_draw_the_noise_that_one_process_draws(folder):
     config = DataConfig(source=str(folder), image_size=(8, 8), channels=4, num_workers=0)
     dataset = open_dataset(config, "train")
     alone, *ranks = (
-        train_loader(dataset, config, batch_size=20, seed=1, start=20, rank=rank, world_size=size)
-        for rank, size in ((0, 1), (0, 4), (1, 4), (2, 4), (3, 4))
+        train_loader(dataset, config, batch_size=20, seed=1, start=20, places=places)
+        for places in (None, *(range(5 * rank, 5 * rank + 5) for rank in range(4)))
     )
     for whole, *parts in islice(zip(alone, *ranks, strict=True), 5):  # over the seams at 49 and 98
         assert torch.equal(whole.x_start, torch.cat([part.x_start for part in parts]))

@@ -14,7 +14,7 @@ from umd.errors import UserError
 from umd.masking import layout
 from umd.model import UMD
 from umd.objective import Objective
-from umd.ops import patchify, philox_randn
+from umd.ops import patchify, philox_randn_samples
 from umd.sampler import ddim_sample
 from umd.schedule import NoiseSchedule
 
@@ -146,7 +146,7 @@ def test_a_step_is_the_formula(config, ratio, name):
     x = images(config, B)
     c = objective.corrupt(B, 5, CPU, torch.tensor([0, 2, 1, 0]) if config.num_classes else None)
     n = c.num_noised
-    eps = philox_randn(c.noise, (n, *x.shape[1:]), dtype=torch.float64)
+    eps = philox_randn_samples(c.noise, x.shape[1:], dtype=torch.float64)
     x_t = torch.cat([COSINE.q_sample(x[:n], c.timesteps[:n], eps), x[n:]])
     targets = [patchify(t, 2) for t in (x, eps, x_t)]
     ignored = set() if c.ids_ignored is None else set(c.ids_ignored.tolist())

@@ -10,8 +10,8 @@ from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig
 from umd.errors import UserError
 from umd.masking import layout, num_keep
 from umd.model import UMD
-from umd.objective import Objective
-from umd.ops import patchify, philox_randn
+from umd.objective import Objective, Part
+from umd.ops import patchify, philox_randn_samples
 from umd.schedule import NoiseSchedule
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def test_equals_the_formulas(name, config):
     corruption = objective.corrupt(B, seed=7, device=CPU, labels=labels)
     n = {"umd": 3, "mae": 0, "maskdit": 5, "dit": 5}[name]
     assert corruption.num_noised == n
-    eps = philox_randn(corruption.noise, (n, *x_start.shape[1:]), dtype=torch.float64)
+    eps = philox_randn_samples(corruption.noise, x_start.shape[1:], dtype=torch.float64)
 
     total, parts = objective(model, x_start, corruption)
     expected, expected_parts = plain_loss(model, x_start, corruption, eps)
@@ -152,7 +152,7 @@ def test_published_settings():
 
 
 @pytest.mark.parametrize(
-    "B, r0, clean", [(256, 0.5, 128), (256, 0.05, 12), (7, 0.5, 3), (4, 0, 0), (4, 1, 4), (1, 0.5, 0)]
+    "B, r0, clean", [(256, 0.5, 128), (256, 0.05, 12), (7, 0.5, 3), (4, 0, 0), (4, 1, 4), (1, 1, 1), (2, 0.5, 1)]
 )
 def test_the_first_samples_are_noised(B, r0, clean):
     objective = Objective(TINY, ObjectiveConfig(no_noise_prob=r0), NoiseSchedule())
@@ -186,7 +186,48 @@ def test_masks_are_uniform_and_independent():
     assert chisquare((ids[:, 0, 0] * 4 + ids[:, 1, 0]).bincount(minlength=16)).pvalue > 0.001
     times = torch.stack([c.timesteps for c in draws])
     assert chisquare((ids[:, 0, 0] * 4 + times[:, 0] - 1).bincount(minlength=16)).pvalue > 0.001
-    assert len({c.noise.item() for c in draws}) == 4000
+    assert len({seed for c in draws for seed in c.noise.tolist()}) == 8000
+
+
+@pytest.mark.parametrize("B, r0", [(16, 0.5), (48, 0.05), (24, 0.3), (16, 1.0), (16, 0.0)])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_parts_of_a_step_are_the_whole(B, r0, count):
+    """Any number of ranks and micro-batches: together every sample once, with the draws that it has in the whole
+    batch; the mean of their losses and gradients is that of the whole, and so are the parts in the logs."""
+    model, x_start, labels = randomised(TINY), images(TINY, B), torch.arange(B) % 5
+    objective = Objective(TINY, ObjectiveConfig(no_noise_prob=r0, class_dropout_prob=0.3), NoiseSchedule("cosine"))
+    parameters, names = list(model.parameters()), [name for name, _ in model.named_parameters()]
+
+    def run(part):
+        places = objective.places(B // part.count, part)
+        c = objective.corrupt(len(places), 11, CPU, labels[places], step=torch.tensor(3), part=part)
+        loss, parts = objective(model, x_start[places], c)
+        weighted = parts * torch.tensor(objective.part_weights(len(places), part), dtype=torch.float64)
+        return places, c, [loss, weighted, *torch.autograd.grad(loss, parameters, materialize_grads=True)]
+
+    (_, whole, expected), runs = run(Part()), [run(Part(i, count)) for i in range(count)]
+    clean = int(B * r0)
+    assert sorted(place for places, *_ in runs for place in places) == list(range(B))
+    for places, c, _ in runs:
+        n = c.num_noised
+        assert abs(n - (B - clean) / count) < 1 and [place < B - clean for place in places] == [
+            s < n for s in range(len(places))
+        ]
+        for name in ("timesteps", "labels", "noise"):
+            assert torch.equal(getattr(c, name)[:n], getattr(whole, name)[places[:n]]), name
+        L = TINY.num_patches
+        of_sample = [set((whole.ids_keep[whole.ids_keep // L == place] % L).tolist()) for place in places]
+        assert of_sample == [set((c.ids_keep[c.ids_keep // L == s] % L).tolist()) for s in range(len(places))]
+    for name, whole_value, *values in zip(["loss", "parts", *names], expected, *(r[2] for r in runs), strict=True):
+        error = (sum(values) / count - whole_value).abs().max()
+        assert error <= 1e-10 * whole_value.abs().max().clamp(min=1), name
+
+
+def test_a_batch_too_small_for_its_share_is_refused():
+    objective = Objective(TINY, ObjectiveConfig(no_noise_prob=0.05), NoiseSchedule())
+    with pytest.raises(UserError, match=r"int\(16 x 0.05\) = 0 .* batch_size of at least 20, or no_noise_prob 0"):
+        objective.corrupt(4, 0, CPU, part=Part(1, 4))
+    assert [objective.split(5, Part(i, 4)) for i in range(4)] == [(4, 1), (5, 0), (5, 0), (5, 0)]
 
 
 def test_each_sample_sees_patches_of_its_own():
@@ -273,7 +314,7 @@ def test_visible_patches(name, schedule):
     x_start = images(TINY, 6)
     corruption = objective.corrupt(6, 1, CPU)
     n = corruption.num_noised
-    eps = philox_randn(corruption.noise, (n, *x_start.shape[1:]), dtype=torch.float64)
+    eps = philox_randn_samples(corruption.noise, x_start.shape[1:], dtype=torch.float64)
     x_t = torch.cat([schedule.q_sample(x_start[:n], corruption.timesteps[:n], eps), x_start[n:]])
     rows = patchify(x_t, 2).flatten(0, 1)[corruption.ids_keep]
     torch.testing.assert_close(objective.visible_patches(x_start, corruption), rows, rtol=1e-12, atol=1e-12)
