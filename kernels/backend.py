@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     import triton
@@ -80,6 +81,11 @@ def cpu_paths(on: bool) -> Iterator[None]:
 def use_cpu_path(x: Tensor) -> bool:
     """Whether an op on x takes an implementation made for the CPU."""
     return x.device.type == "cpu" and _cpu_paths
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether x has no data, only a shape and a type."""
+    return isinstance(x, FakeTensor)
 
 
 def sees_dispatch() -> bool:

@@ -1,4 +1,4 @@
-"""The training loop: set up, resume, and then one step after another, read from top to bottom."""
+"""A training run: set up, steps, end. The step itself is `umd/train/step.py`."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,41 +18,43 @@ from torch import Tensor
 from umd import ops
 from umd.checkpoint import BackgroundSave, checkpoint_path, load_model_state, save_checkpoint
 from umd.classifier import Classifier
-from umd.device import autocast, keep_freed_memory, peak_flops, peak_memory, pick_dtype
-from umd.diffmae import DiffMAE
-from umd.ema import EMA, ema_rate, warm_rate
+from umd.device import keep_freed_memory, peak_flops, peak_memory, pick_dtype
+from umd.ema import EMA, ema_rate
 from umd.errors import UserError
-from umd.images import grid
 from umd.methods import AnyModel, AnyObjective, build_model, build_objective
-from umd.model import UMD
-from umd.objective import DiffMAEObjective, Objective
-from umd.sampler import ddim_sample
+from umd.objective import Part
 from umd.schedule import NoiseSchedule
 from umd.train.classify import open_held_out, show_scores
-from umd.train.data import center_view, derive_seed, describe, open_dataset, reader, train_loader
+from umd.train.data import ImageDataset, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import World, join
-from umd.train.latents import with_vae
+from umd.train.latents import LatentDataset, with_vae
 from umd.train.log import NoLog, RunLog
 from umd.train.optim import adamw, lr_scale, narrow_gradients
 from umd.train.parallel import DDP, Alone, LossStep, Zero, strategy
-from umd.train.preview import filled_sheets, picture_maker, reconstructions, rgb
+from umd.train.preview import picture_maker, preview_images, previews, rgb
 from umd.train.quarantine import record_quarantine
 from umd.train.resume import fingerprint, load_pretrained, newest_checkpoint
 from umd.train.run import RunConfig, check_attention, to_plain, write_config
+from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type, side_stream
 
-PREVIEW_IMAGES = 8
+DRAWS = 2  # of the corruptions: 2 numbers them by (seed, step, sample), 1 had a generator a micro-batch
 
 
 class Diverged(UserError):
     """The loss became NaN or infinite."""
 
 
+class StopRequest:
+    requested: signal.Signals | None = None
+
+
 def train(config: RunConfig, console: Console | None = None, name: str = "train") -> Path:
     """Train to the end of the run, or go on with the run in `config.out`. Returns the last checkpoint.
 
     A step is a pure function of (weights, optimiser, EMA, step number): data order, crops, noise and masks are
-    derived from the seed, so a resumed run is the run that was never stopped, to the bit on a CPU. Micro-batches are
-    numbered over all ranks, so W ranks with `accumulate` A make the steps of one rank with W·A.
+    derived from the seed, so a resumed run is the run that was never stopped, to the bit on a CPU. A sample's draws
+    depend on its place in the whole batch, so any number of ranks and micro-batches makes the same steps, up to
+    rounding; of classifiers, whose pictures are mixed within a micro-batch, as many ranks times micro-batches.
 
     Raises:
         UserError: settings that do not fit together, data that cannot be read, another run in `config.out`.
@@ -59,12 +62,99 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
         KeyboardInterrupt, SystemExit(143): after saving, on Ctrl-C or SIGTERM.
     """
     world = join(config.device, config.parallel)
-    with world.explained():
+    with world.explained(), side_stream(world.device):
         return train_rank(config, world, console or Console(), name)
 
 
 def train_rank(config: RunConfig, world: World, console: Console, name: str) -> Path:
     """`train` on one of the ranks. Only rank 0 prints, logs, draws and writes."""
+    run = set_up(config, world)
+    settings = to_plain(run.config)
+    writer = RunLog(config.out, console, run.number, name, config.wandb, settings) if world.main else NoLog()
+    with writer as log, finished(run.background), stop_signal() as stop, ops.attention(config.attention):
+        announce(run, log)
+        if world.main and config.draw_every and not isinstance(run.model, Classifier):
+            try:
+                run.show = picture_maker(run.config.data, world.device)
+            except UserError as error:  # a run can do without
+                log.say(f"pictures show the first channel of latents: {error}")
+        before = run.number
+        stopped = make_steps(run, log, stop)
+        return end(run, log, stop, stopped, before)
+
+
+class Run:
+    """What a training run holds on one rank, and how far it is."""
+
+    def __init__(self, config: RunConfig, world: World, dataset: ImageDataset | LatentDataset):
+        self.config, self.world, self.dataset = config, world, dataset
+        self.number, self.seconds = 0, 0.0  # steps done, time trained
+        self.saved_path: Path | None = None
+        self.saved_step: int | None = None
+        self.show: Callable[[Tensor], np.ndarray] = rgb
+
+    # Set by `set_up`.
+    model: AnyModel
+    objective: AnyObjective
+    parallel: Alone | DDP | Zero
+    ema: EMA | None
+    step: TrainStep
+    dtype: torch.dtype
+    refusal: str  # why the step is not recorded as a CUDA graph, or ""
+    captured: bool
+    saved: dict  # the state of the checkpoint that the run goes on from; {} of a new one
+    source: dict  # fingerprint of the dataset
+    background: BackgroundSave | None
+    held_out: ImageDataset | LatentDataset | None
+    preview: Tensor | None
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, over all ranks."""
+        return self.world.size * self.config.accumulate
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.steps or math.ceil(self.config.epochs * len(self.dataset) / self.config.batch_size)
+
+    def progress(self) -> float:
+        """Share of the run that is done."""
+        if self.config.minutes > 0 and self.config.steps == 0:
+            return self.seconds / (60 * self.config.minutes)
+        return self.number / self.total_steps
+
+    def flops(self) -> int:
+        """FLOPs of a step, forward and backward, over all ranks."""
+        parts = (Part(i, self.micro_batches) for i in range(self.micro_batches))
+        return sum(self.objective.step_flops(self.step.micro, part) for part in parts)
+
+    def save(self) -> None:
+        """Write a checkpoint, in the background where there is one. All ranks call this together."""
+        if self.background is not None:
+            self.background.wait()  # it holds the memory that is filled next
+        tensors = self.parallel.tensors(self.ema)
+        state = {"config": to_plain(self.config), "seconds": self.seconds, "draws": DRAWS}
+        state |= {"images_seen": self.number * self.config.batch_size}
+        state |= {"micro_batches": self.micro_batches, "source": self.source}
+        write = save_checkpoint if self.background is None else self.background.save
+        self.saved_step, self.saved_path = self.number, checkpoint_path(self.config.checkpoints, self.number)
+        if self.world.main:
+            write(self.config.checkpoints, self.number, tensors, state, keep=self.config.keep)
+
+    def draw(self, log: RunLog | NoLog) -> None:
+        """Pictures of what the network makes of held-out ones; of a classifier its scores."""
+        with self.parallel.averaged(self.ema) as network:
+            if self.held_out is not None and isinstance(network, Classifier):
+                show_scores(network, self.held_out, self.config, self.dtype, log, self.number)
+            elif self.preview is not None and network is not None:
+                clip = not self.config.data.vae_hash
+                sheets = previews(network, self.objective, self.preview, self.dtype, self.show, clip=clip)
+                for label, sheet in sheets.items():
+                    log.picture(label, sheet, self.number)
+
+
+def set_up(config: RunConfig, world: World) -> Run:
+    """Data, network, optimiser and step of a run, new or as its newest checkpoint has them."""
     device = world.device
     if device.type == "cpu":
         keep_freed_memory()
@@ -79,187 +169,207 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
     with world.main_first():
         dataset = open_dataset(config.data, "train")
         config = replace(config, data=with_vae(config.data, dataset))
+    run = Run(config, world, dataset)
+    run.dtype = dtype
     schedule = NoiseSchedule(config.schedule.name, config.schedule.num_steps, config.schedule.rho)
-    objective = build_objective(config.model, config.objective, schedule, len(dataset))
-    labelled = config.model.num_classes > 0
-    if labelled and len(dataset.class_names) != config.model.num_classes:
+    run.objective = objective = build_objective(config.model, config.objective, schedule, len(dataset))
+    if config.model.num_classes > 0 and len(dataset.class_names) != config.model.num_classes:
         raise UserError(
             f"the model has {config.model.num_classes} classes but {dataset.name} has {len(dataset.class_names)}; "
             "fine-tune on a labelled source, one class for each row of the label table"
         )
+    objective.step_flops(micro, Part(0, run.micro_batches))  # a batch too small for its noise-free share fails here
 
     torch.manual_seed(derive_seed(config.seed, 0))
-    model = build_model(config.model)
+    run.model = model = build_model(config.model)
     model.set_checkpointing(config.checkpointing)
-    source = fingerprint(dataset)
-    saved_path, saved = newest_checkpoint(config, world, source)
+    run.source = fingerprint(dataset)
+    run.saved_path, saved = newest_checkpoint(config, world, run.source)
     if saved is not None:
         load_model_state(model, saved.tensors["model"])
     elif config.init is not None:
         load_pretrained(model, config.init, config.data)
-    num_weights = sum(p.numel() for p in model.parameters())
-    peak_lr = config.optim.lr * config.batch_size / 256
-    parallel = spread(config, world, model, objective, peak_lr, dtype)
+    run.parallel = parallel = spread(config, world, model, objective, config.peak_lr, dtype)
     final_rate = min(1.0, ema_rate(config.batch_size, config.optim.ema))
-    ema = EMA(parallel.weights, final_rate) if final_rate > 0 else None
-
-    step, seconds, saved_step = 0, 0.0, None
+    run.ema = EMA(parallel.weights, final_rate) if final_rate > 0 else None
+    run.saved = {}
     if saved is not None:
-        parallel.load(saved.tensors, ema)
-        step, seconds, saved_step = saved.step, saved.state["seconds"], saved.step
-    micro_batches = world.size * config.accumulate
-    before = {"micro_batches": micro_batches, "source": source} | (saved.state if saved is not None else {})
-    saved = None  # its tensors
+        parallel.load(saved.tensors, run.ema)
+        run.number, run.seconds, run.saved_step, run.saved = saved.step, saved.state["seconds"], saved.step, saved.state
+    run.refusal = capture_refusal(device, objective, parallel, config.compile)
+    run.captured = captures(config.capture, run.refusal, parallel)
+    run.step = TrainStep(
+        parallel, objective, micro, derive_seed(config.seed, 2), world, run.ema, final_rate, run.number,
+        cast_type(dtype, parallel, config.compile), run.captured,
+    )  # fmt: skip
     if world.main:
         write_config(config)
         if quarantined := getattr(dataset, "quarantined", None):
             record_quarantine(quarantined, len(dataset), config.out)
-    total_steps = config.steps or math.ceil(config.epochs * len(dataset) / config.batch_size)
-
-    def progress() -> float:
-        by_clock = config.minutes > 0 and config.steps == 0
-        return seconds / (60 * config.minutes) if by_clock else step / total_steps
-
-    part_names = objective.part_names()
-    flops = micro_batches * objective.step_flops(micro)
-    peak = world.size * peak_flops(device, dtype) if world.main else math.inf
     classifies = isinstance(model, Classifier)
-    held_out = open_held_out(config) if world.main and classifies and config.draw_every else None
-    preview = preview_images(config, device) if world.main and not classifies else None
+    run.held_out = open_held_out(config) if world.main and classifies and config.draw_every else None
+    run.preview = preview_images(config, device) if world.main and not classifies else None
     # On one CPU a copy and a thread would take from the step what they save.
-    background = BackgroundSave() if world.size > 1 or device.type == "cuda" else None
+    run.background = BackgroundSave() if world.size > 1 or device.type == "cuda" else None
+    return run
 
-    def save() -> Path:
-        if background is not None:
-            background.wait()  # it holds the memory that is filled next
-        tensors = parallel.tensors(ema)
-        state = {"config": to_plain(config), "seconds": seconds, "images_seen": step * config.batch_size}
-        state |= {"micro_batches": micro_batches, "source": source}
-        write = save_checkpoint if background is None else background.save
-        if not world.main:
-            return checkpoint_path(config.checkpoints, step)
-        return write(config.checkpoints, step, tensors, state, keep=config.keep)
 
-    def draw() -> None:
-        with parallel.averaged(ema) as network:
-            if held_out is not None and isinstance(network, Classifier):
-                show_scores(network, held_out, config, dtype, log, step)
-            elif preview is not None and network is not None:
-                sheets = previews(network, objective, preview, dtype, show, clip=not config.data.vae_hash)
-                for label, sheet in sheets.items():
-                    log.picture(label, sheet, step)
-
-    writer = RunLog(config.out, console, step, name, config.wandb, to_plain(config)) if world.main else NoLog()
-    with writer as log, finished(background), stop_signal() as stop, ops.attention(config.attention):
-        log.say(f"{describe(dataset)}; {reader(dataset, config.data)}")
+def announce(run: Run, log: RunLog | NoLog) -> None:
+    """What is trained on what, and in what a run that goes on is another than it was."""
+    config, dataset, device = run.config, run.dataset, run.world.device
+    log.say(f"{describe(dataset)}; {reader(dataset, config.data)}")
+    weights = sum(p.numel() for p in run.model.parameters())
+    log.say(
+        f"{weights / 1e6:.1f} M parameters on {run.parallel.place(device)}, "
+        f"{'bf16' if run.dtype == torch.bfloat16 else 'fp32'}, "
+        f"{run.flops() / config.batch_size / 1e9:.2f} GFLOP an image"
+        + (", the step a CUDA graph" if run.captured else "")
+        + (f"; goes on at step {run.number}" if run.number else "")
+    )
+    if not run.saved:
+        return
+    if run.saved.get("draws") != DRAWS and not isinstance(run.model, Classifier):
+        log.say("the run was begun by an earlier version: it goes on with other noise and masks than it would have had")
+    before = run.saved["micro_batches"]
+    if before != run.micro_batches and isinstance(run.model, Classifier):
         log.say(
-            f"{num_weights / 1e6:.1f} M parameters on {parallel.place(device)}, "
-            f"{'bf16' if dtype == torch.bfloat16 else 'fp32'}, {flops / config.batch_size / 1e9:.2f} GFLOP an image"
-            + (f"; goes on at step {step}" if step else "")
+            f"the run had {before} micro-batches a step and now has {run.micro_batches} (ranks x accumulate): it goes "
+            "on with other mixtures of pictures than it would have had"
         )
-        if before["micro_batches"] != micro_batches:
-            log.say(
-                f"the run had {before['micro_batches']} micro-batches a step and now has {micro_batches} (ranks x "
-                "accumulate): it goes on, with other noise and masks than it would have had"
-            )
-        if before["source"] != source:
-            log.say(
-                f"{config.data.source} changed: the run had {before['source']['images']} pictures there and now has "
-                f"{len(dataset)}; it goes on with them in another order than it would have had"
-            )
-        show: Callable[[Tensor], np.ndarray] = rgb
-        if world.main and config.draw_every and not classifies:
-            try:
-                show = picture_maker(config.data, device)
-            except UserError as error:  # a run can do without
-                log.say(f"pictures show the first channel of latents: {error}")
-        loader = train_loader(
-            dataset, config.data, batch_size=config.batch_size, seed=derive_seed(config.seed, 1),
-            start=step * config.batch_size, rank=world.rank, world_size=world.size, device=device,
-        )  # fmt: skip
-        pending: tuple[int, Tensor, Tensor, Tensor] | None = None  # last step: number, sums, indices, gradient norm
-        window, window_start = 0, time.perf_counter()
-        elapsed, agreed_stop = 0.0, False
+    if run.saved["source"] != run.source:
+        log.say(
+            f"{config.data.source} changed: the run had {run.saved['source']['images']} pictures there and now has "
+            f"{len(dataset)}; it goes on with them in another order than it would have had"
+        )
 
-        def read() -> list[float]:
-            """The sums of the last step, waited for."""
-            return check_finite(config, world, pending, saved_path, part_names)
 
-        def stopping() -> bool:
-            return agreed_stop if world.size > 1 else stop.requested is not None
+class Sent(NamedTuple):
+    """A step that was queued, and what its line in the log says beside what the device finds."""
 
-        try:
-            while progress() < 1 and not stopping():
-                started = time.perf_counter()
-                batch = next(loader)
-                lr = peak_lr * lr_scale(progress(), config.optim.warmup)
-                for group in parallel.optimizer.param_groups:
-                    group["lr"] = lr * group["lr_multiplier"]
-                sums = torch.zeros(1 + len(part_names) + 2, device=device)  # loss, its parts, clock and stop request
-                for i in range(config.accumulate):
-                    part = slice(i * micro, (i + 1) * micro)
-                    labels = batch.labels[part] if labelled and batch.labels is not None else None
-                    number = world.rank * config.accumulate + i  # of the micro-batch among those of all ranks
-                    corruption = objective.corrupt(
-                        micro, derive_seed(config.seed, 2, step, number), device, labels, batch.indices[part]
-                    )
-                    last = i == config.accumulate - 1
-                    loss, parts = parallel.forward_backward(batch.x_start[part], corruption, last)
-                    sums[:-2] += torch.cat([loss[None], parts]) / config.accumulate
-                sums[-2], sums[-1] = elapsed, float(stop.requested is not None)
-                world.mean_(sums)
-                norm = parallel.update()
-                if ema is not None:
-                    ema.rate = warm_rate(final_rate, step)
-                    ema.update(parallel.weights)
+    turn: int  # of `Told`
+    number: int
+    indices: Tensor
+    row: dict[str, float] | None  # None: this step has no line
 
-                # The step before is read now: a device works on this one meanwhile and is not kept waiting.
-                before_last = read()
-                step += 1
-                pending = (step, sums, batch.indices, norm)
-                window += 1
-                elapsed = time.perf_counter() - started
-                # Ranks stop and count time by what all of them know, which is a step old.
-                seconds += elapsed if world.size == 1 else before_last[-2]
-                agreed_stop = before_last[-1] > 0
-                if background is not None:
-                    background.check()
-                log.progress(progress())
-                if step % config.log_every == 0 or progress() >= 1:
-                    total, *parts_read = read()[:-2]
-                    took = time.perf_counter() - window_start
-                    row: dict[str, float] = {"step": step, "images_seen": step * config.batch_size}
-                    row |= {"epoch": step * config.batch_size / len(dataset), "seconds": seconds, "loss": total}
-                    row |= {name: value for name, value in zip(part_names, parts_read, strict=True) if name}
-                    row |= {"lr": lr, "grad_norm": float(norm), "images_per_second": window * config.batch_size / took}
-                    row |= {"mfu": window * flops / took / peak, "peak_memory_bytes": peak_memory(device)}
-                    log.row(row)
-                    window, window_start = 0, time.perf_counter()
-                paused = time.perf_counter()
-                if step % config.save_every == 0:
-                    read()
-                    saved_path, saved_step = save(), step
-                if config.draw_every and step % config.draw_every == 0 and progress() < 1:
-                    draw()
-                window_start += time.perf_counter() - paused
-        finally:
-            loader.close()
-        read()
-        if saved_path is None or saved_step != step:
-            saved_path = save()
-        if background is not None:
-            background.wait()
-        if stopping():
-            reason = stop.requested or signal.SIGTERM  # another rank's
-            log.say(f"stopped by {reason.name} at step {step}; saved {saved_path}; run the same command to go on")
-            if reason is signal.SIGINT:
-                raise KeyboardInterrupt
-            raise SystemExit(128 + reason)
-        if config.draw_every and pending is not None:
-            draw()
-        log.progress(1.0)
-        log.say(f"done: step {step}, {seconds / 60:.1f} min of training, saved {saved_path}")
-    return saved_path
+
+def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest) -> bool:
+    """Steps until the run is done or asked to stop; returns whether it was asked to. The last step is looked at."""
+    config, world, objective = run.config, run.world, run.objective
+    labelled = config.model.num_classes > 0
+    places = [place for part in run.step.parts for place in objective.places(run.step.micro, part)]
+    loader = train_loader(
+        run.dataset, config.data, batch_size=config.batch_size, seed=derive_seed(config.seed, 1),
+        start=run.number * config.batch_size, places=places, device=world.device,
+    )  # fmt: skip
+    told = Told(world, len(run.step.metrics))
+    rate = Rate(run)
+    sent: Sent | None = None
+    elapsed, asked = 0.0, False  # seconds of the last step; whether any rank is asked to stop
+
+    def settle() -> None:
+        """Read the last step sent, if it was not, and write its line."""
+        nonlocal sent, asked
+        if sent is None:
+            return
+        step, sent = sent, None
+        values = told.read(step.turn)
+        check_finite(run, step, values)
+        *numbers, norm, seconds, stopping = values
+        if world.size > 1:  # ranks stop and count time by what all of them know, which is a step old
+            run.seconds += seconds
+        asked = stopping > 0
+        rate.steps += 1
+        if step.row is not None:
+            loss, *parts = numbers
+            names = zip(objective.part_names(), parts, strict=True)
+            row = step.row | {"seconds": run.seconds if world.size > 1 else step.row["seconds"], "loss": loss}
+            row |= {name: value for name, value in names if name}
+            log.row(row | {"grad_norm": norm, **rate.read()})
+
+    def stopping() -> bool:
+        return asked if world.size > 1 else stop.requested is not None
+
+    try:
+        while run.progress() < 1 and not stopping():
+            started = time.perf_counter()
+            batch = next(loader)
+            lr = config.peak_lr * lr_scale(run.progress(), config.optim.warmup)
+            metrics = run.step(batch.x_start, batch.labels if labelled else None, batch.indices, lr)
+            turn = told.send(metrics, elapsed, stop.requested is not None)
+            settle()  # the step before: the device works on this one meanwhile and is not kept waiting
+            run.number += 1
+            elapsed = time.perf_counter() - started
+            run.seconds += elapsed if world.size == 1 else 0
+            row = {"step": run.number, "images_seen": run.number * config.batch_size, "seconds": run.seconds, "lr": lr}
+            row["epoch"] = run.number * config.batch_size / len(run.dataset)
+            logged = run.number % config.log_every == 0 or run.progress() >= 1
+            sent = Sent(turn, run.number, batch.indices, row if logged else None)
+            if run.background is not None:
+                run.background.check()
+            log.progress(run.progress())
+            saves = run.number % config.save_every == 0
+            draws = config.draw_every and run.number % config.draw_every == 0 and run.progress() < 1
+            if saves or draws:
+                settle()  # weights of a loss that is not finite are never saved
+                with rate.paused():
+                    if saves:
+                        run.save()
+                    if draws:
+                        run.draw(log)
+    finally:
+        loader.close()
+    settle()
+    return stopping()
+
+
+class Rate:
+    """Images a second and MFU since the last line of the log, without the time for saving and drawing."""
+
+    def __init__(self, run: Run):
+        self.images, self.device = run.config.batch_size, run.world.device
+        self.flops = run.flops()
+        self.peak = run.world.size * peak_flops(self.device, run.dtype) if run.world.main else math.inf
+        self.steps, self.since = 0, time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """What the line of a step says; a new window begins."""
+        took, steps = time.perf_counter() - self.since, self.steps
+        self.steps, self.since = 0, time.perf_counter()
+        mfu = steps * self.flops / took / self.peak
+        return {
+            "images_per_second": steps * self.images / took,
+            "mfu": mfu,
+            "peak_memory_bytes": peak_memory(self.device),
+        }
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+
+def end(run: Run, log: RunLog | NoLog, stop: StopRequest, stopped: bool, before: int) -> Path:
+    """The last checkpoint, and the last pictures. Returns the checkpoint's path; raises what a stop request asks for.
+
+    before: steps that were done when this process took the run up.
+    """
+    if run.saved_path is None or run.saved_step != run.number:
+        run.save()
+    if run.background is not None:
+        run.background.wait()
+    assert run.saved_path is not None
+    if stopped:
+        reason = stop.requested or signal.SIGTERM  # another rank's
+        log.say(f"stopped by {reason.name} at step {run.number}; saved {run.saved_path}; run the same command to go on")
+        if reason is signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + reason)
+    if run.config.draw_every and run.number > before:
+        run.draw(log)
+    log.progress(1.0)
+    log.say(f"done: step {run.number}, {run.seconds / 60:.1f} min of training, saved {run.saved_path}")
+    return run.saved_path
 
 
 def spread(
@@ -289,37 +399,28 @@ def spread(
     return Zero(model, loss, optimizer, config.accumulate, config.optim.clip, world, stage, micro, dtype)
 
 
-def check_finite(
-    config: RunConfig,
-    world: World,
-    pending: tuple[int, Tensor, Tensor, Tensor] | None,
-    saved: Path | None,
-    part_names: tuple[str | None, ...],
-) -> list[float]:
-    """The sums of a finished step. Stops the run if its loss is not a number; its weights are never saved."""
-    if pending is None:
-        return [0.0, 0.0]  # no clock, no stop request
-    step, sums, indices, norm = pending
-    values = sums.tolist()
-    if all(math.isfinite(v) for v in values) and math.isfinite(float(norm)):
-        return values
-    indices = world.gather(indices)
-    dump = config.out / "nan-dump.json"
-    numbers = range(world.size * config.accumulate)
+def check_finite(run: Run, step: Sent, values: list[float]) -> None:
+    """Stop the run if the loss of a finished step, or its gradient, is not a number; its weights are never saved."""
+    *numbers, norm, _, _ = values
+    if all(map(math.isfinite, values)):
+        return
+    indices = run.world.gather(step.indices)
+    dump = run.config.out / "nan-dump.json"
+    names = zip(run.objective.part_names(), numbers[1:], strict=True)
     record = {
-        "step": step,
-        "grad_norm": str(float(norm)),
-        "loss": str(values[0]),
-        **{name: str(value) for name, value in zip(part_names, values[1:-2], strict=True) if name},
+        "step": step.number,
+        "grad_norm": str(norm),
+        "loss": str(numbers[0]),
+        **{name: str(value) for name, value in names if name},
         "batch_indices": indices.tolist(),
-        "corruption_seeds": [derive_seed(config.seed, 2, step - 1, i) for i in numbers],
-        "last_good_checkpoint": saved and str(saved),
+        "draws": {"seed": run.step.seed, "step": step.number - 1, "parts": run.micro_batches},
+        "last_good_checkpoint": run.saved_path and str(run.saved_path),
     }
-    if world.main:
+    if run.world.main:
         dump.write_text(json.dumps(record, indent=1))
     raise Diverged(
-        f"the loss or its gradient is not finite at step {step} (loss {values[0]}, gradient norm {float(norm)}; images "
-        f"{indices[:8].tolist()}...); {dump} has the batch, last good checkpoint: {saved or 'none'}; "
+        f"the loss or its gradient is not finite at step {step.number} (loss {numbers[0]}, gradient norm {norm}; "
+        f"images {indices[:8].tolist()}...); {dump} has the batch, last good checkpoint: {run.saved_path or 'none'}; "
         "go on with --precision fp32, or start another run from its weights (--init) with a lower lr"
     )
 
@@ -332,10 +433,6 @@ def finished(background: BackgroundSave | None) -> Iterator[None]:
     finally:
         if background is not None:
             background.wait()
-
-
-class StopRequest:
-    requested: signal.Signals | None = None
 
 
 @contextmanager
@@ -357,44 +454,3 @@ def stop_signal():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def preview_images(config: RunConfig, device: torch.device) -> Tensor:
-    """A few held-out images (of the training split where nothing is held out): [n, C, H, W]."""
-    dataset = open_dataset(config.data, "test")
-    if len(dataset) == 0:
-        dataset = open_dataset(config.data, "train")
-    chosen = np.linspace(0, len(dataset) - 1, min(PREVIEW_IMAGES, len(dataset))).astype(int)
-    return center_view(dataset, chosen, config.data).to(device)
-
-
-def previews(
-    model: AnyModel, objective: AnyObjective, x: Tensor, dtype: torch.dtype, show: Callable[[Tensor], np.ndarray],
-    clip: bool,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """Sheets by name: masked input, reconstruction and original in three rows; with labels, a sample of each class."""
-    if isinstance(model, DiffMAE) and isinstance(objective, DiffMAEObjective):
-        return filled_sheets(model, objective, x, dtype, show, clip)
-    assert isinstance(model, UMD) and isinstance(objective, Objective), "a classifier shows scores instead"
-    sheets = {}
-    T, r0 = objective.schedule.num_steps, objective.config.no_noise_prob
-    trained = ({"reconstruction": 0} if r0 > 0 else {}) | ({"denoising": T // 4} if r0 < 1 else {})
-    for label, timestep in trained.items():
-        triplets = reconstructions(model, objective, x, timestep, dtype=dtype, show=show)
-        sheets[label] = grid(
-            np.stack([picture for row in zip(*triplets, strict=True) for picture in row]), len(triplets)
-        )
-    if classes := model.config.num_classes:
-        labels = torch.arange(min(classes, 16), device=x.device)
-
-        def denoise(x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-            with autocast(x_t.device, dtype):
-                return model.denoise(x_t, t, y)
-
-        with torch.no_grad():
-            samples = ddim_sample(
-                denoise, (len(labels), *x.shape[1:]), objective.schedule, num_steps=25, labels=labels,
-                null_label=classes, cfg_scale=2.0, clip=clip, device=x.device,
-            )  # fmt: skip
-        sheets["samples"] = grid(show(samples), columns=8)
-    return sheets

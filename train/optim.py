@@ -12,7 +12,7 @@ from umd.classifier import Classifier
 from umd.device import apex_lacks
 from umd.errors import UserError
 from umd.methods import AnyModel
-from umd.model import GeluLinear, Linear
+from umd.model import Linear
 from umd.modulation import Modulation
 
 
@@ -105,7 +105,7 @@ def check_apex(device: torch.device) -> None:
 def runs_compiled(optimizer: torch.optim.Optimizer) -> bool:
     """Whether `clipped_step` takes the step in one compiled pass, whose gradients may be bf16 beside fp32 weights."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    ours = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in params)
+    ours = all(ops.use_cpu_path(p) and p.dtype == torch.float32 and p.is_contiguous() for p in params)
     return ours and isinstance(optimizer, torch.optim.AdamW) and not ops.compiler_lacks()
 
 
@@ -116,8 +116,30 @@ def narrow_gradients(model: AnyModel, optimizer: torch.optim.Optimizer) -> None:
     if not runs_compiled(optimizer):
         return
     for module in model.modules():
-        if isinstance(module, Linear | GeluLinear | Modulation):
+        if isinstance(module, Linear | Modulation):
             module.weight.grad_dtype = torch.bfloat16
+
+
+def rates_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Move AdamW's learning rates to the device, where a CUDA graph reads what they are at each replay. Returns whether
+    they are there: apex and DeepSpeed keep them on the host, and on the CPU there is nothing to gain."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(optimizer, torch.optim.AdamW) or ops.use_cpu_path(params[0]):
+        return False
+    for group in optimizer.param_groups:
+        group["lr"] = torch.full((), group["lr"], device=params[0].device)
+        group["capturable"] = params[0].is_cuda
+    return True
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give each group its share of the run's learning rate. Waits for no device."""
+    for group in optimizer.param_groups:
+        rate = lr * group["lr_multiplier"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
@@ -157,7 +179,7 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     On the CPU compiled, or by BLAS's dot, which takes two thirds of the time of torch's norm there and, in fp32, is
     fifty times as accurate.
     """
-    if not gradients or gradients[0].device.type != "cpu":
+    if not gradients or not ops.use_cpu_path(gradients[0]):
         return torch.nn.utils.get_total_norm(gradients)
     if {g.dtype for g in gradients} <= {torch.float32, torch.bfloat16} and not ops.compiler_lacks():
         return ops.square_sum(gradients).sqrt().float()

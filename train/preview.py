@@ -11,11 +11,16 @@ from umd.device import autocast
 from umd.diffmae import DiffMAE, fill, pixel_mask
 from umd.images import grid, to_uint8
 from umd.masking import random_ids_keep
+from umd.methods import AnyModel, AnyObjective
 from umd.model import UMD
 from umd.objective import DiffMAEObjective, Objective
 from umd.report import masked_view
-from umd.train.data import DataConfig
+from umd.sampler import ddim_sample
+from umd.train.data import DataConfig, center_view, open_dataset
 from umd.train.latents import tokenizer_of
+from umd.train.run import RunConfig
+
+PREVIEW_IMAGES = 8
 
 Triplet = tuple[np.ndarray, np.ndarray, np.ndarray]  # masked input, reconstruction, original: uint8 [H, W, 3]
 
@@ -98,3 +103,44 @@ def rgb(x: Tensor) -> np.ndarray:
     """[B, C, H, W] in [-1, 1] to uint8 [B, H, W, 3]; of other than 3 channels the first is shown as grey."""
     x = x if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1)
     return to_uint8(x)
+
+
+def preview_images(config: RunConfig, device: torch.device) -> Tensor:
+    """A few held-out images (of the training split where nothing is held out): [n, C, H, W]."""
+    dataset = open_dataset(config.data, "test")
+    if len(dataset) == 0:
+        dataset = open_dataset(config.data, "train")
+    chosen = np.linspace(0, len(dataset) - 1, min(PREVIEW_IMAGES, len(dataset))).astype(int)
+    return center_view(dataset, chosen, config.data).to(device)
+
+
+def previews(
+    model: AnyModel, objective: AnyObjective, x: Tensor, dtype: torch.dtype, show: Callable[[Tensor], np.ndarray],
+    clip: bool,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Sheets by name: masked input, reconstruction and original in three rows; with labels, a sample of each class."""
+    if isinstance(model, DiffMAE) and isinstance(objective, DiffMAEObjective):
+        return filled_sheets(model, objective, x, dtype, show, clip)
+    assert isinstance(model, UMD) and isinstance(objective, Objective), "a classifier shows scores instead"
+    sheets = {}
+    T, r0 = objective.schedule.num_steps, objective.config.no_noise_prob
+    trained = ({"reconstruction": 0} if r0 > 0 else {}) | ({"denoising": T // 4} if r0 < 1 else {})
+    for label, timestep in trained.items():
+        triplets = reconstructions(model, objective, x, timestep, dtype=dtype, show=show)
+        sheets[label] = grid(
+            np.stack([picture for row in zip(*triplets, strict=True) for picture in row]), len(triplets)
+        )
+    if classes := model.config.num_classes:
+        labels = torch.arange(min(classes, 16), device=x.device)
+
+        def denoise(x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+            with autocast(x_t.device, dtype):
+                return model.denoise(x_t, t, y)
+
+        with torch.no_grad():
+            samples = ddim_sample(
+                denoise, (len(labels), *x.shape[1:]), objective.schedule, num_steps=25, labels=labels,
+                null_label=classes, cfg_scale=2.0, clip=clip, device=x.device,
+            )  # fmt: skip
+        sheets["samples"] = grid(show(samples), columns=8)
+    return sheets

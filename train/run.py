@@ -70,6 +70,8 @@ class RunConfig:
     """Backend of self-attention; `umd doctor` tells which one auto is here."""
     compile: bool = False
     """Run the network through torch.compile."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Record the whole step as a CUDA graph and replay it. auto: on one GPU; with DDP ask for it; ZeRO cannot."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more FLOPs."""
     save_every: int = 1000
@@ -102,6 +104,11 @@ class RunConfig:
         frames = getattr(self.model, "num_frames", 1)
         data = replace(self.data, image_size=self.model.image_size, channels=self.model.channels, num_frames=frames)
         object.__setattr__(self, "data", data)  # the model says what it sees
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up: `optim.lr` is for a batch of 256."""
+        return self.optim.lr * self.batch_size / 256
 
     @property
     def is_diffmae(self) -> bool:

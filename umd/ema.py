@@ -40,7 +40,7 @@ class EMA:
     """
 
     def __init__(self, model: HasParameters, rate: float):
-        """rate: in (0, 1], see `ema_rate`; `ema.rate` may be changed between steps."""
+        """rate: in (0, 1], see `ema_rate`; that of `update` where it is given no other."""
         if not 0 < rate <= 1:
             raise ValueError(f"An EMA rate of {rate} was given, expected above 0 and at most 1.")
         self.rate = rate
@@ -56,10 +56,16 @@ class EMA:
                 self.shadows[name] = parameter.detach().to(dtype, copy=True)
 
     @torch.no_grad()
-    def update(self, model: HasParameters) -> None:
-        """Move every shadow by `rate` towards its parameter. Raises ValueError if the parameters changed."""
+    def update(self, model: HasParameters, rate: float | Tensor | None = None) -> None:
+        """Move every shadow by `rate` (None: the EMA's own) towards its parameter.
+
+        rate: a number, or float32 [] on the shadows' device, where a CUDA graph reads what it is at each replay.
+        Raises ValueError if the parameters changed.
+        """
         shadows, parameters = self._pairs(model)
-        torch._foreach_lerp_(shadows, [p.to(s.dtype) for s, p in zip(shadows, parameters, strict=True)], self.rate)
+        rate = self.rate if rate is None else rate
+        weights = [rate] * len(shadows) if isinstance(rate, Tensor) else rate
+        torch._foreach_lerp_(shadows, [p.to(s.dtype) for s, p in zip(shadows, parameters, strict=True)], weights)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:

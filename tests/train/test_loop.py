@@ -240,7 +240,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     seed = derive_seed(good.seed, 1)
     loader = train_loader(open_dataset(good.data, "train"), good.data, batch_size=8, seed=seed, start=6 * 8)
     assert dump["batch_indices"] == next(loader).indices.tolist()
-    assert dump["corruption_seeds"] == [derive_seed(good.seed, 2, 6, 0)]
+    assert dump["draws"] == {"seed": derive_seed(good.seed, 2), "step": 6, "parts": 1}
 
 
 def test_infinite_weights_stop_at_the_first_step(tiny, tmp_path):
@@ -253,7 +253,7 @@ def test_infinite_weights_stop_at_the_first_step(tiny, tmp_path):
     with pytest.raises(Diverged, match="at step 1 .*last good checkpoint: none"):
         train(config, QUIET)
     dump = json.loads((config.out / "nan-dump.json").read_text())
-    assert len(dump["batch_indices"]) == 8 and len(dump["corruption_seeds"]) == 2
+    assert len(dump["batch_indices"]) == 8 and dump["draws"]["parts"] == 2
     assert dump["last_good_checkpoint"] is None and list_checkpoints(config.checkpoints) == []
 
 
@@ -415,23 +415,23 @@ def test_as_many_classes_as_the_data_have(tiny):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_loss_and_gradient_are_the_mean_over_micro_batches(tiny, accumulate):
-    """At the first two steps the weights are the initial ones, since the rate starts at 0."""
-    config = tiny(steps=2, accumulate=accumulate, optim={"warmup": 0.5, "clip": 0.0}, seed=3)
+def test_loss_and_gradient_are_those_of_the_whole_batch(tiny, accumulate):
+    """Whatever the micro-batches. At the first two steps the weights are the initial ones, since the rate starts at 0."""
+    share = ObjectiveConfig(no_noise_prob=0.4)  # 3 of 8 samples: micro-batches differ
+    config = tiny(steps=2, accumulate=accumulate, optim={"warmup": 0.5, "clip": 0.0}, seed=3, objective=share)
     train(config, QUIET)
     torch.manual_seed(derive_seed(3, 0))
     model = UMD(TINY)
     objective = Objective(TINY, config.objective, NoiseSchedule("cosine"))
     loader = train_loader(open_dataset(config.data, "train"), config.data, batch_size=8, seed=derive_seed(3, 1))
     for step, row in enumerate(read_metrics(config.out / "metrics.jsonl")):
-        x, k = next(loader).x_start, 8 // accumulate
-        total = torch.zeros(())
-        for i in range(accumulate):
-            corruption = objective.corrupt(k, derive_seed(3, 2, step, i), x.device)
-            total = total + objective(model, x[i * k : (i + 1) * k], corruption)[0] / accumulate
+        x = next(loader).x_start
+        total, parts = objective(model, x, objective.corrupt(8, derive_seed(3, 2), x.device, step=step))
         gradients = torch.autograd.grad(total, list(model.parameters()))
         norm = torch.stack([g.norm() for g in gradients]).norm()
         assert row["loss"] == pytest.approx(total.item(), rel=1e-5)
+        names = ("loss_noised_eps", "loss_noised_x0", "loss_clean")
+        assert [row[name] for name in names] == pytest.approx(parts.tolist(), rel=1e-5)
         assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 

@@ -1,0 +1,218 @@
+"""One training step, from a batch on the device to numbers on the device: for the loop, the benchmarks, the profiler.
+
+    load  the batch, the learning rate and the EMA's rate into memory of the step's own
+    run   corruption, forward, backward, clipping, optimiser, EMA
+
+`run` takes nothing and returns nothing. It waits for nothing, makes no shape anew, and reads no number of the host that
+changes from step to step: on a GPU it can be recorded once as a CUDA graph and replayed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from umd import ops
+from umd.ema import EMA, warm_rate
+from umd.errors import UserError
+from umd.methods import AnyObjective
+from umd.model import CastWeights
+from umd.objective import Part
+from umd.train.distributed import World
+from umd.train.optim import rates_on_device, set_rate
+from umd.train.parallel import DDP, Alone, Zero
+
+Capture = Literal["auto", "on", "off"]
+WARMUP = 11  # steps before a recording: after so many torch's DDP has laid out its buckets, and libraries are set up
+
+
+class TrainStep:
+    """One step of one rank: its micro-batches, then one update.
+
+    Args:
+        parallel: network, loss and optimiser, laid over the ranks.
+        objective: draws the corruptions.
+        micro: samples of a micro-batch.
+        seed: of the corruptions, 0 <= seed < 2**63.
+        world: this rank among the others.
+        ema, ema_rate: the average of the weights and its rate at the end (see `warm_rate`), or None.
+        number: steps done before, of a run that goes on.
+        cast: type to copy the weights of linear layers to for each step; None: autocast casts them, one by one.
+        capture: record `run` as a CUDA graph; ask `capture_refusal` before.
+
+    Attributes:
+        metrics: float32 [1 + parts + 1]: the loss, its parts, and the gradient's norm before clipping, of this rank.
+            The next step overwrites it.
+    """
+
+    def __init__(
+        self, parallel: Alone | DDP | Zero, objective: AnyObjective, micro: int, seed: int, world: World,
+        ema: EMA | None = None, ema_rate: float = 0.0, number: int = 0, cast: torch.dtype | None = None,
+        capture: bool = False,
+    ):  # fmt: skip
+        self.parallel, self.objective, self.micro, self.seed = parallel, objective, micro, seed
+        self.device, self.ema, self.final_ema_rate, self.number = world.device, ema, ema_rate, number
+        count = world.size * parallel.accumulate
+        self.parts = [Part(world.rank * parallel.accumulate + i, count) for i in range(parallel.accumulate)]
+        shares = [[1.0, *objective.part_weights(micro, part)] for part in self.parts]
+        self.shares = torch.tensor(shares, device=self.device) / parallel.accumulate  # [accumulate, 1 + parts]
+        self.metrics = torch.zeros(self.shares.shape[1] + 1, device=self.device)
+        self.step = torch.full((), number, dtype=torch.int64, device=self.device)
+        self.x_start = self.labels = self.indices = None  # made for the first batch
+        on_device = rates_on_device(parallel.optimizer)
+        self.ema_rate = torch.zeros((), device=self.device) if on_device else None
+        self.cast = None if cast is None else CastWeights(parallel.model, cast)
+        self.start: Callable[[], None] = Captured(self.run) if capture else self.run
+
+    def __call__(self, x_start: Tensor, labels: Tensor | None, indices: Tensor, lr: float) -> Tensor:
+        """Make one step; returns `metrics`.
+
+        x_start [B, C, H, W] or clips [B, C, F, H, W], labels int64 [B] or None, indices int64 [B] of the dataset: this
+        rank's samples, micro-batch after micro-batch, each in the order of `objective.places`. lr: the learning rate.
+        """
+        self.load(x_start, labels, indices, lr)
+        self.start()
+        self.number += 1
+        return self.metrics
+
+    def load(self, x_start: Tensor, labels: Tensor | None, indices: Tensor, lr: float) -> None:
+        """Copy what `run` needs to where it looks for it."""
+        if self.x_start is None:
+            self.x_start, self.indices = torch.empty_like(x_start), torch.empty_like(indices)
+            self.labels = None if labels is None else torch.empty_like(labels)
+        self.x_start.copy_(x_start)
+        self.indices.copy_(indices)
+        if self.labels is not None:
+            self.labels.copy_(labels)
+        set_rate(self.parallel.optimizer, lr)
+        if self.ema is not None:
+            self.ema.rate = warm_rate(self.final_ema_rate, self.number)
+            if self.ema_rate is not None:
+                self.ema_rate.fill_(self.ema.rate)
+
+    def run(self) -> None:
+        """The step itself, on what was loaded."""
+        self.metrics.zero_()
+        with nullcontext() if self.cast is None else self.cast.fresh():
+            for i, part in enumerate(self.parts):
+                here = slice(i * self.micro, (i + 1) * self.micro)
+                corruption = self.objective.corrupt(
+                    self.micro, self.seed, self.device,
+                    labels=None if self.labels is None else self.labels[here],
+                    indices=self.indices[here],
+                    step=self.step if self.objective.on_device else self.number,
+                    part=part,
+                )  # fmt: skip
+                loss, parts = self.parallel.forward_backward(self.x_start[here], corruption, part is self.parts[-1])
+                self.metrics[:-1] += self.shares[i] * torch.cat([loss[None], parts])
+        self.metrics[-1] = self.parallel.update()
+        if self.ema is not None:
+            self.ema.update(self.parallel.weights, self.ema_rate)
+        self.step += 1
+
+
+class Captured:
+    """A function of no arguments as a CUDA graph: called `WARMUP` times as it is, then recorded and replayed.
+
+    It must run on another stream than the default one (`side_stream`), which cannot be recorded.
+    """
+
+    def __init__(self, run: Callable[[], None]):
+        self.run, self.calls = run, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.calls <= WARMUP:
+            self.run()
+            return
+        if self.graph is None:
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                # thread_local: NCCL's watchdog asks for events meanwhile, which a recording would not bear otherwise.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    self.run()
+            except RuntimeError as error:
+                raise UserError(
+                    f"the step could not be recorded as a CUDA graph ({str(error).splitlines()[0][:300]}); "
+                    "the same command with --capture off goes on from the last checkpoint"
+                ) from error
+            self.graph = graph
+        self.graph.replay()
+
+
+def capture_refusal(device: torch.device, objective: AnyObjective, parallel: Alone | DDP | Zero, compiled: bool) -> str:
+    """Why a step is not recorded as a CUDA graph, as a sentence without its subject; "" if it can be."""
+    if device.type != "cuda":
+        return "needs a CUDA GPU"
+    if isinstance(parallel, Zero):
+        return "does not go with ZeRO, where DeepSpeed decides on the host between launches"
+    if not objective.on_device:
+        return "does not go with an objective that draws or reads on the host (classifiers, a file of features)"
+    if compiled:
+        return "does not go with --compile, which plans launches itself"
+    if not isinstance(parallel.optimizer, torch.optim.AdamW):
+        return "does not go with apex's FusedAdam, which keeps its learning rate on the host"
+    return ""
+
+
+def captures(choice: Capture, refusal: str, parallel: Alone | DDP | Zero) -> bool:
+    """Whether to record the step. `auto`: on one GPU, where nothing speaks against it. DDP is asked for (`on`).
+
+    Raises:
+        UserError: `on`, and it cannot be.
+    """
+    if choice == "on" and refusal:
+        raise UserError(f"--capture on {refusal}; leave it at auto")
+    return choice == "on" or (choice == "auto" and not refusal and not isinstance(parallel, DDP))
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """On a GPU, a stream that can be recorded; DDP too must be made on it."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+
+
+class Told:
+    """Numbers of a step on their way to the host, averaged over the ranks: sent when it is queued, read a step later.
+
+    So the device always has a step before it when the host waits. Two buffers take turns.
+    """
+
+    def __init__(self, world: World, size: int):
+        """size: numbers of a step; two of the host's are added."""
+        self.world, pinned = world, world.device.type == "cuda"
+        self.hosts = [torch.zeros(2, pin_memory=pinned) for _ in range(2)]
+        self.buffers = [torch.zeros(size + 2, pin_memory=pinned) for _ in range(2)]
+        self.events = [torch.cuda.Event() for _ in range(2)] if pinned else []
+        self.turn = 0
+
+    def send(self, metrics: Tensor, elapsed: float, stopping: bool) -> int:
+        """Queue the copies; returns what to give to `read`. Of the two buffers the other is free."""
+        self.turn = 1 - self.turn
+        host = self.hosts[self.turn]
+        host[0], host[1] = elapsed, stopping
+        values = torch.cat([metrics, host.to(self.world.device, non_blocking=True)])
+        self.buffers[self.turn].copy_(self.world.mean_(values), non_blocking=True)
+        if self.events:
+            self.events[self.turn].record()
+        return self.turn
+
+    def read(self, turn: int) -> list[float]:
+        """The numbers, then the seconds and the share of ranks that are asked to stop; waits for that step."""
+        if self.events:
+            self.events[turn].synchronize()
+        return self.buffers[turn].tolist()
+
+
+def cast_type(dtype: torch.dtype, parallel: Alone | DDP | Zero, compiled: bool) -> torch.dtype | None:
+    """The type that `TrainStep` copies weights to, or None: on the CPU, under a compiler and DeepSpeed others do it."""
+    weight = next(iter(parallel.model.parameters()))
+    wanted = dtype != torch.float32 and weight.dtype == torch.float32 and not ops.use_cpu_path(weight)
+    return dtype if wanted and not compiled and not isinstance(parallel, Zero) else None
