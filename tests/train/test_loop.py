@@ -416,7 +416,7 @@ def test_as_many_classes_as_the_data_have(tiny):
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_loss_and_gradient_are_those_of_the_whole_batch(tiny, accumulate):
-    """Whatever the micro-batches. At the first two steps the weights are the initial ones, since the rate starts at 0."""
+    """Whatever the micro-batches. At the first two steps the weights are the initial ones: the rate starts at 0."""
     share = ObjectiveConfig(no_noise_prob=0.4)  # 3 of 8 samples: micro-batches differ
     config = tiny(steps=2, accumulate=accumulate, optim={"warmup": 0.5, "clip": 0.0}, seed=3, objective=share)
     train(config, QUIET)
