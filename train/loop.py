@@ -33,11 +33,12 @@ from umd.train.distributed import World, join
 from umd.train.latents import with_vae
 from umd.train.log import NoLog, RunLog
 from umd.train.optim import adamw, lr_scale, narrow_gradients
-from umd.train.parallel import DDP, Alone, LossStep, Zero, strategy
+from umd.train.parallel import DDP, Alone, LossStep, strategy
 from umd.train.preview import filled_sheets, picture_maker, reconstructions, rgb
 from umd.train.quarantine import record_quarantine
 from umd.train.resume import fingerprint, load_pretrained, newest_checkpoint
 from umd.train.run import RunConfig, check_attention, to_plain, write_config
+from umd.train.zero import Zero
 
 PREVIEW_IMAGES = 8
 
