@@ -17,7 +17,7 @@ from torch import Tensor
 from umd import ops
 from umd.checkpoint import BackgroundSave, checkpoint_path, load_model_state, save_checkpoint
 from umd.classifier import Classifier
-from umd.device import autocast, keep_freed_memory, peak_flops, peak_memory, pick_dtype
+from umd.device import autocast, keep_freed_memory, peak_flops, peak_memory, take_device
 from umd.diffmae import DiffMAE
 from umd.ema import EMA, ema_rate, warm_rate
 from umd.errors import UserError
@@ -75,7 +75,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
             f"batch_size {config.batch_size} is not divisible by {world.size} ranks x accumulate {config.accumulate}; "
             f"use a multiple of {world.size * config.accumulate}"
         )
-    dtype = pick_dtype(config.precision, device)
+    device, dtype = take_device(str(device), config.precision)
     check_attention(config, device, dtype)
     with world.main_first():
         dataset = open_dataset(config.data, "train")
