@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from umd.bench.step import WARMUP, our_optimizer, timed
+from umd.bench.step import WARMUP, machine, our_optimizer, timed
 from umd.config import AdaLNProjection, ModelConfig, ObjectiveConfig, model_config
-from umd.device import autocast, keep_freed_memory
+from umd.device import autocast, keep_freed_memory, take_device
 from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Objective
@@ -93,6 +93,7 @@ def training_step(bench: AdaLNBench, model: UMD) -> Callable[[], None]:
 def run(bench: AdaLNBench, console: Console) -> list[Row]:
     """Measure, print, write the JSON."""
     keep_freed_memory()
+    take_device(bench.device, bench.dtype)
     counts: dict[str, tuple[int, int, float]] = {}
     steps: dict[str, Callable[[], None]] = {}
     for projection in PROJECTIONS:
@@ -116,7 +117,7 @@ def run(bench: AdaLNBench, console: Console) -> list[Row]:
         ratios = [b / a for a, b in zip(seconds[PROJECTIONS[0]], seconds[name], strict=True)]
         times = (statistics.median(seconds[name]), statistics.median(ratios)) if ratios else (None, None)
         rows.append(Row(name, *counts[name], seconds=times[0], ratio=times[1]))
-    where = torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = machine(bench.device)
     what = f"{bench.model}" + (f", depth / {bench.shallower}" if bench.shallower > 1 else "")
     table = Table(
         "adaLN",

@@ -25,6 +25,7 @@ from umd.bench.step import (
     autocast,
     count_flops,
     images,
+    machine,
     our_optimizer,
     own_process,
     timed,
@@ -32,7 +33,7 @@ from umd.bench.step import (
     vit_mae_step,
 )
 from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, diffmae_config
-from umd.device import keep_freed_memory
+from umd.device import keep_freed_memory, take_device
 from umd.diffmae import DiffMAE
 from umd.errors import UserError
 from umd.objective import DiffMAEObjective
@@ -158,6 +159,7 @@ def filling_rows(bench: DiffMAEBench, console: Console) -> list[Row]:
 def serve(bench: DiffMAEBench, name: str, pipe: Connection) -> None:
     """The process of a row of training: tells FLOPs, or what package it lacks; then a step's time when asked."""
     keep_freed_memory()
+    take_device(bench.device, bench.dtype)
     try:
         step = TRAINING[name](bench)
     except ImportError as error:
@@ -212,6 +214,7 @@ def run(bench: DiffMAEBench, console: Console) -> list[Row]:
         if getattr(bench, name) < 1:
             raise UserError(f"{name} must be at least 1, got {getattr(bench, name)}")
     keep_freed_memory()
+    take_device(bench.device, bench.dtype)
     rows = filling_rows(bench, console) + training_rows(bench, console)
     print_rows(bench, rows, console)
     if bench.json is not None:
@@ -221,7 +224,7 @@ def run(bench: DiffMAEBench, console: Console) -> list[Row]:
 
 
 def print_rows(bench: DiffMAEBench, rows: list[Row], console: Console) -> None:
-    where = torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = machine(bench.device)
     table = Table(
         title=f"{bench.model} {bench.image_size}x{bench.image_size}, batch {bench.batch}, {bench.dtype}, {where}",
         box=box.SIMPLE,

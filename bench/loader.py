@@ -23,9 +23,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from umd.bench.step import WARMUP, count_flops, our_optimizer, own_process
+from umd.bench.step import WARMUP, count_flops, machine, our_optimizer, own_process
 from umd.config import ModelConfig, ObjectiveConfig, model_config
-from umd.device import keep_freed_memory
+from umd.device import keep_freed_memory, take_device
 from umd.errors import UserError
 from umd.model import UMD
 from umd.modulation import Modulation
@@ -92,7 +92,7 @@ class Case:
 def timed(bench: LoaderBench, call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
-    if bench.device == "cuda":
+    if bench.device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
@@ -292,6 +292,7 @@ def optimization_step(
 def serve(bench: LoaderBench, maker: Maker, pipe: Connection) -> None:
     """A case's process: tells samples and FLOPs; then its seconds, as often as it is asked."""
     keep_freed_memory()
+    take_device(bench.device, bench.dtype)
     with maker(bench) as case:
         for _ in range(WARMUP):
             case.measure()
@@ -337,7 +338,7 @@ def run(bench: LoaderBench, console: Console) -> dict:
 
 
 def show(bench: LoaderBench, result: dict, console: Console) -> None:
-    where = torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = machine(bench.device)
     table = Table("", "ms a sample", "min-max", title=f"{bench.model}, batch {bench.batch}, {bench.dtype}, {where}")
     for row in result["rows"]:
         low, high = (f"{1000 * row[name]:.3f}" for name in ("min", "max"))

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from umd import ops
 from umd.config import ModelConfig, ObjectiveConfig, model_config
-from umd.device import keep_freed_memory
+from umd.device import keep_freed_memory, take_device
 from umd.errors import UserError
 from umd.methods import AnyModel
 from umd.model import UMD
@@ -248,13 +248,18 @@ AS_THEIR_USERS = ("diffusers dit", "transformers vit-mae")
 
 
 def timed(step: Step, device: str) -> float:
-    if device == "cuda":
+    if device != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
     step()
-    if device == "cuda":
+    if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def machine(device: str) -> str:
+    """Its name, for the title of a table."""
+    return f"CPU, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 def resident_bytes(key: str) -> int | None:
@@ -266,7 +271,8 @@ def resident_bytes(key: str) -> int | None:
 
 def warm_up(bench: StepBench, name: str) -> tuple[Step, int | None]:
     """A row's step, and the peak memory of its first rounds beyond what the process held before the model was made."""
-    if bench.device == "cuda":
+    take_device(bench.device, bench.dtype)
+    if bench.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     else:
         torch.randn(64, 64).bfloat16() @ torch.randn(64, 64).bfloat16()  # libraries load their own memory first
@@ -274,7 +280,7 @@ def warm_up(bench: StepBench, name: str) -> tuple[Step, int | None]:
     step = STEPS[name](bench)
     for _ in range(WARMUP):
         step()
-    if bench.device == "cuda":
+    if bench.device != "cpu":
         return step, torch.cuda.max_memory_allocated()
     peak = resident_bytes("VmHWM")
     return step, None if peak is None or before is None else peak - before
@@ -373,7 +379,7 @@ def run(bench: StepBench, console: Console) -> list[Row]:
 
 
 def print_rows(bench: StepBench, rows: list[Row], console: Console) -> None:
-    where = torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = machine(bench.device)
     table = Table(
         title=f"{bench.model} {bench.image_size}x{bench.image_size}, batch {bench.batch}, {bench.dtype}, {where}",
         caption="ratio: the row's time over UMD's, in the same round",

@@ -221,7 +221,7 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     return _flash_attn_missing(device) if name == "flash_attn" else _varlen_attn_missing(device)
 
 
-# Facts about the machine: torch.compile asks once and keeps the answer.
+# Facts about the machine: torch.compile asks once and keeps the answer; what takes a driver's time has a cache as well.
 @torch.compiler.assume_constant_result
 def _flash_attn_missing(device: torch.device) -> str:
     return _flash_attn_refusal() or _device_refusal("flash_attn::_flash_attn_varlen_forward", device)
@@ -236,6 +236,12 @@ def _device_refusal(op: str, device: torch.device) -> str:
     if device.type != "cuda":
         there = torch._C._dispatch_has_kernel_for_dispatch_key(op, device.type.upper())
         return "" if there else f"has no kernel for {device.type}"
+    return _gpu_refusal(device)
+
+
+@cache
+def _gpu_refusal(device: torch.device) -> str:
+    """Why neither kind of flash attention runs on this GPU, or ""."""
     if not torch.cuda.is_available():
         return "needs a CUDA GPU"
     major, minor = torch.cuda.get_device_capability(device)
@@ -266,6 +272,7 @@ def _flash_attn_refusal() -> str:
     return ""
 
 
+@cache
 def _varlen_attn_refusal() -> str:
     try:
         from torch.nn.attention.varlen import varlen_attn  # noqa: F401

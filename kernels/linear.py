@@ -6,8 +6,8 @@ own type: no cast a layer and pass, as autocast has them (289 of 840 launches of
 On the CPU, many rows, in bf16: autocast's version writes the bias over the whole result and reads it back to add the
 product; oneDNN's fused op adds it where the product is made. The weight gradient dyᵀ·x has a transposed left operand,
 which the matrix units get through at half speed: here the narrower of the two is transposed first, and the gradient is
-turned and written in its type in one pass. That is the parameter's `grad_dtype`, for a parameter in fp32 fp32 unless it is
-told bf16, the type of the product.
+turned and written in its type in one pass. That is the parameter's `grad_dtype`, for a parameter in fp32 fp32 unless it
+is told bf16, the type of the product.
 
 Few rows (the adaLN projection: nine conditions, a table of 75 thousand columns) take one read of the weight each way.
 """

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, model_config
-from umd.device import pick_device, pick_dtype
+from umd.device import take_device
 from umd.diffmae import DiffMAE
 from umd.errors import UserError
 from umd.methods import AnyModel
@@ -88,8 +88,7 @@ def run_demo(demo: Demo, console: Console) -> Path:
     if train_set.labels is None or test_set.labels is None:
         raise UserError(f"{train_set.name} has no labels; the demo needs one subfolder a class")
     classes = train_set.class_names
-    device = pick_device("auto")
-    dtype = pick_dtype("auto", device)
+    device, dtype = take_device("auto", "auto")
     schedule = evaluate.schedule_of(pre.schedule)
     console.rule(f"[bold]UMD demo[/]: {demo.minutes:g} minutes, {describe(train_set)}")
 

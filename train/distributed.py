@@ -6,6 +6,7 @@ Without them a process is alone, and nothing here communicates.
 
 import atexit
 import contextlib
+import math
 import os
 import socket
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -89,7 +91,11 @@ class World:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """What torch raises when another rank ended or hangs becomes a UserError."""
+        """What torch raises when another rank ended or hangs becomes a UserError.
+
+        Gloo raises whenever an exchange fails or takes too long, NCCL only while its ranks connect: later its watchdog
+        thread aborts the process, and `Watch` tells before it does.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -119,10 +125,11 @@ _world: World | None = None  # of this process, once several have met
 _meeting = False
 
 
-def join(device: str, config: ParallelConfig) -> World:
+def join(device: str, config: ParallelConfig, out: Path) -> World:
     """Meet the other processes, once, and return this one's place among them.
 
-    Raises UserError if not all come within `config.timeout`, or there are more processes on a host than GPUs.
+    An exchange of NCCL that fails or takes longer than `config.timeout` leaves what each rank was doing in `out`/nccl.
+    Raises UserError if not all come within that time, or there are more processes on a host than GPUs.
     """
     global _world, _meeting
     rank, size, local = launched()
@@ -131,7 +138,7 @@ def join(device: str, config: ParallelConfig) -> World:
     if _world is not None:
         return _world
     _meeting = True
-    where = pick_device(device)
+    where, trace = pick_device(device), None
     if where.type == "cuda":
         if where.index is not None:
             raise UserError(f"device {device} is one GPU, and {size} processes were started; leave device at auto")
@@ -142,6 +149,7 @@ def join(device: str, config: ParallelConfig) -> World:
             )
         where = torch.device("cuda", local)
         torch.cuda.set_device(where)
+        trace = trace_exchanges(out / "nccl", rank, config.timeout)
     meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout))
@@ -152,11 +160,40 @@ def join(device: str, config: ParallelConfig) -> World:
             "address. Try `ssh HOST true` for each host, and take dead ones out"
         ) from error
     # A connection of its own: waiting for a key would keep the others' exchanges waiting too.
-    watch = Watch(dist.distributed_c10d._get_default_store().clone(), rank, size)  # type: ignore[attr-defined]
+    watch = Watch(dist.distributed_c10d._get_default_store().clone(), rank, size, trace)  # type: ignore[attr-defined]
     watch.start()
     _world = World(rank, size, where, watch)
     atexit.register(leave)
     return _world
+
+
+def trace_exchanges(folder: Path, rank: int, timeout: float) -> Path:
+    """Have torch's flight recorder write the last exchanges of each rank when one fails or takes longer than `timeout`
+    seconds. Returns this rank's file, `folder`/rank_N.
+
+    Torch takes its settings from the environment when the ranks meet; what is set there already stays. Files of an
+    earlier time-out keep, beside `folder`, the time they were written in their folder's name.
+    """
+    settings = {
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",  # exchanges that are remembered
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
+        # Of a watchdog that hangs itself: torch's default, and never less than an exchange may take.
+        ("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC",): str(max(480, math.ceil(timeout))),
+    }
+    for names, value in settings.items():
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = value
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        if name in os.environ:
+            return Path(f"{os.environ[name]}{rank}")
+    folder = folder.absolute()
+    if rank == 0:  # hosts share the run's folder, and torch makes none
+        if any(folder.glob("rank_*")):
+            written = time.localtime(folder.stat().st_mtime)
+            folder.rename(folder.with_name(f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S', written)}"))
+        folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_FR_DUMP_TEMP_FILE"] = f"{folder}/rank_"
+    return folder / f"rank_{rank}"
 
 
 def leave() -> None:
@@ -183,13 +220,15 @@ class Watch(threading.Thread):
     """Signs of life through the launcher's key-value store; a collective would wait for a dead rank without end.
 
     Every rank counts up a key of its own and looks at that of its right neighbour. Who finds it standing still, or
-    fails itself, leaves the word for all.
+    fails itself, leaves the word for all. When torch's flight recorder writes `trace`, this rank's file, an exchange of
+    NCCL failed or took too long: that is told in the minute before torch aborts the process.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int):
+    def __init__(self, store: dist.Store, rank: int, size: int, trace: Path | None = None):
         super().__init__(daemon=True, name="watch")
         self.store, self.rank, self.size = dist.PrefixStore("umd", store), rank, size
         self.neighbour = (rank + 1) % size
+        self.trace, self.trace_before = trace, modified(trace)
         self.leaving = threading.Event()
         self.store.set(f"host/{rank}", socket.gethostname())
 
@@ -204,6 +243,8 @@ class Watch(threading.Thread):
                     os._exit(1)
                 seen = self.store.add(f"beat/{self.neighbour}", 0)
                 left = self.store.add(f"left/{self.neighbour}", 0)
+                if modified(self.trace) != self.trace_before:
+                    self._tell_of_trace()
             except RuntimeError:  # the store went down with its process; at a good end nobody needs it any more
                 if not self.leaving.is_set():
                     self._say("the process that the ranks met at is gone; every rank stops. " + GO_ON)
@@ -214,6 +255,16 @@ class Watch(threading.Thread):
             elif time.monotonic() - changed > GONE_SECONDS:
                 host = self.store.get(f"host/{self.neighbour}").decode()
                 self.fail(f"rank {self.neighbour} on {host} is gone; every rank stops. {GO_ON}", 1)
+
+    def _tell_of_trace(self) -> None:
+        assert self.trace is not None
+        if self.store.add("told", 1) == 1:
+            self._say(
+                f"rank {self.rank} on {socket.gethostname()}: an exchange between GPUs failed or took longer than "
+                "--parallel.timeout, and torch ends the processes within minutes. A rank hangs, or made another "
+                f"exchange than the others: `torchfrtrace {self.trace.parent}` tells which. {GO_ON}"
+            )
+        self.trace_before = modified(self.trace)
 
     def fail(self, message: str, code: int) -> None:
         """End this process and have the others end; the first of them prints."""
@@ -245,6 +296,14 @@ class Watch(threading.Thread):
     def _say(message: str) -> None:
         sys.stdout.flush()
         print(f"umd: {message}", file=sys.stderr, flush=True)
+
+
+def modified(file: Path | None) -> int | None:
+    """When it was written last, in nanoseconds; None if it is not there."""
+    try:
+        return None if file is None else file.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 GO_ON = "The same command goes on from the last checkpoint"

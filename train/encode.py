@@ -21,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from umd.device import autocast, pick_device, pick_dtype
+from umd.device import autocast, pick_dtype, take_device
 from umd.errors import UserError
 from umd.files import sha256, write_whole
 from umd.images import grid, save_png, to_uint8
@@ -109,7 +109,7 @@ def encode(options: EncodeLatents, console: Console) -> Path:
     if is_latents(Path(options.data.source).expanduser()):
         raise UserError(f"{options.data.source} holds latents already; encode pictures")
     local = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else "auto"
-    device = pick_device(local if options.device == "auto" else options.device)
+    device, _ = take_device(local if options.device == "auto" else options.device, options.precision)
     tokenizer = load_tokenizer(options.data.vae, device)
     shape = tokenizer.latent_shape(*options.image_size)
     config = replace(options.data, image_size=options.image_size, channels=3, vae="", vae_hash="")
@@ -338,7 +338,8 @@ def inspect(folder: Path, options: Inspect, console: Console) -> None:
     dataset = datasets[options.split]
     count = min(options.decode, len(dataset))
     if count > 0:
-        tokenizer = load_tokenizer(options.vae or dataset.vae.name, pick_device(options.device))
+        device, _ = take_device(options.device, "fp32")
+        tokenizer = load_tokenizer(options.vae or dataset.vae.name, device)
         check_vae(tokenizer.vae.sha256, dataset.vae.sha256, f"{options.vae or dataset.vae.name} is")
         out = options.out or folder / "decoded.png"
         save_png(decoded(dataset, tokenizer, count), out)

@@ -14,7 +14,7 @@ from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from umd.config import ScheduleConfig
-from umd.device import autocast, pick_device, pick_dtype
+from umd.device import autocast, take_device
 from umd.errors import UserError
 from umd.methods import AnyModel, build_model, kind_of
 from umd.metrics import FeatureStatistics, default_features, feature_statistics
@@ -62,8 +62,8 @@ def schedule_of(config: ScheduleConfig) -> NoiseSchedule:
 
 def open_run(config: RunConfig, ema: bool = True) -> tuple[AnyModel, torch.device, torch.dtype]:
     """The network of a run on this machine's device, and the autocast type."""
-    device = pick_device(config.device)
-    return load_model(config.out, ema, device), device, pick_dtype(config.precision, device)
+    device, dtype = take_device(config.device, config.precision)
+    return load_model(config.out, ema, device), device, dtype
 
 
 def open_run_of(kind: type[M], config: RunConfig, ema: bool = True) -> tuple[M, torch.device, torch.dtype]:

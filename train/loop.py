@@ -18,7 +18,7 @@ from torch import Tensor
 from umd import ops
 from umd.checkpoint import BackgroundSave, checkpoint_path, load_model_state, save_checkpoint
 from umd.classifier import Classifier
-from umd.device import keep_freed_memory, peak_flops, peak_memory, pick_dtype
+from umd.device import keep_freed_memory, peak_flops, peak_memory, take_device
 from umd.ema import EMA, ema_rate
 from umd.errors import UserError
 from umd.methods import AnyModel, AnyObjective, build_model, build_objective
@@ -30,12 +30,13 @@ from umd.train.distributed import World, join
 from umd.train.latents import LatentDataset, with_vae
 from umd.train.log import NoLog, RunLog
 from umd.train.optim import adamw, lr_scale, narrow_gradients
-from umd.train.parallel import DDP, Alone, LossStep, Zero, strategy
+from umd.train.parallel import DDP, Alone, LossStep, strategy
 from umd.train.preview import picture_maker, preview_images, previews, rgb
 from umd.train.quarantine import record_quarantine
 from umd.train.resume import fingerprint, load_pretrained, newest_checkpoint
 from umd.train.run import RunConfig, check_attention, to_plain, write_config
 from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type, side_stream
+from umd.train.zero import Zero
 
 DRAWS = 2  # of the corruptions: 2 numbers them by (seed, step, sample), 1 had a generator a micro-batch
 
@@ -61,7 +62,7 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
         Diverged: NaN or infinite loss; the last good checkpoint is kept and the batch is described in `nan-dump.json`.
         KeyboardInterrupt, SystemExit(143): after saving, on Ctrl-C or SIGTERM.
     """
-    world = join(config.device, config.parallel)
+    world = join(config.device, config.parallel, config.out)
     with world.explained(), side_stream(world.device):
         return train_rank(config, world, console or Console(), name)
 
@@ -164,7 +165,7 @@ def set_up(config: RunConfig, world: World) -> Run:
             f"batch_size {config.batch_size} is not divisible by {world.size} ranks x accumulate {config.accumulate}; "
             f"use a multiple of {world.size * config.accumulate}"
         )
-    dtype = pick_dtype(config.precision, device)
+    device, dtype = take_device(str(device), config.precision)
     check_attention(config, device, dtype)
     with world.main_first():
         dataset = open_dataset(config.data, "train")

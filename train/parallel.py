@@ -1,13 +1,9 @@
-"""How weights, gradients, optimiser and EMA lie over the ranks: all on one, DDP, or DeepSpeed's ZeRO.
+"""How weights, gradients, optimiser and EMA lie over the ranks: all on one, DDP, or DeepSpeed's ZeRO (zero.py).
 
 The three classes have the same methods, and their checkpoints the same files: whole fp32 tensors by the network's own
 names. So a run may go on with another number of ranks, another stage, or alone.
 """
 
-import contextlib
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from umd.checkpoint import load_optimizer_tensors, optimizer_tensors
 from umd.device import autocast
 from umd.ema import EMA, HasParameters
-from umd.errors import UserError
 from umd.methods import AnyCorruption, AnyModel, build_model
 from umd.train.distributed import ParallelConfig, World
 from umd.train.optim import clipped_step
@@ -28,8 +23,6 @@ from umd.train.optim import clipped_step
 DDP_BELOW = 1_000_000_000  # weights: 16 bytes each fit beside the activations, and DDP sends least and waits least
 
 Tensors = dict[str, Tensor]
-# Where parameters lie in a flat tensor: (name, start in the parameter, length, place in the tensor).
-Places = list[tuple[str, int, int, int]]
 
 
 def strategy(config: ParallelConfig, world: World, num_weights: int) -> str:
@@ -195,149 +188,3 @@ class DDP(Alone):
     def averaged(self, ema: EMA | None) -> Iterator[AnyModel | None]:
         with self.weights.averaged(self.model, ema) as network:
             yield network
-
-
-class Zero:
-    """DeepSpeed's ZeRO 1 to 3: each rank has a part of optimiser and EMA, and of gradients (2) and weights (3).
-
-    In bf16 the ranks hold the weights in bf16 and their part in fp32; gradients are summed in fp32.
-    """
-
-    def __init__(
-        self, model: AnyModel, loss: nn.Module, optimizer: Any, accumulate: int, clip: float, world: World, stage: int,
-        micro: int, dtype: torch.dtype,
-    ):  # fmt: skip
-        deepspeed = import_deepspeed(world.device)
-        whole = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-        num_weights = sum(p.numel() for p in model.parameters())
-        settings = deepspeed_config(stage, micro, accumulate, clip, dtype, world.device, num_weights)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints memory figures
-            if stage == 3:  # each parameter is cut as it comes to the device, which never holds all of them
-                for p in model.parameters():
-                    p.data = p.data.to(dtype)
-                for buffer in model.buffers():
-                    buffer.data = buffer.data.to(world.device)
-                deepspeed.zero.Init(module=loss, config_dict_or_path=settings, dtype=dtype)
-            self.engine, *_ = deepspeed.initialize(
-                model=loss, optimizer=optimizer, dist_init_required=False, config=settings
-            )
-        self.model, self.optimizer, self.accumulate, self.stage = model, optimizer, accumulate, stage
-        # The flat fp32 tensors that DeepSpeed optimises here.
-        self.flats = self._flats(world)
-        self.weights = Shard(
-            model,
-            world,
-            {name: start for _, places in self.flats for name, start, _, _ in places},
-            {name: piece for flat, places in self.flats for name, piece in views(flat, places).items()},
-        )
-        with torch.no_grad():  # DeepSpeed made them from weights already rounded to bf16
-            for name, piece in self.weights.cut(whole).items():
-                self.weights.pieces[name].copy_(piece)
-
-    def place(self, device: torch.device) -> str:
-        return f"{self.weights.world.size} x {device.type}, ZeRO {self.stage}"
-
-    def forward_backward(self, x_start: Tensor, corruption: AnyCorruption, last: bool) -> tuple[Tensor, Tensor]:
-        loss, parts = self.engine(x_start, corruption)
-        self.engine.backward(loss)
-        if not last:
-            self.engine.step()  # counts the micro-batch, no more
-        return loss.detach(), parts
-
-    def update(self) -> Tensor:
-        self.engine.step()
-        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
-
-    def tensors(self, ema: EMA | None) -> dict[str, Tensors]:
-        gather = self.weights.gather
-        parts = {"model": gather(self.weights.pieces, "model"), "optimizer": {}}
-        for key in ("exp_avg", "exp_avg_sq"):
-            moments: Tensors = {}
-            for flat, places in self.flats:
-                moments |= views(self.optimizer.state[flat][key], places)
-            parts["optimizer"] |= {f"{key}::{name}": whole for name, whole in gather(moments, key).items()}
-        steps = next(self.optimizer.state[flat]["step"] for flat, _ in self.flats)
-        parts["optimizer"] |= {f"step::{name}": steps.detach().clone() for name in parts["model"]}
-        return parts | ({} if ema is None else {"ema": gather(ema.state_dict(), "ema")})
-
-    @torch.no_grad()
-    def load(self, parts: Mapping[str, Tensors], ema: EMA | None) -> None:
-        saved = parts["optimizer"]
-        for flat, places in self.flats:
-            state = {"step": saved[f"step::{next(iter(self.weights.shapes))}"].to(flat.device, copy=True)}
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros_like(flat)
-                for name, view in views(state[key], places).items():
-                    start = self.weights.starts[name]
-                    view.copy_(saved[f"{key}::{name}"].flatten()[start : start + len(view)])
-            self.optimizer.state[flat] = state
-        if ema is not None:
-            ema.load_state_dict(self.weights.cut(parts["ema"]))
-
-    @contextmanager
-    def averaged(self, ema: EMA | None) -> Iterator[AnyModel | None]:
-        with self.weights.averaged(self.model, ema) as network:
-            yield network
-
-    def _flats(self, world: World) -> list[tuple[Tensor, Places]]:
-        flats: list[tuple[Tensor, Places]]
-        if self.stage == 3:
-            zero = self.engine.optimizer
-            flats = [(flat, []) for flat in zero.fp32_partitioned_groups_flat]
-            for name, p in self.model.named_parameters():
-                group, place, share = zero.grad_position[zero.get_param_id(p)]
-                whole = p.ds_numel  # type: ignore[attr-defined]  # DeepSpeed's
-                length = min(share, whole - world.rank * share)  # the last rank's share is padded
-                if length > 0:
-                    flats[group][1].append((name, world.rank * share, length, place))
-            return flats
-        flats = [(group["params"][0], []) for group in self.optimizer.param_groups]
-        for name, p in self.model.named_parameters():
-            here = p._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
-            if here is not None:
-                lp, hp = here.lp_fragment_address, here.hp_fragment_address
-                flats[here.param_group_index][1].append((name, lp.start, lp.numel, hp.start))
-        return flats
-
-
-def views(flat: Tensor, places: Places) -> Tensors:
-    return {name: flat.detach()[place : place + length] for name, _, length, place in places}
-
-
-def deepspeed_config(
-    stage: int, micro: int, accumulate: int, clip: float, dtype: torch.dtype, device: torch.device, num_weights: int
-) -> dict:
-    bf16 = dtype == torch.bfloat16
-    # DeepSpeed sets a bucket aside whole, however small the network; on a CPU a large one saves nothing.
-    bucket = min(2**26 if device.type == "cuda" else 2**20, num_weights)
-    return {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulate,
-        "gradient_clipping": clip,
-        "bf16": {"enabled": bf16},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {
-            "stage": stage,
-            "overlap_comm": device.type == "cuda",
-            "contiguous_gradients": True,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": 2**27,
-        },
-        "steps_per_print": None,
-    }
-
-
-def import_deepspeed(device: torch.device):
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise UserError(
-            f"ZeRO is DeepSpeed's, and it does not import here ({error}); "
-            "pip install deepspeed, or use --parallel.strategy ddp"
-        ) from error
-    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)  # its calls
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Its shared-memory exchange serves inference only, and every CPU run would first compile it for a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

@@ -17,9 +17,10 @@ from umd.errors import UserError
 from umd.methods import build_objective
 from umd.schedule import NoiseSchedule
 from umd.train.distributed import World
-from umd.train.parallel import deepspeed_config, strategy
+from umd.train.parallel import strategy
 from umd.train.run import RunConfig
 from umd.train.step_counts import StepCounts, count_gpu_step
+from umd.train.zero import deepspeed_config
 
 GiB = 2**30
 IMAGENET = 1_281_167

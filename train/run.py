@@ -63,7 +63,8 @@ class RunConfig:
     seed: int = 0
     """Of weights, data order, crops, masks and noise."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Autocast type; auto is bf16 where the hardware multiplies it."""
+    """Autocast type; auto is bf16 where the hardware multiplies it. Beside bf16 a GPU makes the products left
+    in fp32 (adaLN's) in TF32; with fp32 all are exact."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; of several processes each takes the GPU of its own number."""
     attention: Literal["auto", "flash_attn", "varlen_attn", "sdpa", "matmul"] = "auto"

@@ -22,7 +22,8 @@ from umd.model import CastWeights
 from umd.objective import Part
 from umd.train.distributed import World
 from umd.train.optim import rates_on_device, set_rate
-from umd.train.parallel import DDP, Alone, Zero
+from umd.train.parallel import DDP, Alone
+from umd.train.zero import Zero
 
 Capture = Literal["auto", "on", "off"]
 WARMUP = 11  # steps before a recording: after so many torch's DDP has laid out its buckets, and libraries are set up

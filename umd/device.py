@@ -27,6 +27,27 @@ _GPU_PEAK_TFLOPS = {
 }
 
 
+def take_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """`pick_device` and `pick_dtype` for a process that computes there from now on; whoever only looks calls those.
+
+    A GPU becomes the process's current one, where Triton launches; and the process makes its fp32 products as
+    `fp32_products` says.
+    """
+    device = pick_device(name)
+    dtype = pick_dtype(precision, device)
+    if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision(fp32_products(device, dtype))
+    return device, dtype
+
+
+def fp32_products(device: torch.device, dtype: torch.dtype) -> str:
+    """How products stay in fp32 beside autocast to `dtype`, in `torch.set_float32_matmul_precision`'s words: in TF32
+    ("high") on a GPU in bf16, which is coarser anyway, else exact ("highest")."""
+    return "high" if device.type == "cuda" and dtype == torch.bfloat16 else "highest"
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` is the GPU of this process if there is one, else the CPU. Raises UserError for a device not here."""
     if name == "auto":

@@ -21,7 +21,7 @@ from rich.text import Text
 
 import umd
 from umd import ops
-from umd.device import apex_lacks, pick_device, pick_dtype
+from umd.device import apex_lacks, fp32_products, pick_device, pick_dtype
 from umd.errors import UserError
 
 IMPORT_SECONDS = 120
@@ -87,8 +87,10 @@ def _device() -> Row:
 def _precision() -> Row:
     device = pick_device()
     lacking = "tensor cores of compute capability 8" if device.type == "cuda" else "AMX or AVX512-BF16"
-    if pick_dtype("auto", device) == torch.bfloat16:
-        return Row("precision", "bf16 autocast")
+    dtype = pick_dtype("auto", device)
+    if dtype == torch.bfloat16:
+        tf32 = ", products that stay in fp32 in TF32" if fp32_products(device, dtype) == "high" else ""
+        return Row("precision", f"bf16 autocast{tf32}")
     return Row("precision", f"fp32: without {lacking} bf16 is no faster")
 
 
@@ -134,7 +136,7 @@ def _dali() -> Row:
 
 
 def _deepspeed() -> Row:
-    hint = "pip install deepspeed"
+    hint = "pip install deepspeed==0.19.8"
     ranks = "several processes train with DDP", "several processes train with ZeRO or DDP"
     return Row("DeepSpeed", *_package("deepspeed", _version("deepspeed"), ranks[0], hint, ranks[1]))
 

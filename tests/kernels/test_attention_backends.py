@@ -243,6 +243,12 @@ def test_another_flash_attn_is_not_called(tmp_path, monkeypatch, version, source
         sys.modules.pop("flash_attn", None)
 
 
+def test_a_gpu_is_asked_once_for_what_it_is():
+    attention._gpu_refusal.cache_clear()
+    first, second = (attention.attention_backend(torch.device("cuda"), torch.bfloat16, 64) for _ in range(2))
+    assert first == second and attention._gpu_refusal.cache_info().misses == 1
+
+
 def test_a_packing_elsewhere_is_refused():
     _, qkv = draw([3])
     with pytest.raises(ValueError, match="^packing: expected on cpu like qkv, got meta"):

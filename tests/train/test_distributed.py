@@ -1,6 +1,7 @@
 """Several ranks are one: DDP and ZeRO against one process, resuming over world sizes, a rank that dies, errors."""
 
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -14,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from rich.console import Console
 
 from umd.checkpoint import BackgroundSave, CheckpointError, list_checkpoints, load_checkpoint
 from umd.config import ModelConfig
 from umd.train.data import DataConfig
-from umd.train.distributed import ParallelConfig, World
+from umd.train.distributed import ParallelConfig, Watch, World, trace_exchanges
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.optim import OptimConfig
@@ -330,8 +332,9 @@ def test_a_rank_that_is_gone_is_noticed_without_an_exchange(folder):
     """As with NCCL, where an exchange with a dead rank waits: rank 0 sleeps while rank 1 is killed."""
     code = """
 import os, sys, time
+from pathlib import Path
 from umd.train.distributed import ParallelConfig, join
-world = join("cpu", ParallelConfig())
+world = join("cpu", ParallelConfig(), Path("unused"))
 print("met", flush=True)
 time.sleep(300)
 """
@@ -341,6 +344,83 @@ time.sleep(300)
     codes, _, errors = ends([first], timeout=60)
     assert codes == [1]
     assert f"rank 1 on {socket.gethostname()} is gone; every rank stops" in errors[0]
+
+
+def test_an_exchange_of_gloo_that_takes_too_long_is_told(folder):
+    """Rank 1 sleeps instead."""
+    code = """
+import time, torch
+from pathlib import Path
+from umd.errors import UserError
+from umd.train.distributed import ParallelConfig, end_all, join
+world = join("cpu", ParallelConfig(timeout=3), Path("unused"))
+if world.rank == 1:
+    time.sleep(300)
+try:
+    with world.explained():
+        world.mean_(torch.ones(3))
+except UserError as error:
+    end_all(str(error), 2)
+"""
+    codes, _, errors = ends(start_ranks(["-c", code], 2), timeout=60)
+    assert codes == [2, 1]
+    assert errors[0].startswith("umd: rank 0 lost the others (") and "one of them ended or hangs" in errors[0]
+
+
+@pytest.mark.timeout(60)
+def test_what_a_time_out_of_nccl_leaves_is_told_once(tmp_path, capfd):
+    """Its file appears while the process still lives; one of an earlier time-out says nothing."""
+    store = dist.HashStore()
+    (tmp_path / "rank_0").write_text("earlier")
+    watches = [Watch(store, rank, 2, tmp_path / f"rank_{rank}") for rank in (0, 1)]
+    for watch in watches:
+        watch.start()
+    counts = dist.PrefixStore("umd", store)
+    while min(counts.add("beat/0", 0), counts.add("beat/1", 0)) < 1:
+        time.sleep(0.01)
+    assert capfd.readouterr().err == ""
+    (tmp_path / "rank_1").write_text("now")
+    while counts.add("told", 0) < 1:
+        time.sleep(0.01)
+    for watch in watches:
+        watch.leaving.set()
+        watch.join()
+    told = capfd.readouterr().err
+    assert told.startswith(f"umd: rank 1 on {socket.gethostname()}: an exchange between GPUs failed or took longer")
+    assert told.count("umd: ") == 1 and f"`torchfrtrace {tmp_path}`" in told
+    assert Path(sys.executable).with_name("torchfrtrace").exists()  # comes with torch
+
+
+def test_torch_knows_the_settings_of_its_flight_recorder(tmp_path, monkeypatch):
+    environment = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+    monkeypatch.setattr(os, "environ", environment)
+    assert trace_exchanges(tmp_path / "nccl", 3, timeout=1800) == tmp_path / "nccl" / "rank_3"
+    assert environment["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/nccl/rank_"  # torch appends the rank
+    assert environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"  # the user's
+    assert environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "1800"
+    torch_files = Path(torch.__file__).parent
+    headers = torch_files / "include/torch/csrc/distributed/c10d"
+    known = (headers / "ProcessGroupNCCL.hpp").read_bytes() + (headers / "FlightRecorder.hpp").read_bytes()
+    with open(torch_files / "lib/libtorch_cpu.so", "rb") as file:
+        library = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        for name in environment:
+            assert f'"{name}"'.encode() in known or library.find(f"{name}\0".encode()) >= 0, name
+
+
+def test_a_file_that_the_user_names_is_the_one_watched(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/scratch/trace_"})
+    assert trace_exchanges(tmp_path / "nccl", 0, timeout=600) == Path("/scratch/trace_0")
+    assert "TORCH_FR_DUMP_TEMP_FILE" not in os.environ and list(tmp_path.iterdir()) == []
+
+
+def test_the_traces_of_an_earlier_time_out_stay_and_do_not_mix(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    trace_exchanges(tmp_path / "nccl", 0, timeout=600)
+    (tmp_path / "nccl" / "rank_7").write_text("of eight ranks")
+    monkeypatch.setattr(os, "environ", {})
+    trace_exchanges(tmp_path / "nccl", 0, timeout=600)
+    (earlier,) = tmp_path.glob("nccl-*")
+    assert (earlier / "rank_7").read_text() == "of eight ranks" and list((tmp_path / "nccl").iterdir()) == []
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step(folder):

@@ -5,7 +5,17 @@ import time
 import pytest
 import torch
 
-from umd.device import autocast, has_fast_bf16, keep_freed_memory, peak_flops, pick_device, pick_dtype
+from umd import ops
+from umd.device import (
+    autocast,
+    fp32_products,
+    has_fast_bf16,
+    keep_freed_memory,
+    peak_flops,
+    pick_device,
+    pick_dtype,
+    take_device,
+)
 from umd.errors import UserError
 
 CPU = torch.device("cpu")
@@ -32,6 +42,46 @@ def test_precision():
     assert pick_dtype("auto", CPU) == (torch.bfloat16 if has_fast_bf16(CPU) else torch.float32)
     with pytest.raises(UserError, match="'fp16'; expected auto, bf16 or fp32"):
         pick_dtype("fp16", CPU)
+
+
+def test_fp32_products_are_in_tf32_only_beside_bf16_on_a_gpu():
+    gpu = torch.device("cuda")
+    assert fp32_products(gpu, torch.bfloat16) == "high" and fp32_products(gpu, torch.float32) == "highest"
+    assert fp32_products(CPU, torch.bfloat16) == "highest"
+
+
+def test_a_cpu_is_taken_without_a_change_to_the_process():
+    before = torch.get_float32_matmul_precision()
+    assert take_device("cpu", "bf16") == (CPU, torch.bfloat16)
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.fixture
+def gpu_as_before():
+    device, precision = torch.cuda.current_device(), torch.get_float32_matmul_precision()
+    yield
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.gpu
+def test_a_product_in_fp32_rounds_its_operands_only_beside_bf16(gpu_as_before):
+    """1 + 2^-12 is a number of fp32 (23 bits) and none of TF32 (10 bits)."""
+    for precision, exact in (("bf16", False), ("fp32", True)):
+        device, _ = take_device("cuda", precision)
+        a = torch.full((512, 512), 1 + 2**-12, device=device)
+        assert torch.equal(a @ torch.eye(512, device=device), a) == exact
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_triton_launches_on_the_gpu_that_was_taken(gpu_as_before):
+    device, _ = take_device("cuda:1", "fp32")
+    assert torch.cuda.current_device() == 1
+    x, packing = torch.randn(7, 64, device=device), ops.pack([3, 4], device=device)
+    assert ops.use_triton(x)
+    expected = torch.nn.functional.layer_norm(x, (64,), eps=1e-6)
+    torch.testing.assert_close(ops.modulated_layer_norm(x, packing), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

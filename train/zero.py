@@ -1,0 +1,194 @@
+"""DeepSpeed's ZeRO: optimiser, gradients and weights in parts over the ranks."""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from umd.ema import EMA
+from umd.errors import UserError
+from umd.methods import AnyCorruption, AnyModel
+from umd.train.distributed import World
+from umd.train.parallel import Shard, Tensors
+
+DEEPSPEED_VERSION = "0.19.8"  # whose private fields `flat_tensors` reads; setup.py and constraints.txt pin it
+
+# Where parameters lie in a flat tensor: (name, start in the parameter, length, place in the tensor).
+Places = list[tuple[str, int, int, int]]
+
+
+class Zero:
+    """DeepSpeed's ZeRO 1 to 3: each rank has a part of optimiser and EMA, and of gradients (2) and weights (3).
+
+    In bf16 the ranks hold the weights in bf16 and their part in fp32; gradients are summed in fp32.
+    """
+
+    def __init__(
+        self, model: AnyModel, loss: nn.Module, optimizer: Any, accumulate: int, clip: float, world: World, stage: int,
+        micro: int, dtype: torch.dtype,
+    ):  # fmt: skip
+        deepspeed = import_deepspeed(world.device)
+        whole = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        num_weights = sum(p.numel() for p in model.parameters())
+        settings = deepspeed_config(stage, micro, accumulate, clip, dtype, world.device, num_weights)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints memory figures
+            if stage == 3:  # each parameter is cut as it comes to the device, which never holds all of them
+                for p in model.parameters():
+                    p.data = p.data.to(dtype)
+                for buffer in model.buffers():
+                    buffer.data = buffer.data.to(world.device)
+                deepspeed.zero.Init(module=loss, config_dict_or_path=settings, dtype=dtype)
+            self.engine, *_ = deepspeed.initialize(
+                model=loss, optimizer=optimizer, dist_init_required=False, config=settings
+            )
+        self.model, self.optimizer, self.accumulate, self.stage = model, optimizer, accumulate, stage
+        self.flats = flat_tensors(self.engine, optimizer, model, world, stage)
+        self.weights = Shard(
+            model,
+            world,
+            {name: start for _, places in self.flats for name, start, _, _ in places},
+            {name: piece for flat, places in self.flats for name, piece in views(flat, places).items()},
+        )
+        with torch.no_grad():  # DeepSpeed made them from weights already rounded to bf16
+            for name, piece in self.weights.cut(whole).items():
+                here = self.weights.pieces[name]
+                if not torch.equal(here, piece.to(here.device, dtype).to(here.dtype)):
+                    raise unlike_ours(f"{name} is not where it should be")
+                here.copy_(piece)
+
+    def place(self, device: torch.device) -> str:
+        return f"{self.weights.world.size} x {device.type}, ZeRO {self.stage}"
+
+    def forward_backward(self, x_start: Tensor, corruption: AnyCorruption, last: bool) -> tuple[Tensor, Tensor]:
+        loss, parts = self.engine(x_start, corruption)
+        self.engine.backward(loss)
+        if not last:
+            self.engine.step()  # counts the micro-batch, no more
+        return loss.detach(), parts
+
+    def update(self) -> Tensor:
+        self.engine.step()
+        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
+
+    def tensors(self, ema: EMA | None) -> dict[str, Tensors]:
+        gather = self.weights.gather
+        parts = {"model": gather(self.weights.pieces, "model"), "optimizer": {}}
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments: Tensors = {}
+            for flat, places in self.flats:
+                moments |= views(self.optimizer.state[flat][key], places)
+            parts["optimizer"] |= {f"{key}::{name}": whole for name, whole in gather(moments, key).items()}
+        steps = next(self.optimizer.state[flat]["step"] for flat, _ in self.flats)
+        parts["optimizer"] |= {f"step::{name}": steps.detach().clone() for name in parts["model"]}
+        return parts | ({} if ema is None else {"ema": gather(ema.state_dict(), "ema")})
+
+    @torch.no_grad()
+    def load(self, parts: Mapping[str, Tensors], ema: EMA | None) -> None:
+        saved = parts["optimizer"]
+        for flat, places in self.flats:
+            state = {"step": saved[f"step::{next(iter(self.weights.shapes))}"].to(flat.device, copy=True)}
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(flat)
+                for name, view in views(state[key], places).items():
+                    start = self.weights.starts[name]
+                    view.copy_(saved[f"{key}::{name}"].flatten()[start : start + len(view)])
+            self.optimizer.state[flat] = state
+        if ema is not None:
+            ema.load_state_dict(self.weights.cut(parts["ema"]))
+
+    @contextmanager
+    def averaged(self, ema: EMA | None) -> Iterator[AnyModel | None]:
+        with self.weights.averaged(self.model, ema) as network:
+            yield network
+
+
+def flat_tensors(engine: Any, optimizer: Any, model: AnyModel, world: World, stage: int) -> list[tuple[Tensor, Places]]:
+    """The flat fp32 tensors that DeepSpeed optimises on this rank, and where each parameter lies in them.
+
+    Nothing else here reads its private fields. Raises UserError if this DeepSpeed lacks them.
+    """
+    flats: list[tuple[Tensor, Places]]
+    try:
+        if stage == 3:
+            zero = engine.optimizer
+            flats = [(flat, []) for flat in zero.fp32_partitioned_groups_flat]
+            for name, p in model.named_parameters():
+                group, place, share = zero.grad_position[zero.get_param_id(p)]
+                whole = p.ds_numel  # type: ignore[attr-defined]  # DeepSpeed's
+                length = min(share, whole - world.rank * share)  # the last rank's share is padded
+                if length > 0:
+                    flats[group][1].append((name, world.rank * share, length, place))
+            return flats
+        flats = [(group["params"][0], []) for group in optimizer.param_groups]
+        for name, p in model.named_parameters():
+            here = p._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
+            if here is not None:
+                lp, hp = here.lp_fragment_address, here.hp_fragment_address
+                flats[here.param_group_index][1].append((name, lp.start, lp.numel, hp.start))
+        return flats
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise unlike_ours(f"{type(error).__name__}: {error}") from error
+
+
+def unlike_ours(what: str) -> UserError:
+    import deepspeed
+
+    return UserError(
+        f"DeepSpeed {deepspeed.__version__} keeps its parts of a network otherwise than {DEEPSPEED_VERSION}, which is "
+        f"expected ({what}); pip install deepspeed=={DEEPSPEED_VERSION}, or use --parallel.strategy ddp"
+    )
+
+
+def views(flat: Tensor, places: Places) -> Tensors:
+    return {name: flat.detach()[place : place + length] for name, _, length, place in places}
+
+
+def deepspeed_config(
+    stage: int, micro: int, accumulate: int, clip: float, dtype: torch.dtype, device: torch.device, num_weights: int
+) -> dict:
+    bf16 = dtype == torch.bfloat16
+    # DeepSpeed sets a bucket aside whole, however small the network; on a CPU a large one saves nothing.
+    bucket = min(2**26 if device.type == "cuda" else 2**20, num_weights)
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": clip,
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": device.type == "cuda",
+            "contiguous_gradients": True,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": 2**27,
+        },
+        "steps_per_print": None,
+    }
+
+
+def import_deepspeed(device: torch.device):
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"ZeRO is DeepSpeed's, and it does not import here ({error}); "
+            f"pip install deepspeed=={DEEPSPEED_VERSION}, or use --parallel.strategy ddp"
+        ) from error
+    if deepspeed.__version__.partition("+")[0] != DEEPSPEED_VERSION:  # + is a build of one's own
+        warnings.warn(
+            f"found DeepSpeed {deepspeed.__version__}, expected {DEEPSPEED_VERSION}, which was tested; where "
+            f"the places of weights differ ZeRO refuses to start: pip install deepspeed=={DEEPSPEED_VERSION}",
+            stacklevel=2,
+        )
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)  # its calls
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its shared-memory exchange serves inference only, and every CPU run would first compile it for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
