@@ -35,6 +35,7 @@ from umd.train.log import NoLog, RunLog
 from umd.train.optim import adamw, lr_scale, narrow_gradients
 from umd.train.parallel import DDP, Alone, LossStep, Zero, strategy
 from umd.train.preview import filled_sheets, picture_maker, reconstructions, rgb
+from umd.train.profile import profiled
 from umd.train.quarantine import record_quarantine
 from umd.train.resume import fingerprint, load_pretrained, newest_checkpoint
 from umd.train.run import RunConfig, check_attention, to_plain, write_config
@@ -150,7 +151,12 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
                     log.picture(label, sheet, step)
 
     writer = RunLog(config.out, console, step, name, config.wandb, to_plain(config)) if world.main else NoLog()
-    with writer as log, finished(background), stop_signal() as stop, ops.attention(config.attention):
+    steps_left = math.inf if config.minutes > 0 and config.steps == 0 else total_steps - step
+    profile = config.profile and world.main
+    with (
+        writer as log, finished(background), stop_signal() as stop, ops.attention(config.attention),
+        profiled(profile, config.out, device, log.say, steps_left) as profiler,
+    ):  # fmt: skip
         log.say(f"{describe(dataset)}; {reader(dataset, config.data)}")
         log.say(
             f"{num_weights / 1e6:.1f} M parameters on {parallel.place(device)}, "
@@ -236,6 +242,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
                     log.row(row)
                     window, window_start = 0, time.perf_counter()
                 paused = time.perf_counter()
+                profiler.step()
                 if step % config.save_every == 0:
                     read()
                     saved_path, saved_step = save(), step

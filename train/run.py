@@ -80,6 +80,8 @@ class RunConfig:
     """Steps between log lines."""
     wandb: str = ""
     """Log to this project of Weights & Biases as well (pip install wandb)."""
+    profile: bool = False
+    """Record 3 steps after the first 12: where their time goes, to profile/ in the folder of the run."""
     draw_every: int = 1000
     """Steps between pictures of reconstructions (and samples, with labels), or for a classifier between its scores on
     the held-out pictures; the last step always has them. 0: never."""
