@@ -244,6 +244,7 @@ def finetune_config(pretrained: RunConfig, init: Path, num_classes: int, out: Pa
         epochs=50,
         steps=0,
         minutes=0,
+        profile=False,
     )
 
 
@@ -274,6 +275,7 @@ def classify_config(pretrained: RunConfig, init: Path, out: Path, linear: bool, 
         epochs=90 if linear else 50 if large else 100,
         steps=0,
         minutes=0,
+        profile=False,
     )
 
 
