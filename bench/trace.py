@@ -29,7 +29,7 @@ SHOWN, LEAST = 6, 0.01  # names of a group in the table, each at least this shar
 GROUPS = {
     "NCCL": r"nccl|gloo|c10d|record_param_comms",
     "memcpy": r"^mem(cpy|set)",
-    "attention": r"flash|fmha|attention|attn|sdpa|softmax",
+    "attention": r"flash|fmha|attention|attn|sdpa|(?<!log)(?<!log_)softmax",
     "optimizer": r"multi_tensor|adam|_foreach",
     "matmul": r"gemm|gemv|cutlass|cublas|xmma|nvjet|split_?k|matmul|addmm|bmm|\bmm\b|linear|\bdot\b|conv(olution|\dd)",
     "norm": r"layer_?norm|rms_?norm|group_?norm|batch_?norm|gammabeta",
@@ -61,7 +61,7 @@ class TraceBench:
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel or op, by the step; with name "" a whole group, or of the whole step."""
+    """A kernel or op, by the step; with name "" a whole group, or what `WHOLE` names."""
 
     group: str
     name: str
@@ -95,7 +95,7 @@ def compare(a: Trace, b: Trace, steps: int = 1) -> list[Row]:
             times[work.name][i].append(work.ms)
     total = sum(sum(ms) for _, ms in times.values()) / counts[1] - sum(sum(ms) for ms, _ in times.values()) / counts[0]
 
-    def row(group: str, name: str, names: Iterable[str]) -> Row:
+    def row(group: str, name: str, names: list[str]) -> Row:
         a_ms, b_ms = (sum(sum(times[n][i]) for n in names) / counts[i] for i in (0, 1))
         a_calls, b_calls = (sum(len(times[n][i]) for n in names) / counts[i] for i in (0, 1))
         return Row(group, name, a_ms, b_ms, a_calls, b_calls, b_ms - a_ms, (b_ms - a_ms) / total if total else None)

@@ -30,7 +30,7 @@ class Profiler:
 
     def __init__(self, folder: Path, device: torch.device, say: Callable[[str], None], steps: float = math.inf):
         self.folder, self.device, self.say = folder, device, say
-        active = int(min(ACTIVE, steps))
+        active = int(min(ACTIVE, max(steps - 1, 1)))  # the first step with the profiler is not one to record
         warmup = int(min(WARMUP, steps - active))
         self.wait = int(min(WAIT, steps - active - warmup))
         self.last = self.wait + warmup + active

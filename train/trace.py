@@ -75,7 +75,8 @@ def read_trace(path: Path) -> Trace:
     Raises:
         UserError: no such file, not a trace of torch.profiler, or nothing in it.
     """
-    path = path / "profile" / "trace.json.gz" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "trace.json.gz" if path.name == "profile" else path / "profile" / "trace.json.gz"
     events = read_events(path)
     try:
         spans = host_spans(events)
