@@ -24,6 +24,7 @@ from umd.errors import UserError
 from umd.methods import AnyModel, AnyObjective, build_model, build_objective
 from umd.objective import Part
 from umd.schedule import NoiseSchedule
+from umd.spans import span
 from umd.train.classify import open_held_out, show_scores
 from umd.train.data import ImageDataset, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import World, join
@@ -32,6 +33,7 @@ from umd.train.log import NoLog, RunLog
 from umd.train.optim import adamw, lr_scale, narrow_gradients
 from umd.train.parallel import DDP, Alone, LossStep, strategy
 from umd.train.preview import picture_maker, preview_images, previews, rgb
+from umd.train.profile import NoProfiler, Profiler, profiled
 from umd.train.quarantine import record_quarantine
 from umd.train.resume import fingerprint, load_pretrained, newest_checkpoint
 from umd.train.run import RunConfig, check_attention, to_plain, write_config
@@ -72,7 +74,11 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
     run = set_up(config, world)
     settings = to_plain(run.config)
     writer = RunLog(config.out, console, run.number, name, config.wandb, settings) if world.main else NoLog()
-    with writer as log, finished(run.background), stop_signal() as stop, ops.attention(config.attention):
+    left = math.inf if run.by_clock else run.total_steps - run.number
+    with (
+        writer as log, finished(run.background), stop_signal() as stop, ops.attention(config.attention),
+        profiled(config.profile and world.main, config.out, world.device, log.say, left) as profiler,
+    ):  # fmt: skip
         announce(run, log)
         if world.main and config.draw_every and not isinstance(run.model, Classifier):
             try:
@@ -80,7 +86,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
             except UserError as error:  # a run can do without
                 log.say(f"pictures show the first channel of latents: {error}")
         before = run.number
-        stopped = make_steps(run, log, stop)
+        stopped = make_steps(run, log, stop, profiler)
         return end(run, log, stop, stopped, before)
 
 
@@ -118,9 +124,14 @@ class Run:
     def total_steps(self) -> int:
         return self.config.steps or math.ceil(self.config.epochs * len(self.dataset) / self.config.batch_size)
 
+    @property
+    def by_clock(self) -> bool:
+        """Whether the run's length is given in minutes."""
+        return self.config.minutes > 0 and self.config.steps == 0
+
     def progress(self) -> float:
         """Share of the run that is done."""
-        if self.config.minutes > 0 and self.config.steps == 0:
+        if self.by_clock:
             return self.seconds / (60 * self.config.minutes)
         return self.number / self.total_steps
 
@@ -198,7 +209,7 @@ def set_up(config: RunConfig, world: World) -> Run:
         parallel.load(saved.tensors, run.ema)
         run.number, run.seconds, run.saved_step, run.saved = saved.step, saved.state["seconds"], saved.step, saved.state
     run.refusal = capture_refusal(device, objective, parallel, config.compile)
-    run.captured = captures(config.capture, run.refusal, parallel)
+    run.captured = captures(config.capture, run.refusal, parallel, config.profile)
     run.step = TrainStep(
         parallel, objective, micro, derive_seed(config.seed, 2), world, run.ema, final_rate, run.number,
         cast_type(dtype, parallel, config.compile), run.captured,
@@ -253,7 +264,7 @@ class Sent(NamedTuple):
     row: dict[str, float] | None  # None: this step has no line
 
 
-def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest) -> bool:
+def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profiler | NoProfiler) -> bool:
     """Steps until the run is done or asked to stop; returns whether it was asked to. The last step is looked at."""
     config, world, objective = run.config, run.world, run.objective
     labelled = config.model.num_classes > 0
@@ -293,12 +304,14 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest) -> bool:
     try:
         while run.progress() < 1 and not stopping():
             started = time.perf_counter()
-            batch = next(loader)
+            with span("data"):
+                batch = next(loader)
             lr = config.peak_lr * lr_scale(run.progress(), config.optim.warmup)
             metrics = run.step(batch.x_start, batch.labels if labelled else None, batch.indices, lr)
             turn = told.send(metrics, elapsed, stop.requested is not None)
             settle()  # the step before: the device works on this one meanwhile and is not kept waiting
             run.number += 1
+            profiler.step()
             elapsed = time.perf_counter() - started
             run.seconds += elapsed if world.size == 1 else 0
             row = {"step": run.number, "images_seen": run.number * config.batch_size, "seconds": run.seconds, "lr": lr}

@@ -14,6 +14,7 @@ from umd.errors import UserError
 from umd.methods import AnyModel
 from umd.model import Linear
 from umd.modulation import Modulation
+from umd.spans import span
 
 
 @dataclass(frozen=True)
@@ -148,16 +149,18 @@ def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     AdamW divides the gradient on its way; clip_grad_norm_ would read and write all of it once more.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = global_norm(gradients)
-    scale = ((norm + 1e-6) / max_norm).clamp(min=1).float() if max_norm else None
-    if runs_compiled(optimizer):
-        _compiled_step(optimizer, 1.0 if scale is None else 1 / float(scale))
-        return norm
-    if isinstance(optimizer, torch.optim.AdamW):
-        optimizer.grad_scale = scale  # type: ignore[attr-defined]  # as torch's GradScaler hands it over
-    elif scale is not None:  # apex's has no such way in
-        torch._foreach_div_(gradients, scale)
-    optimizer.step()
+    with span("clip"):
+        norm = global_norm(gradients)
+        scale = ((norm + 1e-6) / max_norm).clamp(min=1).float() if max_norm else None
+    with span("optimizer"):
+        if runs_compiled(optimizer):
+            _compiled_step(optimizer, 1.0 if scale is None else 1 / float(scale))
+            return norm
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.grad_scale = scale  # type: ignore[attr-defined]  # as torch's GradScaler hands it over
+        elif scale is not None:  # apex's has no such way in
+            torch._foreach_div_(gradients, scale)
+        optimizer.step()
     return norm
 
 

@@ -17,6 +17,7 @@ from umd.checkpoint import load_optimizer_tensors, optimizer_tensors
 from umd.device import autocast
 from umd.ema import EMA, HasParameters
 from umd.methods import AnyCorruption, AnyModel, build_model
+from umd.spans import span
 from umd.train.distributed import ParallelConfig, World
 from umd.train.optim import clipped_step
 
@@ -47,7 +48,7 @@ class LossStep(nn.Module):
 
     def forward(self, x_start: Tensor, corruption: AnyCorruption) -> tuple[Tensor, Tensor]:
         """x_start [B, C, H, W] to (loss [], its parts [3])."""
-        with autocast(x_start.device, self.dtype):
+        with span("forward"), autocast(x_start.device, self.dtype):
             return self.objective(self.network, x_start, corruption)
 
 
@@ -69,7 +70,8 @@ class Alone:
     def forward_backward(self, x_start: Tensor, corruption: AnyCorruption, last: bool) -> tuple[Tensor, Tensor]:
         """Add the gradient of one micro-batch; `last` is the last of the step. Returns (loss [], parts [3])."""
         loss, parts = self.loss(x_start, corruption)
-        (loss / self.accumulate).backward()
+        with span("backward"):
+            (loss / self.accumulate).backward()
         return loss.detach(), parts
 
     def update(self) -> Tensor:

@@ -83,6 +83,8 @@ class RunConfig:
     """Steps between log lines."""
     wandb: str = ""
     """Log to this project of Weights & Biases as well (pip install wandb)."""
+    profile: bool = False
+    """Record 3 steps after the first 12: where their time goes, to profile/ in the folder of the run."""
     draw_every: int = 1000
     """Steps between pictures of reconstructions (and samples, with labels), or for a classifier between its scores on
     the held-out pictures; the last step always has them. 0: never."""
@@ -250,6 +252,7 @@ def finetune_config(pretrained: RunConfig, init: Path, num_classes: int, out: Pa
         epochs=50,
         steps=0,
         minutes=0,
+        profile=False,
     )
 
 
@@ -280,6 +283,7 @@ def classify_config(pretrained: RunConfig, init: Path, out: Path, linear: bool, 
         epochs=90 if linear else 50 if large else 100,
         steps=0,
         minutes=0,
+        profile=False,
     )
 
 

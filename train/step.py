@@ -20,6 +20,7 @@ from umd.errors import UserError
 from umd.methods import AnyObjective
 from umd.model import CastWeights
 from umd.objective import Part
+from umd.spans import span
 from umd.train.distributed import World
 from umd.train.optim import rates_on_device, set_rate
 from umd.train.parallel import DDP, Alone
@@ -99,18 +100,20 @@ class TrainStep:
         with nullcontext() if self.cast is None else self.cast.fresh():
             for i, part in enumerate(self.parts):
                 here = slice(i * self.micro, (i + 1) * self.micro)
-                corruption = self.objective.corrupt(
-                    self.micro, self.seed, self.device,
-                    labels=None if self.labels is None else self.labels[here],
-                    indices=self.indices[here],
-                    step=self.step if self.objective.on_device else self.number,
-                    part=part,
-                )  # fmt: skip
+                with span("corruption"):
+                    corruption = self.objective.corrupt(
+                        self.micro, self.seed, self.device,
+                        labels=None if self.labels is None else self.labels[here],
+                        indices=self.indices[here],
+                        step=self.step if self.objective.on_device else self.number,
+                        part=part,
+                    )  # fmt: skip
                 loss, parts = self.parallel.forward_backward(self.x_start[here], corruption, part is self.parts[-1])
                 self.metrics[:-1] += self.shares[i] * torch.cat([loss[None], parts])
         self.metrics[-1] = self.parallel.update()
         if self.ema is not None:
-            self.ema.update(self.parallel.weights, self.ema_rate)
+            with span("EMA"):
+                self.ema.update(self.parallel.weights, self.ema_rate)
         self.step += 1
 
 
@@ -159,15 +162,16 @@ def capture_refusal(device: torch.device, objective: AnyObjective, parallel: Alo
     return ""
 
 
-def captures(choice: Capture, refusal: str, parallel: Alone | DDP | Zero) -> bool:
-    """Whether to record the step. `auto`: on one GPU, where nothing speaks against it. DDP is asked for (`on`).
+def captures(choice: Capture, refusal: str, parallel: Alone | DDP | Zero, profiled: bool) -> bool:
+    """Whether to record the step. `auto`: on one GPU, where nothing speaks against it. DDP is asked for (`on`), and so is
+    a step that is profiled: of a replayed graph a profiler sees kernels, and not whose they are.
 
     Raises:
         UserError: `on`, and it cannot be.
     """
     if choice == "on" and refusal:
         raise UserError(f"--capture on {refusal}; leave it at auto")
-    return choice == "on" or (choice == "auto" and not refusal and not isinstance(parallel, DDP))
+    return choice == "on" or (choice == "auto" and not refusal and not profiled and not isinstance(parallel, DDP))
 
 
 @contextmanager

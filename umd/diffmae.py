@@ -36,6 +36,7 @@ from umd.model import (
 from umd.ops import Packing, pack
 from umd.sampler import Callback, Denoise, ddim_sample
 from umd.schedule import NoiseSchedule
+from umd.spans import span
 
 
 class Layout(NamedTuple):
@@ -153,8 +154,10 @@ class DiffMAE(nn.Module):
         Returns:
             [sum M, C·p·P·P or target_size].
         """
-        memories = self.encode(visible, ids_keep, batch)
-        return self.decode(masked, ids_masked, batch, timesteps, memories)
+        with span("encoder"):
+            memories = self.encode(visible, ids_keep, batch)
+        with span("decoder"):
+            return self.decode(masked, ids_masked, batch, timesteps, memories)
 
     def encode(self, visible: Tensor, ids_keep: Tensor, batch: Layout) -> list[Tensor]:
         """What the decoder needs of the visible patches: keys and values [sum (num_cls + K), 2, H, d] of each block;
@@ -193,7 +196,8 @@ class DiffMAE(nn.Module):
         else:
             memory = [Memory(kv, batch.queries, batch.visible) for kv in memories]
             x = self.decoder(x, batch.masked, memories=memory)  # [sum M, D']
-        return self.head(x)
+        with span("head"):
+            return self.head(x)
 
     def positions(self, ids: Tensor, space: Tensor, time: Tensor | None) -> Tensor:
         """Position embeddings [N, width] of patches among the B·L: of their place, and of their time in a clip."""

@@ -22,6 +22,7 @@ from umd.errors import UserError
 from umd.masking import Layout, layout
 from umd.modulation import build_modulation
 from umd.ops import Packing
+from umd.spans import span
 
 Branch = tuple[Tensor, Tensor | None] | None  # a branch not yet added to the residual stream: (h [N, D], gate [R, D])
 
@@ -355,16 +356,20 @@ class UMD(nn.Module):
         Returns:
             [S·L, 2·C·P·P]: x̂0, then ε̂; 0 at places that are not predicted.
         """
-        cond, encoder_mod, decoder_mod = self.condition(timesteps, labels)  # [R, D], tables of [R, D]
-        tokens = self.encode(patches, ids_keep, batch, cond, encoder_mod)  # [sum (num_cls + K), D]
-        x = ops.scatter_tokens(  # [S·(1 + L), D]
-            tokens, batch.encoder, ids_keep, self.config.num_cls, self.mask_token, self.decoder_pos_embed
-        )
-        if self.config.decoder == "cross":
-            return self.decode_cross(x, tokens, batch, cond, decoder_mod, ids_predict)
-        x = self.decoder(x, batch.decoder_blocks, decoder_mod, None if self.config.adaLN else cond)  # [S·(1 + L), D]
-        _, x = ops.split_tokens(x, 1, batch.decoder)  # [S·L, D]
-        return self.head(x)  # [S·L, 2·C·P·P]
+        with span("adaLN"):
+            cond, encoder_mod, decoder_mod = self.condition(timesteps, labels)  # [R, D], tables of [R, D]
+        with span("encoder"):
+            tokens = self.encode(patches, ids_keep, batch, cond, encoder_mod)  # [sum (num_cls + K), D]
+        with span("decoder"):
+            x = ops.scatter_tokens(  # [S·(1 + L), D]
+                tokens, batch.encoder, ids_keep, self.config.num_cls, self.mask_token, self.decoder_pos_embed
+            )
+            if self.config.decoder == "cross":
+                return self.decode_cross(x, tokens, batch, cond, decoder_mod, ids_predict)
+            x = self.decoder(x, batch.decoder_blocks, decoder_mod, None if self.config.adaLN else cond)  # same shape
+            _, x = ops.split_tokens(x, 1, batch.decoder)  # [S·L, D]
+        with span("head"):
+            return self.head(x)  # [S·L, 2·C·P·P]
 
     def decode_cross(
         self, x: Tensor, tokens: Tensor, batch: Layout, cond: Tensor, modulation: tuple[Tensor, ...], ids: Tensor | None
@@ -381,7 +386,9 @@ class UMD(nn.Module):
             Memory(attention.memory(tokens, batch.encoder_blocks), batch.decoder_blocks, batch.encoder_blocks)
             for attention in (cast(CrossAttention, block.attn) for block in self.decoder.layers)
         ]
-        prediction = self.head(self.decoder(x, batch.decoder_blocks, modulation, memories=memories))  # [Q, 2·C·P·P]
+        x = self.decoder(x, batch.decoder_blocks, modulation, memories=memories)  # [Q, D]
+        with span("head"):
+            prediction = self.head(x)  # [Q, 2·C·P·P]
         if ids is None:
             return prediction
         return prediction.new_zeros(S * L, prediction.shape[1]).index_copy(0, ids, prediction)

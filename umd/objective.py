@@ -19,6 +19,7 @@ from umd.errors import UserError
 from umd.flops import diffmae_flops, step_flops
 from umd.masking import Layout, ids_keep_from_noise, layout, num_keep, ranked_ids
 from umd.schedule import NoiseSchedule
+from umd.spans import span
 
 
 class Part(NamedTuple):
@@ -234,9 +235,11 @@ class Objective:
 
     def __call__(self, model, x_start: Tensor, c: Corruption) -> tuple[Tensor, Tensor]:
         """One forward pass of the whole batch: (total loss, its parts)."""
-        patches = self.visible_patches(x_start, c)
+        with span("corruption"):
+            patches = self.visible_patches(x_start, c)
         prediction = model(patches, c.ids_keep, c.layout, c.timesteps, c.labels, c.ids_predict)
-        return self.loss(prediction, x_start, c)
+        with span("loss"):
+            return self.loss(prediction, x_start, c)
 
     def _keep(self, noised: int, clean: int) -> tuple[int, ...]:
         return (self.keep_noised,) * noised + (self.keep_clean,) * clean

@@ -1,0 +1,176 @@
+"""`umd bench trace A B`: where two traces of torch.profiler differ, ours and DiT's, yesterday's and today's.
+
+Of GPU traces the kernels are compared, of CPU traces the ops, each without the ops inside it; both by the step.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from umd.errors import UserError
+from umd.train.trace import Trace, read_trace, readable
+
+TOTAL, IDLE, LAUNCHING, STEP = WHOLE = ("total", "GPU idle", "host, launching", "step")  # groups of one row
+CAPTION = "share: of the difference in all; step: by the clock of the host"
+CAPTION_GPU = f"{CAPTION}; GPU idle: between kernels of the stream that computes most"
+SHOWN, LEAST = 6, 0.01  # names of a group in the table, each at least this share of the largest difference of a group
+# The first that is found in a name decides.
+GROUPS = {
+    "NCCL": r"nccl|gloo|c10d|record_param_comms",
+    "memcpy": r"^mem(cpy|set)",
+    "attention": r"flash|fmha|attention|attn|sdpa|(?<!log)(?<!log_)softmax",
+    "optimizer": r"multi_tensor|adam|_foreach",
+    "matmul": r"gemm|gemv|cutlass|cublas|xmma|nvjet|split_?k|matmul|addmm|bmm|\bmm\b|linear|\bdot\b|conv(olution|\dd)",
+    "norm": r"layer_?norm|rms_?norm|group_?norm|batch_?norm|gammabeta",
+    "copies and casts": r"copy|copied|\bcat\b|catarray|clone|index|gather|scatter|embedding|fill|zero",
+    "reduction": r"reduce|triton_(red|per)|\bsum|_sum_|mean|norm",
+    "allocation": r"::(new_)?(empty|resize)",
+    "elementwise": r"elementwise|pointwise|triton_poi|gelu|silu|::(add|sub|rsub|mul|div|neg|abs|sqrt|rsqrt|pow|square"
+    r"|exp|log|sin|cos|where|clamp|clamp_min|lerp|addcmul|addcdiv|sigmoid|tanh|bitwise_\w+?|eq|ne|lt|gt|le|ge)_?$",
+}
+
+
+@dataclass(frozen=True)
+class TraceBench:
+    """Where two traces of torch.profiler differ, by the step."""
+
+    a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    """A .json or .json.gz that torch.profiler wrote, or the folder of a run made with --profile."""
+    b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+    """Another."""
+    steps: int = 1
+    """Steps in a trace that does not mark them (ProfilerStep#)."""
+    json: Path | None = None
+    """Write the rows here."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"steps must be at least 1, got {self.steps}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel or op, by the step; with name "" a whole group, or what `WHOLE` names."""
+
+    group: str
+    name: str
+    a_ms: float
+    b_ms: float
+    a_calls: float
+    b_calls: float
+    difference_ms: float  # B's time less A's
+    share: float | None = None  # of the difference in all; None where there is none
+
+
+def group_of(name: str) -> str:
+    return next((group for group, pattern in GROUPS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
+
+
+def compare(a: Trace, b: Trace, steps: int = 1) -> list[Row]:
+    """A row for each group, followed by its names, those that differ most first; then the total and the whole step.
+
+    steps: in a trace that marks none. Raises UserError where one trace is of a GPU and the other is not.
+    """
+    if a.on_gpu != b.on_gpu:
+        gpu, cpu = (a, b) if a.on_gpu else (b, a)
+        raise UserError(
+            f"{gpu.path} has the kernels of a GPU and {cpu.path} has ops alone, which do not compare; give two traces "
+            "from the same kind of device (torch.profiler needs ProfilerActivity.CUDA to see a GPU)"
+        )
+    counts = a.steps or steps, b.steps or steps
+    times: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+    for i, trace in enumerate((a, b)):
+        for work in trace.work:
+            times[work.name][i].append(work.ms)
+    total = sum(sum(ms) for _, ms in times.values()) / counts[1] - sum(sum(ms) for ms, _ in times.values()) / counts[0]
+
+    def row(group: str, name: str, names: list[str]) -> Row:
+        a_ms, b_ms = (sum(sum(times[n][i]) for n in names) / counts[i] for i in (0, 1))
+        a_calls, b_calls = (sum(len(times[n][i]) for n in names) / counts[i] for i in (0, 1))
+        return Row(group, name, a_ms, b_ms, a_calls, b_calls, b_ms - a_ms, (b_ms - a_ms) / total if total else None)
+
+    def most_first(rows: Iterable[Row]) -> list[Row]:
+        return sorted(rows, key=lambda row: -abs(row.difference_ms))
+
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in times:
+        groups[group_of(name)].append(name)
+    rows = []
+    for whole in most_first(row(group, "", names) for group, names in groups.items()):
+        rows += [whole, *most_first(row(whole.group, name, [name]) for name in groups[whole.group])]
+    rows.append(row(TOTAL, "", list(times)))
+    if a.on_gpu:
+        rows.append(whole_step(IDLE, a.idle_ms / counts[0], b.idle_ms / counts[1]))
+        rows.append(whole_step(LAUNCHING, a.launch_ms / counts[0], b.launch_ms / counts[1]))
+    if a.step_ms is not None and b.step_ms is not None:
+        rows.append(whole_step(STEP, a.step_ms, b.step_ms))
+    return rows
+
+
+def whole_step(name: str, a_ms: float, b_ms: float) -> Row:
+    return Row(name, "", a_ms, b_ms, 0, 0, b_ms - a_ms)
+
+
+def run(options: TraceBench, console: Console) -> list[Row]:
+    """Compare, print the table, write the JSON. Returns the rows."""
+    a, b = read_trace(options.a), read_trace(options.b)
+    rows = compare(a, b, options.steps)
+    for letter, trace in (("A", a), ("B", b)):
+        marked = f"{trace.steps} steps" if trace.steps else f"marks no steps, taken as {options.steps} (--steps)"
+        console.print(f"{letter}: {trace.path}: {marked}", highlight=False, markup=False, soft_wrap=True)
+    print_rows(rows, a.on_gpu, console)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return rows
+
+
+def print_rows(rows: list[Row], on_gpu: bool, console: Console) -> None:
+    table = Table(
+        title=f"Time of {'kernels' if on_gpu else 'ops, each without those inside it,'} by the step",
+        caption=CAPTION_GPU if on_gpu else CAPTION,
+        box=box.SIMPLE,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    # What is left beside the numbers, which must not be cut.
+    table.add_column("kernel" if on_gpu else "op", no_wrap=True, max_width=max(16, console.width - 50))
+    for column in ("A ms", "B ms", "B - A", "share", "A calls", "B calls"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def add(label: Text, row: Row) -> None:
+        share = "" if row.share is None else f"{row.share:.0%}"
+        calls = (f"{row.a_calls:.4g}", f"{row.b_calls:.4g}") if row.a_calls or row.b_calls else ("", "")
+        table.add_row(label, f"{row.a_ms:.2f}", f"{row.b_ms:.2f}", f"{row.difference_ms:+.2f}", share, *calls)
+
+    least = LEAST * max(abs(row.difference_ms) for row in rows if row.group not in WHOLE and not row.name)
+    for group, found in groupby(rows, key=lambda row: row.group):
+        whole, *named = found
+        if group == TOTAL:
+            table.add_section()
+        add(Text(group, style="bold"), whole)
+        shown = [row for row in named[:SHOWN] if abs(row.difference_ms) >= least]
+        for row in shown:
+            add(Text(f"  {readable(row.name) if on_gpu else row.name}"), row)
+        if shown and (rest := named[len(shown) :]):
+            add(Text(f"  {len(rest)} more"), sum_of(rest))
+    console.print(table)
+
+
+def sum_of(rows: list[Row]) -> Row:
+    def add(field: str) -> float:
+        return sum(getattr(row, field) or 0.0 for row in rows)
+
+    share = None if rows[0].share is None else add("share")
+    return Row("", "", add("a_ms"), add("b_ms"), add("a_calls"), add("b_calls"), add("difference_ms"), share)
