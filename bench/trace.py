@@ -127,7 +127,11 @@ def run(options: TraceBench, console: Console) -> list[Row]:
     a, b = read_trace(options.a), read_trace(options.b)
     rows = compare(a, b, options.steps)
     for letter, trace in (("A", a), ("B", b)):
-        marked = f"{trace.steps} steps" if trace.steps else f"marks no steps, taken as {options.steps} (--steps)"
+        marked = (
+            f"{trace.steps} step{'' if trace.steps == 1 else 's'}"
+            if trace.steps
+            else f"marks no steps, taken as {options.steps} (--steps)"
+        )
         console.print(f"{letter}: {trace.path}: {marked}", highlight=False, markup=False, soft_wrap=True)
     print_rows(rows, a.on_gpu, console)
     if options.json is not None:
@@ -150,9 +154,11 @@ def print_rows(rows: list[Row], on_gpu: bool, console: Console) -> None:
         table.add_column(column, justify="right", no_wrap=True)
 
     def add(label: Text, row: Row) -> None:
-        share = "" if row.share is None else f"{row.share:.0%}"
+        share = "" if row.share is None else f"{row.share:.0%}".replace("-0%", "0%")
         calls = (f"{row.a_calls:.4g}", f"{row.b_calls:.4g}") if row.a_calls or row.b_calls else ("", "")
-        table.add_row(label, f"{row.a_ms:.2f}", f"{row.b_ms:.2f}", f"{row.difference_ms:+.2f}", share, *calls)
+        digits = 2 if max(row.a_ms, row.b_ms) < 100 else 0  # as wide as the columns are
+        times = f"{row.a_ms:.{digits}f}", f"{row.b_ms:.{digits}f}", f"{row.difference_ms:+.{digits}f}"
+        table.add_row(label, *times, share, *calls)
 
     least = LEAST * max(abs(row.difference_ms) for row in rows if row.group not in WHOLE and not row.name)
     for group, found in groupby(rows, key=lambda row: row.group):

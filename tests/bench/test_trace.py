@@ -87,7 +87,7 @@ def test_what_is_said_of_the_step(compared):
 def test_the_table_has_all_of_it(compared):
     _, printed = compared(A, B)
     lines = [line.split() for line in printed.splitlines()]
-    assert printed.splitlines()[0].endswith("a.json: 2 steps") and printed.splitlines()[1].endswith("b.json: 1 steps")
+    assert printed.splitlines()[0].endswith("a.json: 2 steps") and printed.splitlines()[1].endswith("b.json: 1 step")
     assert ["matmul", "4.00", "1.00", "-3.00", "120%", "2", "2"] in lines
     assert ["gemm_b", "1.00", "0.00", "-1.00", "40%", "1", "0"] in lines
     assert ["total", "5.50", "3.00", "-2.50", "100%", "4", "3"] in lines
