@@ -311,7 +311,6 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
             turn = told.send(metrics, elapsed, stop.requested is not None)
             settle()  # the step before: the device works on this one meanwhile and is not kept waiting
             run.number += 1
-            profiler.step()
             elapsed = time.perf_counter() - started
             run.seconds += elapsed if world.size == 1 else 0
             row = {"step": run.number, "images_seen": run.number * config.batch_size, "seconds": run.seconds, "lr": lr}
@@ -321,6 +320,8 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
             if run.background is not None:
                 run.background.check()
             log.progress(run.progress())
+            with rate.paused():
+                profiler.step()
             saves = run.number % config.save_every == 0
             draws = config.draw_every and run.number % config.draw_every == 0 and run.progress() < 1
             if saves or draws:

@@ -12,13 +12,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from umd import ops
 from umd.ema import EMA, warm_rate
 from umd.errors import UserError
 from umd.methods import AnyObjective
-from umd.model import CastWeights
+from umd.model import Linear
 from umd.objective import Part
 from umd.spans import span
 from umd.train.distributed import World
@@ -117,6 +117,31 @@ class TrainStep:
         self.step += 1
 
 
+class CastWeights:
+    """Copies of a network's linear weights and biases in a narrower type, made again by one call for each step.
+
+    Autocast makes them one by one, and casts each of their gradients back.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype):
+        self.layers = [module for module in network.modules() if isinstance(module, Linear)]
+        self.weights = [p for layer in self.layers for p in (layer.weight, layer.bias)]
+        self.copies = [torch.empty_like(p, dtype=dtype, requires_grad=False) for p in self.weights]
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """The layers use copies of the weights as they are now, until the block ends."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.copies, self.weights)
+        for layer, weight, bias in zip(self.layers, self.copies[::2], self.copies[1::2], strict=True):
+            layer.cast = weight, bias
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.cast = None
+
+
 class Captured:
     """A function of no arguments as a CUDA graph: called `WARMUP` times as it is, then recorded and replayed.
 
@@ -163,8 +188,8 @@ def capture_refusal(device: torch.device, objective: AnyObjective, parallel: Alo
 
 
 def captures(choice: Capture, refusal: str, parallel: Alone | DDP | Zero, profiled: bool) -> bool:
-    """Whether to record the step. `auto`: on one GPU, where nothing speaks against it. DDP is asked for (`on`), and so is
-    a step that is profiled: of a replayed graph a profiler sees kernels, and not whose they are.
+    """Whether to record the step. `auto`: on one GPU, where nothing speaks against it. With DDP it must be asked for
+    (`on`), and in a profiled run: of a replayed graph a profiler sees kernels, and not whose they are.
 
     Raises:
         UserError: `on`, and it cannot be.

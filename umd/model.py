@@ -6,8 +6,7 @@ each sample. MAE, MaskDiT and DiT are the same network under other masks and noi
 Letters: N tokens of the stream, S samples, D width, L patches, K visible patches, R distinct conditions, P patch size.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -28,7 +27,7 @@ Branch = tuple[Tensor, Tensor | None] | None  # a branch not yet added to the re
 
 
 class Linear(nn.Linear):
-    cast: tuple[Tensor, Tensor] | None = None  # weight and bias in bf16, while a training step runs (`CastWeights`)
+    cast: tuple[Tensor, Tensor] | None = None  # weight and bias in bf16, while a training step runs (train/step.py)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias, self.cast)
@@ -39,31 +38,6 @@ class GeluLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.gelu_linear(x, self.weight, self.bias, self.cast)
-
-
-class CastWeights:
-    """Copies of a network's linear weights and biases in a narrower type, made again by one call for each step.
-
-    Autocast makes them one by one, and casts each of their gradients back.
-    """
-
-    def __init__(self, network: nn.Module, dtype: torch.dtype):
-        self.layers = [module for module in network.modules() if isinstance(module, Linear)]
-        self.weights = [p for layer in self.layers for p in (layer.weight, layer.bias)]
-        self.copies = [torch.empty_like(p, dtype=dtype, requires_grad=False) for p in self.weights]
-
-    @contextmanager
-    def fresh(self) -> Iterator[None]:
-        """The layers use copies of the weights as they are now, until the block ends."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.copies, self.weights)
-        for layer, weight, bias in zip(self.layers, self.copies[::2], self.copies[1::2], strict=True):
-            layer.cast = weight, bias
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                layer.cast = None
 
 
 class ModulatedLayerNorm(nn.Module):
