@@ -66,7 +66,7 @@ def test_a_run_leaves_a_trace_and_tables_and_is_otherwise_the_same(run):
     trace = read_trace(folder)
     whole = sum(float(cells[1]) + float(cells[2]) for cells in parts)
     assert whole == pytest.approx(sum(w.ms for w in trace.work) / 3, abs=0.1)
-    assert len(tables[1]) == 4 + 25 and any(line.startswith("| aten::mm | encoder, backward |") for line in tables[1])
+    assert len(tables[1]) == 4 + 25 and any(" | encoder, backward | " in line for line in tables[1])
 
     plain, _ = run("plain", steps=16)
     assert losses(config) == losses(plain)
