@@ -64,6 +64,7 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
         Diverged: NaN or infinite loss; the last good checkpoint is kept and the batch is described in `nan-dump.json`.
         KeyboardInterrupt, SystemExit(143): after saving, on Ctrl-C or SIGTERM.
     """
+    config = config.resolved()
     world = join(config.device, config.parallel, config.out)
     with world.explained(), side_stream(world.device):
         return train_rank(config, world, console or Console(), name)

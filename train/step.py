@@ -45,8 +45,8 @@ class TrainStep:
         capture: record `run` as a CUDA graph; ask `capture_refusal` before.
 
     Attributes:
-        metrics: float32 [1 + parts + 1]: the loss, its parts, and the gradient's norm before clipping, of this rank.
-            The next step overwrites it.
+        metrics: [1 + parts + 1]: the loss, its parts, and the gradient's norm before clipping, of this rank. float32,
+            or as wide as the weights; the next step overwrites it.
     """
 
     def __init__(
@@ -59,8 +59,10 @@ class TrainStep:
         count = world.size * parallel.accumulate
         self.parts = [Part(world.rank * parallel.accumulate + i, count) for i in range(parallel.accumulate)]
         shares = [[1.0, *objective.part_weights(micro, part)] for part in self.parts]
-        self.shares = torch.tensor(shares, device=self.device) / parallel.accumulate  # [accumulate, 1 + parts]
-        self.metrics = torch.zeros(self.shares.shape[1] + 1, device=self.device)
+        self.shares = torch.tensor(shares, dtype=torch.float64) / parallel.accumulate  # [accumulate, 1 + parts]
+        wide = torch.promote_types(next(iter(parallel.model.parameters())).dtype, torch.float32)
+        self.metrics = torch.zeros(self.shares.shape[1] + 1, dtype=wide, device=self.device)
+        self.shares = self.shares.to(self.metrics)
         self.step = torch.full((), number, dtype=torch.int64, device=self.device)
         self.x_start = self.labels = self.indices = None  # made for the first batch
         on_device = rates_on_device(parallel.optimizer)
