@@ -236,7 +236,8 @@ def umd_step(bench: LoaderBench) -> Callable[[Tensor], None]:
     config = bench.config()
     model = UMD(config).to(bench.device)
     assert isinstance(model.adaLN_modulation, Modulation)
-    torch.nn.init.normal_(model.adaLN_modulation.weight, std=0.02)
+    for block in model.adaLN_modulation:
+        torch.nn.init.normal_(block.weight, std=0.02)
     objective = Objective(config, ObjectiveConfig(), NoiseSchedule("linear"))
     seeds = itertools.count()
     optimizer = our_optimizer(model, bench.dtype)

@@ -118,10 +118,9 @@ def represent(
 def open_gates(model: AnyModel) -> AnyModel:
     """Set every gate of an untrained adaLN-zero network to 1: as made, its blocks do nothing and CLS sees no image."""
     if isinstance(model, UMD) and model.adaLN_modulation is not None:
-        config = model.config
         with torch.no_grad():
-            tables = model.adaLN_modulation.bias[: -2 * config.hidden_size].view(-1, 6, config.hidden_size)
-            tables[:, (2, 5)] = 1
+            for offsets in model.adaLN_modulation.offsets[:-1]:
+                offsets.view(6, -1)[[2, 5]] = 1
     return model
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from umd import ops
-from umd.checkpoint import BackgroundSave, checkpoint_path, load_model_state, save_checkpoint
+from umd.checkpoint import BackgroundSave, checkpoint_path, load_model_state, save_checkpoint, split
 from umd.classifier import Classifier
 from umd.device import autocast, keep_freed_memory, peak_flops, peak_memory, pick_dtype
 from umd.diffmae import DiffMAE
@@ -94,6 +94,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
     source = fingerprint(dataset)
     saved_path, saved = newest_checkpoint(config, world, source)
     if saved is not None:
+        saved = replace(saved, tensors={part: split(named, model) for part, named in saved.tensors.items()})
         load_model_state(model, saved.tensors["model"])
     elif config.init is not None:
         load_pretrained(model, config.init, config.data)

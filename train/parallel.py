@@ -86,13 +86,13 @@ class Alone:
         return norm
 
     def tensors(self, ema: EMA | None) -> dict[str, Tensors]:
-        """What a checkpoint holds. All ranks call this together; only rank 0's is whole."""
+        """What a checkpoint holds, by the names in memory. All ranks call this together; only rank 0's is whole."""
         parts: dict[str, Tensors] = {"model": {**dict(self.model.named_parameters())}}
         parts["optimizer"] = optimizer_tensors(self.optimizer, self.model)
         return parts | ({} if ema is None else {"ema": ema.state_dict()})
 
     def load(self, parts: Mapping[str, Tensors], ema: EMA | None) -> None:
-        """Put back optimiser and EMA; the model's weights were there before this was made."""
+        """Put back optimiser and EMA, by the names in memory; the weights were there before this was made."""
         load_optimizer_tensors(self.optimizer, self.model, parts["optimizer"])
         if ema is not None:
             ema.load_state_dict(parts["ema"])

@@ -6,7 +6,7 @@ each sample. MAE, MaskDiT and DiT are the same network under other masks and noi
 Letters: N tokens of the stream, S samples, D width, L patches, K visible patches, R distinct conditions, P patch size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -23,6 +23,7 @@ from umd.modulation import build_modulation
 from umd.ops import Packing
 
 Branch = tuple[Tensor, Tensor | None] | None  # a branch not yet added to the residual stream: (h [N, D], gate [R, D])
+Tables = tuple[Tensor | None, ...]  # of a block: shift, scale, gate of both branches; of a final norm: shift, scale
 
 
 class Linear(nn.Linear):
@@ -132,7 +133,7 @@ class Block(nn.Module):
         x: Tensor,
         branch: Branch,
         packing: Packing,
-        modulation: tuple[Tensor | None, ...],
+        modulation: Tables,
         memory: Memory | None = None,
     ) -> tuple[Tensor, Branch]:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # each [R, D] or None
@@ -155,7 +156,7 @@ class CrossSelfBlock(Block):
         x: Tensor,
         branch: Branch,
         packing: Packing,
-        modulation: tuple[Tensor | None, ...],
+        modulation: Tables,
         memory: Memory | None = None,
     ) -> tuple[Tensor, Branch]:
         x, y = self.norm_cross(x, branch, packing)  # [N, D]
@@ -175,17 +176,18 @@ class Blocks(nn.Module):
         self,
         x: Tensor,
         packing: Packing,
-        modulation: tuple[Tensor | None, ...] = (),
+        modulation: Iterator[Tables] | None = None,
         cond: Tensor | None = None,
         memories: Sequence[Memory] | None = None,
         levels: list[Tensor] | None = None,
     ) -> Tensor:
-        """x [N, D]; modulation: 6 tables a block, then shift and scale of the final norm if there are two more.
+        """x [N, D]; modulation: the tables of each block, asked for as it comes, then the final norm's if it has any.
 
         Without adaLN the condition [R, D] is a token in front of each sample, set anew before every block.
         memories: what each block's cross-attention sees. levels: receives the stream behind each block.
         """
         branch: Branch = None
+        modulation = iter(()) if modulation is None else modulation
         if cond is not None:
             rows = cond.index_select(0, packing.cond_index).to(x.dtype)  # [S, D]
             x = ops.prepend_tokens(rows[:, None], x, packing)
@@ -193,7 +195,7 @@ class Blocks(nn.Module):
         for i, block in enumerate(self.layers):
             if cond is not None and branch is not None:
                 x, branch = add_branch(x, branch, packing).index_copy(0, first, rows), None
-            tables = modulation[6 * i : 6 * i + 6] if modulation else (None,) * 6
+            tables = next(modulation, (None,) * 6)
             memory = None if memories is None else memories[i]
             if self.checkpointing and torch.is_grad_enabled():
                 x, branch = checkpoint(block, x, branch, packing, tables, memory, use_reentrant=False)
@@ -201,7 +203,7 @@ class Blocks(nn.Module):
                 x, branch = block(x, branch, packing, tables, memory)
             if levels is not None:
                 levels.append(add_branch(x, branch, packing))
-        _, y = self.norm(x, branch, packing, *modulation[6 * len(self.layers) :])
+        _, y = self.norm(x, branch, packing, *next(modulation, ()))
         return y if cond is None else ops.split_tokens(y, 1, packing)[1]
 
 
@@ -263,7 +265,7 @@ class UMD(nn.Module):
         C, P, D, L = config.channels, config.patch_size, config.hidden_size, config.num_patches
         self.t_embedder = TimestepEmbedder(config)
         self.y_embedder = LabelEmbedder(config) if config.num_classes > 0 else None
-        # Of all blocks at once: shift, scale, gate twice a block, shift and scale of the decoder's final norm.
+        # Shift, scale, gate twice a block, shift and scale of the decoder's final norm.
         self.adaLN_modulation = build_modulation(config) if config.adaLN else None
 
         self.x_embedder = Linear(C * P * P, D)
@@ -327,7 +329,7 @@ class UMD(nn.Module):
         Returns:
             [S·L, 2·C·P·P]: x̂0, then ε̂; 0 at places that are not predicted.
         """
-        cond, encoder_mod, decoder_mod = self.condition(timesteps, labels)  # [R, D], tables of [R, D]
+        cond, encoder_mod, decoder_mod = self.condition(timesteps, labels)  # [R, D], tables of [R, D] as asked for
         tokens = self.encode(patches, ids_keep, batch, cond, encoder_mod)  # [sum (num_cls + K), D]
         x = ops.scatter_tokens(  # [S·(1 + L), D]
             tokens, batch.encoder, ids_keep, self.config.num_cls, self.mask_token, self.decoder_pos_embed
@@ -339,7 +341,7 @@ class UMD(nn.Module):
         return self.head(x)  # [S·L, 2·C·P·P]
 
     def decode_cross(
-        self, x: Tensor, tokens: Tensor, batch: Layout, cond: Tensor, modulation: tuple[Tensor, ...], ids: Tensor | None
+        self, x: Tensor, tokens: Tensor, batch: Layout, cond: Tensor, modulation: Iterator[Tables], ids: Tensor | None
     ) -> Tensor:
         """Queries: of x [S·(1 + L), D] the patches `ids`, hidden ones as mask tokens, visible ones (whose noise is to
         be predicted) as their own tokens. Keys: the encoder's tokens, without adaLN the condition in front of them."""
@@ -360,10 +362,9 @@ class UMD(nn.Module):
 
     def condition(
         self, timesteps: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Condition [R, D], and the modulation tables of encoder and decoder from one matrix product over its rows.
-
-        In the parameters' own precision: R is small, and casting this largest matrix would cost more than the product.
+    ) -> tuple[Tensor, Iterator[Tables], Iterator[Tables]]:
+        """Condition [R, D], and the modulation of encoder and decoder: iterators that make each block's tables in turn,
+        6 of [R, D], then 2 of the decoder's final norm. In the parameters' own precision.
         """
         with torch.autocast(timesteps.device.type, enabled=False):
             c = self.t_embedder(timesteps)  # [R, D]
@@ -371,12 +372,17 @@ class UMD(nn.Module):
                 null = torch.full_like(timesteps, self.config.num_classes)
                 c = c + self.y_embedder(null if labels is None else labels)
             if self.adaLN_modulation is None:
-                return c, (), ()
-            tables = self.adaLN_modulation(F.silu(c)).split(self.config.hidden_size, dim=1)
-        return c, tables[: 6 * self.config.depth], tables[6 * self.config.depth :]
+                return c, iter(()), iter(())
+            tables = self.adaLN_modulation(F.silu(c))
+        depth, last = self.config.depth, self.config.depth + self.config.decoder_depth
+
+        def modulation(i: int) -> Tables:
+            return tables(i).split(self.config.hidden_size, dim=1)
+
+        return c, map(modulation, range(depth)), map(modulation, range(depth, last + 1))
 
     def encode(
-        self, patches: Tensor, ids_keep: Tensor, batch: Layout, cond: Tensor, modulation: tuple[Tensor, ...]
+        self, patches: Tensor, ids_keep: Tensor, batch: Layout, cond: Tensor, modulation: Iterator[Tables]
     ) -> Tensor:
         """Encoder tokens after the final norm, CLS tokens first: [sum (num_cls + K), D]."""
         x = self.x_embedder(patches)  # [sum K, D]
