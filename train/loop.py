@@ -273,6 +273,8 @@ def spread(
         raise UserError("a classifier trains with DDP, not ZeRO; leave out --parallel.strategy zero")
     if how == "zero" and stage == 3 and config.compile:
         raise UserError("compile does not go with ZeRO 3, whose weights come and go; use --parallel.zero-stage 2")
+    if how == "zero" and config.parallel.wire == "bf16":
+        raise UserError("parallel.wire bf16 is DDP's; ZeRO sends bf16 in a bf16 run: leave it out, or use ddp")
     if how != "zero":
         model.to(world.device)
     if how == "zero" and config.optim.fused == "apex":
@@ -285,7 +287,7 @@ def spread(
             narrow_gradients(model, optimizer)
         return Alone(model, loss, optimizer, config.accumulate, config.optim.clip)
     if how == "ddp":
-        return DDP(model, loss, optimizer, config.accumulate, config.optim.clip, world)
+        return DDP(model, loss, optimizer, config.accumulate, config.optim.clip, world, config.parallel.wire)
     micro = config.batch_size // (world.size * config.accumulate)
     return Zero(model, loss, optimizer, config.accumulate, config.optim.clip, world, stage, micro, dtype)
 

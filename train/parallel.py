@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from umd.checkpoint import load_optimizer_tensors, optimizer_tensors
@@ -165,8 +166,13 @@ class DDP(Alone):
     weights: Shard
     loss: DistributedDataParallel
 
-    def __init__(self, model: AnyModel, loss: nn.Module, optimizer: Any, accumulate: int, clip: float, world: World):
+    def __init__(
+        self, model: AnyModel, loss: nn.Module, optimizer: Any, accumulate: int, clip: float, world: World, wire: str
+    ):
+        """wire: type in which gradients are sent, fp32 or bf16."""
         wrapped = DistributedDataParallel(loss, gradient_as_bucket_view=True)
+        if wire == "bf16":
+            wrapped.register_comm_hook(None, bf16_compress_hook)
         super().__init__(model, wrapped, optimizer, accumulate, clip)
         starts, pieces = {}, {}
         for name, p in model.named_parameters():

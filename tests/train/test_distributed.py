@@ -19,10 +19,12 @@ from rich.console import Console
 
 from umd.checkpoint import BackgroundSave, CheckpointError, list_checkpoints, load_checkpoint
 from umd.config import ModelConfig
+from umd.errors import UserError
+from umd.methods import build_model
 from umd.train.data import DataConfig
 from umd.train.distributed import ParallelConfig, World
 from umd.train.log import read_metrics
-from umd.train.loop import train
+from umd.train.loop import spread, train
 from umd.train.optim import OptimConfig
 from umd.train.parallel import strategy
 from umd.train.run import RunConfig, to_plain
@@ -148,6 +150,8 @@ def runs(folder):
         for name, case in CASES.items():
             runs[name, precision] = tiny(folder, f"{name}-{precision}", precision=precision, **case)
     train_on(1, [runs["one", "fp32"], runs["one", "bf16"]])
+    wire = ParallelConfig("ddp", wire="bf16")
+    runs["wire", "fp32"] = tiny(folder, "wire-fp32", parallel=wire)
     builds = folder / "extensions"
     two = [config for (name, _), config in runs.items() if name != "one"]
     train_on(2, two, env={"TORCH_EXTENSIONS_DIR": str(builds)})
@@ -179,6 +183,22 @@ def test_two_ranks_make_the_steps_of_one_process(runs, name, precision):
         else:
             flat, other = (torch.cat([t[part][key].flatten() for key in saved[part]]) for t in (saved, others))
             assert (flat - other).norm() <= 1e-2 * flat.norm()
+
+
+def test_gradients_sent_in_bf16_are_those_rounded_to_8_bits(runs):
+    one, two = runs["one", "fp32"], runs["wire", "fp32"]
+    assert column(one, "loss")[0] == pytest.approx(column(two, "loss")[0], abs=1e-5)  # of the same weights
+    ratio = column(two, "grad_norm")[0] / column(one, "grad_norm")[0]
+    assert 1e-6 < abs(ratio - 1) < 2**-8
+    assert np.abs(column(one, "loss") - column(two, "loss")).max() <= 2e-3
+
+
+def test_zero_has_a_wire_type_of_its_own():
+    config = RunConfig(parallel=ParallelConfig("zero", wire="bf16"), device="cpu")
+    world = World(0, 2, torch.device("cpu"))
+    model = build_model(TINY)
+    with pytest.raises(UserError, match="parallel.wire bf16 is DDP's"):
+        spread(config, world, model, None, 1e-3, torch.float32)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
