@@ -25,7 +25,7 @@ from umd.images import grid
 from umd.methods import AnyModel, AnyObjective, build_model, build_objective
 from umd.model import UMD
 from umd.objective import DiffMAEObjective, Objective
-from umd.sampler import ddim_sample
+from umd.sampler import ddim_sample, model_times
 from umd.schedule import NoiseSchedule
 from umd.train.classify import open_held_out, show_scores
 from umd.train.data import center_view, derive_seed, describe, open_dataset, reader, train_loader
@@ -275,6 +275,8 @@ def spread(
         raise UserError("compile does not go with ZeRO 3, whose weights come and go; use --parallel.zero-stage 2")
     if how == "zero" and config.parallel.wire == "bf16":
         raise UserError("parallel.wire bf16 is DDP's; ZeRO sends bf16 in a bf16 run: leave it out, or use ddp")
+    if how == "ddp" and config.parallel.wire == "bf16" and world.device.type != "cuda":
+        raise UserError("parallel.wire bf16 is sent by NCCL, between GPUs; leave it out here")
     if how != "zero":
         model.to(world.device)
     if how == "zero" and config.optim.fused == "apex":
@@ -389,10 +391,11 @@ def previews(
         )
     if classes := model.config.num_classes:
         labels = torch.arange(min(classes, 16), device=x.device)
+        conditions = model.conditions(model_times(25, T), labels)
 
         def denoise(x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
             with autocast(x_t.device, dtype):
-                return model.denoise(x_t, t, y)
+                return model.denoise(x_t, t, y, conditions)
 
         with torch.no_grad():
             samples = ddim_sample(

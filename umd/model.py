@@ -6,7 +6,8 @@ each sample. MAE, MaskDiT and DiT are the same network under other masks and noi
 Letters: N tokens of the stream, S samples, D width, L patches, K visible patches, R distinct conditions, P patch size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple, cast
 
 import torch
@@ -256,6 +257,25 @@ class Head(nn.Module):
         return F.linear(x, self.weight, bias)
 
 
+CONDITIONS_BYTES = 2**29  # of a `Conditions`; the projections that one spares a sampler are of this size
+
+
+class Conditions(NamedTuple):
+    """Every condition that a sampler will ask for with its modulation, made at once: n times m labels."""
+
+    cond: Tensor  # [n·m, D]
+    tables: Tensor  # [n·m, M·D], M tables: 6 a block, 2 of the final norm
+    time_rows: Tensor  # int64 [T], where a time's rows begin
+    label_rows: Tensor  # int64 [num_classes + 1], a label's place among them
+
+    def rows(self, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(cond [R, D], tables [R, M·D]) of times int64 [R] and labels int64 [R], or None: the null class. Those that
+        are not held raise IndexError, and on a GPU fail there."""
+        labels = torch.full_like(timesteps, len(self.label_rows) - 1) if labels is None else labels
+        rows = self.time_rows.index_select(0, timesteps) + self.label_rows.index_select(0, labels)
+        return self.cond.index_select(0, rows), self.tables.index_select(0, rows)
+
+
 class UMD(nn.Module):
     """One autoencoder for noised and noise-free, masked and whole images."""
 
@@ -314,6 +334,7 @@ class UMD(nn.Module):
         timesteps: Tensor,
         labels: Tensor | None = None,
         ids_predict: Tensor | None = None,
+        conditions: Conditions | None = None,
     ) -> Tensor:
         """Predict x̂0 and ε̂ of every patch from the visible ones.
 
@@ -325,11 +346,16 @@ class UMD(nn.Module):
             labels: int64 [R] in 0..num_classes (the last is the null class), or None: the null class.
             ids_predict: int64, as many as `batch` was made for, sample after sample: the places that a cross decoder
                 predicts; None: all.
+            conditions: with those of `timesteps` and `labels`, if they are made already.
 
         Returns:
             [S·L, 2·C·P·P]: x̂0, then ε̂; 0 at places that are not predicted.
         """
-        cond, encoder_mod, decoder_mod = self.condition(timesteps, labels)  # [R, D], tables of [R, D] as asked for
+        if conditions is None:
+            cond, encoder_mod, decoder_mod = self.condition(timesteps, labels)  # [R, D], tables of [R, D] as asked for
+        else:
+            cond, tables = conditions.rows(timesteps, labels)  # [R, D], [R, M·D]
+            encoder_mod, decoder_mod = self.modulation(tables.split(self.config.modulation_widths, dim=1).__getitem__)
         tokens = self.encode(patches, ids_keep, batch, cond, encoder_mod)  # [sum (num_cls + K), D]
         x = ops.scatter_tokens(  # [S·(1 + L), D]
             tokens, batch.encoder, ids_keep, self.config.num_cls, self.mask_token, self.decoder_pos_embed
@@ -374,12 +400,37 @@ class UMD(nn.Module):
             if self.adaLN_modulation is None:
                 return c, iter(()), iter(())
             tables = self.adaLN_modulation(F.silu(c))
+        return c, *self.modulation(tables)
+
+    def modulation(self, tables: Callable[[int], Tensor]) -> tuple[Iterator[Tables], Iterator[Tables]]:
+        """Of encoder and decoder, from what makes each block's tables side by side: [R, 6·D], the last [R, 2·D]."""
         depth, last = self.config.depth, self.config.depth + self.config.decoder_depth
 
-        def modulation(i: int) -> Tables:
+        def block(i: int) -> Tables:
             return tables(i).split(self.config.hidden_size, dim=1)
 
-        return c, map(modulation, range(depth)), map(modulation, range(depth, last + 1))
+        return map(block, range(depth)), map(block, range(depth, last + 1))
+
+    @torch.no_grad()
+    def conditions(self, times: Sequence[int], labels: Tensor | None = None) -> Conditions | None:
+        """For `denoise` at these model times with these labels int64 [n] and the null class: a product a block for all
+        of them, in place of one at each time. None without adaLN, or where they would take more than half a GiB."""
+        null, device = self.config.num_classes, self.pos_embed.device
+        known = torch.full((1,), null, device=device)
+        if labels is not None:
+            known = torch.cat([labels.to(device), known]).unique()
+        n, m = len(times), len(known)
+        size = n * m * self.config.num_modulations * self.config.hidden_size * self.pos_embed.element_size()
+        if self.adaLN_modulation is None or size > CONDITIONS_BYTES:
+            return None
+        of_times = torch.tensor(times, device=device)
+        cond, *modulation = self.condition(of_times.repeat_interleave(m), known.repeat(n))
+        tables = torch.cat([table for block in chain(*modulation) for table in block], dim=1)
+        time_rows = torch.full((1 + max(times),), -n * m, device=device)  # not held: no row, whatever the label
+        label_rows = torch.full((1 + null,), -n * m, device=device)
+        time_rows[of_times] = m * torch.arange(n, device=device)
+        label_rows[known] = torch.arange(m, device=device)
+        return Conditions(cond, tables, time_rows, label_rows)
 
     def encode(
         self, patches: Tensor, ids_keep: Tensor, batch: Layout, cond: Tensor, modulation: Iterator[Tables]
@@ -406,10 +457,13 @@ class UMD(nn.Module):
         cls, _ = ops.split_tokens(tokens, self.config.num_cls, batch.encoder)
         return cls.float().mean(dim=1) if cls.dtype != torch.float64 else cls.mean(dim=1)
 
-    def denoise(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def denoise(
+        self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None = None, conditions: Conditions | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(x̂0, ε̂), each [B, C, H, W] in x_t's type, of whole noisy images.
 
         timesteps: int64 [B] model times; labels: int64 [B] in 0..num_classes, or None for the null class.
+        conditions: with those of these times and labels, if they are made already.
         """
         B, L = len(x_t), self.config.num_patches
         self._check_image(x_t)
@@ -417,7 +471,8 @@ class UMD(nn.Module):
             raise UserError("this model was trained without labels; fine-tune it with labels first (umd finetune)")
         batch = layout(self.config, (L,) * B, None, x_t.device)
         patches = ops.patchify(x_t, self.config.patch_size).flatten(0, 1)
-        prediction = self(patches, torch.arange(B * L, device=x_t.device), batch, timesteps, labels)
+        ids = torch.arange(B * L, device=x_t.device)
+        prediction = self(patches, ids, batch, timesteps, labels, conditions=conditions)
         return self.to_images(prediction.to(x_t.dtype))
 
     def to_images(self, prediction: Tensor) -> tuple[Tensor, Tensor]:

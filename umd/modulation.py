@@ -94,8 +94,7 @@ class LowRankModulation(nn.Module):
 
 
 def build_modulation(config: ModelConfig) -> Modulation | SingleModulation | LowRankModulation:
-    D = config.hidden_size
-    widths = [6 * D] * (config.depth + config.decoder_depth) + [2 * D]
+    D, widths = config.hidden_size, config.modulation_widths
     if config.adaLN_projection == "single":
         return SingleModulation(D, widths)
     if config.adaLN_projection == "low_rank":
