@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
+from umd.conditions import make_conditions
 from umd.config import ScheduleConfig
 from umd.device import autocast, pick_device, pick_dtype
 from umd.errors import UserError
@@ -88,7 +89,7 @@ def open_tokenizer(config: RunConfig, vae: str, device: torch.device) -> Tokeniz
 
 def denoiser(model: UMD, dtype: torch.dtype, times: Sequence[int] = (), labels: Tensor | None = None) -> Denoise:
     """`model.denoise` under autocast, for the samplers. times, labels: all that it will be asked for, if known."""
-    conditions = model.conditions(times, labels) if times else None
+    conditions = make_conditions(model, times, labels) if times else None
 
     def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         with autocast(x_t.device, dtype):

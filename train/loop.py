@@ -17,6 +17,7 @@ from torch import Tensor
 from umd import ops
 from umd.checkpoint import BackgroundSave, checkpoint_path, load_model_state, save_checkpoint, split
 from umd.classifier import Classifier
+from umd.conditions import make_conditions
 from umd.device import autocast, keep_freed_memory, peak_flops, peak_memory, pick_dtype
 from umd.diffmae import DiffMAE
 from umd.ema import EMA, ema_rate, warm_rate
@@ -391,7 +392,7 @@ def previews(
         )
     if classes := model.config.num_classes:
         labels = torch.arange(min(classes, 16), device=x.device)
-        conditions = model.conditions(model_times(25, T), labels)
+        conditions = make_conditions(model, model_times(25, T), labels)
 
         def denoise(x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
             with autocast(x_t.device, dtype):

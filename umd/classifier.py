@@ -141,7 +141,7 @@ def encoder_weights(source: UMD | DiffMAE) -> dict[str, Tensor]:
     weights = {name: own[name] for name in ("x_embedder.weight", "x_embedder.bias", "pos_embed", "cls_token")}
     ones = torch.ones_like(source.cls_token[0])  # [D]
     zeros = 0 * ones
-    tables: Iterator[Tables] = iter(())
+    tables: Iterator[tuple[Tensor, ...]] = iter(())
     if isinstance(source, UMD):
         cond, tables, _ = source.condition(torch.zeros(1, dtype=torch.int64, device=source.pos_embed.device))
         if not source.config.adaLN:

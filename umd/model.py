@@ -7,7 +7,6 @@ Letters: N tokens of the stream, S samples, D width, L patches, K visible patche
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from typing import NamedTuple, cast
 
 import torch
@@ -25,6 +24,7 @@ from umd.ops import Packing
 
 Branch = tuple[Tensor, Tensor | None] | None  # a branch not yet added to the residual stream: (h [N, D], gate [R, D])
 Tables = tuple[Tensor | None, ...]  # of a block: shift, scale, gate of both branches; of a final norm: shift, scale
+Conditions = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # see `make_conditions`
 
 
 class Linear(nn.Linear):
@@ -257,25 +257,6 @@ class Head(nn.Module):
         return F.linear(x, self.weight, bias)
 
 
-CONDITIONS_BYTES = 2**29  # of a `Conditions`; the projections that one spares a sampler are of this size
-
-
-class Conditions(NamedTuple):
-    """Every condition that a sampler will ask for with its modulation, made at once: n times m labels."""
-
-    cond: Tensor  # [n·m, D]
-    tables: Tensor  # [n·m, M·D], M tables: 6 a block, 2 of the final norm
-    time_rows: Tensor  # int64 [T], where a time's rows begin
-    label_rows: Tensor  # int64 [num_classes + 1], a label's place among them
-
-    def rows(self, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(cond [R, D], tables [R, M·D]) of times int64 [R] and labels int64 [R], or None: the null class. Those that
-        are not held raise IndexError, and on a GPU fail there."""
-        labels = torch.full_like(timesteps, len(self.label_rows) - 1) if labels is None else labels
-        rows = self.time_rows.index_select(0, timesteps) + self.label_rows.index_select(0, labels)
-        return self.cond.index_select(0, rows), self.tables.index_select(0, rows)
-
-
 class UMD(nn.Module):
     """One autoencoder for noised and noise-free, masked and whole images."""
 
@@ -354,7 +335,7 @@ class UMD(nn.Module):
         if conditions is None:
             cond, encoder_mod, decoder_mod = self.condition(timesteps, labels)  # [R, D], tables of [R, D] as asked for
         else:
-            cond, tables = conditions.rows(timesteps, labels)  # [R, D], [R, M·D]
+            cond, tables = conditions(timesteps, labels)  # [R, D], [R, M·D]
             encoder_mod, decoder_mod = self.modulation(tables.split(self.config.modulation_widths, dim=1).__getitem__)
         tokens = self.encode(patches, ids_keep, batch, cond, encoder_mod)  # [sum (num_cls + K), D]
         x = ops.scatter_tokens(  # [S·(1 + L), D]
@@ -388,7 +369,7 @@ class UMD(nn.Module):
 
     def condition(
         self, timesteps: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, Iterator[Tables], Iterator[Tables]]:
+    ) -> tuple[Tensor, Iterator[tuple[Tensor, ...]], Iterator[tuple[Tensor, ...]]]:
         """Condition [R, D], and the modulation of encoder and decoder: iterators that make each block's tables in turn,
         6 of [R, D], then 2 of the decoder's final norm. In the parameters' own precision.
         """
@@ -400,37 +381,17 @@ class UMD(nn.Module):
             if self.adaLN_modulation is None:
                 return c, iter(()), iter(())
             tables = self.adaLN_modulation(F.silu(c))
-        return c, *self.modulation(tables)
+        encoder, decoder = self.modulation(tables)
+        return c, encoder, decoder
 
-    def modulation(self, tables: Callable[[int], Tensor]) -> tuple[Iterator[Tables], Iterator[Tables]]:
+    def modulation(self, tables: Callable[[int], Tensor]) -> tuple[Iterator[tuple[Tensor, ...]], ...]:
         """Of encoder and decoder, from what makes each block's tables side by side: [R, 6·D], the last [R, 2·D]."""
         depth, last = self.config.depth, self.config.depth + self.config.decoder_depth
 
-        def block(i: int) -> Tables:
+        def block(i: int) -> tuple[Tensor, ...]:
             return tables(i).split(self.config.hidden_size, dim=1)
 
         return map(block, range(depth)), map(block, range(depth, last + 1))
-
-    @torch.no_grad()
-    def conditions(self, times: Sequence[int], labels: Tensor | None = None) -> Conditions | None:
-        """For `denoise` at these model times with these labels int64 [n] and the null class: a product a block for all
-        of them, in place of one at each time. None without adaLN, or where they would take more than half a GiB."""
-        null, device = self.config.num_classes, self.pos_embed.device
-        known = torch.full((1,), null, device=device)
-        if labels is not None:
-            known = torch.cat([labels.to(device), known]).unique()
-        n, m = len(times), len(known)
-        size = n * m * self.config.num_modulations * self.config.hidden_size * self.pos_embed.element_size()
-        if self.adaLN_modulation is None or size > CONDITIONS_BYTES:
-            return None
-        of_times = torch.tensor(times, device=device)
-        cond, *modulation = self.condition(of_times.repeat_interleave(m), known.repeat(n))
-        tables = torch.cat([table for block in chain(*modulation) for table in block], dim=1)
-        time_rows = torch.full((1 + max(times),), -n * m, device=device)  # not held: no row, whatever the label
-        label_rows = torch.full((1 + null,), -n * m, device=device)
-        time_rows[of_times] = m * torch.arange(n, device=device)
-        label_rows[known] = torch.arange(m, device=device)
-        return Conditions(cond, tables, time_rows, label_rows)
 
     def encode(
         self, patches: Tensor, ids_keep: Tensor, batch: Layout, cond: Tensor, modulation: Iterator[Tables]

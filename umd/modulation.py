@@ -39,7 +39,7 @@ class Modulation(nn.ModuleList):
     @property
     def offsets(self) -> list[Tensor]:
         """What each block's tables are for a condition of zeros: [6·D], the last [2·D]."""
-        return [block.bias for block in self]
+        return [p for name, p in self.named_parameters() if name.endswith("bias")]
 
     def forward(self, x: Tensor) -> Tables:
         return lambda i: self[i](x)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from umd.conditions import make_conditions
 from umd.config import ModelConfig
 from umd.errors import UserError
 from umd.model import UMD
@@ -265,7 +266,7 @@ def test_conditions_made_once_are_those_of_each_step(kind):
     labels = torch.tensor([4, 1, 4]) if labelled else None
     guidance = {"labels": labels, "null_label": 5, "cfg_scale": 1.5} if labelled else {}
     x_T = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    conditions = model.conditions(model_times(6), labels)
+    conditions = make_conditions(model, model_times(6), labels)
     assert len(conditions.tables) == len(model_times(6)) * (3 if labelled else 1)  # two labels and the null class
 
     def draw(conditions):
@@ -279,12 +280,12 @@ def test_conditions_made_once_are_those_of_each_step(kind):
 
 def test_conditions_that_are_not_held_are_no_others():
     model = random_umd(UMDS["labels"])
-    conditions, x = model.conditions([900, 1], torch.tensor([2])), torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+    conditions, x = make_conditions(model, [900, 1], torch.tensor([2])), torch.zeros(1, 3, 8, 8, dtype=torch.float64)
     for time, label in ((2, 2), (901, 2), (900, 3)):
         with torch.no_grad(), pytest.raises(IndexError):
             model.denoise(x, torch.tensor([time]), torch.tensor([label]), conditions)
-    assert UMD(replace(UMD_CONFIG, adaLN=False)).conditions([1]) is None
-    assert UMD(UMDS["labels"]).conditions(range(1, 100_001), torch.arange(5)) is None  # more than half a GiB
+    assert make_conditions(UMD(replace(UMD_CONFIG, adaLN=False)), [1]) is None
+    assert make_conditions(UMD(UMDS["labels"]), range(1, 100_001), torch.arange(5)) is None  # more than half a GiB
 
 
 class NothingWaits(TorchDispatchMode):
@@ -299,7 +300,7 @@ def umd_step(model: UMD, eta: float = 1.0) -> tuple[_Step, int]:
     """What `ddim_sample` replays, of two guided images, and its number of steps."""
     labels, times = torch.tensor([4, 1, 5, 5]), model_times(6)
     noise = _Noise(3, 0, (2, 3, 8, 8), "cpu")
-    conditions = model.conditions(times, labels)
+    conditions = make_conditions(model, times, labels)
     table = _step_coefficients(COSINE, [*times, 0], eta).float()
 
     def move(x_t, time, coefficients, offsets):
@@ -324,7 +325,7 @@ def test_a_step_can_be_replayed():
     assert memory == {name: x.data_ptr() for name, x in vars(step).items() if isinstance(x, Tensor)}
     assert numbers == {name: x for name, x in vars(step).items() if not isinstance(x, Tensor)}
     expected = ddim_sample(
-        partial(model.denoise, conditions=model.conditions(model_times(6), torch.tensor([4, 1]))), (2, 3, 8, 8),
+        partial(model.denoise, conditions=make_conditions(model, model_times(6), torch.tensor([4, 1]))), (2, 3, 8, 8),
         COSINE, num_steps=6, labels=torch.tensor([4, 1]), null_label=5, cfg_scale=1.5, seed=3,
     )  # fmt: skip
     assert torch.equal(step.x_t, expected)
@@ -342,7 +343,7 @@ def test_the_noise_to_start_from_is_left_as_it_is():
 def test_a_captured_step_has_the_bits_of_a_plain_one(eta, known):
     model = random_umd(UMDS["labels"], torch.float32).cuda()
     labels = torch.tensor([4, 1, 0], device="cuda")
-    conditions = model.conditions(model_times(20), labels) if known else None
+    conditions = make_conditions(model, model_times(20), labels) if known else None
 
     def denoise(x_t, timesteps, labels):
         with torch.autocast("cuda", torch.bfloat16):
