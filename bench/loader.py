@@ -236,7 +236,9 @@ def umd_step(bench: LoaderBench) -> Callable[[Tensor], None]:
     config = bench.config()
     model = UMD(config).to(bench.device)
     assert isinstance(model.adaLN_modulation, Modulation)
-    torch.nn.init.normal_(model.adaLN_modulation.weight, std=0.02)
+    for parameter in model.adaLN_modulation.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
     objective = Objective(config, ObjectiveConfig(), NoiseSchedule("linear"))
     seeds = itertools.count()
     optimizer = our_optimizer(model, bench.dtype)

@@ -13,7 +13,7 @@ from umd.device import apex_lacks
 from umd.errors import UserError
 from umd.methods import AnyModel
 from umd.model import Linear
-from umd.modulation import Modulation
+from umd.modulation import BlockModulation
 from umd.spans import span
 
 
@@ -118,7 +118,7 @@ def narrow_gradients(model: AnyModel, optimizer: torch.optim.Optimizer) -> None:
     if not runs_compiled(optimizer):
         return
     for module in model.modules():
-        if isinstance(module, Linear | Modulation):
+        if isinstance(module, Linear | BlockModulation):
             module.weight.grad_dtype = torch.bfloat16
 
 
