@@ -294,10 +294,8 @@ class UMD(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that AdamW must not decay: biases, CLS and mask token. All others are decayed."""
-        return {name for name, _ in self.named_parameters() if name.endswith("bias")} | {
-            "cls_token",
-            "mask_token",
-        }
+        biases = {name for name, _ in self.named_parameters() if name.endswith("bias")}
+        return biases | {"cls_token", "mask_token"}
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
