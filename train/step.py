@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from umd import ops
+from umd.device import pick_device
+from umd.doctor import Row
 from umd.ema import EMA, warm_rate
 from umd.errors import UserError
 from umd.methods import AnyObjective
@@ -199,6 +201,14 @@ def captures(choice: Capture, refusal: str, parallel: Alone | DDP | Zero, profil
     if choice == "on" and refusal:
         raise UserError(f"--capture on {refusal}; leave it at auto")
     return choice == "on" or (choice == "auto" and not refusal and not profiled and not isinstance(parallel, DDP))
+
+
+def capture_row() -> Row:
+    """What `umd doctor` says about recording."""
+    if pick_device().type != "cuda":
+        return Row("CUDA graphs", "none: recording a training step needs a CUDA GPU")
+    other = "not with ZeRO, classifiers, a file of features, --compile and apex"
+    return Row("CUDA graphs", f"the training step on one GPU; with DDP, or a profile, by --capture on; {other}")
 
 
 @contextmanager
