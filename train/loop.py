@@ -204,7 +204,7 @@ def set_up(config: RunConfig, world: World) -> Run:
     elif config.init is not None:
         load_pretrained(model, config.init, config.data)
     run.parallel = parallel = spread(config, world, model, objective, config.peak_lr, dtype)
-    final_rate = min(1.0, ema_rate(config.batch_size, config.optim.ema))
+    final_rate = min(1.0, ema_rate(config.batch_size, config.ema))
     run.ema = EMA(parallel.weights, final_rate) if final_rate > 0 else None
     run.saved = {}
     if saved is not None:

@@ -149,7 +149,7 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
             counts = count_gpu_step(config, micro, dtype, torch.bfloat16)
     how = how_spread(config, cluster.gpus, counts.weights)
     weights, gradients, optimizer, ema = states(how, counts.weights, cluster.gpus, bf16)
-    ema *= config.resolved().optim.ema > 0
+    ema *= config.ema > 0
     buckets, bucket = 0.0, DDP_BUCKET
     if how.startswith("zero"):
         zero = deepspeed_config(2, micro, 1, 1.0, dtype, torch.device(device), counts.weights)["zero_optimization"]

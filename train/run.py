@@ -108,12 +108,16 @@ class RunConfig:
         data = replace(self.data, image_size=self.model.image_size, channels=self.model.channels, num_frames=frames)
         object.__setattr__(self, "data", data)  # the model says what it sees
 
+    @property
+    def ema(self) -> float:
+        """`optim.ema`, with the released code's rule where that leaves it open."""
+        if self.optim.ema is not None:
+            return self.optim.ema
+        return 1e-4 if isinstance(self.model, ModelConfig) and self.model.num_classes > 0 else 0.0
+
     def resolved(self) -> "RunConfig":
         """The same run with what is left open decided: whether it has an EMA."""
-        if self.optim.ema is not None:
-            return self
-        labelled = isinstance(self.model, ModelConfig) and self.model.num_classes > 0
-        return replace(self, optim=replace(self.optim, ema=1e-4 if labelled else 0.0))
+        return replace(self, optim=replace(self.optim, ema=self.ema))
 
     @property
     def peak_lr(self) -> float:

@@ -66,7 +66,9 @@ class TrainStep:
         self.metrics = torch.zeros(self.shares.shape[1] + 1, dtype=wide, device=self.device)
         self.shares = self.shares.to(self.metrics)
         self.step = torch.full((), number, dtype=torch.int64, device=self.device)
-        self.x_start = self.labels = self.indices = None  # made for the first batch
+        self.x_start: Tensor | None = None  # and the next two: made for the first batch
+        self.labels: Tensor | None = None
+        self.indices: Tensor | None = None
         on_device = rates_on_device(parallel.optimizer)
         self.ema_rate = torch.zeros((), device=self.device) if on_device else None
         self.cast = None if cast is None else CastWeights(parallel.model, cast)
@@ -85,12 +87,12 @@ class TrainStep:
 
     def load(self, x_start: Tensor, labels: Tensor | None, indices: Tensor, lr: float) -> None:
         """Copy what `run` needs to where it looks for it."""
-        if self.x_start is None:
+        if self.x_start is None or self.indices is None:
             self.x_start, self.indices = torch.empty_like(x_start), torch.empty_like(indices)
             self.labels = None if labels is None else torch.empty_like(labels)
         self.x_start.copy_(x_start)
         self.indices.copy_(indices)
-        if self.labels is not None:
+        if self.labels is not None and labels is not None:
             self.labels.copy_(labels)
         set_rate(self.parallel.optimizer, lr)
         if self.ema is not None:
@@ -100,6 +102,7 @@ class TrainStep:
 
     def run(self) -> None:
         """The step itself, on what was loaded."""
+        assert self.x_start is not None and self.indices is not None, "load comes first"
         self.metrics.zero_()
         with nullcontext() if self.cast is None else self.cast.fresh():
             for i, part in enumerate(self.parts):
@@ -109,7 +112,7 @@ class TrainStep:
                         self.micro, self.seed, self.device,
                         labels=None if self.labels is None else self.labels[here],
                         indices=self.indices[here],
-                        step=self.step if self.objective.on_device else self.number,
+                        step=self.step if self.objective.on_device else self.number,  # type: ignore[arg-type]
                         part=part,
                     )  # fmt: skip
                 loss, parts = self.parallel.forward_backward(self.x_start[here], corruption, part is self.parts[-1])

@@ -202,8 +202,8 @@ class Blocks(nn.Module):
             tables = next(modulation, (None,) * 6)
             memory = None if memories is None else memories[i]
             if self.checkpointing and torch.is_grad_enabled():
-                again = dict(use_reentrant=False, preserve_rng_state=False)  # a block draws nothing
-                x, branch = checkpoint(block, x, branch, packing, tables, memory, **again)
+                args = block, x, branch, packing, tables, memory  # a block draws nothing: no random state to keep
+                x, branch = checkpoint(*args, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, branch = block(x, branch, packing, tables, memory)
             if levels is not None:
