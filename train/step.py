@@ -19,7 +19,7 @@ from umd.device import pick_device
 from umd.doctor import Row
 from umd.ema import EMA, warm_rate
 from umd.errors import UserError
-from umd.methods import AnyObjective
+from umd.methods import AnyCorruption, AnyObjective
 from umd.model import Linear
 from umd.objective import Part
 from umd.spans import span
@@ -69,6 +69,8 @@ class TrainStep:
         self.x_start: Tensor | None = None  # and the next two: made for the first batch
         self.labels: Tensor | None = None
         self.indices: Tensor | None = None
+        # Held because a replayed graph reads the layouts in them, which a cache might let go of.
+        self.corruptions: list[AnyCorruption | None] = [None] * parallel.accumulate
         on_device = rates_on_device(parallel.optimizer)
         self.ema_rate = torch.zeros((), device=self.device) if on_device else None
         self.cast = None if cast is None else CastWeights(parallel.model, cast)
@@ -115,6 +117,7 @@ class TrainStep:
                         step=self.step if self.objective.on_device else self.number,  # type: ignore[arg-type]
                         part=part,
                     )  # fmt: skip
+                self.corruptions[i] = corruption
                 loss, parts = self.parallel.forward_backward(self.x_start[here], corruption, part is self.parts[-1])
                 self.metrics[:-1] += self.shares[i] * torch.cat([loss[None], parts])
         self.metrics[-1] = self.parallel.update()
