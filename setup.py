@@ -44,7 +44,8 @@ setup(
         # For checkpoint folders of the authors' JAX code; their .npz files need nothing more.
         "import": ["tensorstore"],
         "gpu": ["triton"],
-        "deepspeed": ["deepspeed"],
+        # Its private fields are read: train/zero.py names the version, and a test looks at them.
+        "deepspeed": ["deepspeed==0.19.8"],
         # For CUDA 13; with CUDA 12 install nvidia-dali-cuda120 in its stead, never both.
         "dali": ["nvidia-dali-cuda130"],
         # NVIDIA's apex is not on PyPI: the package of that name there is another, so no extra lists it.
@@ -64,7 +65,7 @@ setup(
             "scipy",
             "tensorstore",
             # Its ZeRO runs on CPUs, two processes of which the tests start.
-            "deepspeed; sys_platform == 'linux'",
+            "deepspeed==0.19.8; sys_platform == 'linux'",
             # The networks that `umd bench step` compares with.
             "diffusers",
             "transformers",

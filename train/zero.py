@@ -17,6 +17,8 @@ from umd.methods import AnyCorruption, AnyModel
 from umd.train.distributed import World
 from umd.train.parallel import Shard, Tensors
 
+DEEPSPEED_VERSION = "0.19.8"  # whose private fields `flat_tensors` reads; setup.py and constraints.txt pin it
+
 # Where parameters lie in a flat tensor: (name, start in the parameter, length, place in the tensor).
 Places = list[tuple[str, int, int, int]]
 
@@ -46,8 +48,7 @@ class Zero:
                 model=loss, optimizer=optimizer, dist_init_required=False, config=settings
             )
         self.model, self.optimizer, self.accumulate, self.stage = model, optimizer, accumulate, stage
-        # The flat fp32 tensors that DeepSpeed optimises here.
-        self.flats = self._flats(world)
+        self.flats = flat_tensors(self.engine, optimizer, model, world, stage)
         self.weights = Shard(
             model,
             world,
@@ -103,25 +104,39 @@ class Zero:
         with self.weights.averaged(self.model, ema) as network:
             yield network
 
-    def _flats(self, world: World) -> list[tuple[Tensor, Places]]:
-        flats: list[tuple[Tensor, Places]]
-        if self.stage == 3:
-            zero = self.engine.optimizer
+
+def flat_tensors(engine: Any, optimizer: Any, model: AnyModel, world: World, stage: int) -> list[tuple[Tensor, Places]]:
+    """The flat fp32 tensors that DeepSpeed optimises on this rank, and where each parameter lies in them.
+
+    Nothing else here reads its private fields. Raises UserError if this DeepSpeed lacks them.
+    """
+    flats: list[tuple[Tensor, Places]]
+    try:
+        if stage == 3:
+            zero = engine.optimizer
             flats = [(flat, []) for flat in zero.fp32_partitioned_groups_flat]
-            for name, p in self.model.named_parameters():
+            for name, p in model.named_parameters():
                 group, place, share = zero.grad_position[zero.get_param_id(p)]
                 whole = p.ds_numel  # type: ignore[attr-defined]  # DeepSpeed's
                 length = min(share, whole - world.rank * share)  # the last rank's share is padded
                 if length > 0:
                     flats[group][1].append((name, world.rank * share, length, place))
             return flats
-        flats = [(group["params"][0], []) for group in self.optimizer.param_groups]
-        for name, p in self.model.named_parameters():
+        flats = [(group["params"][0], []) for group in optimizer.param_groups]
+        for name, p in model.named_parameters():
             here = p._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
             if here is not None:
                 lp, hp = here.lp_fragment_address, here.hp_fragment_address
                 flats[here.param_group_index][1].append((name, lp.start, lp.numel, hp.start))
         return flats
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        import deepspeed
+
+        raise UserError(
+            f"DeepSpeed {deepspeed.__version__} does not tell where weights lie as {DEEPSPEED_VERSION} does, which is "
+            f"expected ({type(error).__name__}: {error}); pip install deepspeed=={DEEPSPEED_VERSION}, or use "
+            "--parallel.strategy ddp"
+        ) from error
 
 
 def views(flat: Tensor, places: Places) -> Tensors:
@@ -158,8 +173,14 @@ def import_deepspeed(device: torch.device):
     except ImportError as error:
         raise UserError(
             f"ZeRO is DeepSpeed's, and it does not import here ({error}); "
-            "pip install deepspeed, or use --parallel.strategy ddp"
+            f"pip install deepspeed=={DEEPSPEED_VERSION}, or use --parallel.strategy ddp"
         ) from error
+    if deepspeed.__version__.partition("+")[0] != DEEPSPEED_VERSION:  # + is a build of one's own
+        warnings.warn(
+            f"found DeepSpeed {deepspeed.__version__}, expected {DEEPSPEED_VERSION}: with another one "
+            f"checkpoints of ZeRO may be wrong; pip install deepspeed=={DEEPSPEED_VERSION}",
+            stacklevel=2,
+        )
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)  # its calls
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Its shared-memory exchange serves inference only, and every CPU run would first compile it for a minute.

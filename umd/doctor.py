@@ -136,7 +136,7 @@ def _dali() -> Row:
 
 
 def _deepspeed() -> Row:
-    hint = "pip install deepspeed"
+    hint = "pip install deepspeed==0.19.8"
     ranks = "several processes train with DDP", "several processes train with ZeRO or DDP"
     return Row("DeepSpeed", *_package("deepspeed", _version("deepspeed"), ranks[0], hint, ranks[1]))
 
