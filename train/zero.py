@@ -108,7 +108,7 @@ class Zero:
 def flat_tensors(engine: Any, optimizer: Any, model: AnyModel, world: World, stage: int) -> list[tuple[Tensor, Places]]:
     """The flat fp32 tensors that DeepSpeed optimises on this rank, and where each parameter lies in them.
 
-    Nothing else here reads its private fields. Raises UserError if this DeepSpeed lacks them.
+    The only reader of its private fields but for ds_shape in `Shard`. Raises UserError if this DeepSpeed lacks them.
     """
     flats: list[tuple[Tensor, Places]]
     try:
