@@ -111,7 +111,7 @@ class Zero:
 def flat_tensors(engine: Any, optimizer: Any, model: AnyModel, world: World, stage: int) -> list[tuple[Tensor, Places]]:
     """The flat fp32 tensors that DeepSpeed optimises on this rank, and where each parameter lies in them.
 
-    Nothing else here reads its private fields. Raises UserError if this DeepSpeed lacks them.
+    The only reader of its private fields but for ds_shape in `Shard`. Raises UserError if this DeepSpeed lacks them.
     """
     flats: list[tuple[Tensor, Places]]
     try:
@@ -133,16 +133,13 @@ def flat_tensors(engine: Any, optimizer: Any, model: AnyModel, world: World, sta
                 flats[here.param_group_index][1].append((name, lp.start, lp.numel, hp.start))
         return flats
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise unlike_ours(f"{type(error).__name__}: {error}") from error
+        import deepspeed
 
-
-def unlike_ours(what: str) -> UserError:
-    import deepspeed
-
-    return UserError(
-        f"DeepSpeed {deepspeed.__version__} keeps its parts of a network otherwise than {DEEPSPEED_VERSION}, which is "
-        f"expected ({what}); pip install deepspeed=={DEEPSPEED_VERSION}, or use --parallel.strategy ddp"
-    )
+        raise UserError(
+            f"DeepSpeed {deepspeed.__version__} does not tell where weights lie as {DEEPSPEED_VERSION} does, which is "
+            f"expected ({type(error).__name__}: {error}); pip install deepspeed=={DEEPSPEED_VERSION}, or use "
+            "--parallel.strategy ddp"
+        ) from error
 
 
 def views(flat: Tensor, places: Places) -> Tensors:
@@ -183,8 +180,8 @@ def import_deepspeed(device: torch.device):
         ) from error
     if deepspeed.__version__.partition("+")[0] != DEEPSPEED_VERSION:  # + is a build of one's own
         warnings.warn(
-            f"found DeepSpeed {deepspeed.__version__}, expected {DEEPSPEED_VERSION}, which was tested; where "
-            f"the places of weights differ ZeRO refuses to start: pip install deepspeed=={DEEPSPEED_VERSION}",
+            f"found DeepSpeed {deepspeed.__version__}, expected {DEEPSPEED_VERSION}: with another one "
+            f"checkpoints of ZeRO may be wrong; pip install deepspeed=={DEEPSPEED_VERSION}",
             stacklevel=2,
         )
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)  # its calls

@@ -153,6 +153,7 @@ def test_memory_is_what_a_real_run_takes_at_its_peak(what, changes, batch):
 # The same on ranks, for several runs one after another: after a first step, the peak of two more.
 MEASURE_RANKS = """
 import gc, json, sys, torch
+from pathlib import Path
 from umd.ema import EMA
 from umd.methods import build_model, build_objective
 from umd.schedule import NoiseSchedule
@@ -179,7 +180,7 @@ def steps(config, count):
         run.update()
         ema.update(run.weights)
 
-world = join("cpu", ParallelConfig())
+world = join("cpu", ParallelConfig(), Path("unused"))
 for config in json.load(open(sys.argv[1])):
     config = from_plain(RunConfig, config, "test")
     steps(config, 2)
