@@ -124,7 +124,7 @@ def narrow_gradients(model: AnyModel, optimizer: torch.optim.Optimizer) -> None:
 
 def rates_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Move AdamW's learning rates to the device, where a CUDA graph reads what they are at each replay. Returns whether
-    they are there: apex and DeepSpeed keep them on the host, and on the CPU there is nothing to gain."""
+    they are there: apex keeps them on the host, and on the CPU there is nothing to gain."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if not isinstance(optimizer, torch.optim.AdamW) or ops.use_cpu_path(params[0]):
         return False
