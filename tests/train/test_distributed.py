@@ -19,7 +19,7 @@ import torch.distributed as dist
 import yaml
 from rich.console import Console
 
-from umd.checkpoint import BackgroundSave, CheckpointError, list_checkpoints, load_checkpoint
+from umd.checkpoint import BackgroundSave, CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from umd.config import ModelConfig
 from umd.errors import UserError
 from umd.methods import build_model
@@ -219,11 +219,13 @@ def test_no_optimizer_step_is_taken_in_secret(runs, name, precision):
     assert steps == {20.0}
 
 
-def test_other_micro_batches_are_another_run(folder, runs):
-    """What the comparisons above would show if ranks drew the same noise, or other shares of the batch."""
-    other = tiny(folder, "two-micro-batches", accumulate=2)
-    train(other, QUIET)
-    assert np.abs(column(other, "loss") - column(runs["one", "fp32"], "loss")).max() > 1e-3
+def test_other_micro_batches_are_the_same_run(folder, runs):
+    """And with another seed it is another: what the comparisons would show if ranks drew other noise than one process."""
+    other, seeded = tiny(folder, "two-micro-batches", accumulate=2), tiny(folder, "another-seed", seed=1)
+    for config, differ in ((other, False), (seeded, True)):
+        train(config, QUIET)
+        error = np.abs(column(config, "loss") - column(runs["one", "fp32"], "loss")).max()
+        assert (error > 1e-3) if differ else (error <= 1e-5)
 
 
 def test_strategy():
@@ -274,11 +276,18 @@ def test_a_run_goes_on_with_two_one_and_four_ranks(folder, runs, places):
         torch.testing.assert_close(saved[key], tensor, atol=1e-5, rtol=0, msg=key)
 
 
-def test_more_micro_batches_than_before_are_told(folder, capsys):
+def test_a_run_of_a_version_with_other_draws_goes_on_and_says_so(folder, capsys):
     config = tiny(folder, "told", steps=2)
-    train(config, QUIET)
+    saved = load_checkpoint(train(config, QUIET))
     train(replace(config, steps=4, accumulate=4), Console(), "pretrain")
-    assert "the run had 2 micro-batches a step and now has 4" in capsys.readouterr().out
+    assert "earlier version" not in capsys.readouterr().out
+    del saved.state["draws"]
+    shutil.rmtree(config.checkpoints)
+    save_checkpoint(config.checkpoints, 2, saved.tensors, saved.state)
+    train(replace(config, steps=4), Console(), "pretrain")
+    assert "begun by an earlier version: it goes on with other noise and masks" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_deepspeeds_own_checkpoint_is_refused_by_name(tmp_path):
