@@ -220,7 +220,7 @@ def test_no_optimizer_step_is_taken_in_secret(runs, name, precision):
 
 
 def test_other_micro_batches_are_the_same_run(folder, runs):
-    """And with another seed it is another: what the comparisons would show if ranks drew other noise than one process."""
+    """And another seed makes another: so the comparisons would notice ranks that drew other noise."""
     other, seeded = tiny(folder, "two-micro-batches", accumulate=2), tiny(folder, "another-seed", seed=1)
     for config, differ in ((other, False), (seeded, True)):
         train(config, QUIET)
