@@ -40,7 +40,7 @@ class Audit:
     """What is audited."""
 
     step: bool = False
-    """Every operation of a whole training step, instead of the kernels of each op. With --models, --batch, --json, --chart."""
+    """Every operation of a whole training step instead. With --models, --batch, --json and --chart; bf16."""
     models: tuple[str, ...] = ()
     """Whose shapes: UMD-B/4 (D = 768), UMD-L/2 (1024), UMD-XL/2 (1152); default: the first two. Whose steps: UMD-B/4,
     UMD-L/2, DiT-L/2, "eager DiT-L/2" (diffusers'); default: all."""

@@ -1,8 +1,8 @@
 """`umd bench audit --step`: the whole training step as a GPU would run it, counted on tensors without data.
 
-Every operation with its kernels, bytes and FLOPs (`record_step.py`), and as long as the data sheet's arithmetic or memory
-takes, whichever is longer: the roofline. Nothing is measured. Real kernels reach less, and a second operation may find
-in the cache what the first one left.
+Every operation with its kernels, bytes and FLOPs (`record_step.py`), and the roofline as its time: what the data sheet's
+arithmetic or memory takes, whichever is longer. Nothing is measured. Real kernels reach less, and an operation may find
+in the cache what the one before it left.
 """
 
 import json
@@ -126,7 +126,9 @@ def eager_step(config: ModelConfig, batch: int) -> Callable[[], None]:
     try:
         from diffusers import DiTTransformer2DModel
     except ImportError as error:
-        raise UserError(f"{EAGER} is diffusers' DiT ({error}): pip install diffusers, or choose other --models") from error
+        raise UserError(
+            f"{EAGER} needs diffusers ({error}): pip install diffusers, or leave it out of --models"
+        ) from error
 
     model = DiTTransformer2DModel(
         num_attention_heads=config.num_heads,
@@ -227,9 +229,7 @@ def audit_step(name: str, batch: int) -> Step:
     calls = record_network(network, batch)
     rows, needed = rows_of(calls), model_flops(network, batch, calls)
     times = {card: sum(getattr(row, f"{card}_us") for row in rows) / 1e6 for card in CARDS}
-    products = {
-        card: sum(getattr(row, f"{card}_us") for row in rows if row.kind == "products") / 1e6 for card in CARDS
-    }
+    products = {card: sum(getattr(row, f"{card}_us") for row in rows if row.kind == "products") / 1e6 for card in CARDS}
     launches = sum(row.launches for row in rows)
     return Step(
         network=name, batch=batch, launches=launches,
@@ -242,17 +242,21 @@ def audit_step(name: str, batch: int) -> Step:
     )  # fmt: skip
 
 
-def run(models: tuple[str, ...], batch: int, json_file: Path | None, chart: Path | None, console: Console) -> list[Step]:
-    """Count, print the tables, write JSON and chart."""
+def run(models: tuple[str, ...], batch: int, rows: Path | None, chart: Path | None, console: Console) -> list[Step]:
+    """Count, print the tables, write JSON and chart.
+
+    Raises:
+        UserError: diffusers is asked for and not installed; a batch too small for an objective.
+    """
     jobs = track(models, description="counting", console=console, transient=True)
     steps = [audit_step(name, batch) for name in jobs]
     for step in steps:
         print_rows(step, console)
     print_blocks(steps, console)
     print_totals(steps, console)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps([asdict(step) for step in steps], indent=1) + "\n")
+    if rows is not None:
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        rows.write_text(json.dumps([asdict(step) for step in steps], indent=1) + "\n")
     if chart is not None:
         draw(steps, chart)
     return steps
@@ -279,14 +283,16 @@ def print_rows(step: Step, console: Console, share: float = 0.01) -> None:
 
 def print_blocks(steps: list[Step], console: Console) -> None:
     kinds = [kind for kind in steps[0].block.rows if any(sum(step.block.rows[kind]) for step in steps)]
-    table = Table(title="One encoder block, forward + backward; bytes in rows of D bf16 a token")
-    for name in ("", "launches", *kinds, "all but products and attention"):
+    table = Table(
+        title="One encoder block, forward + backward; bytes outside of products and attention,\nin rows of D bf16 a token"
+    )
+    for name in ("", "launches", *kinds, "together"):
         table.add_column(name, justify="left" if not name else "right")
     for step in steps:
         rows = [step.block.rows[kind] for kind in kinds]
-        total = tuple(sum(row[i] for row in rows) for i in (0, 1))
+        rows.append((sum(a for a, _ in rows), sum(b for _, b in rows)))
         table.add_row(
-            step.network, "{} + {}".format(*step.block.launches), *("{:.1f} + {:.1f}".format(*r) for r in (*rows, total))
+            step.network, "{} + {}".format(*step.block.launches), *("{:.1f} + {:.1f}".format(*r) for r in rows)
         )
     console.print(table)
 

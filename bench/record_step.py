@@ -29,7 +29,9 @@ LAUNCHES = {
     "aten.slice_backward": 2,
     "aten.sort": 3,  # the numbers 0 to n, sorting, values
 }
-FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh", "_unsafe_view")
+FREE = (
+    "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh", "_unsafe_view",
+)  # fmt: skip
 # multi_tensor_apply: a launch takes at most so many blocks of 65536 elements, and so many tensors of 1 to 5 lists.
 CHUNK, BLOCKS, TENSORS = 65536, 320, (110, 64, 48, 36, 30)
 CAT_INPUTS = 128  # that one launch puts together
@@ -114,9 +116,7 @@ class Recorder(TorchDispatchMode):
         kind = next((kind for kind, names in KINDS.items() if name in names), "other")
         first = next(iter(tensors(args)), None)
         fp32 = first is not None and first.dtype == torch.float32
-        self.calls.append(
-            Call(op, "update" if part in UPDATE else kind, part, backward, launches, size, flops, fp32)
-        )
+        self.calls.append(Call(op, "update" if part in UPDATE else kind, part, backward, launches, size, flops, fp32))
 
 
 def num_launches(op: str, args: tuple) -> int:

@@ -146,9 +146,7 @@ def storage_of(x: Tensor) -> int:
 def sample_lengths(layout: Iterable) -> Lengths:
     """What a layout's packings know of their streams: an operation on tensors without data cannot read it."""
     packings = [packing for packing in layout if isinstance(packing, ops.Packing)]
-    return {
-        storage_of(p.cu_seqlens): [length for samples, length in p.runs for _ in range(samples)] for p in packings
-    }
+    return {storage_of(p.cu_seqlens): [length for samples, length in p.runs for _ in range(samples)] for p in packings}
 
 
 def make_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> TrainStep:
