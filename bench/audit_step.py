@@ -1,8 +1,8 @@
 """`umd bench audit --step`: the whole training step as a GPU would run it, counted on tensors without data.
 
-Every operation with its kernels, bytes and FLOPs (`record_step.py`), and the roofline as its time: what the data sheet's
-arithmetic or memory takes, whichever is longer. Nothing is measured. Real kernels reach less, and an operation may find
-in the cache what the one before it left.
+Every operation with its kernels, bytes and FLOPs (`record_step.py`), and the roofline as its time: what its arithmetic or its
+memory traffic takes by the data sheet, whichever is longer. Nothing is measured. Real kernels reach less, and an
+operation may find in the cache what the one before it left.
 """
 
 import json
@@ -70,8 +70,8 @@ class Row:
 class Block:
     """What one encoder block adds to forward (first) and backward (second)."""
 
-    launches: tuple[int, int]
-    rows: dict[str, tuple[float, float]]  # by kind, without products and attention: bytes a token over those of D bf16
+    launches: dict[str, tuple[int, int]]  # by kind
+    rows: dict[str, tuple[float, float]]  # by kind: bytes a token, over those of D numbers in bf16
 
 
 @dataclass(frozen=True)
@@ -203,16 +203,16 @@ def rows_of(calls: list[Call]) -> tuple[Row, ...]:
 
 def block_of(network: Network, batch: int) -> Block:
     """A network with one encoder block more, less the network, at full width and little depth."""
-    launches, moved = [0, 0], {kind: [0, 0] for kind in (*KINDS, "other")}
+    launches, moved = ({kind: [0, 0] for kind in (*KINDS, "other")} for _ in range(2))
     for sign, depth in ((1, 2), (-1, 1)):
         model = replace(network.model, depth=depth, decoder_depth=1)
         for call in record_network(replace(network, model=model), batch):
             if call.kind != "update" and call.part != "rest":
-                launches[call.backward] += sign * call.launches
+                launches[call.kind][call.backward] += sign * call.launches
                 moved[call.kind][call.backward] += sign * call.bytes
     row = 2 * network.model.hidden_size * num_tokens(network, batch)
-    rows = {kind: (a / row, b / row) for kind, (a, b) in moved.items() if kind not in ("products", "attention")}
-    return Block((launches[0], launches[1]), rows)
+    rows = {kind: (a / row, b / row) for kind, (a, b) in moved.items()}
+    return Block({kind: (a, b) for kind, (a, b) in launches.items()}, rows)
 
 
 def num_tokens(network: Network, batch: int) -> int:
@@ -282,17 +282,18 @@ def print_rows(step: Step, console: Console, share: float = 0.01) -> None:
 
 
 def print_blocks(steps: list[Step], console: Console) -> None:
-    kinds = [kind for kind in steps[0].block.rows if any(sum(step.block.rows[kind]) for step in steps)]
+    kinds = [kind for kind in (*KINDS, "other") if kind not in ("products", "attention")]
     table = Table(
-        title="One encoder block, forward + backward; bytes outside of products and attention,\nin rows of D bf16 a token"
+        title="One encoder block, forward + backward;\nbut for products and attention, bytes in rows of D bf16 a token"
     )
     for name in ("", "launches", *kinds, "together"):
         table.add_column(name, justify="left" if not name else "right")
     for step in steps:
+        launches = zip(*step.block.launches.values(), strict=True)
         rows = [step.block.rows[kind] for kind in kinds]
         rows.append((sum(a for a, _ in rows), sum(b for _, b in rows)))
         table.add_row(
-            step.network, "{} + {}".format(*step.block.launches), *("{:.1f} + {:.1f}".format(*r) for r in rows)
+            step.network, "{} + {}".format(*map(sum, launches)), *("{:.1f} + {:.1f}".format(*r) for r in rows)
         )
     console.print(table)
 
@@ -326,7 +327,7 @@ PLACE_COLORS = {
     "forward": "#aa3377", "forward backward": "#dd99bb", "rest": "#bbbbbb", "update": "#555555",
 }  # fmt: skip
 LABELS = {
-    "sums": "column sums", "other": "other elementwise", "update": "clip, AdamW, EMA",
+    "products": "matrix products", "sums": "column sums", "other": "other elementwise", "update": "clip, AdamW, EMA",
     "forward": "whole network", "forward backward": "whole network backward",
     "rest": "corruption, casts, adaLN, head, loss",
 }  # fmt: skip
@@ -356,7 +357,7 @@ def draw(steps: list[Step], file: Path) -> None:
                 widths = [sum(getattr(r, f"{card}_us") for r in s.rows if key(r) == name) / 1e3 for s in steps]
                 ax.barh(range(len(steps)), widths, left=left, color=color, label=LABELS.get(name, name), height=0.65)
                 left = [a + b for a, b in zip(left, widths, strict=True)]
-            for i, step in enumerate(steps):
+            for i, step in enumerate(steps if key is looks[0][0] else []):
                 images, mfu = (getattr(step, f"{card}_{field}") for field in ("images_per_second", "mfu"))
                 text = f" {left[i]:.0f} ms, {images:.0f} images/s, MFU {mfu:.0%}"
                 ax.text(left[i], i, text, va="center", fontsize=8)
