@@ -1,7 +1,7 @@
 """`umd bench audit --step`: the whole training step as a GPU would run it, counted on tensors without data.
 
-Every operation with its kernels, bytes and FLOPs (`record_step.py`), and the roofline as its time: what its arithmetic or its
-memory traffic takes by the data sheet, whichever is longer. Nothing is measured. Real kernels reach less, and an
+Every operation with its kernels, bytes and FLOPs (`record_step.py`), and as its time the roofline: what its arithmetic
+or its memory traffic takes by the data sheet, whichever is longer. Nothing is measured. Real kernels reach less, and an
 operation may find in the cache what the one before it left.
 """
 
@@ -122,7 +122,11 @@ def record_eager(network: Network, batch: int) -> list[Call]:
 
 
 def eager_step(config: ModelConfig, batch: int) -> Callable[[], None]:
-    """A step of diffusers' DiT with the noise-prediction loss, under autocast, with torch's fused AdamW."""
+    """A step of diffusers' DiT with the noise-prediction loss, under autocast, with torch's fused AdamW.
+
+    Raises:
+        UserError: diffusers is not installed.
+    """
     try:
         from diffusers import DiTTransformer2DModel
     except ImportError as error:
@@ -327,7 +331,7 @@ PLACE_COLORS = {
     "forward": "#aa3377", "forward backward": "#dd99bb", "rest": "#bbbbbb", "update": "#555555",
 }  # fmt: skip
 LABELS = {
-    "products": "matrix products", "sums": "column sums", "other": "other elementwise", "update": "clip, AdamW, EMA",
+    "products": "matrix products", "sums": "column sums", "other": "other elementwise", "update": "clip, AdamW",
     "forward": "whole network", "forward backward": "whole network backward",
     "rest": "corruption, casts, adaLN, head, loss",
 }  # fmt: skip
