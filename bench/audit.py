@@ -2,7 +2,8 @@
 
 Each op runs in Triton's interpreter on the inputs of a training step (`op_cases.py`), which counts its bytes
 (`count_bytes.py`); what it launched is compiled for each architecture as it would be there and read
-(`inspect_kernel.py`). Nothing is described twice: what is audited is what runs.
+(`inspect_kernel.py`). Nothing is described twice: what is audited is what runs. `--step`: a whole training step instead
+(`audit_step.py`).
 """
 
 import json
@@ -21,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from umd import ops
-from umd.bench import liger_cases
+from umd.bench import audit_step, liger_cases
 from umd.bench.count_bytes import Launch, TorchBytes, interpreted, record
 from umd.bench.op_cases import DTYPES, OPS, SHAPES, Inputs, dtype_name
 from umd.errors import UserError
@@ -38,8 +39,13 @@ GPUS = {
 class Audit:
     """What is audited."""
 
-    models: tuple[str, ...] = ("UMD-B/4", "UMD-L/2")
-    """Whose shapes: UMD-B/4 (D = 768), UMD-L/2 (1024), UMD-XL/2 (1152)."""
+    step: bool = False
+    """Every operation of a whole training step instead. With --models, --batch, --json and --chart; bf16."""
+    models: tuple[str, ...] = ()
+    """Whose shapes: UMD-B/4 (D = 768), UMD-L/2 (1024), UMD-XL/2 (1152); default: the first two. Whose steps: UMD-B/4,
+    UMD-L/2, DiT-L/2, "eager DiT-L/2" (diffusers'); default: all."""
+    batch: int = 128
+    """Images a step, with --step."""
     ops: tuple[str, ...] = ()
     """Which ops; default: all, and liger-kernel's norms where it is installed."""
     dtype: str = "bf16"
@@ -58,9 +64,12 @@ class Audit:
     """Write the bar chart here, a PNG."""
 
     def __post_init__(self) -> None:
-        for name, known in (("models", SHAPES), ("ops", CASES), ("arch", GPUS)):
+        networks = audit_step.NETWORKS if self.step else SHAPES
+        for name, known in (("models", networks), ("ops", CASES), ("arch", GPUS)):
             if unknown := [x for x in getattr(self, name) if x not in known]:
                 raise UserError(f"{name} must be of {', '.join(known)}; got {unknown[0]!r}")
+        if self.batch < 2:
+            raise UserError(f"batch must be at least 2, a noised and a noise-free image; got {self.batch}")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.samples < 2 or self.samples % 2:
@@ -247,8 +256,9 @@ def audit(options: Audit, progress: Callable[[list], Iterable] = iter) -> list[R
     if options.kernel:
         jobs = [(count_call, options.kernel, options.call)]
     else:
+        models = options.models or ("UMD-B/4", "UMD-L/2")
         names = options.ops or tuple(name for name in CASES if name in OPS or find_spec("liger_kernel"))
-        jobs = [(count_op, name, model, options.samples, options.dtype) for name in names for model in options.models]
+        jobs = [(count_op, name, model, options.samples, options.dtype) for name in names for model in models]
     return compile_counted([one for found in run_apart(True, jobs, progress) for one in found], options.arch, progress)
 
 
@@ -262,10 +272,13 @@ def compile_counted(
     return [row_of(one, arch, [next(compiled) for _ in one.launches]) for one, arch in pairs]
 
 
-def run(options: Audit, console: Console) -> list[Row]:
-    """Audit, print the table, write JSON and chart."""
+def run(options: Audit, console: Console) -> list:
+    """Audit, print the tables, write JSON and chart."""
     if find_spec("triton") is None:
         raise UserError("the audit compiles kernels and needs Triton, not a GPU: pip install triton")
+    if options.step:
+        models = options.models or tuple(audit_step.NETWORKS)
+        return audit_step.run(models, options.batch, options.json, options.chart, console)
     rows = audit(options, lambda jobs: track(jobs, description="auditing", console=console, transient=True))
     if not rows:
         raise UserError("none of these ops launches a kernel of ours")

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_cpu import BatchedAttentionFunction
+from .backend import stands_for_gpu
 from .packing import Packing, paired_runs
 
 Attention = Literal["auto", "flash_attn", "varlen_attn", "sdpa", "matmul"]
@@ -32,9 +33,6 @@ FLASH_ATTN_SIGNATURES = {
     "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {_OPTIONS}",
     "flash_attn_varlen_kvpacked_func": (f"q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {_OPTIONS}"),
 }
-# Without flash-attn: up to so many runs of samples this short, a dense call each costs less than a ragged one.
-DENSE_RUNS = 2
-DENSE_SEQLEN = 200
 FEW_TOKENS = 128  # up to so many a CPU is faster with the weights written out, and with more too if it needs gradients
 
 _choice: Attention = "auto"
@@ -84,9 +82,12 @@ def attention_backend(
         on the CPU, without gradients, more than 128 tokens a sample      sdpa
         else on the CPU                                                   matmul
         flash-attn 2 is installed and takes the tensor                    flash_attn
-        one run of equal lengths, or two of at most 200 tokens a sample   sdpa
+        one run of equal lengths                                          sdpa
         varlen_attn takes the tensor                                      varlen_attn
         else                                                              sdpa
+
+    Of several runs sdpa splits q, k and v, and copies outputs and gradients together: 14 rows of width D a token, where
+    varlen_attn copies its gradients alone, 6. That is reasoned from bytes, and not yet measured on a GPU.
 
     Args:
         packing: of the stream; None stands for a ragged one.
@@ -182,22 +183,21 @@ def _select(
         if reason:
             raise ValueError(f"backend: {choice} {reason}; 'auto' takes one that can run")
         return choice, "was asked for"
-    if device.type == "cpu":
+    if device.type == "cpu" and not stands_for_gpu():
         if max_seqlen > FEW_TOKENS and not torch.is_grad_enabled():
             return "sdpa", f"is the fastest on a CPU above {FEW_TOKENS} tokens a sample where no gradient is asked for"
         return "matmul", "is the fastest on a CPU at these lengths, forward and backward"
     refused = {name: _refusal(name, device, dtype, head_dim) for name in ("flash_attn", "varlen_attn")}
-    return _automatic(refused, runs, max_seqlen)
+    return _automatic(refused, runs)
 
 
-def _automatic(refused: dict[str, str], runs: int | None, max_seqlen: int) -> tuple[str, str]:
+def _automatic(refused: dict[str, str], runs: int | None) -> tuple[str, str]:
     """`auto` off the CPU. refused: why flash_attn and varlen_attn cannot run, or ""."""
     if not refused["flash_attn"]:
         return "flash_attn", "takes ragged streams and gives the same gradient bits each time"
     why = f"flash_attn {refused['flash_attn']}"
-    if runs is not None and (runs <= 1 or runs <= DENSE_RUNS and max_seqlen <= DENSE_SEQLEN):
-        shape = "one dense batch" if runs <= 1 else f"{runs} dense batches of at most {DENSE_SEQLEN} tokens a sample"
-        return "sdpa", f"has {shape}; {why}"
+    if runs is not None and runs <= 1:
+        return "sdpa", f"has one dense batch; {why}"
     if not refused["varlen_attn"]:
         return "varlen_attn", f"takes ragged streams in one call; {why}"
     return "sdpa", f"runs anywhere; {why}; varlen_attn {refused['varlen_attn']}"
@@ -233,6 +233,8 @@ def _varlen_attn_missing(device: torch.device) -> str:
 
 
 def _device_refusal(op: str, device: torch.device) -> str:
+    if stands_for_gpu():
+        return ""
     if device.type != "cuda":
         there = torch._C._dispatch_has_kernel_for_dispatch_key(op, device.type.upper())
         return "" if there else f"has no kernel for {device.type}"

@@ -5,7 +5,7 @@ before the first import. Everything here imports without Triton, on a laptop.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -58,10 +58,11 @@ def kernels(choice: Choice) -> Iterator[None]:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether an op on x runs its Triton kernels: x on CUDA or interpreted, of at most 32 bits; fp64 never does."""
+    """Whether an op on x runs its Triton kernels: x on CUDA, interpreted, or as if on CUDA, of at most 32 bits; fp64
+    never does."""
     if _choice == "reference" or not HAS_TRITON:
         return False
-    return (x.is_cuda or INTERPRET) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return (x.is_cuda or INTERPRET or stands_for_gpu()) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 _cpu_paths = True
@@ -83,6 +84,14 @@ def use_cpu_path(x: Tensor) -> bool:
     return x.device.type == "cpu" and _cpu_paths
 
 
+def stands_for_gpu() -> bool:
+    """Whether tensors on the CPU stand for those of a GPU and have no data: within `cpu_paths(False)` under a
+    FakeTensorMode. Nothing is computed then, so that what has no kernel for the CPU may be called."""
+    if _cpu_paths or torch.compiler.is_compiling():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def is_fake(x: Tensor) -> bool:
     """Whether x has no data, only a shape and a type."""
     return isinstance(x, FakeTensor)
@@ -91,6 +100,9 @@ def is_fake(x: Tensor) -> bool:
 def sees_dispatch() -> bool:
     """Whether somebody looks at the ops that run: a compiler, or a mode that fakes, counts or records them."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+OPS: dict[str, "Op"] = {}  # by the name that modes see: umd::layer_norm_fwd
 
 
 class Op:
@@ -104,8 +116,9 @@ class Op:
         # Interpreted kernels cannot be traced: to a compiler they are opaque.
         register = torch.library.custom_op if INTERPRET else torch.library.triton_op
         self.library = register(f"umd::{name}", mutates_args=())(function)
-        self.eager = function
+        self.eager = self.launch = function
         self.__doc__ = function.__doc__
+        OPS[f"umd::{name}"] = self
 
     def register_fake(self, function):
         return self.library.register_fake(function)
@@ -126,6 +139,40 @@ def triton_op(name: str):
     return lambda function: Op(name, function)
 
 
+Tell = Callable[[str, list[Tensor]], None]
+_tell: Tell | None = None
+
+
+def launches(func, tell: Tell) -> Callable | None:
+    """The function of the `Op` that modes see as `func`, to be called with the same arguments: it launches nothing, and
+    `tell` gets the name of each kernel and the tensors that it was to get. None: func is no such op."""
+    op = OPS.get(func._schema.name)
+    if op is None:
+        return None
+
+    def told(*args):
+        global _tell
+        before, _tell = _tell, tell
+        try:
+            return op.launch(*args)
+        finally:
+            _tell = before
+
+    return told
+
+
+class _Told:
+    """Stands for a kernel within `launches`."""
+
+    def __init__(self, name: str, tell: Tell):
+        self.name, self.tell = name, tell
+
+    def __getitem__(self, grid):
+        return lambda *args, **_: self.tell(self.name, [x for x in args if isinstance(x, Tensor)])
+
+
 def wrap_triton(kernel):
     """`wrap_triton(kernel)[grid](...)`: how an `Op` launches. By this name torch finds the source to hash."""
+    if _tell is not None:
+        return _Told(kernel.fn.__name__.strip("_"), _tell)
     return torch.library.wrap_triton(kernel) if sees_dispatch() and not INTERPRET else kernel

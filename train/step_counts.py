@@ -4,13 +4,12 @@ The model, its autograd functions and the optimiser run as they are; only shapes
 follow the code: whatever an op saves for its backward pass is found, and no constant has to be kept in step with it.
 """
 
-import json
-import os
-import subprocess
-import sys
+import math
 import weakref
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +19,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from umd import classifier, diffmae, masking, ops
+from umd.ema import EMA
 from umd.methods import build_model, build_objective
 from umd.schedule import NoiseSchedule
-from umd.train.parallel import LossStep
-from umd.train.run import RunConfig, from_plain, to_plain
+from umd.train.distributed import World
+from umd.train.optim import adamw
+from umd.train.parallel import Alone, LossStep
+from umd.train.run import RunConfig
+from umd.train.step import TrainStep, cast_type
 
 aten = torch.ops.aten
 # The CPU's flash attention, in whose place the GPU's is counted: same arguments first, same shapes.
@@ -31,6 +34,12 @@ STAND_INS = {
     aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
 }
+# These write what they are given first without reading it.
+OVERWRITES = (aten.copy_, aten.fill_, aten.zero_, aten._foreach_copy_)
+# These read of what they are given first no more than they return.
+LOOKUPS = (aten.embedding, aten.index_select, aten.gather, aten.index)
+
+Lengths = Mapping[int, Sequence[int]]  # of the samples of a stream, by the memory of its `cu_seqlens`
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,10 @@ class StepCounts:
 class Ledger(TorchDispatchMode):
     """Follows every tensor's memory from the operation that makes it to its release."""
 
-    def __init__(self, apart: Iterable[Tensor]) -> None:
-        """apart: tensors whose memory is not counted, nor that of views of them."""
+    def __init__(self, apart: Iterable[Tensor], lengths: Lengths) -> None:
+        """apart: tensors whose memory is not counted, nor that of views of them. lengths: see `sample_lengths`."""
         super().__init__()
+        self.lengths = lengths
         self.apart = {x.untyped_storage()._cdata for x in apart}
         self.live: dict[int, int] = {}  # bytes by storage
         self.gradients: dict[int, int] = {}
@@ -58,15 +68,11 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        for x in made:
+        for x in tensors(out):
             self.add(x)
         if not func.is_view and func.namespace != "prim":
-            moved = sum(x.numel() * x.element_size() for x in (*made, *read))
-            count = flop_registry.get(STAND_INS.get(func.overloadpacket, func.overloadpacket))
-            flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
-            self.operations.append((int(flops), moved))
+            kwargs = kwargs or {}
+            self.operations.append((flops_of(func, args, kwargs, out, self.lengths), moved(func, args, kwargs, out)))
         return out
 
     def add(self, x: Tensor) -> None:
@@ -92,8 +98,60 @@ class Ledger(TorchDispatchMode):
         self.with_gradients = max(self.with_gradients, self.total)
 
 
-def run_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> StepCounts:
-    """Count a micro-batch of `micro` samples: autocast to `dtype`, with parameters of type `weights`."""
+def tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def tensor_bytes(x: Tensor) -> int:
+    """Of its distinct elements: those of an expanded tensor count once."""
+    sizes = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride]
+    return math.prod(sizes) * x.element_size() if x.numel() else 0
+
+
+def moved(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
+    """Bytes that an operation reads and writes: each tensor that it is given once, each that it makes or changes."""
+    total = sum(tensor_bytes(x) for x in tensors((args, kwargs)))
+    for argument, x in zip(func._schema.arguments, args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            total += sum(tensor_bytes(y) for y in tensors(x))
+    if func.overloadpacket in OVERWRITES:
+        total -= sum(tensor_bytes(x) for x in tensors(args[0]))
+    new = [x for x, kind in zip(as_tuple(out), func._schema.returns, strict=False) if kind.alias_info is None]
+    made = sum(tensor_bytes(x) for x in tensors(new))
+    if func.overloadpacket in LOOKUPS:
+        total -= max(0, tensor_bytes(args[0]) - made)
+    return total + made
+
+
+def as_tuple(out: Any) -> tuple:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def flops_of(func: Any, args: tuple, kwargs: dict, out: Any, lengths: Lengths) -> int:
+    """FLOPs of an operation: of products and attention, as torch's flop counter has them."""
+    op = func.overloadpacket
+    if func.namespace == "torch_attn":  # forward: two products of queries and keys; backward: five, scores made again
+        backward = op is torch.ops.torch_attn._varlen_attn_backward
+        first = args[1 if backward else 0]  # [N, H, d]
+        queries, keys = (lengths[storage_of(x)] for x in (args[6:8] if backward else args[3:5]))
+        pairs = sum(q * k for q, k in zip(queries, keys, strict=True))
+        return (10 if backward else 4) * first.shape[1] * first.shape[2] * pairs
+    count = flop_registry.get(STAND_INS.get(op, op))
+    return int(count(*args, **kwargs, out_val=out)) if count else 0
+
+
+def storage_of(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def sample_lengths(layout: Iterable) -> Lengths:
+    """What a layout's packings know of their streams: an operation on tensors without data cannot read it."""
+    packings = [packing for packing in layout if isinstance(packing, ops.Packing)]
+    return {storage_of(p.cu_seqlens): [length for samples, length in p.runs for _ in range(samples)] for p in packings}
+
+
+def make_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> TrainStep:
+    """The step of one process with `micro` samples: autocast to `dtype`, with parameters of type `weights`."""
     # Any schedule does: they differ in numbers alone, and one of them looks at its numbers.
     objective = build_objective(config.model, config.objective, NoiseSchedule("cosine"))
     torch.set_default_dtype(weights)  # fake parameters cannot be converted
@@ -102,9 +160,23 @@ def run_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.d
     finally:
         torch.set_default_dtype(torch.float32)
     model.set_checkpointing(config.checkpointing)
+    optim = config.optim
+    optimizer = adamw(model, optim.lr, optim.betas, optim.weight_decay)
+    parallel = Alone(model, LossStep(model, objective, dtype), optimizer, 1, optim.clip)
+    ema = EMA(model, config.ema) if config.ema else None
+    return TrainStep(
+        parallel, objective, micro, 0, World(0, 1, torch.device("cpu")), ema=ema, ema_rate=config.ema,
+        cast=cast_type(dtype, parallel, compiled=False),
+    )  # fmt: skip
+
+
+def run_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> StepCounts:
+    """Count forward and backward of `make_step`'s step."""
+    step = make_step(config, micro, dtype, weights)
+    model = step.parallel.model
     # Numbers of samples and patches are all that the layouts know of a batch.
-    corruption = objective.corrupt(micro, 0, torch.device("cpu"), labels_of(config, micro))
-    ledger = Ledger(model.parameters())
+    corruption = step.objective.corrupt(micro, 0, torch.device("cpu"), labels_of(config, micro))
+    ledger = Ledger(model.parameters(), sample_lengths(corruption.layout))
     gradients = []
 
     def hook(parameter: Tensor) -> None:
@@ -113,10 +185,9 @@ def run_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.d
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(hook)
-    with ledger:
+    with ledger, nullcontext() if step.cast is None else step.cast.fresh():
         x_start = torch.zeros(micro, config.model.channels, *config.model.image_size)
-        loss, _ = LossStep(model, objective, dtype)(x_start, corruption)
-        loss.backward()
+        step.parallel.forward_backward(x_start, corruption, last=True)
         ledger.look()
     num_weights = sum(p.numel() for p in model.parameters())
     return StepCounts(num_weights, ledger.activations, ledger.with_gradients, ledger.operations, gradients)
@@ -126,43 +197,40 @@ def labels_of(config: RunConfig, micro: int) -> Tensor | None:
     return torch.zeros(micro, dtype=torch.int64) if getattr(config.model, "num_classes", 0) else None
 
 
-def count_step(
-    config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype, attention: ops.Attention
-) -> StepCounts:
-    """`run_step` on fake tensors. attention: a backend of `ops.attention`."""
+@contextmanager
+def without_data() -> Iterator[None]:
+    """Tensors made inside are torch's fake ones. They do not mix with others: what is cached of either goes."""
     forget()
     try:
-        with FakeTensorMode(), ops.attention(attention):
-            return run_step(config, micro, dtype, weights)
+        with FakeTensorMode():
+            yield
     finally:
         forget()
 
 
-def forget() -> None:
-    """Fake and real tensors do not mix: what is cached of either goes."""
-    for module in (masking, diffmae, classifier):
-        module.layout.cache_clear()
-    ops.forget()
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """`without_data`, and what runs is what would on a GPU: Triton's kernels where Triton is installed, and flash
+    attention."""
+    with ops.cpu_paths(False), ops.kernels("auto"), without_data():
+        yield
+
+
+def count_step(
+    config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype, attention: ops.Attention
+) -> StepCounts:
+    """`run_step` on fake tensors. attention: a backend of `ops.attention`."""
+    with without_data(), ops.attention(attention):
+        return run_step(config, micro, dtype, weights)
 
 
 def count_gpu_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> StepCounts:
-    """Counts as on a GPU, without one: Triton's kernels and flash attention, in a process where they are chosen."""
-    names = [str(t).removeprefix("torch.") for t in (dtype, weights)]
-    request = json.dumps({"config": to_plain(config), "micro": micro, "types": names})
-    done = subprocess.run(
-        [sys.executable, "-c", "from umd.train.step_counts import answer; answer()"],
-        input=request, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"counting a step failed:\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return StepCounts(**found | {key: [tuple(pair) for pair in found[key]] for key in ("operations", "gradients")})
+    """Counts as on a GPU, without one."""
+    with as_on_gpu(), ops.attention("auto"):
+        return run_step(config, micro, dtype, weights)
 
 
-def answer() -> None:
-    """`count_gpu_step`'s process: a request from stdin, the counts to stdout."""
-    request = json.loads(sys.stdin.read())
-    config = from_plain(RunConfig, request["config"], "plan")
-    dtype, weights = (getattr(torch, name) for name in request["types"])
-    with ops.cpu_paths(False):
-        print(json.dumps(asdict(count_step(config, request["micro"], dtype, weights, "sdpa"))))
+def forget() -> None:
+    for module in (masking, diffmae, classifier):
+        module.layout.cache_clear()
+    ops.forget()

@@ -2,7 +2,7 @@
 
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
 from umd.kernels.attention import Attention, attention, attention_backend, varlen_attention
-from umd.kernels.backend import cpu_paths, kernels, use_cpu_path, use_triton
+from umd.kernels.backend import cpu_paths, kernels, launches, use_cpu_path, use_triton
 from umd.kernels.cpu import adamw_, compiler_lacks, square_sum
 from umd.kernels.cross_attention import varlen_cross_attention
 from umd.kernels.ddim import ddim_step
@@ -28,6 +28,7 @@ __all__ = [
     "gather_patches",
     "gelu_linear",
     "kernels",
+    "launches",
     "linear",
     "masked_diffusion_loss",
     "modulated_layer_norm",

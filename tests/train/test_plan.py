@@ -58,7 +58,7 @@ def test_fake_tensors_live_as_long_as_real_ones():
         model.set_checkpointing(checkpointing)
         objective = build_objective(TINY, run_config().objective, NoiseSchedule("cosine"))
         corruption = objective.corrupt(32, 0, torch.device("cpu"))
-        with Ledger(model.parameters()) as ledger, ops.attention("matmul"):
+        with Ledger(model.parameters(), {}) as ledger, ops.attention("matmul"):
             x_start = torch.zeros(32, 3, 16, 16)
             loss, _ = objective(model, x_start, corruption)
             loss.backward()

@@ -1,0 +1,380 @@
+"""`umd bench audit --step`: the whole training step as a GPU would run it, counted on tensors without data.
+
+Every operation with its kernels, bytes and FLOPs (`record_step.py`), and as its time the roofline: what its arithmetic
+or its memory traffic takes by the data sheet, whichever is longer. Nothing is measured. Real kernels reach less, and an
+operation may find in the cache what the one before it left.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from umd.bench.record_step import KINDS, Call, record
+from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, model_config
+from umd.errors import UserError
+from umd.methods import build_objective
+from umd.schedule import NoiseSchedule
+from umd.spans import PARTS, span
+from umd.train.plan import GPUS, KERNEL_SECONDS, Gpu
+from umd.train.run import RunConfig
+from umd.train.step_counts import as_on_gpu, labels_of, make_step, sample_lengths
+
+LAUNCH_SECONDS = 2e-6  # the least that a kernel takes, however little it does
+CARDS = {"a100": GPUS["a100-80"], "h100": GPUS["h100"]}
+BF16 = torch.bfloat16
+EAGER = "eager DiT-L/2"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and what it is trained to do; `eager`: diffusers' DiT of its sizes, as its users' scripts train it."""
+
+    model: ModelConfig
+    objective: ObjectiveConfig
+    eager: bool = False
+
+
+_LATENTS = model_config("UMD-L/2", image_size=(32, 32), channels=4)
+_LABELLED = replace(_LATENTS, num_classes=1000)
+NETWORKS = {
+    "UMD-B/4": Network(model_config("UMD-B/4", image_size=(64, 64)), OBJECTIVES["umd"]),
+    "UMD-L/2": Network(_LATENTS, OBJECTIVES["umd"]),
+    "DiT-L/2": Network(_LABELLED, OBJECTIVES["dit"]),
+    EAGER: Network(_LABELLED, OBJECTIVES["dit"], eager=True),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Equal operations of one part of the step."""
+
+    op: str
+    kind: str
+    part: str  # of umd.spans.PARTS with " backward" behind it where it is, or "rest"
+    launches: int
+    bytes: int
+    flops: int
+    a100_us: float
+    h100_us: float
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one encoder block adds to forward (first) and backward (second)."""
+
+    launches: dict[str, tuple[int, int]]  # by kind
+    rows: dict[str, tuple[float, float]]  # by kind: bytes a token, over those of D numbers in bf16
+
+
+@dataclass(frozen=True)
+class Step:
+    """A whole step of one network."""
+
+    network: str
+    batch: int
+    launches: int
+    bytes: int
+    flops: int
+    model_flops: int  # what MFU counts: each product once forward and twice backward, nothing made again
+    a100_ms: float
+    h100_ms: float
+    a100_images_per_second: float
+    h100_images_per_second: float
+    a100_mfu: float
+    h100_mfu: float
+    a100_product_share: float  # of the time
+    h100_product_share: float
+    host_ms: float  # to launch all of it one by one, where the step is no CUDA graph
+    block: Block
+    rows: tuple[Row, ...]
+
+
+def record_network(network: Network, batch: int) -> list[Call]:
+    """The calls of a step of `batch` images, the second one: the first makes the optimiser's memory."""
+    return record_eager(network, batch) if network.eager else record_ours(network, batch)
+
+
+def record_ours(network: Network, batch: int) -> list[Call]:
+    config = RunConfig(model=network.model, objective=network.objective, batch_size=batch)
+    with as_on_gpu():
+        step = make_step(config, batch, BF16, torch.float32)
+        labels = labels_of(config, batch)
+        work = torch.zeros(batch, config.model.channels, *config.model.image_size), labels, torch.arange(batch), 1e-4
+        step(*work)
+        step.load(*work)
+        corruption = step.objective.corrupt(batch, 0, torch.device("cpu"), labels)
+        return record(step.run, sample_lengths(corruption.layout))
+
+
+def record_eager(network: Network, batch: int) -> list[Call]:
+    with as_on_gpu():
+        step = eager_step(network.model, batch)
+        step()
+        return record(step, {})
+
+
+def eager_step(config: ModelConfig, batch: int) -> Callable[[], None]:
+    """A step of diffusers' DiT with the noise-prediction loss, under autocast, with torch's fused AdamW.
+
+    Raises:
+        UserError: diffusers is not installed.
+    """
+    try:
+        from diffusers import DiTTransformer2DModel
+    except ImportError as error:
+        raise UserError(
+            f"{EAGER} needs diffusers ({error}): pip install diffusers, or leave it out of --models"
+        ) from error
+
+    model = DiTTransformer2DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.hidden_size // config.num_heads,
+        in_channels=config.channels,
+        num_layers=config.depth + config.decoder_depth,
+        sample_size=config.image_size[0],
+        patch_size=config.patch_size,
+    )
+    model.train()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    x, schedule = torch.zeros(batch, config.channels, *config.image_size), NoiseSchedule("cosine")
+    labels = torch.zeros(batch, dtype=torch.int64)
+
+    def step() -> None:
+        with span("corruption"):
+            t, eps = torch.randint(1, 1001, (batch,)), torch.randn_like(x)
+            x_t = schedule.q_sample(x, t, eps)
+        with span("forward"), torch.autocast("cpu", dtype=BF16):
+            loss = F.mse_loss(model(x_t, timestep=t - 1, class_labels=labels).sample.float(), eps)
+        with span("backward"):
+            loss.backward()
+        with span("clip"):
+            clip_as_on_gpu([p.grad for p in parameters if p.grad is not None])
+        with span("optimizer"):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+@torch.no_grad()
+def clip_as_on_gpu(gradients: list[Tensor]) -> None:
+    """torch's clip_grad_norm_ to 1, whose calls on lists it makes on a GPU only."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    torch._foreach_mul_(gradients, (1 / (norm + 1e-6)).clamp(max=1))
+
+
+def seconds(call: Call, gpu: Gpu) -> float:
+    """The roofline. Products in fp32 run in TF32, at half the rate of bf16."""
+    rate = gpu.bf16 / 2 if call.fp32 else gpu.bf16
+    return max(call.flops / rate, call.bytes / gpu.bandwidth, call.launches * LAUNCH_SECONDS)
+
+
+def model_flops(network: Network, batch: int, calls: list[Call]) -> int:
+    """By formula; of diffusers' DiT as counted, but for the scores that attention's backward makes again."""
+    if not network.eager:
+        objective = build_objective(network.model, network.objective, NoiseSchedule("cosine"))
+        return objective.step_flops(batch)
+    again = sum(call.flops for call in calls if call.kind == "attention" and call.backward) // 5
+    return sum(call.flops for call in calls) - again
+
+
+def rows_of(calls: list[Call]) -> tuple[Row, ...]:
+    """Equal operations together, in the order in which the first of each comes."""
+    groups: dict[tuple[str, str, str], list[Call]] = {}
+    for call in calls:
+        groups.setdefault((call.op, call.kind, call.part + " backward" * call.backward), []).append(call)
+    return tuple(
+        Row(
+            *key,
+            launches=sum(c.launches for c in group),
+            bytes=sum(c.bytes for c in group),
+            flops=sum(c.flops for c in group),
+            a100_us=1e6 * sum(seconds(c, CARDS["a100"]) for c in group),
+            h100_us=1e6 * sum(seconds(c, CARDS["h100"]) for c in group),
+        )
+        for key, group in groups.items()
+    )
+
+
+def block_of(network: Network, batch: int) -> Block:
+    """A network with one encoder block more, less the network, at full width and little depth."""
+    launches, moved = ({kind: [0, 0] for kind in (*KINDS, "other")} for _ in range(2))
+    for sign, depth in ((1, 2), (-1, 1)):
+        model = replace(network.model, depth=depth, decoder_depth=1)
+        for call in record_network(replace(network, model=model), batch):
+            if call.kind != "update" and call.part != "rest":
+                launches[call.kind][call.backward] += sign * call.launches
+                moved[call.kind][call.backward] += sign * call.bytes
+    row = 2 * network.model.hidden_size * num_tokens(network, batch)
+    rows = {kind: (a / row, b / row) for kind, (a, b) in moved.items()}
+    return Block({kind: (a, b) for kind, (a, b) in launches.items()}, rows)
+
+
+def num_tokens(network: Network, batch: int) -> int:
+    """Tokens of the batch in an encoder block."""
+    if network.eager:
+        return batch * network.model.num_patches
+    objective = build_objective(network.model, network.objective, NoiseSchedule("cosine"))
+    return objective.corrupt(batch, 0, torch.device("cpu")).layout.encoder_blocks.num_tokens
+
+
+def audit_step(name: str, batch: int) -> Step:
+    """One of `NETWORKS`, trained in bf16 on `batch` images a step."""
+    network = NETWORKS[name]
+    calls = record_network(network, batch)
+    rows, needed = rows_of(calls), model_flops(network, batch, calls)
+    times = {card: sum(getattr(row, f"{card}_us") for row in rows) / 1e6 for card in CARDS}
+    products = {card: sum(getattr(row, f"{card}_us") for row in rows if row.kind == "products") / 1e6 for card in CARDS}
+    launches = sum(row.launches for row in rows)
+    return Step(
+        network=name, batch=batch, launches=launches,
+        bytes=sum(row.bytes for row in rows), flops=sum(row.flops for row in rows), model_flops=needed,
+        host_ms=1e3 * launches * KERNEL_SECONDS, block=block_of(network, batch), rows=rows,
+        **{f"{card}_ms": 1e3 * time for card, time in times.items()},
+        **{f"{card}_images_per_second": batch / time for card, time in times.items()},
+        **{f"{card}_mfu": needed / times[card] / gpu.bf16 for card, gpu in CARDS.items()},
+        **{f"{card}_product_share": products[card] / time for card, time in times.items()},
+    )  # fmt: skip
+
+
+def run(models: tuple[str, ...], batch: int, rows: Path | None, chart: Path | None, console: Console) -> list[Step]:
+    """Count, print the tables, write JSON and chart.
+
+    Raises:
+        UserError: diffusers is asked for and not installed; a batch too small for an objective.
+    """
+    jobs = track(models, description="counting", console=console, transient=True)
+    steps = [audit_step(name, batch) for name in jobs]
+    for step in steps:
+        print_rows(step, console)
+    print_blocks(steps, console)
+    print_totals(steps, console)
+    if rows is not None:
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        rows.write_text(json.dumps([asdict(step) for step in steps], indent=1) + "\n")
+    if chart is not None:
+        draw(steps, chart)
+    return steps
+
+
+def print_rows(step: Step, console: Console, share: float = 0.01) -> None:
+    """What takes at least `share` of the time on either card, by part, and the others as one row."""
+    table = Table(title=f"{step.network}, batch {step.batch}, bf16: roofline of each operation; nothing is measured")
+    for name in ("part", "op", "launches", "MB", "GFLOP", "A100 µs", "H100 µs"):
+        table.add_column(name, justify="left" if name in ("part", "op") else "right", overflow="fold")
+    order = {name: i for i, name in enumerate((*PARTS, "rest"))}
+    rows = sorted(step.rows, key=lambda r: (order[r.part.removesuffix(" backward")], r.part, -r.h100_us))
+    large = [r for r in rows if max(r.a100_us / step.a100_ms, r.h100_us / step.h100_ms) >= 1e3 * share]
+    small = [row for row in rows if row not in large]
+    cells = [(row.part, row.op, [row]) for row in large] + [("", f"{len(small)} others", small)]
+    for part, op, group in cells:
+        table.add_row(
+            part, op, str(sum(r.launches for r in group)),
+            f"{sum(r.bytes for r in group) / 1e6:.1f}", f"{sum(r.flops for r in group) / 1e9:.1f}",
+            f"{sum(r.a100_us for r in group):.0f}", f"{sum(r.h100_us for r in group):.0f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def print_blocks(steps: list[Step], console: Console) -> None:
+    kinds = [kind for kind in (*KINDS, "other") if kind not in ("products", "attention")]
+    table = Table(
+        title="One encoder block, forward + backward;\nbut for products and attention, bytes in rows of D bf16 a token"
+    )
+    for name in ("", "launches", *kinds, "together"):
+        table.add_column(name, justify="left" if not name else "right")
+    for step in steps:
+        launches = zip(*step.block.launches.values(), strict=True)
+        rows = [step.block.rows[kind] for kind in kinds]
+        rows.append((sum(a for a, _ in rows), sum(b for _, b in rows)))
+        table.add_row(
+            step.network, "{} + {}".format(*map(sum, launches)), *("{:.1f} + {:.1f}".format(*r) for r in rows)
+        )
+    console.print(table)
+
+
+def print_totals(steps: list[Step], console: Console) -> None:
+    table = Table(title="A step; times are the roofline's, without overlap")
+    for name in ("", *(step.network for step in steps)):
+        table.add_column(name, justify="left" if not name else "right")
+    both = {
+        "ms, A100 / H100": ("ms", ".1f"),
+        "images/s": ("images_per_second", ".0f"),
+        "MFU": ("mfu", ".0%"),
+        "of the time in products": ("product_share", ".0%"),
+    }
+    table.add_row("launches", *(str(step.launches) for step in steps))
+    table.add_row("GB moved", *(f"{step.bytes / 1e9:.1f}" for step in steps))
+    table.add_row("TFLOP", *(f"{step.flops / 1e12:.2f}" for step in steps))
+    table.add_row("of the model", *(f"{step.model_flops / 1e12:.2f}" for step in steps))
+    for label, (field, form) in both.items():
+        table.add_row(label, *(" / ".join(format(getattr(s, f"{c}_{field}"), form) for c in CARDS) for s in steps))
+    table.add_row("ms of the host, uncaptured", *(f"{step.host_ms:.1f}" for step in steps))
+    console.print(table)
+
+
+KIND_COLORS = {
+    "products": "#4477aa", "attention": "#66ccee", "norms": "#228833", "GELU": "#ccbb44", "sums": "#aa3377",
+    "copies": "#ee6677", "other": "#bbbbbb", "update": "#555555",
+}  # fmt: skip
+PLACE_COLORS = {
+    "encoder": "#4477aa", "encoder backward": "#99bbdd", "decoder": "#228833", "decoder backward": "#99cc99",
+    "forward": "#aa3377", "forward backward": "#dd99bb", "rest": "#bbbbbb", "update": "#555555",
+}  # fmt: skip
+LABELS = {
+    "products": "matrix products", "sums": "column sums", "other": "other elementwise", "update": "clip, AdamW",
+    "forward": "whole network", "forward backward": "whole network backward",
+    "rest": "corruption, casts, adaLN, head, loss",
+}  # fmt: skip
+
+
+def place_of(row: Row) -> str:
+    if row.kind == "update":
+        return "update"
+    return row.part if row.part in PLACE_COLORS else "rest"
+
+
+def draw(steps: list[Step], file: Path) -> None:
+    """Bars of each network's step on both cards: above by kind of operation, below by part of the step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 1.1 * len(steps) + 3.4), layout="constrained")
+    figure.suptitle(
+        f"A training step of {steps[0].batch} images in bf16: roofline from counted bytes and FLOPs, nothing measured"
+    )
+    axes = figure.subplots(2, 2, sharey=True, sharex="col")
+    looks: tuple[tuple[Callable[[Row], str], dict[str, str]], ...]
+    looks = (lambda row: row.kind, KIND_COLORS), (place_of, PLACE_COLORS)
+    for line, (key, colors) in zip(axes, looks, strict=True):
+        for ax, card in zip(line, CARDS, strict=True):
+            left = [0.0] * len(steps)
+            for name, color in colors.items():
+                widths = [sum(getattr(r, f"{card}_us") for r in s.rows if key(r) == name) / 1e3 for s in steps]
+                ax.barh(range(len(steps)), widths, left=left, color=color, label=LABELS.get(name, name), height=0.65)
+                left = [a + b for a, b in zip(left, widths, strict=True)]
+            for i, step in enumerate(steps if key is looks[0][0] else []):
+                images, mfu = (getattr(step, f"{card}_{field}") for field in ("images_per_second", "mfu"))
+                text = f" {left[i]:.0f} ms, {images:.0f} images/s, MFU {mfu:.0%}"
+                ax.text(left[i], i, text, va="center", fontsize=8)
+            ax.set_xlim(0, 1.5 * max(getattr(step, f"{card}_ms") for step in steps))
+            ax.spines[["top", "right"]].set_visible(False)
+        line[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    axes[0, 0].set_yticks(range(len(steps)), [step.network for step in steps])
+    axes[0, 0].invert_yaxis()
+    for ax, name in zip(axes[0], ("A100 80GB", "H100 SXM"), strict=True):
+        ax.set_title(name, fontsize=10)
+    for ax in axes[1]:
+        ax.set_xlabel("ms a step")
+    axes[0, 0].set_ylabel("by kind")
+    axes[1, 0].set_ylabel("by part")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)

@@ -1,0 +1,158 @@
+"""Every operation of a training step on tensors without data: its part of the step, kernels, bytes and FLOPs.
+
+A launch is a kernel. What only looks at memory (views, empty tensors) launches none; an op of ours the kernels that its
+function calls (`wrap_triton`) and PyTorch's operations between them; all other operations one, but for the table below.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from umd import ops
+from umd.spans import PARTS, spans_on
+from umd.train.step_counts import STAND_INS, Lengths, flops_of, moved, tensor_bytes, tensors
+
+# Kernels of PyTorch's operations that launch more than one, as its sources for CUDA have them.
+LAUNCHES = {
+    "torch_attn._varlen_attn": 2,  # flash attention, and a fill of two numbers
+    "torch_attn._varlen_attn_backward": 3,  # dout·out, the gradients, dq from fp32
+    "aten._scaled_dot_product_flash_attention_backward": 3,  # the same
+    "aten.convolution_backward": 2,  # weight and bias; no gradient of the picture
+    "aten.embedding_dense_backward": 12,  # of more than 3072 rows: a radix sort, segments, their sums
+    "aten.index_copy": 2,  # a copy first
+    "aten.mse_loss": 2,
+    "aten.select_backward": 2,  # zeros first
+    "aten.slice_backward": 2,
+    "aten.sort": 3,  # the numbers 0 to n, sorting, values
+}
+FREE = (
+    "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh", "_unsafe_view",
+)  # fmt: skip
+# multi_tensor_apply: a launch takes at most so many blocks of 65536 elements, and so many tensors of 1 to 5 lists.
+CHUNK, BLOCKS, TENSORS = 65536, 320, (110, 64, 48, 36, 30)
+CAT_INPUTS = 128  # that one launch puts together
+
+KINDS = {
+    "products": ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"),
+    "attention": (
+        "_varlen_attn", "_varlen_attn_backward", "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_backward",
+    ),
+    "norms": ("layer_norm_fwd", "layer_norm_bwd", "native_layer_norm", "native_layer_norm_backward"),
+    "GELU": ("gelu", "gelu_backward"),
+    "sums": ("sum",),
+    "copies": ("_to_copy", "copy_", "clone", "cat", "stack", "_foreach_copy_"),
+}  # fmt: skip
+UPDATE = ("clip", "optimizer", "EMA")  # parts that are a kind of their own
+
+
+class Call(NamedTuple):
+    """One operation."""
+
+    op: str  # aten.mm, umd.layer_norm_fwd
+    kind: str
+    part: str  # of umd.spans.PARTS, or "rest"
+    backward: bool  # of that part
+    launches: int
+    bytes: int
+    flops: int
+    fp32: bool  # whether its first tensor is
+
+
+class Recorder(TorchDispatchMode):
+    """Records `calls` while a step runs inside `umd.spans.spans_on`."""
+
+    def __init__(self, lengths: Lengths):
+        """lengths: `umd.train.step_counts.sample_lengths`."""
+        super().__init__()
+        self.lengths = lengths
+        self.calls: list[Call] = []
+        self.parts = ["rest"]  # the spans that are open
+        # Autograd numbers its nodes as the forward pass makes them: where each part begins, and which it is.
+        self.starts, self.started = [0], ["rest"]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "profiler":
+            self.follow(func, args)
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        op = f"{func.namespace}.{STAND_INS.get(func.overloadpacket, func.overloadpacket).__name__}"
+
+        def launch(kernel: str, given: list[Tensor]) -> None:  # each tensor moves once
+            self.add(op, 1, sum(map(tensor_bytes, given)), 0, given)
+
+        ours = ops.launches(func, launch)
+        if ours is not None:
+            with self:  # for PyTorch's operations between the kernels
+                ours(*args)
+        elif not func.is_view and func.namespace != "prim" and func.overloadpacket.__name__ not in FREE:
+            size = moved(func, args, kwargs, out)
+            flops = flops_of(func, args, kwargs, out, self.lengths)
+            self.add(op, num_launches(op, args) if size else 0, size, flops, args)
+        return out
+
+    def follow(self, func: Any, args: tuple) -> None:
+        """A span opens or closes."""
+        if "enter" in func.overloadpacket.__name__:
+            self.parts.append(args[0] if args[0] in PARTS else self.parts[-1])
+        else:
+            self.parts.pop()
+        if self.parts[-1] != "backward":
+            self.starts.append(torch._C._autograd._get_sequence_nr())
+            self.started.append(self.parts[-1])
+
+    def add(self, op: str, launches: int, size: int, flops: int, args: Any) -> None:
+        part, backward = self.parts[-1], False
+        node = torch._C._current_autograd_node()
+        if part == "backward" and node is not None:
+            at = bisect_right(self.starts, node._sequence_nr()) - 1
+            part, backward = self.started[at], True
+        name = op.partition(".")[2]
+        kind = next((kind for kind, names in KINDS.items() if name in names), "other")
+        first = next(iter(tensors(args)), None)
+        fp32 = first is not None and first.dtype == torch.float32
+        self.calls.append(Call(op, "update" if part in UPDATE else kind, part, backward, launches, size, flops, fp32))
+
+
+def num_launches(op: str, args: tuple) -> int:
+    name = op.partition(".")[2]
+    if name.startswith(("_foreach_", "_fused_")):
+        return multi_tensor_launches(name, args)
+    if name in ("cat", "stack"):
+        return -(-len(args[0]) // CAT_INPUTS)
+    return LAUNCHES.get(op, 1)
+
+
+def multi_tensor_launches(name: str, args: tuple) -> int:
+    """Of an operation on lists of tensors: as many as its chunks need, or one a tensor where the lists differ in
+    shape."""
+    lists = [x for x in args if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
+    if name.startswith("_fused_"):
+        lists = lists[:-1]  # the steps' numbers are found by address
+    shapes = [[x.shape for x in tensors_of] for tensors_of in lists]
+    if any(s != shapes[0] for s in shapes):
+        return len(shapes[0])
+    launches, blocks, held = 0, 0, 0
+    for x in lists[0]:
+        held += 1
+        for _ in range(-(-x.numel() // CHUNK)):
+            blocks += 1
+            if blocks == BLOCKS:
+                launches, blocks, held = launches + 1, 0, 1
+        if held == TENSORS[len(lists) - 1]:
+            launches, blocks, held = launches + (blocks > 0), 0, 0
+    launches += blocks > 0
+    return launches + 2 * (name == "_foreach_norm")  # room for chunks set to zero, and their sums
+
+
+def record(step: Callable[[], object], lengths: Lengths) -> list[Call]:
+    """The calls of `step`, run inside `umd.train.step_counts.as_on_gpu`."""
+    recorder = Recorder(lengths)
+    with spans_on(), recorder:
+        step()
+    return recorder.calls
