@@ -4,7 +4,6 @@ Each case has a process of its own, as a training has; in every round each case 
 ratios, each the median of the ratios within a round, not the seconds.
 """
 
-import itertools
 import json
 import statistics
 import tempfile
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from umd.bench.step import WARMUP, count_flops, machine, our_optimizer, own_process
+from umd.bench.step import WARMUP, count_flops, machine, own_process
+from umd.bench.training import LR, Step, train_step
 from umd.config import ModelConfig, ObjectiveConfig, model_config
 from umd.device import keep_freed_memory, take_device
 from umd.errors import UserError
@@ -86,7 +87,7 @@ class LoaderBench:
 class Case:
     measure: Callable[[], dict[str, float]]  # once: seconds by the names of rows
     samples: int  # that one measurement handles
-    flops: dict[str, Callable[[], object]] = field(default_factory=dict)  # of a row, what to count the FLOPs of
+    flops: dict[str, Callable[[], Step]] = field(default_factory=dict)  # of a row, what makes a step to count
 
 
 def timed(bench: LoaderBench, call: Callable[[], object]) -> float:
@@ -127,7 +128,7 @@ def step_on_stored(bench: LoaderBench) -> Iterator[Case]:
             wait = time.perf_counter() - start
             return {"umd, stored latents": wait + timed(bench, lambda: umd(latents)), "waiting for them": wait}
 
-        yield Case(measure, bench.batch, {"umd, stored latents": lambda: umd(next(batches).x_start)})
+        yield Case(measure, bench.batch, {"umd, stored latents": lambda: partial(umd_step(bench), latents(bench))})
 
 
 @contextmanager
@@ -153,7 +154,7 @@ def dit_on_stored(bench: LoaderBench) -> Iterator[Case]:
             dit(next(batches).x_start)
 
         name = "dit, stored latents"
-        yield Case(lambda: {name: timed(bench, step)}, bench.batch, {name: step})
+        yield Case(lambda: {name: timed(bench, step)}, bench.batch, {name: lambda: step})
 
 
 @contextmanager
@@ -197,6 +198,10 @@ def pictures(bench: LoaderBench, count: int) -> Tensor:
     return (x * 2 - 1).to(bench.device)
 
 
+def latents(bench: LoaderBench) -> Tensor:
+    return torch.zeros(bench.batch, 4, bench.latent_size, bench.latent_size, device=bench.device)
+
+
 def sd_vae(bench: LoaderBench) -> Tokenizer:
     """An autoencoder of Stable Diffusion's size with random weights, as fast as with trained ones."""
     from diffusers import AutoencoderKL
@@ -232,19 +237,15 @@ def stored_batches(bench: LoaderBench, num_workers: int, batch: int) -> Iterator
             loader.close()
 
 
-def umd_step(bench: LoaderBench) -> Callable[[Tensor], None]:
+def umd_step(bench: LoaderBench) -> Callable[[Tensor], object]:
     config = bench.config()
-    model = UMD(config).to(bench.device)
+    model = UMD(config)
     assert isinstance(model.adaLN_modulation, Modulation)
     torch.nn.init.normal_(model.adaLN_modulation.weight, std=0.02)
     objective = Objective(config, ObjectiveConfig(), NoiseSchedule("linear"))
-    seeds = itertools.count()
-    optimizer = our_optimizer(model, bench.dtype)
-
-    def loss(x: Tensor) -> Tensor:
-        return objective(model, x, objective.corrupt(len(x), next(seeds), x.device))[0]
-
-    return optimization_step(bench, optimizer, loss)
+    step = train_step(model, objective, bench.batch, bench.dtype, bench.device)
+    indices = torch.arange(bench.batch, device=bench.device)  # UMD's objective looks nothing up
+    return lambda x: step(x, None, indices, LR)
 
 
 def dit_step(bench: LoaderBench) -> Callable[[Tensor], None]:
@@ -263,23 +264,14 @@ def dit_step(bench: LoaderBench) -> Callable[[Tensor], None]:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
 
-    def loss(x: Tensor) -> Tensor:
+    def step(x: Tensor) -> None:
         t = torch.randint(1, 1001, (len(x),), device=x.device)
         eps = torch.randn_like(x)
         labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        prediction = model(schedule.q_sample(x, t, eps), timestep=t - 1, class_labels=labels).sample
-        return F.mse_loss(prediction.float(), eps)
-
-    return optimization_step(bench, optimizer, loss)
-
-
-def optimization_step(
-    bench: LoaderBench, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], None]:
-    def step(x: Tensor) -> None:
         with autocast(bench):
-            value = loss(x)
-        value.backward()
+            prediction = model(schedule.q_sample(x, t, eps), timestep=t - 1, class_labels=labels).sample
+            loss = F.mse_loss(prediction.float(), eps)
+        loss.backward()
         clipped_step(optimizer, 1.0)
         optimizer.zero_grad(set_to_none=True)
 
@@ -296,7 +288,7 @@ def serve(bench: LoaderBench, maker: Maker, pipe: Connection) -> None:
     with maker(bench) as case:
         for _ in range(WARMUP):
             case.measure()
-        pipe.send((case.samples, {name: count_flops(step) for name, step in case.flops.items()}))
+        pipe.send((case.samples, {name: count_flops(make, bench.device) for name, make in case.flops.items()}))
         while pipe.recv():
             pipe.send(case.measure())
 
