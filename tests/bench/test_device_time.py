@@ -1,4 +1,4 @@
-"""Times of a GPU: how many calls a window has, that they beat its caches, and what is done where nothing is recorded."""
+"""Times of a GPU: how many calls a window has, that they beat its caches, and what is done where none is recorded."""
 
 import pytest
 import torch
