@@ -163,6 +163,14 @@ def time_side(sides: Sequence[Side], backward: bool) -> dict[str, Timing | None]
     return found
 
 
+def beyond_the_cache(op: str, make: Callable[[], Inputs]) -> list[OpCase]:
+    """The op as often, each time on inputs of its own, as their turns need to find nothing in the cache."""
+    inputs = make()
+    case = OPS[op](inputs)
+    copies = copies_beyond(cache_bytes(inputs.device), case.forward_bytes)
+    return [case, *(OPS[op](make()) for _ in range(copies - 1))]
+
+
 def time_op(cases: Sequence[OpCase], sides: Sequence[Iterator], copy: float | None, **shape) -> list[Row]:
     """cases, sides: the op on memory of their own, and the `implementations` of each."""
     case = cases[0]
@@ -267,9 +275,7 @@ def measure(bench: KernelBench, console: Console) -> tuple[list[Row], float | No
             if name in ATTENTION:
                 rows += time_attention(name, make, notes, **shape)
                 continue
-            cases = [OPS[name](inputs)]
-            copies = copies_beyond(cache_bytes(bench.device), cases[0].forward_bytes)
-            cases += [OPS[name](make()) for _ in range(copies - 1)]
+            cases = beyond_the_cache(name, make)
             sides = [implementations(case, norms, bench.device, with_triton) for case in cases]
             with interpreted(bench.device == "cpu"):  # Triton imports a part of itself when it runs, and asks again
                 rows += time_op(cases, sides, copy, **shape)
