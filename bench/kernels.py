@@ -25,6 +25,7 @@ from umd.errors import UserError
 with interpreted(not torch.cuda.is_available()):  # Triton asks when a kernel is defined
     from umd import ops
     from umd.bench.op_cases import DTYPES, OPS, SHAPES, Inputs, LayerNorm, OpCase, Side, dtype_name
+    from umd.train.parallel import static_compile
     from umd.train.step import side_stream
 
 # The two lengths of a packed stream: samples with 160 of 256 patches visible, and with 64; or both, as trained.
@@ -132,7 +133,7 @@ def other_layer_norms() -> tuple[dict[str, LayerNorm], list[str]]:
 
 def compiled(side: Side, device: str) -> Side:
     """Under torch.compile; without a GPU traced and split into forward and backward, but not compiled."""
-    return Side(torch.compile(side.call, backend="inductor" if device == "cuda" else "aot_eager"), side.inputs)
+    return Side(static_compile(side.call, "inductor" if device == "cuda" else "aot_eager"), side.inputs)
 
 
 def implementations(
@@ -151,7 +152,7 @@ def implementations(
 
 def time_side(sides: Sequence[Side], backward: bool) -> dict[str, Timing | None]:
     """Forward; backward on one forward pass; and full, both. sides: the same on memory of their own."""
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # an op's sides share their code, which is compiled for eight shapes at most
     with torch.set_grad_enabled(backward):
         found = {"forward": median_time([side.call for side in sides])}
         if backward:

@@ -12,6 +12,7 @@ from umd.bench.training import Step
 from umd.config import ModelConfig
 from umd.embedders import timestep_features
 from umd.schedule import NoiseSchedule
+from umd.train.parallel import static_compile
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class PlainDiT(nn.Module):
 def plain_dit_step(bench: StepBench, compiled: bool = False) -> Step:
     """A training step on the noise-prediction loss."""
     model = PlainDiT(bench.config()).to(bench.device)
-    network = torch.compile(model) if compiled else model
+    network = static_compile(model) if compiled else model
     x, schedule = images(bench), NoiseSchedule("cosine")
     labels = torch.zeros(bench.batch, dtype=torch.int64, device=bench.device)
 

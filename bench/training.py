@@ -11,7 +11,7 @@ from umd.device import pick_dtype
 from umd.methods import AnyModel, AnyObjective
 from umd.train.distributed import World
 from umd.train.optim import OptimConfig, adamw, narrow_gradients
-from umd.train.parallel import Alone, LossStep
+from umd.train.parallel import Alone, LossStep, static_compile
 from umd.train.step import TrainStep, cast_type
 
 Step = Callable[[], object]
@@ -45,7 +45,7 @@ def train_step(
     autocast_to = pick_dtype(dtype, where)
     model.to(where)
     optimizer = our_optimizer(model, narrow=dtype == "bf16" and not compiled)
-    loss = LossStep(torch.compile(model) if compiled else model, objective, autocast_to)
+    loss = LossStep(static_compile(model) if compiled else model, objective, autocast_to)
     parallel = Alone(model, loss, optimizer, accumulate=1, clip=OptimConfig().clip)
     cast = cast_type(autocast_to, parallel, compiled)
     return TrainStep(parallel, objective, batch, seed=0, world=World(0, 1, where), cast=cast, capture=capture)
