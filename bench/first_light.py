@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 def run_parts(args: argparse.Namespace) -> int:
-    """Each part in turn; returns the exit status, 1 where one did not end well."""
+    """Each part in turn; returns the exit status, 1 where something was wrong, failed or was left out."""
     began = time.monotonic()
     out = Path(os.environ.get("OUT") or "out").resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,9 @@ def run_parts(args: argparse.Namespace) -> int:
             if (scratch / name).exists():
                 shutil.copy(scratch / name, out / name)
         say(summary(results["parts"]))
-    return int(any(part["status"] != "ok" for part in results["parts"].values()))
+    parts = results["parts"].values()
+    bad = any(row["kind"] == "failed" or not row.get("ok", True) for part in parts for row in part["rows"])
+    return int(bad or any(part["status"] != "ok" for part in parts))
 
 
 def run_limited(command: list[str], limit: float, log: TextIO) -> str:
@@ -163,6 +165,11 @@ def summary(parts: dict[str, dict]) -> str:
     columns = ["what", "batch", "img/s", "ms", "synced", "host", "TFLOP/s", "MFU", "GiB"]
     blocks.append(table(title, columns, steps))
     blocks += [f"  {row['what']}: {row['value']}" for row in rows("note")]
+    attention: dict[str, list[str]] = {}
+    for row in rows("attention"):
+        line = attention.setdefault(f"attention, µs forward and backward, {row['model']} {row['lengths']} tokens", [])
+        line.append(f"{row['backend']} {row['us']['full']}")
+    blocks += [f"{what}: {', '.join(line)}" for what, line in attention.items()]
     timed: dict[tuple, dict[str, Row]] = {}
     for row in rows("op"):
         key = f"{row['op']} {row['direction']}", row["model"], str(row["batch"])

@@ -23,7 +23,8 @@ from umd import ops
 from umd.bench import kernels
 from umd.bench.device_time import time_calls
 from umd.bench.first_light import Part, Row, read_rows
-from umd.bench.op_cases import OPS, Inputs
+from umd.bench.first_light_checks import setting_of
+from umd.bench.op_cases import OPS, Inputs, Side
 from umd.bench.plain_dit import plain_dit_step
 from umd.bench.step import StepBench, count_flops, dit_step, images, network, umd_step
 from umd.bench.training import Step, host_time, on_batch, timed, train_step
@@ -156,6 +157,8 @@ def time_step(part: Part, what: str, kind: Kind, bench: StepBench, peak: float, 
     while True:
         gc.collect()
         torch.cuda.empty_cache()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         try:
             call = make(bench)
@@ -178,8 +181,6 @@ def time_step(part: Part, what: str, kind: Kind, bench: StepBench, peak: float, 
         synchronize()
     synced = (time.perf_counter() - began) / repeats
     gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     if profiled:
         part.attempt(f"profile {what}", profile_step, part, f"{what}, {bench.batch}", call, on_gpu)
     call = None
@@ -274,7 +275,7 @@ def compile_(part: Part, device: torch.device) -> None:
 
 
 def timing(part: Part, device: torch.device) -> None:
-    """Ours and eager of every op first, then what each compiler makes of it."""
+    """Ours and eager of every op first, then attention's backends, then what the compiler makes of the ops."""
     torch._functorch.config.donated_buffer = False  # a compiled backward pass runs many times on one forward pass
     copy = kernels.copy_speed(device.type)
     models, batches = (("UMD-Ti/4",), (2,)) if part.smoke else (("UMD-B/4", "UMD-L/2"), (256, 64, 16))
@@ -282,6 +283,8 @@ def timing(part: Part, device: torch.device) -> None:
         for model, batch, op in itertools.product(models, batches[:1] if compiled else batches, OPS):
             arguments = part, op, model, batch, device.type, copy, compiled
             part.attempt(f"{op} {model} {batch}{', compiled' * compiled}", time_op, *arguments)
+        for model, batch in () if compiled else itertools.product(models, batches):
+            part.attempt(f"attention {model} {batch}", time_attention, part, model, batch, device)
 
 
 def time_op(part: Part, op: str, model: str, batch: int, device: str, copy: float | None, compiled: bool) -> None:
@@ -295,6 +298,26 @@ def time_op(part: Part, op: str, model: str, batch: int, device: str, copy: floa
         numbers = dict(us=us, gb_per_s=row.gb_per_s, of_copy=row.of_copy, replayed=row.replayed)
         names = dict(op=op, direction=row.direction, implementation=row.implementation)
         part.row("op", **names, model=model, batch=batch, **numbers)
+
+
+def time_attention(part: Part, model: str, batch: int, device: torch.device) -> None:
+    """The backends on the encoder's stream, of two lengths, and on the decoder's, of one."""
+    config, objective = setting_of(model, "umd")
+    H, d = config.num_heads, config.hidden_size // config.num_heads
+    layout = objective.corrupt(batch, 0, device).layout
+    for where, packing in (("encoder", layout.encoder_blocks), ("decoder", layout.decoder_blocks)):
+        qkv = torch.randn(packing.num_tokens, 3, H, d, device=device).bfloat16().requires_grad_()
+        lengths = " and ".join(f"{samples} x {length}" for samples, length in packing.runs)
+        for backend in kernels.BACKENDS:
+            side = Side(lambda b=backend, qkv=qkv, p=packing: (ops.varlen_attention(qkv, p, b),), (qkv,))
+            try:
+                found = kernels.time_side([side], backward=True)
+            except ValueError as refusal:  # it says why it cannot
+                part.row("refused", backend=backend, why=str(refusal))
+                continue
+            us = {name: None if timing is None else round(1e3 * timing.ms) for name, timing in found.items()}
+            part.row("attention", model=model, batch=batch, where=where, lengths=lengths, backend=backend, us=us)
+            print(f"|   {model} {where} {lengths} tokens, {backend}: {us} µs")
 
 
 # tests
