@@ -13,6 +13,7 @@ from torch import Tensor
 
 from umd import ops
 from umd.bench.first_light import Part
+from umd.bench.training import with_modulation
 from umd.config import OBJECTIVES, ModelConfig, model_config
 from umd.model import UMD
 from umd.objective import Objective
@@ -37,10 +38,7 @@ def network(config: ModelConfig, device: torch.device) -> UMD:
     """One in which every parameter matters: a fresh one has modulation of zero."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = UMD(config)
-        if model.adaLN_modulation is not None:
-            torch.nn.init.normal_(model.adaLN_modulation.weight, std=0.02)
-    return model
+        return with_modulation(UMD(config))
 
 
 def relative(found: Tensor, truth: Tensor) -> float:

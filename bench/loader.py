@@ -24,12 +24,11 @@ from rich.table import Table
 from torch import Tensor
 
 from umd.bench.step import WARMUP, count_flops, machine, own_process
-from umd.bench.training import LR, Step, train_step
+from umd.bench.training import LR, Step, train_step, with_modulation
 from umd.config import ModelConfig, ObjectiveConfig, model_config
 from umd.device import keep_freed_memory, take_device
 from umd.errors import UserError
 from umd.model import UMD
-from umd.modulation import Modulation
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer, identity
@@ -239,11 +238,8 @@ def stored_batches(bench: LoaderBench, num_workers: int, batch: int) -> Iterator
 
 def umd_step(bench: LoaderBench) -> Callable[[Tensor], object]:
     config = bench.config()
-    model = UMD(config)
-    assert isinstance(model.adaLN_modulation, Modulation)
-    torch.nn.init.normal_(model.adaLN_modulation.weight, std=0.02)
     objective = Objective(config, ObjectiveConfig(), NoiseSchedule("linear"))
-    step = train_step(model, objective, bench.batch, bench.dtype, bench.device)
+    step = train_step(with_modulation(UMD(config)), objective, bench.batch, bench.dtype, bench.device)
     indices = torch.arange(bench.batch, device=bench.device)  # UMD's objective looks nothing up
     return lambda x: step(x, None, indices, LR)
 

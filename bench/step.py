@@ -30,12 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from umd import ops
-from umd.bench.training import Step, host_time, on_batch, our_optimizer, timed, train_step
+from umd.bench.training import Step, host_time, on_batch, our_optimizer, timed, train_step, with_modulation
 from umd.config import ModelConfig, ObjectiveConfig, model_config
 from umd.device import keep_freed_memory, pick_dtype, take_device
 from umd.errors import UserError
 from umd.model import UMD
-from umd.modulation import Modulation
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 from umd.train import step as training
@@ -94,11 +93,7 @@ def images(bench: StepBench) -> Tensor:
 
 
 def network(bench: StepBench) -> UMD:
-    """With modulation that is not zero, as it is after the first steps."""
-    model = UMD(bench.config()).to(bench.device)
-    assert isinstance(model.adaLN_modulation, Modulation)
-    torch.nn.init.normal_(model.adaLN_modulation.weight, std=0.02)
-    return model
+    return with_modulation(UMD(bench.config())).to(bench.device)
 
 
 def umd_step(bench: StepBench, config: ObjectiveConfig, capture: bool = False, compiled: bool = False) -> Step:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from umd.device import pick_dtype
 from umd.methods import AnyModel, AnyObjective
+from umd.model import UMD
 from umd.train.distributed import World
 from umd.train.optim import OptimConfig, adamw, narrow_gradients
 from umd.train.parallel import Alone, LossStep, static_compile
@@ -17,6 +18,15 @@ from umd.train.step import TrainStep, cast_type
 Step = Callable[[], object]
 LR = 1e-4
 IN_A_ROW = 20  # steps of a window on a GPU: its pipeline fills once in as many
+
+
+def with_modulation(model: UMD) -> UMD:
+    """The network with modulation of other than zero, as it is after the first steps."""
+    if model.adaLN_modulation is not None:
+        for parameter in model.adaLN_modulation.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 def our_optimizer(model: AnyModel, narrow: bool) -> torch.optim.Optimizer:

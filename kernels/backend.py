@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -114,7 +114,8 @@ class Op:
         self.library.register_autograd(backward, setup_context=setup_context)
         methods = dict(forward=self.eager, setup_context=setup_context, backward=backward)
         name = f"{self.eager.__name__}_function"
-        self.eager = type(name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()}).apply
+        function: Any = type(name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
+        self.eager = function.apply
 
     def __call__(self, *args):
         return (self.library if sees_dispatch() else self.eager)(*args)

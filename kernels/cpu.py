@@ -21,7 +21,7 @@ from .backend import use_cpu_path
 from .packing import Packing
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-TILE, SLICE = 2048, 1024  # elements and rows of a piece of work, for which cpu.cpp gives a sum of its own
+TILE, SLICE = 2048, 256  # elements and rows of a piece of work, for which cpu.cpp gives a sum of its own
 # None of them lets sums be reordered: that is asked for loop by loop in the source.
 FLAGS = (
     f"-DTILE={TILE} -DSLICE={SLICE} -std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math "

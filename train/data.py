@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -377,7 +377,7 @@ def train_loader(
         raise ValueError(f"places: expected some of 0..{batch_size - 1}, got {list(places)[:8]}")
     if len(dataset) == 0:
         raise ValueError(f"the {dataset.split} split of {dataset.name} is empty")
-    place = dict(batch_size=batch_size, seed=seed, start=start, places=places)
+    place: dict[str, Any] = dict(batch_size=batch_size, seed=seed, start=start, places=places)
     if isinstance(dataset, ImageDataset) and (tokenizer := tokenizer_of(config, device)):
         pictures = train_loader(dataset, pixel_config(config, tokenizer.vae), **place, device=device)
         return drawn_latents(pictures, tokenizer.moments, len(dataset), **place)

@@ -38,6 +38,8 @@ class ParallelConfig:
     """ddp keeps weights and optimiser on every rank, zero (DeepSpeed) shares them out; auto: ddp below 1e9 weights."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What ZeRO shares out: 1 optimiser, 2 and gradients, 3 and weights; 0 nothing, which is ddp."""
+    wire: Literal["fp32", "bf16"] = "fp32"
+    """Type in which ddp sends gradients between GPUs: bf16 halves the bytes, and leaves their mean 8 bits."""
     timeout: float = 600
     """Seconds to wait for other ranks, at the start and in an exchange, before the run stops with a message."""
 

@@ -1,7 +1,7 @@
 """What a trained network is good at: representations and their probe, samples, inpainting, Fréchet distance."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
+from umd.conditions import make_conditions
 from umd.config import ScheduleConfig
 from umd.device import autocast, take_device
 from umd.errors import UserError
@@ -21,7 +22,7 @@ from umd.metrics import FeatureStatistics, default_features, feature_statistics
 from umd.model import UMD
 from umd.ops import philox_randn
 from umd.probe import ProbeResult, fewshot_accuracy, raw_pixel_features
-from umd.sampler import ddim_sample, inpaint
+from umd.sampler import ddim_sample, inpaint, model_times
 from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer, load_tokenizer
 from umd.train.data import center_view, open_dataset
@@ -86,12 +87,13 @@ def open_tokenizer(config: RunConfig, vae: str, device: torch.device) -> Tokeniz
     return tokenizer
 
 
-def denoiser(model: UMD, dtype: torch.dtype) -> Denoise:
-    """`model.denoise` under autocast, for the samplers."""
+def denoiser(model: UMD, dtype: torch.dtype, times: Sequence[int] = (), labels: Tensor | None = None) -> Denoise:
+    """`model.denoise` under autocast, for the samplers. times, labels: all that it will be asked for, if known."""
+    conditions = make_conditions(model, times, labels) if times else None
 
     def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         with autocast(x_t.device, dtype):
-            return model.denoise(x_t, timesteps, labels)
+            return model.denoise(x_t, timesteps, labels, conditions)
 
     return denoise
 
@@ -118,10 +120,9 @@ def represent(
 def open_gates(model: AnyModel) -> AnyModel:
     """Set every gate of an untrained adaLN-zero network to 1: as made, its blocks do nothing and CLS sees no image."""
     if isinstance(model, UMD) and model.adaLN_modulation is not None:
-        config = model.config
         with torch.no_grad():
-            tables = model.adaLN_modulation.bias[: -2 * config.hidden_size].view(-1, 6, config.hidden_size)
-            tables[:, (2, 5)] = 1
+            for offsets in model.adaLN_modulation.offsets[:-1]:
+                offsets.view(6, -1)[[2, 5]] = 1
     return model
 
 
@@ -202,13 +203,14 @@ def sample(
     """`count` samples [count, C, H, W]; labels int64 [count] or None. Sample i is the same in any batch."""
     device = next(model.parameters()).device
     shape = (model.config.channels, *model.config.image_size)
+    denoise = denoiser(model, dtype, model_times(num_steps, schedule.num_steps), labels)
     out = []
     for start in range(0, count, batch):
         n = min(batch, count - start)
         with sampling_progress(console, f"samples {start}-{start + n} of {count}") as callback:
             out.append(
                 ddim_sample(
-                    denoiser(model, dtype), (n, *shape), schedule, num_steps=num_steps, eta=eta, clip=clip,
+                    denoise, (n, *shape), schedule, num_steps=num_steps, eta=eta, clip=clip,
                     labels=None if labels is None else labels[start : start + n].to(device),
                     null_label=model.config.num_classes or None, cfg_scale=cfg_scale, seed=seed, first_sample=start,
                     callback=callback, device=device,

@@ -21,7 +21,7 @@ from umd.images import grid, save_png
 from umd.masking import layout
 from umd.methods import AnyModel
 from umd.model import UMD
-from umd.sampler import inpaint
+from umd.sampler import inpaint, model_times
 from umd.schedule import NoiseSchedule
 from umd.train.data import center_view, centered_view_of_file, open_dataset
 from umd.train.evaluate import denoiser, sampling_progress, schedule_of
@@ -180,11 +180,12 @@ def fillings(
             )  # fmt: skip
         views = torch.stack(steps, 2)  # [B, n, V, C, H, W]
     else:
+        denoise = denoiser(model, dtype, model_times(num_steps, schedule.num_steps))
         drawn, seen = [], []
         for i in range(samples):
             with sampling_progress(console, f"filling {i + 1} of {samples}") as update, torch.no_grad():
                 filled = inpaint(
-                    denoiser(model, dtype), x, hole, schedule, num_steps=num_steps, resample=resample, eta=eta,
+                    denoise, x, hole, schedule, num_steps=num_steps, resample=resample, eta=eta,
                     clip=clip, seed=seed + i, callback=watch(update),
                 )  # fmt: skip
             drawn.append(filled)

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from umd import ops
-from umd.checkpoint import BackgroundSave, checkpoint_path, load_model_state, save_checkpoint
+from umd.checkpoint import BackgroundSave, checkpoint_path, load_model_state, save_checkpoint, split
 from umd.classifier import Classifier
 from umd.device import keep_freed_memory, peak_flops, peak_memory, take_device
 from umd.ema import EMA, ema_rate
@@ -64,6 +64,7 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
         Diverged: NaN or infinite loss; the last good checkpoint is kept and the batch is described in `nan-dump.json`.
         KeyboardInterrupt, SystemExit(143): after saving, on Ctrl-C or SIGTERM.
     """
+    config = config.resolved()
     world = join(config.device, config.parallel, config.out)
     with world.explained(), side_stream(world.device):
         return train_rank(config, world, console or Console(), name)
@@ -198,11 +199,12 @@ def set_up(config: RunConfig, world: World) -> Run:
     run.source = fingerprint(dataset)
     run.saved_path, saved = newest_checkpoint(config, world, run.source)
     if saved is not None:
+        saved = replace(saved, tensors={part: split(named, model) for part, named in saved.tensors.items()})
         load_model_state(model, saved.tensors["model"])
     elif config.init is not None:
         load_pretrained(model, config.init, config.data)
     run.parallel = parallel = spread(config, world, model, objective, config.peak_lr, dtype)
-    final_rate = min(1.0, ema_rate(config.batch_size, config.optim.ema))
+    final_rate = min(1.0, ema_rate(config.batch_size, config.ema))
     run.ema = EMA(parallel.weights, final_rate) if final_rate > 0 else None
     run.saved = {}
     if saved is not None:
@@ -397,6 +399,10 @@ def spread(
         raise UserError("a classifier trains with DDP, not ZeRO; leave out --parallel.strategy zero")
     if how == "zero" and stage == 3 and config.compile:
         raise UserError("compile does not go with ZeRO 3, whose weights come and go; use --parallel.zero-stage 2")
+    if how == "zero" and config.parallel.wire == "bf16":
+        raise UserError("parallel.wire bf16 is DDP's; ZeRO sends bf16 in a bf16 run: leave it out, or use ddp")
+    if how == "ddp" and config.parallel.wire == "bf16" and world.device.type != "cuda":
+        raise UserError("parallel.wire bf16 is sent by NCCL, between GPUs; leave it out here")
     if how != "zero":
         model.to(world.device)
     if how == "zero" and config.optim.fused == "apex":
@@ -409,7 +415,7 @@ def spread(
             narrow_gradients(model, optimizer)
         return Alone(model, loss, optimizer, config.accumulate, config.optim.clip)
     if how == "ddp":
-        return DDP(model, loss, optimizer, config.accumulate, config.optim.clip, world)
+        return DDP(model, loss, optimizer, config.accumulate, config.optim.clip, world, config.parallel.wire)
     micro = config.batch_size // (world.size * config.accumulate)
     return Zero(model, loss, optimizer, config.accumulate, config.optim.clip, world, stage, micro, dtype)
 

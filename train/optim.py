@@ -13,7 +13,7 @@ from umd.device import apex_lacks
 from umd.errors import UserError
 from umd.methods import AnyModel
 from umd.model import Linear
-from umd.modulation import Modulation
+from umd.modulation import BlockModulation
 from umd.spans import span
 
 
@@ -31,8 +31,9 @@ class OptimConfig:
     """Share of the run in which the learning rate rises linearly."""
     clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
-    ema: float = 0.0
-    """EMA rate of a step at batch 256, scaled with the batch; 0: no EMA. Released code 1e-4, Table 5 2.5e-4."""
+    ema: float | None = None
+    """EMA rate of a step at batch 256, scaled with the batch; 0: no EMA. None: the released code's rule, 1e-4 for a
+    generator that trains with labels, else 0. (Table 5 of the paper has 2.5e-4.)"""
     layer_decay: float = 1.0
     """Of a classifier: learning rate of each layer over that of the next; 1: one rate for all."""
     fused: Literal["auto", "torch", "apex"] = "auto"
@@ -117,7 +118,7 @@ def narrow_gradients(model: AnyModel, optimizer: torch.optim.Optimizer) -> None:
     if not runs_compiled(optimizer):
         return
     for module in model.modules():
-        if isinstance(module, Linear | Modulation):
+        if isinstance(module, Linear | BlockModulation):
             module.weight.grad_dtype = torch.bfloat16
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from umd.checkpoint import load_optimizer_tensors, optimizer_tensors
@@ -91,13 +92,13 @@ class Alone:
         return norm
 
     def tensors(self, ema: EMA | None) -> dict[str, Tensors]:
-        """What a checkpoint holds. All ranks call this together; only rank 0's is whole."""
+        """What a checkpoint holds, by the names in memory. All ranks call this together; only rank 0's is whole."""
         parts: dict[str, Tensors] = {"model": {**dict(self.model.named_parameters())}}
         parts["optimizer"] = optimizer_tensors(self.optimizer, self.model)
         return parts | ({} if ema is None else {"ema": ema.state_dict()})
 
     def load(self, parts: Mapping[str, Tensors], ema: EMA | None) -> None:
-        """Put back optimiser and EMA; the model's weights were there before this was made."""
+        """Put back optimiser and EMA, by the names in memory; the weights were there before this was made."""
         load_optimizer_tensors(self.optimizer, self.model, parts["optimizer"])
         if ema is not None:
             ema.load_state_dict(parts["ema"])
@@ -170,8 +171,13 @@ class DDP(Alone):
     weights: Shard
     loss: DistributedDataParallel
 
-    def __init__(self, model: AnyModel, loss: nn.Module, optimizer: Any, accumulate: int, clip: float, world: World):
+    def __init__(
+        self, model: AnyModel, loss: nn.Module, optimizer: Any, accumulate: int, clip: float, world: World, wire: str
+    ):
+        """wire: type in which gradients are sent, fp32 or bf16."""
         wrapped = DistributedDataParallel(loss, gradient_as_bucket_view=True)
+        if wire == "bf16":
+            wrapped.register_comm_hook(None, bf16_compress_hook)
         super().__init__(model, wrapped, optimizer, accumulate, clip)
         starts, pieces = {}, {}
         for name, p in model.named_parameters():

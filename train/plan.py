@@ -2,10 +2,13 @@
 
 Memory and operations are counted (`umd.train.step_counts`); time is a roofline: each operation takes as long as its
 arithmetic or its memory traffic, at the shares of the data sheet's figures that such operations usually reach.
+Gradients are sent as they come, bucket after bucket; what the link has to do behind the backward pass is waited for.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -24,6 +27,7 @@ from umd.train.zero import deepspeed_config
 
 GiB = 2**30
 IMAGENET = 1_281_167
+DDP_BUCKET = 25 * 2**20 // 4  # weights of a bucket, torch's default
 KERNEL_SECONDS = 4e-6  # from one launch to the next; torch.compile has fewer
 
 
@@ -93,7 +97,7 @@ class Plan:
     seconds: tuple[float, float]  # best, usual; without communication that does not hide
     sent: float  # bytes each GPU sends in a step
     exchange: float  # seconds that takes
-    hidden: float  # of them, beside the backward pass
+    hidden: float  # of them, beside the passes at the best of `seconds`
 
 
 def bf16_or_fp32(config: RunConfig) -> torch.dtype:
@@ -145,10 +149,11 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
             counts = count_gpu_step(config, micro, dtype, torch.bfloat16)
     how = how_spread(config, cluster.gpus, counts.weights)
     weights, gradients, optimizer, ema = states(how, counts.weights, cluster.gpus, bf16)
-    ema *= config.optim.ema > 0
-    buckets = 0.0
+    ema *= config.ema > 0
+    buckets, bucket = 0.0, DDP_BUCKET
     if how.startswith("zero"):
         zero = deepspeed_config(2, micro, 1, 1.0, dtype, torch.device(device), counts.weights)["zero_optimization"]
+        bucket = zero["reduce_bucket_size"]
         copies = 2 if zero["overlap_comm"] and how != "zero3" else 1
         buckets = copies * (4 if how == "zero1" or not bf16 else 2) * zero["reduce_bucket_size"]
     # The most of gradients and activations at one time. Activations go while gradients come; those of earlier
@@ -166,39 +171,73 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
     flops = objective.step_flops(micro)
     rate = gpu.bf16 if bf16 else gpu.fp32
     state_traffic = 2 * optimizer + gradients + weights + 2 * ema
-    seconds = []
+    seconds, passes = [], []  # passes: of a micro-batch, the seconds before each operation
     for compute, memory in (BEST, USUAL):
-        step = sum(max(f / (compute * rate), b / (memory * gpu.bandwidth)) for f, b in counts.operations)
-        step = config.accumulate * max(step, KERNEL_SECONDS * len(counts.operations))
-        seconds.append(step + state_traffic / (memory * gpu.bandwidth))
-    sent, hideable = communication(how, counts.weights, cluster.gpus, config.accumulate, bf16)
+        times = roofline(counts.operations, compute * rate, memory * gpu.bandwidth)
+        passes.append(times)
+        seconds.append(config.accumulate * times[-1] + state_traffic / (memory * gpu.bandwidth))
     # Between nodes there are as many rings as GPUs in a node, each through a network card of its own.
     link = gpu.link
     if cluster.gpus > cluster.gpus_per_node:
         link = min(link, cluster.gpus_per_node * cluster.network * 1e9 / 8)
+    ready = [(weights_of, passes[0][n]) for weights_of, n in counts.gradients]
+    wire = 2 if config.parallel.wire == "bf16" else 4
+    sent, exposed = communication(
+        how, counts.weights, cluster.gpus, config.accumulate, wire if how == "ddp" else 2 if bf16 else 4,
+        ready, passes[0][-1], bucket, 0.8 * link,
+    )  # fmt: skip
     exchange = sent / (0.8 * link)
-    backward = 2 / 3 * seconds[0] / (1 if how in ("zero2", "zero3") else config.accumulate)
     return Plan(
         how=how, micro=micro, weights=weights, gradients=gradients, optimizer=optimizer, ema=ema,
         activations=counts.activations, buckets=buckets, peak=peak, flops_per_image=flops / micro,
         moved=config.accumulate * sum(b for _, b in counts.operations) + state_traffic,
         seconds=(seconds[0], seconds[1]), sent=sent, exchange=exchange,
-        hidden=min(exchange * hideable, backward),
+        hidden=exchange - exposed,
     )  # fmt: skip
 
 
-def communication(how: str, num_weights: int, gpus: int, accumulate: int, bf16: bool) -> tuple[float, float]:
-    """(bytes that each GPU sends in a step by rings, share of them that may go beside the backward pass)."""
-    ring, low = (gpus - 1) / gpus * num_weights, 2 if bf16 else 4
+def roofline(operations: Sequence[tuple[int, int]], rate: float, bandwidth: float) -> list[float]:
+    """Seconds from the start of a micro-batch until so many operations are done: those before each, and all."""
+    times = [0.0, *accumulate(max(flops / rate, moved / bandwidth) for flops, moved in operations)]
+    slower = max(1.0, KERNEL_SECONDS * len(operations) / times[-1]) if times[-1] else 1.0
+    return [slower * time for time in times]
+
+
+def communication(
+    how: str, num_weights: int, gpus: int, micro_batches: int, width: int,
+    ready: Sequence[tuple[int, float]], end: float, bucket: int, speed: float,
+) -> tuple[float, float]:  # fmt: skip
+    """(bytes that each GPU sends in a step by rings, seconds of that beside which it computes nothing).
+
+    width: bytes of a number that is sent. ready, end, bucket, speed: of `overrun`; end counts from a forward's start.
+    """
+    ring = (gpus - 1) / gpus * width
     if how == "alone":
         return 0.0, 0.0
-    if how == "ddp":  # fp32 gradients summed, once a step
-        return 2 * 4 * ring, 1.0
-    if how == "zero3":  # weights gathered forward and backward, gradients scattered, for every micro-batch
-        return 3 * low * ring * accumulate, 1.0
-    times = accumulate if how == "zero2" else 1
-    gradients, weights = low * ring * times, low * ring  # weights are gathered after the step, with nothing to hide it
-    return gradients + weights, gradients / (gradients + weights) if gpus > 1 else 0.0
+    if how == "ddp":  # gradients summed, once a step
+        return 2 * ring * num_weights, overrun(ready, end, bucket, 2 * ring, speed)
+    if how == "zero3":  # weights gathered forward and, with gradients scattered, backward, for every micro-batch
+        forward = max(0.0, ring * num_weights / speed - end / 3)
+        waited = micro_batches * (forward + overrun(ready, end, bucket, 2 * ring, speed))
+        return 3 * ring * num_weights * micro_batches, waited
+    times = micro_batches if how == "zero2" else 1
+    waited = times * overrun(ready, end, bucket, ring, speed)
+    # Weights are gathered after the step, with nothing to hide it.
+    return (times + 1) * ring * num_weights, waited + ring * num_weights / speed
+
+
+def overrun(ready: Sequence[tuple[int, float]], end: float, bucket: int, per_weight: float, speed: float) -> float:
+    """Seconds between the end of a backward pass and that of its exchange.
+
+    ready: (weights, seconds) of each gradient, in the order in which they come. Of `bucket` weights or more they are
+    sent, `per_weight` bytes each, one bucket after another at `speed` bytes/s; the last bucket is what is left.
+    """
+    free, waiting = 0.0, 0  # when the link is free; weights in the open bucket
+    for i, (weights, seconds) in enumerate(ready, 1):
+        waiting += weights
+        if waiting >= bucket or i == len(ready):
+            free, waiting = max(free, seconds) + waiting * per_weight / speed, 0
+    return max(0.0, free - end)
 
 
 def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console) -> Plan:
@@ -249,6 +288,4 @@ def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console)
 def hides(plan: Plan) -> str:
     if not plan.sent:
         return "one GPU has no one to talk to"
-    if plan.hidden >= 0.99 * plan.exchange:
-        return "hides behind the backward pass"
-    return f"{1e3 * (plan.exchange - plan.hidden):.0f} ms of it do not hide"
+    return f"{1e3 * (plan.exchange - plan.hidden):.1f} ms of it behind the backward pass, where nothing hides it"

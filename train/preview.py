@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from umd import ops
+from umd.conditions import make_conditions
 from umd.device import autocast
 from umd.diffmae import DiffMAE, fill, pixel_mask
 from umd.images import grid, to_uint8
@@ -15,7 +16,7 @@ from umd.methods import AnyModel, AnyObjective
 from umd.model import UMD
 from umd.objective import DiffMAEObjective, Objective
 from umd.report import masked_view
-from umd.sampler import ddim_sample
+from umd.sampler import ddim_sample, model_times
 from umd.train.data import DataConfig, center_view, open_dataset
 from umd.train.latents import tokenizer_of
 from umd.train.run import RunConfig
@@ -132,10 +133,11 @@ def previews(
         )
     if classes := model.config.num_classes:
         labels = torch.arange(min(classes, 16), device=x.device)
+        conditions = make_conditions(model, model_times(25, T), labels)
 
         def denoise(x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
             with autocast(x_t.device, dtype):
-                return model.denoise(x_t, t, y)
+                return model.denoise(x_t, t, y, conditions)
 
         with torch.no_grad():
             samples = ddim_sample(

@@ -39,7 +39,7 @@ def newest_checkpoint(config: RunConfig, world: World, source: dict) -> tuple[Pa
     if not path.is_dir():
         raise UserError(f"rank {world.rank} does not see {path}; all hosts must share the folder of the run")
     check_same_run(load_checkpoint(path, parts=[]), config, source)
-    parts = ["model", "optimizer"] + (["ema"] if config.optim.ema > 0 else [])
+    parts = ["model", "optimizer"] + (["ema"] if config.ema > 0 else [])
     return path, load_checkpoint(path, parts=parts, verify=world.main)
 
 

@@ -109,6 +109,17 @@ class RunConfig:
         object.__setattr__(self, "data", data)  # the model says what it sees
 
     @property
+    def ema(self) -> float:
+        """`optim.ema`, with the released code's rule where that leaves it open."""
+        if self.optim.ema is not None:
+            return self.optim.ema
+        return 1e-4 if isinstance(self.model, ModelConfig) and self.model.num_classes > 0 else 0.0
+
+    def resolved(self) -> "RunConfig":
+        """The same run with what is left open decided: whether it has an EMA."""
+        return replace(self, optim=replace(self.optim, ema=self.ema))
+
+    @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up: `optim.lr` is for a batch of 256."""
         return self.optim.lr * self.batch_size / 256
@@ -316,10 +327,10 @@ def from_plain(cls: type, values: Mapping[str, Any], where: str) -> Any:
             return tuple(map(convert, args, value))
         if get_origin(hint) is Literal and value in args:
             return value
-        if hint is float and not isinstance(value, bool):
-            return float(value)  # YAML takes 1e-4 for text
         if value is None and type(None) in args:
             return None
+        if (hint is float or float in args) and not isinstance(value, bool):
+            return float(value)  # YAML takes 1e-4 for text
         if isinstance(value, str) and (hint is Path or Path in args):
             return Path(value)
         if type(value) is hint:

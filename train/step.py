@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from umd import ops
+from umd.device import pick_device
+from umd.doctor import Row
 from umd.ema import EMA, warm_rate
 from umd.errors import UserError
-from umd.methods import AnyObjective
+from umd.methods import AnyCorruption, AnyObjective
 from umd.model import Linear
 from umd.objective import Part
 from umd.spans import span
@@ -45,8 +47,8 @@ class TrainStep:
         capture: record `run` as a CUDA graph; ask `capture_refusal` before.
 
     Attributes:
-        metrics: float32 [1 + parts + 1]: the loss, its parts, and the gradient's norm before clipping, of this rank.
-            The next step overwrites it.
+        metrics: [1 + parts + 1]: the loss, its parts, and the gradient's norm before clipping, of this rank. float32,
+            or as wide as the weights; the next step overwrites it.
     """
 
     def __init__(
@@ -59,10 +61,16 @@ class TrainStep:
         count = world.size * parallel.accumulate
         self.parts = [Part(world.rank * parallel.accumulate + i, count) for i in range(parallel.accumulate)]
         shares = [[1.0, *objective.part_weights(micro, part)] for part in self.parts]
-        self.shares = torch.tensor(shares, device=self.device) / parallel.accumulate  # [accumulate, 1 + parts]
-        self.metrics = torch.zeros(self.shares.shape[1] + 1, device=self.device)
+        self.shares = torch.tensor(shares, dtype=torch.float64) / parallel.accumulate  # [accumulate, 1 + parts]
+        wide = torch.promote_types(next(iter(parallel.model.parameters())).dtype, torch.float32)
+        self.metrics = torch.zeros(self.shares.shape[1] + 1, dtype=wide, device=self.device)
+        self.shares = self.shares.to(self.metrics)
         self.step = torch.full((), number, dtype=torch.int64, device=self.device)
-        self.x_start = self.labels = self.indices = None  # made for the first batch
+        self.x_start: Tensor | None = None  # and the next two: made for the first batch
+        self.labels: Tensor | None = None
+        self.indices: Tensor | None = None
+        # Held because a replayed graph reads the layouts in them, which a cache might let go of.
+        self.corruptions: list[AnyCorruption | None] = [None] * parallel.accumulate
         on_device = rates_on_device(parallel.optimizer)
         self.ema_rate = torch.zeros((), device=self.device) if on_device else None
         self.cast = None if cast is None else CastWeights(parallel.model, cast)
@@ -81,12 +89,12 @@ class TrainStep:
 
     def load(self, x_start: Tensor, labels: Tensor | None, indices: Tensor, lr: float) -> None:
         """Copy what `run` needs to where it looks for it."""
-        if self.x_start is None:
+        if self.x_start is None or self.indices is None:
             self.x_start, self.indices = torch.empty_like(x_start), torch.empty_like(indices)
             self.labels = None if labels is None else torch.empty_like(labels)
         self.x_start.copy_(x_start)
         self.indices.copy_(indices)
-        if self.labels is not None:
+        if self.labels is not None and labels is not None:
             self.labels.copy_(labels)
         set_rate(self.parallel.optimizer, lr)
         if self.ema is not None:
@@ -96,6 +104,7 @@ class TrainStep:
 
     def run(self) -> None:
         """The step itself, on what was loaded."""
+        assert self.x_start is not None and self.indices is not None, "load comes first"
         self.metrics.zero_()
         with nullcontext() if self.cast is None else self.cast.fresh():
             for i, part in enumerate(self.parts):
@@ -105,9 +114,10 @@ class TrainStep:
                         self.micro, self.seed, self.device,
                         labels=None if self.labels is None else self.labels[here],
                         indices=self.indices[here],
-                        step=self.step if self.objective.on_device else self.number,
+                        step=self.step if self.objective.on_device else self.number,  # type: ignore[arg-type]
                         part=part,
                     )  # fmt: skip
+                self.corruptions[i] = corruption
                 loss, parts = self.parallel.forward_backward(self.x_start[here], corruption, part is self.parts[-1])
                 self.metrics[:-1] += self.shares[i] * torch.cat([loss[None], parts])
         self.metrics[-1] = self.parallel.update()
@@ -197,6 +207,14 @@ def captures(choice: Capture, refusal: str, parallel: Alone | DDP | Zero, profil
     if choice == "on" and refusal:
         raise UserError(f"--capture on {refusal}; leave it at auto")
     return choice == "on" or (choice == "auto" and not refusal and not profiled and not isinstance(parallel, DDP))
+
+
+def capture_row() -> Row:
+    """What `umd doctor` says about recording."""
+    if pick_device().type != "cuda":
+        return Row("CUDA graphs", "none: recording a training step needs a CUDA GPU")
+    other = "not with ZeRO, classifiers, a file of features, --compile and apex"
+    return Row("CUDA graphs", f"the training step on one GPU; with DDP, or a profile, by --capture on; {other}")
 
 
 @contextmanager

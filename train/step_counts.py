@@ -41,6 +41,7 @@ class StepCounts:
     activations: int  # most at any time beside weights and gradients: saved for the backward pass, and in work
     with_gradients: int  # most at any time with the gradients there are by then, in the weights' type
     operations: list[tuple[int, int]]  # (FLOPs, bytes read and written) of every operation that reads memory
+    gradients: list[tuple[int, int]]  # (weights, operations before it) of each gradient, in the order they come
 
 
 class Ledger(TorchDispatchMode):
@@ -104,9 +105,11 @@ def run_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.d
     # Numbers of samples and patches are all that the layouts know of a batch.
     corruption = objective.corrupt(micro, 0, torch.device("cpu"), labels_of(config, micro))
     ledger = Ledger(model.parameters())
+    gradients = []
 
     def hook(parameter: Tensor) -> None:
         ledger.now_gradient(parameter.grad)  # type: ignore[arg-type]
+        gradients.append((parameter.numel(), len(ledger.operations)))
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(hook)
@@ -115,9 +118,8 @@ def run_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.d
         loss, _ = LossStep(model, objective, dtype)(x_start, corruption)
         loss.backward()
         ledger.look()
-    return StepCounts(
-        sum(p.numel() for p in model.parameters()), ledger.activations, ledger.with_gradients, ledger.operations
-    )
+    num_weights = sum(p.numel() for p in model.parameters())
+    return StepCounts(num_weights, ledger.activations, ledger.with_gradients, ledger.operations, gradients)
 
 
 def labels_of(config: RunConfig, micro: int) -> Tensor | None:
@@ -154,7 +156,7 @@ def count_gpu_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: t
     if done.returncode:
         raise RuntimeError(f"counting a step failed:\n{done.stderr[-3000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    return StepCounts(**found | {"operations": [tuple(pair) for pair in found["operations"]]})
+    return StepCounts(**found | {key: [tuple(pair) for pair in found[key]] for key in ("operations", "gradients")})
 
 
 def answer() -> None:

@@ -6,6 +6,9 @@
 
 A save goes into a hidden folder beside its destination, is flushed to the disk, and takes its name by one
 rename. Whatever kills the process, every `step-*` is therefore complete. One process writes to a root.
+
+Files hold the adaLN projections of all blocks as one, `adaLN_modulation.weight`; in memory each block has its own,
+`adaLN_modulation.3.weight`. `joined` and `split` turn one into the other, for weights, averages and optimiser alike.
 """
 
 import hashlib
@@ -30,6 +33,7 @@ FORMAT = 1
 STATE = "state.json"
 _FOLDER = re.compile(r"step-(\d+)(\.replaced)?")  # .replaced: an earlier save of the same step, soon removed
 _UNFINISHED = ".unfinished-"
+_BLOCK = re.compile(r"(.*adaLN_modulation(?:\.up)?)\.(\d+)\.(weight|bias)")
 
 
 class CheckpointError(UserError):
@@ -70,7 +74,7 @@ def save_checkpoint(
         unfinished.mkdir()
         for part, named in tensors.items():
             file = unfinished / f"{part}.safetensors"
-            save_file(_storable(named), file, metadata={"format": "pt"})
+            save_file(_storable(joined(named)), file, metadata={"format": "pt"})
             flush(file)
             document["files"][file.name] = {"sha256": sha256(file), "bytes": file.stat().st_size}
         document["sha256"] = _digest(document)
@@ -220,17 +224,17 @@ def load_model_state(
     Names that start with one of `allow_missing` may be absent from `tensors` and then keep their values. The
     message tells the first differences, and those of `saved_config` (the checkpoint's) and `config` (now).
     """
-    own = model.state_dict()
-    both = [name for name in own if name in tensors]
+    own, saved = _as_in_files(model.state_dict()), _as_in_files(tensors)
+    both = [name for name in own if name in saved]
     found = {
         "missing from the checkpoint": [
-            name for name in own if name not in tensors and not name.startswith(tuple(allow_missing))
+            name for name in own if name not in saved and not name.startswith(tuple(allow_missing))
         ],
-        "only in the checkpoint": [name for name in tensors if name not in own],
+        "only in the checkpoint": [name for name in saved if name not in own],
         "of another shape": [
-            f"{name} ({list(tensors[name].shape)} saved, {list(own[name].shape)} here)"
+            f"{name} ({list(saved[name].shape)} saved, {list(own[name].shape)} here)"
             for name in both
-            if tensors[name].shape != own[name].shape
+            if saved[name].shape != own[name].shape
         ],
         "settings changed": _changes(saved_config or {}, config or {}),
     }
@@ -244,7 +248,44 @@ def load_model_state(
             f"The checkpoint is of another architecture ({'; '.join(listed)}); "
             "use the settings it was trained with, or start a new run folder."
         )
-    model.load_state_dict(dict(tensors), strict=False)
+    model.load_state_dict(split(tensors, model), strict=False)
+
+
+def joined(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names in memory as files hold them. Scalars of the blocks, step counts, are one and the same."""
+    blocks: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in named.items():
+        match = _BLOCK.fullmatch(name)
+        blocks.setdefault(f"{match[1]}.{match[3]}" if match else name, {})[int(match[2]) if match else 0] = tensor
+    return {
+        name: torch.cat([parts[i] for i in sorted(parts)]) if len(parts) > 1 and parts[0].ndim else parts[0]
+        for name, parts in blocks.items()
+    }
+
+
+def split(named: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The inverse of `joined` for the blocks of `model`: views. What does not fit it stays as it is."""
+    blocks: dict[str, dict[str, int]] = {}  # for each name in files those in memory, with their rows
+    for name, parameter in model.named_parameters():
+        if match := _BLOCK.fullmatch(name):
+            blocks.setdefault(f"{match[1]}.{match[3]}", {})[name] = len(parameter)
+    found: dict[str, Tensor] = {}
+    for full_name, tensor in named.items():
+        key, separator, name = full_name.rpartition("::")  # of the optimiser: exp_avg::…
+        rows = blocks.get(name, {})
+        if tensor.ndim == 0 and rows:
+            found |= {f"{key}{separator}{block}": tensor for block in rows}
+        elif rows and len(tensor) == sum(rows.values()):
+            parts = tensor.split([*rows.values()])
+            found |= {f"{key}{separator}{block}": part for block, part in zip(rows, parts, strict=True)}
+        else:
+            found[full_name] = tensor
+    return found
+
+
+def _as_in_files(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names and shapes alone."""
+    return joined({name: torch.empty_like(tensor, device="meta") for name, tensor in named.items()})
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -274,7 +315,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
     parameters = dict(model.named_parameters())
     groups: dict[Tensor, dict] = {p: group for group in optimizer.param_groups for p in group["params"]}
     state: dict[Tensor, dict[str, Tensor]] = {}
-    for full_name, value in tensors.items():
+    for full_name, value in split(tensors, model).items():
         key, _, name = full_name.partition("::")
         parameter = parameters.get(name)
         if parameter is None or parameter not in groups or (value.ndim and value.shape != parameter.shape):

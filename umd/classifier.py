@@ -5,6 +5,7 @@ and into the last layer of each branch (gate), so that one network without a con
 MAE's condition token, which a UMD without adaLN puts in front of each picture, stays as a parameter.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from umd import ops
 from umd.config import ClassifierConfig, DiffMAEConfig, ViTConfig
 from umd.diffmae import DiffMAE, to_images
+from umd.embedders import lecun_normal
 from umd.errors import UserError
-from umd.model import UMD, Block, Blocks, Linear, initialize_blocks, lecun_normal
+from umd.model import UMD, Block, Blocks, Linear, Tables, initialize_blocks
 from umd.ops import Packing, pack
 
 
@@ -112,11 +114,12 @@ class Classifier(nn.Module):
         y = cls if config.pool == "cls" else y.view(B, -1, config.hidden_size)
         return y.to(torch.promote_types(y.dtype, torch.float32)).mean(dim=1)
 
-    def modulation(self, gates: Tensor | None) -> tuple[Tensor | None, ...]:
+    def modulation(self, gates: Tensor | None) -> Iterator[Tables] | None:
         if gates is None:
-            return ()
-        tables = (gate[:, None].repeat(1, self.config.hidden_size) for gate in gates)  # each [B, D]
-        return tuple(table for gate in tables for table in (None, None, gate))  # no shift, no scale
+            return None
+        tables = [gate[:, None].repeat(1, self.config.hidden_size) for gate in gates]  # each [B, D]
+        pairs = zip(tables[::2], tables[1::2], strict=True)
+        return iter([(None, None, msa, None, None, mlp) for msa, mlp in pairs])  # no shift, no scale
 
     def represent(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """The features; timesteps are not used, there is no time here."""
@@ -139,7 +142,7 @@ def encoder_weights(source: UMD | DiffMAE) -> dict[str, Tensor]:
     weights = {name: own[name] for name in ("x_embedder.weight", "x_embedder.bias", "pos_embed", "cls_token")}
     ones = torch.ones_like(source.cls_token[0])  # [D]
     zeros = 0 * ones
-    tables: tuple[Tensor, ...] = ()
+    tables: Iterator[tuple[Tensor, ...]] = iter(())
     if isinstance(source, UMD):
         cond, tables, _ = source.condition(torch.zeros(1, dtype=torch.int64, device=source.pos_embed.device))
         if not source.config.adaLN:
@@ -153,7 +156,7 @@ def encoder_weights(source: UMD | DiffMAE) -> dict[str, Tensor]:
 
     for i in range(source.config.depth):
         name = f"encoder.layers.{i}"
-        constants = [table[0] for table in tables[6 * i : 6 * i + 6]] or [zeros, zeros, ones] * 2
+        constants = [table[0] for table in next(tables, ())] or [zeros, zeros, ones] * 2
         shift1, scale1, gate1, shift2, scale2, gate2 = constants  # each [D]
         norm(f"{name}.norm1", shift1, scale1)
         norm(f"{name}.norm2", shift2, scale2)

@@ -366,11 +366,12 @@ def plan(arguments: list[str]) -> None:
 def doctor(arguments: list[str]) -> None:
     from umd.doctor import print_report
     from umd.train.loader_rate import loader_row
+    from umd.train.step import capture_row
 
     if arguments:
         console.print("usage: umd doctor: what this machine will really use, and how to get what is missing")
         sys.exit(0 if arguments[0] in ("-h", "--help") else 2)
-    print_report(console, [loader_row])
+    print_report(console, [capture_row, loader_row])
 
 
 def import_weights(arguments: list[str]) -> None:

@@ -84,7 +84,12 @@ class ModelConfig(ViTConfig):
     @property
     def num_modulations(self) -> int:
         """Tables of width D that the adaLN projection makes: 6 a block, 2 for the decoder's final norm."""
-        return 6 * (self.depth + self.decoder_depth) + 2
+        return sum(self.modulation_widths) // self.hidden_size
+
+    @property
+    def modulation_widths(self) -> list[int]:
+        """Of the tables of each block side by side, and of the decoder's final norm."""
+        return [6 * self.hidden_size] * (self.depth + self.decoder_depth) + [2 * self.hidden_size]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,7 @@
 """Weights of small-vision, the authors' JAX code, in and out: https://github.com/philippe-eecs/small-vision.
 
-What differs there: each block has an adaLN projection of its own where we have one for all; q, k and v are
-apart; kernels are [in, out]; patch embedding and head are convolutions with channels last; flax applies the
-kernel of a transposed convolution spatially flipped.
+What differs there: q, k and v are apart; kernels are [in, out]; patch embedding and head are convolutions with channels
+last; flax applies the kernel of a transposed convolution spatially flipped.
 """
 
 import re
@@ -135,8 +134,7 @@ def to_small_vision(model: UMD) -> dict[str, np.ndarray]:
     D, state, params = config.hidden_size, model.state_dict(), {}
     for name, paths in _paths(config).items():
         array = state[name].detach().cpu().numpy()
-        # Modulations are 6D rows but for the final norm's 2D, the last; q, k and v are D each.
-        rows = 6 * D if name.startswith("adaLN") else D if ".qkv." in name else len(array)
+        rows = D if ".qkv." in name else len(array)
         for path, part in zip(paths, np.split(array, range(rows, len(array), rows)), strict=True):
             params[path] = np.ascontiguousarray(_to_theirs(path, part, config))
     return params
@@ -200,7 +198,8 @@ def _paths(config: ModelConfig) -> dict[str, list[str]]:
             linears[f"{name}.mlp.fc2"] = [f"{path}/MlpBlock_0/Dense_1"]
             modulations.append(f"{path}/Dense_0")
     if config.adaLN:
-        linears["adaLN_modulation"] = [*modulations, "final_modulation"]
+        for i, path in enumerate([*modulations, "final_modulation"]):
+            linears[f"adaLN_modulation.{i}"] = [path]
     paths = {name: [path] for name, path in singles.items()}
     for name, parts in linears.items():
         paths[f"{name}.weight"] = [f"{part}/kernel" for part in parts]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from umd import ops
 from umd.config import ClassifierConfig, DiffMAEConfig
 from umd.device import autocast
-from umd.embedders import TimestepEmbedder
+from umd.embedders import TimestepEmbedder, lecun_normal
 from umd.errors import UserError
 from umd.model import (
     Block,
@@ -30,7 +30,6 @@ from umd.model import (
     Linear,
     Memory,
     initialize_blocks,
-    lecun_normal,
     per_token,
 )
 from umd.ops import Packing, pack

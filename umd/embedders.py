@@ -46,3 +46,11 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.mlp(self.embedding_table(labels))  # [R, D]
+
+
+def lecun_normal(model: nn.Module) -> None:
+    """Flax's default, of every linear layer that has no initialisation of its own."""
+    for linear in model.modules():
+        if isinstance(linear, nn.Linear):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)

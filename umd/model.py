@@ -6,7 +6,7 @@ each sample. MAE, MaskDiT and DiT are the same network under other masks and noi
 Letters: N tokens of the stream, S samples, D width, L patches, K visible patches, R distinct conditions, P patch size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from umd import ops
 from umd.config import ModelConfig, ViTConfig
-from umd.embedders import LabelEmbedder, TimestepEmbedder
+from umd.embedders import LabelEmbedder, TimestepEmbedder, lecun_normal
 from umd.errors import UserError
 from umd.masking import Layout, layout
 from umd.modulation import build_modulation
@@ -24,6 +24,8 @@ from umd.ops import Packing
 from umd.spans import span
 
 Branch = tuple[Tensor, Tensor | None] | None  # a branch not yet added to the residual stream: (h [N, D], gate [R, D])
+Tables = tuple[Tensor | None, ...]  # of a block: shift, scale, gate of both branches; of a final norm: shift, scale
+Conditions = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # see `make_conditions`
 
 
 class Linear(nn.Linear):
@@ -135,7 +137,7 @@ class Block(nn.Module):
         x: Tensor,
         branch: Branch,
         packing: Packing,
-        modulation: tuple[Tensor | None, ...],
+        modulation: Tables,
         memory: Memory | None = None,
     ) -> tuple[Tensor, Branch]:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # each [R, D] or None
@@ -158,7 +160,7 @@ class CrossSelfBlock(Block):
         x: Tensor,
         branch: Branch,
         packing: Packing,
-        modulation: tuple[Tensor | None, ...],
+        modulation: Tables,
         memory: Memory | None = None,
     ) -> tuple[Tensor, Branch]:
         x, y = self.norm_cross(x, branch, packing)  # [N, D]
@@ -178,17 +180,18 @@ class Blocks(nn.Module):
         self,
         x: Tensor,
         packing: Packing,
-        modulation: tuple[Tensor | None, ...] = (),
+        modulation: Iterator[Tables] | None = None,
         cond: Tensor | None = None,
         memories: Sequence[Memory] | None = None,
         levels: list[Tensor] | None = None,
     ) -> Tensor:
-        """x [N, D]; modulation: 6 tables a block, then shift and scale of the final norm if there are two more.
+        """x [N, D]; modulation: the tables of each block, asked for as it comes, then the final norm's if it has any.
 
         Without adaLN the condition [R, D] is a token in front of each sample, set anew before every block.
         memories: what each block's cross-attention sees. levels: receives the stream behind each block.
         """
         branch: Branch = None
+        modulation = iter(()) if modulation is None else modulation
         if cond is not None:
             rows = cond.index_select(0, packing.cond_index).to(x.dtype)  # [S, D]
             x = ops.prepend_tokens(rows[:, None], x, packing)
@@ -196,15 +199,16 @@ class Blocks(nn.Module):
         for i, block in enumerate(self.layers):
             if cond is not None and branch is not None:
                 x, branch = add_branch(x, branch, packing).index_copy(0, first, rows), None
-            tables = modulation[6 * i : 6 * i + 6] if modulation else (None,) * 6
+            tables = next(modulation, (None,) * 6)
             memory = None if memories is None else memories[i]
             if self.checkpointing and torch.is_grad_enabled():
-                x, branch = checkpoint(block, x, branch, packing, tables, memory, use_reentrant=False)
+                args = block, x, branch, packing, tables, memory  # a block draws nothing: no random state to keep
+                x, branch = checkpoint(*args, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, branch = block(x, branch, packing, tables, memory)
             if levels is not None:
                 levels.append(add_branch(x, branch, packing))
-        _, y = self.norm(x, branch, packing, *modulation[6 * len(self.layers) :])
+        _, y = self.norm(x, branch, packing, *next(modulation, ()))
         return y if cond is None else ops.split_tokens(y, 1, packing)[1]
 
 
@@ -235,14 +239,6 @@ def initialize_blocks(model: nn.Module) -> None:
                 nn.init.normal_(linear.bias, std=1e-6)
 
 
-def lecun_normal(model: nn.Module) -> None:
-    """Flax's default, of every linear layer that has no initialisation of its own."""
-    for linear in model.modules():
-        if isinstance(linear, nn.Linear):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            nn.init.zeros_(linear.bias)
-
-
 class Head(nn.Module):
     """The transposed convolution of kernel and stride P that un-patchifies, left as patches: one bias a channel."""
 
@@ -266,7 +262,7 @@ class UMD(nn.Module):
         C, P, D, L = config.channels, config.patch_size, config.hidden_size, config.num_patches
         self.t_embedder = TimestepEmbedder(config)
         self.y_embedder = LabelEmbedder(config) if config.num_classes > 0 else None
-        # Of all blocks at once: shift, scale, gate twice a block, shift and scale of the decoder's final norm.
+        # Shift, scale, gate twice a block, shift and scale of the decoder's final norm.
         self.adaLN_modulation = build_modulation(config) if config.adaLN else None
 
         self.x_embedder = Linear(C * P * P, D)
@@ -298,10 +294,8 @@ class UMD(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that AdamW must not decay: biases, CLS and mask token. All others are decayed."""
-        return {name for name, _ in self.named_parameters() if name.endswith("bias")} | {
-            "cls_token",
-            "mask_token",
-        }
+        biases = {name for name, _ in self.named_parameters() if name.endswith("bias")}
+        return biases | {"cls_token", "mask_token"}
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -315,6 +309,7 @@ class UMD(nn.Module):
         timesteps: Tensor,
         labels: Tensor | None = None,
         ids_predict: Tensor | None = None,
+        conditions: Conditions | None = None,
     ) -> Tensor:
         """Predict x̂0 and ε̂ of every patch from the visible ones.
 
@@ -326,12 +321,16 @@ class UMD(nn.Module):
             labels: int64 [R] in 0..num_classes (the last is the null class), or None: the null class.
             ids_predict: int64, as many as `batch` was made for, sample after sample: the places that a cross decoder
                 predicts; None: all.
+            conditions: with those of `timesteps` and `labels`, if they are made already.
 
         Returns:
             [S·L, 2·C·P·P]: x̂0, then ε̂; 0 at places that are not predicted.
         """
-        with span("adaLN"):
-            cond, encoder_mod, decoder_mod = self.condition(timesteps, labels)  # [R, D], tables of [R, D]
+        if conditions is None:
+            cond, encoder_mod, decoder_mod = self.condition(timesteps, labels)  # [R, D], tables of [R, D] as asked for
+        else:
+            cond, tables = conditions(timesteps, labels)  # [R, D], [R, M·D]
+            encoder_mod, decoder_mod = self.modulation(tables.split(self.config.modulation_widths, dim=1).__getitem__)
         with span("encoder"):
             tokens = self.encode(patches, ids_keep, batch, cond, encoder_mod)  # [sum (num_cls + K), D]
         with span("decoder"):
@@ -346,7 +345,7 @@ class UMD(nn.Module):
             return self.head(x)  # [S·L, 2·C·P·P]
 
     def decode_cross(
-        self, x: Tensor, tokens: Tensor, batch: Layout, cond: Tensor, modulation: tuple[Tensor, ...], ids: Tensor | None
+        self, x: Tensor, tokens: Tensor, batch: Layout, cond: Tensor, modulation: Iterator[Tables], ids: Tensor | None
     ) -> Tensor:
         """Queries: of x [S·(1 + L), D] the patches `ids`, hidden ones as mask tokens, visible ones (whose noise is to
         be predicted) as their own tokens. Keys: the encoder's tokens, without adaLN the condition in front of them."""
@@ -369,23 +368,32 @@ class UMD(nn.Module):
 
     def condition(
         self, timesteps: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Condition [R, D], and the modulation tables of encoder and decoder from one matrix product over its rows.
-
-        In the parameters' own precision: R is small, and casting this largest matrix would cost more than the product.
+    ) -> tuple[Tensor, Iterator[tuple[Tensor, ...]], Iterator[tuple[Tensor, ...]]]:
+        """Condition [R, D], and the modulation of encoder and decoder: iterators that make each block's tables in turn,
+        6 of [R, D], then 2 of the decoder's final norm. In the parameters' own precision.
         """
-        with torch.autocast(timesteps.device.type, enabled=False):
+        with span("adaLN"), torch.autocast(timesteps.device.type, enabled=False):
             c = self.t_embedder(timesteps)  # [R, D]
             if self.y_embedder is not None:
                 null = torch.full_like(timesteps, self.config.num_classes)
                 c = c + self.y_embedder(null if labels is None else labels)
             if self.adaLN_modulation is None:
-                return c, (), ()
-            tables = self.adaLN_modulation(F.silu(c)).split(self.config.hidden_size, dim=1)
-        return c, tables[: 6 * self.config.depth], tables[6 * self.config.depth :]
+                return c, iter(()), iter(())
+            tables = self.adaLN_modulation(F.silu(c))
+        encoder, decoder = self.modulation(tables)
+        return c, encoder, decoder
+
+    def modulation(self, tables: Callable[[int], Tensor]) -> tuple[Iterator[tuple[Tensor, ...]], ...]:
+        """Of encoder and decoder, from what makes each block's tables side by side: [R, 6·D], the last [R, 2·D]."""
+        depth, last = self.config.depth, self.config.depth + self.config.decoder_depth
+
+        def block(i: int) -> tuple[Tensor, ...]:
+            return tables(i).split(self.config.hidden_size, dim=1)
+
+        return map(block, range(depth)), map(block, range(depth, last + 1))
 
     def encode(
-        self, patches: Tensor, ids_keep: Tensor, batch: Layout, cond: Tensor, modulation: tuple[Tensor, ...]
+        self, patches: Tensor, ids_keep: Tensor, batch: Layout, cond: Tensor, modulation: Iterator[Tables]
     ) -> Tensor:
         """Encoder tokens after the final norm, CLS tokens first: [sum (num_cls + K), D]."""
         x = self.x_embedder(patches)  # [sum K, D]
@@ -409,10 +417,13 @@ class UMD(nn.Module):
         cls, _ = ops.split_tokens(tokens, self.config.num_cls, batch.encoder)
         return cls.float().mean(dim=1) if cls.dtype != torch.float64 else cls.mean(dim=1)
 
-    def denoise(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def denoise(
+        self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None = None, conditions: Conditions | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(x̂0, ε̂), each [B, C, H, W] in x_t's type, of whole noisy images.
 
         timesteps: int64 [B] model times; labels: int64 [B] in 0..num_classes, or None for the null class.
+        conditions: with those of these times and labels, if they are made already.
         """
         B, L = len(x_t), self.config.num_patches
         self._check_image(x_t)
@@ -420,7 +431,8 @@ class UMD(nn.Module):
             raise UserError("this model was trained without labels; fine-tune it with labels first (umd finetune)")
         batch = layout(self.config, (L,) * B, None, x_t.device)
         patches = ops.patchify(x_t, self.config.patch_size).flatten(0, 1)
-        prediction = self(patches, torch.arange(B * L, device=x_t.device), batch, timesteps, labels)
+        ids = torch.arange(B * L, device=x_t.device)
+        prediction = self(patches, ids, batch, timesteps, labels, conditions=conditions)
         return self.to_images(prediction.to(x_t.dtype))
 
     def to_images(self, prediction: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,12 @@
 """How the condition becomes shift, scale and gate of every block: adaLN's projection, and two cheaper ones.
 
-Each maps [R, D] to [R, M·D], M = 6 tables a block and 2 for the decoder's final norm, and starts as zero.
+Each maps a condition [R, D] to tables: 6 of width D for each block, [R, 6·D], and 2 for the decoder's final norm,
+[R, 2·D], the last. They start as zero. A table is made when it is asked for, just before its block: its weight's
+gradient, of a third of the network's weights, is then there as soon as that block's backward is over, and an exchange
+between ranks goes beside the rest of the pass.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,32 +14,60 @@ from torch import Tensor, nn
 
 from umd import ops
 from umd.config import ModelConfig
+from umd.spans import span
+
+Tables = Callable[[int], Tensor]  # of block i, or behind the last block of the final norm
 
 
-class Modulation(nn.Linear):
-    """One projection of a few conditions to the tables of every block: M·D² weights."""
+class BlockModulation(nn.Linear):
+    """One block's projection, in its parameters' own precision: R is small, and casting its weight would cost more
+    than the product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.few_rows_linear(x, self.weight, self.bias)
+        with span("adaLN"), torch.autocast(x.device.type, enabled=False):
+            return ops.few_rows_linear(x, self.weight, self.bias)
+
+
+class Modulation(nn.ModuleList):
+    """A projection of a few conditions to the tables of each block: M·D² weights in all, M tables.
+
+    One product for all blocks would read as many bytes, and save some 20 launches where hidden all-reduces save more.
+    """
+
+    def __init__(self, dim: int, widths: Sequence[int]):
+        super().__init__(BlockModulation(dim, width) for width in widths)
+
+    @property
+    def offsets(self) -> list[Tensor]:
+        """What each block's tables are for a condition of zeros: [6·D], the last [2·D]."""
+        return [p for name, p in self.named_parameters() if name.endswith("bias")]
+
+    def forward(self, x: Tensor) -> Tables:
+        return lambda i: self[i](x)
 
     def zero(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
 
 class SingleModulation(nn.Module):
     """adaLN-single of PixArt-alpha (https://arxiv.org/abs/2310.00426): one block's projection for all, 6·D² weights,
     and offsets of each block's own. The final norm takes the shared shift and scale of the attention branch."""
 
-    def __init__(self, dim: int, num_modulations: int):
+    def __init__(self, dim: int, widths: Sequence[int]):
         super().__init__()
-        self.blocks = num_modulations // 6
+        self.widths = list(widths)
         self.weight = nn.Parameter(torch.empty(6 * dim, dim))
-        self.bias = nn.Parameter(torch.empty(num_modulations * dim))  # the offsets
+        self.bias = nn.Parameter(torch.empty(sum(widths)))  # the offsets
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def offsets(self) -> Sequence[Tensor]:
+        return self.bias.split(self.widths)
+
+    def forward(self, x: Tensor) -> Tables:
         shared = F.linear(x, self.weight)  # [R, 6·D]
-        return torch.cat([shared.repeat(1, self.blocks), shared[:, : 2 * x.shape[1]]], dim=1) + self.bias
+        whole = torch.cat([shared.repeat(1, len(self.widths) - 1), shared[:, : self.widths[-1]]], dim=1) + self.bias
+        return whole.split(self.widths, dim=1).__getitem__
 
     def zero(self) -> None:
         nn.init.zeros_(self.weight)
@@ -44,16 +77,16 @@ class SingleModulation(nn.Module):
 class LowRankModulation(nn.Module):
     """The whole projection as a product of two, r·(1 + M)·D weights."""
 
-    def __init__(self, dim: int, num_modulations: int, rank: int):
+    def __init__(self, dim: int, widths: Sequence[int], rank: int):
         super().__init__()
         self.down = nn.Linear(dim, rank, bias=False)
-        self.up = Modulation(rank, num_modulations * dim)
+        self.up = Modulation(rank, widths)
 
     @property
-    def bias(self) -> Tensor:
-        return self.up.bias
+    def offsets(self) -> list[Tensor]:
+        return self.up.offsets
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tables:
         return self.up(self.down(x))
 
     def zero(self) -> None:
@@ -62,9 +95,9 @@ class LowRankModulation(nn.Module):
 
 
 def build_modulation(config: ModelConfig) -> Modulation | SingleModulation | LowRankModulation:
-    D, M = config.hidden_size, config.num_modulations
+    D, widths = config.hidden_size, config.modulation_widths
     if config.adaLN_projection == "single":
-        return SingleModulation(D, M)
+        return SingleModulation(D, widths)
     if config.adaLN_projection == "low_rank":
-        return LowRankModulation(D, M, config.adaLN_rank)
-    return Modulation(D, M * D)
+        return LowRankModulation(D, widths, config.adaLN_rank)
+    return Modulation(D, widths)

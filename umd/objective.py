@@ -6,6 +6,7 @@ same for any number of ranks and micro-batches. `seed` is the run's; `step` may 
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ from umd.schedule import NoiseSchedule
 from umd.spans import span
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """Which of the `count` equal parts of a step's batch: one for each rank and micro-batch."""
 
     index: int = 0

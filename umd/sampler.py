@@ -6,7 +6,8 @@ of the sample and the step: sample i of a seed gets the same noise in whatever b
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Literal
 
@@ -20,6 +21,7 @@ from umd.schedule import NoiseSchedule
 Denoise = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 Callback = Callable[[int, int, Tensor, Tensor], None]
 Prediction = Literal["eps", "x_start"]
+WARM_UP = 3  # steps before one is captured, as PyTorch's own recipe takes
 
 
 def ddim_timesteps(num_sample_steps: int, T: int = 1000) -> list[int]:
@@ -32,6 +34,11 @@ def ddim_timesteps(num_sample_steps: int, T: int = 1000) -> list[int]:
     if not 1 <= num_sample_steps <= T:
         raise UserError(f"cannot sample in {num_sample_steps} steps; the noise schedule allows 1 to {T}")
     return [*range(T - 1, 0, -math.ceil(T / num_sample_steps)), 0]
+
+
+def model_times(num_sample_steps: int, T: int = 1000) -> list[int]:
+    """The model times that `ddim_sample` and `inpaint` ask a denoiser for, from the noisiest on."""
+    return [index + 1 for index in ddim_timesteps(num_sample_steps, T)]
 
 
 @torch.no_grad()
@@ -52,6 +59,7 @@ def ddim_sample(
     x_T: Tensor | None = None,
     callback: Callback | None = None,
     device: torch.device | str | None = None,
+    capture: bool | None = None,
 ) -> Tensor:
     """Draw images [B, C, H, W] with DDIM (Song et al. 2021), in the range the denoiser was trained on.
 
@@ -65,6 +73,8 @@ def ddim_sample(
     x_T: the noise to start from, float32 or float64 [B, C, H, W]; its type is that of the computation.
     callback: called as (i, n, x_t, predicted image) for i = 0..n-1, where x_t is what the denoiser was given.
     device: by default x_T's, else the labels', else the CPU.
+    capture: replay a step as one CUDA graph, with the same bits; its denoiser waits for nothing and reads no number
+        that changes but in tensors. By default on CUDA, of more than a few steps.
 
     Raises UserError for steps, eta, labels or guidance that cannot be had.
     """
@@ -77,18 +87,20 @@ def ddim_sample(
         _check_images("x_T", x_T, shape)
         x_t = x_T.to(device)
     labels = None if labels is None else labels.to(device)
-    times = [*(index + 1 for index in ddim_timesteps(num_steps, schedule.num_steps)), 0]
-    table = _step_coefficients(schedule, times, eta).to(device=device, dtype=x_t.dtype)
-    for i, coefficients in enumerate(table):
-        cond, uncond = _predict(denoise, x_t, times[i], predict, labels, null_label, cfg_scale)
-        x_next, x_start = ddim_step(
+    times = model_times(num_steps, schedule.num_steps)
+    table = _step_coefficients(schedule, [*times, 0], eta).to(device=device, dtype=x_t.dtype)
+
+    def move(x_t: Tensor, time: Tensor, coefficients: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        cond, uncond = _predict(denoise, x_t, time, predict, labels, null_label, cfg_scale)
+        return ddim_step(
             x_t, cond, uncond, cfg_scale, coefficients, from_xstart=predict == "x_start", clip=clip,
-            seed=noise.seed if eta > 0 else None, offsets=noise.offsets(),
+            seed=noise.seed if eta > 0 else None, offsets=offsets,
         )  # fmt: skip
-        if callback is not None:
-            callback(i, len(table), x_t, x_start)
-        x_t = x_next
-    return x_t
+
+    step = _Step(move, x_t, torch.tensor(times, device=device), table, noise)
+    if capture is None:
+        capture = step.x_t.is_cuda and len(times) > 3 * WARM_UP
+    return step.loop(len(times), callback, capture)
 
 
 @torch.no_grad()
@@ -136,7 +148,7 @@ def inpaint(
             return x_known
         return schedule.q_sample(x_known, torch.full((B,), time, device=x_known.device), noise.draw())
 
-    times = [*(index + 1 for index in ddim_timesteps(num_steps, schedule.num_steps)), 0]
+    times = [*model_times(num_steps, schedule.num_steps), 0]
     table = _step_coefficients(schedule, times, eta).to(x_known)
     calls, i = (len(table) - 1) * resample + 1, 0
     x_t = torch.where(removed, noise.draw().to(x_known.dtype), known_at(times[0]))
@@ -145,7 +157,8 @@ def inpaint(
         for repeat in range(resample if time_next > 0 else 1):
             if repeat > 0:  # from time_next back to time
                 x_t = math.sqrt(alpha) * x_t + math.sqrt(1 - alpha) * noise.draw()
-            cond, uncond = _predict(denoise, x_t, time, predict, labels, null_label, cfg_scale)
+            t = torch.full((1,), time, device=x_t.device)
+            cond, uncond = _predict(denoise, x_t, t, predict, labels, null_label, cfg_scale)
             x_next, x_start = ddim_step(
                 x_t, cond, uncond, cfg_scale, coefficients, from_xstart=predict == "x_start", clip=clip,
                 seed=noise.seed if eta > 0 else None, offsets=noise.offsets(),
@@ -182,11 +195,61 @@ def denoising_sequence(
     for time in timesteps:
         t = torch.full((len(x_start),), time, device=x_start.device)
         x_t = schedule.q_sample(x_start, t, eps)
-        prediction, _ = _predict(denoise, x_t, time, predict, labels, None, 1.0)
+        prediction, _ = _predict(denoise, x_t, t[:1], predict, labels, None, 1.0)
         x_hat = prediction if predict == "x_start" else schedule.xstart_from_eps(x_t, t, prediction)
         noised.append(x_t)
         predicted.append(x_hat.clamp(-1, 1) if clip else x_hat)
     return torch.stack(noised), torch.stack(predicted)
+
+
+class _Step:
+    """One denoising step that can be replayed: what changes from step to step lies in its tensors, at one place."""
+
+    def __init__(
+        self, move: Callable[..., tuple[Tensor, Tensor]], x_T: Tensor, times: Tensor, table: Tensor, noise: "_Noise"
+    ):
+        """move: (x_t, time [1], coefficients [5], offsets [B]) to (x_next, x_start). times: [n]; table: [n, 5]."""
+        self.move, self.times, self.table = move, times, table
+        self.x_t, self.x_start = x_T.clone(), torch.empty_like(x_T)  # [B, C, H, W]
+        self.index = torch.zeros(1, dtype=torch.int64, device=x_T.device)
+        self.offsets, self.counters = noise.offsets(), noise.size
+
+    def run(self) -> None:
+        """Take the step, and be at the next."""
+        time, coefficients = self.times.index_select(0, self.index), self.table.index_select(0, self.index)[0]
+        x_next, x_start = self.move(self.x_t, time, coefficients, self.offsets)
+        self.x_t.copy_(x_next)
+        self.x_start.copy_(x_start)
+        self.index += 1
+        self.offsets += self.counters
+
+    def loop(self, n: int, callback: Callback | None, capture: bool) -> Tensor:
+        """The sample after n steps. Captured, the first few run as they are, for kernels are chosen and caches filled
+        then, on the stream that the others are captured and replayed on."""
+        run = self.run
+        with _side_stream(self.x_t.device) if capture else nullcontext():
+            for i in range(n):
+                if capture and i == WARM_UP:
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                        self.run()
+                    run = graph.replay
+                x_t = None if callback is None else self.x_t.clone()
+                run()
+                if callback is not None and x_t is not None:
+                    callback(i, n, x_t, self.x_start.clone())
+        return self.x_t
+
+
+@contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """A CUDA stream of its own, after what was queued before and before what comes behind."""
+    with torch.cuda.device(device):
+        before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            yield
+        before.wait_stream(stream)
 
 
 class _Noise:
@@ -199,12 +262,12 @@ class _Noise:
         self.seed = torch.tensor(seed, device=device)
         self.shape = tuple(shape[1:])
         self._next = torch.arange(first_sample, first_sample + shape[0], device=device) << 32
-        self._size = math.ceil(math.prod(self.shape) / 4)
+        self.size = math.ceil(math.prod(self.shape) / 4)  # counters of one noise
 
     def offsets(self) -> Tensor:
         """The first counter of the next noise of each sample: int64 [B]."""
         offsets = self._next
-        self._next = offsets + self._size
+        self._next = offsets + self.size
         return offsets
 
     def draw(self) -> Tensor:
@@ -224,19 +287,20 @@ def _step_coefficients(schedule: NoiseSchedule, times: list[int], eta: float) ->
 def _predict(
     denoise: Denoise,
     x_t: Tensor,
-    time: int,
+    time: Tensor,
     predict: Prediction,
     labels: Tensor | None,
     null_label: int | None,
     cfg_scale: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """The leading prediction [B, C, H, W] with the labels and, for guidance, without them, from one call."""
+    """The leading prediction [B, C, H, W] with the labels and, for guidance, without them, from one call at a model
+    time, int64 [1]."""
     B = len(x_t)
     guided = cfg_scale != 1
     if guided:
         assert labels is not None and null_label is not None, "_check_request asks for both"
         x_t, labels = x_t.repeat(2, 1, 1, 1), torch.cat([labels, torch.full_like(labels, null_label)])
-    x_start, eps = denoise(x_t, torch.full((len(x_t),), time, device=x_t.device), labels)
+    x_start, eps = denoise(x_t, time.expand(len(x_t)), labels)
     prediction = x_start if predict == "x_start" else eps
     return (prediction[:B], prediction[B:]) if guided else (prediction, None)
 

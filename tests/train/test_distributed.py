@@ -21,12 +21,14 @@ from rich.console import Console
 
 from umd.checkpoint import BackgroundSave, CheckpointError, list_checkpoints, load_checkpoint
 from umd.config import ModelConfig
+from umd.errors import UserError
+from umd.methods import build_model
 from umd.train.data import DataConfig
 from umd.train.distributed import ParallelConfig, Watch, World, trace_exchanges
 from umd.train.log import read_metrics
-from umd.train.loop import train
+from umd.train.loop import spread, train
 from umd.train.optim import OptimConfig
-from umd.train.parallel import strategy
+from umd.train.parallel import DDP, strategy
 from umd.train.run import RunConfig, to_plain
 
 ROOT = Path(__file__).parents[2]
@@ -181,6 +183,31 @@ def test_two_ranks_make_the_steps_of_one_process(runs, name, precision):
         else:
             flat, other = (torch.cat([t[part][key].flatten() for key in saved[part]]) for t in (saved, others))
             assert (flat - other).norm() <= 1e-2 * flat.norm()
+
+
+@pytest.mark.gpu
+def test_gradients_sent_in_bf16_are_those_rounded():
+    """Of one rank, whose mean is its own gradient."""
+    world = World(0, 1, torch.device("cuda"))
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = torch.nn.Linear(8, 8, device="cuda")
+        for wire, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            DDP(model, model, None, 1, 0.0, world, wire).loss(torch.full((1, 8), 1 / 3, device="cuda")).sum().backward()
+            third = torch.full((8, 8), 1 / 3, device="cuda")
+            assert torch.equal(model.weight.grad, third.to(expected).float())
+            model.zero_grad(set_to_none=True)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"), [("zero", "parallel.wire bf16 is DDP's"), ("ddp", "is sent by NCCL, between GPUs")]
+)
+def test_where_gradients_are_not_sent_in_bf16(strategy, message):
+    config = RunConfig(parallel=ParallelConfig(strategy, wire="bf16"), device="cpu")
+    with pytest.raises(UserError, match=message):
+        spread(config, World(0, 2, torch.device("cpu")), build_model(TINY), None, 1e-3, torch.float32)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

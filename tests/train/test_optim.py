@@ -65,7 +65,7 @@ def test_every_parameter_is_in_one_group_and_only_the_mask_is_spared():
         name for name in names.values() if name.endswith("bias") or name in ("cls_token", "mask_token")
     }
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
-    assert {"pos_embed", "decoder_pos_embed", "adaLN_modulation.weight", "encoder.norm.weight"} <= {
+    assert {"pos_embed", "decoder_pos_embed", "adaLN_modulation.0.weight", "encoder.norm.weight"} <= {
         names[p] for p in decayed["params"]
     }
 

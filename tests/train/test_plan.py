@@ -21,14 +21,14 @@ from umd.errors import UserError
 from umd.methods import build_model, build_objective
 from umd.schedule import NoiseSchedule
 from umd.train.distributed import ParallelConfig
-from umd.train.plan import GPUS, Cluster, communication, make_plan, print_plan, states
+from umd.train.plan import GPUS, Cluster, communication, make_plan, overrun, print_plan, states
 from umd.train.run import PRESETS, RunConfig, to_plain
 from umd.train.step_counts import Ledger, StepCounts, count_gpu_step, count_step
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(image_size=(16, 16), hidden_size=64, depth=2, decoder_depth=1, num_heads=4)
 FP32 = torch.float32
-NOTHING = StepCounts(1000, 0, 0, [(10**9, 10**6)])
+NOTHING = StepCounts(1000, 0, 0, [(10**9, 10**6)], [(1000, 1)])
 
 
 def run_config(**changes) -> RunConfig:
@@ -243,13 +243,65 @@ def test_each_stage_holds_no_more_than_the_one_before(weights, gpus, bf16):
 def test_communication_is_that_of_rings():
     P, N = 10**9, 8
     share = (N - 1) / N
-    assert communication("alone", P, 1, 1, True) == (0, 0)
-    assert communication("ddp", P, N, 4, True)[0] == pytest.approx(
-        2 * 4 * P * share
-    )  # once, however many micro-batches
-    assert communication("zero2", P, N, 1, True)[0] == pytest.approx(2 * 2 * P * share)
-    assert communication("zero3", P, N, 1, True)[0] == pytest.approx(1.5 * communication("zero2", P, N, 1, True)[0])
-    assert communication("zero3", P, N, 4, True)[0] == pytest.approx(3 * 2 * P * share * 4)
+
+    def sent(how: str, micro_batches: int = 1, width: int = 2) -> float:
+        return communication(how, P, N, micro_batches, width, [(P, 1.0)], 1.0, P, 1e11)[0]
+
+    assert communication("alone", P, 1, 1, 2, [(P, 1.0)], 1.0, P, 1e11) == (0, 0)
+    assert sent("ddp", 4, 4) == pytest.approx(2 * 4 * P * share)  # once, however many micro-batches
+    assert sent("zero2") == pytest.approx(2 * 2 * P * share)
+    assert sent("zero3") == pytest.approx(1.5 * sent("zero2"))
+    assert sent("zero3", 4) == pytest.approx(3 * 2 * P * share * 4)
+
+
+EVEN = [(10, float(second)) for second in range(1, 11)]  # ten gradients, one a second
+
+
+def test_what_a_backward_pass_hides_is_a_timeline():
+    assert overrun(EVEN, 10.0, 10, 1.0, float("inf")) == 0
+    at_once = [(10, 0.0)] * 10
+    assert overrun(at_once, 0.0, 10, 1.0, 5.0) == pytest.approx(100 / 5)  # zero compute: all is waited for
+    assert overrun(EVEN, 10.0, 100, 1.0, 5.0) == pytest.approx(100 / 5)  # and so it is in one bucket
+    assert overrun(EVEN, 10.0, 10, 1.0, 10.0) == pytest.approx(1)  # a link in step: the last bucket
+    assert overrun(EVEN, 10.0, 10, 1.0, 5.0) == pytest.approx(100 / 5 - 9)  # busy from the first gradient on
+    assert overrun(EVEN, 12.0, 10, 1.0, 10.0) == 0  # two seconds without a gradient
+    large_last = [*EVEN[:-1], (1000, 10.0)]
+    assert overrun(large_last, 10.0, 10, 1.0, 100.0) == pytest.approx(1000 / 100)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(1, 100), st.floats(0, 10)), min_size=1, max_size=20),
+    st.integers(1, 500), st.floats(0.1, 1000),
+)  # fmt: skip
+def test_no_more_is_waited_for_than_is_sent_and_no_less_than_the_last_bucket(ready, bucket, speed):
+    ready = sorted(ready, key=lambda pair: pair[1])
+    end, total = ready[-1][1], sum(weights for weights, _ in ready)
+    waited = overrun(ready, end, bucket, 1.0, speed)
+    assert ready[-1][0] / speed <= waited * (1 + 1e-6) + 1e-9
+    assert waited <= total / speed * (1 + 1e-6) + 1e-9
+
+
+def test_zero_waits_for_the_weights_it_gathers_after_the_step():
+    P, speed = 1000, 50.0
+    for how, times in (("zero1", 1), ("zero2", 3)):
+        sent, waited = communication(how, P, 2, 3, 4, [(P, 1.0)], 1.0, P, speed)
+        assert sent == (times + 1) * 2 * P and waited == pytest.approx(sent / speed)  # one bucket, nothing hidden
+    assert communication("zero2", P, 2, 3, 4, [(P, 0.0)], 1e9, P, speed)[1] == pytest.approx(2 * P / speed)
+    assert communication("zero3", P, 2, 3, 4, [(P, 0.0)], 1e9, P, speed)[1] == 0
+
+
+def test_gradients_come_block_by_block_and_the_embeddings_last():
+    counts = count_step(run_config(), 4, FP32, FP32, "matmul")
+    assert sum(weights for weights, _ in counts.gradients) == counts.weights
+    order = [n for _, n in counts.gradients]
+    assert order == sorted(order) and order[-1] <= len(counts.operations)
+    D, total = TINY.hidden_size, len(counts.operations)
+    of_modulation = [n for weights, n in counts.gradients if weights == 6 * D * D]
+    assert len(of_modulation) == 3  # a block
+    assert of_modulation[0] < of_modulation[1] - 0.05 * total < of_modulation[2] - 0.1 * total
+    last = counts.gradients[-1][0]
+    assert last < 2 * 256 * D  # of the embeddings of times and patches, no third of the network
 
 
 def test_nodes_talk_through_a_network_card_for_each_gpu():

@@ -49,7 +49,7 @@ def plain(model: UMD, patches: Tensor, keep: Tensor, asked: Tensor, time: int, l
     config, p = model.config, dict(model.named_parameters())
     D, heads = config.hidden_size, config.num_heads
     cond, *tables = model.condition(torch.tensor([time]), None if label is None else torch.tensor([label]))
-    tables = [table for part in tables for table in part]
+    tables = [table for part in tables for block in part for table in block]
 
     def linear(x, name):
         return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]

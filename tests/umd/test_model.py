@@ -252,7 +252,7 @@ def test_initial_values():
         xavier(block.mlp.fc2.weight, 4 * D, D)
         normal(block.mlp.fc1.bias, 1e-6)
         assert (block.attn.qkv.bias == 0).all() and (block.norm1.weight == 1).all()
-    zeros = (model.cls_token, model.adaLN_modulation.weight, model.adaLN_modulation.bias, model.head.bias)
+    zeros = (model.cls_token, *model.adaLN_modulation.parameters(), model.head.bias)
     assert all((table == 0).all() for table in zeros)
 
 

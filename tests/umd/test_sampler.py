@@ -1,15 +1,30 @@
 """Sampling against the UMD authors' code, and against data whose exact denoiser is a formula."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from umd.conditions import make_conditions
+from umd.config import ModelConfig
 from umd.errors import UserError
+from umd.model import UMD
 from umd.ops import ddim_step
-from umd.sampler import _step_coefficients, ddim_sample, ddim_timesteps, denoising_sequence, inpaint
+from umd.sampler import (
+    _Noise,
+    _Step,
+    _step_coefficients,
+    ddim_sample,
+    ddim_timesteps,
+    denoising_sequence,
+    inpaint,
+    model_times,
+)
 from umd.schedule import NoiseSchedule
 
 ORACLE = np.load(Path(__file__).parents[1] / "data" / "gaussian_diffusion.npz")
@@ -221,6 +236,129 @@ def test_guidance_is_the_formula_in_one_call(predict):
     plain = ddim_sample(denoise, (3, 1, 4, 4), COSINE, labels=labels, null_label=null, **arguments)
     assert [n for n, *_ in calls] == [3] * 5
     assert not torch.allclose(plain, out)
+
+
+# A network's step: its conditions made once, replayed
+
+UMD_CONFIG = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=16, depth=2, decoder_depth=1, num_heads=2)
+UMDS = {
+    "plain": UMD_CONFIG,
+    "labels": replace(UMD_CONFIG, num_classes=5),
+    "single": replace(UMD_CONFIG, adaLN_projection="single"),
+    "low_rank": replace(UMD_CONFIG, adaLN_projection="low_rank", adaLN_rank=3),
+}
+
+
+def random_umd(config: ModelConfig, dtype=torch.float64) -> UMD:
+    """All parameters random: adaLN starts as zero and would tell nothing."""
+    torch.manual_seed(0)
+    model = UMD(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("kind", UMDS)
+def test_conditions_made_once_are_those_of_each_step(kind):
+    model = random_umd(UMDS[kind])
+    labelled = kind == "labels"
+    labels = torch.tensor([4, 1, 4]) if labelled else None
+    guidance = {"labels": labels, "null_label": 5, "cfg_scale": 1.5} if labelled else {}
+    x_T = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    conditions = make_conditions(model, model_times(6), labels)
+    assert len(conditions.tables) == len(model_times(6)) * (3 if labelled else 1)  # two labels and the null class
+
+    def draw(conditions):
+        denoise = partial(model.denoise, conditions=conditions)
+        sample = ddim_sample(denoise, x_T.shape, COSINE, num_steps=6, x_T=x_T, **guidance)
+        return sample, inpaint(denoise, x_T, hole(3, 8, 8), COSINE, num_steps=6, **guidance)
+
+    for once, each in zip(draw(conditions), draw(None), strict=True):
+        torch.testing.assert_close(once, each, rtol=1e-10, atol=1e-10)
+
+
+def test_conditions_that_are_not_held_are_no_others():
+    model = random_umd(UMDS["labels"])
+    conditions, x = make_conditions(model, [900, 1], torch.tensor([2])), torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+    for time, label in ((2, 2), (901, 2), (900, 3)):
+        with torch.no_grad(), pytest.raises(IndexError):
+            model.denoise(x, torch.tensor([time]), torch.tensor([label]), conditions)
+    assert make_conditions(UMD(replace(UMD_CONFIG, adaLN=False)), [1]) is None
+    assert make_conditions(UMD(UMDS["labels"]), range(1, 100_001), torch.arange(5)) is None  # more than half a GiB
+
+
+class NothingWaits(TorchDispatchMode):
+    """Raises where a device would be waited for, or a number be read from it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
+        return func(*args, **(kwargs or {}))
+
+
+def umd_step(model: UMD, eta: float = 1.0) -> tuple[_Step, int]:
+    """What `ddim_sample` replays, of two guided images, and its number of steps."""
+    labels, times = torch.tensor([4, 1, 5, 5]), model_times(6)
+    noise = _Noise(3, 0, (2, 3, 8, 8), "cpu")
+    conditions = make_conditions(model, times, labels)
+    table = _step_coefficients(COSINE, [*times, 0], eta).float()
+
+    def move(x_t, time, coefficients, offsets):
+        _, eps = model.denoise(x_t.repeat(2, 1, 1, 1), time.expand(4), labels, conditions)
+        options = {"from_xstart": False, "clip": True, "seed": noise.seed, "offsets": offsets}
+        return ddim_step(x_t, eps[:2], eps[2:], 1.5, coefficients, **options)
+
+    return _Step(move, noise.draw(), torch.tensor(times), table, noise), len(times)
+
+
+@torch.no_grad()
+def test_a_step_can_be_replayed():
+    """It writes to its own memory alone and waits for nothing; so often run, it is the sampler."""
+    model = random_umd(UMDS["labels"], torch.float32)
+    step, n = umd_step(model)
+    memory = {name: x.data_ptr() for name, x in vars(step).items() if isinstance(x, Tensor)}
+    numbers = {name: x for name, x in vars(step).items() if not isinstance(x, Tensor)}
+    step.run()  # caches fill
+    with NothingWaits():
+        for _ in range(n - 1):
+            step.run()
+    assert memory == {name: x.data_ptr() for name, x in vars(step).items() if isinstance(x, Tensor)}
+    assert numbers == {name: x for name, x in vars(step).items() if not isinstance(x, Tensor)}
+    expected = ddim_sample(
+        partial(model.denoise, conditions=make_conditions(model, model_times(6), torch.tensor([4, 1]))), (2, 3, 8, 8),
+        COSINE, num_steps=6, labels=torch.tensor([4, 1]), null_label=5, cfg_scale=1.5, seed=3,
+    )  # fmt: skip
+    assert torch.equal(step.x_t, expected)
+
+
+def test_the_noise_to_start_from_is_left_as_it_is():
+    x_T = torch.ones(1, 1, 4, 4)
+    ddim_sample(linear_model("lin0p3", COSINE), x_T.shape, COSINE, num_steps=3, x_T=x_T)
+    assert (x_T == 1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_captured_step_has_the_bits_of_a_plain_one(eta, known):
+    model = random_umd(UMDS["labels"], torch.float32).cuda()
+    labels = torch.tensor([4, 1, 0], device="cuda")
+    conditions = make_conditions(model, model_times(20), labels) if known else None
+
+    def denoise(x_t, timesteps, labels):
+        with torch.autocast("cuda", torch.bfloat16):
+            return model.denoise(x_t, timesteps, labels, conditions)
+
+    def draw(capture):
+        seen: list[Tensor] = []
+        out = ddim_sample(
+            denoise, (3, 3, 8, 8), COSINE, num_steps=20, eta=eta, labels=labels, null_label=5, cfg_scale=1.5,
+            capture=capture, callback=lambda i, n, x_t, x_start: seen.extend([x_t, x_start]),
+        )  # fmt: skip
+        return [*seen, out]
+
+    for plain, captured in zip(draw(False), draw(True), strict=True):
+        assert torch.equal(plain, captured)
 
 
 # Inpainting
