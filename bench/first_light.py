@@ -8,7 +8,8 @@
 Parts, in this order, each a process with a time limit of its own; one that fails or hangs stops no other:
 
     env      versions, device, `umd doctor`, the speed of a copy and of matrix products
-    correct  every op, forward and backward, at real shapes against fp64; the same bits again; the whole step
+    correct  every op, forward and backward, at real shapes against fp64; the same bits again; the whole step, and that
+             it never waits; captured steps, of DDP too, and captured sampling against eager ones
     step     the training step: eager, captured, by definitions, beside plain DiTs; host time, a profile
     cli      `umd pretrain` on synthetic pictures: the loss falls; SIGTERM, resume, finish
     tests    the project's own tests for a GPU
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 # Seconds at most. What a part leaves, the last ones have.
-PARTS = {"env": 40, "correct": 85, "step": 125, "cli": 60, "tests": 105, "timing": 65, "compile": 300}
+PARTS = {"env": 40, "correct": 105, "step": 105, "cli": 60, "tests": 105, "timing": 65, "compile": 300}
 Row = dict[str, Any]
 
 

@@ -6,18 +6,28 @@ norm of the difference over the norm of the truth.
 
 import gc
 import math
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from umd import ops
 from umd.bench.first_light import Part
-from umd.bench.training import with_modulation
+from umd.bench.step import StepBench, images, network
+from umd.bench.training import on_batch, train_step, with_modulation
 from umd.config import OBJECTIVES, ModelConfig, model_config
 from umd.model import UMD
 from umd.objective import Objective
+from umd.sampler import ddim_sample, model_times
 from umd.schedule import NoiseSchedule
+from umd.train.distributed import World
+from umd.train.evaluate import denoiser
+from umd.train.parallel import DDP
+from umd.train.step import TrainStep
 
 SHAPES: dict[str, dict] = {
     "UMD-B/4": dict(image_size=(64, 64), channels=3),
@@ -32,13 +42,6 @@ def setting_of(name: str, setting: str) -> tuple[ModelConfig, Objective]:
     """A model's configuration and the objective of one of `SETTINGS`."""
     config = model_config(name, adaLN=setting != "mae", **SHAPES[name])
     return config, Objective(config, OBJECTIVES[setting], NoiseSchedule("cosine"))
-
-
-def network(config: ModelConfig, device: torch.device) -> UMD:
-    """One in which every parameter matters: a fresh one has modulation of zero."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        return with_modulation(UMD(config))
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -65,6 +68,13 @@ def correct(part: Part, device: torch.device) -> None:
     torch.use_deterministic_algorithms(False)
     for setting in SETTINGS:
         part.attempt(f"step {setting}", check_step, part, setting, device)
+    model, size, batch = ("UMD-Ti/4", 16, 4) if part.smoke else ("UMD-B/4", 64, 16)
+    bench = StepBench(model=model, image_size=size, batch=batch, device=str(device))
+    if device.type == "cuda":
+        part.attempt("a step that never waits", never_waits, part, bench)
+    for ddp in (False, True):
+        part.attempt(f"captured and eager{', DDP' * ddp}", captured_as_eager, part, bench, ddp)
+    part.attempt("sampling", sampling, part, replace(bench, batch=4 * batch), 4 if part.smoke else 50)
 
 
 def gradients_of(
@@ -205,7 +215,8 @@ def check_step(part: Part, setting: str, device: torch.device) -> None:
     """Loss and whole gradient: kernels against definitions in fp32, bf16 autocast against that, the same bits again."""
     name, batch = ("UMD-Ti/4", 4) if part.smoke else ("UMD-B/4", 16)
     config, objective = setting_of(name, setting)
-    model = network(config, device)
+    torch.manual_seed(0)
+    model = with_modulation(UMD(config)).to(device)
     x = torch.rand(batch, config.channels, *config.image_size, device=device) * 2 - 1
 
     def step(kernels, bf16: bool) -> Tensors:
@@ -233,3 +244,73 @@ def check_step(part: Part, setting: str, device: torch.device) -> None:
 
 def same_bits(a: Tensors, b: Tensors) -> bool:
     return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def umd_training(bench: StepBench, capture: bool = False) -> TrainStep:
+    """The step of the same weights each time."""
+    torch.manual_seed(0)
+    objective = Objective(bench.config(), OBJECTIVES["umd"], NoiseSchedule("cosine"))
+    return train_step(network(bench), objective, bench.batch, bench.dtype, bench.device, capture)
+
+
+def never_waits(part: Part, bench: StepBench) -> None:
+    """From the batch on the device to metrics on the device nothing asks the GPU for an answer."""
+    call = on_batch(umd_training(bench), images(bench))
+    for _ in range(3):
+        call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    part.check(bench.model, "step", "never waits", True)
+
+
+def captured_as_eager(part: Part, bench: StepBench, ddp: bool) -> None:
+    """Twenty steps from the same weights: metrics and weights to the bit. ddp: as the one rank of a group."""
+    found = []
+    backend = "nccl" if bench.device != "cpu" else "gloo"
+    torch.use_deterministic_algorithms(True)
+    try:
+        if ddp:
+            dist.init_process_group(backend, init_method=f"file://{part.scratch}/meeting", rank=0, world_size=1)
+        for capture in (False, bench.device != "cpu"):
+            made = umd_training(replace(bench, dtype="fp32" if bench.device == "cpu" else bench.dtype), capture)
+            alone = made.parallel
+            if ddp:
+                world = World(0, 1, made.device)
+                made.parallel = DDP(alone.model, alone.loss, alone.optimizer, 1, alone.clip, world)
+            call = on_batch(made, images(bench))
+            metrics = torch.stack([call().clone() for _ in range(20)])
+            found.append((metrics, torch.cat([p.detach().flatten() for p in alone.model.parameters()])))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    for name, eager, captured in zip(("metrics", "weights"), *found, strict=True):
+        what = f"captured is eager: {name}{', DDP' * ddp}"
+        part.check(bench.model, "step", what, torch.equal(eager, captured))
+
+
+def sampling(part: Part, bench: StepBench, num_steps: int) -> None:
+    """Images by DDIM, a step launched and a step replayed."""
+    on_gpu = bench.device != "cpu"
+    denoise = denoiser(network(bench).eval(), torch.bfloat16, model_times(num_steps))
+    shape = (bench.batch, 3, bench.image_size, bench.image_size)
+    found, seconds = [], []
+    for capture in (False, on_gpu):
+        draw = partial(ddim_sample, denoise, shape, NoiseSchedule("cosine"), num_steps=num_steps, device=bench.device)
+        draw(capture=capture)
+        synchronize()
+        began = time.perf_counter()
+        found.append(draw(capture=capture))
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    part.check(bench.model, "sampling", "captured is eager", torch.equal(*found))
+    eager, captured = seconds
+    part.note(f"{bench.batch} images in {num_steps} steps", f"{eager:.2f} s, captured {captured:.2f} s")

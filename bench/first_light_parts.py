@@ -23,7 +23,7 @@ from umd import ops
 from umd.bench import kernels
 from umd.bench.device_time import time_calls
 from umd.bench.first_light import Part, Row, read_rows
-from umd.bench.first_light_checks import setting_of
+from umd.bench.first_light_checks import setting_of, synchronize
 from umd.bench.op_cases import OPS, Inputs, Side
 from umd.bench.plain_dit import plain_dit_step
 from umd.bench.step import StepBench, count_flops, dit_step, images, network, umd_step
@@ -101,10 +101,6 @@ def step(part: Part, device: torch.device) -> None:
         bench = StepBench(model=size[0], image_size=size[1], batch=batch, device=str(device))
         part.attempt(f"{what}, {batch}", time_step, part, f"{size[0]} {what}", kind, bench, peak, profiled)
 
-    if device.type == "cuda":
-        bench = StepBench(model=big[0], image_size=big[1], batch=16, device=str(device))
-        part.attempt("a step that never waits", never_waits, part, bench)
-        part.attempt("captured and eager", captured_as_eager, part, bench)
     row("umd", umd("umd"), profiled=True)
     row("plain DiT", plain_dit(), profiled=True)
     if device.type == "cuda":
@@ -114,6 +110,7 @@ def step(part: Part, device: torch.device) -> None:
             row("umd, captured", umd("umd", capture=True), batch=batch)
     with ops.kernels("reference"):
         row("umd, definitions", umd("umd"))
+    row("umd, cast by autocast", (cast_by_autocast, umd("umd")[1]))
     row("dit", umd("dit"))
     row("umd", umd("umd"), small, less, profiled=not part.smoke)
     row("plain DiT", plain_dit(), small, less)
@@ -139,6 +136,14 @@ def umd(setting: str, capture: bool = False, compiled: bool = False) -> Kind:
         return Objective(bench.config(), OBJECTIVES[setting], NoiseSchedule("cosine")).step_flops(bench.batch)
 
     return lambda bench: umd_step(bench, OBJECTIVES[setting], capture, compiled), flops
+
+
+def cast_by_autocast(bench: StepBench) -> Step:
+    """UMD's step without `CastWeights`: autocast copies the weights, one by one, and casts their gradients back."""
+    objective = Objective(bench.config(), OBJECTIVES["umd"], NoiseSchedule("cosine"))
+    made = train_step(network(bench), objective, bench.batch, bench.dtype, bench.device)
+    made.cast = None
+    return on_batch(made, images(bench))
 
 
 def plain_dit(compiled: bool = False) -> Kind:
@@ -191,42 +196,6 @@ def time_step(part: Part, what: str, kind: Kind, bench: StepBench, peak: float, 
         ms_host=None if host is None else 1e3 * host, tflops=rate / 1e12, mfu=rate / peak, gib=gib, warm_up_s=warm_up,
     )  # fmt: skip
     print(f"|   {what}, {bench.batch}: {speed:.0f} img/s, {1e3 * seconds:.1f} ms, {rate / peak:.1%}")
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def never_waits(part: Part, bench: StepBench) -> None:
-    """From the batch on the device to metrics on the device nothing asks the GPU for an answer."""
-    call = umd("umd")[0](bench)
-    for _ in range(3):
-        call()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    part.check(bench.model, "step", "never waits", True)
-
-
-def captured_as_eager(part: Part, bench: StepBench) -> None:
-    """Twenty steps from the same weights: metrics and weights to the bit."""
-    found = []
-    torch.use_deterministic_algorithms(True)
-    try:
-        for capture in (False, True):
-            torch.manual_seed(0)
-            model, objective = network(bench), Objective(bench.config(), OBJECTIVES["umd"], NoiseSchedule("cosine"))
-            made = train_step(model, objective, bench.batch, bench.dtype, bench.device, capture)
-            call = on_batch(made, images(bench))
-            metrics = [call().clone() for _ in range(20)]
-            found.append((torch.stack(metrics), torch.cat([p.detach().flatten() for p in model.parameters()])))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for name, eager, captured in zip(("metrics", "weights"), *found, strict=True):
-        part.check(bench.model, "step", f"captured is eager: {name}", torch.equal(eager, captured))
 
 
 def profile_step(part: Part, what: str, call: Step, on_gpu: bool) -> None:
