@@ -130,7 +130,7 @@ def cell(value: object, form: str = ".2f") -> str:
 
 def table(title: str, columns: list[str], lines: list[list[str]]) -> str:
     if not lines:
-        return f"{title}: nothing"
+        return f"{title}: none"
     widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
     text = [title]
     for line in (columns, *lines):

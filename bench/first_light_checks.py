@@ -284,7 +284,7 @@ def captured_as_eager(part: Part, bench: StepBench, ddp: bool) -> None:
             alone = made.parallel
             if ddp:
                 world = World(0, 1, made.device)
-                made.parallel = DDP(alone.model, alone.loss, alone.optimizer, 1, alone.clip, world)
+                made.parallel = DDP(alone.model, alone.loss, alone.optimizer, 1, alone.clip, world, "fp32")
             call = on_batch(made, images(bench))
             metrics = torch.stack([call().clone() for _ in range(20)])
             found.append((metrics, torch.cat([p.detach().flatten() for p in alone.model.parameters()])))
