@@ -1,9 +1,7 @@
 """`umd bench adaln`: weights, FLOPs and step time of adaLN's projections, measured alternately in one process."""
 
-import itertools
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,14 +11,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from umd.bench.step import WARMUP, machine, our_optimizer, timed
+from umd.bench.step import WARMUP, machine
+from umd.bench.training import Step, on_batch, timed, train_step
 from umd.config import AdaLNProjection, ModelConfig, ObjectiveConfig, model_config
-from umd.device import autocast, keep_freed_memory, take_device
+from umd.device import keep_freed_memory, take_device
 from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
-from umd.train.optim import clipped_step
 
 PROJECTIONS: tuple[AdaLNProjection, ...] = get_args(AdaLNProjection)
 
@@ -73,21 +71,10 @@ class Row:
     ratio: float | None  # to the first row's, median of the ratios within a round
 
 
-def training_step(bench: AdaLNBench, model: UMD) -> Callable[[], None]:
+def training_step(bench: AdaLNBench, model: UMD) -> Step:
     objective = Objective(model.config, ObjectiveConfig(), NoiseSchedule("cosine"))
-    optimizer = our_optimizer(model, bench.dtype)
     x = torch.randn(bench.batch, bench.channels, bench.image_size, bench.image_size, device=bench.device)
-    dtype = torch.bfloat16 if bench.dtype == "bf16" else torch.float32
-    seeds = itertools.count()
-
-    def step() -> None:
-        with autocast(x.device, dtype):
-            loss, _ = objective(model, x, objective.corrupt(bench.batch, next(seeds), x.device))
-        loss.backward()
-        clipped_step(optimizer, 1.0)
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    return on_batch(train_step(model, objective, bench.batch, bench.dtype, bench.device), x)
 
 
 def run(bench: AdaLNBench, console: Console) -> list[Row]:
@@ -95,7 +82,7 @@ def run(bench: AdaLNBench, console: Console) -> list[Row]:
     keep_freed_memory()
     take_device(bench.device, bench.dtype)
     counts: dict[str, tuple[int, int, float]] = {}
-    steps: dict[str, Callable[[], None]] = {}
+    steps: dict[str, Step] = {}
     for projection in PROJECTIONS:
         config = bench.config(projection)
         with torch.device("meta" if bench.repeats == 0 else bench.device):

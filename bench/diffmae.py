@@ -20,25 +20,22 @@ from rich.table import Table
 
 from umd.bench.step import (
     WARMUP,
-    Step,
     StepBench,
     autocast,
     count_flops,
     images,
     machine,
-    our_optimizer,
     own_process,
-    timed,
     umd_step,
     vit_mae_step,
 )
+from umd.bench.training import Step, on_batch, timed, train_step
 from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, diffmae_config
 from umd.device import keep_freed_memory, take_device
 from umd.diffmae import DiffMAE
 from umd.errors import UserError
 from umd.objective import DiffMAEObjective
 from umd.schedule import NoiseSchedule
-from umd.train.optim import clipped_step
 
 
 @dataclass(frozen=True)
@@ -115,24 +112,9 @@ def diffmae_objective(bench: DiffMAEBench) -> DiffMAEObjective:
 
 def diffmae_step(bench: DiffMAEBench) -> Step:
     """One optimisation step of DiffMAE."""
-    model, objective, step_bench = (
-        DiffMAE(bench.config()).to(bench.device),
-        diffmae_objective(bench),
-        bench.step_bench(),
-    )
-    optimizer = our_optimizer(model, bench.dtype)
-    x, seed = images(step_bench), 0
-
-    def step() -> None:
-        nonlocal seed
-        seed += 1
-        with autocast(step_bench):
-            loss, _ = objective(model, x, objective.corrupt(len(x), seed, x.device))
-        loss.backward()
-        clipped_step(optimizer, 1.0)
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    model, objective = DiffMAE(bench.config()), diffmae_objective(bench)
+    step = train_step(model, objective, bench.batch, bench.dtype, bench.device)
+    return on_batch(step, images(bench.step_bench()))
 
 
 TRAINING: dict[str, Callable[[DiffMAEBench], Step]] = {
@@ -146,7 +128,7 @@ TRAINING: dict[str, Callable[[DiffMAEBench], Step]] = {
 def filling_rows(bench: DiffMAEBench, console: Console) -> list[Row]:
     """Both ways every round, after rounds that do not count."""
     steps = filling_steps(bench)
-    flops = {name: count_flops(step) for name, step in steps.items()}
+    flops = {name: count_flops(lambda step=step: step, bench.device) for name, step in steps.items()}
     for step in [*steps.values()] * WARMUP:
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -167,7 +149,7 @@ def serve(bench: DiffMAEBench, name: str, pipe: Connection) -> None:
         return
     for _ in range(WARMUP):
         step()
-    pipe.send(count_flops(step))
+    pipe.send(count_flops(lambda: step if bench.device != "cpu" else TRAINING[name](bench), bench.device))
     while pipe.recv():
         pipe.send(timed(step, bench.device))
 

@@ -1,13 +1,15 @@
 """`umd bench kernels`: each op timed on a GPU as eager PyTorch, under torch.compile and as our Triton kernels.
 
-Speeds are compulsory bytes (each input read once, each output written once) over time, beside what a copy reaches on
-the same GPU. Without a GPU every row runs once at a tiny size, kernels in Triton's interpreter: a smoke run, no timing.
+Times are of the GPU alone, by graph replay (`device_time.py`), on inputs that no cache holds. Speeds are compulsory
+bytes (each input read once, each output written once) over time, beside what a copy reaches on the same GPU. Without a
+GPU every row runs once at a tiny size, kernels in Triton's interpreter: a smoke run, no timing.
 """
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,12 +18,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from umd.bench.count_bytes import interpreted
+from umd.bench.count_bytes import interpreted, tensor_bytes
+from umd.bench.device_time import Timing, copies_beyond, time_calls
 from umd.errors import UserError
 
 with interpreted(not torch.cuda.is_available()):  # Triton asks when a kernel is defined
     from umd import ops
     from umd.bench.op_cases import DTYPES, OPS, SHAPES, Inputs, LayerNorm, OpCase, Side, dtype_name
+    from umd.train.parallel import static_compile
+    from umd.train.step import side_stream
 
 # The two lengths of a packed stream: samples with 160 of 256 patches visible, and with 64; or both, as trained.
 STREAMS = {"noised": 0.0, "noise-free": 1.0, "mixed": 0.5}
@@ -78,16 +83,19 @@ class Row:
     gb_per_s: float | None = None
     of_copy: float | None = None  # share of the speed of a copy
     tflop_per_s: float | None = None  # attention
+    replayed: bool | None = None  # False: could not be recorded, so a short time is the host's
 
 
-def median_ms(work: Callable[[], Tensor | tuple[Tensor, ...]]) -> float | None:
-    """Of triton.testing.do_bench; on a CPU the work runs once and has no time."""
-    result = work()
+def median_time(calls: Sequence[Callable[[], Tensor | tuple[Tensor, ...]]]) -> Timing | None:
+    """Of one of the calls, which do the same on different memory; on a CPU the first runs once and has no time."""
+    result = calls[0]()
     if (result if isinstance(result, Tensor) else result[0]).device.type == "cpu":
         return None
-    from triton.testing import do_bench
+    return time_calls(calls)
 
-    return do_bench(work, return_mode="median")
+
+def cache_bytes(device: str) -> int:
+    return 0 if device == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def copy_speed(device: str) -> float | None:
@@ -96,8 +104,8 @@ def copy_speed(device: str) -> float | None:
         return None
     source = torch.empty(2**29, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    ms = median_ms(lambda: target.copy_(source))
-    return None if ms is None else 2 * 2**29 / (ms / 1e3)
+    timing = median_time([lambda: target.copy_(source)])
+    return None if timing is None else 2 * 2**29 / (timing.ms / 1e3)
 
 
 def other_layer_norms() -> tuple[dict[str, LayerNorm], list[str]]:
@@ -125,7 +133,7 @@ def other_layer_norms() -> tuple[dict[str, LayerNorm], list[str]]:
 
 def compiled(side: Side, device: str) -> Side:
     """Under torch.compile; without a GPU traced and split into forward and backward, but not compiled."""
-    return Side(torch.compile(side.call, backend="inductor" if device == "cuda" else "aot_eager"), side.inputs)
+    return Side(static_compile(side.call, "inductor" if device == "cuda" else "aot_eager"), side.inputs)
 
 
 def implementations(
@@ -142,32 +150,51 @@ def implementations(
             yield name, "reference", case.eager_with(layer_norm)
 
 
-def time_side(side: Side, backward: bool) -> dict[str, float | None]:
-    """Median milliseconds of forward, and of backward on one forward pass."""
-    torch._dynamo.reset()
+def time_side(sides: Sequence[Side], backward: bool) -> dict[str, Timing | None]:
+    """Forward; backward on one forward pass; and full, both. sides: the same on memory of their own."""
+    torch._dynamo.reset()  # an op's sides share their code, which is compiled for eight shapes at most
     with torch.set_grad_enabled(backward):
-        found = {"forward": median_ms(side.call)}
+        found = {"forward": median_time([side.call for side in sides])}
         if backward:
-            outputs = side.call()
-            douts = tuple(torch.randn_like(y) for y in outputs)
-            found["backward"] = median_ms(lambda: side.gradients(outputs, douts))
+            outputs = [side.call() for side in sides]
+            douts = [tuple(torch.randn_like(y) for y in ys) for ys in outputs]
+            made = list(zip(sides, outputs, douts, strict=True))
+            found["backward"] = median_time([partial(side.gradients, ys, dys) for side, ys, dys in made])
+            found["full"] = median_time([lambda s=side, dys=dys: s.gradients(s.call(), dys) for side, _, dys in made])
     return found
 
 
-def time_op(case: OpCase, sides: Iterator, copy: float | None, **shape) -> list[Row]:
+def beyond_the_cache(op: str, make: Callable[[], Inputs]) -> list[OpCase]:
+    """The op as often, each time on inputs of its own, as their turns need to find nothing in the cache."""
+    inputs = make()
+    case = OPS[op](inputs)
+    copies = copies_beyond(cache_bytes(inputs.device), case.forward_bytes)
+    return [case, *(OPS[op](make()) for _ in range(copies - 1))]
+
+
+def time_op(cases: Sequence[OpCase], sides: Sequence[Iterator], copy: float | None, **shape) -> list[Row]:
+    """cases, sides: the op on memory of their own, and the `implementations` of each."""
+    case = cases[0]
     needed = {"forward": case.forward_bytes, "backward": case.backward_bytes}
+    needed["full"] = None if case.backward_bytes is None else case.forward_bytes + case.backward_bytes
     rows = []
-    for implementation, choice, side in sides:
+    for same in zip(*sides, strict=True):
+        implementation, choice, _ = same[0]
         with ops.kernels(choice):
-            timed = time_side(side, case.backward_bytes is not None)
-        for direction, ms in timed.items():
-            row = Row(case.op, direction, implementation, dtype=dtype_name(case.dtype), ms=ms, **shape)
+            timed = time_side([side for _, _, side in same], case.backward_bytes is not None)
+        for direction, timing in timed.items():
+            row = row_of(case.op, direction, implementation, case.dtype, timing, shape)
             size = needed[direction]
-            if ms is not None and size is not None and copy is not None:
-                speed = size / (ms / 1e3)
+            if timing is not None and size is not None and copy is not None:
+                speed = size / (timing.ms / 1e3)
                 row = replace(row, gb_per_s=speed / 1e9, of_copy=speed / copy)
             rows.append(row)
     return rows
+
+
+def row_of(op: str, direction: str, implementation: str, dtype: torch.dtype, timing: Timing | None, shape: dict) -> Row:
+    ms, replayed = (None, None) if timing is None else timing
+    return Row(op, direction, implementation, dtype=dtype_name(dtype), ms=ms, replayed=replayed, **shape)
 
 
 def attention_case(op: str, inputs: Inputs) -> tuple[Callable[[ops.Attention], Side], int]:
@@ -185,28 +212,50 @@ def attention_case(op: str, inputs: Inputs) -> tuple[Callable[[ops.Attention], S
     return lambda backend: Side(lambda: (ops.varlen_cross_attention(q, kv, queries, stream, backend),), (q, kv)), flops
 
 
-def time_attention(op: str, inputs: Inputs, notes: list[str], **shape) -> list[Row]:
+def time_attention(op: str, make: Callable[[], Inputs], notes: list[str], **shape) -> list[Row]:
     """Every backend that takes the tensors, and under torch.compile the one that `auto` takes."""
-    side, flops = attention_case(op, inputs)
-    sides: dict[str, Side] = {backend: side(backend) for backend in BACKENDS}
-    sides["torch.compile"] = compiled(side("auto"), inputs.device)
+    first = make()
+    side, flops = attention_case(op, first)
+    copies = copies_beyond(cache_bytes(first.device), tensor_bytes(*side("auto").inputs))
+    makers = [side, *(attention_case(op, make())[0] for _ in range(copies - 1))]
+    sides = {backend: [maker(backend) for maker in makers] for backend in BACKENDS}
+    sides["torch.compile"] = [compiled(maker("auto"), first.device) for maker in makers]
     rows = []
-    for implementation, one in sides.items():
+    for implementation, same in sides.items():
         try:
-            timed = time_side(one, True)
+            timed = time_side(same, True)
         except ValueError as error:  # it says why this backend cannot
             notes.append(f"{op}: {error}")
             continue
-        for direction, ms in timed.items():
-            work = flops * (1 if direction == "forward" else 2.5)  # the backward pass multiplies five times, not two
-            tflop_per_s = None if ms is None else work / ms / 1e9
-            dtype = dtype_name(inputs.dtype)
-            rows.append(Row(op, direction, implementation, dtype=dtype, ms=ms, tflop_per_s=tflop_per_s, **shape))
+        for direction, timing in timed.items():
+            work = flops * {"forward": 1, "backward": 2.5, "full": 3.5}[direction]  # backward: five products, not two
+            row = row_of(op, direction, implementation, first.dtype, timing, shape)
+            rows.append(row if timing is None else replace(row, tflop_per_s=work / timing.ms / 1e9))
     return rows
 
 
 def run(bench: KernelBench, console: Console) -> list[Row]:
     """Time, print a table of the ops and one of attention, write JSON."""
+    with side_stream(torch.device(bench.device)):  # where calls can be recorded
+        rows, copy, notes = measure(bench, console)
+    if copy is None:
+        title = "Smoke run on a CPU, kernels in Triton's interpreter: it shows that every row runs, and times none."
+    else:
+        title = f"{torch.cuda.get_device_name()}, where a copy reaches {copy / 1e9:.0f} GB/s"
+    console.print(title, highlight=False)
+    print_rows(rows, console)
+    if any(row.replayed is False for row in rows):
+        notes.append("*: could not be recorded as a CUDA graph; launched one by one, a short call has the host's time")
+    for note in dict.fromkeys(notes):
+        console.print(note, highlight=False, markup=False)
+    if bench.json is not None:
+        bench.json.parent.mkdir(parents=True, exist_ok=True)
+        bench.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return rows
+
+
+def measure(bench: KernelBench, console: Console) -> tuple[list[Row], float | None, list[str]]:
+    """Rows, a copy's bytes a second (None on a CPU), and what was left out and why."""
     torch._functorch.config.donated_buffer = False  # a compiled backward pass runs many times on one forward pass
     copy = copy_speed(bench.device)
     device = torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
@@ -221,26 +270,17 @@ def run(bench: KernelBench, console: Console) -> list[Row]:
     for model, stream in itertools.product(bench.models, bench.streams):
         for name in bench.ops or (*OPS, *ATTENTION):
             console.print(f"{model} {stream} {name}", style="dim", highlight=False)
-            inputs = Inputs(model, bench.samples, DTYPES[bench.dtype], bench.device, STREAMS[stream])
+            make = partial(Inputs, model, bench.samples, DTYPES[bench.dtype], bench.device, STREAMS[stream])
+            inputs = make()
             shape = dict(model=model, width=inputs.D, stream=stream, tokens=inputs.tokens, device=device)
             if name in ATTENTION:
-                rows += time_attention(name, inputs, notes, **shape)
-            else:
-                case = OPS[name](inputs)
-                with interpreted(bench.device == "cpu"):  # Triton imports a part of itself when it runs, and asks again
-                    rows += time_op(case, implementations(case, norms, bench.device, with_triton), copy, **shape)
-    if copy is None:
-        title = "Smoke run on a CPU, kernels in Triton's interpreter: it shows that every row runs, and times none."
-    else:
-        title = f"{device}, where a copy reaches {copy / 1e9:.0f} GB/s"
-    console.print(title, highlight=False)
-    print_rows(rows, console)
-    for note in dict.fromkeys(notes):
-        console.print(note, highlight=False, markup=False)
-    if bench.json is not None:
-        bench.json.parent.mkdir(parents=True, exist_ok=True)
-        bench.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return rows
+                rows += time_attention(name, make, notes, **shape)
+                continue
+            cases = beyond_the_cache(name, make)
+            sides = [implementations(case, norms, bench.device, with_triton) for case in cases]
+            with interpreted(bench.device == "cpu"):  # Triton imports a part of itself when it runs, and asks again
+                rows += time_op(cases, sides, copy, **shape)
+    return rows, copy, notes
 
 
 def print_rows(rows: list[Row], console: Console) -> None:
@@ -267,6 +307,7 @@ def _cell(row: Row | None) -> str:
         return ""
     if row.ms is None:
         return "ran"
+    ms = f"{row.ms:.3f}" + "*" * (row.replayed is False)
     if row.tflop_per_s is not None:
-        return f"{row.ms:.3f}  {row.tflop_per_s:.0f}"
-    return f"{row.ms:.3f}  {row.gb_per_s:.0f}  {row.of_copy:.0%}"
+        return f"{ms}  {row.tflop_per_s:.0f}"
+    return f"{ms}  {row.gb_per_s:.0f}  {row.of_copy:.0%}"

@@ -4,7 +4,6 @@ Each case has a process of its own, as a training has; in every round each case 
 ratios, each the median of the ratios within a round, not the seconds.
 """
 
-import itertools
 import json
 import statistics
 import tempfile
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,12 +23,12 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from umd.bench.step import WARMUP, count_flops, machine, our_optimizer, own_process
+from umd.bench.step import WARMUP, count_flops, machine, own_process
+from umd.bench.training import LR, Step, train_step, with_modulation
 from umd.config import ModelConfig, ObjectiveConfig, model_config
 from umd.device import keep_freed_memory, take_device
 from umd.errors import UserError
 from umd.model import UMD
-from umd.modulation import Modulation
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer, identity
@@ -86,7 +86,7 @@ class LoaderBench:
 class Case:
     measure: Callable[[], dict[str, float]]  # once: seconds by the names of rows
     samples: int  # that one measurement handles
-    flops: dict[str, Callable[[], object]] = field(default_factory=dict)  # of a row, what to count the FLOPs of
+    flops: dict[str, Callable[[], Step]] = field(default_factory=dict)  # of a row, what makes a step to count
 
 
 def timed(bench: LoaderBench, call: Callable[[], object]) -> float:
@@ -127,7 +127,7 @@ def step_on_stored(bench: LoaderBench) -> Iterator[Case]:
             wait = time.perf_counter() - start
             return {"umd, stored latents": wait + timed(bench, lambda: umd(latents)), "waiting for them": wait}
 
-        yield Case(measure, bench.batch, {"umd, stored latents": lambda: umd(next(batches).x_start)})
+        yield Case(measure, bench.batch, {"umd, stored latents": lambda: partial(umd_step(bench), latents(bench))})
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def dit_on_stored(bench: LoaderBench) -> Iterator[Case]:
             dit(next(batches).x_start)
 
         name = "dit, stored latents"
-        yield Case(lambda: {name: timed(bench, step)}, bench.batch, {name: step})
+        yield Case(lambda: {name: timed(bench, step)}, bench.batch, {name: lambda: step})
 
 
 @contextmanager
@@ -197,6 +197,10 @@ def pictures(bench: LoaderBench, count: int) -> Tensor:
     return (x * 2 - 1).to(bench.device)
 
 
+def latents(bench: LoaderBench) -> Tensor:
+    return torch.zeros(bench.batch, 4, bench.latent_size, bench.latent_size, device=bench.device)
+
+
 def sd_vae(bench: LoaderBench) -> Tokenizer:
     """An autoencoder of Stable Diffusion's size with random weights, as fast as with trained ones."""
     from diffusers import AutoencoderKL
@@ -232,21 +236,12 @@ def stored_batches(bench: LoaderBench, num_workers: int, batch: int) -> Iterator
             loader.close()
 
 
-def umd_step(bench: LoaderBench) -> Callable[[Tensor], None]:
+def umd_step(bench: LoaderBench) -> Callable[[Tensor], object]:
     config = bench.config()
-    model = UMD(config).to(bench.device)
-    assert isinstance(model.adaLN_modulation, Modulation)
-    for parameter in model.adaLN_modulation.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
     objective = Objective(config, ObjectiveConfig(), NoiseSchedule("linear"))
-    seeds = itertools.count()
-    optimizer = our_optimizer(model, bench.dtype)
-
-    def loss(x: Tensor) -> Tensor:
-        return objective(model, x, objective.corrupt(len(x), next(seeds), x.device))[0]
-
-    return optimization_step(bench, optimizer, loss)
+    step = train_step(with_modulation(UMD(config)), objective, bench.batch, bench.dtype, bench.device)
+    indices = torch.arange(bench.batch, device=bench.device)  # UMD's objective looks nothing up
+    return lambda x: step(x, None, indices, LR)
 
 
 def dit_step(bench: LoaderBench) -> Callable[[Tensor], None]:
@@ -265,23 +260,14 @@ def dit_step(bench: LoaderBench) -> Callable[[Tensor], None]:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
 
-    def loss(x: Tensor) -> Tensor:
+    def step(x: Tensor) -> None:
         t = torch.randint(1, 1001, (len(x),), device=x.device)
         eps = torch.randn_like(x)
         labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        prediction = model(schedule.q_sample(x, t, eps), timestep=t - 1, class_labels=labels).sample
-        return F.mse_loss(prediction.float(), eps)
-
-    return optimization_step(bench, optimizer, loss)
-
-
-def optimization_step(
-    bench: LoaderBench, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], None]:
-    def step(x: Tensor) -> None:
         with autocast(bench):
-            value = loss(x)
-        value.backward()
+            prediction = model(schedule.q_sample(x, t, eps), timestep=t - 1, class_labels=labels).sample
+            loss = F.mse_loss(prediction.float(), eps)
+        loss.backward()
         clipped_step(optimizer, 1.0)
         optimizer.zero_grad(set_to_none=True)
 
@@ -298,7 +284,7 @@ def serve(bench: LoaderBench, maker: Maker, pipe: Connection) -> None:
     with maker(bench) as case:
         for _ in range(WARMUP):
             case.measure()
-        pipe.send((case.samples, {name: count_flops(step) for name, step in case.flops.items()}))
+        pipe.send((case.samples, {name: count_flops(make, bench.device) for name, make in case.flops.items()}))
         while pipe.recv():
             pipe.send(case.measure())
 

@@ -1,15 +1,16 @@
 """`umd bench step`: a training step of UMD against its baselines.
 
-Rows: UMD; the same network unmasked; UMD in two passes; diffusers' DiT and transformers' ViT-MAE of the same width
-and depth; and the matrix products of UMD's step alone, the floor under its time. Each row has a process of its own, as
-a training has, and is measured in turn with UMD's: read the ratios, not the seconds.
+Rows: UMD; on a GPU the same step as a CUDA graph, and under torch.compile; the same network unmasked; UMD in two
+passes; diffusers' DiT and transformers' ViT-MAE of the same width and depth; and the matrix products of UMD's step
+alone, the floor under its time. Each row has a process of its own, as a training has, and is measured in turn with
+UMD's: read the ratios, not the seconds.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,17 +30,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from umd import ops
+from umd.bench.training import Step, host_time, on_batch, our_optimizer, timed, train_step, with_modulation
 from umd.config import ModelConfig, ObjectiveConfig, model_config
-from umd.device import keep_freed_memory, take_device
+from umd.device import keep_freed_memory, pick_dtype, take_device
 from umd.errors import UserError
-from umd.methods import AnyModel
 from umd.model import UMD
-from umd.modulation import Modulation
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
-from umd.train.optim import adamw, clipped_step, narrow_gradients
+from umd.train import step as training
+from umd.train.optim import clipped_step
+from umd.train.parallel import LossStep
 
-Step = Callable[[], None]
 WARMUP = 5  # rounds; until then memory still grows, and a step's time holds the first touch of new pages
 
 
@@ -56,7 +57,7 @@ class StepBench:
     dtype: str = "bf16"
     """bf16 (autocast) or fp32."""
     repeats: int = 5
-    """Rounds of each pair, a row and UMD."""
+    """Rounds of each pair, a row and UMD; of one step each, on a GPU of 20 that are queued without a wait."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where."""
     json: Path | None = None
@@ -78,6 +79,7 @@ class Row:
     flops: int
     peak_memory_bytes: int | None  # of the process, beyond what it held before the model was made
     time_ratio: float  # to UMD's: median of the ratios within a round, so that drift of the machine falls out
+    host_seconds: float | None  # of a step until all its launches are queued; None on a CPU
 
 
 def autocast(bench: StepBench):
@@ -90,41 +92,35 @@ def images(bench: StepBench) -> Tensor:
     return x.to(bench.device)
 
 
-def our_optimizer(model: AnyModel, dtype: str, passes: int = 1) -> torch.optim.Optimizer:
-    """As `umd train` makes it for one process and so many backward passes a step; for `clipped_step`."""
-    optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.05)
-    if passes == 1 and dtype == "bf16":
-        narrow_gradients(model, optimizer)
-    return optimizer
+def network(bench: StepBench) -> UMD:
+    return with_modulation(UMD(bench.config())).to(bench.device)
 
 
-def umd_step(bench: StepBench, objective_config: ObjectiveConfig, passes: int = 1) -> Step:
-    """One optimisation step of UMD; with `passes=2` the noised and the noise-free half go separately."""
-    config = bench.config()
-    model = UMD(config).to(bench.device)
-    assert isinstance(model.adaLN_modulation, Modulation)
-    for parameter in model.adaLN_modulation.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
-    optimizer = our_optimizer(model, bench.dtype, passes)
-    schedule = NoiseSchedule("cosine")
-    x = images(bench)
-    if passes == 1:
-        parts = [(Objective(config, objective_config, schedule), x)]
-    else:
-        noised = Objective(config, objective_config, schedule).split(bench.batch)[0]
-        parts = [
-            (Objective(config, replace(objective_config, no_noise_prob=0.0), schedule), x[:noised]),
-            (Objective(config, replace(objective_config, no_noise_prob=1.0), schedule), x[noised:]),
-        ]
-    seed = 0
+def umd_step(bench: StepBench, config: ObjectiveConfig, capture: bool = False, compiled: bool = False) -> Step:
+    """One optimisation step of UMD."""
+    objective = Objective(bench.config(), config, NoiseSchedule("cosine"))
+    step = train_step(network(bench), objective, bench.batch, bench.dtype, bench.device, capture, compiled)
+    return on_batch(step, images(bench))
+
+
+def two_pass_step(bench: StepBench) -> Step:
+    """UMD's step with its noised and its noise-free samples in passes of their own."""
+    config, objective, schedule = bench.config(), ObjectiveConfig(), NoiseSchedule("cosine")
+    model, x = network(bench), images(bench)
+    optimizer = our_optimizer(model, narrow=False)  # two gradients are summed
+    dtype = pick_dtype(bench.dtype, x.device)
+    noised = Objective(config, objective, schedule).split(bench.batch)[0]
+    passes = [
+        (LossStep(model, Objective(config, replace(objective, no_noise_prob=r0), schedule), dtype), batch)
+        for r0, batch in ((0.0, x[:noised]), (1.0, x[noised:]))
+    ]
+    numbers = itertools.count()
 
     def step() -> None:
-        nonlocal seed
-        seed += 1
-        for objective, batch in parts:
-            with autocast(bench):
-                loss, _ = objective(model, batch, objective.corrupt(len(batch), seed, batch.device))
+        number = next(numbers)
+        for loss_step, batch in passes:
+            corruption = loss_step.objective.corrupt(len(batch), 0, x.device, step=number)
+            loss, _ = loss_step(batch, corruption)
             (loss * (len(batch) / len(x))).backward()
         clipped_step(optimizer, 1.0)
         optimizer.zero_grad(set_to_none=True)
@@ -210,19 +206,27 @@ class MatmulRecorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_flops(call: Callable[[], object]) -> int:
-    """FLOPs of `call`; the counter sees neither what is compiled for the CPU nor fused attention, so the ops run
-    without the first, and attention is written out."""
-    with FlopCounterMode(display=False) as counter, ops.cpu_paths(False), sdpa_kernel(SDPBackend.MATH):
-        call()
+def count_flops(make: Callable[[], Step], device: str = "cpu") -> int:
+    """FLOPs of one call of what `make` makes.
+
+    The counter sees neither what is compiled for the CPU nor its fused attention nor ragged attention of a GPU. So on
+    the CPU what is counted is also made without its paths (with them, gradients are in types that no other optimiser
+    takes), and attention is written out; on a GPU it is torch's own.
+    """
+    seen = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else ops.attention("sdpa")
+    with ops.cpu_paths(False), seen:
+        call = make()
+        with FlopCounterMode(display=False) as counter:
+            call()
     return counter.get_total_flops()
 
 
 def matmul_step(bench: StepBench) -> Step:
     """The matrix products of UMD's step and nothing else, on contiguous operands made beforehand."""
-    step = STEPS["umd"](bench)
-    with MatmulRecorder() as recorder, ops.cpu_paths(False):
-        step()
+    with ops.cpu_paths(False):
+        step = STEPS["umd"](bench)
+        with MatmulRecorder() as recorder:
+            step()
     operands = [
         (count, torch.randn(a, dtype=dtype, device=bench.device), torch.randn(b, dtype=dtype, device=bench.device))
         for (a, b, dtype), count in recorder.shapes.items()
@@ -238,25 +242,19 @@ def matmul_step(bench: StepBench) -> Step:
 
 STEPS: dict[str, Callable[[StepBench], Step]] = {
     "umd": lambda b: umd_step(b, ObjectiveConfig()),
+    "umd, captured": lambda b: umd_step(b, ObjectiveConfig(), capture=True),
+    "umd, compiled": lambda b: umd_step(b, ObjectiveConfig(), compiled=True),
     "umd unmasked": lambda b: umd_step(b, ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.0)),
-    "umd two passes": lambda b: umd_step(b, ObjectiveConfig(), passes=2),
+    "umd two passes": two_pass_step,
     "diffusers dit": dit_step,
     "dit, our allocator": dit_step,
     "transformers vit-mae": vit_mae_step,
     "matmuls alone": matmul_step,
 }
+# On a GPU only. Their FLOPs are the first row's: no counter sees into a graph or into compiled code.
+ON_A_GPU = ("umd, captured", "umd, compiled")
 # Run as their users' scripts run them: without what `umd` tells the allocator and the waiting threads.
 AS_THEIR_USERS = ("diffusers dit", "transformers vit-mae")
-
-
-def timed(step: Step, device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def machine(device: str) -> str:
@@ -280,7 +278,7 @@ def warm_up(bench: StepBench, name: str) -> tuple[Step, int | None]:
         torch.randn(64, 64).bfloat16() @ torch.randn(64, 64).bfloat16()  # libraries load their own memory first
     before = resident_bytes("VmRSS")
     step = STEPS[name](bench)
-    for _ in range(WARMUP):
+    for _ in range(training.WARMUP + 1 if name == "umd, captured" else WARMUP):
         step()
     if bench.device != "cpu":
         return step, torch.cuda.max_memory_allocated()
@@ -289,17 +287,22 @@ def warm_up(bench: StepBench, name: str) -> tuple[Step, int | None]:
 
 
 def serve(bench: StepBench, name: str, pipe: Connection) -> None:
-    """A row's process: tells FLOPs and peak memory, or what package it lacks; then a step's time when asked."""
+    """A row's process: tells FLOPs, peak memory and host time, or what package it lacks; then a step's time when
+    asked."""
     if name not in AS_THEIR_USERS:
         keep_freed_memory()
-    try:
-        step, peak = warm_up(bench, name)
-    except ImportError as error:
-        pipe.send(error)
-        return
-    pipe.send((count_flops(step), peak))
-    while pipe.recv():
-        pipe.send(timed(step, bench.device))
+    with training.side_stream(torch.device(bench.device)):
+        try:
+            step, peak = warm_up(bench, name)
+        except ImportError as error:
+            pipe.send(error)
+            return
+        flops = None
+        if name not in ON_A_GPU:
+            flops = count_flops(lambda: step if bench.device != "cpu" else STEPS[name](bench), bench.device)
+        pipe.send((flops, peak, host_time(step, bench.device)))
+        while pipe.recv():
+            pipe.send(timed(step, bench.device))
 
 
 @contextmanager
@@ -342,11 +345,12 @@ def measure(bench: StepBench, console: Console) -> list[Row]:
         pipe.send(True)
         return pipe.recv()
 
-    with row_process(bench, "umd") as ours:
-        counts = {"umd": ours.recv()}
-        seconds: dict[str, list[float]] = {"umd": []}
-        ratios = {"umd": 1.0}
-        for name in track([name for name in STEPS if name != "umd"], "rows", console=console, transient=True):
+    first, *others = (name for name in STEPS if bench.device != "cpu" or name not in ON_A_GPU)
+    with row_process(bench, first) as ours:
+        counts = {first: ours.recv()}
+        seconds: dict[str, list[float]] = {first: []}
+        ratios = {first: 1.0}
+        for name in track(others, "rows", console=console, transient=True):
             with row_process(bench, name) as pipe:
                 made = pipe.recv()
                 if isinstance(made, ImportError):
@@ -354,13 +358,13 @@ def measure(bench: StepBench, console: Console) -> list[Row]:
                     continue
                 pairs = [(ask(ours), ask(pipe)) for _ in range(bench.repeats)]
             counts[name], seconds[name] = made, [b for _, b in pairs]
-            seconds["umd"] += [a for a, _ in pairs]
+            seconds[first] += [a for a, _ in pairs]
             ratios[name] = statistics.median(b / a for a, b in pairs)
     rows = []
-    for name, (flops, peak) in counts.items():
+    for name, (flops, peak, host) in counts.items():
         median, least, most = statistics.median(seconds[name]), min(seconds[name]), max(seconds[name])
-        speed = bench.batch / median
-        rows.append(Row(name, bench.batch, bench.dtype, median, least, most, speed, flops, peak, ratios[name]))
+        speed, flops = bench.batch / median, flops or counts[first][0]
+        rows.append(Row(name, bench.batch, bench.dtype, median, least, most, speed, flops, peak, ratios[name], host))
     return rows
 
 
@@ -381,20 +385,25 @@ def run(bench: StepBench, console: Console) -> list[Row]:
 
 
 def print_rows(bench: StepBench, rows: list[Row], console: Console) -> None:
-    where = machine(bench.device)
+    where, on_gpu = machine(bench.device), bench.device != "cpu"
+    caption = "ratio: the row's time over UMD's, in the same round"
     table = Table(
         title=f"{bench.model} {bench.image_size}x{bench.image_size}, batch {bench.batch}, {bench.dtype}, {where}",
-        caption="ratio: the row's time over UMD's, in the same round",
+        caption=caption + "; host: until a step's launches are queued" * on_gpu,
         box=box.SIMPLE,
         show_edge=False,
         padding=(0, 1, 0, 0),
     )
-    for column in ("step", "seconds (min-max)", "img/s", "TFLOP", "peak GiB", "ratio", "FLOPs"):
+    unit, digits = (1e3, 1) if on_gpu else (1.0, 2)
+    time = "ms (min-max)" if on_gpu else "seconds (min-max)"
+    for column in ("step", time, *["host ms"] * on_gpu, "img/s", "TFLOP", "peak GiB", "ratio", "FLOPs"):
         table.add_column(column, justify="left" if column == "step" else "right", no_wrap=True)
     for row in rows:
+        median, least, most = (f"{unit * s:.{digits}f}" for s in (row.seconds, row.seconds_min, row.seconds_max))
         table.add_row(
             row.name,
-            f"{row.seconds:.2f} ({row.seconds_min:.2f}-{row.seconds_max:.2f})",
+            f"{median} ({least}-{most})",
+            *([] if row.host_seconds is None else [f"{1e3 * row.host_seconds:.1f}"]),
             f"{row.images_per_second:.2f}",
             f"{row.flops / 1e12:.2f}",
             "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.2f}",

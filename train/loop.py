@@ -31,7 +31,7 @@ from umd.train.distributed import World, join
 from umd.train.latents import LatentDataset, with_vae
 from umd.train.log import NoLog, RunLog
 from umd.train.optim import adamw, lr_scale, narrow_gradients
-from umd.train.parallel import DDP, Alone, LossStep, strategy
+from umd.train.parallel import DDP, Alone, LossStep, static_compile, strategy
 from umd.train.preview import picture_maker, preview_images, previews, rgb
 from umd.train.profile import NoProfiler, Profiler, profiled
 from umd.train.quarantine import record_quarantine
@@ -409,7 +409,7 @@ def spread(
         raise UserError("apex's FusedAdam goes with one process or DDP, not ZeRO; leave optim.fused at auto")
     recipe = config.optim
     optimizer = adamw(model, peak_lr, recipe.betas, recipe.weight_decay, recipe.layer_decay, recipe.fused)
-    loss = LossStep(torch.compile(model) if config.compile else model, objective, dtype)
+    loss = LossStep(static_compile(model) if config.compile else model, objective, dtype)
     if how == "alone":
         if config.accumulate == 1 and dtype == torch.bfloat16 and not config.compile:
             narrow_gradients(model, optimizer)

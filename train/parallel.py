@@ -37,6 +37,16 @@ def strategy(config: ParallelConfig, world: World, num_weights: int) -> str:
     return "zero" if config.strategy == "zero" or num_weights >= DDP_BELOW else "ddp"
 
 
+def static_compile(call: Callable[..., Any], backend: str | Callable = "inductor") -> Callable[..., Any]:
+    """A network, or a function, through torch.compile, with all lengths as constants: a second layout makes a second
+    graph.
+
+    Left to itself, torch makes symbols of lengths that were others before, in another network too. They take longer to
+    compile, make slower code, and not everything in a step compiles with them.
+    """
+    return torch.compile(call, backend=backend, dynamic=False)
+
+
 class LossStep(nn.Module):
     """The forward pass of a micro-batch to its loss as one module, which DDP and DeepSpeed can wrap."""
 

@@ -21,14 +21,14 @@ def test_a_smoke_run_has_every_row_and_no_time(tmp_path, capsys):
     main(["bench", "kernels", *SMALL.split(), "--ops", *ops.split(), "--streams", "mixed", "--json", str(file)])
     rows = json.loads(file.read_text())
     found = {(row["op"], row["direction"], row["implementation"]) for row in rows}
-    both = {"forward", "backward"}
-    expected = {("gated_residual_layer_norm", d, i) for d in both for i in ("eager", "torch.compile", "triton")}
+    directions = {"forward", "backward", "full"}
+    expected = {("gated_residual_layer_norm", d, i) for d in directions for i in ("eager", "torch.compile", "triton")}
     expected |= {("ddim_step", "forward", i) for i in ("eager", "torch.compile", "triton")}
     for attention in ("varlen_attention", "varlen_cross_attention"):
-        expected |= {(attention, d, i) for d in both for i in ("sdpa", "matmul", "torch.compile")}
+        expected |= {(attention, d, i) for d in directions for i in ("sdpa", "matmul", "torch.compile")}
     assert found == expected and len(rows) == len(expected)
     for row in rows:
-        assert row["ms"] is row["gb_per_s"] is row["of_copy"] is row["tflop_per_s"] is None
+        assert row["ms"] is row["gb_per_s"] is row["of_copy"] is row["tflop_per_s"] is row["replayed"] is None
         assert row["tokens"] == (10 + 1) + (4 + 1) and row["width"] == 192 and row["device"] == "cpu"
     printed = " ".join(capsys.readouterr().out.split())
     assert "Smoke run" in printed and "times none" in printed and "flash_attn" in printed
@@ -66,3 +66,4 @@ def test_times_on_a_gpu(tmp_path):
     # No kernel moves its compulsory bytes much faster than a copy: caches hold little of 80 MB a tensor.
     assert all(row["of_copy"] < 1.3 for row in rows if row["of_copy"] and row["op"].endswith("layer_norm"))
     assert {row["device"] for row in rows} == {torch.cuda.get_device_name()}
+    assert all(row["replayed"] for row in rows if row["implementation"] == "triton")

@@ -50,7 +50,7 @@ def test_the_published_flop_ratio():
     """The paper's 42 % less: UMD-L/2 against a DiT of as many blocks, here at its token counts and a narrow width."""
     bench = LoaderBench(**{**SMALL, "latent_size": 32, "batch": 2, "dtype": "fp32"})
     with step_on_stored(bench) as umd, dit_on_stored(bench) as dit:
-        umd_flops, dit_flops = (count_flops(step) for case in (umd, dit) for step in case.flops.values())
+        umd_flops, dit_flops = (count_flops(make) for case in (umd, dit) for make in case.flops.values())
     assert 0.55 < umd_flops / dit_flops < 0.63
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 pytest.importorskip("diffusers", reason="the baseline DiT comes from diffusers: pip install diffusers")
 pytest.importorskip("transformers", reason="the baseline MAE comes from transformers: pip install transformers")
 
-from umd.bench.step import StepBench, count_flops, run  # noqa: E402
+from umd.bench.step import StepBench, count_flops, run, umd_step  # noqa: E402
 from umd.config import ObjectiveConfig, model_config  # noqa: E402
 from umd.flops import step_flops  # noqa: E402
 from umd.kernels.linear import linear  # noqa: E402
@@ -22,6 +22,7 @@ NAMES = [
     "matmuls alone",
 ]  # fmt: skip
 KEYS = {"name", "batch", "dtype", "seconds", "images_per_second", "flops", "peak_memory_bytes", "time_ratio"}
+KEYS |= {"host_seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,7 @@ def test_a_row_for_each_step_with_the_documented_keys(rows):
         assert row.keys() >= KEYS
         assert row["batch"] == 4 and row["dtype"] == "fp32" and row["time_ratio"] > 0
         assert row["peak_memory_bytes"] > 1e6  # Linux; elsewhere it is None
+        assert row["host_seconds"] is None  # the CPU has no queue
         assert 0 < row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
         assert row["images_per_second"] == pytest.approx(4 / row["seconds"])
 
@@ -63,6 +65,20 @@ def test_flops_are_those_of_the_networks(rows):
     assert rows["umd"]["flops"] == pytest.approx(expected_flops(ObjectiveConfig(), 4), rel=0.01)
     assert rows["umd unmasked"]["flops"] == pytest.approx(expected_flops(whole, 4), rel=0.01)
     assert rows["umd two passes"]["flops"] == rows["umd"]["flops"] == rows["matmuls alone"]["flops"]
+
+
+def test_flops_are_counted_where_the_cpu_keeps_gradients_in_bf16():
+    bench = StepBench(model="UMD-Ti/4", image_size=16, batch=4, dtype="bf16", device="cpu")
+    counted = count_flops(lambda: umd_step(bench, ObjectiveConfig()))
+    assert counted == pytest.approx(expected_flops(ObjectiveConfig(), 4), rel=0.01)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_step_is_timed_captured_and_compiled_too():
+    rows = run(StepBench(model="UMD-Ti/4", image_size=16, batch=16, repeats=2, device="cuda"), Console(quiet=True))
+    assert [row.name for row in rows] == ["umd", "umd, captured", "umd, compiled", *NAMES[1:]]
+    assert all(0 < row.host_seconds for row in rows) and rows[0].flops == rows[1].flops == rows[2].flops
+    assert rows[1].host_seconds < rows[0].host_seconds  # one launch against hundreds
 
 
 def test_the_baselines_have_the_size_of_the_encoder(rows):
@@ -90,4 +106,8 @@ def test_only_a_linear_layers_three_products_are_work():
     for outputs in (48, 16, 8):
         weight = torch.randn(outputs, 16, dtype=torch.bfloat16, requires_grad=True)
         bias = torch.zeros(outputs, dtype=torch.bfloat16, requires_grad=True)
-        assert count_flops(lambda w=weight, b=bias: linear(x, w, b).square().sum().backward()) == 6 * 10 * 16 * outputs
+
+        def step(w=weight, b=bias):
+            linear(x, w, b).square().sum().backward()
+
+        assert count_flops(lambda step=step: step) == 6 * 10 * 16 * outputs

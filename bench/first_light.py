@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+"""The first minutes on a GPU: does it run, is it right, how fast is it.
+
+    PYTHONPATH=. python3 bench/first_light.py               at most 8 minutes (--budget SECONDS)
+    PYTHONPATH=. python3 bench/first_light.py --smoke       without a GPU: tiny sizes, does it still run to the end?
+    PYTHONPATH=. python3 bench/first_light.py --parts env,correct
+
+Parts, in this order, each a process with a time limit of its own; one that fails or hangs stops no other:
+
+    env      versions, device, `umd doctor`, the speed of a copy and of matrix products
+    correct  every op, forward and backward, at real shapes against fp64; the same bits again; the whole step, and that
+             it never waits; captured steps, of DDP too, and captured sampling against eager ones
+    step     the training step: eager, captured, by definitions, beside plain DiTs; host time, a profile
+    cli      `umd pretrain` on synthetic pictures: the loss falls; SIGTERM, resume, finish
+    tests    the project's own tests for a GPU
+    timing   each op as `umd bench kernels` times it
+    compile  training steps under torch.compile, in the time that is left
+
+Results go to $OUT, or ./out: first_light.json (all rows), first_light.log, profile.txt, tests.log. A table comes last.
+The parts themselves are in first_light_checks.py and first_light_parts.py.
+"""
+
+# Only the standard library: run as a script, this folder comes first on sys.path, and its kernels.py and trace.py would
+# be taken for packages of these names. The parts run as modules.
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+# Seconds at most. What a part leaves, the last ones have.
+PARTS = {"env": 40, "correct": 105, "step": 105, "cli": 60, "tests": 105, "timing": 65, "compile": 300}
+Row = dict[str, Any]
+
+
+def run_parts(args: argparse.Namespace) -> int:
+    """Each part in turn; returns the exit status, 1 where something was wrong, failed or was left out."""
+    began = time.monotonic()
+    out = Path(os.environ.get("OUT") or "out").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"argv": sys.argv[1:], "parts": {}}
+    (out / "first_light.log").unlink(missing_ok=True)  # it is appended to, by the parts too
+    with tempfile.TemporaryDirectory(prefix="first-light-") as folder, open(out / "first_light.log", "a") as log:
+        scratch = Path(folder)
+
+        def say(text: str) -> None:
+            print(text, flush=True)
+            print(text, file=log, flush=True)
+
+        for name in args.parts.split(","):
+            left = args.budget - (time.monotonic() - began)
+            limit = min(PARTS[name] * (5 if args.smoke else 1), left - 5)
+            if limit < 15:
+                results["parts"][name] = {"status": "left out: no time", "seconds": 0, "rows": []}
+                say(f"== {name}: left out, {left:.0f} s left")
+                continue
+            say(f"== {name} (at most {limit:.0f} s)")
+            rows = scratch / f"{name}.jsonl"
+            command = [sys.executable, "-m", "umd.bench.first_light", "--part", name, "--rows", str(rows)]
+            command += ["--limit", f"{limit:.0f}", "--scratch", folder, *["--smoke"] * args.smoke]
+            started = time.monotonic()
+            status = run_limited(command, limit, log)
+            took = time.monotonic() - started
+            found = read_rows(rows)
+            results["parts"][name] = {"status": status, "seconds": round(took, 1), "rows": found}
+            (out / "first_light.json").write_text(json.dumps(results, indent=1) + "\n")
+            say(f"   {name}: {status}, {took:.0f} s, {len(found)} rows")
+        for name in ("profile.txt", "tests.log"):
+            if (scratch / name).exists():
+                shutil.copy(scratch / name, out / name)
+        say(summary(results["parts"]))
+    parts = results["parts"].values()
+    bad = any(row["kind"] == "failed" or not row.get("ok", True) for part in parts for row in part["rows"])
+    return int(bad or any(part["status"] != "ok" for part in parts))
+
+
+def run_limited(command: list[str], limit: float, log: TextIO) -> str:
+    """Run a part: its output to the log, its lines that begin with | to the screen too. Returns how it ended; whatever
+    it started is ended with it, at the latest after `limit` seconds."""
+    # cuBLAS gives the same bits each time only with a workspace that is set before it starts.
+    environment = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
+    start = os.path.getsize(log.name)
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    with open(log.name, errors="replace") as shown:
+        shown.seek(start)
+        deadline, rest = time.monotonic() + limit, ""
+        while True:
+            running = process.poll() is None
+            *lines, rest = (rest + shown.read()).split("\n")
+            for line in lines:
+                if line.startswith("|"):
+                    print(line[1:], flush=True)
+            if not running or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+    for number, patience in ((signal.SIGTERM, 3), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+    if running:
+        return f"cut off after {limit:.0f} s"
+    return f"exit status {process.returncode}" if process.returncode else "ok"
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a file of JSON lines; a line that was not finished is left out."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def cell(value: object, form: str = ".2f") -> str:
+    if value is None:
+        return "-"
+    return format(value, form) if isinstance(value, float) else str(value)
+
+
+def table(title: str, columns: list[str], lines: list[list[str]]) -> str:
+    if not lines:
+        return f"{title}: none"
+    widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
+    text = [title]
+    for line in (columns, *lines):
+        first, *others = (f"{x:<{w}}" if i == 0 else f"{x:>{w}}" for i, (x, w) in enumerate(zip(line, widths)))  # noqa: B905
+        text.append("  ".join((first, *others)).rstrip())
+    return "\n".join(text)
+
+
+def summary(parts: dict[str, dict]) -> str:
+    """What a reader wants to know first: what is wrong, then how fast the rest is."""
+
+    def rows(kind: str, *names: str) -> list[Row]:
+        return [row for name in names or parts for row in parts.get(name, {}).get("rows", []) if row["kind"] == kind]
+
+    blocks = ["", "; ".join(f"{name}: {part['status']}, {part['seconds']} s" for name, part in parts.items())]
+    for row in rows("device") + rows("ceiling", "env"):
+        blocks.append(", ".join(f"{key} {cell(value)}" for key, value in row.items() if key != "kind"))
+    checks = rows("check")
+    wrong = [row for row in checks if not row["ok"]]
+    blocks.append(f"correctness: {len(checks) - len(wrong)} of {len(checks)} checks right")
+    blocks += [f"  WRONG {row['model']} {row['op']}, {row['what']}: {cell(row['error'], '.1e')}" for row in wrong[:25]]
+    blocks += [f"  FAILED {row['what']}: {row['message'][:300]}" for row in rows("failed")[:15]]
+    for row in rows("tests"):
+        blocks.append(f"tests: {row['last']}")
+        blocks += [f"  {line[:160]}" for line in row["failures"][:15]]
+    steps = [
+        [row["what"], str(row["batch"]), cell(row["images_per_second"], ".0f")]
+        + [cell(row[name], ".1f") for name in ("ms", "ms_synced", "ms_host")]
+        + [cell(row["tflops"], ".0f"), cell(row["mfu"], ".1%"), cell(row["gib"], ".1f")]
+        for row in rows("step")
+    ]
+    title = "training step (ms: queued in a row; synced: waited for each; host: until its launches are queued)"
+    columns = ["what", "batch", "img/s", "ms", "synced", "host", "TFLOP/s", "MFU", "GiB"]
+    blocks.append(table(title, columns, steps))
+    blocks += [f"  {row['what']}: {row['value']}" for row in rows("note")]
+    attention: dict[str, list[str]] = {}
+    for row in rows("attention"):
+        line = attention.setdefault(f"attention, µs forward and backward, {row['model']} {row['lengths']} tokens", [])
+        line.append(f"{row['backend']} {row['us']['full']}")
+    blocks += [f"{what}: {', '.join(line)}" for what, line in attention.items()]
+    timed: dict[tuple, dict[str, Row]] = {}
+    for row in rows("op"):
+        key = f"{row['op']} {row['direction']}", row["model"], str(row["batch"])
+        timed.setdefault(key, {})[row["implementation"]] = row
+    lines = []
+    for key, found in timed.items():
+        us = [None if (row := found.get(name)) is None else row["us"] for name in ("triton", "eager", "torch.compile")]
+        ours = found.get("triton", {})
+        lines.append([*key, *(cell(x, ".0f") for x in us), cell(ours.get("of_copy"), ".0%")])
+    columns = ["op", "model", "batch", "ours", "eager", "compile", "of a copy"]
+    blocks.append(table("ops, µs on the device (ours: share of a copy's speed)", columns, lines))
+    return "\n".join(blocks)
+
+
+class Part:
+    """What a part has at hand: where its rows go, how much time it has left, where it may write."""
+
+    def __init__(self, rows: str, limit: float, scratch: str, smoke: bool):
+        self.rows, self.smoke, self.scratch = Path(rows), smoke, Path(scratch)
+        self.deadline = time.monotonic() + limit - 4
+
+    def row(self, kind: str, **values: object) -> None:
+        with open(self.rows, "a") as file:
+            file.write(json.dumps({"kind": kind, **values}, default=str) + "\n")
+
+    def check(self, model: str, op: str, what: str, ok: bool, error: float | None = None) -> None:
+        self.row("check", model=model, op=op, what=what, ok=bool(ok), error=error)
+        if not ok:
+            print(f"|   WRONG {model} {op}, {what}: {cell(error, '.1e')}")
+
+    def note(self, what: str, value: str) -> None:
+        self.row("note", what=what, value=value)
+        print(f"|   {what}: {value}")
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def attempt(self, what: str, work, *arguments):
+        """work(*arguments); a failure becomes a row. None where it failed or no time is left."""
+        if self.left() < 3:
+            self.row("skipped", what=what)
+            return None
+        try:
+            return work(*arguments)
+        except Exception as error:  # a part goes on without what failed
+            import traceback
+
+            self.row("failed", what=what, message=f"{type(error).__name__}: {error}"[:2000])
+            print(f"|   failed: {what}: {type(error).__name__}: {str(error)[:300]}")
+            traceback.print_exc()
+            return None
+
+
+def run_part(args: argparse.Namespace) -> int:
+    """A part's process."""
+    import torch
+
+    from umd.bench.first_light_checks import correct
+    from umd.bench.first_light_parts import cli, compile_, env, step, tests, timing
+    from umd.train.step import side_stream
+
+    if not args.smoke and not torch.cuda.is_available():
+        print("|   no CUDA GPU here: use --smoke")
+        return 1
+    parts = dict(env=env, correct=correct, step=step, cli=cli, tests=tests, timing=timing, compile=compile_)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    part = Part(args.rows, args.limit, args.scratch, args.smoke)
+    with side_stream(device):
+        part.attempt(args.part, parts[args.part], part, device)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes; runs without a GPU")
+    parser.add_argument("--budget", type=float, default=480, help="seconds in all")
+    parser.add_argument("--parts", default=",".join(PARTS), help="which of them")
+    for name in ("part", "rows", "scratch"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if unknown := set(args.parts.split(",")) - set(PARTS):
+        parser.error(f"unknown part {unknown.pop()!r}; expected of {','.join(PARTS)}")
+    return run_part(args) if args.part else run_parts(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

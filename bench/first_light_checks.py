@@ -1,0 +1,316 @@
+"""`first_light.py`, part `correct`: every op at the shapes of a training step against fp64, and the step as a whole.
+
+Truth is the op's definition in fp64 on the same inputs, which are rounded to the tested type before. An error is the
+norm of the difference over the norm of the truth.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from umd import ops
+from umd.bench.first_light import Part
+from umd.bench.step import StepBench, images, network
+from umd.bench.training import on_batch, train_step, with_modulation
+from umd.config import OBJECTIVES, ModelConfig, model_config
+from umd.model import UMD
+from umd.objective import Objective
+from umd.sampler import ddim_sample, model_times
+from umd.schedule import NoiseSchedule
+from umd.train.distributed import World
+from umd.train.evaluate import denoiser
+from umd.train.parallel import DDP
+from umd.train.step import TrainStep
+
+SHAPES: dict[str, dict] = {
+    "UMD-B/4": dict(image_size=(64, 64), channels=3),
+    "UMD-L/2": dict(image_size=(32, 32), channels=4),
+    "UMD-Ti/4": dict(image_size=(16, 16), channels=3),
+}
+SETTINGS = ("umd", "mae", "maskdit", "dit")
+Tensors = dict[str, Tensor]
+
+
+def setting_of(name: str, setting: str) -> tuple[ModelConfig, Objective]:
+    """A model's configuration and the objective of one of `SETTINGS`."""
+    config = model_config(name, adaLN=setting != "mae", **SHAPES[name])
+    return config, Objective(config, OBJECTIVES[setting], NoiseSchedule("cosine"))
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    difference = torch.linalg.vector_norm(found.double() - truth.double())
+    error = float(difference / torch.linalg.vector_norm(truth.double()).clamp(min=1e-30))
+    return error if math.isfinite(error) else math.inf
+
+
+def correct(part: Part, device: torch.device) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if not ops.use_triton(torch.empty(1, device=device)):
+        part.note("correct", "no Triton kernels here: definitions are compared with themselves")
+    batch = 4 if part.smoke else 256
+    # Deterministic also fills memory that nothing has written with NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for model in ("UMD-Ti/4",) if part.smoke else ("UMD-B/4", "UMD-L/2"):
+        for setting in ("umd",) if part.smoke else ("umd", "dit"):
+            checks = part.attempt(f"{model} {setting}", OpChecks, part, model, setting, batch, device)
+            for check in () if checks is None else (checks.norms, checks.tokens, checks.pictures):
+                part.attempt(f"{model} {setting} {check.__name__}", check)
+            gc.collect()
+            torch.cuda.empty_cache()
+        part.attempt(f"{model} attention", check_attention, part, model, min(batch, 64), device)
+    torch.use_deterministic_algorithms(False)
+    for setting in SETTINGS:
+        part.attempt(f"step {setting}", check_step, part, setting, device)
+    model, size, batch = ("UMD-Ti/4", 16, 4) if part.smoke else ("UMD-B/4", 64, 16)
+    bench = StepBench(model=model, image_size=size, batch=batch, device=str(device))
+    if device.type == "cuda":
+        part.attempt("a step that never waits", never_waits, part, bench)
+    for ddp in (False, True):
+        part.attempt(f"captured and eager{', DDP' * ddp}", captured_as_eager, part, bench, ddp)
+    part.attempt("sampling", sampling, part, replace(bench, batch=4 * batch), 4 if part.smoke else 50)
+
+
+def gradients_of(
+    op: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Tensors, douts: list[Tensor] | None = None
+) -> tuple[Tensors, list[Tensor]]:
+    """Outputs and gradients of op(**inputs) by name, and the upstream gradients: `douts`, or random ones."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    made = op(**leaves)
+    outputs = made if isinstance(made, tuple) else (made,)
+    if douts is None:
+        generator = torch.Generator(outputs[0].device).manual_seed(3)
+        douts = [torch.randn(y.shape, generator=generator, device=y.device).bfloat16() for y in outputs]
+    upstream = [dout.to(y.dtype) for dout, y in zip(douts, outputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return found | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}, douts
+
+
+class OpChecks:
+    """The ops of one model under one setting."""
+
+    def __init__(self, part: Part, model: str, setting: str, batch: int, device: torch.device):
+        self.part, self.name, self.device, self.batch = part, f"{model} {setting}", device, batch
+        self.config, self.objective = setting_of(model, setting)
+        self.c = self.objective.corrupt(batch, 0, device)
+        self.generator = torch.Generator(device).manual_seed(1)
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device).to(dtype)
+
+    def compare(self, op: str, call, inputs: Tensors, dtype: torch.dtype, limit: float) -> None:
+        """Outputs and gradients against fp64, and twice the same bits again."""
+        name = str(dtype).removeprefix("torch.")
+        found, douts = gradients_of(call, inputs)
+        for _ in range(2):
+            again, _ = gradients_of(call, inputs, douts)
+            same = all(torch.equal(found[key], again[key]) for key in found)
+            self.part.check(self.name, op, f"{name} same bits", same)
+        exact, _ = gradients_of(call, {key: x.double() for key, x in inputs.items()}, douts)
+        for key in found:
+            error = relative(found[key], exact[key])
+            self.part.check(self.name, op, f"{name} {key}", error <= limit, error)
+
+    def norms(self) -> None:
+        D, layout = self.config.hidden_size, self.c.layout
+        for where, packing in (("encoder", layout.encoder_blocks), ("decoder", layout.decoder_blocks)):
+            for dtype, limit in ((torch.bfloat16, 1e-2), (torch.float32, 2e-4)):
+                # Strided views of one projection, as in the model.
+                shift, scale, gate = self.randn(packing.num_rows, 6 * D).split(D, 1)[:3]
+                tables = dict(shift=shift, scale=scale, weight=1 + self.randn(D), bias=self.randn(D))
+                x, h = (self.randn(packing.num_tokens, D, dtype=dtype) for _ in range(2))
+
+                def modulated(x, packing=packing, **tables):
+                    return ops.modulated_layer_norm(x, packing, **tables)
+
+                def gated(x, h, packing=packing, **tables):
+                    return ops.gated_residual_layer_norm(x, h, packing, **tables)
+
+                self.compare(f"modulated_layer_norm {where}", modulated, dict(x=x, **tables), dtype, limit)
+                inputs = dict(x=x, h=h, gate=gate, **tables)
+                self.compare(f"gated_residual_layer_norm {where}", gated, inputs, dtype, limit)
+
+    def tokens(self) -> None:
+        config, c, D = self.config, self.c, self.config.hidden_size
+
+        def scatter(tokens, mask_token, pos_embed):
+            return ops.scatter_tokens(tokens, c.layout.encoder, c.ids_keep, config.num_cls, mask_token, pos_embed)
+
+        for dtype, limit in ((torch.bfloat16, 1e-2), (torch.float32, 1e-5)):
+            tokens = self.randn(c.layout.encoder.num_tokens, D, dtype=dtype)
+            inputs = dict(tokens=tokens, mask_token=self.randn(D), pos_embed=self.randn(config.num_patches, D))
+            self.compare("scatter_tokens", scatter, inputs, dtype, limit)
+
+    def pictures(self) -> None:
+        """Patches, loss, and a step of sampling."""
+        config, c, P = self.config, self.c, self.config.patch_size
+        x = self.randn(self.batch, config.channels, *config.image_size)
+        coefficients = self.objective.schedule.coefficients(c.timesteps[: c.num_noised], dtype=torch.float32)
+
+        def patches(dtype: torch.dtype) -> Tensor:
+            return ops.gather_patches(x.to(dtype), c.ids_keep, *(k.to(dtype) for k in coefficients), c.noise, P)
+
+        def loss(prediction):  # the total alone: its parts have no gradient
+            wide = x.to(torch.promote_types(prediction.dtype, torch.float32))
+            arguments = c.ids_keep, c.num_visible_noised, c.num_noised, c.noise, P
+            return ops.masked_diffusion_loss(prediction, wide, *arguments)[0]
+
+        visible, again, error = patches(torch.float32), patches(torch.float32), 0.0
+        error = relative(visible, patches(torch.float64))
+        self.part.check(self.name, "gather_patches", "float32", error <= 1e-5, error)
+        self.part.check(self.name, "gather_patches", "same bits", torch.equal(visible, again))
+        for dtype, limit in ((torch.bfloat16, 1e-2), (torch.float32, 1e-5)):
+            width = 2 * config.channels * P * P
+            prediction = self.randn(self.batch * config.num_patches, width, dtype=dtype)
+            self.compare("masked_diffusion_loss", loss, dict(prediction=prediction), dtype, limit)
+
+        numbers = torch.tensor([0.8, 0.6, 0.9, 0.4, 0.15], device=self.device)
+        draws = dict(
+            seed=torch.tensor(7, device=self.device),
+            offsets=torch.arange(self.batch, device=self.device) * x[0].numel(),
+        )
+
+        def ddim(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            inputs = (x.to(dtype), x.to(dtype) * 0.5, x.to(dtype) * 0.3, 1.5, numbers.to(dtype))
+            return ops.ddim_step(*inputs, from_xstart=False, clip=True, **draws)
+
+        for name, found, exact in zip(("x_next", "x_start"), ddim(torch.float32), ddim(torch.float64), strict=True):
+            error = relative(found, exact)
+            self.part.check(self.name, "ddim_step", name, error <= 1e-5, error)
+
+
+def check_attention(part: Part, model: str, batch: int, device: torch.device) -> None:
+    """Every backend that runs here, in bf16 against fp64."""
+    config, objective = setting_of(model, "umd")
+    H, d = config.num_heads, config.hidden_size // config.num_heads
+    layout, generator = objective.corrupt(batch, 0, device).layout, torch.Generator(device).manual_seed(1)
+    for where in ("encoder_blocks", "decoder_blocks"):
+        packing = getattr(layout, where)
+        qkv = torch.randn(packing.num_tokens, 3, H, d, generator=generator, device=device).bfloat16()
+        part.note(f"{model} {where}", "auto is {}: it {}".format(*ops.attention_backend(device, qkv.dtype, d, packing)))
+        exact, douts = gradients_of(lambda qkv, p=packing: ops.varlen_attention(qkv, p, "sdpa"), dict(qkv=qkv.double()))
+        for backend in ("flash_attn", "varlen_attn", "sdpa", "matmul"):
+
+            def call(qkv, packing=packing, backend=backend):
+                return ops.varlen_attention(qkv, packing, backend)
+
+            try:
+                found, _ = gradients_of(call, dict(qkv=qkv), douts)
+            except ValueError as refusal:  # it says why it cannot
+                part.row("refused", backend=backend, why=str(refusal))
+                continue
+            for key in found:
+                error = relative(found[key], exact[key])
+                part.check(model, f"attention {backend} {where}", key, error <= 2e-2, error)
+
+
+def check_step(part: Part, setting: str, device: torch.device) -> None:
+    """Loss and whole gradient: kernels against definitions in fp32, bf16 autocast against that, the same bits again."""
+    name, batch = ("UMD-Ti/4", 4) if part.smoke else ("UMD-B/4", 16)
+    config, objective = setting_of(name, setting)
+    torch.manual_seed(0)
+    model = with_modulation(UMD(config)).to(device)
+    x = torch.rand(batch, config.channels, *config.image_size, device=device) * 2 - 1
+
+    def step(kernels, bf16: bool) -> Tensors:
+        model.zero_grad(set_to_none=True)
+        with ops.kernels(kernels), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss, _ = objective(model, x, objective.corrupt(batch, 5, device))
+        loss.backward()
+        gradients = [p.grad.flatten().double() for p in model.parameters() if p.grad is not None]
+        return {"loss": loss.detach(), "gradient": torch.cat(gradients)}
+
+    truth = step("reference", False)
+    for bf16, limits in ((False, {"loss": 1e-5, "gradient": 1e-3}), (True, {"loss": 2e-2, "gradient": 1e-1})):
+        found = step("auto", bf16)
+        for key, limit in limits.items():
+            error = relative(found[key], truth[key])
+            part.check(name, f"step {setting}", f"{'bf16' if bf16 else 'fp32'} {key}", error <= limit, error)
+    part.note(f"step {setting}, bf16, as torch's flags are: same bits", str(same_bits(found, step("auto", True))))
+    torch.use_deterministic_algorithms(True)
+    try:
+        same = same_bits(step("auto", True), step("auto", True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    part.check(name, f"step {setting}", "deterministic: same bits", same)
+
+
+def same_bits(a: Tensors, b: Tensors) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def umd_training(bench: StepBench, capture: bool = False) -> TrainStep:
+    """The step of the same weights each time."""
+    torch.manual_seed(0)
+    objective = Objective(bench.config(), OBJECTIVES["umd"], NoiseSchedule("cosine"))
+    return train_step(network(bench), objective, bench.batch, bench.dtype, bench.device, capture)
+
+
+def never_waits(part: Part, bench: StepBench) -> None:
+    """From the batch on the device to metrics on the device nothing asks the GPU for an answer."""
+    call = on_batch(umd_training(bench), images(bench))
+    for _ in range(3):
+        call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    part.check(bench.model, "step", "never waits", True)
+
+
+def captured_as_eager(part: Part, bench: StepBench, ddp: bool) -> None:
+    """Twenty steps from the same weights: metrics and weights to the bit. ddp: as the one rank of a group."""
+    found = []
+    backend = "nccl" if bench.device != "cpu" else "gloo"
+    torch.use_deterministic_algorithms(True)
+    try:
+        if ddp:
+            dist.init_process_group(backend, init_method=f"file://{part.scratch}/meeting", rank=0, world_size=1)
+        for capture in (False, bench.device != "cpu"):
+            made = umd_training(replace(bench, dtype="fp32" if bench.device == "cpu" else bench.dtype), capture)
+            alone = made.parallel
+            if ddp:
+                world = World(0, 1, made.device)
+                made.parallel = DDP(alone.model, alone.loss, alone.optimizer, 1, alone.clip, world, "fp32")
+            call = on_batch(made, images(bench))
+            metrics = torch.stack([call().clone() for _ in range(20)])
+            found.append((metrics, torch.cat([p.detach().flatten() for p in alone.model.parameters()])))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    for name, eager, captured in zip(("metrics", "weights"), *found, strict=True):
+        what = f"captured is eager: {name}{', DDP' * ddp}"
+        part.check(bench.model, "step", what, torch.equal(eager, captured))
+
+
+def sampling(part: Part, bench: StepBench, num_steps: int) -> None:
+    """Images by DDIM, a step launched and a step replayed."""
+    on_gpu = bench.device != "cpu"
+    denoise = denoiser(network(bench).eval(), torch.bfloat16, model_times(num_steps))
+    shape = (bench.batch, 3, bench.image_size, bench.image_size)
+    found, seconds = [], []
+    for capture in (False, on_gpu):
+        draw = partial(ddim_sample, denoise, shape, NoiseSchedule("cosine"), num_steps=num_steps, device=bench.device)
+        draw(capture=capture)
+        synchronize()
+        began = time.perf_counter()
+        found.append(draw(capture=capture))
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    part.check(bench.model, "sampling", "captured is eager", torch.equal(*found))
+    eager, captured = seconds
+    part.note(f"{bench.batch} images in {num_steps} steps", f"{eager:.2f} s, captured {captured:.2f} s")
