@@ -128,7 +128,11 @@ TRAINING: dict[str, Callable[[DiffMAEBench], Step]] = {
 def filling_rows(bench: DiffMAEBench, console: Console) -> list[Row]:
     """Both ways every round, after rounds that do not count."""
     steps = filling_steps(bench)
-    flops = {name: count_flops(lambda step=step: step, bench.device) for name, step in steps.items()}
+
+    def flops_of(step: Step) -> int:
+        return count_flops(lambda: step, bench.device)
+
+    flops = {name: flops_of(step) for name, step in steps.items()}
     for step in [*steps.values()] * WARMUP:
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -177,7 +177,7 @@ def summary(parts: dict[str, dict]) -> str:
         timed.setdefault(key, {})[row["implementation"]] = row
     lines = []
     for key, found in timed.items():
-        us = [None if (row := found.get(name)) is None else row["us"] for name in ("triton", "eager", "torch.compile")]
+        us = [found.get(name, {}).get("us") for name in ("triton", "eager", "torch.compile")]
         ours = found.get("triton", {})
         lines.append([*key, *(cell(x, ".0f") for x in us), cell(ours.get("of_copy"), ".0%")])
     columns = ["op", "model", "batch", "ours", "eager", "compile", "of a copy"]

@@ -26,7 +26,7 @@ from umd.sampler import ddim_sample, model_times
 from umd.schedule import NoiseSchedule
 from umd.train.distributed import World
 from umd.train.evaluate import denoiser
-from umd.train.parallel import DDP
+from umd.train.parallel import DDP, Alone
 from umd.train.step import TrainStep
 
 SHAPES: dict[str, dict] = {
@@ -155,7 +155,8 @@ class OpChecks:
         coefficients = self.objective.schedule.coefficients(c.timesteps[: c.num_noised], dtype=torch.float32)
 
         def patches(dtype: torch.dtype) -> Tensor:
-            return ops.gather_patches(x.to(dtype), c.ids_keep, *(k.to(dtype) for k in coefficients), c.noise, P)
+            signal, noise = (k.to(dtype) for k in coefficients)
+            return ops.gather_patches(x.to(dtype), c.ids_keep, signal, noise, c.noise, P)
 
         def loss(prediction):  # the total alone: its parts have no gradient
             wide = x.to(torch.promote_types(prediction.dtype, torch.float32))
@@ -172,14 +173,12 @@ class OpChecks:
             self.compare("masked_diffusion_loss", loss, dict(prediction=prediction), dtype, limit)
 
         numbers = torch.tensor([0.8, 0.6, 0.9, 0.4, 0.15], device=self.device)
-        draws = dict(
-            seed=torch.tensor(7, device=self.device),
-            offsets=torch.arange(self.batch, device=self.device) * x[0].numel(),
-        )
+        seed = torch.tensor(7, device=self.device)
+        offsets = torch.arange(self.batch, device=self.device) * x[0].numel()
 
         def ddim(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             inputs = (x.to(dtype), x.to(dtype) * 0.5, x.to(dtype) * 0.3, 1.5, numbers.to(dtype))
-            return ops.ddim_step(*inputs, from_xstart=False, clip=True, **draws)
+            return ops.ddim_step(*inputs, from_xstart=False, clip=True, seed=seed, offsets=offsets)
 
         for name, found, exact in zip(("x_next", "x_start"), ddim(torch.float32), ddim(torch.float64), strict=True):
             error = relative(found, exact)
@@ -282,6 +281,7 @@ def captured_as_eager(part: Part, bench: StepBench, ddp: bool) -> None:
         for capture in (False, bench.device != "cpu"):
             made = umd_training(replace(bench, dtype="fp32" if bench.device == "cpu" else bench.dtype), capture)
             alone = made.parallel
+            assert isinstance(alone, Alone)
             if ddp:
                 world = World(0, 1, made.device)
                 made.parallel = DDP(alone.model, alone.loss, alone.optimizer, 1, alone.clip, world, "fp32")

@@ -16,6 +16,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -269,6 +270,10 @@ def time_op(part: Part, op: str, model: str, batch: int, device: str, copy: floa
         part.row("op", **names, model=model, batch=batch, **numbers)
 
 
+def attend(qkv: Tensor, packing: ops.Packing, backend: ops.Attention) -> tuple[Tensor]:
+    return (ops.varlen_attention(qkv, packing, backend),)
+
+
 def time_attention(part: Part, model: str, batch: int, device: torch.device) -> None:
     """The backends on the encoder's stream, of two lengths, and on the decoder's, of one."""
     config, objective = setting_of(model, "umd")
@@ -278,7 +283,7 @@ def time_attention(part: Part, model: str, batch: int, device: torch.device) -> 
         qkv = torch.randn(packing.num_tokens, 3, H, d, device=device).bfloat16().requires_grad_()
         lengths = " and ".join(f"{samples} x {length}" for samples, length in packing.runs)
         for backend in kernels.BACKENDS:
-            side = Side(lambda b=backend, qkv=qkv, p=packing: (ops.varlen_attention(qkv, p, b),), (qkv,))
+            side = Side(partial(attend, qkv, packing, backend), (qkv,))
             try:
                 found = kernels.time_side([side], backward=True)
             except ValueError as refusal:  # it says why it cannot

@@ -160,7 +160,7 @@ def time_side(sides: Sequence[Side], backward: bool) -> dict[str, Timing | None]
             douts = [tuple(torch.randn_like(y) for y in ys) for ys in outputs]
             made = list(zip(sides, outputs, douts, strict=True))
             found["backward"] = median_time([partial(side.gradients, ys, dys) for side, ys, dys in made])
-            found["full"] = median_time([lambda s=side, dys=dys: s.gradients(s.call(), dys) for side, _, dys in made])
+            found["full"] = median_time([partial(side.both, dys) for side, _, dys in made])
     return found
 
 
@@ -218,7 +218,7 @@ def time_attention(op: str, make: Callable[[], Inputs], notes: list[str], **shap
     side, flops = attention_case(op, first)
     copies = copies_beyond(cache_bytes(first.device), tensor_bytes(*side("auto").inputs))
     makers = [side, *(attention_case(op, make())[0] for _ in range(copies - 1))]
-    sides = {backend: [maker(backend) for maker in makers] for backend in BACKENDS}
+    sides: dict[str, list[Side]] = {backend: [maker(backend) for maker in makers] for backend in BACKENDS}
     sides["torch.compile"] = [compiled(maker("auto"), first.device) for maker in makers]
     rows = []
     for implementation, same in sides.items():

@@ -42,6 +42,10 @@ class Side:
     def gradients(self, outputs: tuple[Tensor, ...], douts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, self.inputs, douts, retain_graph=True, materialize_grads=True)
 
+    def both(self, douts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Forward and backward."""
+        return self.gradients(self.call(), douts)
+
 
 @dataclass(frozen=True)
 class OpCase:

@@ -111,16 +111,15 @@ def two_pass_step(bench: StepBench) -> Step:
     dtype = pick_dtype(bench.dtype, x.device)
     noised = Objective(config, objective, schedule).split(bench.batch)[0]
     passes = [
-        (LossStep(model, Objective(config, replace(objective, no_noise_prob=r0), schedule), dtype), batch)
+        (Objective(config, replace(objective, no_noise_prob=r0), schedule), batch)
         for r0, batch in ((0.0, x[:noised]), (1.0, x[noised:]))
     ]
     numbers = itertools.count()
 
     def step() -> None:
         number = next(numbers)
-        for loss_step, batch in passes:
-            corruption = loss_step.objective.corrupt(len(batch), 0, x.device, step=number)
-            loss, _ = loss_step(batch, corruption)
+        for part, batch in passes:
+            loss, _ = LossStep(model, part, dtype)(batch, part.corrupt(len(batch), 0, x.device, step=number))
             (loss * (len(batch) / len(x))).backward()
         clipped_step(optimizer, 1.0)
         optimizer.zero_grad(set_to_none=True)

