@@ -18,6 +18,7 @@ from tyro.conf import arg
 
 from umd.errors import UserError
 from umd.methods import build_objective
+from umd.objective import Part
 from umd.schedule import NoiseSchedule
 from umd.train.distributed import World
 from umd.train.parallel import strategy
@@ -168,7 +169,7 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
     peak = weights + optimizer + ema + buckets + both
 
     objective = build_objective(config.model, config.objective, NoiseSchedule(config.schedule.name))
-    flops = objective.step_flops(micro)
+    flops = objective.step_flops(micro, Part(0, ranks))
     rate = gpu.bf16 if bf16 else gpu.fp32
     state_traffic = 2 * optimizer + gradients + weights + 2 * ema
     seconds, passes = [], []  # passes: of a micro-batch, the seconds before each operation

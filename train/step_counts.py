@@ -151,7 +151,7 @@ def sample_lengths(layout: Iterable) -> Lengths:
 
 
 def make_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> TrainStep:
-    """The step of one process with `micro` samples: autocast to `dtype`, with parameters of type `weights`."""
+    """The step of one rank with `micro` of the batch's samples: autocast to `dtype`, with parameters of type `weights`."""
     # Any schedule does: they differ in numbers alone, and one of them looks at its numbers.
     objective = build_objective(config.model, config.objective, NoiseSchedule("cosine"))
     torch.set_default_dtype(weights)  # fake parameters cannot be converted
@@ -164,8 +164,9 @@ def make_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.
     optimizer = adamw(model, optim.lr, optim.betas, optim.weight_decay)
     parallel = Alone(model, LossStep(model, objective, dtype), optimizer, 1, optim.clip)
     ema = EMA(model, config.ema) if config.ema else None
+    ranks = max(1, config.batch_size // micro)  # this is the first of so many
     return TrainStep(
-        parallel, objective, micro, 0, World(0, 1, torch.device("cpu")), ema=ema, ema_rate=config.ema,
+        parallel, objective, micro, 0, World(0, ranks, torch.device("cpu")), ema=ema, ema_rate=config.ema,
         cast=cast_type(dtype, parallel, compiled=False),
     )  # fmt: skip
 
@@ -175,7 +176,7 @@ def run_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.d
     step = make_step(config, micro, dtype, weights)
     model = step.parallel.model
     # Numbers of samples and patches are all that the layouts know of a batch.
-    corruption = step.objective.corrupt(micro, 0, torch.device("cpu"), labels_of(config, micro))
+    corruption = step.objective.corrupt(micro, 0, torch.device("cpu"), labels_of(config, micro), part=step.parts[0])
     ledger = Ledger(model.parameters(), sample_lengths(corruption.layout))
     gradients = []
 
