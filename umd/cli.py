@@ -408,7 +408,7 @@ BENCHES = {  # module and options of each, and what it measures
     "step": ("umd.bench.step", "StepBench", "a training step against its baselines"),
     "loader": ("umd.bench.loader", "LoaderBench", "what data cost beside the step they feed"),
     "adaln": ("umd.bench.adaln", "AdaLNBench", "weights, FLOPs and step time of adaLN's projections"),
-    "audit": ("umd.bench.audit", "Audit", "what kernels move and need on an A100 or H100, without a GPU"),
+    "audit": ("umd.bench.audit", "Audit", "what kernels, or a whole step, need on an A100 or H100, without a GPU"),
     "diffmae": ("umd.bench.diffmae", "DiffMAEBench", "DiffMAE: decoder steps against whole passes; training steps"),
     "kernels": ("umd.bench.kernels", "KernelBench", "each op: eager, torch.compile, Triton; on a GPU"),
     "trace": ("umd.bench.trace", "TraceBench", "where two traces of torch.profiler differ: umd bench trace A B"),

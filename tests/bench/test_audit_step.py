@@ -129,7 +129,7 @@ def test_a_block_moves_what_the_yardstick_says():
     assert block.rows["GELU"] == (8, 12)  # 4·D read and written; two of them read and one written
     assert rows["sums"] == pytest.approx(9, abs=0.3)
     assert rows["copies"] == pytest.approx(6, abs=0.2)
-    assert rows["other"] == pytest.approx(0, abs=0.1)
+    assert rows["other"] == pytest.approx(0, abs=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_bytes_of_a_product_and_a_norm(calls):
     packing = objective.corrupt(B, 0, torch.device("cpu")).layout.encoder
     N, D, rows = packing.num_tokens, TINY.hidden_size, packing.num_rows
     encoder = [call for call in calls if call.part == "encoder" and not call.backward]
-    products = [call for call in encoder if call.kind == "products"]
+    products = [call for call in encoder if call.kind == "products" and not call.fp32]
     qkv, fc1 = products[1], products[3]
     assert qkv.bytes == 2 * (N * D + 3 * D * D + 3 * D + N * 3 * D) and qkv.flops == 2 * N * D * 3 * D
     assert fc1.bytes == 2 * (N * D + 4 * D * D + 4 * D + N * 4 * D) and fc1.flops == 2 * N * D * 4 * D

@@ -142,8 +142,7 @@ def test_the_choice_off_the_cpu_sees_both_lengths():
         return found.reason
 
     assert reason([9] * 4, [200] * 4).startswith("has one dense batch")
-    assert reason([9] * 4, [200, 200, 4, 4]).startswith("has 2 dense batches of at most 200 tokens")
-    assert reason([9] * 4, [201, 201, 4, 4]).startswith("runs anywhere")
+    assert reason([9] * 4, [200, 200, 4, 4]).startswith("runs anywhere")
     assert reason([9, 9, 4, 4], [7, 8, 8, 8]).startswith("runs anywhere")
     assert reason([0, 9], [3, 3]).startswith("has one dense batch")  # who has no queries asks nothing
 
