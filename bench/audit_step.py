@@ -111,7 +111,7 @@ def record_ours(network: Network, batch: int) -> list[Call]:
         step(*work)
         step.load(*work)
         corruption = step.objective.corrupt(batch, 0, torch.device("cpu"), labels)
-        return record(step.run, sample_lengths(corruption.layout))
+        return record(step.run, sample_lengths(corruption.layout))  # type: ignore[union-attr]
 
 
 def record_eager(network: Network, batch: int) -> list[Call]:
@@ -224,7 +224,7 @@ def num_tokens(network: Network, batch: int) -> int:
     if network.eager:
         return batch * network.model.num_patches
     objective = build_objective(network.model, network.objective, NoiseSchedule("cosine"))
-    return objective.corrupt(batch, 0, torch.device("cpu")).layout.encoder_blocks.num_tokens
+    return objective.corrupt(batch, 0, torch.device("cpu")).layout.encoder_blocks.num_tokens  # type: ignore[union-attr]
 
 
 def audit_step(name: str, batch: int) -> Step:

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from umd.device import to_device
 from umd.errors import UserError
-from umd.train.data import Batch, Batches, DataConfig, draw_view, to_device, view_rng
+from umd.train.data import Batch, Batches, DataConfig, draw_view, view_rng
 from umd.train.sources import ImageDataset, unreadable
 
 READERS = 8  # threads that wait for the disk

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tyro.conf import Suppress
 
-from umd.device import pick_device
+from umd.device import pick_device, to_device
 from umd.errors import UserError
 from umd.train.clips import ClipDataset, check_length, decode_clip, open_clips, take_frames
 from umd.train.emoji import open_emoji
@@ -418,13 +418,6 @@ def drawn_latents(
             yield replace(batch, x_start=x_start)
     finally:
         loader.close()
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device. To a GPU from pinned memory: from other memory the host would wait for the step before it."""
-    if device.type == "cuda" and not x.is_pinned():
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
 
 
 def batches(

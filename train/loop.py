@@ -30,13 +30,14 @@ from umd.train.data import ImageDataset, derive_seed, describe, open_dataset, re
 from umd.train.distributed import World, join
 from umd.train.latents import LatentDataset, with_vae
 from umd.train.log import NoLog, RunLog
-from umd.train.optim import adamw, lr_scale, narrow_gradients
-from umd.train.parallel import DDP, Alone, LossStep, static_compile, strategy
+from umd.train.optim import lr_scale
+from umd.train.parallel import DDP, Alone
 from umd.train.preview import picture_maker, preview_images, previews, rgb
 from umd.train.profile import NoProfiler, Profiler, profiled
 from umd.train.quarantine import record_quarantine
 from umd.train.resume import fingerprint, load_pretrained, newest_checkpoint
 from umd.train.run import RunConfig, check_attention, to_plain, write_config
+from umd.train.spread import spread
 from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type, side_stream
 from umd.train.zero import Zero
 
@@ -387,37 +388,6 @@ def end(run: Run, log: RunLog | NoLog, stop: StopRequest, stopped: bool, before:
     log.progress(1.0)
     log.say(f"done: step {run.number}, {run.seconds / 60:.1f} min of training, saved {run.saved_path}")
     return run.saved_path
-
-
-def spread(
-    config: RunConfig, world: World, model: AnyModel, objective: AnyObjective, peak_lr: float, dtype: torch.dtype
-) -> Alone | DDP | Zero:
-    """The model, its optimiser and the forward pass, laid over the ranks."""
-    how = strategy(config.parallel, world, sum(p.numel() for p in model.parameters()))
-    stage = config.parallel.zero_stage
-    if how == "zero" and isinstance(model, Classifier):
-        raise UserError("a classifier trains with DDP, not ZeRO; leave out --parallel.strategy zero")
-    if how == "zero" and stage == 3 and config.compile:
-        raise UserError("compile does not go with ZeRO 3, whose weights come and go; use --parallel.zero-stage 2")
-    if how == "zero" and config.parallel.wire == "bf16":
-        raise UserError("parallel.wire bf16 is DDP's; ZeRO sends bf16 in a bf16 run: leave it out, or use ddp")
-    if how == "ddp" and config.parallel.wire == "bf16" and world.device.type != "cuda":
-        raise UserError("parallel.wire bf16 is sent by NCCL, between GPUs; leave it out here")
-    if how != "zero":
-        model.to(world.device)
-    if how == "zero" and config.optim.fused == "apex":
-        raise UserError("apex's FusedAdam goes with one process or DDP, not ZeRO; leave optim.fused at auto")
-    recipe = config.optim
-    optimizer = adamw(model, peak_lr, recipe.betas, recipe.weight_decay, recipe.layer_decay, recipe.fused)
-    loss = LossStep(static_compile(model) if config.compile else model, objective, dtype)
-    if how == "alone":
-        if config.accumulate == 1 and dtype == torch.bfloat16 and not config.compile:
-            narrow_gradients(model, optimizer)
-        return Alone(model, loss, optimizer, config.accumulate, config.optim.clip)
-    if how == "ddp":
-        return DDP(model, loss, optimizer, config.accumulate, config.optim.clip, world, config.parallel.wire)
-    micro = config.batch_size // (world.size * config.accumulate)
-    return Zero(model, loss, optimizer, config.accumulate, config.optim.clip, world, stage, micro, dtype)
 
 
 def check_finite(run: Run, step: Sent, values: list[float]) -> None:

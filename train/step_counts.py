@@ -151,7 +151,7 @@ def sample_lengths(layout: Iterable) -> Lengths:
 
 
 def make_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> TrainStep:
-    """The step of one rank with `micro` of the batch's samples: autocast to `dtype`, with parameters of type `weights`."""
+    """The step of one rank with `micro` of the batch's samples: autocast to `dtype`, parameters of type `weights`."""
     # Any schedule does: they differ in numbers alone, and one of them looks at its numbers.
     objective = build_objective(config.model, config.objective, NoiseSchedule("cosine"))
     torch.set_default_dtype(weights)  # fake parameters cannot be converted
@@ -177,7 +177,7 @@ def run_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.d
     model = step.parallel.model
     # Numbers of samples and patches are all that the layouts know of a batch.
     corruption = step.objective.corrupt(micro, 0, torch.device("cpu"), labels_of(config, micro), part=step.parts[0])
-    ledger = Ledger(model.parameters(), sample_lengths(corruption.layout))
+    ledger = Ledger(model.parameters(), sample_lengths(getattr(corruption, "layout", ())))
     gradients = []
 
     def hook(parameter: Tensor) -> None:

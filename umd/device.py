@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from umd.errors import UserError
 
@@ -61,6 +62,13 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name!r} is not here: torch sees {torch.cuda.device_count()} GPUs; use auto or cpu")
     return device
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device. To a GPU from pinned memory: from other memory the host would wait for the step before it."""
+    if device.type == "cuda" and not x.is_pinned():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

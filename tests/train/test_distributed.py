@@ -26,10 +26,11 @@ from umd.methods import build_model
 from umd.train.data import DataConfig
 from umd.train.distributed import ParallelConfig, Watch, World, trace_exchanges
 from umd.train.log import read_metrics
-from umd.train.loop import spread, train
+from umd.train.loop import train
 from umd.train.optim import OptimConfig
 from umd.train.parallel import DDP, strategy
 from umd.train.run import RunConfig, to_plain
+from umd.train.spread import spread
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=2, decoder_depth=1, num_heads=2)

@@ -158,7 +158,7 @@ from umd.ema import EMA
 from umd.methods import build_model, build_objective
 from umd.schedule import NoiseSchedule
 from umd.train.distributed import ParallelConfig, join
-from umd.train.loop import spread
+from umd.train.spread import spread
 from umd.train.run import RunConfig, from_plain
 
 def kib(key):
