@@ -23,6 +23,7 @@ from umd.errors import UserError
 from umd.methods import build_objective
 from umd.schedule import NoiseSchedule
 from umd.spans import PARTS, span
+from umd.train.optim import OptimConfig
 from umd.train.plan import GPUS, KERNEL_SECONDS, Gpu
 from umd.train.run import RunConfig
 from umd.train.step_counts import as_on_gpu, labels_of, make_step, sample_lengths
@@ -103,7 +104,8 @@ def record_network(network: Network, batch: int) -> list[Call]:
 
 
 def record_ours(network: Network, batch: int) -> list[Call]:
-    config = RunConfig(model=network.model, objective=network.objective, batch_size=batch)
+    optim = OptimConfig(ema=0.0)  # as eager DiT beside it
+    config = RunConfig(model=network.model, objective=network.objective, optim=optim, batch_size=batch)
     with as_on_gpu():
         step = make_step(config, batch, BF16, torch.float32)
         labels = labels_of(config, batch)

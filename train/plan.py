@@ -164,8 +164,6 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
         both = max(counts.with_gradients, gradients)
     elif how == "zero3" or (how == "zero1" and bf16):
         both = gradients + counts.with_gradients
-    elif how == "zero2":  # a rank's part is flattened once more for the optimiser
-        both = gradients + max(counts.activations, gradients)
     peak = weights + optimizer + ema + buckets + both
 
     objective = build_objective(config.model, config.objective, NoiseSchedule(config.schedule.name))
