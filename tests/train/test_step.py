@@ -87,7 +87,7 @@ def rank_steps(out: str) -> None:
         for accumulate in (1, 2):
             alone = make(dtype=dtype, r0=r0, ema=False)
             loss, optimizer = alone.parallel.loss, alone.parallel.optimizer
-            parallel = DDP(alone.parallel.model, loss, optimizer, accumulate, 0.0, world)
+            parallel = DDP(alone.parallel.model, loss, optimizer, accumulate, 0.0, world, "fp32")
             micro = B // (world.size * accumulate)
             step = TrainStep(parallel, alone.objective, micro, 5, world)
             places = [place for part in step.parts for place in step.objective.places(micro, part)]

@@ -95,7 +95,7 @@ def test_a_trace_without_marked_steps_counts_whole(tmp_path):
 def test_compressed_or_in_the_folder_of_a_run_or_a_bare_list_it_is_the_same_trace(tmp_path):
     expected = read_trace(written(tmp_path / "trace.json", GPU)).work
     (tmp_path / "run" / "profile").mkdir(parents=True)
-    (tmp_path / "run" / "profile" / "trace.json.gz").write_bytes(gzip.compress(json.dumps(GPU).encode()))
+    (tmp_path / "run" / "profile" / "trace.json.gz").write_bytes(gzip.compress(json.dumps(GPU).encode(), mtime=0))
     assert read_trace(tmp_path / "run").work == expected
 
 
@@ -176,7 +176,8 @@ def test_what_checkpointing_computes_again_is_backward(tmp_path):
 def test_the_network_names_its_parts(tmp_path):
     model = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)
     network, objective = UMD(model), Objective(model, ObjectiveConfig(), NoiseSchedule("cosine"))
-    nn.init.normal_(network.adaLN_modulation.weight)
+    for parameter in network.adaLN_modulation.parameters():
+        nn.init.normal_(parameter)
     x = torch.randn(4, 3, 8, 8)
 
     def step():
@@ -196,8 +197,8 @@ def test_the_network_names_its_parts(tmp_path):
         (b"", "is not JSON or was cut short"),
         (b'{"traceEvents": [', "is not JSON or was cut short"),
         (b"\xff\xfe\x00", "is not JSON or was cut short"),
-        (gzip.compress(b'{"traceEvents": []}' * 99)[:40], "is not JSON or was cut short"),
-        (gzip.compress(b"{}")[:-8] + 8 * b"x", "is damaged"),
+        (gzip.compress(b'{"traceEvents": []}' * 99, mtime=0)[:40], "is not JSON or was cut short"),
+        (gzip.compress(b"{}", mtime=0)[:-8] + 8 * b"x", "is damaged"),
         (b"3", "has no traceEvents"),
         (b'{"events": []}', "has no traceEvents"),
         (b"[1, 2]", "has no traceEvents"),
