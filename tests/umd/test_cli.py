@@ -450,7 +450,11 @@ def damage(run: Path, to: Path, change) -> Path:
 
 def test_a_corrupt_checkpoint(run, tmp_path):
     copy = damage(run, tmp_path / "copy", lambda data: data[:-1] + bytes([data[-1] ^ 1]))
-    for line in (f"sample {copy} --steps 1", f"finetune {copy} --steps 1 --batch-size 20", f"pretrain {copy} --steps 9"):
+    for line in (
+        f"sample {copy} --steps 1",
+        f"finetune {copy} --steps 1 --batch-size 20",
+        f"pretrain {copy} --steps 9",
+    ):
         sentence = refused(line)
         assert "model.safetensors is damaged: it differs from its checksum" in sentence
 
