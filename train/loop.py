@@ -337,7 +337,7 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
     finally:
         loader.close()
     settle()
-    return stopping()
+    return stopping() and run.progress() < 1
 
 
 class Rate:

@@ -72,7 +72,7 @@ class TrainStep:
         # Held because a replayed graph reads the layouts in them, which a cache might let go of.
         self.corruptions: list[AnyCorruption | None] = [None] * parallel.accumulate
         on_device = not isinstance(parallel, Zero) and rates_on_device(parallel.optimizer)
-        self.ema_rate = torch.zeros((), device=self.device) if on_device else None
+        self.ema_rate = torch.zeros((), dtype=wide, device=self.device) if on_device else None
         self.cast = None if cast is None else CastWeights(parallel.model, cast)
         self.start: Callable[[], None] = Captured(self.run) if capture else self.run
 

@@ -231,7 +231,9 @@ class _Step:
             for i in range(n):
                 if capture and i == WARM_UP:
                     graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                    # thread_local: a training run's other threads (loader, saves, NCCL) use CUDA meanwhile.
+                    stream = torch.cuda.current_stream()
+                    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                         self.run()
                     run = graph.replay
                 x_t = None if callback is None else self.x_t.clone()
