@@ -58,7 +58,7 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
     A step is a pure function of (weights, optimiser, EMA, step number): data order, crops, noise and masks are
     derived from the seed, so a resumed run is the run that was never stopped, to the bit on a CPU. A sample's draws
     depend on its place in the whole batch, so any number of ranks and micro-batches makes the same steps, up to
-    rounding; of classifiers, whose pictures are mixed within a micro-batch, as many ranks times micro-batches.
+    rounding. Classifiers mix pictures within a micro-batch: there ranks times micro-batches must stay as they were.
 
     Raises:
         UserError: settings that do not fit together, data that cannot be read, another run in `config.out`.
@@ -109,8 +109,7 @@ class Run:
     ema: EMA | None
     step: TrainStep
     dtype: torch.dtype
-    refusal: str  # why the step is not recorded as a CUDA graph, or ""
-    captured: bool
+    captured: bool  # whether the step is recorded as a CUDA graph
     saved: dict  # the state of the checkpoint that the run goes on from; {} of a new one
     source: dict  # fingerprint of the dataset
     background: BackgroundSave | None
@@ -211,8 +210,8 @@ def set_up(config: RunConfig, world: World) -> Run:
     if saved is not None:
         parallel.load(saved.tensors, run.ema)
         run.number, run.seconds, run.saved_step, run.saved = saved.step, saved.state["seconds"], saved.step, saved.state
-    run.refusal = capture_refusal(device, objective, parallel, config.compile)
-    run.captured = captures(config.capture, run.refusal, parallel, config.profile)
+    refusal = capture_refusal(device, objective, parallel, config.compile)
+    run.captured = captures(config.capture, refusal, parallel, config.profile)
     run.step = TrainStep(
         parallel, objective, micro, derive_seed(config.seed, 2), world, run.ema, final_rate, run.number,
         cast_type(dtype, parallel, config.compile), run.captured,

@@ -309,6 +309,7 @@ def fill(
     first_sample: int = 0,
     dtype: torch.dtype = torch.float32,
     callback: Callback | None = None,
+    capture: bool | None = None,
 ) -> Tensor:
     """Fill the removed pixels of pictures, `fillings` times each; the kept ones come back bit for bit.
 
@@ -337,7 +338,7 @@ def fill(
     shape = (len(x_known) * fillings, model.config.channels, x_known.shape[2:-1].numel(), x_known.shape[-1])
     out = ddim_sample(
         denoise, shape, schedule, num_steps=num_steps, eta=eta, clip=clip, predict="x_start", seed=seed,
-        first_sample=first_sample, callback=callback, device=x_known.device,
+        first_sample=first_sample, callback=callback, device=x_known.device, capture=capture,
     )  # fmt: skip
     filled = out.to(x_known.dtype).view(len(x_known), fillings, *x_known.shape[1:])
     return torch.where(hole[:, None].bool(), filled, x_known[:, None])
