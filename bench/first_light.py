@@ -16,7 +16,8 @@ Parts, in this order, each a process with a time limit of its own; one that fail
     timing   each op as `umd bench kernels` times it
     compile  training steps under torch.compile, in the time that is left
 
-Results go to $OUT, or ./out: first_light.json (all rows), first_light.log, profile.txt, tests.log. A table comes last.
+Results go to $OUT, or ./out: first_light.json (all rows), first_light.log, profile.txt, tests.log, trace-*.json.gz (two
+steps each). A table comes last.
 The parts themselves are in first_light_checks.py and first_light_parts.py.
 """
 
@@ -71,9 +72,8 @@ def run_parts(args: argparse.Namespace) -> int:
             results["parts"][name] = {"status": status, "seconds": round(took, 1), "rows": found}
             (out / "first_light.json").write_text(json.dumps(results, indent=1) + "\n")
             say(f"   {name}: {status}, {took:.0f} s, {len(found)} rows")
-        for name in ("profile.txt", "tests.log"):
-            if (scratch / name).exists():
-                shutil.copy(scratch / name, out / name)
+        for file in (*scratch.glob("profile.txt"), *scratch.glob("tests.log"), *scratch.glob("trace-*.json.gz")):
+            shutil.copy(file, out / file.name)
         say(summary(results["parts"]))
     parts = results["parts"].values()
     bad = any(row["kind"] == "failed" or not row.get("ok", True) for part in parts for row in part["rows"])

@@ -33,6 +33,7 @@ from umd.config import OBJECTIVES
 from umd.device import peak_flops, take_device
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
+from umd.spans import spans_on
 from umd.train.step import WARMUP
 
 # env
@@ -104,24 +105,26 @@ def step(part: Part, device: torch.device) -> None:
 
     row("umd", umd("umd"), profiled=True)
     row("plain DiT", plain_dit(), profiled=True)
-    if device.type == "cuda":
+    row("umd", umd("umd"), small, less, profiled=not part.smoke)
+    row("dit", umd("dit"))
+    if device.type == "cuda":  # captured from here on: the GPU's own time
         row("umd, captured", umd("umd", capture=True))
-        for batch in (16, 64, 128):
+        row("umd, captured", umd("umd", capture=True), small)
+        for batch in (16, 32, 64, 128):
             row("umd", umd("umd"), batch=batch)
             row("umd, captured", umd("umd", capture=True), batch=batch)
+        for batch in (32, full):
+            row("dit, captured", umd("dit", capture=True), batch=batch)
+        for backend in ("sdpa", "varlen_attn"):
+            with ops.attention(backend):
+                row(f"umd, {backend}, captured", umd("umd", capture=True))
+        torch.set_float32_matmul_precision("highest")
+        row("umd, adaLN without TF32, captured", umd("umd", capture=True))
+        torch.set_float32_matmul_precision("high")
+    row("umd, cast by autocast, captured", (cast_by_autocast, umd("umd")[1]))
     with ops.kernels("reference"):
         row("umd, definitions", umd("umd"))
-    row("umd, cast by autocast", (cast_by_autocast, umd("umd")[1]))
-    row("dit", umd("dit"))
-    row("umd", umd("umd"), small, less, profiled=not part.smoke)
     row("plain DiT", plain_dit(), small, less)
-    if device.type == "cuda":
-        row("umd, captured", umd("umd", capture=True), small, full)
-        with ops.attention("varlen_attn"):
-            row("umd, varlen_attn", umd("umd"))
-        torch.set_float32_matmul_precision("highest")
-        row("umd, adaLN without TF32", umd("umd"))
-        torch.set_float32_matmul_precision("high")
     for setting in ("mae", "maskdit"):
         row(setting, umd(setting))
     row("diffusers DiT", (dit_step, lambda bench: count_flops(lambda: dit_step(bench), bench.device)))
@@ -142,7 +145,8 @@ def umd(setting: str, capture: bool = False, compiled: bool = False) -> Kind:
 def cast_by_autocast(bench: StepBench) -> Step:
     """UMD's step without `CastWeights`: autocast copies the weights, one by one, and casts their gradients back."""
     objective = Objective(bench.config(), OBJECTIVES["umd"], NoiseSchedule("cosine"))
-    made = train_step(network(bench), objective, bench.batch, bench.dtype, bench.device)
+    capture = bench.device != "cpu"
+    made = train_step(network(bench), objective, bench.batch, bench.dtype, bench.device, capture)
     made.cast = None
     return on_batch(made, images(bench))
 
@@ -179,9 +183,11 @@ def time_step(part: Part, what: str, kind: Kind, bench: StepBench, peak: float, 
             if bench.batch < 8:
                 raise
     warm_up = time.perf_counter() - began
-    seconds = statistics.median(timed(call, bench.device) for _ in range(1 if part.smoke else 3))
+    seconds = timed(call, bench.device)
+    if not part.smoke and seconds < 0.1:
+        seconds = statistics.median([seconds, *(timed(call, bench.device) for _ in range(2))])
     host = host_time(call, bench.device)
-    began, repeats = time.perf_counter(), 1 if part.smoke else 10
+    began, repeats = time.perf_counter(), 1 if part.smoke else 5
     for _ in range(repeats):
         call()
         synchronize()
@@ -202,10 +208,11 @@ def time_step(part: Part, what: str, kind: Kind, bench: StepBench, peak: float, 
 def profile_step(part: Part, what: str, call: Step, on_gpu: bool) -> None:
     """Kernels by time into profile.txt, and their number and time a step into a row."""
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
-    with profile(activities=activities) as recorded:
+    with spans_on(), profile(activities=activities) as recorded:
         for _ in range(2):
             call()
         synchronize()
+    recorded.export_chrome_trace(str(part.scratch / f"trace-{re.sub('[^a-z0-9]+', '-', what.lower())}.json.gz"))
     averages = recorded.key_averages()
     with open(part.scratch / "profile.txt", "a") as file:
         for key in ("self_cuda_time_total",) * on_gpu + ("self_cpu_time_total",):
@@ -215,7 +222,7 @@ def profile_step(part: Part, what: str, call: Step, on_gpu: bool) -> None:
     time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     found = [(getattr(e, time_of) / 2e3, e.count / 2, e.key) for e in averages if e.device_type == place]
     total, launches = sum(ms for ms, _, _ in found), sum(calls for _, calls, _ in found)
-    top = sorted(found, reverse=True)[:40]
+    top = sorted(found, reverse=True)
     part.row("profile", what=what, device_ms=total, launches=launches, top=top)
     print(f"|   profile of {what}: {total:.1f} ms a step in {launches:.0f} {'kernels' if on_gpu else 'ops'}")
     for ms, calls, name in top[:14]:

@@ -71,7 +71,8 @@ class PlainDiT(nn.Module):
 
 def plain_dit_step(bench: StepBench, compiled: bool = False) -> Step:
     """A training step on the noise-prediction loss."""
-    model = PlainDiT(bench.config()).to(bench.device)
+    with torch.device(bench.device):
+        model = PlainDiT(bench.config())
     network = static_compile(model) if compiled else model
     x, schedule = images(bench), NoiseSchedule("cosine")
     labels = torch.zeros(bench.batch, dtype=torch.int64, device=bench.device)

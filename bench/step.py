@@ -93,7 +93,8 @@ def images(bench: StepBench) -> Tensor:
 
 
 def network(bench: StepBench) -> UMD:
-    return with_modulation(UMD(bench.config())).to(bench.device)
+    with torch.device(bench.device):  # a host takes seconds to draw the weights of a large one
+        return with_modulation(UMD(bench.config()))
 
 
 def umd_step(bench: StepBench, config: ObjectiveConfig, capture: bool = False, compiled: bool = False) -> Step:
