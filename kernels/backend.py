@@ -7,6 +7,7 @@ before the first import. Everything here imports without Triton, on a laptop.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -90,6 +91,17 @@ def stands_for_gpu() -> bool:
     if _cpu_paths or torch.compiler.is_compiling():
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+@torch.compiler.assume_constant_result
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; for what stands for one, those of an H100."""
+    return _multiprocessors(device)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def is_fake(x: Tensor) -> bool:

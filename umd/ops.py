@@ -3,9 +3,11 @@
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
 from umd.kernels.attention import Attention, attention, attention_backend, varlen_attention
 from umd.kernels.backend import cpu_paths, kernels, launches, use_cpu_path, use_triton
+from umd.kernels.column_sum import column_sum
 from umd.kernels.cpu import adamw_, compiler_lacks, square_sum
 from umd.kernels.cross_attention import varlen_cross_attention
 from umd.kernels.ddim import ddim_step
+from umd.kernels.gelu import gelu
 from umd.kernels.linear import few_rows_linear, forget, gelu_linear, linear
 from umd.kernels.loss import masked_diffusion_loss
 from umd.kernels.packing import Packing, pack
@@ -19,6 +21,7 @@ __all__ = [
     "adamw_",
     "attention",
     "attention_backend",
+    "column_sum",
     "compiler_lacks",
     "cpu_paths",
     "ddim_step",
@@ -26,6 +29,7 @@ __all__ = [
     "forget",
     "gated_residual_layer_norm",
     "gather_patches",
+    "gelu",
     "gelu_linear",
     "kernels",
     "launches",

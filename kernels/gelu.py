@@ -1,0 +1,168 @@
+"""gelu: GELU in its tanh form, with the gradient of the bias that was added in front of it summed in the same pass.
+
+With u = √(2/π)·(h + 0.044715·h³), e = exp(-2u) and s = (1 + tanh u)/2 = 1/(1 + e), so that 1 - s = e·s,
+
+    gelu(h) = h·s        gelu'(h) = s·(1 + h·e·s·2u')        dbias = Σ dy·gelu'(h)   (over the rows)
+
+Forward reads h and writes y; backward reads dy and h and writes dh, once each. Column sums as in column_sum.py.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import tl, triton, triton_op, use_triton, wrap_triton
+from .column_sum import add_partials, share_rows
+
+FORWARD = dict(BLOCK=4096, num_warps=4)
+BACKWARD = dict(BLOCK_M=4, BLOCK_F=1024, num_warps=4)  # rows and columns at once, as in column_sum.py
+BACKWARD_PROGRAMS = 8  # of a multiprocessor
+BACKWARD_ROWS = 16  # of a program at least: its partial sums move 8 bytes a column, a row 6
+
+_LINEAR = 2 * math.sqrt(2 / math.pi)  # 2u = _LINEAR·h + _CUBIC·h³
+_CUBIC = 0.044715 * _LINEAR
+
+
+@triton.jit
+def _exp_minus_2u(h, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
+    """e of fp32 h; at most 2^100, so that e/(1 + e) is 1 there and not inf/inf."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    return tl.exp2(tl.minimum(h * (h * h * (-LOG2_E * CUBIC) - LOG2_E * LINEAR), 100.0))
+
+
+@triton.jit
+def _gelu_fwd_kernel(
+    h_ptr,  # [n]
+    y_ptr,  # [n]
+    n,
+    LINEAR: tl.constexpr,
+    CUBIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
+    mask = start + i < n
+    h = tl.load(h_ptr + start + i, mask, other=0.0).to(tl.float32)
+    y = h / (1.0 + _exp_minus_2u(h, LINEAR, CUBIC))
+    tl.store(y_ptr + start + i, y.to(y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _gelu_bwd_kernel(
+    dy_ptr,  # [N, F]
+    h_ptr,  # [N, F]
+    dh_ptr,  # [N, F]
+    part_ptr,  # fp32 [P, F] or None: sums of dh over the program's rows
+    N,
+    rows,
+    LINEAR: tl.constexpr,
+    CUBIC: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    first = tl.program_id(1) * rows
+    count = tl.minimum(rows, N - first)
+    cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    tile_rows = tl.arange(0, BLOCK_M)
+    tile = tile_rows[:, None] * F + cols[None, :]
+    total = tl.zeros([BLOCK_F], tl.float32)
+    for row in range(0, count, BLOCK_M):
+        offset = (first + row).to(tl.int64) * F
+        mask = (row + tile_rows < count)[:, None] & (cols < F)[None, :]
+        dy = tl.load(dy_ptr + offset + tile, mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_F], 0 where masked
+        h = tl.load(h_ptr + offset + tile, mask, other=0.0).to(tl.float32)
+        e = _exp_minus_2u(h, LINEAR, CUBIC)
+        s = 1.0 / (1.0 + e)
+        dh = dy * (s * (1.0 + h * (e * s) * (3.0 * CUBIC * h * h + LINEAR)))
+        tl.store(dh_ptr + offset + tile, dh.to(dh_ptr.dtype.element_ty), mask)
+        if part_ptr is not None:
+            total += tl.sum(dh, 0)
+    if part_ptr is not None:
+        tl.store(part_ptr + tl.program_id(1).to(tl.int64) * F + cols, total, cols < F)
+
+
+@triton_op("gelu_fwd")
+def gelu_fwd(h: Tensor, bias: Tensor | None) -> Tensor:
+    h = h.contiguous()
+    y, n = torch.empty_like(h), h.numel()
+    if n > 0:
+        grid = (triton.cdiv(n, FORWARD["BLOCK"]),)
+        wrap_triton(_gelu_fwd_kernel)[grid](h, y, n, LINEAR=_LINEAR, CUBIC=_CUBIC, **FORWARD)
+    return y
+
+
+@gelu_fwd.register_fake
+def _(h, bias):
+    return h.new_empty(h.shape)
+
+
+@triton_op("gelu_bwd")
+def gelu_bwd(dy: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """(dh, dbias in bias_dtype; empty without one)."""
+    dy, h = dy.contiguous(), h.contiguous()
+    N, F = h.shape
+    grid, rows = share_rows(h, BACKWARD["BLOCK_M"], BACKWARD["BLOCK_F"], BACKWARD_PROGRAMS, BACKWARD_ROWS)
+    dh = torch.empty_like(h)
+    part = None if bias_dtype is None else h.new_empty(grid[1], F, dtype=torch.float32)
+    if h.numel() > 0:
+        wrap_triton(_gelu_bwd_kernel)[grid](dy, h, dh, part, N, rows, LINEAR=_LINEAR, CUBIC=_CUBIC, F=F, **BACKWARD)
+    return dh, h.new_empty(0) if part is None else add_partials(part, bias_dtype)
+
+
+@gelu_bwd.register_fake
+def _(dy, h, bias_dtype):
+    return h.new_empty(h.shape), h.new_empty(0) if bias_dtype is None else h.new_empty(h.shape[1], dtype=bias_dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    h, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(h)
+
+
+def _backward(ctx, dy):
+    (h,) = ctx.saved_tensors
+    wanted = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
+    dh, dbias = gelu_bwd(dy, h, ctx.bias_dtype if wanted else None)
+    return dh, dbias if wanted else None
+
+
+gelu_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def gelu_ref(h: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The definition of `gelu`."""
+    if bias is not None:
+        h = h + (bias - bias.detach()).to(h.dtype)  # h as it is; its gradient flows to the bias too
+    return F.gelu(h, approximate="tanh")
+
+
+def gelu(h: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU in its tanh form, computed in fp32.
+
+    Args:
+        h: [N, F], any floating type; what a linear layer returned, its bias already added.
+        bias: [F] in h's type or fp32: that bias, given so that its gradient, the column sum of dh, is made here; the
+            layer itself then gets it detached.
+
+    Returns:
+        [N, F] in h's type. Differentiable in h and bias.
+
+    Raises:
+        ValueError: a shape, type or device that does not fit.
+    """
+    if h.ndim != 2:
+        raise ValueError(f"h: expected [N, F], got {tuple(h.shape)}")
+    if not h.is_floating_point():
+        raise ValueError(f"h: expected a floating-point type, got {h.dtype}")
+    if bias is not None:
+        if bias.shape != h.shape[1:]:
+            raise ValueError(f"bias: expected [{h.shape[1]}], the width of h, got {tuple(bias.shape)}")
+        if bias.dtype not in (h.dtype, torch.float32):
+            raise ValueError(f"bias: expected {h.dtype} like h or torch.float32, got {bias.dtype}")
+        if bias.device != h.device:
+            raise ValueError(f"bias: expected on {h.device} like h, got {bias.device}")
+    return gelu_fwd(h, bias) if use_triton(h) else gelu_ref(h, bias)
