@@ -13,6 +13,7 @@ Parts, in this order, each a process with a time limit of its own; one that fail
     step     the training step: eager, captured, by definitions, beside plain DiTs; host time, a profile
     cli      `umd pretrain` on synthetic pictures: the loss falls; SIGTERM, resume, finish
     tests    the project's own tests for a GPU
+    sample   guided sampling, beside diffusers' pipeline
     timing   each op as `umd bench kernels` times it
     compile  training steps under torch.compile, in the time that is left
 
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 # Seconds at most. What a part leaves, the last ones have.
-PARTS = {"env": 40, "correct": 105, "step": 105, "cli": 60, "tests": 105, "timing": 65, "compile": 300}
+PARTS = {"env": 40, "correct": 105, "step": 105, "cli": 60, "sample": 60, "tests": 105, "timing": 65, "compile": 300}
 Row = dict[str, Any]
 
 
@@ -229,13 +230,13 @@ def run_part(args: argparse.Namespace) -> int:
     import torch
 
     from umd.bench.first_light_checks import correct
-    from umd.bench.first_light_parts import cli, compile_, env, step, tests, timing
+    from umd.bench.first_light_parts import cli, compile_, env, sample, step, tests, timing
     from umd.train.step import side_stream
 
     if not args.smoke and not torch.cuda.is_available():
         print("|   no CUDA GPU here: use --smoke")
         return 1
-    parts = dict(env=env, correct=correct, step=step, cli=cli, tests=tests, timing=timing, compile=compile_)
+    parts = dict(env=env, correct=correct, step=step, cli=cli, sample=sample, tests=tests, timing=timing, compile=compile_)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     part = Part(args.rows, args.limit, args.scratch, args.smoke)
     with side_stream(device):

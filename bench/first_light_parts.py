@@ -28,12 +28,15 @@ from umd.bench.first_light_checks import setting_of, synchronize
 from umd.bench.op_cases import OPS, Inputs, Side
 from umd.bench.plain_dit import plain_dit_step
 from umd.bench.step import StepBench, count_flops, dit_step, images, network, umd_step
-from umd.bench.training import Step, host_time, on_batch, timed, train_step
-from umd.config import OBJECTIVES
+from umd.bench.training import Step, host_time, on_batch, timed, train_step, with_modulation
+from umd.config import OBJECTIVES, ModelConfig
 from umd.device import peak_flops, take_device
+from umd.model import UMD
 from umd.objective import Objective
+from umd.sampler import ddim_sample, model_times
 from umd.schedule import NoiseSchedule
 from umd.spans import spans_on
+from umd.train.evaluate import denoiser
 from umd.train.step import WARMUP
 
 # env
@@ -68,10 +71,9 @@ def said(command: list[str]) -> str:
 
 def ceilings(part: Part, device: torch.device) -> None:
     """A copy's GB/s, read and written; TFLOP/s of products of random matrices."""
-    size, n = (2**22, 256) if part.smoke else (2**30, 8192)
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    found = {"copy_gb_per_s": 2 * size / milliseconds(partial(target.copy_, source), device) / 1e6}
+    n = 256 if part.smoke else 8192
+    speed = kernels.copy_speed(device.type, 2**20 if part.smoke else 2**29)
+    found = {} if speed is None else {"copy_gb_per_s": speed / 1e9}
     products = (("bf16", torch.bfloat16, False, n), ("tf32", torch.float32, True, n // 2))
     for name, dtype, tf32, m in (*products, ("fp32", torch.float32, False, n // 2)):
         torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -227,6 +229,59 @@ def profile_step(part: Part, what: str, call: Step, on_gpu: bool) -> None:
     print(f"|   profile of {what}: {total:.1f} ms a step in {launches:.0f} {'kernels' if on_gpu else 'ops'}")
     for ms, calls, name in top[:14]:
         print(f"|     {ms:8.2f} ms {ms / total:6.1%} {calls:6.0f}x {name[:90]}")
+
+
+# sample
+
+
+def sample(part: Part, device: torch.device) -> None:
+    """Guided sampling of latents, UMD against diffusers' pipeline around a DiT of as many blocks, both in bf16."""
+    name, batch, num_steps = ("UMD-Ti/4", 2, 3) if part.smoke else ("UMD-L/2", 64, 250)
+    config = replace(setting_of(name, "umd")[0], num_classes=1000)
+    take_device(str(device), "bf16")
+    with torch.device(device):
+        labels = torch.arange(batch) % 1000
+        model = with_modulation(UMD(config)).eval()
+
+    def ours(steps: int = num_steps, capture: bool | None = None) -> Tensor:
+        asked = torch.cat([labels, labels.new_tensor([1000])])
+        return ddim_sample(
+            denoiser(model, torch.bfloat16, model_times(steps), asked), (batch, config.channels, *config.image_size),
+            NoiseSchedule("cosine"), labels=labels, num_steps=steps, null_label=1000, cfg_scale=4.0, clip=False,
+            device=device, capture=capture,
+        )  # fmt: skip
+
+    sides: dict[str, Callable] = {"umd": ours, "umd, launched one by one": partial(ours, capture=False)}
+    part.attempt("diffusers' pipeline", lambda: sides.update({"diffusers": dit_pipeline(config, labels, num_steps)}))
+    for what, draw in sides.items():
+        draw(steps=3)
+        synchronize()
+        began = time.perf_counter()
+        draw()
+        synchronize()
+        seconds = time.perf_counter() - began
+        part.row("sampling", what=f"{name} {what}", batch=batch, steps=num_steps, seconds=seconds)
+        part.note(f"{name} {what}", f"{batch} images in {num_steps} guided steps: {seconds:.2f} s")
+
+
+def dit_pipeline(config: ModelConfig, labels: Tensor, num_steps: int) -> Callable[..., object]:
+    """diffusers' DiTPipeline, its decoder of pictures a small one; as its users run it: bf16, DDIM, one step a call."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.hidden_size // config.num_heads,
+        in_channels=config.channels,
+        out_channels=2 * config.channels,
+        num_layers=config.depth + config.decoder_depth,
+        sample_size=config.image_size[0],
+        patch_size=config.patch_size,
+    )
+    vae = AutoencoderKL(latent_channels=config.channels, block_out_channels=(32,), norm_num_groups=8)
+    pipeline = DiTPipeline(transformer, vae, DDIMScheduler()).to(labels.device, torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    classes = labels.tolist()
+    return lambda steps=num_steps: pipeline(classes, guidance_scale=4.0, num_inference_steps=steps, output_type="pt")
 
 
 # compile

@@ -1,7 +1,9 @@
 """Attention inside each sample of a packed stream: no token sees another sample, no token is padding.
 
-One call, four backends; `attention_backend` tells which one runs and why. `varlen_cross_attention` has the same.
+One call, five backends; `attention_backend` tells which one runs and why. `varlen_cross_attention` has all but the
+first.
 
+    triton       our own for short samples (attention_triton.py): ragged lengths in one launch, the same bits each time
     flash_attn   flash-attn 2: gradients written packed as [N, 3, H, d], and the same bits each time
     varlen_attn  torch.nn.attention.varlen: the same algorithm, in PyTorch itself
     sdpa         scaled_dot_product_attention, once for each run of samples of equal length
@@ -22,10 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_cpu import BatchedAttentionFunction
-from .backend import stands_for_gpu
+from .attention_triton import short_attention_fwd
+from .backend import runs_triton, stands_for_gpu
+from .linear import bias_gradient
 from .packing import Packing, paired_runs
 
-Attention = Literal["auto", "flash_attn", "varlen_attn", "sdpa", "matmul"]
+Attention = Literal["auto", "triton", "flash_attn", "varlen_attn", "sdpa", "matmul"]
 NAMES = get_args(Attention)
 FLASH_ATTN_VERSIONS = (2, 7), (2, 8)  # first and last whose functions are known to be as below
 _OPTIONS = "dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs"
@@ -33,6 +37,7 @@ FLASH_ATTN_SIGNATURES = {
     "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {_OPTIONS}",
     "flash_attn_varlen_kvpacked_func": (f"q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {_OPTIONS}"),
 }
+SHORT = 512  # tokens of a sample up to which `auto` takes our own kernel
 FEW_TOKENS = 128  # up to so many a CPU is faster with the weights written out, and with more too if it needs gradients
 
 _choice: Attention = "auto"
@@ -81,13 +86,15 @@ def attention_backend(
 
         on the CPU, without gradients, more than 128 tokens a sample      sdpa
         else on the CPU                                                   matmul
+        self-attention, the longest sample of at most 512 tokens, and our
+        kernel takes the tensor                                           triton
         flash-attn 2 is installed and takes the tensor                    flash_attn
         one run of equal lengths                                          sdpa
         varlen_attn takes the tensor                                      varlen_attn
         else                                                              sdpa
 
-    Of several runs sdpa splits q, k and v, and copies outputs and gradients together: 14 rows of width D a token, where
-    varlen_attn copies its gradients alone, 6. That is reasoned from bytes, and not yet measured on a GPU.
+    Of several runs sdpa splits q, k and v, and copies outputs and gradients together: 14 rows of width D a token;
+    varlen_attn copies its gradients alone, 6; triton and flash_attn copy nothing.
 
     Args:
         packing: of the stream; None stands for a ragged one.
@@ -97,14 +104,13 @@ def attention_backend(
     Raises:
         ValueError: an unknown backend, or one that cannot take such a tensor.
     """
-    runs, max_seqlen = None, 0
+    runs, max_seqlen, cross = None, 0, kv_packing is not None
     if packing is not None:
         kv_packing = packing if kv_packing is None else kv_packing
         runs = sum(1 for _, queries, keys in paired_runs(packing, kv_packing) if queries and keys)
         max_seqlen = max(packing.max_seqlen, kv_packing.max_seqlen)
-    return AttentionBackend(
-        *_select(device, dtype, head_dim, runs, max_seqlen, _choice if backend is None else backend)
-    )
+    choice = _choice if backend is None else backend
+    return AttentionBackend(*_select(device, dtype, head_dim, runs, max_seqlen, cross, choice))
 
 
 def varlen_attention_ref(qkv: Tensor, packing: Packing) -> Tensor:
@@ -118,13 +124,16 @@ def varlen_attention_ref(qkv: Tensor, packing: Packing) -> Tensor:
     return torch.cat(out).to(qkv.dtype)
 
 
-def varlen_attention(qkv: Tensor, packing: Packing, backend: Attention | None = None) -> Tensor:
+def varlen_attention(
+    qkv: Tensor, packing: Packing, backend: Attention | None = None, bias: Tensor | None = None
+) -> Tensor:
     """Self-attention of each sample of a packed stream, scale 1/√d.
 
     Args:
         qkv: [N, 3, H, d], any floating type.
         packing: lengths of the samples.
         backend: instead of `set_attention`'s; see `attention_backend`.
+        bias: [3·H·d], of the layer that made qkv, already added; it gets its gradient here (see `bias_gradient`).
 
     Returns:
         [N, H, d] in qkv's type.
@@ -138,6 +147,9 @@ def varlen_attention(qkv: Tensor, packing: Packing, backend: Attention | None = 
     if packing.cu_seqlens.device != qkv.device:
         raise ValueError(f"packing: expected on {qkv.device} like qkv, got {packing.cu_seqlens.device}")
     name, _ = attention_backend(qkv.device, qkv.dtype, qkv.shape[-1], packing, backend)
+    if name == "triton":
+        return short_attention_fwd(qkv, bias, packing.cu_seqlens, packing.max_seqlen)[0]
+    qkv = bias_gradient(qkv, bias)
     if qkv.numel() == 0:
         return qkv[:, 0]
     if name == "matmul":
@@ -175,11 +187,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int, 
 
 
 def _select(
-    device: torch.device, dtype: torch.dtype, head_dim: int, runs: int | None, max_seqlen: int, choice: str
+    device: torch.device, dtype: torch.dtype, head_dim: int, runs: int | None, max_seqlen: int, cross: bool, choice: str
 ) -> tuple[str, str]:
     _check_known(choice)
     if choice != "auto":
-        reason = _refusal(choice, device, dtype, head_dim)
+        reason = _refusal(choice, device, dtype, head_dim, cross)
         if reason:
             raise ValueError(f"backend: {choice} {reason}; 'auto' takes one that can run")
         return choice, "was asked for"
@@ -187,12 +199,16 @@ def _select(
         if max_seqlen > FEW_TOKENS and not torch.is_grad_enabled():
             return "sdpa", f"is the fastest on a CPU above {FEW_TOKENS} tokens a sample where no gradient is asked for"
         return "matmul", "is the fastest on a CPU at these lengths, forward and backward"
-    refused = {name: _refusal(name, device, dtype, head_dim) for name in ("flash_attn", "varlen_attn")}
-    return _automatic(refused, runs)
+    refused = {
+        name: _refusal(name, device, dtype, head_dim, cross) for name in ("triton", "flash_attn", "varlen_attn")
+    }
+    return _automatic(refused, runs, max_seqlen)
 
 
-def _automatic(refused: dict[str, str], runs: int | None) -> tuple[str, str]:
-    """`auto` off the CPU. refused: why flash_attn and varlen_attn cannot run, or ""."""
+def _automatic(refused: dict[str, str], runs: int | None, max_seqlen: int) -> tuple[str, str]:
+    """`auto` off the CPU. refused: why triton, flash_attn and varlen_attn cannot run, or ""."""
+    if max_seqlen <= SHORT and not refused["triton"]:
+        return "triton", "is made for short samples, takes ragged streams and gives the same gradient bits each time"
     if not refused["flash_attn"]:
         return "flash_attn", "takes ragged streams and gives the same gradient bits each time"
     why = f"flash_attn {refused['flash_attn']}"
@@ -210,7 +226,7 @@ def _check_known(choice: str) -> None:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {choice!r}{hint}")
 
 
-def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, cross: bool) -> str:
     """Why a backend cannot take such a tensor, or ""."""
     if name in ("sdpa", "matmul"):
         return ""
@@ -218,6 +234,12 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
         return f"takes bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
     if head_dim % 8 or head_dim > 256:
         return f"takes head dimensions up to 256 that are multiples of 8, not {head_dim}"
+    if name == "triton":
+        if cross:
+            return "takes self-attention alone"
+        if head_dim not in (16, 32, 64, 128):
+            return f"takes head dimensions 16, 32, 64 and 128, not {head_dim}"
+        return "" if runs_triton(device) else "needs Triton and a CUDA GPU"
     return _flash_attn_missing(device) if name == "flash_attn" else _varlen_attn_missing(device)
 
 

@@ -61,9 +61,14 @@ def kernels(choice: Choice) -> Iterator[None]:
 def use_triton(x: Tensor) -> bool:
     """Whether an op on x runs its Triton kernels: x on CUDA, interpreted, or as if on CUDA, of at most 32 bits; fp64
     never does."""
+    return runs_triton(x.device) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton kernels run on tensors of this device, and are not switched off."""
     if _choice == "reference" or not HAS_TRITON:
         return False
-    return (x.is_cuda or INTERPRET or stands_for_gpu()) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return device.type == "cuda" or INTERPRET or stands_for_gpu()
 
 
 _cpu_paths = True

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
-from .backend import is_fake, use_cpu_path
+from .backend import is_fake, use_cpu_path, use_triton
+from .column_sum import column_sum
+from .gelu import gelu
 
 # Whether this build of torch and this processor (AVX-512 or better) have oneDNN's bf16.
 HAS_FUSED_LINEAR = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -44,8 +46,37 @@ class LinearFunction(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         dweight = _product(dy.t(), x, weight_dtype) if ctx.needs_input_grad[1] else None
-        dbias = dy.sum(0, dtype=bias_dtype) if ctx.needs_input_grad[2] else None
+        dbias = column_sum(dy, bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None
+
+
+class BiasGradientFunction(torch.autograd.Function):
+    """x as it is; its gradient's column sum for a bias."""
+
+    @staticmethod
+    def forward(ctx, x, bias):
+        ctx.dtype = bias.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx, column_sum(dx.flatten(1), ctx.dtype)
+
+
+def splits_bias(x: Tensor) -> bool:
+    """Whether the bias gradient of a linear layer of x is better made by the op behind it."""
+    return torch.is_grad_enabled() and use_triton(x)
+
+
+def bias_gradient(x: Tensor, bias: Tensor | None) -> Tensor:
+    """x [N, ...], which is a linear layer's output with its bias added; here the bias gets its gradient.
+
+    An op that reads the gradient of x anyway does better: it takes the bias and adds up the columns on the way. To it
+    the bias is a term x + (bias - bias.detach()): no change of x, and a gradient.
+
+    bias: [F], F numbers a row of x; None: no gradient.
+    """
+    return x if bias is None else BiasGradientFunction.apply(x, bias)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -192,11 +223,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None) ->
     return F.linear(x, weight, bias)
 
 
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None) -> Tensor:
-    """`linear` of gelu(x), GELU in its tanh form."""
-    if _by_hand(x) and x.dtype == torch.bfloat16:
-        return GeluLinearFunction.apply(x, weight, bias)
-    return linear(F.gelu(x, approximate="tanh"), weight, bias, cast)
+def gelu_linear(
+    h: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None, h_bias: Tensor | None = None
+) -> Tensor:
+    """`linear` of gelu(h), GELU in its tanh form. h_bias: see `gelu`."""
+    if _by_hand(h) and h.dtype == torch.bfloat16:
+        return GeluLinearFunction.apply(bias_gradient(h, h_bias), weight, bias)
+    return linear(gelu(h, h_bias), weight, bias, cast)
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from umd.classifier import Classifier
 from umd.device import apex_lacks
 from umd.errors import UserError
 from umd.methods import AnyModel
-from umd.model import Linear
+from umd.layers import Linear
 from umd.modulation import BlockModulation
 from umd.spans import span
 

@@ -20,7 +20,7 @@ from umd.doctor import Row
 from umd.ema import EMA, warm_rate
 from umd.errors import UserError
 from umd.methods import AnyCorruption, AnyObjective
-from umd.model import Linear
+from umd.layers import Linear
 from umd.objective import Part
 from umd.spans import span
 from umd.train.distributed import World

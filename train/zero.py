@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from umd.ema import EMA
 from umd.errors import UserError
+from umd.layers import Linear
 from umd.methods import AnyCorruption, AnyModel
 from umd.train.distributed import World
 from umd.train.parallel import Shard, Tensors
@@ -39,6 +40,9 @@ class Zero:
         settings = deepspeed_config(stage, micro, accumulate, clip, dtype, world.device, num_weights)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints memory figures
             if stage == 3:  # each parameter is cut as it comes to the device, which never holds all of them
+                for module in model.modules():
+                    if isinstance(module, Linear):
+                        module.splits = False
                 for p in model.parameters():
                     p.data = p.data.to(dtype)
                 for buffer in model.buffers():

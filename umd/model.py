@@ -18,28 +18,16 @@ from umd import ops
 from umd.config import ModelConfig, ViTConfig
 from umd.embedders import LabelEmbedder, TimestepEmbedder, lecun_normal
 from umd.errors import UserError
+from umd.layers import GeluLinear, Linear
 from umd.masking import Layout, layout
 from umd.modulation import build_modulation
 from umd.ops import Packing
 from umd.spans import span
 
-Branch = tuple[Tensor, Tensor | None] | None  # a branch not yet added to the residual stream: (h [N, D], gate [R, D])
+# A branch not yet added to the residual stream: h [N, D], the bias in it that has yet to get its gradient, gate [R, D].
+Branch = tuple[Tensor, Tensor | None, Tensor | None] | None
 Tables = tuple[Tensor | None, ...]  # of a block: shift, scale, gate of both branches; of a final norm: shift, scale
 Conditions = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # see `make_conditions`
-
-
-class Linear(nn.Linear):
-    cast: tuple[Tensor, Tensor] | None = None  # weight and bias in bf16, while a training step runs (train/step.py)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias, self.cast)
-
-
-class GeluLinear(Linear):
-    """The second layer of an MLP with the activation before it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.gelu_linear(x, self.weight, self.bias, self.cast)
 
 
 class ModulatedLayerNorm(nn.Module):
@@ -61,8 +49,8 @@ class ModulatedLayerNorm(nn.Module):
         """(r, y): r = x + gate·h [N, D] and y = LN(r)·(1 + scale) + shift [N, D]."""
         if branch is None:
             return x, ops.modulated_layer_norm(x, packing, shift, scale, self.weight, self.bias)
-        h, gate = branch
-        return ops.gated_residual_layer_norm(x, h, packing, gate, shift, scale, self.weight, self.bias)
+        h, h_bias, gate = branch
+        return ops.gated_residual_layer_norm(x, h, packing, gate, shift, scale, self.weight, self.bias, h_bias=h_bias)
 
 
 class Attention(nn.Module):
@@ -72,10 +60,12 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
+        """(h [N, D], the bias in it that has yet to get its gradient)."""
         N, D = x.shape
-        qkv = self.qkv(x).view(N, 3, self.num_heads, D // self.num_heads)
-        return self.proj(ops.varlen_attention(qkv, packing).view(N, D))
+        qkv, bias = self.qkv.split(x)
+        qkv = qkv.view(N, 3, self.num_heads, D // self.num_heads)
+        return self.proj.split(ops.varlen_attention(qkv, packing, bias=bias).view(N, D))
 
 
 class Memory(NamedTuple):
@@ -102,9 +92,10 @@ class CrossAttention(nn.Module):
         _, y = self.norm(context, None, packing)
         return self.kv(y).unflatten(1, (2, self.num_heads, -1))
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
+        """As `Attention`."""
         q = self.q(x).unflatten(1, (self.num_heads, -1))  # [N, H, d]
-        return self.proj(ops.varlen_cross_attention(q, *memory).flatten(1))
+        return self.proj.split(ops.varlen_cross_attention(q, *memory).flatten(1))
 
 
 class Mlp(nn.Module):
@@ -113,8 +104,9 @@ class Mlp(nn.Module):
         self.fc1 = Linear(dim, hidden)
         self.fc2 = GeluLinear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(h [N, D], the bias in it that has yet to get its gradient)."""
+        return self.fc2.split(*self.fc1.split(x))
 
 
 class Block(nn.Module):
@@ -142,9 +134,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Branch]:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # each [R, D] or None
         x, y = self.norm1(x, branch, packing, shift_msa, scale_msa)  # [N, D]
-        attended = self.attn(y, packing if memory is None else memory)  # [N, D]
-        x, y = self.norm2(x, (attended, gate_msa), packing, shift_mlp, scale_mlp)  # [N, D]
-        return x, (self.mlp(y), gate_mlp)
+        attended = self.attn(y, packing if memory is None else memory)
+        x, y = self.norm2(x, (*attended, gate_msa), packing, shift_mlp, scale_mlp)  # [N, D]
+        return x, (*self.mlp(y), gate_mlp)
 
 
 class CrossSelfBlock(Block):
@@ -164,7 +156,7 @@ class CrossSelfBlock(Block):
         memory: Memory | None = None,
     ) -> tuple[Tensor, Branch]:
         x, y = self.norm_cross(x, branch, packing)  # [N, D]
-        return super().forward(x, (self.cross(y, memory), None), packing, modulation)
+        return super().forward(x, (*self.cross(y, memory), None), packing, modulation)
 
 
 class Blocks(nn.Module):
@@ -212,9 +204,10 @@ class Blocks(nn.Module):
         return y if cond is None else ops.split_tokens(y, 1, packing)[1]
 
 
-def add_branch(x: Tensor, branch: tuple[Tensor, Tensor | None], packing: Packing) -> Tensor:
+def add_branch(x: Tensor, branch: tuple[Tensor, Tensor | None, Tensor | None], packing: Packing) -> Tensor:
     """x + gate·h [N, D], where no norm follows that would do it."""
-    h, gate = branch
+    h, h_bias, gate = branch
+    h = ops.bias_gradient(h, h_bias)
     return x + h if gate is None else x + per_token(gate, packing).to(h.dtype) * h
 
 

@@ -8,7 +8,7 @@ from umd.kernels.cpu import adamw_, compiler_lacks, square_sum
 from umd.kernels.cross_attention import varlen_cross_attention
 from umd.kernels.ddim import ddim_step
 from umd.kernels.gelu import gelu
-from umd.kernels.linear import few_rows_linear, forget, gelu_linear, linear
+from umd.kernels.linear import bias_gradient, few_rows_linear, forget, gelu_linear, linear, splits_bias
 from umd.kernels.loss import masked_diffusion_loss
 from umd.kernels.packing import Packing, pack
 from umd.kernels.patches import gather_patches, patchify, unpatchify
@@ -21,6 +21,7 @@ __all__ = [
     "adamw_",
     "attention",
     "attention_backend",
+    "bias_gradient",
     "column_sum",
     "compiler_lacks",
     "cpu_paths",
@@ -45,6 +46,7 @@ __all__ = [
     "random_words",
     "scatter_tokens",
     "split_tokens",
+    "splits_bias",
     "square_sum",
     "unpatchify",
     "use_cpu_path",

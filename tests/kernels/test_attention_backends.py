@@ -160,13 +160,16 @@ def test_the_rule_on_the_cpu():
 def test_the_rule_off_the_cpu():
     """Rows of the table in `attention_backend`, given what can run."""
 
-    def pick(flash_attn, varlen_attn, runs):
-        refused = dict(flash_attn=flash_attn, varlen_attn=varlen_attn)
-        name, reason = attention._automatic(refused, runs)
+    def pick(flash_attn, varlen_attn, runs, triton="is switched off", longest=257):
+        refused = dict(triton=triton, flash_attn=flash_attn, varlen_attn=varlen_attn)
+        name, reason = attention._automatic(refused, runs, longest)
         for other, why in refused.items():  # who asks why one does not run is told
             assert name != other or not why
-        assert name == "flash_attn" or flash_attn in reason
+        assert name in ("triton", "flash_attn") or flash_attn in reason
         return name
+
+    assert pick("", "", 2, triton="") == pick("", "", None, triton="", longest=attention.SHORT) == "triton"
+    assert pick("", "", 2, triton="", longest=attention.SHORT + 1) == "flash_attn"
 
     assert pick("", "", 2) == pick("", "", None) == pick("", "", 1) == "flash_attn"
     assert pick("is not installed", "", 1) == pick("is not installed", "", 0) == "sdpa"

@@ -1,0 +1,33 @@
+"""Linear layers of the network, whose bias gradients may be made by the op that comes next."""
+
+from torch import Tensor, nn
+
+from umd import ops
+
+
+class Linear(nn.Linear):
+    cast: tuple[Tensor, Tensor] | None = None  # weight and bias in bf16, while a training step runs (train/step.py)
+    splits = True  # False under ZeRO 3, where a parameter is there only while its own layer runs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias, self.cast)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(y, bias): y as `forward` returns it. The bias, if not None, has yet to get its gradient, the column sum of
+        y's: from the op that takes y, which reads y's gradient anyway."""
+        if not (self.splits and ops.splits_bias(x)):
+            return self(x), None
+        return ops.linear(x, self.weight, self.bias.detach(), self.cast), self.bias
+
+
+class GeluLinear(Linear):
+    """The second layer of an MLP with the activation before it."""
+
+    def forward(self, h: Tensor, h_bias: Tensor | None = None) -> Tensor:
+        return ops.gelu_linear(h, self.weight, self.bias, self.cast, h_bias)
+
+    def split(self, h: Tensor, h_bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """As `Linear.split`. h_bias: of the layer that made h, if it has yet to get its gradient."""
+        if not (self.splits and ops.splits_bias(h)):
+            return self(h, h_bias), None
+        return ops.gelu_linear(h, self.weight, self.bias.detach(), self.cast, h_bias), self.bias
