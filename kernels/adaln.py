@@ -47,6 +47,11 @@ def modulated_layer_norm_ref(
     return y.to(x.dtype)
 
 
+def _with_bias(h: Tensor, h_bias: Tensor | None) -> Tensor:
+    """h, which has its bias [D] already, so that the bias gets its gradient."""
+    return h if h_bias is None else h + (h_bias - h_bias.detach()).to(h.dtype)
+
+
 def gated_residual_layer_norm_ref(
     x: Tensor,
     h: Tensor,
@@ -57,10 +62,12 @@ def gated_residual_layer_norm_ref(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    h_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition of `gated_residual_layer_norm`, in fp32 or wider; r is rounded to x's type before the norm."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    branch = h.to(wide) if gate is None else h.to(wide) * _per_sample(gate, x, packing)
+    h = _with_bias(h.to(wide), h_bias)
+    branch = h if gate is None else h * _per_sample(gate, x, packing)
     r = (x.to(wide) + branch).to(x.dtype)
     return r, modulated_layer_norm_ref(r, packing, shift, scale, weight, bias, eps)
 
@@ -105,7 +112,8 @@ def modulated_layer_norm(
     """
     _check(x, packing, shift=shift, scale=scale, weight=weight, bias=bias)
     if use_triton(x):
-        return layer_norm_fwd(x, None, None, shift, scale, weight, bias, packing.chunks, packing.row_chunks, eps)[1]
+        work = packing.chunks, packing.row_chunks
+        return layer_norm_fwd(x, None, None, shift, scale, weight, bias, None, *work, eps)[1]
     if x.device.type != "cpu":  # a call per stretch would be a launch per stretch
         return modulated_layer_norm_ref(x, packing, shift, scale, weight, bias, eps)
     alpha, beta = _fold(x, shift, scale, weight, bias)
@@ -124,6 +132,7 @@ def gated_residual_layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    h_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """r = x + gate·h and y = LN(r)·(1 + scale) + shift in one pass over a packed stream.
 
@@ -131,6 +140,8 @@ def gated_residual_layer_norm(
         x: [N, D], the residual stream.
         h: [N, D], the branch to add, in x's type.
         gate, shift, scale: [R, D] or None; see `modulated_layer_norm`.
+        h_bias: [D] or None: the bias of the layer that made h, in h already. It changes no value and gets its gradient,
+            the sum of h's over all tokens, which costs a pass over the stream anywhere else.
 
     Returns:
         (r, y), each [N, D] in x's type.
@@ -138,16 +149,17 @@ def gated_residual_layer_norm(
     Raises:
         ValueError: as `modulated_layer_norm`, or h of another shape or type than x.
     """
-    _check(x, packing, gate=gate, shift=shift, scale=scale, weight=weight, bias=bias)
+    _check(x, packing, gate=gate, shift=shift, scale=scale, weight=weight, bias=bias, h_bias=h_bias)
     if h.shape != x.shape or h.dtype != x.dtype:
         raise ValueError(f"h: expected {tuple(x.shape)} {x.dtype} like x, got {tuple(h.shape)} {h.dtype}")
     if h.device != x.device:
         raise ValueError(f"h: expected on {x.device} like x, got {h.device}")
     if use_triton(x):
         work = packing.chunks, packing.row_chunks
-        return layer_norm_fwd(x, h, gate, shift, scale, weight, bias, *work, eps)[:2]
+        return layer_norm_fwd(x, h, gate, shift, scale, weight, bias, h_bias, *work, eps)[:2]
     if x.device.type != "cpu":
-        return gated_residual_layer_norm_ref(x, h, packing, gate, shift, scale, weight, bias, eps)
+        return gated_residual_layer_norm_ref(x, h, packing, gate, shift, scale, weight, bias, eps, h_bias)
+    h = _with_bias(h, h_bias)
     if gate is None:
         r = x + h
         return r, modulated_layer_norm(r, packing, shift, scale, weight, bias, eps)
@@ -170,7 +182,7 @@ def _check(x: Tensor, packing: Packing, **tables: Tensor | None) -> None:
     for name, table in tables.items():
         if table is None:
             continue
-        ndim = 1 if name in ("weight", "bias") else 2
+        ndim = 1 if name in ("weight", "bias", "h_bias") else 2
         if table.ndim != ndim or table.shape[-1] != x.shape[-1]:
             shape = "[D]" if ndim == 1 else "[R, D]"
             raise ValueError(f"{name}: expected {shape} with D = {x.shape[-1]}, got {tuple(table.shape)}")

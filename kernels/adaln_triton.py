@@ -3,18 +3,16 @@
 A program walks a chunk of the stream whose tokens share a modulation row (`Packing.chunks`), with the row in registers.
 
     forward    reads x, h, writes r, y [N, D] and the statistics [N]
-    backward   reads dy, dr, r, h, writes dx, dh [N, D] and the chunk's sums for the tables, fp32 [C, D]
+    backward   reads dy, dr, r, h, writes dx, dh [N, D] and the chunk's sums for tables and biases, fp32 [C, D]
     sum        adds the sums of the chunks of each row, in a fixed order: no atomics, the same bits every time
 
-The stream moves once each way; a chunk of 72 tokens or more adds a few percent for tables and sums.
+The stream moves once each way; what a chunk adds for tables and sums is as much as three or four tokens.
 """
 
 import torch
 from torch import Tensor
 
 from .backend import tl, triton, triton_op, wrap_triton
-
-SUM_ROWS = 4  # table rows that a program of the sum serves with one read of weight and bias
 
 
 @triton.jit
@@ -54,6 +52,7 @@ def _layer_norm_fwd_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     chunk = chunks_ptr + 3 * tl.program_id(0)
     start, stop, row = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2).to(tl.int64)
@@ -66,7 +65,7 @@ def _layer_norm_fwd_kernel(
     if gate_ptr is not None:
         gate = tl.load(gate_ptr + row * stride_gate + cols, cols < D, other=0.0).to(tl.float32)
 
-    for first in range(0, stop - start, BLOCK_M):
+    for first in tl.range(0, stop - start, BLOCK_M, num_stages=STAGES):
         offset = start.to(tl.int64) * D + first * D
         row_mask = first + tile_rows < stop - start
         mask = row_mask[:, None] & (cols < D)[None, :]
@@ -101,14 +100,16 @@ def _layer_norm_bwd_kernel(
     chunks_ptr,  # int32 [C, 3]: start, stop, row
     dx_ptr,  # [N, D]
     dh_ptr,  # [N, D], None without gate
-    dgate_ptr,  # fp32 [C, D], sums over the chunk: dr·h, None without gate
+    dgate_ptr,  # fp32 [C, D], sums over the chunk: dx·h, None without gate
     dbeta_ptr,  # fp32 [C, D] or None: dy
     dalpha_ptr,  # fp32 [C, D] or None: dy·x̂
+    dh_bias_ptr,  # fp32 [C, D] or None: dh
     stride_gate,
     stride_scale,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0)
     chunk = chunks_ptr + 3 * pid
@@ -120,18 +121,25 @@ def _layer_norm_bwd_kernel(
     dgate = tl.zeros([BLOCK_D], tl.float32)
     dbeta = tl.zeros([BLOCK_D], tl.float32)
     dalpha = tl.zeros([BLOCK_D], tl.float32)
+    dh_bias = tl.zeros([BLOCK_D], tl.float32)
     if gate_ptr is not None:
         gate = tl.load(gate_ptr + row * stride_gate + cols, cols < D, other=0.0).to(tl.float32)
 
-    for first in range(0, stop - start, BLOCK_M):
+    for first in tl.range(0, stop - start, BLOCK_M, num_stages=STAGES):
         offset = start.to(tl.int64) * D + first * D
         row_mask = first + tile_rows < stop - start
         mask = row_mask[:, None] & (cols < D)[None, :]
-        dy = tl.load(dy_ptr + offset + tile, mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_D], 0 where masked
-        r = tl.load(r_ptr + offset + tile, mask, other=0.0).to(tl.float32)
+        # All loads come first: behind a sum over rows, where warps wait for each other, they would start late.
+        dy = tl.load(dy_ptr + offset + tile, mask, other=0.0)  # [BLOCK_M, BLOCK_D], 0 where masked
+        r = tl.load(r_ptr + offset + tile, mask, other=0.0)
         mean = tl.load(mean_ptr + start + first + tile_rows, row_mask, other=0.0)
         rstd = tl.load(rstd_ptr + start + first + tile_rows, row_mask, other=0.0)
-        x_hat = (r - mean[:, None]) * rstd[:, None]
+        if dr_ptr is not None:
+            dr = tl.load(dr_ptr + offset + tile, mask, other=0.0)
+        if gate_ptr is not None:
+            h = tl.load(h_ptr + offset + tile, mask, other=0.0)
+        dy = dy.to(tl.float32)
+        x_hat = (r.to(tl.float32) - mean[:, None]) * rstd[:, None]
         if dbeta_ptr is not None:
             dbeta += tl.sum(dy, 0)
         if dalpha_ptr is not None:
@@ -141,11 +149,12 @@ def _layer_norm_bwd_kernel(
         along_x_hat = tl.sum(g * x_hat, 1) / D
         dx = (g - along_one[:, None] - x_hat * along_x_hat[:, None]) * rstd[:, None]
         if dr_ptr is not None:
-            dx += tl.load(dr_ptr + offset + tile, mask, other=0.0).to(tl.float32)
+            dx += dr.to(tl.float32)
         if gate_ptr is not None:
-            h = tl.load(h_ptr + offset + tile, mask, other=0.0).to(tl.float32)
-            dgate += tl.sum(dx * h, 0)
+            dgate += tl.sum(dx * h.to(tl.float32), 0)
             tl.store(dh_ptr + offset + tile, (dx * gate[None, :]).to(dh_ptr.dtype.element_ty), mask)
+        if dh_bias_ptr is not None:
+            dh_bias += tl.sum(dx, 0)
         tl.store(dx_ptr + offset + tile, dx.to(dx_ptr.dtype.element_ty), mask)  # last: in front it costs registers
 
     partial = pid.to(tl.int64) * D + cols
@@ -155,6 +164,10 @@ def _layer_norm_bwd_kernel(
         tl.store(dbeta_ptr + partial, dbeta, cols < D)
     if dalpha_ptr is not None:
         tl.store(dalpha_ptr + partial, dalpha, cols < D)
+    if dh_bias_ptr is not None:
+        if gate_ptr is not None:
+            dh_bias *= gate  # one row of the table for all tokens of the chunk
+        tl.store(dh_bias_ptr + partial, dh_bias, cols < D)
 
 
 @triton.jit
@@ -162,15 +175,6 @@ def _partials(partial_ptr, chunk, stop, cols, D: tl.constexpr):
     """Partial sums [C, D] of some chunks before stop: [BLOCK_C, BLOCK_D]."""
     mask = (chunk < stop)[:, None] & (cols < D)[None, :]
     return tl.load(partial_ptr + chunk.to(tl.int64)[:, None] * D + cols[None, :], mask, other=0.0)
-
-
-@triton.jit
-def _column_sums(partial_ptr, start, stop, cols, D: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sum of partials [C, D] over chunks start : stop."""
-    total = tl.zeros([BLOCK_C, cols.shape[0]], tl.float32)
-    for first in range(start, stop, BLOCK_C):
-        total += _partials(partial_ptr, first + tl.arange(0, BLOCK_C), stop, cols, D)
-    return tl.sum(total, 0)  # [BLOCK_D]
 
 
 @triton.jit
@@ -193,6 +197,7 @@ def _layer_norm_bwd_sum_kernel(
     dgate_part_ptr,  # fp32 [C, D] or None, as every pointer to a gradient below; the sums over chunks
     dbeta_part_ptr,
     dalpha_part_ptr,
+    dh_bias_part_ptr,
     scale_ptr,  # [R, D] or None
     weight_ptr,  # [D] or None
     bias_ptr,  # [D] or None
@@ -203,49 +208,53 @@ def _layer_norm_bwd_sum_kernel(
     dscale_ptr,  # [R, D]
     dweight_ptr,  # [D]
     dbias_ptr,  # [D]
+    dh_bias_ptr,  # [D]
     stride_scale,
     C,
-    R,
     num_rows,
+    FOR_ALL: tl.constexpr,  # 1 if the first programs make the gradients [D], else 0; the others make a table row each
     D: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    first_row = tl.program_id(0) * ROWS
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    if first_row < R:
-        if dscale_ptr is not None:
-            if weight_ptr is not None:
-                weight = _load_row(weight_ptr, cols, D, BLOCK_C)
-            if bias_ptr is not None:
-                bias = _load_row(bias_ptr, cols, D, BLOCK_C)
-        for i in range(0, tl.minimum(ROWS, R - first_row)):
-            row = first_row + i
-            start = tl.load(row_chunks_ptr + row, row < num_rows, other=0)  # rows that no sample uses have no chunk
-            stop = tl.load(row_chunks_ptr + row + 1, row < num_rows, other=0)
-            out = row.to(tl.int64) * D
+    if tl.program_id(0) >= FOR_ALL:
+        row = tl.program_id(0) - FOR_ALL
+        start = tl.load(row_chunks_ptr + row, row < num_rows, other=0)  # rows that no sample uses have no chunk
+        stop = tl.load(row_chunks_ptr + row + 1, row < num_rows, other=0)
+        dgates = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+        dbetas = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+        dalphas = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+        for first in range(start, stop, BLOCK_C):
+            chunk = first + tl.arange(0, BLOCK_C)
             if dgate_ptr is not None:
-                dgate = _column_sums(dgate_part_ptr, start, stop, cols, D, BLOCK_C)
-                _store_row(dgate_ptr + out, dgate, cols, D, BLOCK_C)
+                dgates += _partials(dgate_part_ptr, chunk, stop, cols, D)
             if dbeta_part_ptr is not None:
-                dbeta = _column_sums(dbeta_part_ptr, start, stop, cols, D, BLOCK_C)
-                if dshift_ptr is not None:
-                    _store_row(dshift_ptr + out, dbeta, cols, D, BLOCK_C)
+                dbetas += _partials(dbeta_part_ptr, chunk, stop, cols, D)
             if dscale_ptr is not None:
-                dscale = _column_sums(dalpha_part_ptr, start, stop, cols, D, BLOCK_C)
-                if weight_ptr is not None:
-                    dscale *= weight
-                if bias_ptr is not None:
-                    dscale += dbeta * bias
-                _store_row(dscale_ptr + out, dscale, cols, D, BLOCK_C)
-    else:  # dweight and dbias: all chunks, each times 1 + scale of its row, which is read once for both
+                dalphas += _partials(dalpha_part_ptr, chunk, stop, cols, D)
+        out = row.to(tl.int64) * D
+        if dgate_ptr is not None:
+            _store_row(dgate_ptr + out, tl.sum(dgates, 0), cols, D, BLOCK_C)
+        if dshift_ptr is not None:
+            _store_row(dshift_ptr + out, tl.sum(dbetas, 0), cols, D, BLOCK_C)
+        if dscale_ptr is not None:
+            dscale = tl.sum(dalphas, 0)
+            if weight_ptr is not None:
+                dscale *= _load_row(weight_ptr, cols, D, BLOCK_C)
+            if bias_ptr is not None:
+                dscale += tl.sum(dbetas, 0) * _load_row(bias_ptr, cols, D, BLOCK_C)
+            _store_row(dscale_ptr + out, dscale, cols, D, BLOCK_C)
+    else:  # all chunks, for weight and bias each times 1 + scale of its row
         dweight = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
         dbias = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+        dh_bias = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
         for first in range(0, C, BLOCK_C):
             chunk = first + tl.arange(0, BLOCK_C)
+            if dh_bias_ptr is not None:
+                dh_bias += _partials(dh_bias_part_ptr, chunk, C, cols, D)
             scale = tl.full([BLOCK_C, BLOCK_D], 1.0, tl.float32)
-            if scale_ptr is not None:
+            if (dweight_ptr is not None or dbias_ptr is not None) and scale_ptr is not None:
                 row = tl.load(chunks_ptr + 3 * chunk + 2, chunk < C, other=0).to(tl.int64)
                 mask = (chunk < C)[:, None] & (cols < D)[None, :]
                 scale += tl.load(scale_ptr + row[:, None] * stride_scale + cols[None, :], mask, other=0.0)
@@ -257,12 +266,26 @@ def _layer_norm_bwd_sum_kernel(
             _store_row(dweight_ptr, tl.sum(dweight, 0), cols, D, BLOCK_C)
         if dbias_ptr is not None:
             _store_row(dbias_ptr, tl.sum(dbias, 0), cols, D, BLOCK_C)
+        if dh_bias_ptr is not None:
+            _store_row(dh_bias_ptr, tl.sum(dh_bias, 0), cols, D, BLOCK_C)
 
 
 def _blocks(D: int) -> dict[str, int]:
     """A thread holds 16 bytes of each bf16 row, so that all warps share a row and sums over rows stay in registers."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
     return {"D": D, "BLOCK_D": BLOCK_D, "num_warps": min(max(BLOCK_D // 256, 1), 16)}
+
+
+def _fwd_launch(D: int) -> dict[str, int]:
+    return _blocks(D) | {"BLOCK_M": 4, "STAGES": 1}
+
+
+def _bwd_launch(D: int) -> dict[str, int]:
+    return _blocks(D) | {"BLOCK_M": 2, "STAGES": 1}
+
+
+def _sum_launch(D: int) -> dict[str, int]:
+    return {"D": D, "BLOCK_C": 64, "BLOCK_D": 32, "num_warps": 4}
 
 
 def _rows(table: Tensor | None) -> Tensor | None:
@@ -288,11 +311,15 @@ def layer_norm_fwd(
     scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    h_bias: Tensor | None,
     chunks: Tensor,
     row_chunks: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both norms: (r, y, mean, rstd). Without h there is no r, and it is empty."""
+    """Both norms: (r, y, mean, rstd). Without h there is no r, and it is empty.
+
+    h_bias: in h already, and here for its gradient.
+    """
     x, h = x.contiguous(), None if h is None else h.contiguous()
     gate, shift, scale = _rows(gate), _rows(shift), _rows(scale)
     N, D = x.shape
@@ -302,13 +329,13 @@ def layer_norm_fwd(
     if C > 0:
         wrap_triton(_layer_norm_fwd_kernel)[(C,)](
             x, h, gate, shift, scale, weight, bias, chunks, None if h is None else r, y, mean, rstd,
-            _stride(gate), _stride(shift), _stride(scale), eps=eps, BLOCK_M=8 if D <= 1024 else 4, **_blocks(D),
+            _stride(gate), _stride(shift), _stride(scale), eps=eps, **_fwd_launch(D),
         )  # fmt: skip
     return r, y, mean, rstd
 
 
 @layer_norm_fwd.register_fake
-def _(x, h, gate, shift, scale, weight, bias, chunks, row_chunks, eps):
+def _(x, h, gate, shift, scale, weight, bias, h_bias, chunks, row_chunks, eps):
     mean, rstd = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     return _empty(h, x), _empty(x, x), mean, rstd
 
@@ -324,12 +351,13 @@ def layer_norm_bwd(
     scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    h_bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     chunks: Tensor,
     row_chunks: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dh, dgate, dshift, dscale, dweight, dbias), each empty where there is no such argument.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dh, dgate, dshift, dscale, dweight, dbias, dh_bias), each empty where there is no such argument.
 
     h comes with gate only: without one, dh is dx.
     """
@@ -337,7 +365,7 @@ def layer_norm_bwd(
     dr, h = (None if t is None else t.contiguous() for t in (dr, h))
     gate, scale = _rows(gate), _rows(scale)
     D, C = r.shape[1], chunks.shape[0]
-    inputs = r, h, gate, shift, scale, weight, bias
+    inputs = r, h, gate, shift, scale, weight, bias, h_bias
     gradients = tuple(_empty(like, r) for like in inputs)
     dx, dh, *dtables = (None if like is None else d for like, d in zip(inputs, gradients, strict=True))
 
@@ -348,49 +376,49 @@ def layer_norm_bwd(
         partial(gate is not None),
         partial(shift is not None or bias is not None),
         partial(scale is not None or weight is not None),
+        partial(h_bias is not None),
     )
     if C > 0:
         wrap_triton(_layer_norm_bwd_kernel)[(C,)](
             dy, dr, r, h, gate, scale, weight, mean, rstd, chunks, dx, dh, *parts,
-            _stride(gate), _stride(scale), BLOCK_M=4 if D <= 1024 else 2, **_blocks(D),
+            _stride(gate), _stride(scale), **_bwd_launch(D),
         )  # fmt: skip
     R = max(0 if table is None else table.shape[0] for table in (gate, shift, scale))
-    programs = triton.cdiv(R, SUM_ROWS) + (weight is not None or bias is not None)
-    if programs > 0:
-        wrap_triton(_layer_norm_bwd_sum_kernel)[(programs, triton.cdiv(D, 32))](
+    for_all = int(any(t is not None for t in (weight, bias, h_bias)))
+    if for_all + R > 0:
+        launch = _sum_launch(D)
+        wrap_triton(_layer_norm_bwd_sum_kernel)[(for_all + R, triton.cdiv(D, launch["BLOCK_D"]))](
             *parts, scale, weight, bias, chunks, row_chunks, *dtables,
-            _stride(scale), C, R, row_chunks.shape[0] - 1, D=D, ROWS=SUM_ROWS, BLOCK_C=64, BLOCK_D=32, num_warps=4,
+            _stride(scale), C, row_chunks.shape[0] - 1, FOR_ALL=for_all, **launch,
         )  # fmt: skip
-    for_x, for_h, for_gate, for_shift, for_scale, for_weight, for_bias = gradients
-    return for_x, for_h, for_gate, for_shift, for_scale, for_weight, for_bias
+    dx, dh, dgate, dshift, dscale, dweight, dbias, dh_bias = gradients
+    return dx, dh, dgate, dshift, dscale, dweight, dbias, dh_bias
 
 
 @layer_norm_bwd.register_fake
-def _(dy, dr, r, h, gate, shift, scale, weight, bias, mean, rstd, chunks, row_chunks):
-    return tuple(_empty(like, r) for like in (r, h, gate, shift, scale, weight, bias))
+def _(dy, dr, r, h, gate, shift, scale, weight, bias, h_bias, mean, rstd, chunks, row_chunks):
+    return tuple(_empty(like, r) for like in (r, h, gate, shift, scale, weight, bias, h_bias))
 
 
 def _setup_context(ctx, inputs, output):
-    x, h, gate, shift, scale, weight, bias, chunks, row_chunks, _ = inputs
+    x, h, gate, *tables, chunks, row_chunks, _ = inputs
     r, _, mean, rstd = output
     ctx.has_h = h is not None
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        r if ctx.has_h else x, None if gate is None else h, gate, shift, scale, weight, bias, mean, rstd,
-        chunks, row_chunks,
-    )  # fmt: skip
+        r if ctx.has_h else x, None if gate is None else h, gate, *tables, mean, rstd, chunks, row_chunks
+    )
 
 
 def _backward(ctx, dr, dy, *_):
-    r, h, gate, shift, scale, weight, bias, *rest = ctx.saved_tensors
+    r, h, *tables_and_rest = ctx.saved_tensors
+    tables = tables_and_rest[:6]
     dy = torch.zeros_like(r) if dy is None else dy
-    dr = dr if ctx.has_h else None
-    dx, dh, *tables = layer_norm_bwd(dy, dr, r, h, gate, shift, scale, weight, bias, *rest)
-    if gate is None:
+    dx, dh, *dtables = layer_norm_bwd(dy, dr if ctx.has_h else None, r, h, *tables_and_rest)
+    if h is None:  # no gate
         dh = dx if ctx.has_h else None
-    dtables = (None if t is None else d for t, d in zip((gate, shift, scale, weight, bias), tables, strict=True))
-    return dx, dh, *dtables, None, None, None
+    return dx, dh, *(None if t is None else d for t, d in zip(tables, dtables, strict=True)), None, None, None
 
 
 layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)

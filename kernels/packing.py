@@ -5,16 +5,22 @@ tensors that kernels need and, beside them, the same facts as Python numbers, so
 a device to learn a length.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Tokens of a chunk: few, to keep a GPU busy; enough for its reads of the tables and its partial sums (20 to 36 bytes a
-# column in a norm's backward) to stay small beside the stream (6 bytes a column and token).
-_CHUNK = 72
+# Of a norm's backward, which has the most to do: programs that run on a multiprocessor at the same time, and those that
+# keep its share of the memory's speed busy.
+RESIDENT, ENOUGH = 4, 2
+# What a chunk costs beside its tokens, in tokens: reads of the tables, partial sums written and read.
+OVERHEAD = 4
+# Tokens of a chunk: short ones keep all multiprocessors busy in a small batch; above, longer ones would save nothing.
+CHUNKS = range(12, 257)
 
 
 class Packing(NamedTuple):
@@ -48,23 +54,30 @@ class Packing(NamedTuple):
 
 
 def pack(
-    lengths: Sequence[int], cond_index: Sequence[int] | None = None, device: torch.device | str = "cpu"
+    lengths: Sequence[int],
+    cond_index: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    chunk: int | None = None,
 ) -> Packing:
     """Describe a stream of `len(lengths)` samples.
 
     Args:
         lengths: tokens of each sample, in stream order; 0 is allowed.
         cond_index: modulation row of each sample; default: every sample has its own.
-        device: where `cu_seqlens` and `cond_index` live.
+        device: where the tensors live.
+        chunk: tokens of a chunk, at most; default: what suits the device.
 
     Raises:
-        ValueError: no sample, a negative length, or `cond_index` negative or of another size than `lengths`.
+        ValueError: no sample, a negative length, or `cond_index` negative or of another size than `lengths`; a chunk of
+            no token.
     """
     rows = range(len(lengths)) if cond_index is None else cond_index
     if len(lengths) == 0 or min(lengths) < 0:
         raise ValueError(f"lengths: expected at least one length, all >= 0, got {list(lengths)}")
     if len(rows) != len(lengths) or min(rows) < 0:
         raise ValueError(f"cond_index: expected a row >= 0 for each of {len(lengths)} samples, got {list(rows)}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk: expected 1 token or more, got {chunk}")
     offsets = [0]
     for length in lengths:
         offsets.append(offsets[-1] + length)
@@ -74,7 +87,8 @@ def pack(
             segments[-1] = (segments[-1][0], stop, row)
         elif stop > start:
             segments.append((start, stop, row))
-    chunks = sorted((row, *piece) for start, stop, row in segments for piece in _cut(start, stop))
+    chunk = chunk or _chunk([stop - start for start, stop, _ in segments], _multiprocessors(torch.device(device)))
+    chunks = sorted((row, *piece) for start, stop, row in segments for piece in _cut(start, stop, chunk))
     row_chunks = [0] * (2 + max(rows))
     for row, *_ in chunks:
         row_chunks[row + 1] += 1
@@ -104,8 +118,31 @@ def paired_runs(packing: Packing, kv_packing: Packing) -> list[tuple[int, int, i
     return runs
 
 
-def _cut(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Pieces of nearly equal size, at least _CHUNK tokens each where there are as many."""
-    pieces = max(1, (stop - start) // _CHUNK)
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU; elsewhere, where kernels are looked at, those of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _chunk(segments: list[int], multiprocessors: int) -> int:
+    """Tokens of a chunk, at most, with which the work on segments of these lengths should end soonest.
+
+    All chunks together take as long as the memory does for their bytes, unless the longest takes longer by itself.
+    Where not all run at the same time, the last may start when the others end.
+    """
+    lengths = Counter(segments)
+
+    def cost(chunk: int) -> int:  # in tokens
+        chunks = sum(-(-length // chunk) * count for length, count in lengths.items())
+        longest = max((-(-length // -(-length // chunk)) for length in lengths), default=0)
+        memory, alone = sum(segments) + OVERHEAD * chunks, ENOUGH * multiprocessors * (longest + OVERHEAD)
+        return max(memory, alone) if chunks <= RESIDENT * multiprocessors else memory + alone
+
+    return min(CHUNKS, key=cost)
+
+
+def _cut(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Pieces of nearly equal size, at most `chunk` tokens each."""
+    pieces = -(-(stop - start) // chunk)
     bounds = [start + (stop - start) * i // pieces for i in range(pieces + 1)]
     return zip(bounds, bounds[1:], strict=False)
