@@ -232,6 +232,43 @@ def ddim_step(i: Inputs) -> OpCase:
     )
 
 
+class _BiasOf(torch.autograd.Function):
+    """h as it is; its gradient goes to the bias that is in it too: where cuBLAS adds a layer's bias to its product."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, bias: Tensor) -> Tensor:
+        ctx.bias_dtype = bias.dtype
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx, dh: Tensor) -> tuple[Tensor, Tensor]:
+        return dh, dh.sum(0, dtype=ctx.bias_dtype)
+
+
+def gelu(i: Inputs) -> OpCase:
+    h, bias = i.randn(i.tokens, 4 * i.D), i.randn(4 * i.D, dtype=torch.float32)
+    return OpCase(
+        "gelu",
+        i.dtype,
+        Side(lambda: (ops.gelu(h, bias),), (h, bias)),
+        Side(lambda: (F.gelu(_BiasOf.apply(h, bias), approximate="tanh"),), (h, bias)),
+        forward_bytes=2 * tensor_bytes(h),
+        backward_bytes=3 * tensor_bytes(h) + tensor_bytes(bias),  # dy, h; dh, dbias
+    )
+
+
+def column_sum(i: Inputs) -> OpCase:
+    x = i.randn(i.tokens, 3 * i.D).detach()  # the gradient of queries, keys and values
+    out = torch.empty(3 * i.D, device=i.device)
+    return OpCase(
+        "column_sum",
+        i.dtype,
+        Side(lambda: (ops.column_sum(x, torch.float32),)),
+        Side(lambda: (x.sum(0, dtype=torch.float32),)),
+        forward_bytes=tensor_bytes(x, out),
+    )
+
+
 OPS: dict[str, Callable[[Inputs], OpCase]] = {
     "modulated_layer_norm": modulated_layer_norm,
     "gated_residual_layer_norm": gated_residual_layer_norm,
@@ -239,4 +276,6 @@ OPS: dict[str, Callable[[Inputs], OpCase]] = {
     "scatter_tokens": scatter_tokens,
     "masked_diffusion_loss": masked_diffusion_loss,
     "ddim_step": ddim_step,
+    "gelu": gelu,
+    "column_sum": column_sum,
 }

@@ -12,12 +12,12 @@ from torch import Tensor
 from .backend import multiprocessors, tl, triton, triton_op, use_triton, wrap_triton
 
 # A thread holds 16 bytes of each bf16 row and all warps share it, so that sums over rows stay in registers.
-SUM = dict(BLOCK_M=8, BLOCK_F=512, num_warps=2)  # rows and columns at once
+SUM = dict(BLOCK_M=8, BLOCK_F=512, STAGES=1, num_warps=2)  # rows and columns at once, tiles loaded ahead
 SUM_PROGRAMS = 8  # of a multiprocessor
 SUM_ROWS = 48  # of a program at least: its partial sums move 8 bytes a column, a row 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "rows"])
 def _column_sum_kernel(
     x_ptr,  # [N, F]
     part_ptr,  # fp32 [P, F]
@@ -26,6 +26,7 @@ def _column_sum_kernel(
     F: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     first = tl.program_id(1) * rows
     count = tl.minimum(rows, N - first)
@@ -33,14 +34,14 @@ def _column_sum_kernel(
     tile_rows = tl.arange(0, BLOCK_M)
     tile = tile_rows[:, None] * F + cols[None, :]
     total = tl.zeros([BLOCK_F], tl.float32)
-    for row in range(0, count, BLOCK_M):
+    for row in tl.range(0, count, BLOCK_M, num_stages=STAGES):
         offset = (first + row).to(tl.int64) * F
         mask = (row + tile_rows < count)[:, None] & (cols < F)[None, :]
         total += tl.sum(tl.load(x_ptr + offset + tile, mask, other=0.0).to(tl.float32), 0)
     tl.store(part_ptr + tl.program_id(1).to(tl.int64) * F + cols, total, cols < F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _add_partials_kernel(
     part_ptr,  # fp32 [P, F]
     out_ptr,  # [F]

@@ -17,7 +17,8 @@ from .backend import tl, triton, triton_op, use_triton, wrap_triton
 from .column_sum import add_partials, share_rows
 
 FORWARD = dict(BLOCK=4096, num_warps=4)
-BACKWARD = dict(BLOCK_M=4, BLOCK_F=1024, num_warps=4)  # rows and columns at once, as in column_sum.py
+# Rows and columns at once, as in column_sum.py, and how many such tiles are loaded ahead.
+BACKWARD = dict(BLOCK_M=4, BLOCK_F=1024, STAGES=1, num_warps=4)
 BACKWARD_PROGRAMS = 8  # of a multiprocessor
 BACKWARD_ROWS = 16  # of a program at least: its partial sums move 8 bytes a column, a row 6
 
@@ -49,7 +50,7 @@ def _gelu_fwd_kernel(
     tl.store(y_ptr + start + i, y.to(y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "rows"])
 def _gelu_bwd_kernel(
     dy_ptr,  # [N, F]
     h_ptr,  # [N, F]
@@ -62,6 +63,7 @@ def _gelu_bwd_kernel(
     F: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     first = tl.program_id(1) * rows
     count = tl.minimum(rows, N - first)
@@ -69,7 +71,7 @@ def _gelu_bwd_kernel(
     tile_rows = tl.arange(0, BLOCK_M)
     tile = tile_rows[:, None] * F + cols[None, :]
     total = tl.zeros([BLOCK_F], tl.float32)
-    for row in range(0, count, BLOCK_M):
+    for row in tl.range(0, count, BLOCK_M, num_stages=STAGES):
         offset = (first + row).to(tl.int64) * F
         mask = (row + tile_rows < count)[:, None] & (cols < F)[None, :]
         dy = tl.load(dy_ptr + offset + tile, mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_F], 0 where masked

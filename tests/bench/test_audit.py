@@ -185,7 +185,7 @@ def test_broadcast_dimensions_take_no_room(shape, data):
 
 
 def test_every_op_launches_its_kernels_in_every_direction(ours):
-    backward = {"modulated_layer_norm", "gated_residual_layer_norm", "scatter_tokens", "masked_diffusion_loss"}
+    backward = set(OPS) - {"gather_patches", "ddim_step", "column_sum"}
     expected = {(op, "forward") for op in OPS} | {(op, "backward") for op in backward}
     for arch in ARCHITECTURES:
         assert {(r.op, r.direction) for r in ours if r.arch == arch and r.width == 768} == expected
@@ -199,7 +199,7 @@ def keeps_the_gates(rows):
         assert row.asked_bytes >= row.compulsory_bytes, f"{what}: bytes that must move were not counted"
         assert (row.spill_bytes, row.f64, row.atomics) == (0, 0, 0), f"{what}: spills, fp64, float atomics"
         assert row.min_access_bits in (None, 128), f"{what}: accesses of {row.min_access_bits} bits"
-        if row.op in ("modulated_layer_norm", "gated_residual_layer_norm", "scatter_tokens"):
+        if row.op in ("modulated_layer_norm", "gated_residual_layer_norm", "scatter_tokens", "gelu", "column_sum"):
             assert row.min_access_bits == 128, what
         if row.op == "gated_residual_layer_norm":
             limit = {"forward": 0.40, "backward": 0.50}[row.direction]
