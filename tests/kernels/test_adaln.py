@@ -40,12 +40,13 @@ def inputs(packing, D, dtype=torch.float64, rows=None, residual=False, tables=to
     if residual:
         found["h"] = draw(N, D).to(dtype)
         found["gate"] = draw(R, D).to(wide)
-    return found | {
+    found |= {
         "shift": draw(R, D).to(wide),
         "scale": draw(R, D).to(wide),
         "weight": (1 + draw(D)).to(wide),
         "bias": draw(D).to(wide),
     }
+    return found | ({"h_bias": draw(D).to(wide)} if residual else {})
 
 
 def on(op, packing):
@@ -65,7 +66,8 @@ def plain(packing):
             out.append(y if shift is None else y + shift[row])
         return torch.cat(out)
 
-    def gated(x, h, gate=None, **modulation):
+    def gated(x, h, gate=None, h_bias=None, **modulation):
+        h = h if h_bias is None else h + (h_bias - h_bias.detach())
         rows = packing.cond_index.repeat_interleave(packing.cu_seqlens.diff())
         r = x + (h if gate is None else h * gate[rows])
         return r, norm(r, **modulation)
