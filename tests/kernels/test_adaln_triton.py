@@ -211,7 +211,11 @@ MUTANTS = {
     "h instead of dx in the bias's gradient": ("dh_bias += tl.sum(dx, 0)", "dh_bias += tl.sum(h.to(tl.float32), 0)", 1),
     "bias's gradient of the last chunks alone": ("dh_bias += _partials(", "dh_bias = _partials(", 1),
     "half of the tiles never written": ("stop - start, SPLIT * BLOCK_M,", "stop - start, 2 * SPLIT * BLOCK_M,", 1),
-    "half of the tiles without a gradient": ("range(0, stop - start, BLOCK_M,", "range(0, stop - start, 2 * BLOCK_M,", 1),
+    "half of the tiles without a gradient": (
+        "range(0, stop - start, BLOCK_M,",
+        "range(0, stop - start, 2 * BLOCK_M,",
+        1,
+    ),
     "a program of two that makes its own half again": ("tl.program_id(1) * BLOCK_M, stop", "0, stop", 1),
     "rstd never written": ("tl.store(rstd_ptr + start + first + tile_rows, rstd, row_mask)", "pass", 1),
 }
