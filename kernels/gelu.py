@@ -28,9 +28,9 @@ _CUBIC = 0.044715 * _LINEAR
 
 @triton.jit
 def _exp_minus_2u(h, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
-    """e of fp32 h; at most 2^100, so that e/(1 + e) is 1 there and not inf/inf."""
+    """e of fp32 h; at most 2^126, so that e/(1 + e) is 1 there and not inf/inf."""
     LOG2_E: tl.constexpr = 1.4426950408889634
-    return tl.exp2(tl.minimum(h * (h * h * (-LOG2_E * CUBIC) - LOG2_E * LINEAR), 100.0))
+    return tl.exp2(tl.minimum(h * (h * h * (-LOG2_E * CUBIC) - LOG2_E * LINEAR), 126.0))
 
 
 @triton.jit
