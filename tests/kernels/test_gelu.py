@@ -130,15 +130,15 @@ def test_the_gradient_of_the_bias_is_the_column_sum(device):
 
 
 def test_sums_are_of_numbers_before_they_are_rounded(device):
-    """4096 rows that all round up in bf16."""
+    """512 rows, whose roundings to bf16 add up."""
     if not backend.use_triton(torch.empty(0, device=device)):
         pytest.skip("the definition rounds first")
-    h, bias = torch.full((4096, 16), 0.7, dtype=torch.bfloat16, device=device), torch.zeros(16, device=device)
-    _, dh, dbias = run(lambda h, bias: gelu.gelu(h, bias) * 1.0, dict(h=h.detach(), bias=bias))
-    dy = torch.randn(4096, 16, generator=torch.Generator().manual_seed(1)).bfloat16().double()
-    h = h.cpu().double().requires_grad_()
+    args = inputs(512, 16, torch.bfloat16, device=device)
+    _, dh, dbias = run(gelu.gelu, args)
+    dy = torch.randn(512, 16, generator=torch.Generator().manual_seed(1)).bfloat16().double()
+    h = args["h"].cpu().double().requires_grad_()
     (exact,) = torch.autograd.grad(F.gelu(h, approximate="tanh"), h, dy)
-    torch.testing.assert_close(dbias.cpu().double(), exact.sum(0), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(dbias.cpu().double(), exact.sum(0), rtol=1e-5, atol=1e-4)
     assert (dh.cpu().double().sum(0) - exact.sum(0)).abs().max() > 0.01
 
 
@@ -156,11 +156,18 @@ def test_a_frozen_bias_costs_no_sum(device, monkeypatch):
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
 def test_repeats_to_the_bit(device):
-    args = inputs(1000, 1000, torch.bfloat16, device=device)
+    args = inputs(257, 1032, torch.bfloat16, device=device)
     first, second = run(gelu.gelu, args), run(gelu.gelu, args)
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(first, second, strict=True))
     first, second = (column_sum.column_sum(args["h"], torch.float32) for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_nan_is_not_hidden(device):
+    y, dh, dbias = run(
+        gelu.gelu, dict(h=torch.full((3, 8), math.nan, device=device), bias=torch.zeros(8, device=device))
+    )
+    assert all(t.isnan().all() for t in (y, dh, dbias))
 
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
@@ -226,11 +233,11 @@ def test_multiprocessors_within_a_graph():
 
 # A text in the kernels, what a careless edit would make of it, and how often it stands there.
 MUTANTS = {
-    "half of the argument": ("tl.exp2(tl.minimum(h * (", "tl.exp2(tl.minimum(0.5 * h * (", 1),
+    "half of the argument": ("tl.exp2(h * (", "tl.exp2(0.5 * h * (", 1),
     "the other sign": ("-LOG2_E * CUBIC) - LOG2_E * LINEAR", "LOG2_E * CUBIC) + LOG2_E * LINEAR", 1),
     "no cubic term": ("h * h * (-LOG2_E * CUBIC)", "h * h * (-0.0 * CUBIC)", 1),
     "derivative of the cubic term": ("3.0 * CUBIC * h * h", "CUBIC * h * h", 1),
-    "overflow in the tail": (", 126.0))", ", 1e9))", 1),
+    "overflow in the tail": ("tl.maximum(h, -10.0", "tl.maximum(h, -1e9", 1),
     "elements beyond the first block": ("start + i < n", "start + i < BLOCK", 1),
     "the gradient forgotten": ("dh = dy * (", "dh = (", 1),
     "sums of dy": ("tl.sum(dh, 0)", "tl.sum(dy, 0)", 1),
@@ -262,9 +269,9 @@ def fails(what, work):
 
 
 @pytest.mark.parametrize("device", ["interpreter"], indirect=True)
-def test_mutants_fail(compare, device, mutant, monkeypatch):
+def test_mutants_fail(compare, device, mutant):
     """In fp32: several programs and tiles, a tail of each, more columns than a block, an h in the far tail."""
-    args = inputs(101, 1032, torch.float32)
+    args = inputs(37, 1032, torch.float32)
     args["h"][3, 5] = -40.0
     compare(gelu.gelu, plain, args)
     for what, change in MUTANTS.items():
@@ -273,12 +280,14 @@ def test_mutants_fail(compare, device, mutant, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["interpreter"], indirect=True)
-def test_mutants_of_the_sum_fail(device, mutant):
-    """More shares of the rows than the second launch takes at once."""
-    x = inputs(140 * column_sum.SUM_ROWS + 5, 40, torch.float32)["h"]
+def test_mutants_of_the_sum_fail(device, mutant, monkeypatch):
+    """Two tiles a share, and more shares than the second launch takes at once."""
+    x = inputs(1117, 40, torch.float32)["h"]
+    monkeypatch.setattr(column_sum, "SUM_ROWS", 12)
     check_sum(column_sum.column_sum, x, torch.float32)
     for what, change in SUM_MUTANTS.items():
         wrong = mutant(column_sum, *change)
+        wrong.SUM_ROWS = 12
         y = x if what != "every column gets the first's" else inputs(5, 1032, torch.float32)["h"]
         fails(what, lambda wrong=wrong, y=y: check_sum(wrong.column_sum, y, torch.float32))
 
