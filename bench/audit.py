@@ -131,11 +131,13 @@ class Row:
 
 
 CASES = OPS | liger_cases.CASES
+# The norms' work is cut as for this many images: of fewer, each multiprocessor gets fewer tokens, with as many sums.
+CHUNKS_OF = 256
 
 
 def count_op(name: str, model: str, samples: int, dtype: str, own_rows: int = 0) -> list[Counted]:
     """Run an op forward and backward and count. Where TRITON_INTERPRET=1 was set at the start."""
-    inputs = Inputs(model, samples, DTYPES[dtype], "cpu", own_rows=own_rows)
+    inputs = Inputs(model, samples, DTYPES[dtype], "cpu", own_rows=own_rows, like=CHUNKS_OF)
     case = CASES[name](inputs)
     foreign = name in liger_cases.CASES
 

@@ -72,10 +72,18 @@ class Inputs:
 
     samples: even where no_noise_prob, the share of noise-free samples, is 0.5.
     own_rows: instead of the training stream, tokens of each sample, each with its own modulation row; for the norms.
+    like: number of samples whose stream is cut into chunks as long as this one's, where it is not `samples`.
     """
 
     def __init__(
-        self, model: str, samples: int, dtype: torch.dtype, device: str, no_noise_prob: float = 0.5, own_rows: int = 0
+        self,
+        model: str,
+        samples: int,
+        dtype: torch.dtype,
+        device: str,
+        no_noise_prob: float = 0.5,
+        own_rows: int = 0,
+        like: int = 0,
     ):
         self.config: ModelConfig = model_config(model, **SHAPES[model])
         self.samples, self.dtype, self.device = samples, dtype, device
@@ -86,6 +94,11 @@ class Inputs:
         timesteps = self.corruption.timesteps[: self.corruption.num_noised]
         self.coefficients = objective.schedule.coefficients(timesteps, dtype=torch.float32)
         self.stream = ops.pack([own_rows] * samples, device=device) if own_rows else self.corruption.layout.encoder
+        if like:
+            larger = Inputs(model, like, dtype, "cpu", no_noise_prob, own_rows).stream.chunks
+            lengths = [length for count, length in self.stream.runs for _ in range(count)]
+            chunk = int((larger[:, 1] - larger[:, 0]).max())
+            self.stream = ops.pack(lengths, self.stream.cond_index.tolist(), device, chunk)
         self.tokens = self.stream.num_tokens
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -40,12 +40,13 @@ def inputs(packing, D, dtype=torch.float64, rows=None, residual=False, tables=to
     if residual:
         found["h"] = draw(N, D).to(dtype)
         found["gate"] = draw(R, D).to(wide)
-    return found | {
+    found |= {
         "shift": draw(R, D).to(wide),
         "scale": draw(R, D).to(wide),
         "weight": (1 + draw(D)).to(wide),
         "bias": draw(D).to(wide),
     }
+    return found | ({"h_bias": draw(D).to(wide)} if residual else {})
 
 
 def on(op, packing):
@@ -65,7 +66,8 @@ def plain(packing):
             out.append(y if shift is None else y + shift[row])
         return torch.cat(out)
 
-    def gated(x, h, gate=None, **modulation):
+    def gated(x, h, gate=None, h_bias=None, **modulation):
+        h = h if h_bias is None else h + (h_bias - h_bias.detach())
         rows = packing.cond_index.repeat_interleave(packing.cu_seqlens.diff())
         r = x + (h if gate is None else h * gate[rows])
         return r, norm(r, **modulation)
@@ -263,20 +265,67 @@ def test_packing_itself():
     for wrong in ([0], [0, 1, 2], [0, -1]):
         with pytest.raises(ValueError, match="^cond_index"):
             pack([1, 2], wrong)
+    with pytest.raises(ValueError, match="^chunk: expected 1 token or more, got 0"):
+        pack([1, 2], chunk=0)
 
 
 @given(
     lengths=st.lists(st.integers(0, 300), min_size=1, max_size=8),
     rows=st.lists(st.integers(0, 4), min_size=8, max_size=8),
+    chunk=st.none() | st.integers(1, 80),
 )
-def test_chunks_are_the_stream(lengths, rows):
-    """Each token is in one chunk, which has the token's row; few chunks are small, and a row's are side by side."""
-    packing = pack(lengths, rows[: len(lengths)])
+def test_chunks_are_the_stream(lengths, rows, chunk):
+    """Each token is in one chunk, which has the token's row; a segment's are of one length, and a row's side by side."""
+    packing = pack(lengths, rows[: len(lengths)], chunk=chunk)
     row_of_token = packing.cond_index.repeat_interleave(packing.cu_seqlens.diff())
     chunks, offsets = packing.chunks.tolist(), packing.row_chunks.tolist()
     assert sorted(token for start, stop, _ in chunks for token in range(start, stop)) == list(range(len(row_of_token)))
+    for first, last, row in packing.segments:
+        pieces = [stop - start for start, stop, _ in chunks if first <= start and stop <= last]
+        assert sum(pieces) == last - first and max(pieces) - min(pieces) <= 1
+        assert (row_of_token[first:last] == row).all() and max(pieces) <= (chunk or 256)
     for start, stop, row in chunks:
-        assert (row_of_token[start:stop] == row).all() and 0 < stop - start < 2 * 72
-        assert stop - start >= 72 or (start, stop, row) in packing.segments
+        assert (row_of_token[start:stop] == row).all() and stop > start
+        assert chunk or stop - start >= 6 or (start, stop, row) in packing.segments
     assert offsets[0] == 0 and offsets[-1] == len(chunks) and len(offsets) == packing.num_rows + 1
     assert [row for row, n in enumerate(torch.tensor(offsets).diff()) for _ in range(n)] == [row for *_, row in chunks]
+
+
+@pytest.mark.parametrize("samples", [16, 64, 256])
+@pytest.mark.parametrize("lengths", [(161, 65), (257, 257)])
+def test_chunks_follow_the_machine(samples, lengths):
+    """On 132 multiprocessors: one each at least, no more than run at a time; long ones where there are many tokens."""
+    half = samples // 2
+    noised, clean = ([length] * half for length in lengths)
+    packing = pack(noised + clean, [*range(half)] + [half] * half)
+    tokens = packing.chunks.diff(dim=1)[:, 0]
+    assert 132 <= len(tokens) <= 4 * 132 and tokens.max() <= 2 * tokens.min()
+    # A chunk's tables and sums are as many bytes as four tokens of the backward pass.
+    assert 4 * len(tokens) < (0.06 if samples == 256 else 0.4) * packing.num_tokens
+
+
+def test_a_machine_of_other_size(monkeypatch):
+    monkeypatch.setattr("umd.kernels.packing._multiprocessors", lambda device: 8)
+    packing = pack([161] * 8 + [65] * 8, [*range(8)] + [8] * 8)
+    assert 8 <= len(packing.chunks) <= 32
+
+
+@pytest.mark.parametrize("device", ["interpreter"], indirect=True)
+@pytest.mark.parametrize("gated", [True, False])
+def test_bias_of_the_layer_before(device, gated):
+    """No value changes and no other gradient does; its own is the sum of dh over all tokens, with a gate or without."""
+    packing = pack([7, 40, 9], [1, 0, 1], chunk=12)
+    args = inputs(packing, 48, torch.float32, residual=True)
+    args |= {} if gated else {"gate": None}
+    leaves = {n: t.requires_grad_() for n, t in args.items() if t is not None}
+    without = {n: t for n, t in args.items() if n != "h_bias"}
+    douts = [torch.randn_like(args["x"]) for _ in range(2)]
+    outputs = gated_residual_layer_norm(packing=packing, **args)
+    gradients = dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), douts), strict=True))
+    plain_outputs = gated_residual_layer_norm(packing=packing, **without)
+    rest = [n for n in leaves if n != "h_bias"]
+    for a, b in zip(outputs, plain_outputs, strict=True):
+        assert torch.equal(a, b)
+    for name, b in zip(rest, torch.autograd.grad(plain_outputs, [leaves[n] for n in rest], douts), strict=True):
+        assert torch.equal(gradients[name], b), name
+    torch.testing.assert_close(gradients["h_bias"], gradients["h"].double().sum(0).float(), rtol=1e-5, atol=1e-4)

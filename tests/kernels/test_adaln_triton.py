@@ -31,13 +31,15 @@ def inputs(packing, D, dtype, tables, affine=True, residual=True, mean=0.0):
     if residual:
         found |= {"h": draw(N, D, dtype=dtype), "gate": gate}
     found |= {"shift": shift, "scale": scale}
-    return found | ({"weight": 1 + draw(D, dtype=tables), "bias": draw(D, dtype=tables)} if affine else {})
+    found |= {"weight": 1 + draw(D, dtype=tables), "bias": draw(D, dtype=tables)} if affine else {}
+    return found | ({"h_bias": draw(D, dtype=tables)} if residual else {})
 
 
 def plain(packing):
     """The op of these arguments as anyone writes it, in the type of its inputs."""
 
-    def op(x, h=None, gate=None, shift=None, scale=None, weight=None, bias=None):
+    def op(x, h=None, gate=None, shift=None, scale=None, weight=None, bias=None, h_bias=None):
+        h = h if h_bias is None else h + (h_bias - h_bias.detach())
         rows = packing.cond_index.repeat_interleave(packing.cu_seqlens.diff())
         r = x if h is None else x + (h if gate is None else h * gate[rows])
         y = F.layer_norm(r, r.shape[-1:], weight, bias, 1e-6)
@@ -155,7 +157,7 @@ def test_no_tokens(device):
 def operands(packing, dtype=torch.float32, residual=True, affine=True):
     """Positional arguments of `layer_norm_fwd`."""
     args = inputs(packing, 16, dtype, torch.float32, affine, residual)
-    names = ("x", "h", "gate", "shift", "scale", "weight", "bias")
+    names = ("x", "h", "gate", "shift", "scale", "weight", "bias", "h_bias")
     return [args.get(name) for name in names] + [packing.chunks, packing.row_chunks, 1e-6]
 
 
@@ -169,9 +171,9 @@ def test_registration(device, residual, affine):
     torch.library.opcheck(adaln_triton.layer_norm_fwd.library, leaves)
     with torch.no_grad():
         r, y, mean, rstd = adaln_triton.layer_norm_fwd(*args)
-    x, h, *tables = (None if t is None else t.detach() for t in args[:7])
+    x, h, *tables = (None if t is None else t.detach() for t in args[:8])
     dy = torch.ones_like(y)
-    backward = [dy, dy if residual else None, r if residual else x, h, *tables, mean, rstd, *args[7:9]]
+    backward = [dy, dy if residual else None, r if residual else x, h, *tables, mean, rstd, *args[8:10]]
     torch.library.opcheck(adaln_triton.layer_norm_bwd.library, backward)
 
 
@@ -204,8 +206,17 @@ MUTANTS = {
     "gradient of the residual forgotten": ("if dr_ptr is not None:", "if False:", 1),
     "gate forgotten in dh": ("dx * gate[None, :]", "dx", 1),
     "a row's later chunks forgotten": ("tl.load(row_chunks_ptr + row + 1, row < num_rows, other=0)", "start + 1", 1),
-    "only the first of a sum's rows": ("row = first_row + i", "row = first_row + 0 * i", 1),
-    "half of the tiles never written": ("range(0, stop - start, BLOCK_M)", "range(0, stop - start, 2 * BLOCK_M)", 2),
+    "a table's row gets another's sum": ("row = tl.program_id(0) - FOR_ALL", "row = 2 - tl.program_id(0) + FOR_ALL", 1),
+    "gate forgotten in the bias's gradient": ("dh_bias *= gate", "dh_bias *= 1", 1),
+    "h instead of dx in the bias's gradient": ("dh_bias += tl.sum(dx, 0)", "dh_bias += tl.sum(h.to(tl.float32), 0)", 1),
+    "bias's gradient of the last chunks alone": ("dh_bias += _partials(", "dh_bias = _partials(", 1),
+    "half of the tiles never written": ("stop - start, SPLIT * BLOCK_M,", "stop - start, 2 * SPLIT * BLOCK_M,", 1),
+    "half of the tiles without a gradient": (
+        "range(0, stop - start, BLOCK_M,",
+        "range(0, stop - start, 2 * BLOCK_M,",
+        1,
+    ),
+    "a program of two that makes its own half again": ("tl.program_id(1) * BLOCK_M, stop", "0, stop", 1),
     "rstd never written": ("tl.store(rstd_ptr + start + first + tile_rows, rstd, row_mask)", "pass", 1),
 }
 
@@ -213,9 +224,9 @@ MUTANTS = {
 def through(kernels, packing):
     """The op by another module's kernels."""
 
-    def op(x, h, gate, shift, scale, weight, bias):
+    def op(x, h, gate, shift, scale, weight, bias, h_bias):
         work = packing.chunks, packing.row_chunks
-        return kernels.layer_norm_fwd(x, h, gate, shift, scale, weight, bias, *work, 1e-6)[:2]
+        return kernels.layer_norm_fwd(x, h, gate, shift, scale, weight, bias, h_bias, *work, 1e-6)[:2]
 
     return op
 
