@@ -224,12 +224,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None) ->
 
 
 def gelu_linear(
-    h: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None, h_bias: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None, x_bias: Tensor | None = None
 ) -> Tensor:
-    """`linear` of gelu(h), GELU in its tanh form. h_bias: see `gelu`."""
-    if _by_hand(h) and h.dtype == torch.bfloat16:
-        return GeluLinearFunction.apply(bias_gradient(h, h_bias), weight, bias)
-    return linear(gelu(h, h_bias), weight, bias, cast)
+    """`linear` of gelu(x), GELU in its tanh form. x_bias: in x already, and given for its gradient (see `gelu`)."""
+    if _by_hand(x) and x.dtype == torch.bfloat16:
+        return GeluLinearFunction.apply(bias_gradient(x, x_bias), weight, bias)
+    return linear(gelu(x, x_bias), weight, bias, cast)
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

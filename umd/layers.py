@@ -23,11 +23,11 @@ class Linear(nn.Linear):
 class GeluLinear(Linear):
     """The second layer of an MLP with the activation before it."""
 
-    def forward(self, h: Tensor, h_bias: Tensor | None = None) -> Tensor:
-        return ops.gelu_linear(h, self.weight, self.bias, self.cast, h_bias)
+    def forward(self, x: Tensor, x_bias: Tensor | None = None) -> Tensor:
+        return ops.gelu_linear(x, self.weight, self.bias, self.cast, x_bias)
 
-    def split(self, h: Tensor, h_bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """As `Linear.split`. h_bias: of the layer that made h, if it has yet to get its gradient."""
-        if not (self.splits and ops.splits_bias(h)):
-            return self(h, h_bias), None
-        return ops.gelu_linear(h, self.weight, self.bias.detach(), self.cast, h_bias), self.bias
+    def split(self, x: Tensor, x_bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """As `Linear.split`. x_bias: of the layer that made x, if it has yet to get its gradient."""
+        if not (self.splits and ops.splits_bias(x)):
+            return self(x, x_bias), None
+        return ops.gelu_linear(x, self.weight, self.bias.detach(), self.cast, x_bias), self.bias
