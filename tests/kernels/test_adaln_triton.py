@@ -203,10 +203,10 @@ MUTANTS = {
         1,
     ),
     "mean of the squares not taken off": ("- x_hat * along_x_hat[:, None]", "", 1),
-    "gradient of the residual forgotten": ("if dr_ptr is not None:", "if False:", 1),
+    "gradient of the residual forgotten": ("dx += dr.to(tl.float32)", "pass", 1),
     "gate forgotten in dh": ("dx * gate[None, :]", "dx", 1),
     "a row's later chunks forgotten": ("tl.load(row_chunks_ptr + row + 1, row < num_rows, other=0)", "start + 1", 1),
-    "a table's row gets another's sum": ("row = tl.program_id(0) - FOR_ALL", "row = 2 - tl.program_id(0) + FOR_ALL", 1),
+    "a table's row gets another's sum": ("out = row.to(tl.int64) * D", "out = (2 - row).to(tl.int64) * D", 1),
     "gate forgotten in the bias's gradient": ("dh_bias *= gate", "dh_bias *= 1", 1),
     "h instead of dx in the bias's gradient": ("dh_bias += tl.sum(dx, 0)", "dh_bias += tl.sum(h.to(tl.float32), 0)", 1),
     "bias's gradient of the last chunks alone": ("dh_bias += _partials(", "dh_bias = _partials(", 1),
@@ -216,7 +216,7 @@ MUTANTS = {
         "range(0, stop - start, 2 * BLOCK_M,",
         1,
     ),
-    "a program of two that makes its own half again": ("tl.program_id(1) * BLOCK_M, stop", "0, stop", 1),
+    "both programs of a chunk make the same tiles": ("tl.program_id(1) * BLOCK_M, stop", "0, stop", 1),
     "rstd never written": ("tl.store(rstd_ptr + start + first + tile_rows, rstd, row_mask)", "pass", 1),
 }
 
