@@ -112,7 +112,7 @@ def gelu_bwd(dy: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Ten
     part = None if bias_dtype is None else h.new_empty(grid[1], F, dtype=torch.float32)
     if h.numel() > 0:
         wrap_triton(_gelu_bwd_kernel)[grid](dy, h, dh, part, N, rows, LINEAR=_LINEAR, CUBIC=_CUBIC, F=F, **BACKWARD)
-    return dh, h.new_empty(0) if part is None else add_partials(part, bias_dtype)
+    return dh, h.new_empty(0) if part is None or bias_dtype is None else add_partials(part, bias_dtype)
 
 
 @gelu_bwd.register_fake
