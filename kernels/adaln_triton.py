@@ -289,7 +289,7 @@ def _bwd_launch(D: int) -> dict[str, int]:
 
 
 def _sum_launch(D: int) -> dict[str, int]:
-    return {"D": D, "BLOCK_C": 64, "BLOCK_D": 32, "num_warps": 4}
+    return {"D": D, "BLOCK_C": 32, "BLOCK_D": 32, "num_warps": 4}
 
 
 def _rows(table: Tensor | None) -> Tensor | None:
