@@ -147,9 +147,9 @@ def varlen_attention(
     if packing.cu_seqlens.device != qkv.device:
         raise ValueError(f"packing: expected on {qkv.device} like qkv, got {packing.cu_seqlens.device}")
     name, _ = attention_backend(qkv.device, qkv.dtype, qkv.shape[-1], packing, backend)
-    if name == "triton":
-        return short_attention_fwd(qkv, bias, packing.cu_seqlens, packing.max_seqlen)[0]
     qkv = bias_gradient(qkv, bias)
+    if name == "triton":
+        return short_attention_fwd(qkv, packing.cu_seqlens, packing.max_seqlen)[0]
     if qkv.numel() == 0:
         return qkv[:, 0]
     if name == "matmul":

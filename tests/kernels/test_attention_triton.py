@@ -102,11 +102,10 @@ def test_comparison_notices_a_lost_token_0(kernel_device, monkeypatch):
 
 def test_opcheck(kernel_device):
     packing, qkv, dout = draw([17, 5], H=1, d=16, device=kernel_device)
-    bias = torch.zeros(48, device=kernel_device)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    opcheck(short_attention_fwd.library, (qkv.requires_grad_(), bias, packing.cu_seqlens, 17), test_utils=tests)
-    out, lse = (x.detach() for x in short_attention_fwd(qkv, None, packing.cu_seqlens, 17))
-    arguments = dout, qkv.detach(), bias, out, lse, packing.cu_seqlens, 17
+    opcheck(short_attention_fwd.library, (qkv.requires_grad_(), packing.cu_seqlens, 17), test_utils=tests)
+    out, lse = (x.detach() for x in short_attention_fwd(qkv, packing.cu_seqlens, 17))
+    arguments = dout, qkv.detach(), out, lse, packing.cu_seqlens, 17
     opcheck(short_attention_bwd.library, arguments, test_utils=tests[:2])
 
 
