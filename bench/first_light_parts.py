@@ -129,7 +129,7 @@ def step(part: Part, device: torch.device) -> None:
     row("plain DiT", plain_dit(), small, less)
     for setting in ("mae", "maskdit"):
         row(setting, umd(setting))
-    row("diffusers DiT", (dit_step, lambda bench: count_flops(lambda: dit_step(bench), bench.device)))
+    row("diffusers DiT", diffusers_dit())
 
 
 Kind = tuple[Callable[[StepBench], Step], Callable[[StepBench], int]]  # what makes the step, and its FLOPs
@@ -159,6 +159,10 @@ def plain_dit(compiled: bool = False) -> Kind:
         lambda bench: plain_dit_step(bench, compiled),
         lambda bench: count_flops(lambda: plain_dit_step(bench), bench.device),
     )
+
+
+def diffusers_dit(compiled: bool = False) -> Kind:
+    return lambda b: dit_step(b, compiled), lambda b: count_flops(lambda: dit_step(b), b.device)
 
 
 def time_step(part: Part, what: str, kind: Kind, bench: StepBench, peak: float, profiled: bool = False) -> None:
@@ -268,15 +272,16 @@ def dit_pipeline(config: ModelConfig, labels: Tensor, num_steps: int) -> Callabl
     """diffusers' DiTPipeline, its decoder of pictures a small one; as its users run it: bf16, DDIM, one step a call."""
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.hidden_size // config.num_heads,
-        in_channels=config.channels,
-        out_channels=2 * config.channels,
-        num_layers=config.depth + config.decoder_depth,
-        sample_size=config.image_size[0],
-        patch_size=config.patch_size,
-    )
+    with labels.device:
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=config.num_heads,
+            attention_head_dim=config.hidden_size // config.num_heads,
+            in_channels=config.channels,
+            out_channels=2 * config.channels,
+            num_layers=config.depth + config.decoder_depth,
+            sample_size=config.image_size[0],
+            patch_size=config.patch_size,
+        )
     vae = AutoencoderKL(latent_channels=config.channels, block_out_channels=(32,), norm_num_groups=8)
     pipeline = DiTPipeline(transformer, vae, DDIMScheduler()).to(labels.device, torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
@@ -295,7 +300,8 @@ def compile_(part: Part, device: torch.device) -> None:
     take_device(str(device), "bf16")
     ours = umd("umd", compiled=True)
     rows = [("umd", ours, 256), ("plain DiT", plain_dit(compiled=True), 256), ("umd", ours, 64)]
-    rows += [("dit", umd("dit", compiled=True), 256), ("umd", ours, 16), ("umd", ours, 128)]
+    rows += [("diffusers DiT", diffusers_dit(compiled=True), 256), ("dit", umd("dit", compiled=True), 256)]
+    rows += [("umd", ours, 16), ("umd", ours, 128)]
     for what, kind, batch in rows:
         bench = StepBench(batch=batch, device=str(device))
         part.attempt(

@@ -39,7 +39,7 @@ from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 from umd.train import step as training
 from umd.train.optim import clipped_step
-from umd.train.parallel import LossStep
+from umd.train.parallel import LossStep, static_compile
 
 WARMUP = 5  # rounds; until then memory still grows, and a step's time holds the first touch of new pages
 
@@ -142,7 +142,7 @@ def baseline_step(bench: StepBench, model: torch.nn.Module, loss: Callable[[], T
     return step
 
 
-def dit_step(bench: StepBench) -> Step:
+def dit_step(bench: StepBench, compiled: bool = False) -> Step:
     """diffusers' DiT with the noise-prediction loss."""
     from diffusers import DiTTransformer2DModel
 
@@ -156,6 +156,7 @@ def dit_step(bench: StepBench) -> Step:
         patch_size=config.patch_size,
     ).to(bench.device)
     model.train()
+    network = static_compile(model) if compiled else model
     x, schedule = images(bench), NoiseSchedule("cosine")
     labels = torch.zeros(bench.batch, dtype=torch.int64, device=bench.device)
 
@@ -163,7 +164,7 @@ def dit_step(bench: StepBench) -> Step:
         t = torch.randint(1, 1001, (bench.batch,), device=bench.device)
         eps = torch.randn_like(x)
         x_t = schedule.q_sample(x, t, eps)
-        prediction = model(x_t, timestep=t - 1, class_labels=labels).sample
+        prediction = network(x_t, timestep=t - 1, class_labels=labels).sample
         return F.mse_loss(prediction.float(), eps)
 
     return baseline_step(bench, model, loss)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .backend import multiprocessors, tl, triton, triton_op, use_triton, wrap_triton
 
 # A thread holds 16 bytes of each bf16 row and all warps share it, so that sums over rows stay in registers.
-SUM = dict(BLOCK_M=8, BLOCK_F=512, STAGES=1, num_warps=2)  # rows and columns at once, tiles loaded ahead
+SUM = dict(BLOCK_M=4, BLOCK_F=512, STAGES=3, num_warps=2)  # rows and columns at once, tiles loaded ahead
 SUM_PROGRAMS = 8  # of a multiprocessor
 SUM_ROWS = 48  # of a program at least: its partial sums move 8 bytes a column, a row 2
 
