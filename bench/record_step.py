@@ -40,11 +40,11 @@ KINDS = {
     "products": ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"),
     "attention": (
         "_varlen_attn", "_varlen_attn_backward", "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_backward",
+        "_scaled_dot_product_flash_attention_backward", "short_attention_fwd", "short_attention_bwd",
     ),
     "norms": ("layer_norm_fwd", "layer_norm_bwd", "native_layer_norm", "native_layer_norm_backward"),
-    "GELU": ("gelu", "gelu_backward"),
-    "sums": ("sum",),
+    "GELU": ("gelu", "gelu_backward", "gelu_fwd", "gelu_bwd"),
+    "sums": ("sum", "column_sum"),
     "copies": ("_to_copy", "copy_", "clone", "cat", "stack", "_foreach_copy_"),
 }  # fmt: skip
 UPDATE = ("clip", "optimizer", "EMA")  # parts that are a kind of their own
@@ -88,8 +88,12 @@ class Recorder(TorchDispatchMode):
 
         ours = ops.launches(func, launch)
         if ours is not None:
+            first = len(self.calls)
             with self:  # for PyTorch's operations between the kernels
                 ours(*args)
+            flops = flops_of(func, args, kwargs, out, self.lengths)
+            if flops:
+                self.calls[first] = self.calls[first]._replace(flops=flops)
         elif not func.is_view and func.namespace != "prim" and func.overloadpacket.__name__ not in FREE:
             size = moved(func, args, kwargs, out)
             flops = flops_of(func, args, kwargs, out, self.lengths)

@@ -130,6 +130,12 @@ def as_tuple(out: Any) -> tuple:
 def flops_of(func: Any, args: tuple, kwargs: dict, out: Any, lengths: Lengths) -> int:
     """FLOPs of an operation: of products and attention, as torch's flop counter has them."""
     op = func.overloadpacket
+    if func.namespace == "umd":  # attention alone has products; ours makes the weights twice in the backward pass
+        if op.__name__ not in ("short_attention_fwd", "short_attention_bwd"):
+            return 0
+        out, cu_seqlens = out[0] if op.__name__ == "short_attention_fwd" else args[2], args[-2]
+        products = 2 if op.__name__ == "short_attention_fwd" else 7
+        return 2 * products * out.shape[1] * out.shape[2] * sum(n * n for n in lengths[storage_of(cu_seqlens)])
     if func.namespace == "torch_attn":  # forward: two products of queries and keys; backward: five, scores made again
         backward = op is torch.ops.torch_attn._varlen_attn_backward
         first = args[1 if backward else 0]  # [N, H, d]
