@@ -226,7 +226,7 @@ def _check_known(choice: str) -> None:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {choice!r}{hint}")
 
 
-def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, cross: bool) -> str:
+def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, cross: bool = False) -> str:
     """Why a backend cannot take such a tensor, or ""."""
     if name in ("sdpa", "matmul"):
         return ""

@@ -89,23 +89,26 @@ def patch_noise(
     Element i of a sample's ε is number i % 4 of counter i // 4 under the sample's seed. Neighbours in a patch's row
     share a counter: all four where 4 divides P; else a pair of them, or one, is picked, and before the costly steps.
     """
-    if not FROM_SEED:
-        col = first_col + tl.arange(0, BLOCK_D)
-        return tl.load(noise_ptr + corner[:, None] + patch_pixel(col, H, W, P)[None, :], mask, other=0).to(tl.float32)
-    SHARED: tl.constexpr = 4 if P % 4 == 0 else (2 if P % 2 == 0 else 1)
-    col = first_col + tl.arange(0, BLOCK_D // SHARED) * SHARED
-    first = (corner - sample * (C * H * W)).to(tl.int32)  # of the patch within its sample
-    i = first[:, None] + patch_pixel(col, H, W, P)[None, :]  # [BLOCK_M, BLOCK_D / SHARED]
-    seed = tl.load(noise_ptr + sample, sample < num_noised, other=0)[:, None]
-    if SHARED == 4:
-        n0, n1, n2, n3 = randn4x(seed, i // 4)
-        eps = tl.join(tl.join(n0, n2), tl.join(n1, n3))
+    # else, and one return: Triton compiles what stands behind a static if, even one that has returned
+    if FROM_SEED:
+        SHARED: tl.constexpr = 4 if P % 4 == 0 else (2 if P % 2 == 0 else 1)
+        col = first_col + tl.arange(0, BLOCK_D // SHARED) * SHARED
+        first = (corner - sample * (C * H * W)).to(tl.int32)  # of the patch within its sample
+        i = first[:, None] + patch_pixel(col, H, W, P)[None, :]  # [BLOCK_M, BLOCK_D / SHARED]
+        seed = tl.load(noise_ptr + sample, sample < num_noised, other=0)[:, None]
+        if SHARED == 4:
+            n0, n1, n2, n3 = randn4x(seed, i // 4)
+            eps = tl.join(tl.join(n0, n2), tl.join(n1, n3))
+        else:
+            u0, u1, u2, u3 = tl.rand4x(seed, i // 4)
+            second = i % 4 >= 2
+            n0, n1 = normal_pair(tl.where(second, u2, u0), tl.where(second, u3, u1))
+            eps = tl.join(n0, n1) if SHARED == 2 else tl.where(i % 2 == 0, n0, n1)
+        eps = eps.reshape(corner.shape[0], BLOCK_D)
     else:
-        u0, u1, u2, u3 = tl.rand4x(seed, i // 4)
-        second = i % 4 >= 2
-        n0, n1 = normal_pair(tl.where(second, u2, u0), tl.where(second, u3, u1))
-        eps = tl.join(n0, n1) if SHARED == 2 else tl.where(i % 2 == 0, n0, n1)
-    return eps.reshape(corner.shape[0], BLOCK_D)
+        col = first_col + tl.arange(0, BLOCK_D)
+        eps = tl.load(noise_ptr + corner[:, None] + patch_pixel(col, H, W, P)[None, :], mask, other=0).to(tl.float32)
+    return eps
 
 
 @triton.jit

@@ -219,12 +219,18 @@ def capture_row() -> Row:
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU, a stream that can be recorded; DDP too must be made on it."""
+    """On a GPU, a stream that can be recorded; DDP too must be made on it. Each of the two streams waits for the other,
+    so what was queued before the block, and in it, is there for what is queued next."""
     if device.type != "cuda":
         yield
         return
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        yield
+    outer, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(outer)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        outer.wait_stream(stream)
 
 
 class Told:

@@ -55,7 +55,7 @@ def test_every_backend_computes_the_definition(compare, backend, lengths, dtype)
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("lengths", [*LENGTHS, [257] * 3, [1, 5, 68, 164, 257]], ids=str)
-@pytest.mark.parametrize("name", ["flash_attn", "varlen_attn", "sdpa", "matmul"])
+@pytest.mark.parametrize("name", ["triton", "flash_attn", "varlen_attn", "sdpa", "matmul"])
 def test_every_backend_on_a_gpu(compare, name, lengths, dtype):
     packing, qkv = draw(lengths, H=4, d=64, dtype=dtype, device="cuda")
     refusal = attention._refusal(name, qkv.device, dtype, 64)
@@ -65,7 +65,7 @@ def test_every_backend_on_a_gpu(compare, name, lengths, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["flash_attn", "varlen_attn", "sdpa", "matmul"])
+@pytest.mark.parametrize("name", ["triton", "flash_attn", "varlen_attn", "sdpa", "matmul"])
 def test_repeats_to_the_bit_on_a_gpu(name, strictly_deterministic):
     packing, qkv = draw([257, 1, 164, 257], H=4, d=64, device="cuda")
     refusal = attention._refusal(name, qkv.device, qkv.dtype, 64)

@@ -67,7 +67,7 @@ def test_every_backend_computes_the_definition(compare, backend, pairs, dtype):
 @pytest.mark.parametrize("name", ["flash_attn", "varlen_attn", "sdpa", "matmul"])
 def test_every_backend_on_a_gpu(compare, name, pairs, dtype):
     q, kv, *packings = streams(pairs, dtype, H=4, d=64, device="cuda")
-    refusal = attention._refusal(name, q.device, dtype, 64)
+    refusal = attention._refusal(name, q.device, dtype, 64, cross=True)
     if refusal:
         pytest.skip(f"{name} {refusal}")
     compare(by(name, *packings), plain(*packings), {"q": q, "kv": kv})
@@ -77,7 +77,7 @@ def test_every_backend_on_a_gpu(compare, name, pairs, dtype):
 @pytest.mark.parametrize("name", ["flash_attn", "varlen_attn", "sdpa", "matmul"])
 def test_repeats_to_the_bit_on_a_gpu(name, strictly_deterministic):
     q, kv, *packings = streams([(96, 161), (257, 65), (96, 161)], torch.bfloat16, H=4, d=64, device="cuda")
-    refusal = attention._refusal(name, q.device, q.dtype, 64)
+    refusal = attention._refusal(name, q.device, q.dtype, 64, cross=True)
     if refusal:
         pytest.skip(f"{name} {refusal}")
 
