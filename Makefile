@@ -28,8 +28,9 @@ test: .venv/installed
 test-slow: .venv/installed
 	.venv/bin/python -m pytest -m 'slow and not gpu'
 
+# -v: a run that is cut off has told what failed.
 test-gpu: .venv/installed
-	.venv/bin/python -m pytest -m gpu
+	.venv/bin/python -m pytest -m gpu -v
 
 lint: .venv/installed umd/kernels umd/train umd/bench
 	.venv/bin/ruff check

@@ -1,6 +1,8 @@
 """For every test: thread counts, no network, the data folder, and GPU tests skipped where there is none."""
 
 import os
+import signal
+import threading
 from pathlib import Path
 
 # Before torch is imported. Tests that run side by side get a thread each, and so do the programs they start.
@@ -33,6 +35,12 @@ if backend.INTERPRET:
 
     interpreter._convert_float = _convert_float_rounding
 os.environ.pop("TRITON_INTERPRET", None)
+
+
+def pytest_configure() -> None:
+    """Stopped by SIGTERM, pytest ends as after Ctrl-C: it tells what failed until then."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

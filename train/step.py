@@ -226,11 +226,9 @@ def side_stream(device: torch.device) -> Iterator[None]:
         return
     outer, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     stream.wait_stream(outer)
-    try:
-        with torch.cuda.stream(stream):
-            yield
-    finally:
-        outer.wait_stream(stream)
+    with torch.cuda.stream(stream):
+        yield
+    outer.wait_stream(stream)
 
 
 class Told:

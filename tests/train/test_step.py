@@ -22,7 +22,7 @@ from umd.schedule import NoiseSchedule
 from umd.train.distributed import World
 from umd.train.optim import adamw, lr_scale
 from umd.train.parallel import Alone, LossStep
-from umd.train.step import CastWeights, Told, TrainStep, captures
+from umd.train.step import CastWeights, Told, TrainStep, captures, side_stream
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -252,8 +252,6 @@ def deterministic():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_captured_is_not_captured_to_the_bit(accumulate, deterministic):
     """20 steps with warm-up of the rate, clipping and EMA; and a run that is taken up after 16 of them."""
-    from umd.train.step import side_stream
-
     device = torch.device("cuda")
 
     def steps(capture, first=0, tensors=None):
@@ -303,6 +301,19 @@ def test_a_step_never_waits():
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert told.read(turn)[-2:] == [0.5, 0.0]
+
+
+@pytest.mark.gpu
+def test_a_side_stream_and_the_outer_one_wait_for_each_other():
+    x = torch.zeros((), device="cuda")
+    wait = 100_000_000  # ticks of the GPU's clock, some 50 ms
+    torch.cuda._sleep(wait)
+    x.fill_(1)
+    with side_stream(x.device):
+        seen = x.clone()
+        torch.cuda._sleep(wait)
+        x.fill_(2)
+    assert torch.stack([seen, x]).tolist() == [1, 2]
 
 
 # Choices
