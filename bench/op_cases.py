@@ -183,6 +183,19 @@ def gather_patches(i: Inputs) -> OpCase:
     )
 
 
+def add_positions(i: Inputs) -> OpCase:
+    L, ids_keep = i.config.num_patches, i.corruption.ids_keep
+    x, pos_embed = i.randn(len(ids_keep), i.D), i.randn(L, i.D, dtype=torch.float32)
+    return OpCase(
+        "add_positions",
+        i.dtype,
+        Side(lambda: (ops.add_positions(x, ids_keep, pos_embed, i.samples),), (x, pos_embed)),
+        Side(lambda: (x + F.embedding(ids_keep % L, pos_embed).to(x.dtype),), (x, pos_embed)),
+        forward_bytes=2 * tensor_bytes(x) + tensor_bytes(pos_embed, ids_keep),
+        backward_bytes=tensor_bytes(x, pos_embed),  # dy is dx
+    )
+
+
 def scatter_tokens(i: Inputs) -> OpCase:
     L, ids_keep, num_cls = i.config.num_patches, i.corruption.ids_keep, i.config.num_cls
     tokens, mask_token = i.randn(i.tokens, i.D), i.randn(i.D, dtype=torch.float32)
@@ -286,6 +299,7 @@ OPS: dict[str, Callable[[Inputs], OpCase]] = {
     "modulated_layer_norm": modulated_layer_norm,
     "gated_residual_layer_norm": gated_residual_layer_norm,
     "gather_patches": gather_patches,
+    "add_positions": add_positions,
     "scatter_tokens": scatter_tokens,
     "masked_diffusion_loss": masked_diffusion_loss,
     "ddim_step": ddim_step,

@@ -78,8 +78,11 @@ def add_partials(part: Tensor, dtype: torch.dtype) -> Tensor:
     P, F = part.shape
     out = part.new_empty(F, dtype=dtype)
     if F > 0:
-        grid = (triton.cdiv(F, 32),)
-        wrap_triton(_add_partials_kernel)[grid](part, out, P, F=F, BLOCK_P=64, BLOCK_F=32, num_warps=4)
+        block_p = min(64, max(4, triton.next_power_of_2(P)))  # at least as many as there are warps
+        grid = (triton.cdiv(F, 2048 // block_p),)
+        wrap_triton(_add_partials_kernel)[grid](
+            part, out, P, F=F, BLOCK_P=block_p, BLOCK_F=2048 // block_p, num_warps=4
+        )
     return out
 
 

@@ -3,20 +3,22 @@
     scatter_tokens   row s·(1+L)       mean of the CLS tokens of sample s
                      row s·(1+L)+1+l   (the token at place l of sample s, or the mask token) + pos_embed[l]
 
-In one pass: each token is read once and each row written once. A program keeps the position, and in the backward pass
-its gradient, in registers while it walks the samples.
+In one pass: each token is read once and each row written once. A program keeps positions, and in the backward pass
+their gradients, in registers while it walks the samples.
 """
 
 import torch
 from torch import Tensor
 
 from .backend import tl, triton, triton_op, use_triton, wrap_triton
+from .column_sum import add_partials
 from .packing import Packing
 
 SAMPLES = 64  # samples that one program walks: so many are one row of a table of partial sums
-PLACES = 4  # places that one program serves
-BLOCK_S = 4  # samples at once
+PLACES = 4  # places that one program serves, each a warp's own
+BLOCK_S = 8  # samples at once
 BLOCK_D = 256  # of one warp: 8 a thread, 128 bits of bf16
+BLOCK_IDS = 512
 
 
 def prepend_tokens(front: Tensor, x: Tensor, packing: Packing) -> Tensor:
@@ -59,9 +61,25 @@ def scatter_tokens_ref(
 
 
 @triton.jit
+def _slots_kernel(
+    ids_keep_ptr,  # int64 [N]
+    slots_ptr,  # int32 [L, S], -1 everywhere
+    N,
+    S,
+    L: tl.constexpr,
+    NUM_CLS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    id = tl.load(ids_keep_ptr + row, mask=row < N, other=-1)
+    sample = id // L
+    tl.store(slots_ptr + id % L * S + sample, row + (sample + 1) * NUM_CLS, mask=(id >= 0) & (sample < S))
+
+
+@triton.jit
 def _scatter_tokens_fwd_kernel(
     tokens_ptr,  # [N, D]
-    slots_ptr,  # int32 [L, S], see _slots
+    slots_ptr,  # int32 [L, S], see token_slots
     cu_seqlens_ptr,  # int32 [S + 1]
     mask_token_ptr,  # [D]
     pos_embed_ptr,  # [L, D]
@@ -75,30 +93,36 @@ def _scatter_tokens_fwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    first_place = tl.program_id(0) * PLACES
-    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)[None, :]  # [1, PLACES]
+    i = tl.arange(0, BLOCK_S)[:, None]
+    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, None, :]
     first = tl.program_id(2) * SAMPLES
     last = tl.minimum(first + SAMPLES, S)
-    if first_place < L:
-        mask_token = tl.load(mask_token_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-        for place in range(first_place, tl.minimum(first_place + PLACES, L)):
-            position = tl.load(pos_embed_ptr + place * D + d, mask=d < D, other=0.0).to(tl.float32)
-            for start in range(first, last, BLOCK_S):
-                s = start + tl.arange(0, BLOCK_S)
-                slot = tl.load(slots_ptr + place * S + s, mask=s < S, other=-1)[:, None].to(tl.int64)
-                s = s[:, None].to(tl.int64)
-                token = tl.load(tokens_ptr + slot * D + d, mask=(slot >= 0) & (d < D), other=0.0).to(tl.float32)
-                row = s * (L + 1) + 1 + place
-                tl.store(out_ptr + row * D + d, tl.where(slot >= 0, token, mask_token) + position, (s < S) & (d < D))
-    else:
+    if tl.program_id(0) * PLACES < L:
+        here = place[:, :, None]
+        position = tl.load(pos_embed_ptr + here * D + d, mask=(here < L) & (d < D), other=0.0).to(tl.float32)
+        # From a tile that is masked but for its first place: a row alone would come in narrower pieces.
+        only = (here % PLACES == 0) & (d < D)
+        mask_token = tl.load(mask_token_ptr + tl.broadcast_to(d, only.shape), mask=only, other=0.0).to(tl.float32)
+        mask_token = tl.sum(mask_token, axis=1)[:, None, :]
         for start in range(first, last, BLOCK_S):
-            s = start + tl.arange(0, BLOCK_S)
-            cls = tl.load(cu_seqlens_ptr + s, mask=s < S, other=0)[:, None].to(tl.int64)
-            s = s[:, None].to(tl.int64)
-            total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-            for i in tl.static_range(NUM_CLS):
-                total += tl.load(tokens_ptr + (cls + i) * D + d, mask=(s < S) & (d < D), other=0.0).to(tl.float32)
-            tl.store(out_ptr + s * (L + 1) * D + d, total / NUM_CLS, (s < S) & (d < D))
+            s = start + i
+            inside = (s < S) & (place < L)  # [BLOCK_S, PLACES]
+            slot = tl.load(slots_ptr + place * S + s, mask=inside, other=-1)[:, :, None].to(tl.int64)
+            token = tl.load(tokens_ptr + slot * D + d, mask=(slot >= 0) & (d < D), other=0.0).to(tl.float32)
+            row = (s.to(tl.int64) * (L + 1) + 1 + place)[:, :, None]
+            filled = tl.where(slot >= 0, token, mask_token)
+            tl.store(out_ptr + row * D + d, filled + position, inside[:, :, None] & (d < D))
+    else:
+        for start in range(first, last, BLOCK_S * PLACES):
+            s = start + i * PLACES + tl.arange(0, PLACES)[None, :]
+            cls = tl.load(cu_seqlens_ptr + s, mask=s < last, other=0)[:, :, None].to(tl.int64)
+            s = s[:, :, None].to(tl.int64)
+            mask = (s < last) & (d < D)
+            total = tl.zeros((BLOCK_S, PLACES, BLOCK_D), tl.float32)
+            for token in tl.static_range(NUM_CLS):
+                total += tl.load(tokens_ptr + (cls + token) * D + d, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out_ptr + s * (L + 1) * D + d, total / NUM_CLS, mask)
 
 
 @triton.jit
@@ -118,78 +142,64 @@ def _scatter_tokens_bwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    first_place = tl.program_id(0) * PLACES
-    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)[None, :]  # [1, PLACES]
+    i = tl.arange(0, BLOCK_S)[:, None]
+    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, None, :]
     part = tl.program_id(2)
     first = part * SAMPLES
     last = tl.minimum(first + SAMPLES, S)
-    if first_place < L:
-        dmask = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-        for place in range(first_place, tl.minimum(first_place + PLACES, L)):
-            dpos = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-            for start in range(first, last, BLOCK_S):
-                s = start + tl.arange(0, BLOCK_S)
-                slot = tl.load(slots_ptr + place * S + s, mask=s < S, other=-1)[:, None].to(tl.int64)
-                s = s[:, None].to(tl.int64)
-                row = s * (L + 1) + 1 + place
-                dout = tl.load(dout_ptr + row * D + d, mask=(s < S) & (d < D), other=0.0)
-                tl.store(dtokens_ptr + slot * D + d, dout, (slot >= 0) & (d < D))
-                dpos += dout.to(tl.float32)
-                dmask += tl.where(slot < 0, dout.to(tl.float32), 0.0)
-            dpos_row = (part * L + place).to(tl.int64)
-            tl.store(dpos_ptr + dpos_row * D + d, tl.sum(dpos, axis=0)[None, :], d < D)
-        dmask_row = part * tl.cdiv(L, PLACES) + tl.program_id(0)
-        tl.store(dmask_ptr + dmask_row * D + d, tl.sum(dmask, axis=0)[None, :], d < D)
-    else:
+    if tl.program_id(0) * PLACES < L:
+        dmask = tl.zeros((PLACES, BLOCK_D), tl.float32)
+        dpos = tl.zeros((PLACES, BLOCK_D), tl.float32)
         for start in range(first, last, BLOCK_S):
-            s = start + tl.arange(0, BLOCK_S)
-            cls = tl.load(cu_seqlens_ptr + s, mask=s < S, other=0)[:, None].to(tl.int64)
-            s = s[:, None].to(tl.int64)
-            dcls = tl.load(dout_ptr + s * (L + 1) * D + d, mask=(s < S) & (d < D), other=0.0).to(tl.float32) / NUM_CLS
-            for i in tl.static_range(NUM_CLS):
-                tl.store(dtokens_ptr + (cls + i) * D + d, dcls, (s < S) & (d < D))
+            s = start + i
+            inside = (s < S) & (place < L)  # [BLOCK_S, PLACES]
+            slot = tl.load(slots_ptr + place * S + s, mask=inside, other=-1)[:, :, None].to(tl.int64)
+            row = (s.to(tl.int64) * (L + 1) + 1 + place)[:, :, None]
+            dout = tl.load(dout_ptr + row * D + d, mask=inside[:, :, None] & (d < D), other=0.0)
+            tl.store(dtokens_ptr + slot * D + d, dout, (slot >= 0) & (d < D))
+            dpos += tl.sum(dout.to(tl.float32), axis=0)
+            dmask += tl.sum(tl.where(slot < 0, dout.to(tl.float32), 0.0), axis=0)
+        here, d = tl.trans(place), tl.reshape(d, (1, BLOCK_D))  # [PLACES, 1], [1, BLOCK_D]
+        tl.store(dpos_ptr + (part * L + here).to(tl.int64) * D + d, dpos, (here < L) & (d < D))
+        # From a tile that is masked but for its first place: a row alone would go out in narrower pieces.
+        dmask_row = part * tl.cdiv(L, PLACES) + tl.program_id(0) + 0 * here
+        total = tl.broadcast_to(tl.sum(dmask, axis=0)[None, :], (PLACES, BLOCK_D))
+        tl.store(dmask_ptr + dmask_row * D + d, total, (here % PLACES == 0) & (d < D))
+    else:
+        for start in range(first, last, BLOCK_S * PLACES):
+            s = start + i * PLACES + tl.arange(0, PLACES)[None, :]
+            cls = tl.load(cu_seqlens_ptr + s, mask=s < last, other=0)[:, :, None].to(tl.int64)
+            s = s[:, :, None].to(tl.int64)
+            mask = (s < last) & (d < D)
+            dcls = tl.load(dout_ptr + s * (L + 1) * D + d, mask=mask, other=0.0).to(tl.float32) / NUM_CLS
+            for token in tl.static_range(NUM_CLS):
+                tl.store(dtokens_ptr + (cls + token) * D + d, dcls, mask)
 
 
-@triton.jit
-def _sum_rows_kernel(
-    x_ptr,  # fp32 [R, M]
-    out_ptr,  # [M]
-    R,
-    M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
-    total = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-    for start in range(0, R, BLOCK_R):
-        r = (start + tl.arange(0, BLOCK_R))[:, None].to(tl.int64)
-        total += tl.load(x_ptr + r * M + m, mask=(r < R) & (m < M), other=0.0)
-    tl.store(out_ptr + m, tl.sum(total, axis=0)[None, :], m < M)
-
-
-def _slots(ids_keep: Tensor, S: int, L: int, num_cls: int) -> Tensor:
+@triton_op("token_slots")
+def token_slots(ids_keep: Tensor, S: int, L: int, num_cls: int) -> Tensor:
     """int32 [L, S]: the row of the tokens that fills place l of sample s, or -1."""
-    sample = ids_keep // L
-    row = torch.arange(len(ids_keep), device=ids_keep.device) + (sample + 1) * num_cls
-    slots = torch.full((L * S,), -1, dtype=torch.int32, device=ids_keep.device)
-    return slots.scatter_(0, ids_keep % L * S + sample, row.int()).view(L, S)
+    slots = torch.full((L, S), -1, dtype=torch.int32, device=ids_keep.device)
+    N = len(ids_keep)
+    if N > 0:
+        grid = (triton.cdiv(N, BLOCK_IDS),)
+        wrap_triton(_slots_kernel)[grid](
+            ids_keep.contiguous(), slots, N, S, L=L, NUM_CLS=num_cls, BLOCK=BLOCK_IDS, num_warps=4
+        )
+    return slots
 
 
-def _sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.sum(0) of fp32 [R, M], in a fixed order."""
-    R, M = x.shape
-    out = x.new_empty(M, dtype=dtype)
-    block_r = min(8, triton.next_power_of_2(R))
-    grid = (triton.cdiv(M, BLOCK_D),)
-    wrap_triton(_sum_rows_kernel)[grid](x, out, R, M=M, BLOCK_R=block_r, BLOCK_M=BLOCK_D, num_warps=1)
-    return out
+@token_slots.register_fake
+def _(ids_keep, S, L, num_cls):
+    return ids_keep.new_empty((L, S), dtype=torch.int32)
 
 
 def _grid(S: int, L: int, D: int) -> tuple[int, int, int]:
     return triton.cdiv(L, PLACES) + 1, triton.cdiv(D, BLOCK_D), triton.cdiv(S, SAMPLES)
 
 
-BLOCKS = dict(SAMPLES=SAMPLES, PLACES=PLACES, BLOCK_S=BLOCK_S, BLOCK_D=BLOCK_D, num_warps=1)
+BLOCKS = dict(SAMPLES=SAMPLES, PLACES=PLACES, BLOCK_S=BLOCK_S, BLOCK_D=BLOCK_D, num_warps=PLACES)
 
 
 @triton_op("scatter_tokens_fwd")
@@ -223,8 +233,8 @@ def scatter_tokens_bwd(
     wrap_triton(_scatter_tokens_bwd_kernel)[grid](
         dout, slots, cu_seqlens, dtokens, dmask, dpos, S, L, D=D, NUM_CLS=num_cls, **BLOCKS
     )
-    dpos_embed = dpos if direct else _sum_rows(dpos, pos_embed.dtype)
-    return dtokens, _sum_rows(dmask, mask_token.dtype), dpos_embed.view(L, D)
+    dpos_embed = dpos if direct else add_partials(dpos, pos_embed.dtype)
+    return dtokens, add_partials(dmask, mask_token.dtype), dpos_embed.view(L, D)
 
 
 @scatter_tokens_bwd.register_fake
@@ -269,7 +279,7 @@ def scatter_tokens(
     _check(tokens, packing, ids_keep, num_cls, mask_token, pos_embed)
     if not all(use_triton(x) for x in (tokens, mask_token, pos_embed)):
         return scatter_tokens_ref(tokens, packing, ids_keep, num_cls, mask_token, pos_embed)
-    slots = _slots(ids_keep, packing.num_samples, len(pos_embed), num_cls)
+    slots = token_slots(ids_keep, packing.num_samples, len(pos_embed), num_cls)
     return scatter_tokens_fwd(
         tokens.contiguous(), slots, packing.cu_seqlens, mask_token.contiguous(), pos_embed.contiguous(), num_cls
     )

@@ -390,7 +390,7 @@ class UMD(nn.Module):
     ) -> Tensor:
         """Encoder tokens after the final norm, CLS tokens first: [sum (num_cls + K), D]."""
         x = self.x_embedder(patches)  # [sum K, D]
-        x = x + F.embedding(ids_keep % self.config.num_patches, self.pos_embed).to(x.dtype)
+        x = ops.add_positions(x, ids_keep, self.pos_embed, batch.patches.num_samples)
         cls = self.cls_token.expand(batch.patches.num_samples, -1, -1)
         x = ops.prepend_tokens(cls, x, batch.encoder)
         return self.encoder(x, batch.encoder_blocks, modulation, None if self.config.adaLN else cond)

@@ -13,12 +13,14 @@ from umd.kernels.loss import masked_diffusion_loss
 from umd.kernels.packing import Packing, pack
 from umd.kernels.patches import gather_patches, patchify, unpatchify
 from umd.kernels.philox import philox_randn, philox_randn_rows, philox_randn_samples, random_words
+from umd.kernels.positions import add_positions
 from umd.kernels.tokens import prepend_tokens, scatter_tokens, split_tokens
 
 __all__ = [
     "Attention",
     "Packing",
     "adamw_",
+    "add_positions",
     "attention",
     "attention_backend",
     "bias_gradient",

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 import triton_viz
 
-from umd.kernels import backend, ddim, loss, patches, tokens
+from umd.kernels import backend, column_sum, ddim, loss, patches
 
 
 def randn(*shape):
@@ -35,11 +35,11 @@ def ddim_step(ddim):
     ddim.ddim_step(x, x.clone(), x.clone(), 1.5, coefficients, from_xstart=False, clip=False, noise=x.clone())
 
 
-def sum_rows(tokens):
-    tokens._sum_rows(randn(13, 300), torch.float32)
+def add_partials(column_sum):
+    column_sum.add_partials(randn(13, 300), torch.float32)
 
 
-WORK = {gather_patches: patches, masked_diffusion_loss: loss, ddim_step: ddim, sum_rows: tokens}
+WORK = {gather_patches: patches, masked_diffusion_loss: loss, ddim_step: ddim, add_partials: column_sum}
 
 
 def check(name: str, old: str = "", new: str = "") -> tuple[int, str]:
