@@ -40,7 +40,7 @@ def _row(ptr, cols, d: tl.constexpr):
     return tl.load(ptr + cols, cols < d, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _attention_fwd_kernel(
     qkv_ptr,  # [N, 3, H, d]
     cu_seqlens_ptr,  # int32 [S + 1]
@@ -110,7 +110,7 @@ def _store(ptr, value, first, stop, cols, stride, d: tl.constexpr, BLOCK: tl.con
     tl.store(ptr + row[:, None] * stride + cols[None, :], value.to(ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _attention_bwd_q_kernel(
     dout_ptr,  # [N, H, d]
     qkv_ptr,  # [N, 3, H, d]
@@ -175,7 +175,7 @@ def _attention_bwd_q_kernel(
         _store(dq_ptr, dq * softmax_scale, i, L, cols, 3 * H * d, d, BLOCK_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _attention_bwd_kv_kernel(
     dout_ptr,  # [N, H, d]
     qkv_ptr,  # [N, 3, H, d]
