@@ -199,9 +199,7 @@ def _select(
         if max_seqlen > FEW_TOKENS and not torch.is_grad_enabled():
             return "sdpa", f"is the fastest on a CPU above {FEW_TOKENS} tokens a sample where no gradient is asked for"
         return "matmul", "is the fastest on a CPU at these lengths, forward and backward"
-    refused = {
-        name: _refusal(name, device, dtype, head_dim, cross) for name in ("triton", "flash_attn", "varlen_attn")
-    }
+    refused = {name: _refusal(name, device, dtype, head_dim, cross) for name in ("triton", "flash_attn", "varlen_attn")}
     return _automatic(refused, runs, max_seqlen)
 
 

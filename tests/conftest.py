@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 from pathlib import Path
 
 # Before torch is imported. Tests that run side by side get a thread each, and so do the programs they start.
@@ -39,7 +38,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 def pytest_configure() -> None:
     """Stopped by SIGTERM, pytest ends as after Ctrl-C: it tells what failed until then."""
-    if threading.current_thread() is threading.main_thread():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 

@@ -11,8 +11,8 @@ from umd import ops
 from umd.classifier import Classifier
 from umd.device import apex_lacks
 from umd.errors import UserError
-from umd.methods import AnyModel
 from umd.layers import Linear
+from umd.methods import AnyModel
 from umd.modulation import BlockModulation
 from umd.spans import span
 

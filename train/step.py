@@ -19,8 +19,8 @@ from umd.device import pick_device
 from umd.doctor import Row
 from umd.ema import EMA, warm_rate
 from umd.errors import UserError
-from umd.methods import AnyCorruption, AnyObjective
 from umd.layers import Linear
+from umd.methods import AnyCorruption, AnyObjective
 from umd.objective import Part
 from umd.spans import span
 from umd.train.distributed import World

@@ -194,7 +194,7 @@ def test_gradients_sent_in_bf16_are_those_rounded():
     try:
         model = torch.nn.Linear(8, 8, device="cuda")
         for wire, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            parallel = DDP(model, model, None, 1, 0.0, world, wire)  # held: torch's DDP takes its hooks along when it goes
+            parallel = DDP(model, model, None, 1, 0.0, world, wire)  # held: its hooks go when it goes
             parallel.loss(torch.full((1, 8), 1 / 3, device="cuda")).sum().backward()
             third = torch.full((8, 8), 1 / 3, device="cuda")
             assert torch.equal(model.weight.grad, third.to(expected).float())

@@ -1,0 +1,123 @@
+"""Kernels in the variants that `umd bench audit` does not launch: each compiles, without fp64 or float atomics.
+
+Triton's interpreter, in which the other tests run where there is no GPU, takes what the compiler does not.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the audit compiles kernels: pip install triton")
+
+from umd.bench.audit import compile_counted, count_call, run_apart  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+def zeros(dtype: str, *shape: int) -> str:
+    return f"torch.zeros({', '.join(map(str, shape))}, dtype=torch.{dtype})"
+
+
+def patches() -> list[tuple[str, str]]:
+    """Noise given and from seeds; of patches whose neighbours share a Philox counter, all four, in pairs, or not."""
+    calls = []
+    for dtype, P in [("float32", 1), ("bfloat16", 2), ("float16", 4)]:
+        x, L = zeros(dtype, 2, 3, 8, 8), (8 // P) ** 2
+        for noise in (zeros(dtype, 2, 3, 8, 8), zeros("int64", 2)):
+            calls.append(
+                (
+                    "patches:_gather_patches_kernel",
+                    f"gather_patches_fwd({x}, torch.arange(4), *torch.ones(2, 2), {noise}, {P})",
+                )
+            )
+            prediction, roles = zeros(dtype, 2 * L, 6 * P * P), zeros("uint8", 2 * L)
+            numbers = f"{prediction}, {x}, {roles}, {noise}, {P}, 2, 1, 1, 1"
+            calls.append(("loss:_masked_diffusion_loss_fwd_kernel", f"masked_diffusion_loss_fwd({numbers})"))
+            calls.append(
+                ("loss:_masked_diffusion_loss_bwd_kernel", f"masked_diffusion_loss_bwd(torch.zeros(4), {numbers})")
+            )
+    return calls
+
+
+def norms() -> list[tuple[str, str]]:
+    """Without a table, with some of them, with all: h, gate, shift, scale, weight, bias, h_bias."""
+    D, calls = 256, []
+    chunks = "torch.tensor([[0, 3, 0], [3, 6, 1]], dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32)"
+    h, rows, row = "h", zeros("float32", 2, D), zeros("float32", D)
+    for which in ("", "shift scale", "weight bias", "h", "h gate", "h gate shift scale h_bias"):
+        for dtype in ["float16" if which == "h gate" else "float32" if which == "weight bias" else "bfloat16"]:
+            x, stat = zeros(dtype, 6, D), "torch.ones(6)"
+            given = dict(h=x, gate=rows, shift=rows, scale=rows, weight=row, bias=row, h_bias=row)
+            h, gate, *tables = (text if name in which.split() else "None" for name, text in given.items())
+            calls.append(
+                (
+                    "adaln_triton:_layer_norm_fwd_kernel",
+                    f"layer_norm_fwd({x}, {', '.join([h, gate, *tables])}, {chunks}, 1e-6)",
+                )
+            )
+            arguments = [x, "None" if h == "None" else x, x, "None" if gate == "None" else h, gate, *tables, stat, stat]
+            calls.append(("adaln_triton:_layer_norm_bwd_kernel", f"layer_norm_bwd({', '.join(arguments)}, {chunks})"))
+            if which not in ("", "h"):
+                calls.append(("adaln_triton:_layer_norm_bwd_sum_kernel", calls[-1][1]))
+    return calls
+
+
+def attention() -> list[tuple[str, str]]:
+    calls = []
+    for d, dtype in [(16, "bfloat16"), (32, "float16"), (64, "bfloat16"), (128, "float16")]:
+        qkv, out, lse = zeros(dtype, 9, 3, 2, d), zeros(dtype, 9, 2, d), zeros("float32", 2, 9)
+        cu_seqlens = "torch.tensor([0, 5, 9], dtype=torch.int32), 5"
+        calls.append(("attention_triton:_attention_fwd_kernel", f"short_attention_fwd({qkv}, None, {cu_seqlens})"))
+        for bias in ("None", zeros("float32", 6 * d)):
+            call = f"short_attention_bwd({out}, {qkv}, {bias}, {out}, {lse}, {cu_seqlens})"
+            calls.append(("attention_triton:_attention_bwd_kernel", call))
+    return calls
+
+
+def others() -> list[tuple[str, str]]:
+    x, image = zeros("float32", 64, 512), zeros("float32", 2, 3, 8, 8)
+    calls = [
+        (
+            "ddim:_ddim_step_kernel",
+            f"_ddim_step({image}, {image}, {uncond}, 1.5, torch.ones(5), {flag}, {flag}, {noise})",
+        )
+        for uncond, flag in (("None", False), (image, True))
+        for noise in ("None, None, None", f"{image}, None, None", "None, torch.tensor(7), torch.arange(2)")
+    ]
+    for dtype in ("float16", "float32"):
+        x = zeros(dtype, 64, 512)
+        calls += [
+            ("gelu:_gelu_fwd_kernel", f"gelu_fwd({x}, None)"),
+            ("gelu:_gelu_bwd_kernel", f"gelu_bwd({x}, {x}, None)"),
+            ("gelu:_gelu_bwd_kernel", f"gelu_bwd({x}, {x}, torch.{dtype})"),
+            ("column_sum:_column_sum_kernel", f"column_sum_fwd({x}, torch.float32)"),
+            ("column_sum:_add_partials_kernel", f"column_sum_fwd({x}, torch.{dtype})"),
+        ]
+        tables = f"{zeros(dtype, 256)}, {zeros(dtype, 4, 256)}"
+        slots = "torch.zeros(4, 2, dtype=torch.int32), torch.tensor([0, 3, 6], dtype=torch.int32)"
+        forward = f"scatter_tokens_fwd({zeros(dtype, 6, 256)}, {slots}, {tables}, 1)"
+        backward = f"scatter_tokens_bwd({zeros(dtype, 10, 256)}, {slots}, {tables}, 6, 2)"
+        calls += [
+            ("tokens:_scatter_tokens_fwd_kernel", forward),
+            ("tokens:_scatter_tokens_bwd_kernel", backward),
+            ("tokens:_sum_rows_kernel", backward),
+        ]
+    return [*calls, ("philox:_random_words_kernel", "_random_words(3, torch.tensor(1), torch.arange(2), 9)")]
+
+
+CALLS = [*patches(), *norms(), *attention(), *others()]
+
+
+def test_every_variant_compiles():
+    sources = [(path.stem, path.read_text()) for path in (ROOT / "kernels").glob("*.py")]
+    kernels = {f"{stem}:{name}" for stem, text in sources for name in re.findall(r"^def (_\w+_kernel)\(", text, re.M)}
+    assert {kernel for kernel, _ in CALLS} == kernels
+    counted = run_apart(True, [(count_call, f"umd.kernels.{kernel}", call) for kernel, call in CALLS])
+    for (kernel, call), row in zip(CALLS, compile_counted([one for (one,) in counted], ("sm_90",)), strict=True):
+        assert not row.note, f"{kernel}: {row.note}"
+        assert (row.f64, row.atomics) == (0, 0), f"{kernel} by {call}: fp64, float atomics"
+        # An attention head of 128 has more gradients than there are registers.
+        assert row.spill_bytes == 0 or (kernel.endswith("_attention_bwd_kernel") and ", 2, 128," in call), (
+            f"{kernel} by {call}"
+        )
