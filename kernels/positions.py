@@ -71,9 +71,10 @@ def _add_positions_bwd_kernel(
         total += tl.sum(dy, axis=0)
     # From a tile that is masked but for its first row: a row alone would go out in narrower pieces.
     first = tl.arange(0, WARPS)[:, None] == 0
-    d = tl.broadcast_to(tl.reshape(d, (1, BLOCK_D)), total.shape)
+    # And from columns made anew: of a reshaped d the compiler no longer knows that it is contiguous.
+    col = tl.broadcast_to((tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :], total.shape)
     out = tl.broadcast_to(tl.sum(total, axis=0)[None, :], total.shape)
-    tl.store(dpos_ptr + place * D + d, out, first & (d < D))
+    tl.store(dpos_ptr + place * D + col, out, first & (col < D))
 
 
 @triton_op("add_positions_fwd")

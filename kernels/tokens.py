@@ -160,12 +160,14 @@ def _scatter_tokens_bwd_kernel(
             tl.store(dtokens_ptr + slot * D + d, dout, (slot >= 0) & (d < D))
             dpos += tl.sum(dout.to(tl.float32), axis=0)
             dmask += tl.sum(tl.where(slot < 0, dout.to(tl.float32), 0.0), axis=0)
-        here, cols = tl.trans(place), tl.reshape(d, (1, BLOCK_D))  # [PLACES, 1], [1, BLOCK_D]
-        tl.store(dpos_ptr + (part * L + here).to(tl.int64) * D + cols, dpos, (here < L) & (cols < D))
+        # Made anew: of a reshaped d the compiler no longer knows that it is contiguous.
+        here = tl.program_id(0) * PLACES + tl.arange(0, PLACES)[:, None]
+        col = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+        tl.store(dpos_ptr + (part * L + here).to(tl.int64) * D + col, dpos, (here < L) & (col < D))
         # From a tile that is masked but for its first place: a row alone would go out in narrower pieces.
         dmask_row = part * tl.cdiv(L, PLACES) + tl.program_id(0) + 0 * here
         total = tl.broadcast_to(tl.sum(dmask, axis=0)[None, :], (PLACES, BLOCK_D))
-        tl.store(dmask_ptr + dmask_row * D + cols, total, (here % PLACES == 0) & (cols < D))
+        tl.store(dmask_ptr + dmask_row * D + col, total, (here % PLACES == 0) & (col < D))
     else:
         for start in range(first, last, BLOCK_S * PLACES):
             s = start + i * PLACES + tl.arange(0, PLACES)[None, :]

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 import triton_viz
 
-from umd.kernels import backend, column_sum, ddim, loss, patches
+from umd.kernels import backend, ddim, loss, patches, tokens
 
 
 def randn(*shape):
@@ -35,11 +35,11 @@ def ddim_step(ddim):
     ddim.ddim_step(x, x.clone(), x.clone(), 1.5, coefficients, from_xstart=False, clip=False, noise=x.clone())
 
 
-def add_partials(column_sum):
-    column_sum.add_partials(randn(13, 300), torch.float32)
+def token_slots(tokens):
+    tokens.token_slots(torch.tensor([0, 2, 5, 7, 11]), 3, 6, 1)
 
 
-WORK = {gather_patches: patches, masked_diffusion_loss: loss, ddim_step: ddim, add_partials: column_sum}
+WORK = {gather_patches: patches, masked_diffusion_loss: loss, ddim_step: ddim, token_slots: tokens}
 
 
 def check(name: str, old: str = "", new: str = "") -> tuple[int, str]:

@@ -14,7 +14,7 @@ pytest.importorskip("triton_viz", reason="pip install triton-viz")
 
 from umd.bench.audit import run_apart  # noqa: E402
 
-LAUNCHES = {"gather_patches": 1, "masked_diffusion_loss": 2, "ddim_step": 1, "add_partials": 1}
+LAUNCHES = {"gather_patches": 1, "masked_diffusion_loss": 2, "ddim_step": 1, "token_slots": 1}
 MUTANTS = {
     "a row beyond the last": ("gather_patches", "mask = (row < N)[:, None]", "mask = (row < N + 1)[:, None]"),
     "a column beyond the last": (
@@ -23,7 +23,7 @@ MUTANTS = {
         "[:, None] & (col <= D)[None, :]",
     ),
     "a pixel beyond the last": ("ddim_step", "inside = i < C * H * W", "inside = i < C * H * W + 1"),
-    "a row beyond the last, read": ("add_partials", "(part < P) & (cols < F)", "(part <= P) & (cols < F)"),
+    "a row beyond the last, read": ("token_slots", "mask=row < N", "mask=row <= N"),
 }
 
 
