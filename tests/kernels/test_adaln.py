@@ -196,6 +196,7 @@ def test_only_one_output_used(ragged):
 def test_gradcheck(op):
     packing = pack([2, 0, 1], [1, 0, 1])
     args = inputs(packing, 4, residual=op is gated_residual_layer_norm)
+    args.pop("h_bias", None)  # it changes no value: its gradient is that of the layer before
     names, tensors = zip(*args.items(), strict=True)
     tensors = tuple(t.requires_grad_() for t in tensors)
     assert torch.autograd.gradcheck(lambda *ts: op(packing=packing, **dict(zip(names, ts, strict=True))), tensors)
