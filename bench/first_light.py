@@ -236,7 +236,9 @@ def run_part(args: argparse.Namespace) -> int:
     if not args.smoke and not torch.cuda.is_available():
         print("|   no CUDA GPU here: use --smoke")
         return 1
-    parts = dict(env=env, correct=correct, step=step, cli=cli, sample=sample, tests=tests, timing=timing, compile=compile_)
+    parts = dict(
+        env=env, correct=correct, step=step, cli=cli, sample=sample, tests=tests, timing=timing, compile=compile_
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     part = Part(args.rows, args.limit, args.scratch, args.smoke)
     with side_stream(device):

@@ -235,8 +235,8 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int,
     if name == "triton":
         if cross:
             return "takes self-attention alone"
-        if head_dim not in (16, 32, 64, 128):
-            return f"takes head dimensions 16, 32, 64 and 128, not {head_dim}"
+        if head_dim not in (16, 32, 64):
+            return f"takes head dimensions 16, 32 and 64, not {head_dim}"
         return "" if runs_triton(device) else "needs Triton and a CUDA GPU"
     return _flash_attn_missing(device) if name == "flash_attn" else _varlen_attn_missing(device)
 

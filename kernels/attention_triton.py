@@ -284,9 +284,7 @@ def short_attention_bwd(
         wrap_triton(_attention_bwd_q_kernel)[grids[0]](
             dout, qkv, out, lse, cu_seqlens, dqkv, delta, N, **shape, **BWD_Q
         )
-        wrap_triton(_attention_bwd_kv_kernel)[grids[1]](
-            dout, qkv, lse, delta, cu_seqlens, dqkv, N, **shape, **BWD_KV
-        )
+        wrap_triton(_attention_bwd_kv_kernel)[grids[1]](dout, qkv, lse, delta, cu_seqlens, dqkv, N, **shape, **BWD_KV)
     return dqkv
 
 

@@ -119,13 +119,14 @@ def test_a_block_launches_little_more_than_it_must(objective):
 
 
 def test_a_block_moves_what_the_yardstick_says():
-    """Rows of width D a token, outside of products and attention: norms 20, GELU 20, qkv's bias gradient 3, at any width
+    """Rows of D a token, outside of products and attention: norms 20, GELU 20, the bias gradient of qkv 3, at any width
     but for tables and partial sums."""
     model = replace(TINY, image_size=(64, 64), hidden_size=256)
     block = block_of(Network(model, OBJECTIVES["umd"]), 256)
     rows = {kind: sum(both) for kind, both in block.rows.items()}
     assert 20 <= rows["norms"] <= 21.5
-    assert block.rows["GELU"] == (8, pytest.approx(12, abs=0.5))  # 4·D read and written; two of them read and one written
+    # Forward 4·D read and written; backward two of them read and one written.
+    assert block.rows["GELU"] == (8, pytest.approx(12, abs=0.5))
     assert rows["sums"] == pytest.approx(3, abs=0.3)
     assert rows["copies"] + rows["other"] == pytest.approx(0, abs=0.2)
 

@@ -65,13 +65,12 @@ def norms() -> list[tuple[str, str]]:
 
 def attention() -> list[tuple[str, str]]:
     calls = []
-    for d, dtype in [(16, "bfloat16"), (32, "float16"), (64, "bfloat16"), (128, "float16")]:
+    for d, dtype in [(16, "bfloat16"), (32, "float16"), (64, "bfloat16")]:
         qkv, out, lse = zeros(dtype, 9, 3, 2, d), zeros(dtype, 9, 2, d), zeros("float32", 2, 9)
         cu_seqlens = "torch.tensor([0, 5, 9], dtype=torch.int32), 5"
-        calls.append(("attention_triton:_attention_fwd_kernel", f"short_attention_fwd({qkv}, None, {cu_seqlens})"))
-        for bias in ("None", zeros("float32", 6 * d)):
-            call = f"short_attention_bwd({out}, {qkv}, {bias}, {out}, {lse}, {cu_seqlens})"
-            calls.append(("attention_triton:_attention_bwd_kernel", call))
+        calls.append(("attention_triton:_attention_fwd_kernel", f"short_attention_fwd({qkv}, {cu_seqlens})"))
+        backward = f"short_attention_bwd({out}, {qkv}, {out}, {lse}, {cu_seqlens})"
+        calls += [(f"attention_triton:_attention_bwd_{which}_kernel", backward) for which in ("q", "kv")]
     return calls
 
 
@@ -95,13 +94,22 @@ def others() -> list[tuple[str, str]]:
             ("column_sum:_add_partials_kernel", f"column_sum_fwd({x}, torch.{dtype})"),
         ]
         tables = f"{zeros(dtype, 256)}, {zeros(dtype, 4, 256)}"
-        slots = "torch.zeros(4, 2, dtype=torch.int32), torch.tensor([0, 3, 6], dtype=torch.int32)"
-        forward = f"scatter_tokens_fwd({zeros(dtype, 6, 256)}, {slots}, {tables}, 1)"
-        backward = f"scatter_tokens_bwd({zeros(dtype, 10, 256)}, {slots}, {tables}, 6, 2)"
+        slots = "torch.zeros(4, 2, dtype=torch.int32)"
+        places = f"{slots}, torch.tensor([0, 3, 6], dtype=torch.int32)"
+        forward = f"scatter_tokens_fwd({zeros(dtype, 6, 256)}, {places}, {tables}, 1)"
+        backward = f"scatter_tokens_bwd({zeros(dtype, 10, 256)}, {places}, {tables}, 6, 2)"
         calls += [
             ("tokens:_scatter_tokens_fwd_kernel", forward),
             ("tokens:_scatter_tokens_bwd_kernel", backward),
-            ("tokens:_sum_rows_kernel", backward),
+            ("tokens:_slots_kernel", "token_slots(torch.arange(6), 2, 4, 1)"),
+            (
+                "positions:_add_positions_fwd_kernel",
+                f"add_positions_fwd({zeros(dtype, 6, 256)}, {slots}, {zeros(dtype, 4, 256)})",
+            ),
+            (
+                "positions:_add_positions_bwd_kernel",
+                f"add_positions_bwd({zeros(dtype, 6, 256)}, {slots}, torch.{dtype})",
+            ),
         ]
     return [*calls, ("philox:_random_words_kernel", "_random_words(3, torch.tensor(1), torch.arange(2), 9)")]
 
@@ -117,7 +125,4 @@ def test_every_variant_compiles():
     for (kernel, call), row in zip(CALLS, compile_counted([one for (one,) in counted], ("sm_90",)), strict=True):
         assert not row.note, f"{kernel}: {row.note}"
         assert (row.f64, row.atomics) == (0, 0), f"{kernel} by {call}: fp64, float atomics"
-        # An attention head of 128 has more gradients than there are registers.
-        assert row.spill_bytes == 0 or (kernel.endswith("_attention_bwd_kernel") and ", 2, 128," in call), (
-            f"{kernel} by {call}"
-        )
+        assert row.spill_bytes == 0, f"{kernel} by {call}: spills"

@@ -209,7 +209,11 @@ MUTANTS = {
     "a table's row gets another's sum": ("out = row.to(tl.int64) * D", "out = (2 - row).to(tl.int64) * D", 1),
     "gate forgotten in the bias's gradient": ("dh_bias *= gate", "dh_bias *= 1", 1),
     "h instead of dx in the bias's gradient": ("dh_bias += tl.sum(dx, 0)", "dh_bias += tl.sum(h.to(tl.float32), 0)", 1),
-    "bias's gradient without the last chunk": ("dh_bias_part_ptr, chunk, C, cols", "dh_bias_part_ptr, chunk, C - 1, cols", 1),
+    "bias's gradient without the last chunk": (
+        "dh_bias_part_ptr, chunk, C, cols",
+        "dh_bias_part_ptr, chunk, C - 1, cols",
+        1,
+    ),
     "half of the tiles never written": ("stop - start, SPLIT * BLOCK_M,", "stop - start, 2 * SPLIT * BLOCK_M,", 1),
     "half of the tiles without a gradient": (
         "range(0, stop - start, BLOCK_M,",
