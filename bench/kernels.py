@@ -31,7 +31,7 @@ with interpreted(not torch.cuda.is_available()):  # Triton asks when a kernel is
 # The two lengths of a packed stream: samples with 160 of 256 patches visible, and with 64; or both, as trained.
 STREAMS = {"noised": 0.0, "noise-free": 1.0, "mixed": 0.5}
 ATTENTION = ("varlen_attention", "varlen_cross_attention")
-BACKENDS: tuple[ops.Attention, ...] = ("flash_attn", "varlen_attn", "sdpa", "matmul")
+BACKENDS: tuple[ops.Attention, ...] = ("triton", "flash_attn", "varlen_attn", "sdpa", "matmul")
 
 
 @dataclass(frozen=True)
