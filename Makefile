@@ -30,7 +30,7 @@ test-slow: .venv/installed
 
 # -v: a run that is cut off has told what failed.
 test-gpu: .venv/installed
-	.venv/bin/python -m pytest -m gpu -v
+	$(PYTEST) -m gpu -v
 
 lint: .venv/installed umd/kernels umd/train umd/bench
 	.venv/bin/ruff check
