@@ -19,6 +19,7 @@ from .adaln_cpu import CompiledLayerNormFunction, GatedResidualLayerNormFunction
 from .adaln_triton import layer_norm_fwd
 from .backend import use_triton
 from .cpu import use_compiled
+from .linear import bias_gradient
 from .packing import Packing
 
 
@@ -47,11 +48,6 @@ def modulated_layer_norm_ref(
     return y.to(x.dtype)
 
 
-def _with_bias(h: Tensor, h_bias: Tensor | None) -> Tensor:
-    """h, which has its bias [D] already, so that the bias gets its gradient."""
-    return h if h_bias is None else h + (h_bias - h_bias.detach()).to(h.dtype)
-
-
 def gated_residual_layer_norm_ref(
     x: Tensor,
     h: Tensor,
@@ -66,7 +62,7 @@ def gated_residual_layer_norm_ref(
 ) -> tuple[Tensor, Tensor]:
     """The definition of `gated_residual_layer_norm`, in fp32 or wider; r is rounded to x's type before the norm."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    h = _with_bias(h.to(wide), h_bias)
+    h = h.to(wide) if h_bias is None else h.to(wide) + (h_bias - h_bias.detach()).to(wide)
     branch = h if gate is None else h * _per_sample(gate, x, packing)
     r = (x.to(wide) + branch).to(x.dtype)
     return r, modulated_layer_norm_ref(r, packing, shift, scale, weight, bias, eps)
@@ -159,7 +155,7 @@ def gated_residual_layer_norm(
         return layer_norm_fwd(x, h, gate, shift, scale, weight, bias, h_bias, *work, eps)[:2]
     if x.device.type != "cpu":
         return gated_residual_layer_norm_ref(x, h, packing, gate, shift, scale, weight, bias, eps, h_bias)
-    h = _with_bias(h, h_bias)
+    h = bias_gradient(h, h_bias)
     if gate is None:
         r = x + h
         return r, modulated_layer_norm(r, packing, shift, scale, weight, bias, eps)

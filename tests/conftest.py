@@ -33,6 +33,8 @@ if backend.INTERPRET:
         return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
 
     interpreter._convert_float = _convert_float_rounding
+    # The interpreter is slow: tests ask for it with `backend.kernels("triton")`.
+    backend.set_kernels("reference")
 os.environ.pop("TRITON_INTERPRET", None)
 
 
@@ -47,13 +49,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-
-
-@pytest.fixture(autouse=True)
-def definitions_on_cpu():
-    """The interpreter is slow: tests ask for it with `backend.kernels("triton")`."""
-    with backend.kernels("reference" if backend.INTERPRET else "auto"):
-        yield
 
 
 @pytest.fixture(scope="session")
