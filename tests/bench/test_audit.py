@@ -17,6 +17,8 @@ from umd.bench.inspect_kernel import ARCHITECTURES, global_accesses, occupancy  
 from umd.bench.op_cases import OPS  # noqa: E402
 from umd.cli import main  # noqa: E402
 
+pytestmark = pytest.mark.timeout(1500)  # every kernel compiles for three architectures, beside seven other tests
+
 N = 4096  # elements of the small kernels' tensors
 CALLS = {
     "copy": ("_copy", f"run(_copy, floats({N}), floats({N}), {N}, grid=(4,), BLOCK=1024)"),
@@ -53,7 +55,9 @@ def small():
 @pytest.fixture(scope="module")
 def ours():
     """Rows of all ops at D = 768, and of the norms at 1024."""
-    jobs = [(count_op, name, "UMD-B/4", 8, "bf16") for name in OPS]
+    few = ("scatter_tokens", "add_positions")  # whose sums weigh more than the gates allow in four samples
+    samples = {name: 8 if name in few else 4 for name in OPS}
+    jobs = [(count_op, name, "UMD-B/4", n, "bf16") for name, n in samples.items()]
     jobs += [(count_op, name, "UMD-L/2", 4, "bf16") for name in OPS if name.endswith("layer_norm")]
     counted = [one for found in run_apart(True, jobs) for one in found]
     return compile_counted(counted, tuple(ARCHITECTURES))

@@ -138,12 +138,12 @@ def calls() -> list[Call]:
 
 def test_flops_are_those_of_mfu_but_for_what_it_leaves_out(calls):
     """MFU's three forward passes also count gradients of pictures and of the times' features, which nobody takes; they
-    do not count the scores that attention's backward makes again."""
+    do not count what attention's backward makes again: scores in both of its kernels, and their gradients once more."""
     objective = build_objective(TINY, OBJECTIVES["umd"], NoiseSchedule("cosine"))
     keep = [objective.keep_noised] * (B // 2) + [objective.keep_clean] * (B // 2)
     D, pixels, conditions = TINY.hidden_size, TINY.channels * TINY.patch_size**2, B // 2 + 1
     encoder, decoder = [TINY.num_cls + k for k in keep], [1 + TINY.num_patches] * B
-    again = 2 * D * (TINY.depth * sum(n * n for n in encoder) + TINY.decoder_depth * sum(n * n for n in decoder))
+    again = 3 * 2 * D * (TINY.depth * sum(n * n for n in encoder) + TINY.decoder_depth * sum(n * n for n in decoder))
     nobodys = 2 * sum(keep) * pixels * D + 2 * conditions * 256 * D
     assert sum(call.flops for call in calls) == objective.step_flops(B) + again - nobodys
 
