@@ -7,12 +7,13 @@ a device to learn a length.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .backend import multiprocessors
 
 # Of a norm's backward, which has the most to do: programs that run on a multiprocessor at the same time, and those that
 # keep its share of the memory's speed busy.
@@ -87,7 +88,7 @@ def pack(
             segments[-1] = (segments[-1][0], stop, row)
         elif stop > start:
             segments.append((start, stop, row))
-    chunk = chunk or _chunk([stop - start for start, stop, _ in segments], _multiprocessors(torch.device(device)))
+    chunk = chunk or _chunk([stop - start for start, stop, _ in segments], multiprocessors(torch.device(device)))
     chunks = sorted((row, *piece) for start, stop, row in segments for piece in _cut(start, stop, chunk))
     row_chunks = [0] * (2 + max(rows))
     for row, *_ in chunks:
@@ -116,12 +117,6 @@ def paired_runs(packing: Packing, kv_packing: Packing) -> list[tuple[int, int, i
         queries[i], keys[j] = (q_samples - samples, q_length), (k_samples - samples, k_length)
         i, j = i + (q_samples == samples), j + (k_samples == samples)
     return runs
-
-
-@lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU; elsewhere, where kernels are looked at, those of an H100."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _chunk(segments: list[int], multiprocessors: int) -> int:

@@ -306,7 +306,7 @@ def test_chunks_follow_the_machine(samples, lengths):
 
 
 def test_a_machine_of_other_size(monkeypatch):
-    monkeypatch.setattr("umd.kernels.packing._multiprocessors", lambda device: 8)
+    monkeypatch.setattr("umd.kernels.packing.multiprocessors", lambda device: 8)
     packing = pack([161] * 8 + [65] * 8, [*range(8)] + [8] * 8)
     assert 8 <= len(packing.chunks) <= 32
 
