@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adaln_cpu import CompiledLayerNormFunction, GatedResidualLayerNormFunction, ModulatedLayerNormFunction
-from .adaln_triton import layer_norm_fwd
 from .backend import use_triton
-from .cpu import use_compiled
+from .checks import check_devices, check_tensor
+from .cpu.adaln import CompiledLayerNormFunction, GatedResidualLayerNormFunction, ModulatedLayerNormFunction
+from .cpu.compiled import use_compiled
 from .linear import bias_gradient
 from .packing import Packing
+from .triton.adaln import layer_norm_fwd
 
 
 def _per_sample(table: Tensor, x: Tensor, packing: Packing) -> Tensor:
@@ -146,10 +147,8 @@ def gated_residual_layer_norm(
         ValueError: as `modulated_layer_norm`, or h of another shape or type than x.
     """
     _check(x, packing, gate=gate, shift=shift, scale=scale, weight=weight, bias=bias, h_bias=h_bias)
-    if h.shape != x.shape or h.dtype != x.dtype:
-        raise ValueError(f"h: expected {tuple(x.shape)} {x.dtype} like x, got {tuple(h.shape)} {h.dtype}")
-    if h.device != x.device:
-        raise ValueError(f"h: expected on {x.device} like x, got {h.device}")
+    check_tensor("h", h, x.shape, x.dtype)
+    check_devices(x=x, h=h)
     if use_triton(x):
         work = packing.chunks, packing.row_chunks
         return layer_norm_fwd(x, h, gate, shift, scale, weight, bias, h_bias, *work, eps)[:2]
@@ -168,25 +167,15 @@ def gated_residual_layer_norm(
 
 
 def _check(x: Tensor, packing: Packing, **tables: Tensor | None) -> None:
-    if x.ndim != 2 or len(x) != packing.num_tokens:
-        raise ValueError(f"x: expected [{packing.num_tokens}, D] as the packing says, got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"x: expected a floating-point type, got {x.dtype}")
-    if packing.cu_seqlens.device != x.device:
-        raise ValueError(f"packing: expected on {x.device} like x, got {packing.cu_seqlens.device}")
+    check_tensor("x", x, (packing.num_tokens, "D"))
     rows = None
     for name, table in tables.items():
         if table is None:
             continue
-        ndim = 1 if name in ("weight", "bias", "h_bias") else 2
-        if table.ndim != ndim or table.shape[-1] != x.shape[-1]:
-            shape = "[D]" if ndim == 1 else "[R, D]"
-            raise ValueError(f"{name}: expected {shape} with D = {x.shape[-1]}, got {tuple(table.shape)}")
-        if ndim == 2 and len(table) < packing.num_rows:
+        of_rows = name in ("gate", "shift", "scale")
+        check_tensor(name, table, ("R", x.shape[1]) if of_rows else (x.shape[1],), x.dtype, torch.float32)
+        if of_rows and len(table) < packing.num_rows:
             raise ValueError(f"{name}: expected {packing.num_rows} rows or more as the packing says, got {len(table)}")
-        if ndim == 2 and len(table) != (rows := rows or len(table)):
+        if of_rows and len(table) != (rows := rows or len(table)):
             raise ValueError(f"{name}: expected {rows} rows like the tables before it, got {len(table)}")
-        if table.dtype not in (x.dtype, torch.float32):
-            raise ValueError(f"{name}: expected {x.dtype} like x or torch.float32, got {table.dtype}")
-        if table.device != x.device:
-            raise ValueError(f"{name}: expected on {x.device} like x, got {table.device}")
+    check_devices(x=x, packing=packing.cu_seqlens, **tables)

@@ -3,11 +3,11 @@
 One call, five backends; `attention_backend` tells which one runs and why. `varlen_cross_attention` has all but the
 first.
 
-    triton       our own for short samples (attention_triton.py): ragged lengths in one launch, the same bits each time
+    triton       our own for short samples (triton/attention.py): ragged lengths in one launch, the same bits each time
     flash_attn   flash-attn 2: gradients written packed as [N, 3, H, d], and the same bits each time
     varlen_attn  torch.nn.attention.varlen: the same algorithm, in PyTorch itself
     sdpa         scaled_dot_product_attention, once for each run of samples of equal length
-    matmul       matmul, softmax, matmul, once for each run (attention_cpu.py)
+    matmul       matmul, softmax, matmul, once for each run (cpu/attention.py)
 """
 
 import difflib
@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_cpu import BatchedAttentionFunction
-from .attention_triton import short_attention_fwd
 from .backend import runs_triton, stands_for_gpu
+from .checks import check_devices, check_tensor
+from .cpu.attention import BatchedAttentionFunction
 from .linear import bias_gradient
 from .packing import Packing, paired_runs
+from .triton.attention import short_attention_fwd
 
 Attention = Literal["auto", "triton", "flash_attn", "varlen_attn", "sdpa", "matmul"]
 NAMES = get_args(Attention)
@@ -142,10 +143,8 @@ def varlen_attention(
         ValueError: qkv not [N, 3, H, d] with the packing's N, or on another device; a backend that is unknown or cannot
             take qkv.
     """
-    if qkv.ndim != 4 or qkv.shape[1] != 3 or len(qkv) != packing.num_tokens:
-        raise ValueError(f"qkv: expected [{packing.num_tokens}, 3, H, d], got {tuple(qkv.shape)}")
-    if packing.cu_seqlens.device != qkv.device:
-        raise ValueError(f"packing: expected on {qkv.device} like qkv, got {packing.cu_seqlens.device}")
+    check_tensor("qkv", qkv, (packing.num_tokens, 3, "H", "d"))
+    check_devices(qkv=qkv, packing=packing.cu_seqlens)
     name, _ = attention_backend(qkv.device, qkv.dtype, qkv.shape[-1], packing, backend)
     qkv = bias_gradient(qkv, bias)
     if name == "triton":

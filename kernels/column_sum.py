@@ -1,105 +1,11 @@
-"""column_sum: x.sum(0) of a stream [N, F], such as a bias's gradient. Its pieces serve other ops that sum columns.
-
-    sum    a program owns a block of columns and walks a share of the rows, sums in registers: fp32 [P, F]
-    add    adds the P partial sums of each column, in a fixed order: no atomics, the same bits every time
-
-How many programs share the rows follows from the number of multiprocessors.
-"""
+"""column_sum: x.sum(0) of a stream [N, F], such as a bias's gradient."""
 
 import torch
 from torch import Tensor
 
-from .backend import multiprocessors, tl, triton, triton_op, use_triton, wrap_triton
-
-# A thread holds 16 bytes of each bf16 row and all warps share it, so that sums over rows stay in registers.
-SUM = dict(BLOCK_M=4, BLOCK_F=512, STAGES=3, num_warps=2)  # rows and columns at once, tiles loaded ahead
-SUM_PROGRAMS = 8  # of a multiprocessor
-SUM_ROWS = 48  # of a program at least: its partial sums move 8 bytes a column, a row 2
-
-
-@triton.jit(do_not_specialize=["N", "rows"])
-def _column_sum_kernel(
-    x_ptr,  # [N, F]
-    part_ptr,  # fp32 [P, F]
-    N,
-    rows,
-    F: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    first = tl.program_id(1) * rows
-    count = tl.minimum(rows, N - first)
-    cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    tile_rows = tl.arange(0, BLOCK_M)
-    tile = tile_rows[:, None] * F + cols[None, :]
-    total = tl.zeros([BLOCK_F], tl.float32)
-    for row in tl.range(0, count, BLOCK_M, num_stages=STAGES):
-        offset = (first + row).to(tl.int64) * F
-        mask = (row + tile_rows < count)[:, None] & (cols < F)[None, :]
-        total += tl.sum(tl.load(x_ptr + offset + tile, mask, other=0.0).to(tl.float32), 0)
-    tl.store(part_ptr + tl.program_id(1).to(tl.int64) * F + cols, total, cols < F)
-
-
-@triton.jit(do_not_specialize=["P"])
-def _add_partials_kernel(
-    part_ptr,  # fp32 [P, F]
-    out_ptr,  # [F]
-    P,
-    F: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    cols = (tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
-    total = tl.zeros([BLOCK_P, BLOCK_F], tl.float32)
-    for first in range(0, P, BLOCK_P):
-        part = (first + tl.arange(0, BLOCK_P))[:, None]
-        total += tl.load(part_ptr + part.to(tl.int64) * F + cols, (part < P) & (cols < F), other=0.0)
-    # From a tile that is masked but for its first row: a row alone would go out in 32 bits.
-    mask = (tl.arange(0, BLOCK_P) == 0)[:, None] & (cols < F)
-    out = tl.broadcast_to(tl.sum(total, 0)[None, :], mask.shape).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + tl.broadcast_to(cols, mask.shape), out, mask)
-
-
-def share_rows(x: Tensor, block_m: int, block_f: int, programs: int, least: int) -> tuple[tuple[int, int], int]:
-    """How programs share the rows of x [N, F]: (grid of column blocks and shares, rows of a share).
-
-    programs: of a multiprocessor; least: rows of a share, where there are as many.
-    """
-    N, F = x.shape
-    blocks = triton.cdiv(F, block_f)
-    shares = max(1, min(N // least, multiprocessors(x.device) * programs // max(blocks, 1)))
-    rows = triton.cdiv(triton.cdiv(N, shares), block_m) * block_m
-    return (blocks, triton.cdiv(N, rows) if N else 0), rows
-
-
-def add_partials(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Column sums of partial sums, fp32 [P, F], in a fixed order; without any, zeros."""
-    P, F = part.shape
-    out = part.new_empty(F, dtype=dtype)
-    if F > 0:
-        block_p = min(64, max(4, triton.next_power_of_2(P)))  # at least as many as there are warps
-        grid = (triton.cdiv(F, 2048 // block_p),)
-        wrap_triton(_add_partials_kernel)[grid](
-            part, out, P, F=F, BLOCK_P=block_p, BLOCK_F=2048 // block_p, num_warps=4
-        )
-    return out
-
-
-@triton_op("column_sum")
-def column_sum_fwd(x: Tensor, dtype: torch.dtype) -> Tensor:
-    x = x.contiguous()
-    N, F = x.shape
-    grid, rows = share_rows(x, SUM["BLOCK_M"], SUM["BLOCK_F"], SUM_PROGRAMS, SUM_ROWS)
-    part = x.new_empty(grid[1], F, dtype=torch.float32)
-    if part.numel() > 0:
-        wrap_triton(_column_sum_kernel)[grid](x, part, N, rows, F=F, **SUM)
-    return add_partials(part, dtype)
-
-
-@column_sum_fwd.register_fake
-def _(x, dtype):
-    return x.new_empty(x.shape[1], dtype=dtype)
+from .backend import use_triton
+from .checks import check_tensor
+from .triton.column_sum import column_sum_fwd
 
 
 def column_sum_ref(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,9 +19,7 @@ def column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: x of another shape or type.
     """
-    if x.ndim != 2:
-        raise ValueError(f"x: expected [N, F], got {tuple(x.shape)}")
-    for name, kind in (("x", x.dtype), ("dtype", dtype)):
-        if not kind.is_floating_point:
-            raise ValueError(f"{name}: expected a floating-point type, got {kind}")
+    check_tensor("x", x, ("N", "F"))
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
     return column_sum_fwd(x.detach(), dtype) if use_triton(x) else column_sum_ref(x, dtype)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .attention import Attention, attention_backend, dense_attention
-from .attention_cpu import BatchedAttentionFunction
+from .checks import check_devices, check_tensor
+from .cpu.attention import BatchedAttentionFunction
 from .packing import Packing, paired_runs
 
 
@@ -46,19 +47,13 @@ def varlen_cross_attention(
         ValueError: q or kv of another shape than the packings say, another type or device, packings of different
             numbers of samples; a backend that is unknown or cannot take q.
     """
-    if q.ndim != 3 or len(q) != packing.num_tokens:
-        raise ValueError(f"q: expected [{packing.num_tokens}, H, d], got {tuple(q.shape)}")
-    if kv.ndim != 4 or kv.shape != (kv_packing.num_tokens, 2, *q.shape[1:]):
-        raise ValueError(f"kv: expected {(kv_packing.num_tokens, 2, *q.shape[1:])}, got {tuple(kv.shape)}")
-    if kv.dtype != q.dtype:
-        raise ValueError(f"kv: expected {q.dtype} like q, got {kv.dtype}")
+    check_tensor("q", q, (packing.num_tokens, "H", "d"))
+    check_tensor("kv", kv, (kv_packing.num_tokens, 2, *q.shape[1:]), q.dtype)
     if packing.num_samples != kv_packing.num_samples:
         raise ValueError(
             f"kv_packing: expected {packing.num_samples} samples as in packing, got {kv_packing.num_samples}"
         )
-    for name, x in dict(kv=kv, packing=packing.cu_seqlens, kv_packing=kv_packing.cu_seqlens).items():
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected on {q.device} like q, got {x.device}")
+    check_devices(q=q, kv=kv, packing=packing.cu_seqlens, kv_packing=kv_packing.cu_seqlens)
     name, _ = attention_backend(q.device, q.dtype, q.shape[-1], packing, backend, kv_packing)
     runs = paired_runs(packing, kv_packing)
     if name == "matmul" or q.numel() == 0 or kv.numel() == 0:  # of nothing it makes zeros, and zeros as gradients

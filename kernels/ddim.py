@@ -14,10 +14,10 @@ the noise never exists in memory.
 import torch
 from torch import Tensor
 
-from .backend import tl, triton, triton_op, use_triton, wrap_triton
-from .philox import philox_randn_rows, randn4x
-
-BLOCK = 256  # counters, of four numbers each, that one program takes
+from .backend import use_triton
+from .checks import check_devices, check_tensor
+from .philox import philox_randn_rows
+from .triton.ddim import ddim_step_fwd
 
 
 def ddim_step_ref(
@@ -49,106 +49,6 @@ def ddim_step_ref(
     if noise is not None:
         x_next = x_next + sigma * noise
     return x_next, x_start
-
-
-@triton.jit
-def _load_image(ptr, b, i, inside, stride_b, stride_c, stride_h, stride_w, H: tl.constexpr, W: tl.constexpr):
-    """Elements i of image b in fp32, numbered as if [C, H, W] were contiguous."""
-    offset = i // (H * W) * stride_c + i // W % H * stride_h + i % W * stride_w
-    return tl.load(ptr + b * stride_b + offset, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _ddim_step_kernel(
-    x_t_ptr,  # [B, C, H, W]
-    cond_ptr,  # [B, C, H, W], strided
-    uncond_ptr,  # [B, C, H, W], strided; read if GUIDED
-    coefficients_ptr,  # [5]
-    noise_ptr,  # [B, C, H, W]; read if GIVEN
-    seed_ptr,  # int64 []; read if PHILOX
-    offsets_ptr,  # int64 [B]; read if PHILOX
-    x_next_ptr,  # [B, C, H, W]
-    x_start_ptr,  # [B, C, H, W]
-    stride_cond_b,
-    stride_cond_c,
-    stride_cond_h,
-    stride_cond_w,
-    stride_uncond_b,
-    stride_uncond_c,
-    stride_uncond_h,
-    stride_uncond_w,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    GUIDED: tl.constexpr,
-    CFG_SCALE: tl.constexpr,
-    FROM_XSTART: tl.constexpr,
-    CLIP: tl.constexpr,
-    GIVEN: tl.constexpr,
-    PHILOX: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    b = tl.program_id(0).to(tl.int64)
-    counter = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = counter[:, None] * 4 + tl.arange(0, 4)[None, :]  # [BLOCK, 4]: a counter makes four neighbours
-    inside = i < C * H * W
-    here = b * (C * H * W) + i
-    sqrt_alpha = tl.load(coefficients_ptr)
-    sqrt_one_minus_alpha = tl.load(coefficients_ptr + 1)
-
-    x_t = tl.load(x_t_ptr + here, mask=inside, other=0.0)
-    prediction = _load_image(cond_ptr, b, i, inside, stride_cond_b, stride_cond_c, stride_cond_h, stride_cond_w, H, W)
-    if GUIDED:
-        uncond = _load_image(
-            uncond_ptr, b, i, inside, stride_uncond_b, stride_uncond_c, stride_uncond_h, stride_uncond_w, H, W
-        )
-        prediction = uncond + CFG_SCALE * (prediction - uncond)
-    x_start = prediction if FROM_XSTART else tl.div_rn(x_t - sqrt_one_minus_alpha * prediction, sqrt_alpha)
-    if CLIP:
-        x_start = tl.clamp(x_start, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
-    eps = tl.div_rn(x_t - sqrt_alpha * x_start, sqrt_one_minus_alpha)
-    x_next = tl.load(coefficients_ptr + 2) * x_start + tl.load(coefficients_ptr + 3) * eps
-    if GIVEN:
-        x_next += tl.load(coefficients_ptr + 4) * tl.load(noise_ptr + here, mask=inside, other=0.0)
-    elif PHILOX:
-        n0, n1, n2, n3 = randn4x(tl.load(seed_ptr), tl.load(offsets_ptr + b) + counter)
-        noise = tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(BLOCK, 4)
-        x_next += tl.load(coefficients_ptr + 4) * noise
-    tl.store(x_next_ptr + here, x_next, mask=inside)
-    tl.store(x_start_ptr + here, x_start, mask=inside)
-
-
-@triton_op("ddim_step")
-def _ddim_step(
-    x_t: Tensor,
-    pred_cond: Tensor,
-    pred_uncond: Tensor | None,
-    cfg_scale: float,
-    coefficients: Tensor,
-    from_xstart: bool,
-    clip: bool,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    offsets: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    B, C, H, W = x_t.shape
-    x_next, x_start = torch.empty_like(x_t), torch.empty_like(x_t)
-    if x_t.numel() == 0:
-        return x_next, x_start
-    guided, given, philox = pred_uncond is not None, noise is not None, noise is None and seed is not None
-    uncond = pred_cond if pred_uncond is None else pred_uncond
-    sources = (noise if given else x_t, *((seed, offsets) if philox else (x_t, x_t)))
-    wrap_triton(_ddim_step_kernel)[(B, triton.cdiv(C * H * W, 4 * BLOCK))](
-        x_t, pred_cond, uncond, coefficients, *sources, x_next, x_start, *pred_cond.stride(), *uncond.stride(),
-        C=C, H=H, W=W, GUIDED=guided, CFG_SCALE=cfg_scale if guided else 1.0, FROM_XSTART=from_xstart, CLIP=clip,
-        GIVEN=given, PHILOX=philox, BLOCK=BLOCK,
-    )  # fmt: skip
-    return x_next, x_start
-
-
-@_ddim_step.register_fake
-def _(x_t, pred_cond, pred_uncond, cfg_scale, coefficients, from_xstart, clip, noise, seed, offsets):
-    return torch.empty_like(x_t), torch.empty_like(x_t)
 
 
 def ddim_step(
@@ -189,7 +89,7 @@ def ddim_step(
             from_xstart=from_xstart, clip=clip, noise=noise, seed=seed, offsets=offsets,
         )  # fmt: skip
     noise = None if noise is None else noise.contiguous()
-    return _ddim_step(
+    return ddim_step_fwd(
         x_t.contiguous(), pred_cond, pred_uncond, float(cfg_scale), coefficients.contiguous(), from_xstart, clip,
         noise, seed, offsets if offsets is None else offsets.contiguous(),
     )  # fmt: skip
@@ -204,24 +104,18 @@ def _check(
     seed: Tensor | None,
     offsets: Tensor | None,
 ) -> None:
-    if x_t.ndim != 4 or x_t.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x_t: expected float32 or float64 [B, C, H, W], got {x_t.dtype} {tuple(x_t.shape)}")
+    check_tensor("x_t", x_t, ("B", "C", "H", "W"), torch.float32, torch.float64)
     if seed is not None and noise is None and offsets is None:
         raise ValueError("offsets: expected int64 [B] beside a seed, got None")
-    shape, integer = tuple(x_t.shape), torch.int64
-    expected = {
-        "pred_cond": (pred_cond, shape, None),
-        "pred_uncond": (pred_uncond, shape, None),
-        "coefficients": (coefficients, (5,), x_t.dtype),
-        "noise": (noise, shape, x_t.dtype),
-        "seed": (seed, (), integer),
-        "offsets": (offsets, shape[:1], integer),
-    }
-    for name, (x, size, dtype) in expected.items():
-        if x is None:
-            continue
-        if tuple(x.shape) != size or (not x.is_floating_point() if dtype is None else x.dtype != dtype):
-            kind = "any floating type" if dtype is None else dtype
-            raise ValueError(f"{name}: expected {kind} {size}, got {x.dtype} {tuple(x.shape)}")
-        if x.device != x_t.device:
-            raise ValueError(f"{name}: expected on {x_t.device} like x_t, got {x.device}")
+    check_tensor("pred_cond", pred_cond, x_t.shape)
+    check_tensor("coefficients", coefficients, (5,), x_t.dtype)
+    if pred_uncond is not None:
+        check_tensor("pred_uncond", pred_uncond, x_t.shape)
+    if noise is not None:
+        check_tensor("noise", noise, x_t.shape, x_t.dtype)
+    if seed is not None:
+        check_tensor("seed", seed, (), torch.int64)
+    if offsets is not None:
+        check_tensor("offsets", offsets, x_t.shape[:1], torch.int64)
+    predictions = dict(pred_cond=pred_cond, pred_uncond=pred_uncond)
+    check_devices(x_t=x_t, **predictions, coefficients=coefficients, noise=noise, seed=seed, offsets=offsets)

@@ -15,18 +15,10 @@ to scale it by the upstream gradient later.
 import torch
 from torch import Tensor
 
-from .backend import tl, triton, triton_op, use_triton, wrap_triton
-from .patches import (
-    check_devices,
-    check_noise,
-    check_patches,
-    patch_corner,
-    patch_noise,
-    patch_pixel,
-    patch_tiles,
-    patchify,
-    standard_noise,
-)
+from .backend import use_triton
+from .checks import check_devices, check_tensor
+from .patches import check_noise, check_patches, patchify, standard_noise
+from .triton.loss import masked_diffusion_loss_fwd
 
 
 def masked_diffusion_loss_ref(
@@ -72,203 +64,6 @@ def masked_diffusion_loss_ref(
     return total, torch.stack([loss_eps, loss_x0, loss_clean]).detach()
 
 
-@triton.jit
-def _errors(
-    prediction_ptr,
-    x_ptr,
-    roles_ptr,
-    noise_ptr,
-    num_patches,
-    num_noised,
-    num_eps,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FROM_SEED: tl.constexpr,
-):
-    """Of a program's tile [BLOCK_M, BLOCK_D]: x̂0 - x0 and ε̂ - ε, 0 where they are not scored; which rows are noised;
-    offsets into the prediction's x̂0 half, and their mask."""
-    D: tl.constexpr = C * P * P
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_col = tl.program_id(1) * BLOCK_D
-    col = first_col + tl.arange(0, BLOCK_D)
-    mask = (row < num_patches)[:, None] & (col < D)[None, :]
-    role = tl.load(roles_ptr + row, row < num_patches, other=2)
-    visible = role == 1
-    noised = row < num_noised
-    score_eps = mask & (visible & noised)[:, None]
-    score_x0 = mask & ((role == 0) | (noised & (num_eps == num_noised)))[:, None]  # nothing hidden: both halves
-
-    at = row[:, None] * (2 * D) + col[None, :]
-    corner, sample = patch_corner(row, C, H, W, P)
-    pixel = corner[:, None] + patch_pixel(col, H, W, P)[None, :]
-    error_x0 = tl.load(prediction_ptr + at, score_x0, other=0).to(tl.float32)
-    error_x0 -= tl.load(x_ptr + pixel, score_x0, other=0).to(tl.float32)
-    error_eps = tl.load(prediction_ptr + at + D, score_eps, other=0).to(tl.float32)
-    L: tl.constexpr = (H // P) * (W // P)
-    error_eps -= patch_noise(
-        noise_ptr, corner, sample, score_eps, num_noised // L, first_col, C, H, W, P, BLOCK_D, FROM_SEED
-    )
-    return error_x0, tl.where(score_eps, error_eps, 0.0), noised, at, mask
-
-
-@triton.jit
-def _masked_diffusion_loss_fwd_kernel(
-    prediction_ptr,  # [B·L, 2·C·P·P]
-    x_ptr,  # [B, C, H, W]
-    roles_ptr,  # uint8 [B·L]: 0 hidden, 1 visible, 2 ignored
-    noise_ptr,  # int64 [n], or [n, C, H, W]
-    partials_ptr,  # fp32 [4, programs]: each program's share of total, eps, x0, clean
-    num_patches,  # B·L
-    num_noised,  # n·L
-    num_eps,  # patches in each of the three means
-    num_x0,
-    num_clean,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FROM_SEED: tl.constexpr,
-):
-    error_x0, error_eps, noised, _, _ = _errors(
-        prediction_ptr, x_ptr, roles_ptr, noise_ptr, num_patches, num_noised, num_eps,
-        C, H, W, P, BLOCK_M, BLOCK_D, FROM_SEED,
-    )  # fmt: skip
-    D: tl.constexpr = C * P * P
-    squares_x0 = tl.sum(error_x0 * error_x0, 1)  # [BLOCK_M]
-    eps = tl.sum(error_eps * error_eps) / D / tl.maximum(num_eps, 1)
-    x0 = tl.sum(tl.where(noised, squares_x0, 0.0)) / D / tl.maximum(num_x0, 1)
-    clean = tl.sum(tl.where(noised, 0.0, squares_x0)) / D / tl.maximum(num_clean, 1)
-    clean_share = (num_patches - num_noised) / num_patches
-    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    tl.store(partials_ptr + program, 0.5 * (1 - clean_share) * (eps + x0) + clean_share * clean)
-    tl.store(partials_ptr + programs + program, eps)
-    tl.store(partials_ptr + 2 * programs + program, x0)
-    tl.store(partials_ptr + 3 * programs + program, clean)
-
-
-@triton.jit
-def _masked_diffusion_loss_bwd_kernel(
-    dlosses_ptr,  # fp32 [4]: the upstream gradients of total, eps, x0, clean
-    prediction_ptr,  # [B·L, 2·C·P·P]
-    x_ptr,  # [B, C, H, W]
-    roles_ptr,  # uint8 [B·L]: 0 hidden, 1 visible, 2 ignored
-    noise_ptr,  # int64 [n], or [n, C, H, W]
-    dprediction_ptr,  # [B·L, 2·C·P·P]
-    num_patches,
-    num_noised,
-    num_eps,
-    num_x0,
-    num_clean,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FROM_SEED: tl.constexpr,
-):
-    error_x0, error_eps, noised, at, mask = _errors(
-        prediction_ptr, x_ptr, roles_ptr, noise_ptr, num_patches, num_noised, num_eps,
-        C, H, W, P, BLOCK_M, BLOCK_D, FROM_SEED,
-    )  # fmt: skip
-    D: tl.constexpr = C * P * P
-    dtotal = tl.load(dlosses_ptr)
-    clean_share = (num_patches - num_noised) / num_patches
-    half = 0.5 * (1 - clean_share) * dtotal
-    deps = (tl.load(dlosses_ptr + 1) + half) * (2.0 / D) / tl.maximum(num_eps, 1)
-    dx0 = (tl.load(dlosses_ptr + 2) + half) * (2.0 / D) / tl.maximum(num_x0, 1)
-    dclean = (tl.load(dlosses_ptr + 3) + clean_share * dtotal) * (2.0 / D) / tl.maximum(num_clean, 1)
-    tl.store(dprediction_ptr + at, error_x0 * tl.where(noised, dx0, dclean)[:, None], mask)
-    tl.store(dprediction_ptr + at + D, error_eps * deps, mask)
-
-
-def _arguments(
-    prediction: Tensor, x_start: Tensor, roles: Tensor, noise: Tensor, patch_size: int, num_noised: int, *counts: int
-) -> tuple[tuple[int, int], tuple[Tensor, ...], tuple[int, ...], dict]:
-    """(grid, tensors, numbers, constants) of both kernels."""
-    _, C, H, W = x_start.shape
-    grid, block_m, block_d = patch_tiles(len(prediction), C * patch_size**2)
-    tensors = prediction.contiguous(), x_start.contiguous(), roles, noise.contiguous()
-    numbers = len(prediction), num_noised * (H // patch_size) * (W // patch_size), *counts
-    constants = dict(C=C, H=H, W=W, P=patch_size, BLOCK_M=block_m, BLOCK_D=block_d, FROM_SEED=noise.ndim == 1)
-    return grid, tensors, numbers, constants
-
-
-@triton_op("masked_diffusion_loss")
-def masked_diffusion_loss_fwd(
-    prediction: Tensor,
-    x_start: Tensor,
-    roles: Tensor,
-    noise: Tensor,
-    patch_size: int,
-    num_noised: int,
-    num_eps: int,
-    num_x0: int,
-    num_clean: int,
-) -> Tensor:
-    """(total, eps, x0, clean), fp32 [4].
-
-    roles: uint8 [B·L], 0 hidden, 1 visible, 2 ignored; num_eps, num_x0, num_clean: patches in each mean.
-    """
-    counts = num_noised, num_eps, num_x0, num_clean
-    grid, tensors, numbers, constants = _arguments(prediction, x_start, roles, noise, patch_size, *counts)
-    partials = prediction.new_empty(4, grid[0] * grid[1], dtype=torch.float32)
-    wrap_triton(_masked_diffusion_loss_fwd_kernel)[grid](*tensors, partials, *numbers, **constants)
-    return partials.sum(1)
-
-
-@masked_diffusion_loss_fwd.register_fake
-def _(prediction, x_start, roles, noise, patch_size, num_noised, num_eps, num_x0, num_clean):
-    return prediction.new_empty(4, dtype=torch.float32)
-
-
-@triton_op("masked_diffusion_loss_backward")
-def masked_diffusion_loss_bwd(
-    dlosses: Tensor,
-    prediction: Tensor,
-    x_start: Tensor,
-    roles: Tensor,
-    noise: Tensor,
-    patch_size: int,
-    num_noised: int,
-    num_eps: int,
-    num_x0: int,
-    num_clean: int,
-) -> Tensor:
-    """dprediction, from dlosses, fp32 [4]."""
-    counts = num_noised, num_eps, num_x0, num_clean
-    grid, tensors, numbers, constants = _arguments(prediction, x_start, roles, noise, patch_size, *counts)
-    dprediction = prediction.new_empty(prediction.shape)
-    wrap_triton(_masked_diffusion_loss_bwd_kernel)[grid](
-        dlosses.contiguous(), *tensors, dprediction, *numbers, **constants
-    )
-    return dprediction
-
-
-@masked_diffusion_loss_bwd.register_fake
-def _(dlosses, prediction, x_start, roles, noise, patch_size, num_noised, num_eps, num_x0, num_clean):
-    return prediction.new_empty(prediction.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.numbers = inputs[4:]
-
-
-def _backward(ctx, dlosses):
-    return masked_diffusion_loss_bwd(dlosses, *ctx.saved_tensors, *ctx.numbers), *(None,) * 8
-
-
-masked_diffusion_loss_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
 def masked_diffusion_loss(
     prediction: Tensor,
     x_start: Tensor,
@@ -302,12 +97,7 @@ def masked_diffusion_loss(
     check_patches(x_start, ids_keep, patch_size)
     B, C, H, W = x_start.shape
     L, n = (H // patch_size) * (W // patch_size), num_noised
-    shape = (B * L, 2 * C * patch_size**2)
-    if tuple(prediction.shape) != shape or not prediction.is_floating_point():
-        raise ValueError(
-            f"prediction: expected floating {shape} for x_start {tuple(x_start.shape)} and patch size {patch_size}, "
-            f"got {tuple(prediction.shape)} {prediction.dtype}"
-        )
+    check_tensor("prediction", prediction, (B * L, 2 * C * patch_size**2))
     if not 0 <= n <= B:
         raise ValueError(f"num_noised: expected 0 to B = {B}, got {n}")
     if not min(n, 1) <= num_visible_noised <= min(n * L, len(ids_keep)):
@@ -324,9 +114,7 @@ def masked_diffusion_loss(
         )
     ignored = 0
     if ids_ignored is not None:
-        check_devices(x_start, ids_ignored=ids_ignored)
-        if ids_ignored.ndim != 1 or ids_ignored.dtype != torch.int64:
-            raise ValueError(f"ids_ignored: expected int64 [N], got {tuple(ids_ignored.shape)} {ids_ignored.dtype}")
+        check_tensor("ids_ignored", ids_ignored, ("N",), torch.int64)
         ignored = len(ids_ignored)
     left = hidden_noised - num_ignored_noised, hidden_clean - (ignored - num_ignored_noised)
     if not 0 <= num_ignored_noised <= ignored or left[0] < min(hidden_noised, 1) or left[1] < min(B - n, 1):
@@ -335,7 +123,8 @@ def masked_diffusion_loss(
             f"{hidden_clean} of noise-free ones, got {num_ignored_noised} and {ignored - num_ignored_noised} ignored"
         )
     check_noise(noise, (n, C, H, W))
-    check_devices(x_start, prediction=prediction, ids_keep=ids_keep, noise=noise)
+    others = dict(prediction=prediction, ids_keep=ids_keep, noise=noise, ids_ignored=ids_ignored)
+    check_devices(x_start=x_start, **others)
     if not (use_triton(prediction) and use_triton(x_start)):
         return masked_diffusion_loss_ref(
             prediction, x_start, ids_keep, num_visible_noised, n, noise, patch_size, ids_ignored, num_ignored_noised

@@ -1,12 +1,12 @@
 """Philox4x32-10 in plain PyTorch: noise as a pure function of (seed, counter), made again instead of kept.
 
 Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Words become normal numbers as in Triton's
-`tl.randn4x`; a Triton kernel calls `randn4x(seed, counter)` for the same noise in registers, up to the rounding of its
-log, sin and cos.
+`tl.randn4x`; `randn4x(seed, counter)` of triton/philox.py gives a kernel the same noise in registers, up to the
+rounding of its log, sin and cos.
 
 What a training step draws comes from `random_words`: a pure function of (seed, step, sample), whoever draws it.
 
-Every function but the kernels works on any device and traces under `torch.compile(fullgraph=True)`.
+Every function works on any device and traces under `torch.compile(fullgraph=True)`.
 """
 
 import math
@@ -14,14 +14,26 @@ import math
 import torch
 from torch import Tensor
 
-from .backend import tl, triton, triton_op, use_triton, wrap_triton
+from .backend import use_triton
+from .checks import check_devices, check_tensor
+from .triton.philox import random_words_fwd
 
 _LOW32 = 0xFFFFFFFF
+
+
 # A round's multipliers less 2**32: their product with a word stays inside int64 and keeps its lower half.
 _MULTIPLIER_0 = 0xD2511F53 - 2**32
+
+
 _MULTIPLIER_1 = 0xCD9E8D57 - 2**32
+
+
 _KEY_STEP_0 = 0x9E3779B9
+
+
 _KEY_STEP_1 = 0xBB67AE85
+
+
 _ROUNDS = 10
 
 
@@ -50,72 +62,6 @@ def _uniform(word: Tensor) -> Tensor:
     return torch.minimum(word, _LOW32 - word).float() * 4.6566127342e-10
 
 
-@triton.jit
-def _turn(u):
-    """cos and sin of 2π·u, u in [0, 1]: within an eighth of a turn a few terms of their series give them to 1e-7."""
-    quarter = tl.floor(4 * u + 0.5)
-    x = 6.283185307179586 * (u - 0.25 * quarter)
-    x2 = x * x
-    sin = x + x * x2 * (-1 / 6 + x2 * (1 / 120 + x2 * (-1 / 5040 + x2 * (1 / 362880))))
-    cos = 1 + x2 * (-1 / 2 + x2 * (1 / 24 + x2 * (-1 / 720 + x2 * (1 / 40320))))
-    quarter = quarter.to(tl.int32)
-    odd = (quarter & 1) == 1
-    cos, sin = tl.where(odd, -sin, cos), tl.where(odd, cos, sin)
-    return tl.where((quarter & 2) == 2, -cos, cos), tl.where((quarter & 2) == 2, -sin, sin)
-
-
-@triton.jit
-def normal_pair(u0, u1):
-    """`tl.pair_uniform_to_normal` with an angle already reduced: CUDA's sin and cos reduce any, in fp64 and a stack."""
-    radius = tl.sqrt(-2.0 * tl.log(tl.maximum(u0, 1e-7)))
-    cos, sin = _turn(u1)
-    return radius * cos, radius * sin
-
-
-@triton.jit
-def randn4x(seed, counter):
-    """`tl.randn4x` by `normal_pair`."""
-    u0, u1, u2, u3 = tl.rand4x(seed, counter)
-    n0, n1 = normal_pair(u0, u1)
-    n2, n3 = normal_pair(u2, u3)
-    return n0, n1, n2, n3
-
-
-@triton.jit
-def _random_words_kernel(
-    step_ptr,  # int64 []
-    samples_ptr,  # int64 [S]
-    out_ptr,  # int64 [S, count]
-    seed,
-    count,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    c0 = j.to(tl.uint32)
-    zero = c0 * 0
-    c2 = zero + tl.load(samples_ptr + row).to(tl.uint32)
-    c3 = zero + tl.load(step_ptr).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(tl.full((), seed, tl.int64), c0, zero, c2, c3)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(4 * BLOCK)
-    at = tl.program_id(1) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
-    tl.store(out_ptr + row * count + at, words.to(tl.int64), at < count)
-
-
-@triton_op("random_words")
-def _random_words(seed: int, step: Tensor, samples: Tensor, count: int) -> Tensor:
-    out = samples.new_empty(len(samples), count)
-    grid = (len(samples), triton.cdiv(count, 4 * 64))
-    if out.numel() > 0:
-        wrap_triton(_random_words_kernel)[grid](step, samples, out, seed, count, BLOCK=64, num_warps=1)
-    return out
-
-
-@_random_words.register_fake
-def _(seed, step, samples, count):
-    return samples.new_empty(len(samples), count)
-
-
 def random_words_ref(seed: int, step: Tensor, samples: Tensor, count: int) -> Tensor:
     """The definition of `random_words`."""
     c0 = torch.arange((count + 3) // 4, device=samples.device).expand(len(samples), -1)  # [S, ceil(count / 4)]
@@ -138,14 +84,13 @@ def random_words(seed: int, step: Tensor, samples: Tensor, count: int) -> Tensor
     Raises:
         ValueError: another shape or type, or two devices.
     """
-    if step.ndim != 0 or step.dtype != torch.int64 or step.device != samples.device:
-        raise ValueError(f"step: expected int64 [] on {samples.device}, got {step.dtype} {tuple(step.shape)}")
-    if samples.ndim != 1 or samples.dtype != torch.int64:
-        raise ValueError(f"samples: expected int64 [S], got {samples.dtype} {tuple(samples.shape)}")
+    check_tensor("step", step, (), torch.int64)
+    check_tensor("samples", samples, ("S",), torch.int64)
+    check_devices(samples=samples, step=step)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected 0 <= seed < 2**63, got {seed}")
     # fp32 stands for a type that kernels take: these have no floats
-    op = _random_words if use_triton(step.new_empty(0, dtype=torch.float32)) else random_words_ref
+    op = random_words_fwd if use_triton(step.new_empty(0, dtype=torch.float32)) else random_words_ref
     return op(seed, step, samples.contiguous(), count)
 
 

@@ -2,19 +2,21 @@
 
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
 from umd.kernels.attention import Attention, attention, attention_backend, varlen_attention
-from umd.kernels.backend import cpu_paths, kernels, launches, use_cpu_path, use_triton
+from umd.kernels.backend import cpu_paths, kernels, use_cpu_path, use_triton
 from umd.kernels.column_sum import column_sum
-from umd.kernels.cpu import adamw_, compiler_lacks, square_sum
+from umd.kernels.cpu.compiled import adamw_, compiler_lacks, square_sum
+from umd.kernels.cpu.linear import forget
 from umd.kernels.cross_attention import varlen_cross_attention
 from umd.kernels.ddim import ddim_step
 from umd.kernels.gelu import gelu
-from umd.kernels.linear import bias_gradient, few_rows_linear, forget, gelu_linear, linear, splits_bias
+from umd.kernels.linear import bias_gradient, few_rows_linear, gelu_linear, linear, splits_bias
 from umd.kernels.loss import masked_diffusion_loss
 from umd.kernels.packing import Packing, pack
 from umd.kernels.patches import gather_patches, patchify, unpatchify
 from umd.kernels.philox import philox_randn, philox_randn_rows, philox_randn_samples, random_words
 from umd.kernels.positions import add_positions
 from umd.kernels.tokens import prepend_tokens, scatter_tokens, split_tokens
+from umd.kernels.triton.op import launches
 
 __all__ = [
     "Attention",

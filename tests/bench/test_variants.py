@@ -52,14 +52,14 @@ def norms() -> list[tuple[str, str]]:
             h, gate, *tables = (text if name in which.split() else "None" for name, text in given.items())
             calls.append(
                 (
-                    "adaln_triton:_layer_norm_fwd_kernel",
+                    "adaln:_layer_norm_fwd_kernel",
                     f"layer_norm_fwd({x}, {', '.join([h, gate, *tables])}, {chunks}, 1e-6)",
                 )
             )
             arguments = [x, "None" if h == "None" else x, x, "None" if gate == "None" else h, gate, *tables, stat, stat]
-            calls.append(("adaln_triton:_layer_norm_bwd_kernel", f"layer_norm_bwd({', '.join(arguments)}, {chunks})"))
+            calls.append(("adaln:_layer_norm_bwd_kernel", f"layer_norm_bwd({', '.join(arguments)}, {chunks})"))
             if which not in ("", "h"):
-                calls.append(("adaln_triton:_layer_norm_bwd_sum_kernel", calls[-1][1]))
+                calls.append(("adaln:_layer_norm_bwd_sum_kernel", calls[-1][1]))
     return calls
 
 
@@ -68,9 +68,9 @@ def attention() -> list[tuple[str, str]]:
     for d, dtype in [(16, "bfloat16"), (32, "float16"), (64, "bfloat16")]:
         qkv, out, lse = zeros(dtype, 9, 3, 2, d), zeros(dtype, 9, 2, d), zeros("float32", 2, 9)
         cu_seqlens = "torch.tensor([0, 5, 9], dtype=torch.int32), 5"
-        calls.append(("attention_triton:_attention_fwd_kernel", f"short_attention_fwd({qkv}, {cu_seqlens})"))
+        calls.append(("attention:_attention_fwd_kernel", f"short_attention_fwd({qkv}, {cu_seqlens})"))
         backward = f"short_attention_bwd({out}, {qkv}, {out}, {lse}, {cu_seqlens})"
-        calls += [(f"attention_triton:_attention_bwd_{which}_kernel", backward) for which in ("q", "kv")]
+        calls += [(f"attention:_attention_bwd_{which}_kernel", backward) for which in ("q", "kv")]
     return calls
 
 
@@ -79,7 +79,7 @@ def others() -> list[tuple[str, str]]:
     calls = [
         (
             "ddim:_ddim_step_kernel",
-            f"_ddim_step({image}, {image}, {uncond}, 1.5, torch.ones(5), {flag}, {flag}, {noise})",
+            f"ddim_step_fwd({image}, {image}, {uncond}, 1.5, torch.ones(5), {flag}, {flag}, {noise})",
         )
         for uncond, flag in (("None", False), (image, True))
         for noise in ("None, None, None", f"{image}, None, None", "None, torch.tensor(7), torch.arange(2)")
@@ -111,17 +111,17 @@ def others() -> list[tuple[str, str]]:
                 f"add_positions_bwd({zeros(dtype, 6, 256)}, {slots}, torch.{dtype})",
             ),
         ]
-    return [*calls, ("philox:_random_words_kernel", "_random_words(3, torch.tensor(1), torch.arange(2), 9)")]
+    return [*calls, ("philox:_random_words_kernel", "random_words_fwd(3, torch.tensor(1), torch.arange(2), 9)")]
 
 
 CALLS = [*patches(), *norms(), *attention(), *others()]
 
 
 def test_every_variant_compiles():
-    sources = [(path.stem, path.read_text()) for path in (ROOT / "kernels").glob("*.py")]
+    sources = [(path.stem, path.read_text()) for path in (ROOT / "kernels" / "triton").glob("*.py")]
     kernels = {f"{stem}:{name}" for stem, text in sources for name in re.findall(r"^def (_\w+_kernel)\(", text, re.M)}
     assert {kernel for kernel, _ in CALLS} == kernels
-    counted = run_apart(True, [(count_call, f"umd.kernels.{kernel}", call) for kernel, call in CALLS])
+    counted = run_apart(True, [(count_call, f"umd.kernels.triton.{kernel}", call) for kernel, call in CALLS])
     for (kernel, call), row in zip(CALLS, compile_counted([one for (one,) in counted], ("sm_90",)), strict=True):
         assert not row.note, f"{kernel}: {row.note}"
         assert (row.f64, row.atomics) == (0, 0), f"{kernel} by {call}: fp64, float atomics"

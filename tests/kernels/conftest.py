@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from umd.kernels import attention, backend
+from umd.kernels.triton import op
 
 Inputs = dict[str, Tensor | None]
 SLACK = {torch.float64: 1e4, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}  # in units of eps·max
@@ -136,31 +137,42 @@ _mutants = count()
 
 @pytest.fixture
 def mutant(tmp_path, monkeypatch):
-    """mutant(module, old, new, times=1): the kernel module with one exact text replaced, beside the real one.
+    """mutant(module, old, new, times=1): an op's module whose kernels, of kernels/triton/, have one text replaced.
 
     `old` must occur `times` times. The mutant's kernels run where the real ones do; its ops have names of their own.
     """
-    register = backend.triton_op
+    register = op.triton_op
 
     def load(module: ModuleType, old: str, new: str, times: int = 1) -> ModuleType:
-        source = Path(module.__file__).read_text()
+        package, _, stem = module.__name__.rpartition(".")
+        kernels = importlib.import_module(f"umd.kernels.triton.{stem}")
+        source = Path(kernels.__file__).read_text()
         assert source.count(old) == times, f"{old!r} occurs {source.count(old)} times, expected {times}"
         assert old != new
-        name = f"{module.__name__}_mutant{next(_mutants)}"
+        name = f"{kernels.__name__}_mutant{next(_mutants)}"
         suffix = name.rpartition("_")[2]
         path = tmp_path / f"{name}.py"  # a file: Triton reads a kernel's source
         path.write_text(source.replace(old, new))
-        spec = importlib.util.spec_from_file_location(name, path)
-        found = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, found)
         with monkeypatch.context() as patch:
-            patch.setattr(backend, "triton_op", lambda op: register(f"{op}_{suffix}"))
+            patch.setattr(op, "triton_op", lambda name: register(f"{name}_{suffix}"))
             if backend.INTERPRET:
                 patch.setenv("TRITON_INTERPRET", "1")
-            spec.loader.exec_module(found)
+            wrong = _import(name, path, monkeypatch)
+        if module is kernels:
+            return wrong
+        found = _import(f"{package}.{stem}_{suffix}", Path(module.__file__), monkeypatch)
+        vars(found).update({n: vars(wrong)[n] for n, x in vars(module).items() if x is vars(kernels).get(n, found)})
         return found
 
     return load
+
+
+def _import(name: str, path: Path, monkeypatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    found = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, found)
+    spec.loader.exec_module(found)
+    return found
 
 
 # flash-attn and varlen_attn have kernels for CUDA only. Here their operators get one for the CPU, so that all that lies

@@ -11,7 +11,8 @@ from types import ModuleType
 import torch
 import triton_viz
 
-from umd.kernels import backend, ddim, loss, patches, tokens
+from umd.kernels import backend
+from umd.kernels.triton import ddim, loss, op, patches, tokens
 
 
 def randn(*shape):
@@ -21,18 +22,19 @@ def randn(*shape):
 # Images of 2 × 3 patches; numbers of patches, pixels and rows that no block divides.
 def gather_patches(patches):
     ids, half = torch.tensor([0, 2, 5, 7, 11]), torch.tensor([0.5])
-    patches.gather_patches(randn(2, 3, 8, 12), ids, half, half, randn(1, 3, 8, 12), 4)
+    patches.gather_patches_fwd(randn(2, 3, 8, 12), ids, half, half, randn(1, 3, 8, 12), 4)
 
 
 def masked_diffusion_loss(loss):
-    prediction, ids = randn(12, 96).requires_grad_(), torch.tensor([0, 2, 4, 7])
-    total, _ = loss.masked_diffusion_loss(prediction, randn(2, 3, 8, 12), ids, 3, 1, randn(1, 3, 8, 12), 4)
-    total.backward()
+    prediction, roles = randn(12, 96).requires_grad_(), torch.zeros(12, dtype=torch.uint8)
+    roles[[0, 2, 4, 7]] = 1
+    work = prediction, randn(2, 3, 8, 12), roles, randn(1, 3, 8, 12), 4
+    loss.masked_diffusion_loss_fwd(*work, 1, 3, 3, 5)[0].backward()
 
 
 def ddim_step(ddim):
     x, coefficients = randn(3, 3, 30, 22), torch.tensor([0.6, 0.8, 0.9, 0.3, 0.31])
-    ddim.ddim_step(x, x.clone(), x.clone(), 1.5, coefficients, from_xstart=False, clip=False, noise=x.clone())
+    ddim.ddim_step_fwd(x, x.clone(), x.clone(), 1.5, coefficients, False, False, x.clone(), None, None)
 
 
 def token_slots(tokens):
@@ -62,16 +64,16 @@ def check(name: str, old: str = "", new: str = "") -> tuple[int, str]:
 
 
 def _mutant(module: ModuleType, old: str, new: str) -> ModuleType:
-    source, register = Path(module.__file__).read_text(), backend.triton_op
+    source, register = Path(module.__file__).read_text(), op.triton_op
     assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
     path = Path(tempfile.mkdtemp()) / "mutant.py"  # a file: Triton reads a kernel's source
     path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location(f"{module.__name__}_mutant", path)
     found = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = found
-    backend.triton_op = lambda op: register(f"{op}_mutant")
+    op.triton_op = lambda name: register(f"{name}_mutant")
     try:
         spec.loader.exec_module(found)
     finally:
-        backend.triton_op = register
+        op.triton_op = register
     return found

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from umd.kernels import adaln_triton, backend
+from umd.kernels import backend
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
 from umd.kernels.packing import pack
+from umd.kernels.triton import adaln as kernels
 
 WIDTHS = [192, 768, 1000, 1024, 1152]  # ViT-Ti, B, no multiple of 16, L, XL
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -168,13 +169,13 @@ def test_registration(device, residual, affine):
     packing = pack(*RAGGED, device)
     args = operands(packing, residual=residual, affine=affine)
     leaves = [t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args]
-    torch.library.opcheck(adaln_triton.layer_norm_fwd.library, leaves)
+    torch.library.opcheck(kernels.layer_norm_fwd.library, leaves)
     with torch.no_grad():
-        r, y, mean, rstd = adaln_triton.layer_norm_fwd(*args)
+        r, y, mean, rstd = kernels.layer_norm_fwd(*args)
     x, h, *tables = (None if t is None else t.detach() for t in args[:8])
     dy = torch.ones_like(y)
     backward = [dy, dy if residual else None, r if residual else x, h, *tables, mean, rstd, *args[8:10]]
-    torch.library.opcheck(adaln_triton.layer_norm_bwd.library, backward)
+    torch.library.opcheck(kernels.layer_norm_bwd.library, backward)
 
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
@@ -243,11 +244,11 @@ def test_mutants_fail(compare, device, mutant):
     """
     packing = pack([3, 0, 1, 5, 66, 8], [2, 1, 0, 2, 2, 1])
     args = inputs(packing, 24, torch.float32, torch.float32)
-    compare(through(adaln_triton, packing), plain(packing), args)
+    compare(through(kernels, packing), plain(packing), args)
     for what, change in MUTANTS.items():
-        kernels = mutant(adaln_triton, *change)
+        wrong = mutant(kernels, *change)
         try:
-            compare(through(kernels, packing), plain(packing), args)
+            compare(through(wrong, packing), plain(packing), args)
         except AssertionError as error:
             assert "off by" in str(error) or "not finite" in str(error), what
         else:
@@ -272,6 +273,6 @@ def test_mutants_that_leave_their_tensors_fail(compare, device, mutant, change):
 
     packing = pack([3, 5])
     args = inputs(packing, 24, torch.float32, torch.float32)
-    compare(through(adaln_triton, packing), plain(packing), args)
+    compare(through(kernels, packing), plain(packing), args)
     with pytest.raises(InterpreterError, match="outside of the tensors given"):
-        compare(through(mutant(adaln_triton, *change), packing), plain(packing), args)
+        compare(through(mutant(kernels, *change), packing), plain(packing), args)

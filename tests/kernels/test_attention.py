@@ -112,5 +112,5 @@ def test_wrong_shapes_are_named():
     packing = pack([3, 2])
     qkv = draw(packing)["qkv"]
     for wrong in (qkv[:-1], qkv[:, :2], qkv[:, 0], qkv.flatten(2)):
-        with pytest.raises(ValueError, match=r"^qkv: expected \[5, 3, H, d\]"):
+        with pytest.raises(ValueError, match=r"^qkv: expected floating-point \[5, 3, H, d\]"):
             varlen_attention(wrong, packing)

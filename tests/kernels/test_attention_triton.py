@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from umd.kernels import attention_triton
 from umd.kernels.attention import attention_backend, varlen_attention, varlen_attention_ref
-from umd.kernels.attention_triton import short_attention_bwd, short_attention_fwd
 from umd.kernels.packing import pack
+from umd.kernels.triton import attention as kernels
+from umd.kernels.triton.attention import short_attention_bwd, short_attention_fwd
 
 # Token 0 alone, one tile and a token, tiles that are full to the last place and one beyond, samples of nothing.
 LENGTHS = [[1], [2, 65, 1], [65, 0, 64, 66], [161, 65, 17], [257], [0]]
@@ -95,7 +95,7 @@ def test_comparison_notices_a_lost_token_0(kernel_device, monkeypatch):
     """A scale that only the tiles get: token 0 counts with another weight."""
     packing, qkv, dout = draw([65, 30], device=kernel_device)
     truth = exact(packing, qkv, dout)
-    monkeypatch.setattr(attention_triton, "LOG2E", 1.0)
+    monkeypatch.setattr(kernels, "LOG2E", 1.0)
     found = gradients(ours(packing), qkv, dout)
     assert not relative(found[0], truth[0]) < 0.01 and not relative(found[1], truth[1]) < 0.01
 

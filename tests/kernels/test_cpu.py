@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umd.kernels import cpu
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
+from umd.kernels.cpu import compiled as cpu
 from umd.kernels.packing import pack
 
 ROOT = Path(__file__).parents[2]

@@ -161,7 +161,7 @@ def test_compiles_whole_and_is_an_operator(device):
         x_t, cond, uncond, coefficients, seed, offsets = tensors
         for guidance in (uncond, None):
             torch.library.opcheck(
-                ddim._ddim_step.library, (x_t, cond, guidance, 1.5, coefficients, False, True, None, seed, offsets)
+                ddim.ddim_step_fwd.library, (x_t, cond, guidance, 1.5, coefficients, False, True, None, seed, offsets)
             )
 
 

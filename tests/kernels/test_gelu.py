@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from umd.kernels import backend, column_sum, gelu
+from umd.kernels.triton import column_sum as sums
+from umd.kernels.triton import gelu as kernels
 
 ROWS = [0, 1, 5, 257, 1000]
 WIDTHS = [192, 768, 1000, 3072, 4096]
@@ -147,7 +149,7 @@ def test_a_frozen_bias_costs_no_sum(device, monkeypatch):
     def refuse(*_):
         raise AssertionError("column sums that nobody asked for")
 
-    monkeypatch.setattr(gelu, "add_partials", refuse)
+    monkeypatch.setattr(kernels, "add_partials", refuse)
     for bias in (None, torch.zeros(24, device=device)):
         h = torch.randn(7, 24, device=device).requires_grad_()
         gelu.gelu(h, bias).sum().backward()
@@ -190,10 +192,10 @@ def test_views(device):
 def test_registration(device, bias):
     """Schema, fake tensors, autograd and tracing, as torch checks them."""
     args = {name: x.requires_grad_() for name, x in inputs(5, 24, torch.bfloat16, bias, device).items()}
-    torch.library.opcheck(gelu.gelu_fwd.library, (args["h"], args.get("bias")))
+    torch.library.opcheck(kernels.gelu_fwd.library, (args["h"], args.get("bias")))
     dy = torch.ones_like(args["h"].detach())
-    torch.library.opcheck(gelu.gelu_bwd.library, (dy, args["h"].detach(), bias))
-    torch.library.opcheck(column_sum.column_sum_fwd.library, (dy, torch.float32))
+    torch.library.opcheck(kernels.gelu_bwd.library, (dy, args["h"].detach(), bias))
+    torch.library.opcheck(sums.column_sum_fwd.library, (dy, torch.float32))
 
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
@@ -212,13 +214,13 @@ def test_compiled_is_eager(device, compiler):
 def test_programs_follow_the_multiprocessors(monkeypatch):
     """All rows are shared out; no more programs than asked for, none with fewer rows than it is worth."""
     for count, N, least in product((1, 20, 108, 132), (1, 5, 257, 1808, 28928), (16, 48)):
-        monkeypatch.setattr(column_sum, "multiprocessors", lambda device, count=count: count)
-        (blocks, shares), rows = column_sum.share_rows(torch.empty(N, 3072, device="meta"), 4, 1024, 8, least)
+        monkeypatch.setattr(sums, "multiprocessors", lambda device, count=count: count)
+        (blocks, shares), rows = sums.share_rows(torch.empty(N, 3072, device="meta"), 4, 1024, 8, least)
         assert blocks == 3 and rows % 4 == 0
         assert shares * rows >= N > (shares - 1) * rows
         assert shares == 1 or (shares * blocks <= 8 * count and rows >= least)
     assert 2 * 132 <= blocks * shares <= 8 * 132
-    (_, shares), _ = column_sum.share_rows(torch.empty(1808, 3072, device="meta"), 4, 1024, 8, 16)
+    (_, shares), _ = sums.share_rows(torch.empty(1808, 3072, device="meta"), 4, 1024, 8, 16)
     assert 3 * shares >= 2 * 132
 
 
@@ -283,13 +285,13 @@ def test_mutants_fail(compare, device, mutant):
 def test_mutants_of_the_sum_fail(device, mutant, monkeypatch):
     """Two tiles a share, and more shares than the second launch takes at once."""
     x = inputs(1117, 40, torch.float32)["h"]
-    monkeypatch.setattr(column_sum, "SUM_ROWS", 12)
+    monkeypatch.setattr(sums, "SUM_ROWS", 12)
     check_sum(column_sum.column_sum, x, torch.float32)
     for what, change in SUM_MUTANTS.items():
-        wrong = mutant(column_sum, *change)
+        wrong = mutant(sums, *change)
         wrong.SUM_ROWS = 12
         y = x if what != "every column gets the first's" else inputs(5, 1032, torch.float32)["h"]
-        fails(what, lambda wrong=wrong, y=y: check_sum(wrong.column_sum, y, torch.float32))
+        fails(what, lambda wrong=wrong, y=y: check_sum(wrong.column_sum_fwd, y, torch.float32))
 
 
 @pytest.mark.parametrize("device", ["interpreter"], indirect=True)

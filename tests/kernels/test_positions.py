@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from umd.kernels import backend, positions
 from umd.kernels.positions import add_positions, add_positions_ref
-from umd.kernels.tokens import token_slots
+from umd.kernels.triton import positions as kernels
+from umd.kernels.triton.tokens import token_slots
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -70,7 +71,7 @@ def test_full_width(compare, device, D, dtype):
 
 def test_more_samples_than_a_program_takes_at_once(compare, device):
     """A number of samples and of places that no block divides."""
-    samples = positions.FORWARD["SAMPLES"] + 2 * positions.BACKWARD["BLOCK_S"] * positions.BACKWARD["WARPS"] + 3
+    samples = kernels.FORWARD["SAMPLES"] + 2 * kernels.BACKWARD["BLOCK_S"] * kernels.BACKWARD["WARPS"] + 3
     check(compare, [(3 * s) % 6 for s in range(samples)], 5, 24, torch.bfloat16, torch.float32, device)
 
 
@@ -166,8 +167,8 @@ def test_operators(device):
     x, pos_embed = (x.requires_grad_() for x in args.values())
     slots = token_slots(ids_keep, 3, 6, 0)
     torch.library.opcheck(token_slots.library, (ids_keep, 3, 6, 0))
-    torch.library.opcheck(positions.add_positions_fwd.library, (x, slots, pos_embed))
-    torch.library.opcheck(positions.add_positions_bwd.library, (x.detach(), slots, torch.float32))
+    torch.library.opcheck(kernels.add_positions_fwd.library, (x, slots, pos_embed))
+    torch.library.opcheck(kernels.add_positions_bwd.library, (x.detach(), slots, torch.float32))
 
 
 WRONG = {

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from umd.kernels import backend, tokens
 from umd.kernels.packing import pack
 from umd.kernels.tokens import prepend_tokens, scatter_tokens, scatter_tokens_ref, split_tokens
+from umd.kernels.triton import tokens as kernels
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -134,7 +135,7 @@ def test_scatter_grid(compare, device, B, D, dtype):
 @pytest.mark.parametrize("tables", [torch.float32, torch.bfloat16], ids=str)
 def test_scatter_with_more_samples_than_one_program_walks(compare, device, tables):
     """Partial sums, of a number of samples that no block divides."""
-    lengths = [(3 * s) % 6 for s in range(2 * tokens.SAMPLES + 3)]
+    lengths = [(3 * s) % 6 for s in range(2 * kernels.SAMPLES + 3)]
     check(compare, scatter_tokens, lengths, 5, 24, 2, torch.bfloat16, tables, device)
 
 
@@ -204,11 +205,11 @@ def test_scatter_operators(device):
         pytest.skip("the definition is no operator")
     packing, ids_keep, args = case([3, 2, 4], 6, 24, 2, torch.bfloat16, torch.float32, device)
     x, mask_token, pos_embed = (x.requires_grad_() for x in args.values())
-    work = tokens.token_slots(ids_keep, 3, 6, 2), packing.cu_seqlens, mask_token, pos_embed
-    torch.library.opcheck(tokens.scatter_tokens_fwd.library, (x, *work, 2))
+    work = kernels.token_slots(ids_keep, 3, 6, 2), packing.cu_seqlens, mask_token, pos_embed
+    torch.library.opcheck(kernels.scatter_tokens_fwd.library, (x, *work, 2))
     dout = randn(3 * 7, 24, dtype=torch.bfloat16).to(device)
     work = tuple(t.detach() for t in work)  # there is no second derivative
-    torch.library.opcheck(tokens.scatter_tokens_bwd.library, (dout, *work, len(x), 2))
+    torch.library.opcheck(kernels.scatter_tokens_bwd.library, (dout, *work, len(x), 2))
 
 
 def test_slots_are_the_inverse_of_ids_keep(device):
@@ -216,7 +217,7 @@ def test_slots_are_the_inverse_of_ids_keep(device):
     if not backend.use_triton(torch.empty(0, device=device)):
         pytest.skip("only kernels use it")
     ids_keep = torch.tensor([2, 0, 7, 4, 5], device=device)
-    slots = tokens.token_slots(ids_keep, 2, 4, 2)
+    slots = kernels.token_slots(ids_keep, 2, 4, 2)
     assert slots.T.tolist() == [[3, -1, 2, -1], [7, 8, -1, 6]]
 
 

@@ -7,8 +7,8 @@ The row of the folded table is that call's affine. Statistics and sums are in fp
 import torch
 from torch import Tensor
 
-from . import cpu
-from .packing import Packing
+from ..packing import Packing
+from . import compiled
 
 
 class CompiledLayerNormFunction(torch.autograd.Function):
@@ -17,7 +17,7 @@ class CompiledLayerNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h, gate, alpha, beta, packing, eps):
         x, h = x.contiguous(), None if h is None else h.contiguous()
-        r, y, mean, rstd = cpu.layer_norm(x, h, gate, alpha, beta, packing, eps)
+        r, y, mean, rstd = compiled.layer_norm(x, h, gate, alpha, beta, packing, eps)
         ctx.save_for_backward(r, h, gate, alpha, mean, rstd)
         ctx.packing = packing
         return r if h is not None else None, y
@@ -26,7 +26,9 @@ class CompiledLayerNormFunction(torch.autograd.Function):
     def backward(ctx, dr, dy):
         r, h, gate, alpha, mean, rstd = ctx.saved_tensors
         dr, dy = None if h is None else dr.contiguous(), dy.contiguous()
-        dx, dh, (dalpha, dbeta, dgate) = cpu.layer_norm_backward(dr, dy, r, h, gate, alpha, mean, rstd, ctx.packing)
+        dx, dh, (dalpha, dbeta, dgate) = compiled.layer_norm_backward(
+            dr, dy, r, h, gate, alpha, mean, rstd, ctx.packing
+        )
         return dx, dh, None if h is None else dgate, dalpha, dbeta, None, None
 
 

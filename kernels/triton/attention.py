@@ -19,11 +19,18 @@ import math
 import torch
 from torch import Tensor
 
-from .backend import tl, triton, triton_op, wrap_triton
+from ..backend import tl, triton
+from .op import triton_op, wrap_triton
 
 FWD = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3)
+
+
 BWD_Q = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
+
+
 BWD_KV = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2)
+
+
 LOG2E = math.log2(math.e)
 
 
@@ -264,12 +271,6 @@ def short_attention_fwd(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tup
     return out, lse
 
 
-@short_attention_fwd.register_fake
-def _(qkv, cu_seqlens, max_seqlen):
-    N, _, H, d = qkv.shape
-    return qkv.new_empty(N, H, d), qkv.new_empty(H, N, dtype=torch.float32)
-
-
 @triton_op("short_attention_bwd")
 def short_attention_bwd(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int
@@ -286,11 +287,6 @@ def short_attention_bwd(
         )
         wrap_triton(_attention_bwd_kv_kernel)[grids[1]](dout, qkv, lse, delta, cu_seqlens, dqkv, N, **shape, **BWD_KV)
     return dqkv
-
-
-@short_attention_bwd.register_fake
-def _(dout, qkv, out, lse, cu_seqlens, max_seqlen):
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output):

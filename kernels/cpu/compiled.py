@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .backend import use_cpu_path
-from .packing import Packing
+from ..backend import use_cpu_path
+from ..packing import Packing
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 TILE, SLICE = 2048, 256  # elements and rows of a piece of work, for which cpu.cpp gives a sum of its own

@@ -12,7 +12,9 @@ The stream moves once each way; what a chunk adds for tables and sums is as much
 import torch
 from torch import Tensor
 
-from .backend import tl, triton, triton_op, wrap_triton
+from ..backend import tl, triton
+from .op import triton_op, wrap_triton
+from .tiles import load_row, store_row
 
 
 @triton.jit
@@ -179,21 +181,6 @@ def _partials(partial_ptr, chunk, stop, cols, D: tl.constexpr):
 
 
 @triton.jit
-def _store_row(ptr, value, cols, D: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Store value [BLOCK_D], from a tile that is masked but for its first row: a row alone would go out in 32 bits."""
-    mask = (tl.arange(0, BLOCK_C) == 0)[:, None] & (cols < D)[None, :]
-    tile = tl.broadcast_to(value[None, :], mask.shape)
-    tl.store(ptr + tl.broadcast_to(cols[None, :], mask.shape), tile.to(ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def _load_row(ptr, cols, D: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Load [BLOCK_D] in fp32, in wide accesses as `_store_row` does."""
-    mask = (tl.arange(0, BLOCK_C) == 0)[:, None] & (cols < D)[None, :]
-    return tl.sum(tl.load(ptr + tl.broadcast_to(cols[None, :], mask.shape), mask, other=0.0).to(tl.float32), 0)
-
-
-@triton.jit
 def _layer_norm_bwd_sum_kernel(
     dgate_part_ptr,  # fp32 [C, D] or None, as every pointer to a gradient below; the sums over chunks
     dbeta_part_ptr,
@@ -236,16 +223,16 @@ def _layer_norm_bwd_sum_kernel(
                 dalphas += _partials(dalpha_part_ptr, chunk, stop, cols, D)
         out = row.to(tl.int64) * D
         if dgate_ptr is not None:
-            _store_row(dgate_ptr + out, tl.sum(dgates, 0), cols, D, BLOCK_C)
+            store_row(dgate_ptr + out, tl.sum(dgates, 0), cols, D, BLOCK_C)
         if dshift_ptr is not None:
-            _store_row(dshift_ptr + out, tl.sum(dbetas, 0), cols, D, BLOCK_C)
+            store_row(dshift_ptr + out, tl.sum(dbetas, 0), cols, D, BLOCK_C)
         if dscale_ptr is not None:
             dscale = tl.sum(dalphas, 0)
             if weight_ptr is not None:
-                dscale *= _load_row(weight_ptr, cols, D, BLOCK_C)
+                dscale *= load_row(weight_ptr, cols, D, BLOCK_C)
             if bias_ptr is not None:
-                dscale += tl.sum(dbetas, 0) * _load_row(bias_ptr, cols, D, BLOCK_C)
-            _store_row(dscale_ptr + out, dscale, cols, D, BLOCK_C)
+                dscale += tl.sum(dbetas, 0) * load_row(bias_ptr, cols, D, BLOCK_C)
+            store_row(dscale_ptr + out, dscale, cols, D, BLOCK_C)
     else:  # all chunks, for weight and bias each times 1 + scale of its row
         dweight = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
         dbias = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
@@ -264,11 +251,11 @@ def _layer_norm_bwd_sum_kernel(
             if dbias_ptr is not None:
                 dbias += _partials(dbeta_part_ptr, chunk, C, cols, D) * scale
         if dweight_ptr is not None:
-            _store_row(dweight_ptr, tl.sum(dweight, 0), cols, D, BLOCK_C)
+            store_row(dweight_ptr, tl.sum(dweight, 0), cols, D, BLOCK_C)
         if dbias_ptr is not None:
-            _store_row(dbias_ptr, tl.sum(dbias, 0), cols, D, BLOCK_C)
+            store_row(dbias_ptr, tl.sum(dbias, 0), cols, D, BLOCK_C)
         if dh_bias_ptr is not None:
-            _store_row(dh_bias_ptr, tl.sum(dh_bias, 0), cols, D, BLOCK_C)
+            store_row(dh_bias_ptr, tl.sum(dh_bias, 0), cols, D, BLOCK_C)
 
 
 def _blocks(D: int) -> dict[str, int]:
@@ -339,12 +326,6 @@ def layer_norm_fwd(
     return r, y, mean, rstd
 
 
-@layer_norm_fwd.register_fake
-def _(x, h, gate, shift, scale, weight, bias, h_bias, chunks, row_chunks, eps):
-    mean, rstd = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
-    return _empty(h, x), _empty(x, x), mean, rstd
-
-
 @triton_op("layer_norm_bwd")
 def layer_norm_bwd(
     dy: Tensor,
@@ -398,11 +379,6 @@ def layer_norm_bwd(
         )  # fmt: skip
     dx, dh, dgate, dshift, dscale, dweight, dbias, dh_bias = gradients
     return dx, dh, dgate, dshift, dscale, dweight, dbias, dh_bias
-
-
-@layer_norm_bwd.register_fake
-def _(dy, dr, r, h, gate, shift, scale, weight, bias, h_bias, mean, rstd, chunks, row_chunks):
-    return tuple(_empty(like, r) for like in (r, h, gate, shift, scale, weight, bias, h_bias))
 
 
 def _setup_context(ctx, inputs, output):
