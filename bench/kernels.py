@@ -270,14 +270,14 @@ def measure(bench: KernelBench, console: Console) -> tuple[list[Row], float | No
         for name in bench.ops or (*OPS, *ATTENTION):
             console.print(f"{model} {stream} {name}", style="dim", highlight=False)
             make = partial(Inputs, model, bench.samples, DTYPES[bench.dtype], bench.device, STREAMS[stream])
-            inputs = make()
-            shape = dict(model=model, width=inputs.D, stream=stream, tokens=inputs.tokens, device=device)
-            if name in ATTENTION:
-                rows += time_attention(name, make, notes, **shape)
-                continue
-            cases = beyond_the_cache(name, make)
-            sides = [implementations(case, norms, bench.device, with_triton) for case in cases]
             with interpreted(bench.device == "cpu"):  # Triton imports a part of itself when it runs, and asks again
+                inputs = make()
+                shape = dict(model=model, width=inputs.D, stream=stream, tokens=inputs.tokens, device=device)
+                if name in ATTENTION:
+                    rows += time_attention(name, make, notes, **shape)
+                    continue
+                cases = beyond_the_cache(name, make)
+                sides = [implementations(case, norms, bench.device, with_triton) for case in cases]
                 rows += time_op(cases, sides, copy, **shape)
     return rows, copy, notes
 

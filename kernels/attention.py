@@ -134,7 +134,8 @@ def varlen_attention(
         qkv: [N, 3, H, d], any floating type.
         packing: lengths of the samples.
         backend: instead of `set_attention`'s; see `attention_backend`.
-        bias: [3·H·d], of the layer that made qkv, already added; it gets its gradient here (see `bias_gradient`).
+        bias: [3·H·d], of the layer that made qkv, already added; it gets its gradient here (see `bias_gradient`). The
+            keys' third is 0: what is added to all keys adds the same to all scores of a query.
 
     Returns:
         [N, H, d] in qkv's type.
@@ -146,7 +147,8 @@ def varlen_attention(
     check_tensor("qkv", qkv, (packing.num_tokens, 3, "H", "d"))
     check_devices(qkv=qkv, packing=packing.cu_seqlens)
     name, _ = attention_backend(qkv.device, qkv.dtype, qkv.shape[-1], packing, backend)
-    qkv = bias_gradient(qkv, bias)
+    width = qkv.shape[2] * qkv.shape[3]
+    qkv = bias_gradient(qkv, bias, zeros=(width, 2 * width))
     if name == "triton":
         return short_attention_fwd(qkv, packing.cu_seqlens, packing.max_seqlen)[0]
     if qkv.numel() == 0:

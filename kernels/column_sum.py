@@ -8,18 +8,24 @@ from .checks import check_tensor
 from .triton.column_sum import column_sum_fwd
 
 
-def column_sum_ref(x: Tensor, dtype: torch.dtype) -> Tensor:
+def column_sum_ref(x: Tensor, dtype: torch.dtype, zeros: tuple[int, int] = (0, 0)) -> Tensor:
     """The definition of `column_sum`."""
-    return x.detach().sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
+    total = x.detach().sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
+    total[slice(*zeros)] = 0
+    return total
 
 
-def column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
+def column_sum(x: Tensor, dtype: torch.dtype, zeros: tuple[int, int] = (0, 0)) -> Tensor:
     """Sum of the rows of x [N, F], any floating type, added up in fp32: [F] in `dtype`. Not differentiable.
 
+    zeros: columns zeros[0] : zeros[1], whose sums are known to be 0, are not read.
+
     Raises:
-        ValueError: x of another shape or type.
+        ValueError: x of another shape or type; zeros outside of 0 : F.
     """
     check_tensor("x", x, ("N", "F"))
     if not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
-    return column_sum_fwd(x.detach(), dtype) if use_triton(x) else column_sum_ref(x, dtype)
+    if not 0 <= zeros[0] <= zeros[1] <= x.shape[1]:
+        raise ValueError(f"zeros: expected a range within 0 : {x.shape[1]}, got {zeros[0]} : {zeros[1]}")
+    return column_sum_fwd(x.detach(), dtype, *zeros) if use_triton(x) else column_sum_ref(x, dtype, zeros)

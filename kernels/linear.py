@@ -41,13 +41,13 @@ class BiasGradientFunction(torch.autograd.Function):
     """x as it is; its gradient's column sum for a bias."""
 
     @staticmethod
-    def forward(ctx, x, bias):
-        ctx.dtype = bias.dtype
+    def forward(ctx, x, bias, zeros):
+        ctx.dtype, ctx.zeros = bias.dtype, zeros
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, dx):
-        return dx, column_sum(dx.flatten(1), ctx.dtype)
+        return dx, column_sum(dx.flatten(1), ctx.dtype, ctx.zeros), None
 
 
 def splits_bias(x: Tensor) -> bool:
@@ -55,15 +55,15 @@ def splits_bias(x: Tensor) -> bool:
     return torch.is_grad_enabled() and use_triton(x)
 
 
-def bias_gradient(x: Tensor, bias: Tensor | None) -> Tensor:
+def bias_gradient(x: Tensor, bias: Tensor | None, zeros: tuple[int, int] = (0, 0)) -> Tensor:
     """x [N, ...], which is a linear layer's output with its bias added; here the bias gets its gradient.
 
     An op that reads the gradient of x anyway does better: it takes the bias and adds up the columns on the way. To it
     the bias is a term x + (bias - bias.detach()): no change of x, and a gradient.
 
-    bias: [F], F numbers a row of x; None: no gradient.
+    bias: [F], F numbers a row of x; None: no gradient. zeros: see `column_sum`.
     """
-    return x if bias is None else BiasGradientFunction.apply(x, bias)
+    return x if bias is None else BiasGradientFunction.apply(x, bias, zeros)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

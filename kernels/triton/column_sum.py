@@ -30,19 +30,25 @@ def _column_sum_kernel(
     N,
     rows,
     F: tl.constexpr,
+    ZERO_START: tl.constexpr,  # columns that are not read
+    ZERO_STOP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     first = tl.program_id(1) * rows
     count = tl.minimum(rows, N - first)
-    cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    start = tl.program_id(0) * BLOCK_F
+    if (start >= ZERO_START) & (start + BLOCK_F <= ZERO_STOP):
+        count = 0
+    cols = start + tl.arange(0, BLOCK_F)
     tile_rows = tl.arange(0, BLOCK_M)
     tile = tile_rows[:, None] * F + cols[None, :]
     total = tl.zeros([BLOCK_F], tl.float32)
     for row in tl.range(0, count, BLOCK_M, num_stages=STAGES):
         offset = (first + row).to(tl.int64) * F
-        mask = (row + tile_rows < count)[:, None] & (cols < F)[None, :]
+        wanted = (cols < F) & ((cols < ZERO_START) | (cols >= ZERO_STOP))
+        mask = (row + tile_rows < count)[:, None] & wanted[None, :]
         total += tl.sum(tl.load(x_ptr + offset + tile, mask, other=0.0).to(tl.float32), 0)
     tl.store(part_ptr + tl.program_id(1).to(tl.int64) * F + cols, total, cols < F)
 
@@ -91,11 +97,11 @@ def add_partials(part: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @triton_op("column_sum")
-def column_sum_fwd(x: Tensor, dtype: torch.dtype) -> Tensor:
+def column_sum_fwd(x: Tensor, dtype: torch.dtype, zero_start: int, zero_stop: int) -> Tensor:
     x = x.contiguous()
     N, F = x.shape
     grid, rows = share_rows(x, SUM["BLOCK_M"], SUM["BLOCK_F"], SUM_PROGRAMS, SUM_ROWS)
     part = x.new_empty(grid[1], F, dtype=torch.float32)
     if part.numel() > 0:
-        wrap_triton(_column_sum_kernel)[grid](x, part, N, rows, F=F, **SUM)
+        wrap_triton(_column_sum_kernel)[grid](x, part, N, rows, F=F, ZERO_START=zero_start, ZERO_STOP=zero_stop, **SUM)
     return add_partials(part, dtype)

@@ -14,6 +14,7 @@ from umd.bench.record_step import Call, multi_tensor_launches  # noqa: E402
 from umd.cli import main  # noqa: E402
 from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, ModelConfig  # noqa: E402
 from umd.methods import build_objective  # noqa: E402
+from umd.objective import Objective  # noqa: E402
 from umd.schedule import NoiseSchedule  # noqa: E402
 from umd.train.optim import OptimConfig  # noqa: E402
 from umd.train.run import RunConfig  # noqa: E402
@@ -53,6 +54,12 @@ class NoSynchronization(TorchFunctionMode):
         moves = name == "to" and any(isinstance(x, str) for x in (*args, *(kwargs or {}).values()))
         if name in SYNCHRONIZING or moves:
             raise HostWaits(name)
+        if name == "backward":  # one call, during which a mode is off: on again for what autograd calls
+            loss = args[0]
+            with self:
+                return torch.autograd.graph._engine_run_backward(
+                    (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
         return func(*args, **(kwargs or {}))
 
 
@@ -96,6 +103,23 @@ def test_a_step_that_waits_is_caught(wait):
         small_step(*STEPS["UMD with labels"], after=wait)
 
 
+class WaitingFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx.cpu()
+
+
+def test_a_backward_pass_that_waits_is_caught(monkeypatch):
+    loss = Objective.loss
+    monkeypatch.setattr(Objective, "loss", lambda self, y, *rest: loss(self, WaitingFunction.apply(y), *rest))
+    with pytest.raises(HostWaits, match="cpu"):
+        small_step(*STEPS["UMD with labels"])
+
+
 @pytest.mark.parametrize("objective", ["umd", "dit"])
 def test_a_block_launches_little_more_than_it_must(objective):
     """Kernels that one encoder block more takes, against the least there can be without fusing further:
@@ -119,15 +143,15 @@ def test_a_block_launches_little_more_than_it_must(objective):
 
 
 def test_a_block_moves_what_the_yardstick_says():
-    """Rows of D a token, outside of products and attention: norms 20, GELU 20, the bias gradient of qkv 3, at any width
-    but for tables and partial sums."""
+    """Rows of D a token, outside of products and attention: norms 20, GELU 20, the bias gradients of queries and values 2,
+    at any width but for tables and partial sums."""
     model = replace(TINY, image_size=(64, 64), hidden_size=256)
     block = block_of(Network(model, OBJECTIVES["umd"]), 256)
     rows = {kind: sum(both) for kind, both in block.rows.items()}
     assert 20 <= rows["norms"] <= 21.5
     # Forward 4·D read and written; backward two of them read and one written.
     assert block.rows["GELU"] == (8, pytest.approx(12, abs=0.5))
-    assert rows["sums"] == pytest.approx(3, abs=0.3)
+    assert rows["sums"] == pytest.approx(2, abs=0.3)
     assert rows["copies"] + rows["other"] == pytest.approx(0, abs=0.2)
 
 

@@ -90,8 +90,8 @@ def others() -> list[tuple[str, str]]:
             ("gelu:_gelu_fwd_kernel", f"gelu_fwd({x}, None)"),
             ("gelu:_gelu_bwd_kernel", f"gelu_bwd({x}, {x}, None)"),
             ("gelu:_gelu_bwd_kernel", f"gelu_bwd({x}, {x}, torch.{dtype})"),
-            ("column_sum:_column_sum_kernel", f"column_sum_fwd({x}, torch.float32)"),
-            ("column_sum:_add_partials_kernel", f"column_sum_fwd({x}, torch.{dtype})"),
+            ("column_sum:_column_sum_kernel", f"column_sum_fwd({x}, torch.float32, 128, 300)"),
+            ("column_sum:_add_partials_kernel", f"column_sum_fwd({x}, torch.{dtype}, 0, 0)"),
         ]
         tables = f"{zeros(dtype, 256)}, {zeros(dtype, 4, 256)}"
         slots = "torch.zeros(4, 2, dtype=torch.int32)"

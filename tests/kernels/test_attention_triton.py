@@ -77,6 +77,16 @@ def test_repeats_to_the_bit(kernel_device):
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
+def test_a_bias_of_keys_has_no_gradient(kernel_device):
+    """What is added to all keys adds the same to all scores of a query, and softmax does not see it."""
+    packing, qkv, dout = draw([65, 30], device=kernel_device)
+    _, dqkv, dbias = exact(packing, qkv, dout)
+    q, k, v = dbias.view(3, -1).norm(dim=1).tolist()
+    assert k < 1e-12 * min(q, v)
+    found = gradients(ours(packing), qkv, dout, torch.zeros(3 * 2 * 64, device=kernel_device))[2]
+    assert (found.view(3, -1)[1] == 0).all()
+
+
 def test_without_a_bias_the_gradients_are_the_same(kernel_device):
     packing, qkv, dout = draw([65, 30], device=kernel_device)
     bias = torch.zeros(3 * 2 * 64, device=kernel_device)

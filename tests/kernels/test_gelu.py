@@ -157,6 +157,17 @@ def test_a_frozen_bias_costs_no_sum(device, monkeypatch):
 
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
+@pytest.mark.parametrize("zeros", [(0, 0), (768, 1536), (5, 700), (1100, 2304), (0, 2304)])
+def test_columns_left_out_are_not_read(device, zeros):
+    """Whole blocks of columns and parts of them; what is not left out keeps its bits."""
+    x = inputs(100, 2304, torch.bfloat16, device=device)["h"]
+    expected = column_sum.column_sum(x, torch.float32)
+    x[:, slice(*zeros)] = math.nan
+    expected[slice(*zeros)] = 0
+    assert torch.equal(column_sum.column_sum(x, torch.float32, zeros), expected)
+
+
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
 def test_repeats_to_the_bit(device):
     args = inputs(257, 1032, torch.bfloat16, device=device)
     first, second = run(gelu.gelu, args), run(gelu.gelu, args)
@@ -195,7 +206,7 @@ def test_registration(device, bias):
     torch.library.opcheck(kernels.gelu_fwd.library, (args["h"], args.get("bias")))
     dy = torch.ones_like(args["h"].detach())
     torch.library.opcheck(kernels.gelu_bwd.library, (dy, args["h"].detach(), bias))
-    torch.library.opcheck(sums.column_sum_fwd.library, (dy, torch.float32))
+    torch.library.opcheck(sums.column_sum_fwd.library, (dy, torch.float32, 3, 7))
 
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
@@ -291,7 +302,12 @@ def test_mutants_of_the_sum_fail(device, mutant, monkeypatch):
         wrong = mutant(sums, *change)
         wrong.SUM_ROWS = 12
         y = x if what != "every column gets the first's" else inputs(5, 1032, torch.float32)["h"]
-        fails(what, lambda wrong=wrong, y=y: check_sum(wrong.column_sum_fwd, y, torch.float32))
+        fails(
+            what,
+            lambda wrong=wrong, y=y: check_sum(
+                lambda x, dtype, wrong=wrong: wrong.column_sum_fwd(x, dtype, 0, 0), y, torch.float32
+            ),
+        )
 
 
 @pytest.mark.parametrize("device", ["interpreter"], indirect=True)
@@ -345,6 +361,8 @@ def test_refuses_by_name(device, name, value):
         ("x", (torch.zeros(8), torch.float32)),
         ("x", (torch.zeros(4, 8, dtype=torch.int64), torch.float32)),
         ("dtype", (torch.zeros(4, 8), torch.int64)),
+        ("zeros", (torch.zeros(4, 8), torch.float32, (3, 9))),
+        ("zeros", (torch.zeros(4, 8), torch.float32, (3, 2))),
     ],
 )
 def test_column_sum_refuses_by_name(device, name, args):
