@@ -68,6 +68,11 @@ class Audit:
         for name, known in (("models", networks), ("ops", CASES), ("arch", GPUS)):
             if unknown := [x for x in getattr(self, name) if x not in known]:
                 raise UserError(f"{name} must be of {', '.join(known)}; got {unknown[0]!r}")
+        apart = ("ops", "dtype", "samples", "arch", "kernel", "call") if self.step else ("batch",)
+        for name in apart:
+            if getattr(self, name) != getattr(Audit, name):
+                with_or_without = "without" if self.step else "with"
+                raise UserError(f"--{name} goes {with_or_without} --step: leave out one of them")
         if self.batch < 2:
             raise UserError(f"batch must be at least 2, a noised and a noise-free image; got {self.batch}")
         if self.dtype not in DTYPES:

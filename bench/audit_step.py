@@ -23,8 +23,7 @@ from umd.errors import UserError
 from umd.methods import build_objective
 from umd.schedule import NoiseSchedule
 from umd.spans import PARTS, span
-from umd.train.optim import OptimConfig
-from umd.train.plan import GPUS, KERNEL_SECONDS, Gpu
+from umd.train.plan import GPUS, LAUNCHED, Gpu
 from umd.train.run import RunConfig
 from umd.train.step_counts import as_on_gpu, labels_of, make_step, sample_lengths
 
@@ -93,7 +92,7 @@ class Step:
     h100_mfu: float
     a100_product_share: float  # of the time
     h100_product_share: float
-    host_ms: float  # to launch all of it one by one, where the step is no CUDA graph
+    host_ms: float  # a quick host's, to launch all of it one by one, where the step is no CUDA graph
     block: Block
     rows: tuple[Row, ...]
 
@@ -104,8 +103,7 @@ def record_network(network: Network, batch: int) -> list[Call]:
 
 
 def record_ours(network: Network, batch: int) -> list[Call]:
-    optim = OptimConfig(ema=0.0)  # as eager DiT beside it
-    config = RunConfig(model=network.model, objective=network.objective, optim=optim, batch_size=batch)
+    config = RunConfig(model=network.model, objective=network.objective, batch_size=batch)
     with as_on_gpu():
         step = make_step(config, batch, BF16, torch.float32)
         labels = labels_of(config, batch)
@@ -147,6 +145,7 @@ def eager_step(config: ModelConfig, batch: int) -> Callable[[], None]:
     model.train()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    averages = [p.detach().clone() for p in parameters]
     x, schedule = torch.zeros(batch, config.channels, *config.image_size), NoiseSchedule("cosine")
     labels = torch.zeros(batch, dtype=torch.int64)
 
@@ -162,6 +161,9 @@ def eager_step(config: ModelConfig, batch: int) -> Callable[[], None]:
             clip_as_on_gpu([p.grad for p in parameters if p.grad is not None])
         with span("optimizer"):
             optimizer.step()
+        with span("EMA"), torch.no_grad():
+            for average, p in zip(averages, parameters, strict=True):
+                average.mul_(0.9999).add_(p, alpha=1e-4)
         optimizer.zero_grad(set_to_none=True)
 
     return step
@@ -240,7 +242,7 @@ def audit_step(name: str, batch: int) -> Step:
     return Step(
         network=name, batch=batch, launches=launches,
         bytes=sum(row.bytes for row in rows), flops=sum(row.flops for row in rows), model_flops=needed,
-        host_ms=1e3 * launches * KERNEL_SECONDS, block=block_of(network, batch), rows=rows,
+        host_ms=1e3 * launches * LAUNCHED[0], block=block_of(network, batch), rows=rows,
         **{f"{card}_ms": 1e3 * time for card, time in times.items()},
         **{f"{card}_images_per_second": batch / time for card, time in times.items()},
         **{f"{card}_mfu": needed / times[card] / gpu.bf16 for card, gpu in CARDS.items()},

@@ -303,7 +303,7 @@ def sampling(part: Part, bench: StepBench, num_steps: int) -> None:
     denoise = denoiser(network(bench).eval(), torch.bfloat16, model_times(num_steps))
     shape = (bench.batch, 3, bench.image_size, bench.image_size)
     found, seconds = [], []
-    for capture in (False, on_gpu):
+    for capture in ("off", "on" if on_gpu else "off"):
         draw = partial(ddim_sample, denoise, shape, NoiseSchedule("cosine"), num_steps=num_steps, device=bench.device)
         draw(capture=capture)
         synchronize()

@@ -33,7 +33,7 @@ from umd.config import OBJECTIVES, ModelConfig
 from umd.device import peak_flops, take_device
 from umd.model import UMD
 from umd.objective import Objective
-from umd.sampler import ddim_sample, model_times
+from umd.sampler import Capture, ddim_sample, model_times
 from umd.schedule import NoiseSchedule
 from umd.spans import spans_on
 from umd.train.evaluate import denoiser
@@ -247,7 +247,7 @@ def sample(part: Part, device: torch.device) -> None:
         labels = torch.arange(batch) % 1000
         model = with_modulation(UMD(config)).eval()
 
-    def ours(steps: int = num_steps, capture: bool | None = None) -> Tensor:
+    def ours(steps: int = num_steps, capture: Capture = "auto") -> Tensor:
         asked = torch.cat([labels, labels.new_tensor([1000])])
         return ddim_sample(
             denoiser(model, torch.bfloat16, model_times(steps), asked), (batch, config.channels, *config.image_size),
@@ -255,7 +255,7 @@ def sample(part: Part, device: torch.device) -> None:
             device=device, capture=capture,
         )  # fmt: skip
 
-    sides: dict[str, Callable] = {"umd": ours, "umd, launched one by one": partial(ours, capture=False)}
+    sides: dict[str, Callable] = {"umd": ours, "umd, launched one by one": partial(ours, capture="off")}
     part.attempt("diffusers' pipeline", lambda: sides.update({"diffusers": dit_pipeline(config, labels, num_steps)}))
     for what, draw in sides.items():
         draw(steps=3)

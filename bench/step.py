@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from umd import ops
 from umd.bench.training import Step, host_time, on_batch, our_optimizer, timed, train_step, with_modulation
 from umd.config import ModelConfig, ObjectiveConfig, model_config
-from umd.device import keep_freed_memory, pick_dtype, take_device
+from umd.device import keep_freed_memory, pick_device, pick_dtype, take_device
 from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Objective
@@ -83,7 +83,7 @@ class Row:
 
 
 def autocast(bench: StepBench):
-    return torch.autocast(bench.device, dtype=torch.bfloat16, enabled=bench.dtype == "bf16")
+    return torch.autocast(torch.device(bench.device).type, dtype=torch.bfloat16, enabled=bench.dtype == "bf16")
 
 
 def images(bench: StepBench) -> Tensor:
@@ -373,9 +373,11 @@ def run(bench: StepBench, console: Console) -> list[Row]:
     """Measure, print the table and the ratios, write the JSON. Returns the rows."""
     if bench.dtype not in ("bf16", "fp32"):
         raise UserError(f"dtype must be bf16 or fp32, got {bench.dtype!r}")
-    for name in ("batch", "repeats"):
-        if getattr(bench, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(bench, name)}")
+    for name, least in (("batch", 2), ("repeats", 1)):  # of a batch, a noised image and a noise-free one
+        if getattr(bench, name) < least:
+            raise UserError(f"{name} must be at least {least}, got {getattr(bench, name)}")
+    device = pick_device(bench.device)
+    bench = replace(bench, device="cpu" if device.type == "cpu" else str(device))
     bench.config()
     rows = measure(bench, console)
     print_rows(bench, rows, console)

@@ -22,7 +22,7 @@ from umd.metrics import FeatureStatistics, default_features, feature_statistics
 from umd.model import UMD
 from umd.ops import philox_randn
 from umd.probe import ProbeResult, fewshot_accuracy, raw_pixel_features
-from umd.sampler import ddim_sample, inpaint, model_times
+from umd.sampler import Capture, ddim_sample, inpaint, model_times
 from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer, load_tokenizer
 from umd.train.data import center_view, open_dataset
@@ -198,6 +198,7 @@ def sample(
     dtype: torch.dtype,
     batch: int = 64,
     eta: float = 1.0,
+    capture: Capture = "auto",
     console: Console | None = None,
 ) -> Tensor:
     """`count` samples [count, C, H, W]; labels int64 [count] or None. Sample i is the same in any batch."""
@@ -213,7 +214,7 @@ def sample(
                     denoise, (n, *shape), schedule, num_steps=num_steps, eta=eta, clip=clip,
                     labels=None if labels is None else labels[start : start + n].to(device),
                     null_label=model.config.num_classes or None, cfg_scale=cfg_scale, seed=seed, first_sample=start,
-                    callback=callback, device=device,
+                    callback=callback, device=device, capture=capture,
                 )
             )  # fmt: skip
     return torch.cat(out)

@@ -21,7 +21,7 @@ from umd.images import grid, save_png
 from umd.masking import layout
 from umd.methods import AnyModel
 from umd.model import UMD
-from umd.sampler import inpaint, model_times
+from umd.sampler import Capture, inpaint, model_times
 from umd.schedule import NoiseSchedule
 from umd.train.data import center_view, centered_view_of_file, open_dataset
 from umd.train.evaluate import denoiser, sampling_progress, schedule_of
@@ -52,6 +52,8 @@ class Inpaint:
     """Times a UMD repeats each step to harmonise hole and surroundings (RePaint); a DiffMAE has no need to."""
     seed: int = 0
     """Of noise and random masks."""
+    capture: Capture = "auto"
+    """Replay a denoising step as one CUDA graph; auto: on a GPU, of more than a few steps."""
     out: Path | None = None
     """Where the PNG goes; default: RUN/inpainting.png. Beside it NAME-steps.png, and the folder NAME of files."""
     mp4: bool = False
@@ -153,13 +155,14 @@ def fill_with(
     return fillings(
         model, schedule_of(config.schedule), x, hole, samples=options.samples, num_steps=options.steps,
         resample=options.resample, seed=options.seed, dtype=dtype, eta={"ddpm": 1.0, "ddim": 0.0}[options.sampler],
-        clip=not config.data.vae_hash, console=console,
+        clip=not config.data.vae_hash, capture=options.capture, console=console,
     )  # fmt: skip
 
 
 def fillings(
     model: UMD | DiffMAE, schedule: NoiseSchedule, x: Tensor, hole: Tensor, *, samples: int, num_steps: int,
-    resample: int, seed: int, dtype: torch.dtype, eta: float = 1.0, clip: bool = True, console: Console | None = None,
+    resample: int, seed: int, dtype: torch.dtype, eta: float = 1.0, clip: bool = True, capture: Capture = "auto",
+    console: Console | None = None,
 ) -> Fillings:  # fmt: skip
     """Fill pictures [B, C, H, W] `samples` times: a DiffMAE all at once, its encoder run once; a UMD one by one."""
     steps: list[Tensor] = []  # of one sampling
@@ -176,7 +179,7 @@ def fillings(
         with sampling_progress(console, f"{samples} fillings") as update:
             out = fill(
                 model, x, hole, schedule, fillings=samples, num_steps=num_steps, eta=eta, clip=clip, seed=seed,
-                dtype=dtype, callback=watch(update),
+                dtype=dtype, callback=watch(update), capture=capture,
             )  # fmt: skip
         views = torch.stack(steps, 2)  # [B, n, V, C, H, W]
     else:
@@ -186,7 +189,7 @@ def fillings(
             with sampling_progress(console, f"filling {i + 1} of {samples}") as update, torch.no_grad():
                 filled = inpaint(
                     denoise, x, hole, schedule, num_steps=num_steps, resample=resample, eta=eta,
-                    clip=clip, seed=seed + i, callback=watch(update),
+                    clip=clip, seed=seed + i, callback=watch(update), capture=capture,
                 )  # fmt: skip
             drawn.append(filled)
             seen.append(torch.stack(steps, 2))

@@ -35,7 +35,7 @@ from umd.train.parallel import DDP, Alone
 from umd.train.preview import picture_maker, preview_images, previews, rgb
 from umd.train.profile import NoProfiler, Profiler, profiled
 from umd.train.quarantine import record_quarantine
-from umd.train.resume import fingerprint, load_pretrained, newest_checkpoint
+from umd.train.resume import fingerprint, load_pretrained, newest_checkpoint, with_ema_of
 from umd.train.run import RunConfig, check_attention, to_plain, write_config
 from umd.train.spread import spread
 from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type, side_stream
@@ -65,7 +65,7 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
         Diverged: NaN or infinite loss; the last good checkpoint is kept and the batch is described in `nan-dump.json`.
         KeyboardInterrupt, SystemExit(143): after saving, on Ctrl-C or SIGTERM.
     """
-    config = config.resolved()
+    config = with_ema_of(config)
     world = join(config.device, config.parallel, config.out)
     with world.explained(), side_stream(world.device):
         return train_rank(config, world, console or Console(), name)

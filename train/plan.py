@@ -23,13 +23,16 @@ from umd.schedule import NoiseSchedule
 from umd.train.distributed import World
 from umd.train.parallel import strategy
 from umd.train.run import RunConfig
+from umd.train.spread import check_strategy
 from umd.train.step_counts import StepCounts, count_gpu_step
 from umd.train.zero import deepspeed_config
 
 GiB = 2**30
 IMAGENET = 1_281_167
 DDP_BUCKET = 25 * 2**20 // 4  # weights of a bucket, torch's default
-KERNEL_SECONDS = 4e-6  # from one launch to the next; torch.compile has fewer
+# From one kernel to the next: replayed as a CUDA graph; launched one by one, by a quick host and by one measured beside
+# an H200 (bench/results/gpu). torch.compile has fewer.
+REPLAYED, LAUNCHED = (2e-6, 2e-6), (10e-6, 60e-6)
 
 
 class Gpu(NamedTuple):
@@ -96,6 +99,8 @@ class Plan:
     flops_per_image: float
     moved: float  # bytes read and written in a step
     seconds: tuple[float, float]  # best, usual; without communication that does not hide
+    kernels: int  # of a step's forward and backward passes
+    captured: bool  # as one CUDA graph
     sent: float  # bytes each GPU sends in a step
     exchange: float  # seconds that takes
     hidden: float  # of them, beside the passes at the best of `seconds`
@@ -149,6 +154,7 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
         if how.startswith("zero") and bf16:
             counts = count_gpu_step(config, micro, dtype, torch.bfloat16)
     how = how_spread(config, cluster.gpus, counts.weights)
+    check_strategy(config, "zero" if how.startswith("zero") else how)
     weights, gradients, optimizer, ema = states(how, counts.weights, cluster.gpus, bf16)
     ema *= config.ema > 0
     buckets, bucket = 0.0, DDP_BUCKET
@@ -171,8 +177,9 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
     rate = gpu.bf16 if bf16 else gpu.fp32
     state_traffic = 2 * optimizer + gradients + weights + 2 * ema
     seconds, passes = [], []  # passes: of a micro-batch, the seconds before each operation
-    for compute, memory in (BEST, USUAL):
-        times = roofline(counts.operations, compute * rate, memory * gpu.bandwidth)
+    captured = config.capture == "on" or (config.capture == "auto" and how == "alone" and not config.compile)
+    for (compute, memory), launch in zip((BEST, USUAL), REPLAYED if captured else LAUNCHED, strict=True):
+        times = roofline(counts.operations, compute * rate, memory * gpu.bandwidth, launch)
         passes.append(times)
         seconds.append(config.accumulate * times[-1] + state_traffic / (memory * gpu.bandwidth))
     # Between nodes there are as many rings as GPUs in a node, each through a network card of its own.
@@ -190,15 +197,19 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
         how=how, micro=micro, weights=weights, gradients=gradients, optimizer=optimizer, ema=ema,
         activations=counts.activations, buckets=buckets, peak=peak, flops_per_image=flops / micro,
         moved=config.accumulate * sum(b for _, b in counts.operations) + state_traffic,
-        seconds=(seconds[0], seconds[1]), sent=sent, exchange=exchange,
+        seconds=(seconds[0], seconds[1]), kernels=config.accumulate * len(counts.operations), captured=captured,
+        sent=sent, exchange=exchange,
         hidden=exchange - exposed,
     )  # fmt: skip
 
 
-def roofline(operations: Sequence[tuple[int, int]], rate: float, bandwidth: float) -> list[float]:
-    """Seconds from the start of a micro-batch until so many operations are done: those before each, and all."""
+def roofline(operations: Sequence[tuple[int, int]], rate: float, bandwidth: float, launch: float) -> list[float]:
+    """Seconds from the start of a micro-batch until so many operations are done: those before each, and all.
+
+    launch: seconds from one kernel to the next, at least, on average.
+    """
     times = [0.0, *accumulate(max(flops / rate, moved / bandwidth) for flops, moved in operations)]
-    slower = max(1.0, KERNEL_SECONDS * len(operations) / times[-1]) if times[-1] else 1.0
+    slower = max(1.0, launch * len(operations) / times[-1]) if times[-1] else 1.0
     return [slower * time for time in times]
 
 
@@ -264,6 +275,7 @@ def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console)
         ("memory traffic", f"{plan.moved / 1e9:.0f} GB on each GPU"),
         ("time", f"{1e3 * steps[0]:.0f} to {1e3 * steps[1]:.0f} ms"),
         ("MFU", f"{mfu[1]:.0%} to {mfu[0]:.0%}"),
+        ("launches", launches(plan)),
         ("communication", f"{plan.sent / 1e9:.2f} GB from each GPU, {1e3 * plan.exchange:.0f} ms; " + hides(plan)),
         ("images/s", f"{rates[1]:.0f} to {rates[0]:.0f}"),
         ("loader must give", f"{rates[0] * per_node / cluster.gpus:.0f} images/s on each node"),
@@ -282,6 +294,13 @@ def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console)
             highlight=False,
         )
     return plan
+
+
+def launches(plan: Plan) -> str:
+    if plan.captured:
+        return f"{plan.kernels} kernels, replayed as one CUDA graph"
+    fast, slow = (1e3 * plan.kernels * launch for launch in LAUNCHED)
+    return f"{plan.kernels} kernels one by one, {fast:.0f} to {slow:.0f} ms of the host's time"
 
 
 def hides(plan: Plan) -> str:

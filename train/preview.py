@@ -83,7 +83,7 @@ def filled_sheets(
     mask = torch.zeros(len(x) * config.num_patches, device=x.device).index_fill(0, ids, 1).view(len(x), -1)
     hole = pixel_mask(mask, config)
     filled = fill(
-        model, x, hole, objective.schedule, num_steps=25, clip=clip, dtype=dtype, capture=False,
+        model, x, hole, objective.schedule, num_steps=25, clip=clip, dtype=dtype, capture="off",
         callback=lambda i, n, x_t, x_start: first.append(x_start.view(x.shape)) if i == 0 else None,
     )  # fmt: skip
     rows = (torch.where(hole.bool(), torch.zeros_like(x), x), first[0], filled[:, 0], x)
@@ -143,7 +143,7 @@ def previews(
             samples = ddim_sample(
                 denoise, (len(labels), *x.shape[1:]), objective.schedule, num_steps=25, labels=labels,
                 null_label=classes, cfg_scale=2.0, clip=clip, device=x.device,
-                capture=False,  # a picture is not worth a recording that might fail and end the run
+                capture="off",  # a picture is not worth a recording that might fail and end the run
             )  # fmt: skip
         sheets["samples"] = grid(show(samples), columns=8)
     return sheets

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,15 @@ def newest_checkpoint(config: RunConfig, world: World, source: dict) -> tuple[Pa
     return path, load_checkpoint(path, parts=parts, verify=world.main)
 
 
+def with_ema_of(config: RunConfig) -> RunConfig:
+    """Where `optim.ema` is left open, the EMA that the run in `config.out` has; a new run's is by the rule."""
+    path = latest_checkpoint(config.checkpoints) if config.optim.ema is None else None
+    if path is None:
+        return config.resolved()
+    saved = load_checkpoint(path, parts=[]).state.get("config", {}).get("optim", {})
+    return replace(config, optim=replace(config.optim, ema=saved.get("ema", config.ema)))
+
+
 def check_none_there(checkpoints: Path) -> None:
     """Raise UserError if there are checkpoints of which none can be read: the run would silently begin anew."""
     if any(not path.name.startswith(".") for path in checkpoints.glob("*")):  # hidden: a save that was not finished
@@ -58,6 +68,8 @@ def check_none_there(checkpoints: Path) -> None:
 def check_same_run(saved: Checkpoint, config: RunConfig, source: dict) -> None:
     """Raise UserError naming every setting that would make another run of the one in `config.out`."""
     before, now = saved.state.get("config", {}), to_plain(config)
+    if had_no_clean_samples(before) and now["objective"].get("no_noise_prob") == 0:
+        before = before | {"objective": before["objective"] | {"no_noise_prob": 0.0}}
     check_kind(before.get("model", {}), now["model"], config.out)
     check_run_vae(saved.state, config.data, config.out)
     differ = list(changes({name: before[name] for name in RUN if name in before}, now))
@@ -71,6 +83,12 @@ def check_same_run(saved: Checkpoint, config: RunConfig, source: dict) -> None:
             f"{config.out} holds a run with {'; '.join(differ)}: give the settings it was trained with to go on with "
             f"it, or another --out for a new run (--init {config.out} starts that from its weights)"
         )
+
+
+def had_no_clean_samples(config: Mapping) -> bool:
+    """Whether no sample of the run's batches was ever noise-free, which is a share of 0 and is refused as any other."""
+    share = config.get("objective", {}).get("no_noise_prob", 0)
+    return share > 0 and int(config.get("batch_size", 0) * share) == 0
 
 
 def changes(before: Mapping, now: Mapping, section: str = "") -> Iterator[str]:

@@ -67,7 +67,7 @@ class RunConfig:
     in fp32 (adaLN's) in TF32; with fp32 all are exact."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; of several processes each takes the GPU of its own number."""
-    attention: Literal["auto", "flash_attn", "varlen_attn", "sdpa", "matmul"] = "auto"
+    attention: Literal["auto", "triton", "flash_attn", "varlen_attn", "sdpa", "matmul"] = "auto"
     """Backend of self-attention; `umd doctor` tells which one auto is here."""
     compile: bool = False
     """Run the network through torch.compile."""

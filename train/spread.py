@@ -2,13 +2,13 @@
 
 import torch
 
-from umd.classifier import Classifier
 from umd.errors import UserError
 from umd.methods import AnyModel, AnyObjective
 from umd.train.distributed import World
 from umd.train.optim import adamw, narrow_gradients
 from umd.train.parallel import DDP, Alone, LossStep, static_compile, strategy
 from umd.train.run import RunConfig
+from umd.train.step import ZERO_REFUSES
 from umd.train.zero import Zero
 
 
@@ -17,19 +17,11 @@ def spread(
 ) -> Alone | DDP | Zero:
     """The model, its optimiser and the forward pass, laid over the ranks."""
     how = strategy(config.parallel, world, sum(p.numel() for p in model.parameters()))
-    stage = config.parallel.zero_stage
-    if how == "zero" and isinstance(model, Classifier):
-        raise UserError("a classifier trains with DDP, not ZeRO; leave out --parallel.strategy zero")
-    if how == "zero" and stage == 3 and config.compile:
-        raise UserError("compile does not go with ZeRO 3, whose weights come and go; use --parallel.zero-stage 2")
-    if how == "zero" and config.parallel.wire == "bf16":
-        raise UserError("parallel.wire bf16 is DDP's; ZeRO sends bf16 in a bf16 run: leave it out, or use ddp")
+    check_strategy(config, how)
     if how == "ddp" and config.parallel.wire == "bf16" and world.device.type != "cuda":
         raise UserError("parallel.wire bf16 is sent by NCCL, between GPUs; leave it out here")
     if how != "zero":
         model.to(world.device)
-    if how == "zero" and config.optim.fused == "apex":
-        raise UserError("apex's FusedAdam goes with one process or DDP, not ZeRO; leave optim.fused at auto")
     recipe = config.optim
     optimizer = adamw(model, peak_lr, recipe.betas, recipe.weight_decay, recipe.layer_decay, recipe.fused)
     loss = LossStep(static_compile(model) if config.compile else model, objective, dtype)
@@ -40,4 +32,21 @@ def spread(
     if how == "ddp":
         return DDP(model, loss, optimizer, config.accumulate, config.optim.clip, world, config.parallel.wire)
     micro = config.batch_size // (world.size * config.accumulate)
+    stage = config.parallel.zero_stage
     return Zero(model, loss, optimizer, config.accumulate, config.optim.clip, world, stage, micro, dtype)
+
+
+def check_strategy(config: RunConfig, how: str) -> None:
+    """Raise UserError for settings that do not go with `how`: alone, ddp or zero."""
+    if how != "zero":
+        return
+    if config.is_classifier:
+        raise UserError("a classifier trains with DDP, not ZeRO; leave out --parallel.strategy zero")
+    if config.parallel.zero_stage == 3 and config.compile:
+        raise UserError("compile does not go with ZeRO 3, whose weights come and go; use --parallel.zero-stage 2")
+    if config.parallel.wire == "bf16":
+        raise UserError("parallel.wire bf16 is DDP's; ZeRO sends bf16 in a bf16 run: leave it out, or use ddp")
+    if config.optim.fused == "apex":
+        raise UserError("apex's FusedAdam goes with one process or DDP, not ZeRO; leave optim.fused at auto")
+    if config.capture == "on":
+        raise UserError(f"--capture on {ZERO_REFUSES}; leave it at auto")

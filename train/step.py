@@ -182,12 +182,15 @@ class Captured:
         self.graph.replay()
 
 
+ZERO_REFUSES = "does not go with ZeRO, where DeepSpeed decides on the host between launches"
+
+
 def capture_refusal(device: torch.device, objective: AnyObjective, parallel: Alone | DDP | Zero, compiled: bool) -> str:
     """Why a step is not recorded as a CUDA graph, as a sentence without its subject; "" if it can be."""
     if device.type != "cuda":
         return "needs a CUDA GPU"
     if isinstance(parallel, Zero):
-        return "does not go with ZeRO, where DeepSpeed decides on the host between launches"
+        return ZERO_REFUSES
     if not objective.on_device:
         return "does not go with an objective that draws or reads on the host (classifiers, a file of features)"
     if compiled:

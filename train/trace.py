@@ -79,6 +79,9 @@ def read_trace(path: Path) -> Trace:
         path = path / "trace.json.gz" if path.name == "profile" else path / "profile" / "trace.json.gz"
     events = read_events(path)
     try:
+        for event in events:
+            if not isinstance(event.get("name", ""), str):
+                raise TypeError(f"an event's name is {event['name']!r}")
         spans = host_spans(events)
         kernels = [e for e in events if e.get("cat") in GPU and e.get("ph") == "X"]
         on_gpu = bool(kernels)

@@ -220,6 +220,8 @@ class Sample:
     """Of a run on latents, its VAE where it no longer lies where it lay: hub id or folder."""
     frechet: bool = False
     """Also the Fréchet distance to the held-out images."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Replay a denoising step as one CUDA graph; auto: on a GPU, of more than a few steps."""
     out: Path | None = None
     """Where the PNG goes, the .npz beside it; default: RUN/samples.png."""
 
@@ -258,7 +260,7 @@ def sample(arguments: list[str]) -> None:
         model, evaluate.schedule_of(config.schedule), labels, count, num_steps=options.steps,
         cfg_scale=options.cfg_scale if classes else 1.0, seed=options.seed,
         clip=tokenizer is None and model.config.channels in (1, 3),
-        dtype=dtype, batch=options.batch, eta=options.eta, console=console,
+        dtype=dtype, batch=options.batch, eta=options.eta, capture=options.capture, console=console,
     )  # fmt: skip
     if tokenizer is not None:
         samples = tokenizer.decode(samples)

@@ -33,7 +33,7 @@ from umd.model import (
     per_token,
 )
 from umd.ops import Packing, pack
-from umd.sampler import Callback, Denoise, ddim_sample
+from umd.sampler import Callback, Capture, Denoise, ddim_sample
 from umd.schedule import NoiseSchedule
 from umd.spans import span
 
@@ -309,7 +309,7 @@ def fill(
     first_sample: int = 0,
     dtype: torch.dtype = torch.float32,
     callback: Callback | None = None,
-    capture: bool | None = None,
+    capture: Capture = "auto",
 ) -> Tensor:
     """Fill the removed pixels of pictures, `fillings` times each; the kept ones come back bit for bit.
 

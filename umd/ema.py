@@ -64,8 +64,13 @@ class EMA:
         """
         shadows, parameters = self._pairs(model)
         rate = self.rate if rate is None else rate
-        weights = [rate] * len(shadows) if isinstance(rate, Tensor) else rate
-        torch._foreach_lerp_(shadows, [p.to(s.dtype) for s, p in zip(shadows, parameters, strict=True)], weights)
+        parameters = [p.to(s.dtype) for s, p in zip(shadows, parameters, strict=True)]
+        if isinstance(rate, Tensor):  # with which _foreach_lerp_ would launch a kernel for each parameter
+            steps = torch._foreach_sub(parameters, shadows)
+            torch._foreach_mul_(steps, rate)
+            torch._foreach_add_(shadows, steps)
+        else:
+            torch._foreach_lerp_(shadows, parameters, rate)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:

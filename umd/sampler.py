@@ -21,6 +21,7 @@ from umd.schedule import NoiseSchedule
 Denoise = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 Callback = Callable[[int, int, Tensor, Tensor], None]
 Prediction = Literal["eps", "x_start"]
+Capture = Literal["auto", "on", "off"]
 WARM_UP = 3  # steps before one is captured, as PyTorch's own recipe takes
 
 
@@ -59,7 +60,7 @@ def ddim_sample(
     x_T: Tensor | None = None,
     callback: Callback | None = None,
     device: torch.device | str | None = None,
-    capture: bool | None = None,
+    capture: Capture = "auto",
 ) -> Tensor:
     """Draw images [B, C, H, W] with DDIM (Song et al. 2021), in the range the denoiser was trained on.
 
@@ -73,34 +74,32 @@ def ddim_sample(
     x_T: the noise to start from, float32 or float64 [B, C, H, W]; its type is that of the computation.
     callback: called as (i, n, x_t, predicted image) for i = 0..n-1, where x_t is what the denoiser was given.
     device: by default x_T's, else the labels', else the CPU.
-    capture: replay a step as one CUDA graph, with the same bits; its denoiser waits for nothing and reads no number
-        that changes but in tensors. By default on CUDA, of more than a few steps.
+    capture: auto, on or off: replay a step as one CUDA graph, with the same bits; its denoiser waits for nothing and
+        reads no number that changes but in tensors. auto: on CUDA, of more than a few steps.
 
-    Raises UserError for steps, eta, labels or guidance that cannot be had.
+    Raises UserError for steps, eta, labels or guidance that cannot be had, and for a step that cannot be captured.
     """
     _check_request(shape[0], eta, predict, labels, null_label, cfg_scale)
     if device is None:
         device = next((given.device for given in (x_T, labels) if given is not None), "cpu")
     noise = _Noise(seed, first_sample, shape, device)
-    x_t = noise.draw()
+    x_t = noise.draw(0)
     if x_T is not None:
         _check_images("x_T", x_T, shape)
         x_t = x_T.to(device)
     labels = None if labels is None else labels.to(device)
     times = model_times(num_steps, schedule.num_steps)
-    table = _step_coefficients(schedule, [*times, 0], eta).to(device=device, dtype=x_t.dtype)
+    table = _step_coefficients(schedule, [*times, 0], eta)
 
-    def move(x_t: Tensor, time: Tensor, coefficients: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        cond, uncond = _predict(denoise, x_t, time, predict, labels, null_label, cfg_scale)
+    def move(x_t: Tensor, time: Tensor, coefficients: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        cond, uncond = _predict(denoise, x_t, time[None], predict, labels, null_label, cfg_scale)
         return ddim_step(
-            x_t, cond, uncond, cfg_scale, coefficients, from_xstart=predict == "x_start", clip=clip,
-            seed=noise.seed if eta > 0 else None, offsets=offsets,
+            x_t, cond, uncond, cfg_scale, coefficients.to(x_t), from_xstart=predict == "x_start", clip=clip,
+            seed=noise.seed if eta > 0 else None, offsets=noise.offsets(drawn),
         )  # fmt: skip
 
-    step = _Step(move, x_t, torch.tensor(times, device=device), table, noise)
-    if capture is None:
-        capture = step.x_t.is_cuda and len(times) > 3 * WARM_UP
-    return step.loop(len(times), callback, capture)
+    draws = 1 + torch.arange(len(times))  # the first was x_T
+    return _Step(move, x_t, (torch.tensor(times), table, draws)).loop(callback, capture)
 
 
 @torch.no_grad()
@@ -121,6 +120,7 @@ def inpaint(
     seed: int = 0,
     first_sample: int = 0,
     callback: Callback | None = None,
+    capture: Capture = "auto",
 ) -> Tensor:
     """Fill the removed pixels of images [B, C, H, W]; the kept ones come back bit for bit.
 
@@ -142,31 +142,40 @@ def inpaint(
     removed = _check_mask(mask, x_known).to(x_known.device)  # [B, 1, H, W]
     labels = None if labels is None else labels.to(x_known.device)
     noise = _Noise(seed, first_sample, x_known.shape, x_known.device)
-
-    def known_at(time: int) -> Tensor:
-        if time == 0:
-            return x_known
-        return schedule.q_sample(x_known, torch.full((B,), time, device=x_known.device), noise.draw())
-
     times = [*model_times(num_steps, schedule.num_steps), 0]
-    table = _step_coefficients(schedule, times, eta).to(x_known)
-    calls, i = (len(table) - 1) * resample + 1, 0
-    x_t = torch.where(removed, noise.draw().to(x_known.dtype), known_at(times[0]))
-    for coefficients, (time, time_next) in zip(table, pairwise(times), strict=True):
-        alpha = float(schedule.alphas_cumprod[time] / schedule.alphas_cumprod[time_next])
-        for repeat in range(resample if time_next > 0 else 1):
-            if repeat > 0:  # from time_next back to time
-                x_t = math.sqrt(alpha) * x_t + math.sqrt(1 - alpha) * noise.draw()
-            t = torch.full((1,), time, device=x_t.device)
-            cond, uncond = _predict(denoise, x_t, t, predict, labels, null_label, cfg_scale)
-            x_next, x_start = ddim_step(
-                x_t, cond, uncond, cfg_scale, coefficients, from_xstart=predict == "x_start", clip=clip,
-                seed=noise.seed if eta > 0 else None, offsets=noise.offsets(),
-            )  # fmt: skip
-            if callback is not None:
-                callback(i, calls, x_t, x_start)
-            x_t, i = torch.where(removed, x_next, known_at(time_next)), i + 1
-    return x_t
+    alphas = schedule.alphas_cumprod
+    rows, scales, draws = [], [], 2  # noises before the first call
+    for i, (time, time_next) in enumerate(pairwise(times)):
+        repeats = resample if time_next > 0 else 1
+        for repeat in range(repeats):
+            returns = repeat + 1 < repeats  # from time_next back to time
+            alpha = float(alphas[time] / alphas[time_next]) if returns else 1.0
+            rows.append((time, time_next, i, draws))
+            scales.append((math.sqrt(alpha), math.sqrt(1 - alpha)))
+            draws += 1 + (time_next > 0) + returns  # of the step, of the kept pixels, of the way back
+    time, time_next, step, drawn = torch.tensor(rows).unbind(1)
+    coefficients = _step_coefficients(schedule, times, eta)[step]
+    tables = time, time_next, coefficients, drawn, torch.tensor(scales, dtype=torch.float64)
+
+    def known_at(time: Tensor, drawn: int | Tensor) -> Tensor:
+        return schedule.q_sample(x_known, time.expand(B), noise.draw(drawn))
+
+    def move(
+        x_t: Tensor, time: Tensor, time_next: Tensor, coefficients: Tensor, drawn: Tensor, scales: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        cond, uncond = _predict(denoise, x_t, time[None], predict, labels, null_label, cfg_scale)
+        x_next, x_start = ddim_step(
+            x_t, cond, uncond, cfg_scale, coefficients.to(x_t), from_xstart=predict == "x_start", clip=clip,
+            seed=noise.seed if eta > 0 else None, offsets=noise.offsets(drawn),
+        )  # fmt: skip
+        x_next = torch.where(removed, x_next, known_at(time_next, drawn + 1))
+        if resample > 1:  # times 1, plus 0, where it goes on
+            a, b = scales.to(x_t)
+            x_next = a * x_next + b * noise.draw(drawn + 2)
+        return x_next, x_start
+
+    x_T = torch.where(removed, noise.draw(0).to(x_known.dtype), known_at(tables[0][:1].to(x_known.device), 1))
+    return torch.where(removed, _Step(move, x_T, tables).loop(callback, capture), x_known)
 
 
 @torch.no_grad()
@@ -190,7 +199,7 @@ def denoising_sequence(
     outside = [time for time in timesteps if not 0 <= time <= schedule.num_steps]
     if outside:
         raise UserError(f"time {outside[0]} is outside the noise schedule; expected 0 to {schedule.num_steps}")
-    eps = _Noise(seed, 0, x_start.shape, x_start.device).draw()
+    eps = _Noise(seed, 0, x_start.shape, x_start.device).draw(0)
     noised, predicted = [], []
     for time in timesteps:
         t = torch.full((len(x_start),), time, device=x_start.device)
@@ -205,42 +214,50 @@ def denoising_sequence(
 class _Step:
     """One denoising step that can be replayed: what changes from step to step lies in its tensors, at one place."""
 
-    def __init__(
-        self, move: Callable[..., tuple[Tensor, Tensor]], x_T: Tensor, times: Tensor, table: Tensor, noise: "_Noise"
-    ):
-        """move: (x_t, time [1], coefficients [5], offsets [B]) to (x_next, x_start). times: [n]; table: [n, 5]."""
-        self.move, self.times, self.table = move, times, table
+    def __init__(self, move: Callable[..., tuple[Tensor, Tensor]], x_T: Tensor, tables: Sequence[Tensor]):
+        """move: (x_t, a row of each table) to (x_next, x_start). tables: of n rows each, one a step."""
+        self.move, self.tables = move, [table.to(x_T.device) for table in tables]
         self.x_t, self.x_start = x_T.clone(), torch.empty_like(x_T)  # [B, C, H, W]
         self.index = torch.zeros(1, dtype=torch.int64, device=x_T.device)
-        self.offsets, self.counters = noise.offsets(), noise.size
 
     def run(self) -> None:
         """Take the step, and be at the next."""
-        time, coefficients = self.times.index_select(0, self.index), self.table.index_select(0, self.index)[0]
-        x_next, x_start = self.move(self.x_t, time, coefficients, self.offsets)
+        x_next, x_start = self.move(self.x_t, *(table.index_select(0, self.index)[0] for table in self.tables))
         self.x_t.copy_(x_next)
         self.x_start.copy_(x_start)
         self.index += 1
-        self.offsets += self.counters
 
-    def loop(self, n: int, callback: Callback | None, capture: bool) -> Tensor:
-        """The sample after n steps. Captured, the first few run as they are, for kernels are chosen and caches filled
-        then, on the stream that the others are captured and replayed on."""
-        run = self.run
-        with _side_stream(self.x_t.device) if capture else nullcontext():
+    def loop(self, callback: Callback | None, capture: Capture) -> Tensor:
+        """The sample. Captured, the first few steps run as they are, for kernels are chosen and caches filled then, on
+        the stream that the others are captured and replayed on."""
+        run, n, on_gpu = self.run, len(self.tables[0]), self.x_t.is_cuda
+        if capture == "on" and not on_gpu:
+            raise UserError("--capture on needs a CUDA GPU; leave it at auto")
+        captures = on_gpu and (capture == "on" or (capture == "auto" and n > 3 * WARM_UP))
+        with _side_stream(self.x_t.device) if captures else nullcontext():
             for i in range(n):
-                if capture and i == WARM_UP:
-                    graph = torch.cuda.CUDAGraph()
-                    # thread_local: a training run's other threads (loader, saves, NCCL) use CUDA meanwhile.
-                    stream = torch.cuda.current_stream()
-                    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                        self.run()
-                    run = graph.replay
+                if captures and i == WARM_UP:
+                    run = _record(run)
                 x_t = None if callback is None else self.x_t.clone()
                 run()
                 if callback is not None and x_t is not None:
                     callback(i, n, x_t, self.x_start.clone())
         return self.x_t
+
+
+def _record(run: Callable[[], None]) -> Callable[[], None]:
+    """`run` as a CUDA graph of the current stream."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # thread_local: a training run's other threads (loader, saves, NCCL) use CUDA meanwhile.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            run()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:300]
+        raise UserError(
+            f"a denoising step could not be recorded as a CUDA graph ({reason}); --capture off samples without"
+        ) from error
+    return graph.replay
 
 
 @contextmanager
@@ -255,7 +272,7 @@ def _side_stream(device: torch.device) -> Iterator[None]:
 
 
 class _Noise:
-    """The noise of a batch of samples; each call takes the next stretch of every sample's Philox stream.
+    """The noises of a batch of samples, by number: stretches of every sample's Philox stream that follow each other.
 
     A counter's upper 32 bits are the index of the sample, its lower 32 the place in that sample's stream.
     """
@@ -263,18 +280,16 @@ class _Noise:
     def __init__(self, seed: int, first_sample: int, shape: Sequence[int], device: torch.device | str):
         self.seed = torch.tensor(seed, device=device)
         self.shape = tuple(shape[1:])
-        self._next = torch.arange(first_sample, first_sample + shape[0], device=device) << 32
+        self.first = torch.arange(first_sample, first_sample + shape[0], device=device) << 32
         self.size = math.ceil(math.prod(self.shape) / 4)  # counters of one noise
 
-    def offsets(self) -> Tensor:
-        """The first counter of the next noise of each sample: int64 [B]."""
-        offsets = self._next
-        self._next = offsets + self.size
-        return offsets
+    def offsets(self, drawn: int | Tensor) -> Tensor:
+        """The first counter of each sample's noise after `drawn` others: int64 [B]."""
+        return self.first + drawn * self.size
 
-    def draw(self) -> Tensor:
-        """The next noise: float32 [B, C, H, W]."""
-        return philox_randn_rows(self.seed, self.offsets(), self.shape)
+    def draw(self, drawn: int | Tensor) -> Tensor:
+        """That noise: float32 [B, C, H, W]."""
+        return philox_randn_rows(self.seed, self.offsets(drawn), self.shape)
 
 
 def _step_coefficients(schedule: NoiseSchedule, times: list[int], eta: float) -> Tensor:

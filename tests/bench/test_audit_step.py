@@ -143,8 +143,8 @@ def test_a_block_launches_little_more_than_it_must(objective):
 
 
 def test_a_block_moves_what_the_yardstick_says():
-    """Rows of D a token, outside of products and attention: norms 20, GELU 20, the bias gradients of queries and values 2,
-    at any width but for tables and partial sums."""
+    """Rows of D a token, outside of products and attention: norms 20, GELU 20, the bias gradients of queries and
+    values 2, at any width but for tables and partial sums."""
     model = replace(TINY, image_size=(64, 64), hidden_size=256)
     block = block_of(Network(model, OBJECTIVES["umd"]), 256)
     rows = {kind: sum(both) for kind, both in block.rows.items()}

@@ -31,6 +31,7 @@ from umd.train.distributed import ParallelConfig
 from umd.train.log import read_metrics
 from umd.train.loop import Diverged, derive_seed, train
 from umd.train.optim import OptimConfig, lr_scale
+from umd.train.resume import check_same_run
 from umd.train.run import RunConfig, load_model, to_plain
 
 ROOT = Path(__file__).parents[2]
@@ -287,6 +288,28 @@ def test_resuming_with_settings_of_another_run_is_refused_by_name(tiny, changes,
     assert before == {file: file.read_bytes() for file in before}
     assert list_checkpoints(config.checkpoints) == [path] and load_model(config.out).config == TINY
     train(replace(config, steps=2), QUIET)  # nothing was changed
+
+
+def test_an_ema_left_open_is_that_of_the_run(tiny):
+    """A run with labels that began without an EMA, when that was the default."""
+    config = tiny(steps=1, model=replace(TINY, num_classes=3), optim={"ema": 0.0})
+    train(config, QUIET)
+    left_open = replace(config, steps=2, optim=replace(config.optim, ema=None))
+    assert left_open.ema > 0
+    assert not (train(left_open, QUIET) / "ema.safetensors").exists()
+    assert (train(replace(left_open, out=config.out / "new"), QUIET) / "ema.safetensors").exists()
+
+
+def test_a_run_that_never_had_a_noise_free_sample_goes_on_without(tiny):
+    """int(8 x 0.05) = 0 of a batch: what such a run trained with was a share of 0."""
+    config = tiny(steps=1, objective=ObjectiveConfig(no_noise_prob=0.0))
+    saved = load_checkpoint(train(config, QUIET), parts=[])
+    state = saved.state
+    state["config"]["objective"]["no_noise_prob"] = 0.05
+    check_same_run(saved, config.resolved(), state["source"])
+    state["config"]["batch_size"] = 20
+    with pytest.raises(UserError, match="objective.no_noise_prob 0.05, not 0.0"):
+        check_same_run(saved, config.resolved(), state["source"])
 
 
 @pytest.mark.parametrize(

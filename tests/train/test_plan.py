@@ -324,6 +324,38 @@ def test_time_is_a_roofline():
         assert floor < best < usual < 3 * floor
 
 
+def test_launches_bound_a_step_unless_it_is_captured():
+    """1000 small kernels: of a quick host 10 ms, and replayed 2."""
+    counts = replace(NOTHING, operations=[(0, 100)] * 1000)
+    best = {
+        (capture, gpus): make_plan(run_config(capture=capture), Cluster(gpus=gpus), counts).seconds[0]
+        for capture in ("auto", "on", "off") for gpus in (1, 4)
+    }  # fmt: skip
+    assert {case for case, seconds in best.items() if seconds < 0.003} == {("auto", 1), ("on", 1), ("on", 4)}
+    assert all(seconds > 0.01 for case, seconds in best.items() if case not in {("auto", 1), ("on", 1), ("on", 4)})
+
+
+def test_what_training_refuses_is_not_planned():
+    zero = ParallelConfig(strategy="zero")
+    with pytest.raises(UserError, match="--capture on does not go with ZeRO"):
+        make_plan(run_config(parallel=zero, capture="on"), Cluster(gpus=2), NOTHING)
+    with pytest.raises(UserError, match="parallel.wire bf16 is DDP's"):
+        make_plan(run_config(parallel=replace(zero, wire="bf16")), Cluster(gpus=2), NOTHING)
+
+
+@pytest.mark.parametrize("gpus", [8, 64])
+def test_the_documented_table_is_what_is_printed(gpus):
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith(f"| `umd-b4` | {gpus} |"))
+    config = PRESETS["umd-b4"][1]
+    plan = make_plan(config, Cluster(gpus=gpus))
+    ms = [1e3 * (seconds + plan.exchange - plan.hidden) for seconds in plan.seconds]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2:7] == [
+        str(plan.micro), str(config.accumulate), plan.how, f"{plan.peak / 2**30:.1f}", f"{ms[0]:.0f}–{ms[1]:.0f}"
+    ]  # fmt: skip
+
+
 def test_a_batch_that_does_not_divide_is_a_sentence():
     with pytest.raises(UserError, match="batch_size 8 is not divisible by 3 GPUs x accumulate 1; use a multiple of 3"):
         make_plan(run_config(), Cluster(gpus=3))

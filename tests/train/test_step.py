@@ -21,7 +21,7 @@ from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 from umd.train.distributed import World
 from umd.train.optim import adamw, lr_scale
-from umd.train.parallel import Alone, LossStep
+from umd.train.parallel import DDP, Alone, LossStep
 from umd.train.step import CastWeights, Told, TrainStep, captures, side_stream
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +41,7 @@ def make(
     ema=True,
     lr=1e-3,
     samples=B,
+    spread=Alone,
     **options,
 ):
     """A TrainStep of one process on a network whose every weight matters."""
@@ -52,8 +53,8 @@ def make(
     model.to(device)
     objective = Objective(TINY, ObjectiveConfig(no_noise_prob=r0, class_dropout_prob=0.3), NoiseSchedule("cosine"))
     optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.05)
-    parallel = Alone(model, LossStep(model, objective, autocast), optimizer, accumulate, clip=1.0)
-    average = EMA(model, 0.01) if ema else None
+    parallel = spread(model, LossStep(model, objective, autocast), optimizer, accumulate, 1.0)
+    average = EMA(parallel.weights, 0.01) if ema else None
     world = World(0, 1, device)
     return TrainStep(parallel, objective, samples // accumulate, 5, world, average, 0.01, **options)
 
@@ -80,7 +81,6 @@ def gradients(step: TrainStep) -> dict[str, Tensor]:
 def rank_steps(out: str) -> None:
     """What each of several ranks does: the first step of every setting, on its places of the batch."""
     from umd.train.distributed import ParallelConfig, join
-    from umd.train.parallel import DDP
 
     world, results = join("cpu", ParallelConfig(), Path(out).parent), {}
     for dtype, r0 in SETTINGS:
@@ -248,16 +248,28 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def nccl(tmp_path):
+    """DDP of one process, whose gradients NCCL sends to nobody."""
+    torch.cuda.set_device(0)
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path / 'nccl'}", rank=0, world_size=1)
+    yield lambda *made: DDP(*made, World(0, 1, torch.device("cuda", 0)), "fp32")
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_captured_is_not_captured_to_the_bit(accumulate, deterministic):
+@pytest.mark.parametrize("ddp", [False, True])
+def test_captured_is_not_captured_to_the_bit(request, accumulate, ddp, deterministic):
     """20 steps with warm-up of the rate, clipping and EMA; and a run that is taken up after 16 of them."""
+    spread = request.getfixturevalue("nccl") if ddp else Alone
     device = torch.device("cuda")
 
     def steps(capture, first=0, tensors=None):
         torch.manual_seed(0)
         with side_stream(device), backend.kernels("auto"):
-            step = make(device, autocast=torch.bfloat16, accumulate=accumulate, cast=torch.bfloat16, capture=capture)
+            options = dict(autocast=torch.bfloat16, cast=torch.bfloat16, capture=capture, spread=spread)
+            step = make(device, accumulate=accumulate, **options)
             if tensors is not None:
                 model, optimizer, ema = tensors
                 step.parallel.model.load_state_dict(model, strict=False)

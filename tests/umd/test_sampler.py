@@ -16,7 +16,6 @@ from umd.errors import UserError
 from umd.model import UMD
 from umd.ops import ddim_step
 from umd.sampler import (
-    _Noise,
     _Step,
     _step_coefficients,
     ddim_sample,
@@ -296,38 +295,42 @@ class NothingWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def umd_step(model: UMD, eta: float = 1.0) -> tuple[_Step, int]:
-    """What `ddim_sample` replays, of two guided images, and its number of steps."""
-    labels, times = torch.tensor([4, 1, 5, 5]), model_times(6)
-    noise = _Noise(3, 0, (2, 3, 8, 8), "cpu")
-    conditions = make_conditions(model, times, labels)
-    table = _step_coefficients(COSINE, [*times, 0], eta).float()
+def draw(sampler: str, model: UMD, x: Tensor, **arguments) -> Tensor:
+    """A guided sample of each label 4, 1, …; inpaint fills a hole in x."""
+    labels = torch.tensor([4, 1, 0], device=x.device)[: len(x)]
+    known = make_conditions(model, model_times(arguments["num_steps"]), labels)
 
-    def move(x_t, time, coefficients, offsets):
-        _, eps = model.denoise(x_t.repeat(2, 1, 1, 1), time.expand(4), labels, conditions)
-        options = {"from_xstart": False, "clip": True, "seed": noise.seed, "offsets": offsets}
-        return ddim_step(x_t, eps[:2], eps[2:], 1.5, coefficients, **options)
+    def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            return model.denoise(x_t, timesteps, labels, known)
 
-    return _Step(move, noise.draw(), torch.tensor(times), table, noise), len(times)
+    guidance = dict(labels=labels, null_label=5, cfg_scale=1.5, seed=3)
+    if sampler == "ddim_sample":
+        return ddim_sample(denoise, x.shape, COSINE, **guidance, **arguments)
+    return inpaint(denoise, x, hole(*x.shape[::2], x.shape[3]), COSINE, resample=2, **guidance, **arguments)
 
 
 @torch.no_grad()
-def test_a_step_can_be_replayed():
+@pytest.mark.parametrize("sampler", ["ddim_sample", "inpaint"])
+def test_a_step_can_be_replayed(monkeypatch, sampler):
     """It writes to its own memory alone and waits for nothing; so often run, it is the sampler."""
-    model = random_umd(UMDS["labels"], torch.float32)
-    step, n = umd_step(model)
-    memory = {name: x.data_ptr() for name, x in vars(step).items() if isinstance(x, Tensor)}
-    numbers = {name: x for name, x in vars(step).items() if not isinstance(x, Tensor)}
+    model, x = random_umd(UMDS["labels"], torch.float32), torch.rand(2, 3, 8, 8)
+    expected, steps = draw(sampler, model, x, num_steps=6), []
+    monkeypatch.setattr(_Step, "loop", lambda step, *rest: steps.append(step) or step.x_t)  # nothing runs
+    draw(sampler, model, x, num_steps=6)
+    (step,) = steps
+
+    def fixed() -> dict:
+        return {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in vars(step).items()}
+
+    before = fixed()
     step.run()  # caches fill
     with NothingWaits():
-        for _ in range(n - 1):
+        for _ in range(len(step.tables[0]) - 1):
             step.run()
-    assert memory == {name: x.data_ptr() for name, x in vars(step).items() if isinstance(x, Tensor)}
-    assert numbers == {name: x for name, x in vars(step).items() if not isinstance(x, Tensor)}
-    expected = ddim_sample(
-        partial(model.denoise, conditions=make_conditions(model, model_times(6), torch.tensor([4, 1]))), (2, 3, 8, 8),
-        COSINE, num_steps=6, labels=torch.tensor([4, 1]), null_label=5, cfg_scale=1.5, seed=3,
-    )  # fmt: skip
+    assert fixed() == before
+    if sampler == "inpaint":
+        step.x_t = torch.where(hole(2, 8, 8).bool(), step.x_t, x)
     assert torch.equal(step.x_t, expected)
 
 
@@ -339,26 +342,25 @@ def test_the_noise_to_start_from_is_left_as_it_is():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("known", [False, True])
-def test_a_captured_step_has_the_bits_of_a_plain_one(eta, known):
-    model = random_umd(UMDS["labels"], torch.float32).cuda()
-    labels = torch.tensor([4, 1, 0], device="cuda")
-    conditions = make_conditions(model, model_times(20), labels) if known else None
+@pytest.mark.parametrize("sampler", ["ddim_sample", "inpaint"])
+def test_a_captured_step_has_the_bits_of_a_plain_one(eta, sampler):
+    model, x = random_umd(UMDS["labels"], torch.float32).cuda(), torch.rand(3, 3, 8, 8, device="cuda")
 
-    def denoise(x_t, timesteps, labels):
-        with torch.autocast("cuda", torch.bfloat16):
-            return model.denoise(x_t, timesteps, labels, conditions)
-
-    def draw(capture):
-        seen: list[Tensor] = []
-        out = ddim_sample(
-            denoise, (3, 3, 8, 8), COSINE, num_steps=20, eta=eta, labels=labels, null_label=5, cfg_scale=1.5,
-            capture=capture, callback=lambda i, n, x_t, x_start: seen.extend([x_t, x_start]),
+    def seen(capture: str) -> list[Tensor]:
+        given: list[Tensor] = []
+        out = draw(
+            sampler, model, x, num_steps=20, eta=eta, capture=capture,
+            callback=lambda i, n, x_t, x_start: given.extend([x_t, x_start]),
         )  # fmt: skip
-        return [*seen, out]
+        return [*given, out]
 
-    for plain, captured in zip(draw(False), draw(True), strict=True):
+    for plain, captured in zip(seen("off"), seen("on"), strict=True):
         assert torch.equal(plain, captured)
+
+
+def test_capture_needs_a_gpu():
+    with pytest.raises(UserError, match="--capture on needs a CUDA GPU"):
+        ddim_sample(linear_model("lin0p3", COSINE), (1, 1, 4, 4), COSINE, num_steps=3, capture="on")
 
 
 # Inpainting
