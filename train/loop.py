@@ -21,6 +21,7 @@ from umd.classifier import Classifier
 from umd.device import keep_freed_memory, peak_flops, peak_memory, take_device
 from umd.ema import EMA, ema_rate
 from umd.errors import UserError
+from umd.layers import set_recompute_gelu
 from umd.methods import AnyModel, AnyObjective, build_model, build_objective
 from umd.objective import Part
 from umd.schedule import NoiseSchedule
@@ -196,6 +197,7 @@ def set_up(config: RunConfig, world: World) -> Run:
     torch.manual_seed(derive_seed(config.seed, 0))
     run.model = model = build_model(config.model)
     model.set_checkpointing(config.checkpointing)
+    set_recompute_gelu(model, config.recompute_gelu and not config.checkpointing)
     run.source = fingerprint(dataset)
     run.saved_path, saved = newest_checkpoint(config, world, run.source)
     if saved is not None:

@@ -75,6 +75,9 @@ class RunConfig:
     """Record the whole step as a CUDA graph and replay it. auto: on one GPU; with DDP ask for it; ZeRO cannot."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more FLOPs."""
+    recompute_gelu: bool = False
+    """On a GPU, make GELU's output again in the backward pass instead of keeping it: less memory, a few more bytes to
+    move, the same bits. `umd plan` has the figures of both; with checkpointing it changes nothing."""
     save_every: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3

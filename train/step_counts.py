@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from umd import classifier, diffmae, masking, ops
 from umd.ema import EMA
+from umd.layers import set_recompute_gelu
 from umd.methods import build_model, build_objective
 from umd.schedule import NoiseSchedule
 from umd.train.distributed import World
@@ -166,6 +167,7 @@ def make_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.
     finally:
         torch.set_default_dtype(torch.float32)
     model.set_checkpointing(config.checkpointing)
+    set_recompute_gelu(model, config.recompute_gelu and not config.checkpointing)
     optim = config.optim
     optimizer = adamw(model, optim.lr, optim.betas, optim.weight_decay)
     parallel = Alone(model, LossStep(model, objective, dtype), optimizer, 1, optim.clip)

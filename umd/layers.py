@@ -23,11 +23,20 @@ class Linear(nn.Linear):
 class GeluLinear(Linear):
     """The second layer of an MLP with the activation before it."""
 
+    recompute = False  # the activation in the backward pass, instead of keeping it
+
     def forward(self, x: Tensor, x_bias: Tensor | None = None) -> Tensor:
-        return ops.gelu_linear(x, self.weight, self.bias, self.cast, x_bias)
+        return ops.gelu_linear(x, self.weight, self.bias, self.cast, x_bias, self.recompute)
 
     def split(self, x: Tensor, x_bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """As `Linear.split`. x_bias: of the layer that made x, if it has yet to get its gradient."""
         if not (self.splits and ops.splits_bias(x)):
             return self(x, x_bias), None
-        return ops.gelu_linear(x, self.weight, self.bias.detach(), self.cast, x_bias), self.bias
+        return ops.gelu_linear(x, self.weight, self.bias.detach(), self.cast, x_bias, self.recompute), self.bias
+
+
+def set_recompute_gelu(network: nn.Module, on: bool) -> None:
+    """Whether its MLPs make GELU's output again in the backward pass (`ops.gelu_linear`)."""
+    for module in network.modules():
+        if isinstance(module, GeluLinear):
+            module.recompute = on
