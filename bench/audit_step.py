@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from umd import ops
 from umd.bench.record_step import KINDS, Call, record
 from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, model_config
 from umd.errors import UserError
@@ -41,6 +42,8 @@ class Network:
     model: ModelConfig
     objective: ObjectiveConfig
     eager: bool = False
+    recompute_gelu: bool = False
+    gelu: ops.Gelu = "ours"
 
 
 _LATENTS = model_config("UMD-L/2", image_size=(32, 32), channels=4)
@@ -50,6 +53,13 @@ NETWORKS = {
     "UMD-L/2": Network(_LATENTS, OBJECTIVES["umd"]),
     "DiT-L/2": Network(_LABELLED, OBJECTIVES["dit"]),
     EAGER: Network(_LABELLED, OBJECTIVES["dit"], eager=True),
+}
+
+
+# What an MLP can do about GELU: as it is set by default, and otherwise.
+GELU_CHOICES: dict[str, dict] = {
+    "GELU's output made again": dict(recompute_gelu=True),
+    "GELU in the products": dict(gelu="transformer_engine"),
 }
 
 
@@ -95,6 +105,7 @@ class Step:
     h100_product_share: float
     host_ms: float  # to launch all of it one by one, where the step is no CUDA graph
     block: Block
+    other_blocks: dict[str, Block]  # of `GELU_CHOICES`
     rows: tuple[Row, ...]
 
 
@@ -105,8 +116,11 @@ def record_network(network: Network, batch: int) -> list[Call]:
 
 def record_ours(network: Network, batch: int) -> list[Call]:
     optim = OptimConfig(ema=0.0)  # as eager DiT beside it
-    config = RunConfig(model=network.model, objective=network.objective, optim=optim, batch_size=batch)
-    with as_on_gpu():
+    config = RunConfig(
+        model=network.model, objective=network.objective, optim=optim, batch_size=batch,
+        recompute_gelu=network.recompute_gelu, gelu=network.gelu,
+    )  # fmt: skip
+    with as_on_gpu(), ops.gelu_by(network.gelu):
         step = make_step(config, batch, BF16, torch.float32)
         labels = labels_of(config, batch)
         work = torch.zeros(batch, config.model.channels, *config.model.image_size), labels, torch.arange(batch), 1e-4
@@ -241,6 +255,10 @@ def audit_step(name: str, batch: int) -> Step:
         network=name, batch=batch, launches=launches,
         bytes=sum(row.bytes for row in rows), flops=sum(row.flops for row in rows), model_flops=needed,
         host_ms=1e3 * launches * KERNEL_SECONDS, block=block_of(network, batch), rows=rows,
+        other_blocks={
+            what: block_of(replace(network, **changes), batch)
+            for what, changes in ({} if network.eager else GELU_CHOICES).items()
+        },
         **{f"{card}_ms": 1e3 * time for card, time in times.items()},
         **{f"{card}_images_per_second": batch / time for card, time in times.items()},
         **{f"{card}_mfu": needed / times[card] / gpu.bf16 for card, gpu in CARDS.items()},
@@ -295,12 +313,12 @@ def print_blocks(steps: list[Step], console: Console) -> None:
     for name in ("", "launches", *kinds, "together"):
         table.add_column(name, justify="left" if not name else "right")
     for step in steps:
-        launches = zip(*step.block.launches.values(), strict=True)
-        rows = [step.block.rows[kind] for kind in kinds]
-        rows.append((sum(a for a, _ in rows), sum(b for _, b in rows)))
-        table.add_row(
-            step.network, "{} + {}".format(*map(sum, launches)), *("{:.1f} + {:.1f}".format(*r) for r in rows)
-        )
+        for name, block in {step.network: step.block, **step.other_blocks}.items():
+            launches = zip(*block.launches.values(), strict=True)
+            rows = [block.rows[kind] for kind in kinds]
+            rows.append((sum(a for a, _ in rows), sum(b for _, b in rows)))
+            cells = ("{:.1f} + {:.1f}".format(*r) for r in rows)
+            table.add_row(name, "{} + {}".format(*map(sum, launches)), *cells)
     console.print(table)
 
 

@@ -33,7 +33,7 @@ class LinearFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        dweight = _product(dy.t(), x, weight_dtype) if ctx.needs_input_grad[1] else None
+        dweight = product(dy.t(), x, weight_dtype) if ctx.needs_input_grad[1] else None
         dbias = column_sum(dy, bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None
 
@@ -53,8 +53,8 @@ class RecomputedGeluLinearFunction(torch.autograd.Function):
         x_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
         wanted = x_bias_dtype is not None and ctx.needs_input_grad[1]
         dx, dx_bias, a = gelu_bwd((dy @ weight).to(x.dtype), x, x_bias_dtype if wanted else None, True)
-        dweight = _product(dy.t(), a.to(dy.dtype), weight_dtype) if ctx.needs_input_grad[2] else None
-        dbias = _bias_gradient(dy, bias_dtype) if ctx.needs_input_grad[3] else None
+        dweight = product(dy.t(), a.to(dy.dtype), weight_dtype) if ctx.needs_input_grad[2] else None
+        dbias = bias_sum(dy, bias_dtype) if ctx.needs_input_grad[3] else None
         return dx, dx_bias if wanted else None, dweight, dbias, None, None
 
 
@@ -87,7 +87,7 @@ def bias_gradient(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else BiasGradientFunction.apply(x, bias)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a·b in `dtype`, as wide as it was added up."""
     if a.dtype == dtype:
         return a @ b
@@ -96,12 +96,12 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a @ b).to(dtype)  # the CPU has no such product
 
 
-def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+def bias_sum(dy: Tensor, dtype: torch.dtype) -> Tensor:
     """The column sum of dy; in its own type as autograd takes it."""
     return dy.sum(0) if dy.dtype == dtype else column_sum(dy, dtype)
 
 
-def _with_casts(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def with_casts(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(weight, bias) to differentiate by, and both as the product takes them; without a cast, autocast's."""
     if cast is not None:
         return weight, bias, *cast
@@ -146,7 +146,7 @@ def gelu_linear(
     if _by_hand(x) and x.dtype == torch.bfloat16:
         return GeluLinearFunction.apply(bias_gradient(x, x_bias), weight, bias)
     if recompute and use_triton(x) and torch.is_grad_enabled():
-        return RecomputedGeluLinearFunction.apply(x, x_bias, *_with_casts(x, weight, bias, cast))
+        return RecomputedGeluLinearFunction.apply(x, x_bias, *with_casts(x, weight, bias, cast))
     return linear(gelu(x, x_bias), weight, bias, cast)
 
 

@@ -40,6 +40,8 @@ OVERWRITES = (aten.copy_, aten.fill_, aten.zero_, aten._foreach_copy_)
 # These read of what they are given first no more than they return.
 LOOKUPS = (aten.embedding, aten.index_select, aten.gather, aten.index)
 
+EPILOGUES = ("linear_gelu", "gelu_gradient", "weight_and_bias_gradient")  # products of kernels/epilogues.py
+
 Lengths = Mapping[int, Sequence[int]]  # of the samples of a stream, by the memory of its `cu_seqlens`
 
 
@@ -131,7 +133,9 @@ def as_tuple(out: Any) -> tuple:
 def flops_of(func: Any, args: tuple, kwargs: dict, out: Any, lengths: Lengths) -> int:
     """FLOPs of an operation: of products and attention, as torch's flop counter has them."""
     op = func.overloadpacket
-    if func.namespace == "umd":  # attention alone has products; ours makes the weights twice in the backward pass
+    if func.namespace == "umd":  # our attention makes the weights twice in the backward pass
+        if op.__name__ in EPILOGUES:
+            return 2 * len(args[0]) * (out[0] if op.__name__ == "weight_and_bias_gradient" else args[1]).numel()
         if op.__name__ not in ("short_attention_fwd", "short_attention_bwd"):
             return 0
         out, cu_seqlens = out[0] if op.__name__ == "short_attention_fwd" else args[2], args[-2]
@@ -235,7 +239,7 @@ def count_step(
 
 def count_gpu_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> StepCounts:
     """Counts as on a GPU, without one."""
-    with as_on_gpu(), ops.attention("auto"):
+    with as_on_gpu(), ops.attention("auto"), ops.gelu_by(config.gelu):
         return run_step(config, micro, dtype, weights)
 
 

@@ -1,0 +1,187 @@
+"""GELU in the products of an MLP: cuBLASLt's epilogues, by way of NVIDIA's Transformer Engine, in the place of `gelu`.
+
+    h = x·W1ᵀ + b1, a = gelu(h)     one product, which writes both (GELU_AUX_BIAS)
+    dh = (dy·W2)·gelu'(h)           one product, which reads h (DGELU)
+    dW1 = dhᵀ·x, db1 = Σ dh         one product, which adds up what it reads (BGRADB)
+
+GELU is in its tanh form there too. Each product belongs to one layer, and weight gradients may be fp32 though the
+operands are bf16: so Transformer Engine and not apex's `fused_dense`, which has both layers in one call (ZeRO 3 holds
+one at a time) and gives gradients in the operands' type, to be cast. DGELU_BGRAD would add up db1 one product earlier,
+but Transformer Engine makes room for as many numbers as dy has columns, not dh.
+"""
+
+import importlib.metadata
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import sees_dispatch, stands_for_gpu
+from .linear import Cast, bias_sum, product, with_casts
+
+Gelu = Literal["ours", "transformer_engine"]
+VERSIONS = (2, 10), (2, 20)  # first and last whose `general_gemm` is known to be as below
+SIGNATURE = (
+    "A, B, out_dtype, quantization_params, gelu, gelu_in, alpha, beta, accumulate, layout, out, bias, "
+    "use_split_accumulator, grad, ub, ub_type, extra_output, bulk_overlap"
+)
+_choice: Gelu = "ours"
+
+
+@contextmanager
+def gelu_by(choice: Gelu) -> Iterator[None]:
+    """Choose what makes GELU in a with block: `ours`, the kernels of `gelu`, or `transformer_engine`, the epilogues.
+
+    Raises:
+        ValueError: another name. Whether it can run is checked when it is called.
+    """
+    global _choice
+    if choice not in get_args(Gelu):
+        raise ValueError(f"gelu: expected one of {', '.join(get_args(Gelu))}, got {choice!r}")
+    before, _choice = _choice, choice
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def gelu_in_products() -> bool:
+    """Whether an MLP takes `linear_gelu` and `activated_linear`, and not `linear` and `gelu_linear`."""
+    return _choice != "ours"
+
+
+def epilogues_refusal(device: torch.device, dtype: torch.dtype, *widths: int) -> str:
+    """Why products of this type, between layers of these widths, cannot have epilogues, or ""."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
+    if any(width % 8 for width in widths):
+        return f"takes widths that are multiples of 8, not {' and '.join(map(str, widths))}"
+    if stands_for_gpu():
+        return ""
+    return _package_refusal() or ("" if device.type == "cuda" else f"needs a CUDA GPU, not {device.type}")
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _package_refusal() -> str:
+    """Why Transformer Engine's product cannot be called as it is here, or ""."""
+    try:
+        version = importlib.metadata.version("transformer_engine")
+    except importlib.metadata.PackageNotFoundError:
+        return "is not installed"
+    oldest, newest = VERSIONS
+    if not oldest <= tuple(int(n) for n in re.findall(r"\d+", version)[:2]) <= newest:
+        return f"is version {version}; expected {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}"
+    try:
+        found = ", ".join(inspect.signature(_general_gemm()).parameters)
+    except Exception as error:  # built for another torch or CUDA: anything may come
+        return f"{version} does not import ({type(error).__name__}: {error})"
+    return "" if found == SIGNATURE else f"{version}: general_gemm takes ({found}), expected ({SIGNATURE})"
+
+
+def _general_gemm() -> Callable:
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+    return general_gemm
+
+
+# Column-major as cuBLAS has it: A comes second in row-major terms, and "T" turns the one it stands for.
+
+
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(h, a)"""
+    a, _, h, _ = _general_gemm()(weight, x, out_dtype=x.dtype, layout="TN", bias=bias, gelu=True)
+    return h, a
+
+
+def _gelu_gradient(dy: Tensor, weight: Tensor, h: Tensor) -> Tensor:
+    """dh"""
+    return _general_gemm()(weight, dy, out_dtype=h.dtype, layout="NN", gelu=True, gelu_in=h, grad=True)[0]
+
+
+def _weight_and_bias_gradient(dy: Tensor, x: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(dweight, dbias) in dtype. bias: whatever; that there is one asks for dbias."""
+    dweight, dbias, *_ = _general_gemm()(x, dy, out_dtype=dtype, layout="NT", bias=bias, grad=True)
+    return dweight, dbias
+
+
+def _rooms(dtype: torch.dtype, like: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+# To compilers and modes each product is an op; its fake makes room for what it gives.
+_OPS: dict[Callable, Callable] = {}
+for _function, _fake in {
+    _linear_gelu: lambda x, w, b: _rooms(x.dtype, x, *[(len(x), len(w))] * 2),
+    _gelu_gradient: lambda dy, w, h: torch.empty_like(h),
+    _weight_and_bias_gradient: lambda dy, x, b, t: _rooms(t, x, (dy.shape[1], x.shape[1]), (dy.shape[1],)),
+}.items():
+    _op = torch.library.custom_op(f"umd::{_function.__name__[1:]}", mutates_args=())(_function)
+    _op.register_fake(_fake)
+    _OPS[_function] = _op
+
+
+def _call(function: Callable, *args):
+    return (_OPS[function] if sees_dispatch() else function)(*args)
+
+
+class LinearGeluFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_cast, bias_cast):
+        x = x.contiguous()
+        h, a = _call(_linear_gelu, x, weight_cast, bias_cast)
+        ctx.save_for_backward(x, weight_cast, bias_cast)
+        ctx.dtypes = weight.dtype, bias.dtype
+        ctx.mark_non_differentiable(a)
+        ctx.set_materialize_grads(False)  # of a
+        return h, a
+
+    @staticmethod
+    def backward(ctx, dh, _):
+        x, weight, bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        dh = dh.contiguous()
+        dx = dh @ weight if ctx.needs_input_grad[0] else None
+        dweight, dbias = _call(_weight_and_bias_gradient, dh, x, bias, weight_dtype)
+        return dx, dweight, dbias.to(bias_dtype), None, None
+
+
+class ActivatedLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, a, weight, bias, weight_cast, bias_cast):
+        ctx.save_for_backward(h, a, weight_cast)
+        ctx.dtypes = weight.dtype, bias.dtype
+        return F.linear(a, weight_cast, bias_cast)
+
+    @staticmethod
+    def backward(ctx, dy):
+        h, a, weight = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        dy = dy.contiguous()
+        dh = _call(_gelu_gradient, dy, weight, h)
+        dweight = product(dy.t(), a, weight_dtype) if ctx.needs_input_grad[2] else None
+        return dh, None, dweight, bias_sum(dy, bias_dtype) if ctx.needs_input_grad[3] else None, None, None
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None) -> tuple[Tensor, Tensor]:
+    """(h, a): h = `linear(x, weight, bias, cast)` and a = gelu(h), which has no gradient of its own.
+
+    Raises:
+        ValueError: the epilogues cannot run: type, width, device, or Transformer Engine.
+    """
+    weight, bias, *casts = with_casts(x, weight, bias, cast)
+    reason = epilogues_refusal(x.device, casts[0].dtype, *weight.shape)
+    if reason:
+        raise ValueError(f"gelu: transformer_engine {reason}; 'ours' runs anywhere")
+    return LinearGeluFunction.apply(x.to(casts[0].dtype), weight, bias, *casts)
+
+
+def activated_linear(h: Tensor, a: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None) -> Tensor:
+    """`gelu_linear(h, weight, bias, cast)` where a = gelu(h) is there already, both from `linear_gelu`."""
+    return ActivatedLinearFunction.apply(h, a, *with_casts(h, weight, bias, cast))
