@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import sees_dispatch, stands_for_gpu
+from .backend import stands_for_gpu
 from .linear import Cast, bias_sum, product, with_casts
+from .triton.op import opaque_op
 
 Gelu = Literal["ours", "transformer_engine"]
 VERSIONS = (2, 10), (2, 20)  # first and last whose `general_gemm` is known to be as below
@@ -64,10 +65,15 @@ def epilogues_refusal(device: torch.device, dtype: torch.dtype, *widths: int) ->
         return f"takes widths that are multiples of 8, not {' and '.join(map(str, widths))}"
     if stands_for_gpu():
         return ""
+    return _missing(device)
+
+
+# A fact about the machine: torch.compile asks once and keeps the answer.
+@torch.compiler.assume_constant_result
+def _missing(device: torch.device) -> str:
     return _package_refusal() or ("" if device.type == "cuda" else f"needs a CUDA GPU, not {device.type}")
 
 
-@torch.compiler.assume_constant_result
 @cache
 def _package_refusal() -> str:
     """Why Transformer Engine's product cannot be called as it is here, or ""."""
@@ -91,65 +97,51 @@ def _general_gemm() -> Callable:
     return general_gemm
 
 
-# Column-major as cuBLAS has it: A comes second in row-major terms, and "T" turns the one it stands for.
-
-
-def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(h, a)"""
-    a, _, h, _ = _general_gemm()(weight, x, out_dtype=x.dtype, layout="TN", bias=bias, gelu=True)
-    return h, a
-
-
-def _gelu_gradient(dy: Tensor, weight: Tensor, h: Tensor) -> Tensor:
-    """dh"""
-    return _general_gemm()(weight, dy, out_dtype=h.dtype, layout="NN", gelu=True, gelu_in=h, grad=True)[0]
-
-
-def _weight_and_bias_gradient(dy: Tensor, x: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(dweight, dbias) in dtype. bias: whatever; that there is one asks for dbias."""
-    dweight, dbias, *_ = _general_gemm()(x, dy, out_dtype=dtype, layout="NT", bias=bias, grad=True)
-    return dweight, dbias
+# Column-major as cuBLAS has it: "T" turns a matrix for it, and A is what comes second here.
 
 
 def _rooms(dtype: torch.dtype, like: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-# To compilers and modes each product is an op; its fake makes room for what it gives.
-_OPS: dict[Callable, Callable] = {}
-for _function, _fake in {
-    _linear_gelu: lambda x, w, b: _rooms(x.dtype, x, *[(len(x), len(w))] * 2),
-    _gelu_gradient: lambda dy, w, h: torch.empty_like(h),
-    _weight_and_bias_gradient: lambda dy, x, b, t: _rooms(t, x, (dy.shape[1], x.shape[1]), (dy.shape[1],)),
-}.items():
-    _op = torch.library.custom_op(f"umd::{_function.__name__[1:]}", mutates_args=())(_function)
-    _op.register_fake(_fake)
-    _OPS[_function] = _op
+@opaque_op("linear_gelu", lambda x, weight, bias, w, b: _rooms(x.dtype, x, *[(len(x), len(w))] * 2))
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(h, a) by w and b, casts of weight and bias."""
+    a, _, h, _ = _general_gemm()(w, x.contiguous(), out_dtype=x.dtype, layout="TN", bias=b, gelu=True)
+    return h, a
 
 
-def _call(function: Callable, *args):
-    return (_OPS[function] if sees_dispatch() else function)(*args)
+@opaque_op("gelu_gradient", lambda dy, w, h: torch.empty_like(h))
+def _gelu_gradient(dy: Tensor, w: Tensor, h: Tensor) -> Tensor:
+    """dh"""
+    gemm = _general_gemm()
+    return gemm(w, dy.contiguous(), out_dtype=h.dtype, layout="NN", gelu=True, gelu_in=h, grad=True)[0]
 
 
-class LinearGeluFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, weight_cast, bias_cast):
-        x = x.contiguous()
-        h, a = _call(_linear_gelu, x, weight_cast, bias_cast)
-        ctx.save_for_backward(x, weight_cast, bias_cast)
-        ctx.dtypes = weight.dtype, bias.dtype
-        ctx.mark_non_differentiable(a)
-        ctx.set_materialize_grads(False)  # of a
-        return h, a
+@opaque_op("weight_and_bias_gradient", lambda dh, x, b, t: _rooms(t, x, (dh.shape[1], x.shape[1]), (dh.shape[1],)))
+def _weight_and_bias_gradient(dh: Tensor, x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(dweight, dbias) in dtype. That there is a bias asks for dbias; it is not read."""
+    gemm = _general_gemm()
+    dweight, dbias, *_ = gemm(x.contiguous(), dh.contiguous(), out_dtype=dtype, layout="NT", bias=b, grad=True)
+    return dweight, dbias
 
-    @staticmethod
-    def backward(ctx, dh, _):
-        x, weight, bias = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-        dh = dh.contiguous()
-        dx = dh @ weight if ctx.needs_input_grad[0] else None
-        dweight, dbias = _call(_weight_and_bias_gradient, dh, x, bias, weight_dtype)
-        return dx, dweight, dbias.to(bias_dtype), None, None
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, w, b = inputs
+    ctx.save_for_backward(x, w, b)
+    ctx.dtypes = weight.dtype, bias.dtype
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # of a
+
+
+def _backward(ctx, dh, _):
+    x, w, b = ctx.saved_tensors
+    weight_dtype, bias_dtype = ctx.dtypes
+    dweight, dbias = _weight_and_bias_gradient(dh, x, b, weight_dtype)
+    return dh @ w if ctx.needs_input_grad[0] else None, dweight, dbias.to(bias_dtype), None, None
+
+
+_linear_gelu.register_autograd(_backward, setup_context=_setup_context)
 
 
 class ActivatedLinearFunction(torch.autograd.Function):
@@ -163,8 +155,7 @@ class ActivatedLinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         h, a, weight = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
-        dy = dy.contiguous()
-        dh = _call(_gelu_gradient, dy, weight, h)
+        dh = _gelu_gradient(dy, weight, h)
         dweight = product(dy.t(), a, weight_dtype) if ctx.needs_input_grad[2] else None
         return dh, None, dweight, bias_sum(dy, bias_dtype) if ctx.needs_input_grad[3] else None, None, None
 
@@ -179,7 +170,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = Non
     reason = epilogues_refusal(x.device, casts[0].dtype, *weight.shape)
     if reason:
         raise ValueError(f"gelu: transformer_engine {reason}; 'ours' runs anywhere")
-    return LinearGeluFunction.apply(x.to(casts[0].dtype), weight, bias, *casts)
+    return _linear_gelu(x.to(casts[0].dtype), weight, bias, *casts)
 
 
 def activated_linear(h: Tensor, a: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None) -> Tensor:
