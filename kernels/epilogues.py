@@ -104,9 +104,12 @@ def _rooms(dtype: torch.dtype, like: Tensor, *shapes: tuple[int, ...]) -> tuple[
     return tuple(like.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@opaque_op("linear_gelu", lambda x, weight, bias, w, b: _rooms(x.dtype, x, *[(len(x), len(w))] * 2))
-def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(h, a) by w and b, casts of weight and bias."""
+@opaque_op("linear_gelu", lambda x, weight, *_: _rooms(x.dtype, x, *[(len(x), len(weight))] * 2))
+def _linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, weight_cast: Tensor | None, bias_cast: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(h, a)"""
+    w, b = (weight, bias) if weight_cast is None else (weight_cast, bias_cast)
     a, _, h, _ = _general_gemm()(w, x.contiguous(), out_dtype=x.dtype, layout="TN", bias=b, gelu=True)
     return h, a
 
@@ -127,18 +130,18 @@ def _weight_and_bias_gradient(dh: Tensor, x: Tensor, b: Tensor, dtype: torch.dty
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, w, b = inputs
-    ctx.save_for_backward(x, w, b)
+    x, weight, bias, weight_cast, _ = inputs
+    ctx.save_for_backward(x, weight if weight_cast is None else weight_cast, bias)
     ctx.dtypes = weight.dtype, bias.dtype
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # of a
 
 
 def _backward(ctx, dh, _):
-    x, w, b = ctx.saved_tensors
+    x, weight, bias = ctx.saved_tensors
     weight_dtype, bias_dtype = ctx.dtypes
-    dweight, dbias = _weight_and_bias_gradient(dh, x, b, weight_dtype)
-    return dh @ w if ctx.needs_input_grad[0] else None, dweight, dbias.to(bias_dtype), None, None
+    dweight, dbias = _weight_and_bias_gradient(dh, x, bias, weight_dtype)
+    return dh @ weight if ctx.needs_input_grad[0] else None, dweight, dbias.to(bias_dtype), None, None
 
 
 _linear_gelu.register_autograd(_backward, setup_context=_setup_context)
@@ -147,9 +150,10 @@ _linear_gelu.register_autograd(_backward, setup_context=_setup_context)
 class ActivatedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, a, weight, bias, weight_cast, bias_cast):
-        ctx.save_for_backward(h, a, weight_cast)
         ctx.dtypes = weight.dtype, bias.dtype
-        return F.linear(a, weight_cast, bias_cast)
+        weight, bias = (weight, bias) if weight_cast is None else (weight_cast, bias_cast)
+        ctx.save_for_backward(h, a, weight)
+        return F.linear(a, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
@@ -166,11 +170,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = Non
     Raises:
         ValueError: the epilogues cannot run: type, width, device, or Transformer Engine.
     """
-    weight, bias, *casts = with_casts(x, weight, bias, cast)
-    reason = epilogues_refusal(x.device, casts[0].dtype, *weight.shape)
-    if reason:
+    args = with_casts(x, weight, bias, cast)
+    dtype = args[0].dtype if cast is None else cast[0].dtype
+    if reason := epilogues_refusal(x.device, dtype, *weight.shape):
         raise ValueError(f"gelu: transformer_engine {reason}; 'ours' runs anywhere")
-    return _linear_gelu(x.to(casts[0].dtype), weight, bias, *casts)
+    return _linear_gelu(x.to(dtype), *args)
 
 
 def activated_linear(h: Tensor, a: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None) -> Tensor:

@@ -43,9 +43,10 @@ class RecomputedGeluLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, x_bias, weight, bias, weight_cast, bias_cast):
-        ctx.save_for_backward(x, weight_cast)
         ctx.dtypes = None if x_bias is None else x_bias.dtype, weight.dtype, bias.dtype
-        return F.linear(gelu_fwd(x, None).to(weight_cast.dtype), weight_cast, bias_cast)
+        weight, bias = (weight, bias) if weight_cast is None else (weight_cast, bias_cast)
+        ctx.save_for_backward(x, weight)
+        return F.linear(gelu_fwd(x, None).to(weight.dtype), weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
@@ -101,14 +102,15 @@ def bias_sum(dy: Tensor, dtype: torch.dtype) -> Tensor:
     return dy.sum(0) if dy.dtype == dtype else column_sum(dy, dtype)
 
 
-def with_casts(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(weight, bias) to differentiate by, and both as the product takes them; without a cast, autocast's."""
+def with_casts(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None) -> tuple[Tensor | None, ...]:
+    """(weight, bias, and both casts), for a function of its own backward pass. Without casts weight and bias are
+    autocast's, or the parameters themselves: under ZeRO 3 a view would hold memory that is to be let go of."""
     if cast is not None:
         return weight, bias, *cast
     device = x.device.type
     if torch.is_autocast_enabled(device):
         weight, bias = (p.to(torch.get_autocast_dtype(device)) for p in (weight, bias))
-    return weight, bias, weight.detach(), bias.detach()
+    return weight, bias, None, None
 
 
 def _by_hand(x: Tensor) -> bool:

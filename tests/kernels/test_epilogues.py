@@ -26,7 +26,8 @@ def general_gemm(
     layout="TN", out=None, bias=None, use_split_accumulator=False, grad=False, ub=None, ub_type=None,
     extra_output=None, bulk_overlap=False,
 ):
-    assert all(x is None or (x.is_contiguous() and x.dtype == A.dtype) for x in (A, B, bias, gelu_in))
+    assert all(x is None or (x.is_contiguous() and x.dtype == A.dtype) for x in (A, B, gelu_in))
+    assert bias is None or grad or bias.dtype == A.dtype
     dtype = A.dtype if out_dtype is None else out_dtype
     a, b = (x.double().t() if side == "T" else x.double() for x, side in zip((A, B), layout))
     product, bias_grad, pre_gelu_out = b @ a, None, None
