@@ -56,10 +56,10 @@ NETWORKS = {
 }
 
 
-# What an MLP can do about GELU: as it is set by default, and otherwise.
+# What an MLP can do about GELU, other than to keep the output of our kernels.
 GELU_CHOICES: dict[str, dict] = {
-    "GELU's output made again": dict(recompute_gelu=True),
-    "GELU in the products": dict(gelu="transformer_engine"),
+    "GELU made again": dict(recompute_gelu=True),
+    "GELU in products": dict(gelu="transformer_engine"),
 }
 
 
@@ -311,7 +311,7 @@ def print_blocks(steps: list[Step], console: Console) -> None:
         title="One encoder block, forward + backward;\nbut for products and attention, bytes in rows of D bf16 a token"
     )
     for name in ("", "launches", *kinds, "together"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
     for step in steps:
         for name, block in {step.network: step.block, **step.other_blocks}.items():
             launches = zip(*block.launches.values(), strict=True)
