@@ -170,11 +170,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = Non
     Raises:
         ValueError: the epilogues cannot run: type, width, device, or Transformer Engine.
     """
-    args = with_casts(x, weight, bias, cast)
-    dtype = args[0].dtype if cast is None else cast[0].dtype
+    weight, bias, *casts = with_casts(x, weight, bias, cast)
+    dtype = weight.dtype if cast is None else cast[0].dtype
     if reason := epilogues_refusal(x.device, dtype, *weight.shape):
         raise ValueError(f"gelu: transformer_engine {reason}; 'ours' runs anywhere")
-    return _linear_gelu(x.to(dtype), *args)
+    return _linear_gelu(x.to(dtype), weight, bias, *casts)
 
 
 def activated_linear(h: Tensor, a: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None) -> Tensor:

@@ -102,7 +102,9 @@ def bias_sum(dy: Tensor, dtype: torch.dtype) -> Tensor:
     return dy.sum(0) if dy.dtype == dtype else column_sum(dy, dtype)
 
 
-def with_casts(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None) -> tuple[Tensor | None, ...]:
+def with_casts(
+    x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(weight, bias, and both casts), for a function of its own backward pass. Without casts weight and bias are
     autocast's, or the parameters themselves: under ZeRO 3 a view would hold memory that is to be let go of."""
     if cast is not None:
