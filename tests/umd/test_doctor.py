@@ -57,6 +57,7 @@ def test_the_machine_is_described_as_torch_and_the_kernel_see_it():
 def test_attention_and_kernels_are_those_that_run():
     rows = {row.name: row for row in report()}
     device = pick_device()
+    assert rows["GELU"].value.startswith("ours; ")  # and why Transformer Engine cannot run, or how to ask for it
     with ops.kernels("reference"):
         assert doctor._kernels().value.startswith("each op's definition in PyTorch")
     with ops.kernels("auto"):
@@ -64,7 +65,6 @@ def test_attention_and_kernels_are_those_that_run():
         assert doctor._kernels().value.startswith("Triton") == (device.type == "cuda" or interpreted)
         assert doctor._kernels().value.endswith("in its interpreter") == interpreted
     name, reason = ops.attention_backend(device, pick_dtype("auto", device), 64)
-    assert rows["GELU"].startswith("ours; ")  # and why Transformer Engine cannot run, or how to ask for it
     assert rows["attention"].value == f"{name}: {reason}"
     with ops.attention("sdpa"):
         assert doctor._attention().value == "sdpa: was asked for"
