@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from umd import ops
 from umd.bench.record_step import KINDS, Call, record
 from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, model_config
 from umd.errors import UserError
@@ -40,6 +41,8 @@ class Network:
     model: ModelConfig
     objective: ObjectiveConfig
     eager: bool = False
+    recompute_gelu: bool = False
+    gelu: ops.Gelu = "ours"
 
 
 _LATENTS = model_config("UMD-L/2", image_size=(32, 32), channels=4)
@@ -49,6 +52,13 @@ NETWORKS = {
     "UMD-L/2": Network(_LATENTS, OBJECTIVES["umd"]),
     "DiT-L/2": Network(_LABELLED, OBJECTIVES["dit"]),
     EAGER: Network(_LABELLED, OBJECTIVES["dit"], eager=True),
+}
+
+
+# What an MLP can do about GELU, other than to keep the output of our kernels.
+GELU_CHOICES: dict[str, dict] = {
+    "GELU made again": dict(recompute_gelu=True),
+    "GELU in products": dict(gelu="transformer_engine"),
 }
 
 
@@ -94,6 +104,7 @@ class Step:
     h100_product_share: float
     host_ms: float  # a quick host's, to launch all of it one by one, where the step is no CUDA graph
     block: Block
+    other_blocks: dict[str, Block]  # of `GELU_CHOICES`
     rows: tuple[Row, ...]
 
 
@@ -103,8 +114,11 @@ def record_network(network: Network, batch: int) -> list[Call]:
 
 
 def record_ours(network: Network, batch: int) -> list[Call]:
-    config = RunConfig(model=network.model, objective=network.objective, batch_size=batch)
-    with as_on_gpu():
+    config = RunConfig(
+        model=network.model, objective=network.objective, batch_size=batch, recompute_gelu=network.recompute_gelu,
+        gelu=network.gelu,
+    )  # fmt: skip
+    with as_on_gpu(), ops.gelu_by(network.gelu):
         step = make_step(config, batch, BF16, torch.float32)
         labels = labels_of(config, batch)
         work = torch.zeros(batch, config.model.channels, *config.model.image_size), labels, torch.arange(batch), 1e-4
@@ -243,6 +257,10 @@ def audit_step(name: str, batch: int) -> Step:
         network=name, batch=batch, launches=launches,
         bytes=sum(row.bytes for row in rows), flops=sum(row.flops for row in rows), model_flops=needed,
         host_ms=1e3 * launches * LAUNCHED[0], block=block_of(network, batch), rows=rows,
+        other_blocks={
+            what: block_of(replace(network, **changes), batch)
+            for what, changes in ({} if network.eager else GELU_CHOICES).items()
+        },
         **{f"{card}_ms": 1e3 * time for card, time in times.items()},
         **{f"{card}_images_per_second": batch / time for card, time in times.items()},
         **{f"{card}_mfu": needed / times[card] / gpu.bf16 for card, gpu in CARDS.items()},
@@ -295,14 +313,14 @@ def print_blocks(steps: list[Step], console: Console) -> None:
         title="One encoder block, forward + backward;\nbut for products and attention, bytes in rows of D bf16 a token"
     )
     for name in ("", "launches", *kinds, "together"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
     for step in steps:
-        launches = zip(*step.block.launches.values(), strict=True)
-        rows = [step.block.rows[kind] for kind in kinds]
-        rows.append((sum(a for a, _ in rows), sum(b for _, b in rows)))
-        table.add_row(
-            step.network, "{} + {}".format(*map(sum, launches)), *("{:.1f} + {:.1f}".format(*r) for r in rows)
-        )
+        for name, block in {step.network: step.block, **step.other_blocks}.items():
+            launches = zip(*block.launches.values(), strict=True)
+            rows = [block.rows[kind] for kind in kinds]
+            rows.append((sum(a for a, _ in rows), sum(b for _, b in rows)))
+            cells = ("{:.1f} + {:.1f}".format(*r) for r in rows)
+            table.add_row(name, "{} + {}".format(*map(sum, launches)), *cells)
     console.print(table)
 
 

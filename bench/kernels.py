@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -32,6 +33,8 @@ with interpreted(not torch.cuda.is_available()):  # Triton asks when a kernel is
 STREAMS = {"noised": 0.0, "noise-free": 1.0, "mixed": 0.5}
 ATTENTION = ("varlen_attention", "varlen_cross_attention")
 BACKENDS: tuple[ops.Attention, ...] = ("triton", "flash_attn", "varlen_attn", "sdpa", "matmul")
+# Both layers of an MLP: PyTorch's operations; GELU's output kept, and made again; GELU in the products.
+MLPS = ("eager", "triton", "recompute_gelu", "transformer_engine")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class KernelBench:
     streams: tuple[str, ...] = ("noised", "noise-free")
     """Samples of a batch: noised (161 tokens), noise-free (65), or mixed, half of each."""
     ops: tuple[str, ...] = ()
-    """Which ops; default: all, and both attentions."""
+    """Which ops; default: all, both attentions, and mlp."""
     dtype: str = "bf16"
     """Of tokens and predictions: bf16, fp16 or fp32."""
     samples: int = 256 if torch.cuda.is_available() else 2
@@ -54,7 +57,7 @@ class KernelBench:
     """Write the rows here."""
 
     def __post_init__(self) -> None:
-        names = [*OPS, *ATTENTION]
+        names = [*OPS, *ATTENTION, "mlp"]
         for name, known in (("models", SHAPES), ("streams", STREAMS), ("ops", names)):
             if unknown := [x for x in getattr(self, name) if x not in known]:
                 raise UserError(f"{name} must be of {', '.join(known)}; got {unknown[0]!r}")
@@ -82,7 +85,7 @@ class Row:
     ms: float | None
     gb_per_s: float | None = None
     of_copy: float | None = None  # share of the speed of a copy
-    tflop_per_s: float | None = None  # attention
+    tflop_per_s: float | None = None  # attention, mlp
     replayed: bool | None = None  # False: could not be recorded, so a short time is the host's
 
 
@@ -211,14 +214,39 @@ def attention_case(op: str, inputs: Inputs) -> tuple[Callable[[ops.Attention], S
     return lambda backend: Side(lambda: (ops.varlen_cross_attention(q, kv, queries, stream, backend),), (q, kv)), flops
 
 
-def time_attention(op: str, make: Callable[[], Inputs], notes: list[str], **shape) -> list[Row]:
-    """Every backend that takes the tensors, and under torch.compile the one that `auto` takes."""
+def mlp_case(op: str, inputs: Inputs) -> tuple[Callable[[str], Side], int]:
+    """Both layers of an MLP in one of `MLPS`, with weights as a training step has them, and its forward FLOPs."""
+    D, x = inputs.D, inputs.randn(inputs.tokens, inputs.D)
+    weights = [inputs.randn(*shape, dtype=torch.float32) for shape in ((4 * D, D), (4 * D,), (D, 4 * D), (D,))]
+    w1, b1, w2, b2 = weights
+    casts = [weight.detach().to(x.dtype) for weight in weights]
+
+    def mlp(how: str) -> tuple[Tensor]:
+        if how == "eager":
+            c1, d1, c2, d2 = (weight.to(x.dtype) for weight in weights)
+            return (F.linear(F.gelu(F.linear(x, c1, d1), approximate="tanh"), c2, d2),)
+        first, second = (casts[0], casts[1]), (casts[2], casts[3])
+        if how == "transformer_engine":
+            h, a = ops.linear_gelu(x, w1, b1, first)
+            return (ops.activated_linear(h, a, w2, b2, second),)
+        h = ops.linear(x, w1, b1.detach(), first)
+        return (ops.gelu_linear(h, w2, b2, second, b1, recompute=how == "recompute_gelu"),)
+
+    return lambda how: Side(partial(mlp, how), (x, *weights)), 16 * D * D * inputs.tokens
+
+
+def time_backends(op: str, make: Callable[[], Inputs], notes: list[str], **shape) -> list[Row]:
+    """Every backend that takes the tensors. Under torch.compile: of attention what `auto` takes, of the MLP eager."""
+    case: Callable = mlp_case if op == "mlp" else attention_case
+    backends, plain, ratio = (
+        (MLPS, "eager", 2) if op == "mlp" else (BACKENDS, "auto", 2.5)
+    )  # attention: 5 products to 2
     first = make()
-    side, flops = attention_case(op, first)
-    copies = copies_beyond(cache_bytes(first.device), tensor_bytes(*side("auto").inputs))
-    makers = [side, *(attention_case(op, make())[0] for _ in range(copies - 1))]
-    sides: dict[str, list[Side]] = {backend: [maker(backend) for maker in makers] for backend in BACKENDS}
-    sides["torch.compile"] = [compiled(maker("auto"), first.device) for maker in makers]
+    side, flops = case(op, first)
+    copies = copies_beyond(cache_bytes(first.device), tensor_bytes(*side(plain).inputs))
+    makers = [side, *(case(op, make())[0] for _ in range(copies - 1))]
+    sides: dict[str, list[Side]] = {backend: [maker(backend) for maker in makers] for backend in backends}
+    sides["torch.compile"] = [compiled(maker(plain), first.device) for maker in makers]
     rows = []
     for implementation, same in sides.items():
         try:
@@ -227,7 +255,7 @@ def time_attention(op: str, make: Callable[[], Inputs], notes: list[str], **shap
             notes.append(f"{op}: {error}")
             continue
         for direction, timing in timed.items():
-            work = flops * {"forward": 1, "backward": 2.5, "full": 3.5}[direction]  # backward: five products, not two
+            work = flops * {"forward": 1, "backward": ratio, "full": 1 + ratio}[direction]
             row = row_of(op, direction, implementation, first.dtype, timing, shape)
             rows.append(row if timing is None else replace(row, tflop_per_s=work / timing.ms / 1e9))
     return rows
@@ -267,14 +295,14 @@ def measure(bench: KernelBench, console: Console) -> tuple[list[Row], float | No
         notes.append(f"Triton left out: {error}")
     rows: list[Row] = []
     for model, stream in itertools.product(bench.models, bench.streams):
-        for name in bench.ops or (*OPS, *ATTENTION):
+        for name in bench.ops or (*OPS, *ATTENTION, "mlp"):
             console.print(f"{model} {stream} {name}", style="dim", highlight=False)
             make = partial(Inputs, model, bench.samples, DTYPES[bench.dtype], bench.device, STREAMS[stream])
             with interpreted(bench.device == "cpu"):  # Triton imports a part of itself when it runs, and asks again
                 inputs = make()
                 shape = dict(model=model, width=inputs.D, stream=stream, tokens=inputs.tokens, device=device)
-                if name in ATTENTION:
-                    rows += time_attention(name, make, notes, **shape)
+                if name not in OPS:
+                    rows += time_backends(name, make, notes, **shape)
                     continue
                 cases = beyond_the_cache(name, make)
                 sides = [implementations(case, norms, bench.device, with_triton) for case in cases]
@@ -284,11 +312,11 @@ def measure(bench: KernelBench, console: Console) -> tuple[list[Row], float | No
 
 def print_rows(rows: list[Row], console: Console) -> None:
     """A line for each op, direction and shape; a cell: milliseconds and GB/s as share of a copy, or TFLOP/s."""
-    groups: dict[bool, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.op in ATTENTION, []).append(row)
-    for attention, group in groups.items():
-        table = Table(title="attention: ms, TFLOP/s" if attention else "ms, GB/s, share of a copy's speed")
+        groups.setdefault("" if row.op in OPS else "mlp" if row.op == "mlp" else "attention", []).append(row)
+    for kind, group in groups.items():
+        table = Table(title=f"{kind}: ms, TFLOP/s" if kind else "ms, GB/s, share of a copy's speed")
         columns = list(dict.fromkeys(row.implementation for row in group))
         for column in ("op", "", "model", "stream", "tokens", *columns):
             table.add_column(column, no_wrap=column == "op", overflow="fold")

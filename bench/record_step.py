@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from umd import ops
 from umd.spans import PARTS, spans_on
-from umd.train.step_counts import STAND_INS, Lengths, flops_of, moved, tensor_bytes, tensors
+from umd.train.step_counts import EPILOGUES, STAND_INS, Lengths, flops_of, moved, tensor_bytes, tensors
 
 # Kernels of PyTorch's operations that launch more than one, as its sources for CUDA have them.
 LAUNCHES = {
@@ -37,7 +37,7 @@ CHUNK, BLOCKS, TENSORS = 65536, 320, (110, 64, 48, 36, 30)
 CAT_INPUTS = 128  # that one launch puts together
 
 KINDS = {
-    "products": ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"),
+    "products": ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", *EPILOGUES),
     "attention": (
         "_varlen_attn", "_varlen_attn_backward", "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_backward", "short_attention_fwd", "short_attention_bwd",

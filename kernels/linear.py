@@ -14,6 +14,7 @@ from .column_sum import column_sum
 from .cpu.compiled import use_compiled
 from .cpu.linear import BF16LinearFunction, FewRowsLinearFunction, GeluLinearFunction
 from .gelu import gelu
+from .triton.gelu import gelu_bwd, gelu_fwd
 
 Cast = tuple[Tensor, Tensor]  # weight and bias in the type of the products
 
@@ -32,9 +33,30 @@ class LinearFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        dweight = _product(dy.t(), x, weight_dtype) if ctx.needs_input_grad[1] else None
+        dweight = product(dy.t(), x, weight_dtype) if ctx.needs_input_grad[1] else None
         dbias = column_sum(dy, bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None
+
+
+class RecomputedGeluLinearFunction(torch.autograd.Function):
+    """`gelu_linear` that keeps x and not gelu(x): the pass that makes dx makes it again, to the bit."""
+
+    @staticmethod
+    def forward(ctx, x, x_bias, weight, bias, weight_cast, bias_cast):
+        ctx.dtypes = None if x_bias is None else x_bias.dtype, weight.dtype, bias.dtype
+        weight, bias = (weight, bias) if weight_cast is None else (weight_cast, bias_cast)
+        ctx.save_for_backward(x, weight)
+        return F.linear(gelu_fwd(x, None).to(weight.dtype), weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        x_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        wanted = x_bias_dtype is not None and ctx.needs_input_grad[1]
+        dx, dx_bias, a = gelu_bwd((dy @ weight).to(x.dtype), x, x_bias_dtype if wanted else None, True)
+        dweight = product(dy.t(), a.to(dy.dtype), weight_dtype) if ctx.needs_input_grad[2] else None
+        dbias = bias_sum(dy, bias_dtype) if ctx.needs_input_grad[3] else None
+        return dx, dx_bias if wanted else None, dweight, dbias, None, None
 
 
 class BiasGradientFunction(torch.autograd.Function):
@@ -66,11 +88,31 @@ def bias_gradient(x: Tensor, bias: Tensor | None, zeros: tuple[int, int] = (0, 0
     return x if bias is None else BiasGradientFunction.apply(x, bias, zeros)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a·b in `dtype`, as wide as it was added up."""
+    if a.dtype == dtype:
+        return a @ b
     if a.is_cuda or is_fake(a):
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)  # the CPU has no such product
+
+
+def bias_sum(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """The column sum of dy; in its own type as autograd takes it."""
+    return dy.sum(0) if dy.dtype == dtype else column_sum(dy, dtype)
+
+
+def with_casts(
+    x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(weight, bias, and both casts), for a function of its own backward pass. Without casts weight and bias are
+    autocast's, or the parameters themselves: under ZeRO 3 a view would hold memory that is to be let go of."""
+    if cast is not None:
+        return weight, bias, *cast
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        weight, bias = (p.to(torch.get_autocast_dtype(device)) for p in (weight, bias))
+    return weight, bias, None, None
 
 
 def _by_hand(x: Tensor) -> bool:
@@ -91,11 +133,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None) ->
 
 
 def gelu_linear(
-    x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None, x_bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cast: Cast | None = None,
+    x_bias: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
-    """`linear` of gelu(x), GELU in its tanh form. x_bias: in x already, and given for its gradient (see `gelu`)."""
+    """`linear` of gelu(x), GELU in its tanh form.
+
+    x_bias: in x already, and given for its gradient (see `gelu`).
+    recompute: keep x alone for the backward pass and make gelu(x) again there, in the pass over x that makes dx. It
+        saves a tensor of x's size and moves as many bytes more, for the same bits. Without Triton's kernels it does
+        nothing; the CPU's bf16 path does so anyway.
+    """
     if _by_hand(x) and x.dtype == torch.bfloat16:
         return GeluLinearFunction.apply(bias_gradient(x, x_bias), weight, bias)
+    if recompute and use_triton(x) and torch.is_grad_enabled():
+        return RecomputedGeluLinearFunction.apply(x, x_bias, *with_casts(x, weight, bias, cast))
     return linear(gelu(x, x_bias), weight, bias, cast)
 
 

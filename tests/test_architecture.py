@@ -71,6 +71,8 @@ def test_kernels_import_torch_triton_and_the_standard_library_only(file):
         packages = ["torch", "triton", "umd"]
         if file.name in ("attention.py", "cross_attention.py"):
             packages.append("flash_attn")  # where it is installed: one of the backends
+        if file.name == "epilogues.py":
+            packages.append("transformer_engine")  # where it is installed, and asked for
         outside = {name for name in imports(file) if name.split(".")[0] not in sys.stdlib_module_names}
         assert all(name.split(".")[0] in packages for name in outside), outside
 

@@ -21,6 +21,7 @@ from umd.classifier import Classifier
 from umd.device import keep_freed_memory, peak_flops, peak_memory, take_device
 from umd.ema import EMA, ema_rate
 from umd.errors import UserError
+from umd.layers import set_recompute_gelu
 from umd.methods import AnyModel, AnyObjective, build_model, build_objective
 from umd.objective import Part
 from umd.schedule import NoiseSchedule
@@ -36,7 +37,7 @@ from umd.train.preview import picture_maker, preview_images, previews, rgb
 from umd.train.profile import NoProfiler, Profiler, profiled
 from umd.train.quarantine import record_quarantine
 from umd.train.resume import fingerprint, load_pretrained, newest_checkpoint, with_ema_of
-from umd.train.run import RunConfig, check_attention, to_plain, write_config
+from umd.train.run import RunConfig, check_attention, check_gelu, to_plain, write_config
 from umd.train.spread import spread
 from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type, side_stream
 from umd.train.zero import Zero
@@ -78,7 +79,8 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
     writer = RunLog(config.out, console, run.number, name, config.wandb, settings) if world.main else NoLog()
     left = math.inf if run.by_clock else run.total_steps - run.number
     with (
-        writer as log, finished(run.background), stop_signal() as stop, ops.attention(config.attention),
+        writer as log, finished(run.background), stop_signal() as stop,
+        ops.attention(config.attention), ops.gelu_by(config.gelu),
         profiled(config.profile and world.main, config.out, world.device, log.say, left) as profiler,
     ):  # fmt: skip
         announce(run, log)
@@ -179,6 +181,7 @@ def set_up(config: RunConfig, world: World) -> Run:
         )
     device, dtype = take_device(str(device), config.precision)
     check_attention(config, device, dtype)
+    check_gelu(config, device, dtype)
     with world.main_first():
         dataset = open_dataset(config.data, "train")
         config = replace(config, data=with_vae(config.data, dataset))
@@ -196,6 +199,7 @@ def set_up(config: RunConfig, world: World) -> Run:
     torch.manual_seed(derive_seed(config.seed, 0))
     run.model = model = build_model(config.model)
     model.set_checkpointing(config.checkpointing)
+    set_recompute_gelu(model, config.recompute_gelu and not config.checkpointing)
     run.source = fingerprint(dataset)
     run.saved_path, saved = newest_checkpoint(config, world, run.source)
     if saved is not None:

@@ -7,7 +7,7 @@ Gradients are sent as they come, bucket after bucket; what the link has to do be
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Annotated, Literal, NamedTuple
 
@@ -252,6 +252,9 @@ def overrun(ready: Sequence[tuple[int, float]], end: float, bucket: int, per_wei
 
 def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console) -> Plan:
     plan = make_plan(config, cluster)
+    other = None
+    if config.gelu == "ours" and not config.checkpointing:
+        other = make_plan(replace(config, recompute_gelu=not config.recompute_gelu), cluster)
     gpu = GPUS[cluster.gpu]
     peak_rate = gpu.bf16 if bf16_or_fp32(config) == torch.bfloat16 else gpu.fp32
     unhidden = plan.exchange - plan.hidden
@@ -274,6 +277,7 @@ def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console)
         ("FLOPs of an image", f"{plan.flops_per_image / 1e9:.1f} G, forward and backward"),
         ("memory traffic", f"{plan.moved / 1e9:.0f} GB on each GPU"),
         ("time", f"{1e3 * steps[0]:.0f} to {1e3 * steps[1]:.0f} ms"),
+        *([] if other is None else [("GELU's output", gelu_choice(config, plan, other))]),
         ("MFU", f"{mfu[1]:.0%} to {mfu[0]:.0%}"),
         ("launches", launches(plan)),
         ("communication", f"{plan.sent / 1e9:.2f} GB from each GPU, {1e3 * plan.exchange:.0f} ms; " + hides(plan)),
@@ -289,8 +293,8 @@ def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console)
     console.print(rest)
     if plan.peak > 0.92 * gpu.memory:  # torch's allocator and CUDA itself need some
         console.print(
-            "[yellow]does not fit[/]: raise --accumulate, set --checkpointing, or --parallel.strategy zero with a "
-            "higher --parallel.zero-stage",
+            "[yellow]does not fit[/]: raise --accumulate, set --recompute-gelu or --checkpointing, or "
+            "--parallel.strategy zero with a higher --parallel.zero-stage",
             highlight=False,
         )
     return plan
@@ -301,6 +305,16 @@ def launches(plan: Plan) -> str:
         return f"{plan.kernels} kernels, replayed as one CUDA graph"
     fast, slow = (1e3 * plan.kernels * launch for launch in LAUNCHED)
     return f"{plan.kernels} kernels one by one, {fast:.0f} to {slow:.0f} ms of the host's time"
+
+
+def gelu_choice(config: RunConfig, plan: Plan, other: Plan) -> str:
+    """What it costs to keep GELU's output, and to make it again. other: with the other setting of recompute_gelu."""
+    kept, again = (other, plan) if config.recompute_gelu else (plan, other)
+    more = [1e3 * (b - a) for a, b in zip(kept.seconds, again.seconds, strict=True)]
+    return (
+        f"kept {kept.peak / GiB:.2f} GiB at most; with --recompute-gelu {again.peak / GiB:.2f}, "
+        f"{(again.moved - kept.moved) / 1e9:.1f} GB and {more[0]:.1f} to {more[1]:.1f} ms more"
+    )
 
 
 def hides(plan: Plan) -> str:

@@ -69,12 +69,17 @@ class RunConfig:
     """auto, cpu, cuda or cuda:N; of several processes each takes the GPU of its own number."""
     attention: Literal["auto", "triton", "flash_attn", "varlen_attn", "sdpa", "matmul"] = "auto"
     """Backend of self-attention; `umd doctor` tells which one auto is here."""
+    gelu: Literal["ours", "transformer_engine"] = "ours"
+    """What makes GELU: our kernels, or Transformer Engine in the MLP's products; `umd doctor` tells if it can here."""
     compile: bool = False
     """Run the network through torch.compile."""
     capture: Literal["auto", "on", "off"] = "auto"
     """Record the whole step as a CUDA graph and replay it. auto: on one GPU; with DDP ask for it; ZeRO cannot."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more FLOPs."""
+    recompute_gelu: bool = False
+    """On a GPU, make GELU's output again in the backward pass instead of keeping it: less memory, a few more bytes to
+    move, the same bits. `umd plan` has the figures of both; with checkpointing it changes nothing."""
     save_every: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
@@ -97,6 +102,8 @@ class RunConfig:
             raise UserError(
                 f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}; use a multiple"
             )
+        if self.recompute_gelu and self.gelu != "ours":
+            raise UserError(f"recompute_gelu goes with gelu ours; {self.gelu} keeps what GELU gives")
         if self.seed < 0:
             raise UserError(f"seed must be 0 or more, got {self.seed}")
         if min(self.epochs, self.steps, self.minutes) < 0 or max(self.epochs, self.steps, self.minutes) == 0:
@@ -359,6 +366,15 @@ def check_attention(config: RunConfig, device: torch.device, dtype: torch.dtype)
         ops.attention_backend(device, dtype, head_dim, backend=config.attention)
     except ValueError as error:
         raise UserError(f"attention {error}") from error
+
+
+def check_gelu(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError if what the configuration has for GELU cannot run this network here."""
+    if config.gelu == "ours":
+        return
+    width = config.model.hidden_size
+    if reason := ops.epilogues_refusal(device, dtype, width, int(width * config.model.mlp_ratio)):
+        raise UserError(f"gelu: {config.gelu} {reason}; 'ours' runs anywhere")
 
 
 def write_config(config: RunConfig) -> None:

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from umd import classifier, diffmae, masking, ops
 from umd.ema import EMA
+from umd.layers import set_recompute_gelu
 from umd.methods import build_model, build_objective
 from umd.schedule import NoiseSchedule
 from umd.train.distributed import World
@@ -38,6 +39,8 @@ STAND_INS = {
 OVERWRITES = (aten.copy_, aten.fill_, aten.zero_, aten._foreach_copy_)
 # These read of what they are given first no more than they return.
 LOOKUPS = (aten.embedding, aten.index_select, aten.gather, aten.index)
+
+EPILOGUES = ("linear_gelu", "gelu_gradient", "weight_and_bias_gradient")  # products of kernels/epilogues.py
 
 Lengths = Mapping[int, Sequence[int]]  # of the samples of a stream, by the memory of its `cu_seqlens`
 
@@ -130,7 +133,9 @@ def as_tuple(out: Any) -> tuple:
 def flops_of(func: Any, args: tuple, kwargs: dict, out: Any, lengths: Lengths) -> int:
     """FLOPs of an operation: of products and attention, as torch's flop counter has them."""
     op = func.overloadpacket
-    if func.namespace == "umd":  # attention alone has products; ours makes the weights twice in the backward pass
+    if func.namespace == "umd":  # our attention makes the weights twice in the backward pass
+        if op.__name__ in EPILOGUES:
+            return 2 * len(args[0]) * (out[0] if op.__name__ == "weight_and_bias_gradient" else args[1]).numel()
         if op.__name__ not in ("short_attention_fwd", "short_attention_bwd"):
             return 0
         out, cu_seqlens = out[0] if op.__name__ == "short_attention_fwd" else args[2], args[-2]
@@ -166,6 +171,7 @@ def make_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.
     finally:
         torch.set_default_dtype(torch.float32)
     model.set_checkpointing(config.checkpointing)
+    set_recompute_gelu(model, config.recompute_gelu and not config.checkpointing)
     optim = config.optim
     optimizer = adamw(model, optim.lr, optim.betas, optim.weight_decay)
     parallel = Alone(model, LossStep(model, objective, dtype), optimizer, 1, optim.clip)
@@ -233,7 +239,7 @@ def count_step(
 
 def count_gpu_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> StepCounts:
     """Counts as on a GPU, without one."""
-    with as_on_gpu(), ops.attention("auto"):
+    with as_on_gpu(), ops.attention("auto"), ops.gelu_by(config.gelu):
         return run_step(config, micro, dtype, weights)
 
 

@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 def report(more: Sequence[Callable[[], Row]] = ()) -> list[Row]:
     """What there is and what will be used; `more` adds looks. What is broken becomes a row, never an exception."""
-    looks = [_versions, _device, _precision, _attention, _kernels, _compile]
+    looks = [_versions, _device, _precision, _attention, _gelu, _kernels, _compile]
     looks += [_dali, _deepspeed, _flash_attention, _apex, _frechet, _emoji, *more]
     rows = []
     for look in looks:
@@ -98,6 +98,14 @@ def _attention() -> Row:
     device = pick_device()
     name, reason = ops.attention_backend(device, pick_dtype("auto", device), head_dim=64)
     return Row("attention", f"{name}: {reason}")
+
+
+def _gelu() -> Row:
+    device = pick_device()
+    if reason := ops.epilogues_refusal(device, pick_dtype("auto", device)):
+        return Row("GELU", f"ours; transformer_engine {reason}")
+    version = _version("transformer_engine")
+    return Row("GELU", f"ours; --gelu transformer_engine has it in the products ({version})")
 
 
 def _kernels() -> Row:

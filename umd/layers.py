@@ -19,15 +19,35 @@ class Linear(nn.Linear):
             return self(x), None
         return ops.linear(x, self.weight, self.bias.detach(), self.cast), self.bias
 
+    def with_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, gelu(y)), for `GeluLinear.split`, which hands y its gradient."""
+        return ops.linear_gelu(x, self.weight, self.bias, self.cast)
+
 
 class GeluLinear(Linear):
     """The second layer of an MLP with the activation before it."""
 
-    def forward(self, x: Tensor, x_bias: Tensor | None = None) -> Tensor:
-        return ops.gelu_linear(x, self.weight, self.bias, self.cast, x_bias)
+    recompute = False  # the activation in the backward pass, instead of keeping it
 
-    def split(self, x: Tensor, x_bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """As `Linear.split`. x_bias: of the layer that made x, if it has yet to get its gradient."""
+    def forward(self, x: Tensor, x_bias: Tensor | None = None) -> Tensor:
+        return ops.gelu_linear(x, self.weight, self.bias, self.cast, x_bias, self.recompute)
+
+    def split(
+        self, x: Tensor, x_bias: Tensor | None = None, gelu: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Linear.split`. x_bias: of the layer that made x, if it has yet to get its gradient. gelu: gelu(x), where
+        `with_gelu` made both."""
+        if gelu is not None:
+            splits = self.splits and ops.splits_bias(x)
+            bias = self.bias.detach() if splits else self.bias
+            return ops.activated_linear(x, gelu, self.weight, bias, self.cast), self.bias if splits else None
         if not (self.splits and ops.splits_bias(x)):
             return self(x, x_bias), None
-        return ops.gelu_linear(x, self.weight, self.bias.detach(), self.cast, x_bias), self.bias
+        return ops.gelu_linear(x, self.weight, self.bias.detach(), self.cast, x_bias, self.recompute), self.bias
+
+
+def set_recompute_gelu(network: nn.Module, on: bool) -> None:
+    """Whether its MLPs make GELU's output again in the backward pass (`ops.gelu_linear`)."""
+    for module in network.modules():
+        if isinstance(module, GeluLinear):
+            module.recompute = on

@@ -106,6 +106,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(h [N, D], the bias in it that has yet to get its gradient)."""
+        if ops.gelu_in_products():
+            h, a = self.fc1.with_gelu(x)
+            return self.fc2.split(h, gelu=a)
         return self.fc2.split(*self.fc1.split(x))
 
 

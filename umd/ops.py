@@ -8,6 +8,7 @@ from umd.kernels.cpu.compiled import adamw_, compiler_lacks, square_sum
 from umd.kernels.cpu.linear import forget
 from umd.kernels.cross_attention import varlen_cross_attention
 from umd.kernels.ddim import ddim_step
+from umd.kernels.epilogues import Gelu, activated_linear, epilogues_refusal, gelu_by, gelu_in_products, linear_gelu
 from umd.kernels.gelu import gelu
 from umd.kernels.linear import bias_gradient, few_rows_linear, gelu_linear, linear, splits_bias
 from umd.kernels.loss import masked_diffusion_loss
@@ -20,7 +21,9 @@ from umd.kernels.triton.op import launches
 
 __all__ = [
     "Attention",
+    "Gelu",
     "Packing",
+    "activated_linear",
     "adamw_",
     "add_positions",
     "attention",
@@ -30,15 +33,19 @@ __all__ = [
     "compiler_lacks",
     "cpu_paths",
     "ddim_step",
+    "epilogues_refusal",
     "few_rows_linear",
     "forget",
     "gated_residual_layer_norm",
     "gather_patches",
     "gelu",
+    "gelu_by",
+    "gelu_in_products",
     "gelu_linear",
     "kernels",
     "launches",
     "linear",
+    "linear_gelu",
     "masked_diffusion_loss",
     "modulated_layer_norm",
     "pack",

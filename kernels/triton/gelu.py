@@ -1,4 +1,4 @@
-"""gelu in Triton: forward reads h and writes y; backward reads dy and h and writes dh, once each.
+"""gelu in Triton: forward reads h and writes y; backward reads dy and h and writes dh, once each, and y if asked to.
 
     u = √(2/π)·(h + 0.044715·h³)    e = exp(-2u)    s = (1 + tanh u)/2 = 1/(1 + e), so that 1 - s = e·s
 
@@ -62,6 +62,7 @@ def _gelu_bwd_kernel(
     dy_ptr,  # [N, F]
     h_ptr,  # [N, F]
     dh_ptr,  # [N, F]
+    y_ptr,  # [N, F] or None: the forward's output again, to the bit
     part_ptr,  # fp32 [P, F] or None: sums of dh over the program's rows
     N,
     rows,
@@ -83,8 +84,11 @@ def _gelu_bwd_kernel(
         mask = (row + tile_rows < count)[:, None] & (cols < F)[None, :]
         dy = tl.load(dy_ptr + offset + tile, mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_F], 0 where masked
         h = tl.load(h_ptr + offset + tile, mask, other=0.0).to(tl.float32)
-        h = tl.maximum(h, -10.0, propagate_nan=tl.PropagateNan.ALL)  # the same derivative, and e is no infinity
         e = _exp_minus_2u(h, LINEAR, CUBIC)
+        if y_ptr is not None:
+            tl.store(y_ptr + offset + tile, (h / (1.0 + e)).to(y_ptr.dtype.element_ty), mask)
+        h = tl.maximum(h, -10.0, propagate_nan=tl.PropagateNan.ALL)  # below, the derivative is next to nothing
+        e = tl.minimum(e, 8.5e37)  # above its value at -10, and no infinity
         s = 1.0 / (1.0 + e)
         dh = dy * (s * (1.0 + h * (e * s) * (3.0 * CUBIC * h * h + LINEAR)))
         tl.store(dh_ptr + offset + tile, dh.to(dh_ptr.dtype.element_ty), mask)
@@ -105,16 +109,17 @@ def gelu_fwd(h: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @triton_op("gelu_bwd")
-def gelu_bwd(dy: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """(dh, dbias in bias_dtype; empty without one)."""
+def gelu_bwd(dy: Tensor, h: Tensor, bias_dtype: torch.dtype | None, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh; dbias in bias_dtype, empty without one; gelu(h) if it is to be made `again`, else empty)."""
     dy, h = dy.contiguous(), h.contiguous()
     N, F = h.shape
     grid, rows = share_rows(h, BACKWARD["BLOCK_M"], BACKWARD["BLOCK_F"], BACKWARD_PROGRAMS, BACKWARD_ROWS)
-    dh = torch.empty_like(h)
+    dh, y = torch.empty_like(h), torch.empty_like(h) if again else None
     part = None if bias_dtype is None else h.new_empty(grid[1], F, dtype=torch.float32)
     if h.numel() > 0:
-        wrap_triton(_gelu_bwd_kernel)[grid](dy, h, dh, part, N, rows, LINEAR=_LINEAR, CUBIC=_CUBIC, F=F, **BACKWARD)
-    return dh, h.new_empty(0) if part is None or bias_dtype is None else add_partials(part, bias_dtype)
+        wrap_triton(_gelu_bwd_kernel)[grid](dy, h, dh, y, part, N, rows, LINEAR=_LINEAR, CUBIC=_CUBIC, F=F, **BACKWARD)
+    dbias = None if part is None or bias_dtype is None else add_partials(part, bias_dtype)
+    return dh, h.new_empty(0) if dbias is None else dbias, h.new_empty(0) if y is None else y
 
 
 def _setup_context(ctx, inputs, output):
@@ -126,7 +131,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy):
     (h,) = ctx.saved_tensors
     wanted = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
-    dh, dbias = gelu_bwd(dy, h, ctx.bias_dtype if wanted else None)
+    dh, dbias, _ = gelu_bwd(dy, h, ctx.bias_dtype if wanted else None, False)
     return dh, dbias if wanted else None
 
 

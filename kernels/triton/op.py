@@ -17,17 +17,19 @@ class Op:
     Who looks at the ops (`sees_dispatch`) gets `library`, registered as `umd::name`: Inductor sees through it on a GPU,
     modes see one op. All others get a plain `torch.autograd.Function`, which costs the host a third of that.
 
-    Its fake is the function itself with the launches left out: it makes room for the same outputs.
+    Its fake is the function itself with the launches left out: it makes room for the same outputs. A function that
+    launches none of ours, but another library's, is given a fake.
     """
 
-    def __init__(self, name: str, function):
-        # Interpreted kernels cannot be traced: to a compiler they are opaque.
-        register = torch.library.custom_op if INTERPRET else torch.library.triton_op
+    def __init__(self, name: str, function, fake=None):
+        # Interpreted kernels, and what another library does, cannot be traced: to a compiler they are opaque.
+        register = torch.library.custom_op if INTERPRET or fake is not None else torch.library.triton_op
         self.library = register(f"umd::{name}", mutates_args=())(function)
-        self.library.register_fake(_telling(function, lambda name, tensors: None))
+        self.library.register_fake(_telling(function, lambda name, tensors: None) if fake is None else fake)
         self.eager = self.launch = function
         self.__doc__ = function.__doc__
-        OPS[f"umd::{name}"] = self
+        if fake is None:
+            OPS[f"umd::{name}"] = self
 
     def register_autograd(self, backward, *, setup_context) -> None:
         self.library.register_autograd(backward, setup_context=setup_context)
@@ -43,6 +45,11 @@ class Op:
 def triton_op(name: str):
     """Make an `Op` of a function that launches Triton kernels by `wrap_triton`."""
     return lambda function: Op(name, function)
+
+
+def opaque_op(name: str, fake: Callable):
+    """Make an `Op` of a function that calls another library."""
+    return lambda function: Op(name, function, fake)
 
 
 Tell = Callable[[str, list[Tensor]], None]

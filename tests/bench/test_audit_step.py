@@ -9,7 +9,16 @@ from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("triton", reason="a GPU's step has Triton's kernels: pip install triton")
 
-from umd.bench.audit_step import CARDS, LAUNCH_SECONDS, Network, block_of, record_ours, rows_of, seconds  # noqa: E402
+from umd.bench.audit_step import (  # noqa: E402
+    CARDS,
+    GELU_CHOICES,
+    LAUNCH_SECONDS,
+    Network,
+    block_of,
+    record_ours,
+    rows_of,
+    seconds,
+)
 from umd.bench.record_step import Call, multi_tensor_launches  # noqa: E402
 from umd.cli import main  # noqa: E402
 from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, ModelConfig  # noqa: E402
@@ -155,6 +164,32 @@ def test_a_block_moves_what_the_yardstick_says():
     assert rows["copies"] + rows["other"] == pytest.approx(0, abs=0.2)
 
 
+def outside(block):
+    """Rows of D a token, outside of products and attention."""
+    return sum(sum(both) for kind, both in block.rows.items() if kind not in ("products", "attention"))
+
+
+def test_what_else_can_be_done_about_gelu():
+    """Its output made again: 4·D written once more, no launch. GELU in the products: 20·D less outside of them, while
+    they move 8 more: GELU's input is written beside its output, and read beside the output's gradient."""
+    network = Network(replace(TINY, image_size=(64, 64), hidden_size=256), OBJECTIVES["umd"])
+    kept = block_of(network, 256)
+    again, fused = (block_of(replace(network, **changes), 256) for changes in GELU_CHOICES.values())
+    assert outside(kept) <= 44.6 and outside(again) <= 48.6 and outside(fused) <= 24.6
+    assert again.rows["GELU"] == (8, kept.rows["GELU"][1] + 4) and again.launches == kept.launches
+    assert fused.rows["GELU"] == (0, 0) and fused.launches["products"] == kept.launches["products"]
+    more = [b - a for a, b in zip(kept.rows["products"], fused.rows["products"], strict=True)]
+    assert more == pytest.approx([4, 4], abs=0.1)
+    assert all(again.rows[kind] == rows for kind, rows in kept.rows.items() if kind != "GELU")
+    assert all(fused.rows[kind] == rows for kind, rows in kept.rows.items() if kind not in ("GELU", "products"))
+
+
+@pytest.mark.parametrize("changes", GELU_CHOICES.values(), ids=str)
+def test_gelus_choices_leave_the_flops(calls, changes):
+    other = record_ours(replace(Network(TINY, OBJECTIVES["umd"]), **changes), B)
+    assert sum(call.flops for call in other) == sum(call.flops for call in calls)
+
+
 @pytest.fixture(scope="module")
 def calls() -> list[Call]:
     return record_ours(Network(TINY, OBJECTIVES["umd"]), B)
@@ -234,7 +269,9 @@ def test_the_command_writes_table_rows_and_chart(tmp_path, capsys):
     assert step["launches"] == sum(row["launches"] for row in step["rows"])
     assert step["a100_ms"] == pytest.approx(sum(row["a100_us"] for row in step["rows"]) / 1e3)
     assert 0 < step["h100_mfu"] < step["a100_mfu"] < 1
-    assert "UMD-B/4" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "UMD-B/4" in printed and step["other_blocks"].keys() == set(GELU_CHOICES)
+    assert "GELU made again" in printed and "GELU in products" in printed
 
 
 def test_wrong_options_are_a_sentence(capsys):

@@ -1,5 +1,6 @@
 """`umd bench kernels` on a CPU runs to the end and times nothing; the times of a GPU are plausible."""
 
+import importlib.util
 import json
 import math
 
@@ -17,7 +18,7 @@ SMALL = "--models UMD-Ti/4 --samples 2 --device cpu"
 
 def test_a_smoke_run_has_every_row_and_no_time(tmp_path, capsys):
     file = tmp_path / "new" / "kernels.json"
-    ops = "gated_residual_layer_norm ddim_step varlen_attention varlen_cross_attention"
+    ops = "gated_residual_layer_norm ddim_step varlen_attention varlen_cross_attention mlp"
     main(["bench", "kernels", *SMALL.split(), "--ops", *ops.split(), "--streams", "mixed", "--json", str(file)])
     rows = json.loads(file.read_text())
     found = {(row["op"], row["direction"], row["implementation"]) for row in rows}
@@ -26,12 +27,16 @@ def test_a_smoke_run_has_every_row_and_no_time(tmp_path, capsys):
     expected |= {("ddim_step", "forward", i) for i in ("eager", "torch.compile", "triton")}
     for attention in ("varlen_attention", "varlen_cross_attention"):
         expected |= {(attention, d, i) for d in directions for i in ("sdpa", "matmul", "torch.compile")}
+    mlps = ["eager", "triton", "recompute_gelu", "torch.compile"]
+    mlps += ["transformer_engine"] if importlib.util.find_spec("transformer_engine") else []
+    expected |= {("mlp", d, i) for d in directions for i in mlps}
     assert found == expected and len(rows) == len(expected)
     for row in rows:
         assert row["ms"] is row["gb_per_s"] is row["of_copy"] is row["tflop_per_s"] is row["replayed"] is None
         assert row["tokens"] == (10 + 1) + (4 + 1) and row["width"] == 192 and row["device"] == "cpu"
     printed = " ".join(capsys.readouterr().out.split())
     assert "Smoke run" in printed and "times none" in printed and "flash_attn" in printed
+    assert "mlp: gelu: transformer_engine" in printed
 
 
 @pytest.mark.slow
@@ -39,7 +44,7 @@ def test_a_smoke_run_of_every_op_and_stream(tmp_path):
     file = tmp_path / "kernels.json"
     main(["bench", "kernels", *SMALL.split(), "--json", str(file)])
     rows = json.loads(file.read_text())
-    assert {row["stream"] for row in rows} == {"noised", "noise-free"} and len({row["op"] for row in rows}) == 11
+    assert {row["stream"] for row in rows} == {"noised", "noise-free"} and len({row["op"] for row in rows}) == 12
 
 
 def test_attention_counts_every_pair_once():

@@ -88,8 +88,8 @@ def others() -> list[tuple[str, str]]:
         x = zeros(dtype, 64, 512)
         calls += [
             ("gelu:_gelu_fwd_kernel", f"gelu_fwd({x}, None)"),
-            ("gelu:_gelu_bwd_kernel", f"gelu_bwd({x}, {x}, None)"),
-            ("gelu:_gelu_bwd_kernel", f"gelu_bwd({x}, {x}, torch.{dtype})"),
+            ("gelu:_gelu_bwd_kernel", f"gelu_bwd({x}, {x}, None, False)"),
+            ("gelu:_gelu_bwd_kernel", f"gelu_bwd({x}, {x}, torch.{dtype}, True)"),
             ("column_sum:_column_sum_kernel", f"column_sum_fwd({x}, torch.float32, 128, 300)"),
             ("column_sum:_add_partials_kernel", f"column_sum_fwd({x}, torch.{dtype}, 0, 0)"),
         ]

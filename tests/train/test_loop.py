@@ -485,6 +485,15 @@ def test_the_attention_backend_is_the_one_asked_for(tiny):
     assert attention_backend(torch.device("cpu"), torch.float32, 16).name == "matmul"  # of this process, as before
 
 
+def test_gelu_in_the_products_is_refused_at_the_start_where_it_cannot_be(tiny):
+    with pytest.raises(UserError, match="^gelu: transformer_engine takes bf16 and fp16, not float32; 'ours' runs"):
+        train(tiny(gelu="transformer_engine"), QUIET)
+    with pytest.raises(
+        UserError, match="^recompute_gelu goes with gelu ours; transformer_engine keeps what GELU gives"
+    ):
+        tiny(gelu="transformer_engine", recompute_gelu=True)
+
+
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 2e-2)])
 def test_compiled_training_gives_the_same_losses(tiny, precision, tolerance):
     plain, compiled = tiny("plain", precision=precision), tiny("compiled", precision=precision, compile=True)

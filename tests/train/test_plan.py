@@ -230,6 +230,44 @@ def test_a_gpu_step_saves_what_its_kernels_save():
     assert sum(f for f, _ in on_gpu.operations) == sum(f for f, _ in on_cpu.operations)
 
 
+def test_gelus_output_made_again_is_not_kept():
+    """A GPU's step then holds 4·D numbers a token and block less while the backward pass has yet to come, and moves as
+    many more; with checkpointing it is as without."""
+    pytest.importorskip("triton", reason="the choice is between Triton kernels")
+    config = run_config(model=replace(TINY, image_size=(64, 64), depth=6))
+    bf16 = torch.bfloat16
+    kept, again = (count_gpu_step(replace(config, recompute_gelu=on), 8, bf16, FP32) for on in (False, True))
+    objective = build_objective(config.model, config.objective, NoiseSchedule("cosine"))
+    layout = objective.corrupt(8, 0, torch.device("cpu")).layout
+    encoder, decoder = (2 * 4 * TINY.hidden_size * p.num_tokens for p in (layout.encoder_blocks, layout.decoder_blocks))
+    whole = 6 * encoder + decoder  # bytes of GELU's outputs
+    # The decoder's block, whose backward pass comes first, has its output again when most is held.
+    assert whole - 2 * decoder <= kept.activations - again.activations <= whole
+    moved = [sum(size for _, size in counts.operations) for counts in (kept, again)]
+    assert moved[1] - moved[0] == pytest.approx(whole, rel=0.01)
+    checkpointing = replace(config, checkpointing=True)
+    assert count_gpu_step(checkpointing, 8, bf16, FP32) == count_gpu_step(
+        replace(checkpointing, recompute_gelu=True), 8, bf16, FP32
+    )
+
+
+def test_the_plan_tells_both_figures_of_gelus_output():
+    pytest.importorskip("triton", reason="the choice is between Triton kernels")
+    texts = []
+    for on in (False, True):
+        console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+        plan = print_plan(
+            run_config(precision="bf16", recompute_gelu=on, batch_size=4096), Cluster(gpus=1), "x", console
+        )
+        texts.append(console.export_text())
+        kept, again = map(
+            float, re.search(r"kept ([\d.]+) GiB at most; with --recompute-gelu ([\d.]+),", texts[-1]).groups()
+        )
+        assert kept > again and f"{plan.peak / 2**30:.2f}" == f"{again if on else kept:.2f}"
+    lines = [re.search(r"kept.* more", text)[0] for text in texts]
+    assert lines[0] == lines[1]
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 10**9), st.integers(1, 256), st.booleans())
 def test_each_stage_holds_no_more_than_the_one_before(weights, gpus, bf16):

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from umd.config import OBJECTIVES, ModelConfig
 from umd.kernels import backend
+from umd.layers import set_recompute_gelu
 from umd.model import UMD
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
@@ -104,6 +105,19 @@ def test_same_seed_same_loss(device, name):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max(), parameter
     assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])
     assert all(torch.equal(a, b) for a, b in zip(found[2], again[2], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gelu_made_again_leaves_every_gradient(device, checkpointing):
+    model, x_start, objective = setting("umd", device)
+    model.set_checkpointing(checkpointing)
+    found = []
+    for on in (False, True):
+        set_recompute_gelu(model, on)
+        with backend.kernels("triton"):
+            found.append(step(model, x_start, objective)[2])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def curve(choice, device, dtype, steps):
