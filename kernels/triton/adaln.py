@@ -155,12 +155,12 @@ def _layer_norm_bwd_kernel(
         if dalpha_ptr is not None:
             dalpha += tl.sum(dy * x_hat, 0)
         g = dy * alpha[None, :]
-        dx = g
         if mean_ptr is not None:
             along_one = tl.sum(g, 1) / D
-            dx -= along_one[:, None]
         along_x_hat = tl.sum(g * x_hat, 1) / D
-        dx = (dx - x_hat * along_x_hat[:, None]) * rstd[:, None]
+        if mean_ptr is not None:
+            g -= along_one[:, None]
+        dx = (g - x_hat * along_x_hat[:, None]) * rstd[:, None]
         if dr_ptr is not None:
             dx += dr.to(tl.float32)
         dh = dx
