@@ -11,7 +11,7 @@ through `packing.cond_index`. LN's own affine `weight`, `bias` `[D]` may be ther
 so it folds into the tables, which have a few rows, and costs nothing on the stream.
 
 With `rms`, RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) takes LN's place: x̂ = x·rsqrt(mean(x²) + eps), without a
-mean. The residual stream x, r may be fp32 where branch and norm, h and y, have 16 bits; it is then never rounded to them.
+mean. The residual stream x, r may be fp32 where branch and norm, h and y, have 16 bits: no sum is rounded to those.
 """
 
 from collections.abc import Sequence

@@ -32,6 +32,7 @@ STEPS = {
     "DiT": (LABELLED, OBJECTIVES["dit"]),
     "cross decoder": (replace(TINY, decoder="cross"), replace(OBJECTIVES["umd"], predict_ratio=0.5)),
     "DiffMAE": (DIFFMAE, DiffMAEObjectiveConfig()),
+    "fp32 residual": (replace(LABELLED, residual_in_fp32=True), OBJECTIVES["umd"]),
 }
 # What makes the host wait for the device, or copies from the host's pageable memory, which waits too.
 SYNCHRONIZING = {
@@ -129,6 +130,16 @@ def test_a_block_moves_what_the_yardstick_says():
     assert block.rows["GELU"] == (8, pytest.approx(12, abs=0.5))
     assert rows["sums"] == pytest.approx(3, abs=0.3)
     assert rows["copies"] + rows["other"] == pytest.approx(0, abs=0.2)
+
+
+def test_an_fp32_residual_moves_ten_rows_more():
+    """x and r forward, dr, r and dx backward, at each of two norms; no launch more."""
+    narrow, wide = (
+        block_of(Network(replace(TINY, residual_in_fp32=choice), OBJECTIVES["umd"]), B) for choice in (False, True)
+    )
+    more = {kind: sum(wide.rows[kind]) - sum(both) for kind, both in narrow.rows.items()}
+    assert more.pop("norms") == pytest.approx(10, abs=0.01)
+    assert max(map(abs, more.values())) < 0.01 and wide.launches == narrow.launches
 
 
 @pytest.fixture(scope="module")
