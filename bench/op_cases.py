@@ -138,29 +138,33 @@ def modulated_layer_norm(i: Inputs) -> OpCase:
     )
 
 
-def gated_residual_layer_norm(i: Inputs) -> OpCase:
-    x, h, (gate, shift, scale) = i.randn(i.tokens, i.D), i.randn(i.tokens, i.D), i.tables(3)
+FP32_RESIDUAL = "gated_residual_layer_norm, x fp32"  # r too; h and y as narrow as in the other case
+
+
+def gated_residual_layer_norm(i: Inputs, residual: torch.dtype | None = None) -> OpCase:
+    """residual: x's type, if it is not h's."""
+    x, h, (gate, shift, scale) = i.randn(i.tokens, i.D, dtype=residual), i.randn(i.tokens, i.D), i.tables(3)
     weight, bias = i.randn(i.D, dtype=torch.float32), i.randn(i.D, dtype=torch.float32)
     tables = (gate, shift, scale, weight, bias)
-    x_, h_ = (i.randn(i.samples, i.tokens // i.samples, i.D) for _ in range(2))
-    gate_, shift_, scale_ = (i.randn(i.samples, i.D) for _ in range(3))
-    weight_, bias_ = i.randn(i.D), i.randn(i.D)
+    x_, h_ = (i.randn(i.samples, i.tokens // i.samples, i.D, dtype=dtype) for dtype in (residual, None))
+    gate_, shift_, scale_ = (i.randn(i.samples, i.D, dtype=residual) for _ in range(3))
+    weight_, bias_ = (i.randn(i.D, dtype=residual) for _ in range(2))
 
     def eager(layer_norm: LayerNorm) -> Side:
         def call():
             r = x_ + gate_[:, None] * h_
-            return r, layer_norm(r, weight_, bias_) * (1 + scale_[:, None]) + shift_[:, None]
+            return r, (layer_norm(r, weight_, bias_) * (1 + scale_[:, None]) + shift_[:, None]).to(h_.dtype)
 
         return Side(call, (x_, h_, gate_, shift_, scale_, weight_, bias_))
 
     return OpCase(
-        "gated_residual_layer_norm",
+        "gated_residual_layer_norm" if residual is None else FP32_RESIDUAL,
         i.dtype,
         Side(lambda: ops.gated_residual_layer_norm(x, h, i.stream, *tables), (x, h, *tables)),
         eager(torch_layer_norm),
-        forward_bytes=4 * tensor_bytes(x) + tensor_bytes(*tables),  # x, h; r, y
+        forward_bytes=2 * tensor_bytes(x, h) + tensor_bytes(*tables),  # x, h; r, y
         # dr, dy, r, h; dx, dh, the tables' gradients
-        backward_bytes=6 * tensor_bytes(x) + tensor_bytes(gate, scale, weight, bias, *tables),
+        backward_bytes=3 * tensor_bytes(x, h) + tensor_bytes(gate, scale, weight, bias, *tables),
         eager_with=eager,
     )
 
@@ -298,6 +302,7 @@ def column_sum(i: Inputs) -> OpCase:
 OPS: dict[str, Callable[[Inputs], OpCase]] = {
     "modulated_layer_norm": modulated_layer_norm,
     "gated_residual_layer_norm": gated_residual_layer_norm,
+    FP32_RESIDUAL: partial(gated_residual_layer_norm, residual=torch.float32),
     "gather_patches": gather_patches,
     "add_positions": add_positions,
     "scatter_tokens": scatter_tokens,

@@ -1,4 +1,4 @@
-"""LayerNorm with adaLN modulation on a packed stream, alone or behind a gated residual.
+"""LayerNorm or RMSNorm with adaLN modulation on a packed stream, alone or behind a gated residual.
 
     modulated_layer_norm       y = LN(x)·(1 + scale) + shift
     gated_residual_layer_norm  r = x + gate·h,  y = LN(r)·(1 + scale) + shift
@@ -9,7 +9,12 @@ through `packing.cond_index`. LN's own affine `weight`, `bias` `[D]` may be ther
     (x̂·w + b)·(1 + scale) + shift = x̂·[w·(1 + scale)] + [b·(1 + scale) + shift]
 
 so it folds into the tables, which have a few rows, and costs nothing on the stream.
+
+With `rms`, RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) takes LN's place: x̂ = x·rsqrt(mean(x²) + eps), without a
+mean. The residual stream x, r may be fp32 where branch and norm, h and y, have 16 bits: no sum is rounded to those.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,16 +42,22 @@ def modulated_layer_norm_ref(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    rms: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The definition of `modulated_layer_norm`, in fp32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
     weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
-    y = F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)
+    if rms:
+        y = F.rms_norm(x.to(wide), x.shape[-1:], weight, eps)
+        y = y if bias is None else y + bias
+    else:
+        y = F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)
     if scale is not None:
         y = y * (1 + _per_sample(scale.to(wide), x, packing))
     if shift is not None:
         y = y + _per_sample(shift.to(wide), x, packing)
-    return y.to(x.dtype)
+    return y.to(dtype or x.dtype)
 
 
 def gated_residual_layer_norm_ref(
@@ -60,13 +71,14 @@ def gated_residual_layer_norm_ref(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     h_bias: Tensor | None = None,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The definition of `gated_residual_layer_norm`, in fp32 or wider; r is rounded to x's type before the norm."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide, h_dtype = torch.promote_types(x.dtype, torch.float32), h.dtype
     h = h.to(wide) if h_bias is None else h.to(wide) + (h_bias - h_bias.detach()).to(wide)
     branch = h if gate is None else h * _per_sample(gate, x, packing)
     r = (x.to(wide) + branch).to(x.dtype)
-    return r, modulated_layer_norm_ref(r, packing, shift, scale, weight, bias, eps)
+    return r, modulated_layer_norm_ref(r, packing, shift, scale, weight, bias, eps, rms, h_dtype)
 
 
 def _fold(
@@ -91,6 +103,8 @@ def modulated_layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    rms: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """LN(x)·(1 + scale) + shift on a packed stream.
 
@@ -99,24 +113,30 @@ def modulated_layer_norm(
         packing: lengths and modulation rows of the samples in `x`.
         shift, scale: [R, D] or None; any strides. Row `packing.cond_index[s]` belongs to sample s.
         weight, bias: [D] or None, LayerNorm's own affine.
-        eps: added to the variance.
+        eps: added to the variance, with `rms` to the mean of squares.
+        rms: RMSNorm instead of LayerNorm.
+        dtype: of the result: x's, which is the default, or bf16 or fp16 where x is fp32.
 
     Returns:
-        [N, D] in x's type. Differentiable in every tensor argument.
+        [N, D] in `dtype`. Differentiable in every tensor argument.
 
     Raises:
-        ValueError: a width that is not D, a table of too few rows, x of another length than the packing.
+        ValueError: a width that is not D, a table of too few rows, x of another length than the packing, a `dtype` that
+            does not go with x's.
     """
-    _check(x, packing, shift=shift, scale=scale, weight=weight, bias=bias)
+    dtype = dtype or x.dtype
+    _check(x, packing, dtype, shift=shift, scale=scale, weight=weight, bias=bias)
+    if dtype not in _narrower(x):
+        raise ValueError(f"dtype: expected {_names(_narrower(x))} for x in {_names([x.dtype])}, got {_names([dtype])}")
     if use_triton(x):
         work = packing.chunks, packing.row_chunks
-        return layer_norm_fwd(x, None, None, shift, scale, weight, bias, None, *work, eps)[1]
-    if x.device.type != "cpu":  # a call per stretch would be a launch per stretch
-        return modulated_layer_norm_ref(x, packing, shift, scale, weight, bias, eps)
+        return layer_norm_fwd(x, None, None, shift, scale, weight, bias, None, *work, eps, rms, dtype)[1]
+    if rms or x.device.type != "cpu":  # a call per stretch would be a launch per stretch
+        return modulated_layer_norm_ref(x, packing, shift, scale, weight, bias, eps, rms, dtype)
     alpha, beta = _fold(x, shift, scale, weight, bias)
     if use_compiled(x):
         return CompiledLayerNormFunction.apply(x, None, None, alpha, beta, packing, eps)[1]
-    return ModulatedLayerNormFunction.apply(x, alpha, beta, packing, eps)
+    return ModulatedLayerNormFunction.apply(x, alpha, beta, packing, eps).to(dtype)
 
 
 def gated_residual_layer_norm(
@@ -130,30 +150,36 @@ def gated_residual_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     h_bias: Tensor | None = None,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """r = x + gate·h and y = LN(r)·(1 + scale) + shift in one pass over a packed stream.
 
     Args:
         x: [N, D], the residual stream.
-        h: [N, D], the branch to add, in x's type.
+        h: [N, D], the branch to add: in x's type, or in bf16 or fp16 where x is fp32.
         gate, shift, scale: [R, D] or None; see `modulated_layer_norm`.
         h_bias: [D] or None: the bias of the layer that made h, in h already. It changes no value and gets its gradient,
             the sum of h's over all tokens, which costs a pass over the stream anywhere else.
+        rms: RMSNorm instead of LayerNorm.
 
     Returns:
-        (r, y), each [N, D] in x's type.
+        r [N, D] in x's type and y [N, D] in h's.
 
     Raises:
-        ValueError: as `modulated_layer_norm`, or h of another shape or type than x.
+        ValueError: as `modulated_layer_norm`, or h of another shape than x or of a type that does not go with x's.
     """
-    _check(x, packing, gate=gate, shift=shift, scale=scale, weight=weight, bias=bias, h_bias=h_bias)
-    check_tensor("h", h, x.shape, x.dtype)
+    tables = dict(gate=gate, shift=shift, scale=scale, weight=weight, bias=bias, h_bias=h_bias)
+    _check(x, packing, h.dtype, **tables)
+    check_tensor("h", h, x.shape, *_narrower(x))
     check_devices(x=x, h=h)
     if use_triton(x):
         work = packing.chunks, packing.row_chunks
-        return layer_norm_fwd(x, h, gate, shift, scale, weight, bias, h_bias, *work, eps)[:2]
-    if x.device.type != "cpu":
-        return gated_residual_layer_norm_ref(x, h, packing, gate, shift, scale, weight, bias, eps, h_bias)
+        return layer_norm_fwd(x, h, gate, shift, scale, weight, bias, h_bias, *work, eps, rms, h.dtype)[:2]
+    if rms or x.device.type != "cpu":
+        return gated_residual_layer_norm_ref(x, h, packing, gate, shift, scale, weight, bias, eps, h_bias, rms)
+    if h.dtype != x.dtype:
+        r, y = gated_residual_layer_norm(x, h.to(x.dtype), packing, **tables, eps=eps)
+        return r, y.to(h.dtype)
     h = bias_gradient(h, h_bias)
     if gate is None:
         r = x + h
@@ -166,14 +192,25 @@ def gated_residual_layer_norm(
     return GatedResidualLayerNormFunction.apply(x, h, gate.to(x.dtype).expand(rows, -1), alpha, beta, packing, eps)
 
 
-def _check(x: Tensor, packing: Packing, **tables: Tensor | None) -> None:
+def _narrower(x: Tensor) -> tuple[torch.dtype, ...]:
+    """Types of h and y that go with x's."""
+    return (x.dtype, torch.bfloat16, torch.float16) if x.dtype == torch.float32 else (x.dtype,)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _check(x: Tensor, packing: Packing, dtype: torch.dtype, **tables: Tensor | None) -> None:
+    """dtype: of y."""
     check_tensor("x", x, (packing.num_tokens, "D"))
+    types = dict.fromkeys((x.dtype, dtype, torch.float32))
     rows = None
     for name, table in tables.items():
         if table is None:
             continue
         of_rows = name in ("gate", "shift", "scale")
-        check_tensor(name, table, ("R", x.shape[1]) if of_rows else (x.shape[1],), x.dtype, torch.float32)
+        check_tensor(name, table, ("R", x.shape[1]) if of_rows else (x.shape[1],), *types)
         if of_rows and len(table) < packing.num_rows:
             raise ValueError(f"{name}: expected {packing.num_rows} rows or more as the packing says, got {len(table)}")
         if of_rows and len(table) != (rows := rows or len(table)):

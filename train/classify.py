@@ -60,7 +60,7 @@ def load_encoder(model: Classifier, path: Path, data: DataConfig) -> None:
     source = load_model(path, ema=False)
     if isinstance(source, Classifier):
         raise UserError(f"{path} holds a classifier; start from the run whose encoder it took")
-    free = {name: getattr(model.config, name) for name in ("num_classes", "pool", "linear")}
+    free = {name: getattr(model.config, name) for name in ("num_classes", "pool", "linear", "residual_in_fp32")}
     before, now = (to_plain(c) for c in (classifier_config(source.config, **free), model.config))
     if differ := [f"{name} {before[name]}, not {now[name]}" for name in now if before[name] != now[name]]:
         raise UserError(f"the encoder in {path} has {'; '.join(differ)}: leave them as they are, or start from scratch")

@@ -17,7 +17,7 @@ from umd.config import ClassifierConfig, DiffMAEConfig, ViTConfig
 from umd.diffmae import DiffMAE, to_images
 from umd.embedders import lecun_normal
 from umd.errors import UserError
-from umd.model import UMD, Block, Blocks, Linear, Tables, initialize_blocks
+from umd.model import UMD, Block, Blocks, Linear, Tables, initialize_blocks, residual
 from umd.ops import Packing, pack
 
 
@@ -105,7 +105,7 @@ class Classifier(nn.Module):
         config, B = self.config, len(x)
         packing, block_packing = layout(config, B, x.device)
         patches = ops.patchify(to_images(x, config), config.patch_size).flatten(0, 1)  # [B·L, C·p·P·P]
-        y = self.x_embedder(patches)  # [B·L, D]
+        y = residual(self.x_embedder(patches), config)  # [B·L, D]
         y = y + self.pos_embed.to(y.dtype).repeat(B, 1)
         y = ops.prepend_tokens(self.cls_token.expand(B, -1, -1), y, packing)
         cond = None if self.cond_token is None else self.cond_token.expand(B, -1)
@@ -128,8 +128,11 @@ class Classifier(nn.Module):
 
 def classifier_config(source: ViTConfig, **changes) -> ClassifierConfig:
     """The classifier on the encoder of a UMD or DiffMAE of this configuration."""
-    same = ("image_size", "channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_cls")
-    values = {name: getattr(source, name) for name in same}
+    same = (
+        "image_size", "channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_cls",
+        "residual_in_fp32",
+    )  # fmt: skip
+    values = {name: getattr(source, name) for name in same if name not in changes}
     if isinstance(source, DiffMAEConfig):
         values |= {"num_frames": source.num_frames, "tubelet_size": source.tubelet_size}
     return ClassifierConfig(**values, cond_token=not getattr(source, "adaLN", True), **changes)

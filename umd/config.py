@@ -37,6 +37,8 @@ class ViTConfig:
     """LayerNorm's own scale and bias, which the released UMD code keeps under adaLN and DiT does not."""
     embedding: Literal["paper", "released"] = "paper"
     """Time and label embedding: DiT's 256 features and a plain table; or D features and MLPs, as released."""
+    residual_in_fp32: bool = False
+    """Keep the residual stream in fp32 where the products are in bf16, as autocast does in DiT and MAE."""
 
     @property
     def grid_size(self) -> tuple[int, int]:

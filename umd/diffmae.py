@@ -31,6 +31,7 @@ from umd.model import (
     Memory,
     initialize_blocks,
     per_token,
+    residual,
 )
 from umd.ops import Packing, pack
 from umd.sampler import Callback, Capture, Denoise, ddim_sample
@@ -173,7 +174,7 @@ class DiffMAE(nn.Module):
 
     def encoder_levels(self, visible: Tensor, ids_keep: Tensor, packing: Packing) -> list[Tensor]:
         """The encoder's stream behind each block, CLS tokens first, the last one after the final norm."""
-        x = self.x_embedder(visible)  # [sum K, D]
+        x = residual(self.x_embedder(visible), self.config)  # [sum K, D]
         x = x + self.positions(ids_keep, self.pos_embed, self.pos_embed_time).to(x.dtype)
         x = ops.prepend_tokens(self.cls_token.expand(packing.num_samples, -1, -1), x, packing)
         levels: list[Tensor] = []
@@ -184,7 +185,7 @@ class DiffMAE(nn.Module):
         self, masked: Tensor, ids_masked: Tensor, batch: Layout, timesteps: Tensor, memories: list[Tensor]
     ) -> Tensor:
         """The prediction for noised patches [sum M, C·p·P·P]: [sum M, C·p·P·P or target_size]."""
-        x = self.decoder_embed(masked)  # [sum M, D']
+        x = residual(self.decoder_embed(masked), self.config)  # [sum M, D']
         x = x + self.positions(ids_masked, self.decoder_pos_embed, self.decoder_pos_embed_time).to(x.dtype)
         with torch.autocast(timesteps.device.type, enabled=False):
             e_t = self.decoder_t_embedder(timesteps)  # [R, D']

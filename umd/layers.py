@@ -1,8 +1,16 @@
 """Linear layers of the network, whose bias gradients may be made by the op that comes next."""
 
+import torch
 from torch import Tensor, nn
 
 from umd import ops
+
+
+def products_dtype(x: Tensor) -> torch.dtype:
+    """In which type linear layers take x: autocast's for fp32, else x's own."""
+    device = x.device.type
+    casts = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
 class Linear(nn.Linear):

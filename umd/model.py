@@ -18,7 +18,7 @@ from umd import ops
 from umd.config import ModelConfig, ViTConfig
 from umd.embedders import LabelEmbedder, TimestepEmbedder, lecun_normal
 from umd.errors import UserError
-from umd.layers import GeluLinear, Linear
+from umd.layers import GeluLinear, Linear, products_dtype
 from umd.masking import Layout, layout
 from umd.modulation import build_modulation
 from umd.ops import Packing
@@ -28,6 +28,11 @@ from umd.spans import span
 Branch = tuple[Tensor, Tensor | None, Tensor | None] | None
 Tables = tuple[Tensor | None, ...]  # of a block: shift, scale, gate of both branches; of a final norm: shift, scale
 Conditions = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # see `make_conditions`
+
+
+def residual(x: Tensor, config: ViTConfig) -> Tensor:
+    """x in the type of the residual stream that starts with it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if config.residual_in_fp32 else x
 
 
 class ModulatedLayerNorm(nn.Module):
@@ -46,9 +51,10 @@ class ModulatedLayerNorm(nn.Module):
         shift: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(r, y): r = x + gate·h [N, D] and y = LN(r)·(1 + scale) + shift [N, D]."""
+        """(r, y): r = x + gate·h [N, D] in x's type, y = LN(r)·(1 + scale) + shift [N, D] in that of the products."""
         if branch is None:
-            return x, ops.modulated_layer_norm(x, packing, shift, scale, self.weight, self.bias)
+            dtype = products_dtype(x)
+            return x, ops.modulated_layer_norm(x, packing, shift, scale, self.weight, self.bias, dtype=dtype)
         h, h_bias, gate = branch
         return ops.gated_residual_layer_norm(x, h, packing, gate, shift, scale, self.weight, self.bias, h_bias=h_bias)
 
@@ -211,7 +217,7 @@ def add_branch(x: Tensor, branch: tuple[Tensor, Tensor | None, Tensor | None], p
     """x + gate·h [N, D], where no norm follows that would do it."""
     h, h_bias, gate = branch
     h = ops.bias_gradient(h, h_bias)
-    return x + h if gate is None else x + per_token(gate, packing).to(h.dtype) * h
+    return x + h if gate is None else x + per_token(gate, packing).to(x.dtype) * h
 
 
 def per_token(rows: Tensor, packing: Packing) -> Tensor:
@@ -330,8 +336,9 @@ class UMD(nn.Module):
         with span("encoder"):
             tokens = self.encode(patches, ids_keep, batch, cond, encoder_mod)  # [sum (num_cls + K), D]
         with span("decoder"):
+            x = residual(tokens, self.config)
             x = ops.scatter_tokens(  # [S·(1 + L), D]
-                tokens, batch.encoder, ids_keep, self.config.num_cls, self.mask_token, self.decoder_pos_embed
+                x, batch.encoder, ids_keep, self.config.num_cls, self.mask_token, self.decoder_pos_embed
             )
             if self.config.decoder == "cross":
                 return self.decode_cross(x, tokens, batch, cond, decoder_mod, ids_predict)
@@ -392,7 +399,7 @@ class UMD(nn.Module):
         self, patches: Tensor, ids_keep: Tensor, batch: Layout, cond: Tensor, modulation: Iterator[Tables]
     ) -> Tensor:
         """Encoder tokens after the final norm, CLS tokens first: [sum (num_cls + K), D]."""
-        x = self.x_embedder(patches)  # [sum K, D]
+        x = residual(self.x_embedder(patches), self.config)  # [sum K, D]
         x = ops.add_positions(x, ids_keep, self.pos_embed, batch.patches.num_samples)
         cls = self.cls_token.expand(batch.patches.num_samples, -1, -1)
         x = ops.prepend_tokens(cls, x, batch.encoder)

@@ -1,4 +1,4 @@
-"""The norms of adaln.py in Triton: one launch forward, two backward, for both ops.
+"""The norms of adaln.py in Triton: one launch forward, two backward, for both ops, LayerNorm and RMSNorm.
 
 A program walks a chunk of the stream whose tokens share a modulation row (`Packing.chunks`), with the row in registers.
 
@@ -7,6 +7,7 @@ A program walks a chunk of the stream whose tokens share a modulation row (`Pack
     sum        adds the sums of the chunks of each row, in a fixed order: no atomics, the same bits every time
 
 The stream moves once each way; what a chunk adds for tables and sums is as much as three or four tokens.
+RMSNorm is what the kernels compute where they get no mean.
 """
 
 import torch
@@ -45,7 +46,7 @@ def _layer_norm_fwd_kernel(
     chunks_ptr,  # int32 [C, 3]: start, stop, row
     r_ptr,  # [N, D], None without h
     y_ptr,  # [N, D]
-    mean_ptr,  # fp32 [N]
+    mean_ptr,  # fp32 [N], None for RMSNorm
     rstd_ptr,  # fp32 [N]
     stride_gate,
     stride_shift,
@@ -80,12 +81,14 @@ def _layer_norm_fwd_kernel(
             r = (x + h).to(r_ptr.dtype.element_ty)
             tl.store(r_ptr + offset + tile, r, mask)
             x = r.to(tl.float32)  # as it is stored, so that the backward pass sees the same
-        mean = tl.sum(x, 1) / D
-        centered = tl.where(mask, x - mean[:, None], 0.0)
-        rstd = tl.rsqrt(tl.sum(centered * centered, 1) / D + eps)
-        y = centered * rstd[:, None] * alpha[None, :] + beta[None, :]
+        if mean_ptr is not None:
+            mean = tl.sum(x, 1) / D
+            x = tl.where(mask, x - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+        y = x * rstd[:, None] * alpha[None, :] + beta[None, :]
         tl.store(y_ptr + offset + tile, y.to(y_ptr.dtype.element_ty), mask)
-        tl.store(mean_ptr + start + first + tile_rows, mean, row_mask)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + start + first + tile_rows, mean, row_mask)
         tl.store(rstd_ptr + start + first + tile_rows, rstd, row_mask)
 
 
@@ -98,11 +101,11 @@ def _layer_norm_bwd_kernel(
     gate_ptr,  # [R, D] or None
     scale_ptr,  # [R, D] or None
     weight_ptr,  # [D] or None
-    mean_ptr,  # fp32 [N]
+    mean_ptr,  # fp32 [N], None for RMSNorm
     rstd_ptr,  # fp32 [N]
     chunks_ptr,  # int32 [C, 3]: start, stop, row
     dx_ptr,  # [N, D]
-    dh_ptr,  # [N, D], None without gate
+    dh_ptr,  # [N, D], None where it would be dx
     dgate_ptr,  # fp32 [C, D], sums over the chunk: dx·h, None without gate
     dbeta_ptr,  # fp32 [C, D] or None: dy
     dalpha_ptr,  # fp32 [C, D] or None: dy·x̂
@@ -135,27 +138,37 @@ def _layer_norm_bwd_kernel(
         # All loads come first: behind a sum over rows, where warps wait for each other, they would start late.
         dy = tl.load(dy_ptr + offset + tile, mask, other=0.0)  # [BLOCK_M, BLOCK_D], 0 where masked
         r = tl.load(r_ptr + offset + tile, mask, other=0.0)
-        mean = tl.load(mean_ptr + start + first + tile_rows, row_mask, other=0.0)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + start + first + tile_rows, row_mask, other=0.0)
         rstd = tl.load(rstd_ptr + start + first + tile_rows, row_mask, other=0.0)
         if dr_ptr is not None:
             dr = tl.load(dr_ptr + offset + tile, mask, other=0.0)
         if gate_ptr is not None:
             h = tl.load(h_ptr + offset + tile, mask, other=0.0)
         dy = dy.to(tl.float32)
-        x_hat = (r.to(tl.float32) - mean[:, None]) * rstd[:, None]
+        x_hat = r.to(tl.float32)
+        if mean_ptr is not None:
+            x_hat -= mean[:, None]
+        x_hat *= rstd[:, None]
         if dbeta_ptr is not None:
             dbeta += tl.sum(dy, 0)
         if dalpha_ptr is not None:
             dalpha += tl.sum(dy * x_hat, 0)
         g = dy * alpha[None, :]
-        along_one = tl.sum(g, 1) / D
+        if mean_ptr is not None:
+            along_one = tl.sum(g, 1) / D
         along_x_hat = tl.sum(g * x_hat, 1) / D
-        dx = (g - along_one[:, None] - x_hat * along_x_hat[:, None]) * rstd[:, None]
+        if mean_ptr is not None:
+            g -= along_one[:, None]
+        dx = (g - x_hat * along_x_hat[:, None]) * rstd[:, None]
         if dr_ptr is not None:
             dx += dr.to(tl.float32)
+        dh = dx
         if gate_ptr is not None:
             dgate += tl.sum(dx * h.to(tl.float32), 0)
-            tl.store(dh_ptr + offset + tile, (dx * gate[None, :]).to(dh_ptr.dtype.element_ty), mask)
+            dh = dx * gate[None, :]
+        if dh_ptr is not None:
+            tl.store(dh_ptr + offset + tile, dh.to(dh_ptr.dtype.element_ty), mask)
         if dh_bias_ptr is not None:
             dh_bias += tl.sum(dx, 0)
         tl.store(dx_ptr + offset + tile, dx.to(dx_ptr.dtype.element_ty), mask)  # last: in front it costs registers
@@ -306,21 +319,23 @@ def layer_norm_fwd(
     chunks: Tensor,
     row_chunks: Tensor,
     eps: float,
+    rms: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both norms: (r, y, mean, rstd). Without h there is no r, and it is empty.
+    """Both norms: (r, y, mean, rstd). Without h there is no r, for RMSNorm no mean: they are empty.
 
-    h_bias: in h already, and here for its gradient.
+    h_bias: in h already, and here for its gradient. dtype: of y, and of h if there is one.
     """
     x, h = x.contiguous(), None if h is None else h.contiguous()
     gate, shift, scale = _rows(gate), _rows(shift), _rows(scale)
     N, D = x.shape
     C = chunks.shape[0]
-    r, y = _empty(h, x), _empty(x, x)
-    mean, rstd = x.new_empty(N, dtype=torch.float32), x.new_empty(N, dtype=torch.float32)
+    r, y = x.new_empty(0 if h is None else x.shape), x.new_empty(x.shape, dtype=dtype)
+    mean, rstd = x.new_empty(0 if rms else N, dtype=torch.float32), x.new_empty(N, dtype=torch.float32)
     if C > 0:
         launch = _fwd_launch(D)
         wrap_triton(_layer_norm_fwd_kernel)[(C, launch["SPLIT"])](
-            x, h, gate, shift, scale, weight, bias, chunks, None if h is None else r, y, mean, rstd,
+            x, h, gate, shift, scale, weight, bias, chunks, None if h is None else r, y, None if rms else mean, rstd,
             _stride(gate), _stride(shift), _stride(scale), eps=eps, **launch,
         )  # fmt: skip
     return r, y, mean, rstd
@@ -338,20 +353,22 @@ def layer_norm_bwd(
     weight: Tensor | None,
     bias: Tensor | None,
     h_bias: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     chunks: Tensor,
     row_chunks: Tensor,
+    has_h: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dh, dgate, dshift, dscale, dweight, dbias, dh_bias), each empty where there is no such argument.
 
-    h comes with gate only: without one, dh is dx.
+    h comes with gate only: without one, dh is dx, and made only where h's type, which is dy's, is another.
     """
     dy, r = dy.contiguous(), r.contiguous()
     dr, h = (None if t is None else t.contiguous() for t in (dr, h))
     gate, scale = _rows(gate), _rows(scale)
     D, C = r.shape[1], chunks.shape[0]
-    inputs = r, h, gate, shift, scale, weight, bias, h_bias
+    like_h = dy if h is None and has_h and dy.dtype != r.dtype else h
+    inputs = r, like_h, gate, shift, scale, weight, bias, h_bias
     gradients = tuple(_empty(like, r) for like in inputs)
     dx, dh, *dtables = (None if like is None else d for like, d in zip(inputs, gradients, strict=True))
 
@@ -382,24 +399,27 @@ def layer_norm_bwd(
 
 
 def _setup_context(ctx, inputs, output):
-    x, h, gate, *tables, chunks, row_chunks, _ = inputs
+    x, h, gate, *tables, chunks, row_chunks, _, rms, ctx.dtype = inputs
     r, _, mean, rstd = output
     ctx.has_h = h is not None
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
+    statistics = None if rms else mean, rstd
     ctx.save_for_backward(
-        r if ctx.has_h else x, None if gate is None else h, gate, *tables, mean, rstd, chunks, row_chunks
+        r if ctx.has_h else x, None if gate is None else h, gate, *tables, *statistics, chunks, row_chunks
     )
 
 
 def _backward(ctx, dr, dy, *_):
     r, h, *tables_and_rest = ctx.saved_tensors
     tables = tables_and_rest[:6]
-    dy = torch.zeros_like(r) if dy is None else dy
-    dx, dh, *dtables = layer_norm_bwd(dy, dr if ctx.has_h else None, r, h, *tables_and_rest)
-    if h is None:  # no gate
-        dh = dx if ctx.has_h else None
-    return dx, dh, *(None if t is None else d for t, d in zip(tables, dtables, strict=True)), None, None, None
+    dy = torch.zeros_like(r, dtype=ctx.dtype) if dy is None else dy
+    dx, dh, *dtables = layer_norm_bwd(dy, dr if ctx.has_h else None, r, h, *tables_and_rest, ctx.has_h)
+    if not ctx.has_h:
+        dh = None
+    elif h is None and dy.dtype == r.dtype:  # no gate
+        dh = dx
+    return dx, dh, *(None if t is None else d for t, d in zip(tables, dtables, strict=True)), *(None,) * 5
 
 
 layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -41,25 +41,35 @@ def patches() -> list[tuple[str, str]]:
 
 
 def norms() -> list[tuple[str, str]]:
-    """Without a table, with some of them, with all: h, gate, shift, scale, weight, bias, h_bias."""
+    """Without a table, with some of them, with all: h, gate, shift, scale, weight, bias, h_bias. RMSNorm, and an fp32
+    stream with 16-bit branches, gated and not."""
     D, calls = 256, []
     chunks = "torch.tensor([[0, 3, 0], [3, 6, 1]], dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32)"
     h, rows, row = "h", zeros("float32", 2, D), zeros("float32", D)
-    for which in ("", "shift scale", "weight bias", "h", "h gate", "h gate shift scale h_bias"):
-        for dtype in ["float16" if which == "h gate" else "float32" if which == "weight bias" else "bfloat16"]:
-            x, stat = zeros(dtype, 6, D), "torch.ones(6)"
-            given = dict(h=x, gate=rows, shift=rows, scale=rows, weight=row, bias=row, h_bias=row)
-            h, gate, *tables = (text if name in which.split() else "None" for name, text in given.items())
-            calls.append(
-                (
-                    "adaln:_layer_norm_fwd_kernel",
-                    f"layer_norm_fwd({x}, {', '.join([h, gate, *tables])}, {chunks}, 1e-6)",
-                )
-            )
-            arguments = [x, "None" if h == "None" else x, x, "None" if gate == "None" else h, gate, *tables, stat, stat]
-            calls.append(("adaln:_layer_norm_bwd_kernel", f"layer_norm_bwd({', '.join(arguments)}, {chunks})"))
-            if which not in ("", "h"):
-                calls.append(("adaln:_layer_norm_bwd_sum_kernel", calls[-1][1]))
+    for which, dtype, narrow, rms in (
+        ("", "bfloat16", "bfloat16", False),
+        ("shift scale", "bfloat16", "bfloat16", False),
+        ("weight bias", "float32", "float32", False),
+        ("h", "bfloat16", "bfloat16", False),
+        ("h gate", "float16", "float16", False),
+        ("h gate shift scale h_bias", "bfloat16", "bfloat16", False),
+        ("shift scale", "bfloat16", "bfloat16", True),
+        ("h gate shift scale weight", "float16", "float16", True),
+        ("shift scale weight bias", "float32", "bfloat16", False),
+        ("h", "float32", "bfloat16", False),
+        ("h gate shift scale h_bias", "float32", "float16", True),
+    ):
+        x, y, stat = zeros(dtype, 6, D), zeros(narrow, 6, D), "torch.ones(6)"
+        given = dict(h=y, gate=rows, shift=rows, scale=rows, weight=row, bias=row, h_bias=row)
+        h, gate, *tables = (text if name in which.split() else "None" for name, text in given.items())
+        forward = f"layer_norm_fwd({x}, {', '.join([h, gate, *tables])}, {chunks}, 1e-6, {rms}, torch.{narrow})"
+        calls.append(("adaln:_layer_norm_fwd_kernel", forward))
+        dr, kept, mean = "None" if h == "None" else x, "None" if gate == "None" else h, "None" if rms else stat
+        arguments = [y, dr, x, kept, gate, *tables, mean, stat]
+        backward = f"layer_norm_bwd({', '.join(arguments)}, {chunks}, {h != 'None'})"
+        calls.append(("adaln:_layer_norm_bwd_kernel", backward))
+        if which not in ("", "h"):
+            calls.append(("adaln:_layer_norm_bwd_sum_kernel", backward))
     return calls
 
 

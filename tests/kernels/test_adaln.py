@@ -93,6 +93,28 @@ def test_definition(compare, dtype):
     compare(on(gated_residual_layer_norm_ref, RAGGED), gated, inputs(RAGGED, 24, dtype, residual=True))
 
 
+@pytest.mark.parametrize("rms", [False, True], ids=["LayerNorm", "RMSNorm"])
+def test_an_fp32_stream_with_branches_of_16_bits(device, rms):
+    """Values and gradients are those of fp32 arguments, y and dh rounded once."""
+    packing = pack(LENGTHS, ROWS, device)
+    args = inputs(packing, 24, torch.float32, residual=True)
+    args["h"] = args["h"].bfloat16()
+    wide = args | {"h": args["h"].float()}
+    leaves, wide_leaves = ({n: t.clone().requires_grad_() for n, t in some.items()} for some in (args, wide))
+    r, y = gated_residual_layer_norm(packing=packing, **leaves, rms=rms)
+    exact = gated_residual_layer_norm_ref(packing=packing, **wide_leaves, rms=rms)
+    assert (r.dtype, y.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(r, exact[0])
+    torch.testing.assert_close(y, exact[1].bfloat16())
+    douts = torch.randn_like(r), torch.randn_like(y)
+    ours = torch.autograd.grad((r, y), list(leaves.values()), douts)
+    theirs = torch.autograd.grad(exact, list(wide_leaves.values()), (douts[0], douts[1].float()))
+    for name, a, b in zip(args, ours, theirs, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype), msg=lambda text, name=name: f"d{name}: {text}")
+    alone = modulated_layer_norm(r, packing, dtype=torch.bfloat16, rms=rms)
+    torch.testing.assert_close(alone, modulated_layer_norm_ref(r, packing, rms=rms).bfloat16())
+
+
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_packing(compare, device, data):
@@ -192,14 +214,17 @@ def test_only_one_output_used(ragged):
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("rms", [False, True], ids=["LayerNorm", "RMSNorm"])
 @pytest.mark.parametrize("op", [modulated_layer_norm, gated_residual_layer_norm])
-def test_gradcheck(op):
+def test_gradcheck(op, rms):
     packing = pack([2, 0, 1], [1, 0, 1])
     args = inputs(packing, 4, residual=op is gated_residual_layer_norm)
     args.pop("h_bias", None)  # it changes no value: its gradient is that of the layer before
     names, tensors = zip(*args.items(), strict=True)
     tensors = tuple(t.requires_grad_() for t in tensors)
-    assert torch.autograd.gradcheck(lambda *ts: op(packing=packing, **dict(zip(names, ts, strict=True))), tensors)
+    assert torch.autograd.gradcheck(
+        lambda *ts: op(packing=packing, rms=rms, **dict(zip(names, ts, strict=True))), tensors
+    )
 
 
 def test_comparison_notices_a_wrong_row(compare, ragged, device):
@@ -245,6 +270,13 @@ def test_wrong_types_and_devices_are_named():
             gated_residual_layer_norm(packing=RAGGED, **(args | {name: table.to("meta")}))
     with pytest.raises(ValueError, match="^h: expected on cpu like x, got meta"):
         gated_residual_layer_norm(args["x"], args["h"].to("meta"), RAGGED)
+    with pytest.raises(ValueError, match="^h: expected bfloat16 .*, got float32"):
+        gated_residual_layer_norm(args["x"], args["h"].float(), RAGGED)
+    with pytest.raises(ValueError, match="^h: expected float32 or bfloat16 or float16 .*, got float64"):
+        gated_residual_layer_norm(args["x"].float(), args["h"].double(), RAGGED)
+    for x, dtype in ((args["x"], torch.float32), (args["x"].double(), torch.float32), (args["x"].float(), torch.int8)):
+        with pytest.raises(ValueError, match="^dtype: expected .* for x in .*, got"):
+            modulated_layer_norm(x, RAGGED, dtype=dtype)
     with pytest.raises(ValueError, match="^x: expected floating-point .*, got int64"):
         modulated_layer_norm(args["x"].long(), RAGGED)
     with pytest.raises(ValueError, match="^packing: expected on meta like x, got cpu"):

@@ -19,8 +19,14 @@ KERNELS = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
 RAGGED = ([3, 0, 1, 5, 4], [2, 1, 0, 2, 1])
 
 
-def inputs(packing, D, dtype, tables, affine=True, residual=True, mean=0.0):
-    """Arguments of gated_residual_layer_norm, or without `residual` of modulated_layer_norm; tables are views."""
+MIXED = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]  # of the residual stream, of branch and norm
+
+
+def inputs(packing, D, dtype, tables, affine=True, residual=True, mean=0.0, narrow=None):
+    """Arguments of gated_residual_layer_norm, or without `residual` of modulated_layer_norm; tables are views.
+
+    narrow: h's type, if it is not x's.
+    """
     device, generator = packing.cu_seqlens.device, torch.Generator().manual_seed(0)
 
     def draw(*shape, dtype):
@@ -30,34 +36,44 @@ def inputs(packing, D, dtype, tables, affine=True, residual=True, mean=0.0):
     shift, scale, gate = draw(R, 6 * D, dtype=tables).chunk(6, dim=-1)[:3]
     found = {"x": (draw(N, D, dtype=torch.float32) + mean).to(dtype)}
     if residual:
-        found |= {"h": draw(N, D, dtype=dtype), "gate": gate}
+        found |= {"h": draw(N, D, dtype=narrow or dtype), "gate": gate}
     found |= {"shift": shift, "scale": scale}
     found |= {"weight": 1 + draw(D, dtype=tables), "bias": draw(D, dtype=tables)} if affine else {}
     return found | ({"h_bias": draw(D, dtype=tables)} if residual else {})
 
 
-def plain(packing):
-    """The op of these arguments as anyone writes it, in the type of its inputs."""
+def plain(packing, rms=False, narrow=None):
+    """The op of these arguments as anyone writes it, in the type of its inputs; in fp32 y is rounded to `narrow`."""
 
     def op(x, h=None, gate=None, shift=None, scale=None, weight=None, bias=None, h_bias=None):
         h = h if h_bias is None else h + (h_bias - h_bias.detach())
         rows = packing.cond_index.repeat_interleave(packing.cu_seqlens.diff())
         r = x if h is None else x + (h if gate is None else h * gate[rows])
-        y = F.layer_norm(r, r.shape[-1:], weight, bias, 1e-6)
+        if rms:
+            y = F.rms_norm(r, r.shape[-1:], weight, 1e-6)
+            y = y if bias is None else y + bias
+        else:
+            y = F.layer_norm(r, r.shape[-1:], weight, bias, 1e-6)
         y = y if scale is None else y * (1 + scale[rows])
         y = y if shift is None else y + shift[rows]
+        y = y.to(narrow) if narrow and y.dtype == torch.float32 else y
         return y if h is None else (r, y)
 
     return op
 
 
-def ours(packing):
+def ours(packing, rms=False, narrow=None):
     def op(x, h=None, **tables):
         if h is None:
-            return modulated_layer_norm(x, packing, **tables)
-        return gated_residual_layer_norm(x, h, packing, **tables)
+            return modulated_layer_norm(x, packing, **tables, rms=rms, dtype=narrow)
+        return gated_residual_layer_norm(x, h, packing, **tables, rms=rms)
 
     return op
+
+
+def only(op, i):
+    """The op with one output."""
+    return lambda **tensors: op(**tensors)[i]
 
 
 def run(op, args):
@@ -81,30 +97,87 @@ def test_widths_and_types(compare, device, D, dtype):
     compare(ours(packing), plain(packing), args)
 
 
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
+@pytest.mark.parametrize("D", WIDTHS)
+def test_widths_of_rms_and_mixed_types(compare, device, D):
+    """RMSNorm of one type, then an fp32 stream with branches of 16 bits: the other types, tables and norms in turn."""
+    case = WIDTHS.index(D)
+    packing = pack([5, 9, 0, 1], [1, 0, 2, 1], device)
+    args = inputs(packing, D, TYPES[case % 3], torch.float32, affine=case % 4 != 1, residual=case % 3 != 1)
+    compare(ours(packing, rms=True), plain(packing, rms=True), args)
+    (wide, narrow), rms = MIXED[case % 2], case % 4 < 2
+    args = inputs(packing, D, wide, narrow if case == 3 else wide, case != 1, residual=case != 2, narrow=narrow)
+    compare(ours(packing, rms, narrow), plain(packing, rms, narrow), args, ("h",))
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("rms", [False, True], ids=["LayerNorm", "RMSNorm"])
 @pytest.mark.parametrize("samples", [1, 3, 5])
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtypes", [*((dtype, dtype) for dtype in TYPES), *MIXED], ids=str)
 @pytest.mark.parametrize("D", WIDTHS)
-def test_grid(compare, D, dtype, residual, samples):
-    _grid(compare, "cpu", D, dtype, residual, samples)
+def test_grid(compare, D, dtypes, residual, samples, rms):
+    _grid(compare, "cpu", D, *dtypes, residual, samples, rms)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rms", [False, True], ids=["LayerNorm", "RMSNorm"])
 @pytest.mark.parametrize("samples", [1, 3, 5])
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtypes", [*((dtype, dtype) for dtype in TYPES), *MIXED], ids=str)
 @pytest.mark.parametrize("D", WIDTHS)
-def test_grid_on_a_gpu(compare, D, dtype, residual, samples):
-    _grid(compare, "cuda", D, dtype, residual, samples)
+def test_grid_on_a_gpu(compare, D, dtypes, residual, samples, rms):
+    _grid(compare, "cuda", D, *dtypes, residual, samples, rms)
 
 
-def _grid(compare, device, D, dtype, residual, samples):
+def _grid(compare, device, D, dtype, narrow, residual, samples, rms):
     lengths = random.Random(samples).sample(LENGTHS, samples)
     packing = pack(lengths, device=device)  # every sample its own modulation
-    for tables, affine in product({dtype, torch.float32}, (False, True)):
+    for tables, affine in product({narrow, torch.float32}, (False, True)):
+        args = inputs(packing, D, dtype, tables, affine, residual, narrow=narrow)
         with backend.kernels("triton"):
-            compare(ours(packing), plain(packing), inputs(packing, D, dtype, tables, affine, residual))
+            compare(ours(packing, rms, narrow), plain(packing, rms, narrow), args, ("h",))
+
+
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
+@pytest.mark.parametrize("rms", [False, True], ids=["LayerNorm", "RMSNorm"])
+def test_mixed_types_without_a_gate(compare, device, rms):
+    """dh is dx in another type, and r is the sum as fp32 has it. Either output alone may get a gradient."""
+    packing = pack(*RAGGED, device)
+    args = inputs(packing, 24, torch.float32, torch.float32, narrow=torch.bfloat16)
+    args = {name: x for name, x in args.items() if name != "gate"}
+    compare(ours(packing, rms), plain(packing, rms, torch.bfloat16), args, ("h",))
+    r, y = ours(packing, rms)(**args)
+    assert (r.dtype, y.dtype) == (torch.float32, torch.bfloat16) and torch.equal(r, args["x"] + args["h"].float())
+    for used in (0, 1):
+        both = only(ours(packing, rms), used), only(plain(packing, rms, torch.bfloat16), used)
+        compare(*both, args, ("h",))
+
+
+@pytest.mark.parametrize("device", ["torch", *KERNELS], indirect=True)
+def test_rms_is_that_of_the_paper(device):
+    """In words of its own: the root mean square of each row, in fp64."""
+    packing = pack(*RAGGED, device)
+    args = inputs(packing, 40, torch.float32, torch.float32, mean=3.0)
+    r, y = gated_residual_layer_norm(packing=packing, **args, eps=1e-2, rms=True)
+    rows = packing.cond_index.repeat_interleave(packing.cu_seqlens.diff())
+    x, h, gate, shift, scale, weight, bias, _ = (t.double() for t in args.values())
+    exact = x + gate[rows] * h
+    x_hat = exact / (exact.pow(2).sum(1, keepdim=True) / 40 + 1e-2).sqrt()
+    torch.testing.assert_close(y, ((x_hat * weight + bias) * (1 + scale[rows]) + shift[rows]).float())
+    assert torch.equal(
+        y,
+        modulated_layer_norm(
+            r,
+            packing,
+            shift=args["shift"],
+            scale=args["scale"],
+            eps=1e-2,
+            rms=True,
+            weight=args["weight"],
+            bias=args["bias"],
+        ),
+    )
 
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
@@ -129,10 +202,13 @@ def test_more_rows_than_a_program_sums(compare, device):
 
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
-def test_repeats_to_the_bit(device):
-    packing = pack([70, 131, 3, 64], [1, 0, 1, 1], device)
-    args = inputs(packing, 192, torch.bfloat16, torch.float32)
-    first, second = run(ours(packing), args), run(ours(packing), args)
+@pytest.mark.parametrize(
+    ("lengths", "dtype", "rms"), [([70, 131, 3, 64], torch.bfloat16, False), ([7, 33, 3, 16], torch.float32, True)]
+)
+def test_repeats_to_the_bit(device, lengths, dtype, rms):
+    packing = pack(lengths, [1, 0, 1, 1], device)
+    args = inputs(packing, 192, dtype, torch.float32, narrow=torch.bfloat16)
+    first, second = run(ours(packing, rms), args), run(ours(packing, rms), args)
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(first, second, strict=True))
 
 
@@ -155,26 +231,36 @@ def test_no_tokens(device):
     assert all((t == 0).all() for t in tables)
 
 
-def operands(packing, dtype=torch.float32, residual=True, affine=True):
+def operands(packing, residual=True, affine=True, gated=True, rms=False, narrow=torch.float32):
     """Positional arguments of `layer_norm_fwd`."""
-    args = inputs(packing, 16, dtype, torch.float32, affine, residual)
-    names = ("x", "h", "gate", "shift", "scale", "weight", "bias", "h_bias")
-    return [args.get(name) for name in names] + [packing.chunks, packing.row_chunks, 1e-6]
+    args = inputs(packing, 16, torch.float32, torch.float32, affine, residual, narrow=narrow)
+    names = ("x", "h", "gate" if gated else "", "shift", "scale", "weight", "bias", "h_bias")
+    return [args.get(name) for name in names] + [packing.chunks, packing.row_chunks, 1e-6, rms, narrow]
 
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
-@pytest.mark.parametrize(("residual", "affine"), [(True, True), (False, False)])
-def test_registration(device, residual, affine):
+@pytest.mark.parametrize(
+    "which",
+    [
+        dict(),
+        dict(residual=False, affine=False),
+        dict(affine=False, gated=False, rms=True, narrow=torch.bfloat16),
+    ],
+    ids=["LayerNorm", "alone", "RMSNorm of mixed types"],
+)
+def test_registration(device, which):
     """Schema, fake tensors, autograd and tracing, as torch checks them."""
     packing = pack(*RAGGED, device)
-    args = operands(packing, residual=residual, affine=affine)
+    args = operands(packing, **which)
+    residual, gated, rms = args[1] is not None, args[2] is not None, args[-2]
     leaves = [t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args]
     torch.library.opcheck(kernels.layer_norm_fwd.library, leaves)
     with torch.no_grad():
         r, y, mean, rstd = kernels.layer_norm_fwd(*args)
     x, h, *tables = (None if t is None else t.detach() for t in args[:8])
-    dy = torch.ones_like(y)
-    backward = [dy, dy if residual else None, r if residual else x, h, *tables, mean, rstd, *args[8:10]]
+    inner = r if residual else x, h if gated else None
+    gradients = torch.ones_like(y), torch.ones_like(r) if residual else None
+    backward = [*gradients, *inner, *tables, None if rms else mean, rstd, *args[8:10], residual]
     torch.library.opcheck(kernels.layer_norm_bwd.library, backward)
 
 
@@ -182,10 +268,11 @@ def test_registration(device, residual, affine):
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_is_eager(device, compiler):
     packing = pack(*RAGGED, device)
-    for residual in (False, True):
-        args = inputs(packing, 32, torch.bfloat16, torch.float32, residual=residual)
-        compiled = torch.compile(ours(packing), fullgraph=True, backend=compiler)
-        for a, b in zip(run(ours(packing), args), run(compiled, args), strict=True):
+    for residual, dtype, rms in ((False, torch.bfloat16, False), (True, torch.bfloat16, False), (True, None, True)):
+        args = inputs(packing, 32, dtype or torch.float32, torch.float32, residual=residual, narrow=torch.bfloat16)
+        op = ours(packing, rms)
+        compiled = torch.compile(op, fullgraph=True, backend=compiler)
+        for a, b in zip(run(op, args), run(compiled, args), strict=True):
             assert torch.equal(a, b)
 
 
@@ -226,12 +313,26 @@ MUTANTS = {
 }
 
 
-def through(kernels, packing):
+RMS_MUTANTS = {
+    "mean taken off": ("mean_ptr is not None:\n            mean = tl.sum", "True:\n            mean = tl.sum", 1),
+    "mean of the gradient taken off": ("mean_ptr is not None:\n            along", "True:\n            along", 1),
+    "mean of the squares not taken off": MUTANTS["mean of the squares not taken off"],
+    "x̂ not scaled": ("x_hat *= rstd[:, None]", "x_hat *= 1", 1),
+}
+# Of an fp32 stream whose branch has no gate.
+MIXED_MUTANTS = {
+    "r rounded as the branch is": ("r = (x + h).to(r_ptr", "r = (x + h).to(y_ptr.dtype.element_ty).to(r_ptr", 1),
+    "dx rounded as the branch is": ("dx.to(dx_ptr.dtype", "dx.to(dy_ptr.dtype.element_ty).to(dx_ptr.dtype", 1),
+    "dh only behind a gate": ("if dh_ptr is not None:", "if gate_ptr is not None:", 1),
+}
+
+
+def through(kernels, packing, rms=False):
     """The op by another module's kernels."""
 
-    def op(x, h, gate, shift, scale, weight, bias, h_bias):
-        work = packing.chunks, packing.row_chunks
-        return kernels.layer_norm_fwd(x, h, gate, shift, scale, weight, bias, h_bias, *work, 1e-6)[:2]
+    def op(x, h, gate=None, shift=None, scale=None, weight=None, bias=None, h_bias=None):
+        tables = gate, shift, scale, weight, bias, h_bias
+        return kernels.layer_norm_fwd(x, h, *tables, packing.chunks, packing.row_chunks, 1e-6, rms, h.dtype)[:2]
 
     return op
 
@@ -246,13 +347,29 @@ def test_mutants_fail(compare, device, mutant):
     args = inputs(packing, 24, torch.float32, torch.float32)
     compare(through(kernels, packing), plain(packing), args)
     for what, change in MUTANTS.items():
-        wrong = mutant(kernels, *change)
-        try:
-            compare(through(wrong, packing), plain(packing), args)
-        except AssertionError as error:
-            assert "off by" in str(error) or "not finite" in str(error), what
-        else:
-            pytest.fail(f"not noticed: {what}")
+        notices(compare, what, through(mutant(kernels, *change), packing), plain(packing), args)
+
+
+@pytest.mark.parametrize("device", ["interpreter"], indirect=True)
+def test_mutants_of_rms_and_mixed_types_fail(compare, device, mutant):
+    packing = pack(*RAGGED)
+    args = inputs(packing, 24, torch.float32, torch.float32, mean=0.5)
+    for what, change in RMS_MUTANTS.items():
+        notices(compare, what, through(mutant(kernels, *change), packing, rms=True), plain(packing, rms=True), args)
+    args = inputs(packing, 24, torch.float32, torch.float32, narrow=torch.bfloat16)
+    args = {name: x for name, x in args.items() if name != "gate"}
+    for what, change in MIXED_MUTANTS.items():
+        wrong = through(mutant(kernels, *change), packing)
+        notices(compare, what, wrong, plain(packing, narrow=torch.bfloat16), args, ("h",))
+
+
+def notices(compare, what, wrong, *arguments):
+    try:
+        compare(wrong, *arguments)
+    except AssertionError as error:
+        assert "off by" in str(error) or "not finite" in str(error), what
+    else:
+        pytest.fail(f"not noticed: {what}")
 
 
 @pytest.mark.parametrize("device", ["interpreter"], indirect=True)
