@@ -18,14 +18,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backend import use_triton
 from .checks import check_devices, check_tensor
 from .cpu.adaln import CompiledLayerNormFunction, GatedResidualLayerNormFunction, ModulatedLayerNormFunction
 from .cpu.compiled import use_compiled
 from .linear import bias_gradient
-from .packing import Packing
+from .packing import Packing, equal_lengths
 from .triton.adaln import layer_norm_fwd
 
 
@@ -97,7 +97,7 @@ def _fold(
 
 def modulated_layer_norm(
     x: Tensor,
-    packing: Packing,
+    packing: Packing | None = None,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
     weight: Tensor | None = None,
@@ -106,11 +106,11 @@ def modulated_layer_norm(
     rms: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """LN(x)·(1 + scale) + shift on a packed stream.
+    """LN(x)·(1 + scale) + shift on a packed stream, or on samples of equal length.
 
     Args:
-        x: [N, D], bf16, fp16, fp32 or fp64.
-        packing: lengths and modulation rows of the samples in `x`.
+        x: [N, D], bf16, fp16, fp32 or fp64; without a packing [B, L, D].
+        packing: lengths and modulation rows of the samples in `x`; None: row s belongs to sample s, tables are [B, D].
         shift, scale: [R, D] or None; any strides. Row `packing.cond_index[s]` belongs to sample s.
         weight, bias: [D] or None, LayerNorm's own affine.
         eps: added to the variance, with `rms` to the mean of squares.
@@ -118,12 +118,16 @@ def modulated_layer_norm(
         dtype: of the result: x's, which is the default, or bf16 or fp16 where x is fp32.
 
     Returns:
-        [N, D] in `dtype`. Differentiable in every tensor argument.
+        x's shape in `dtype`. Differentiable in every tensor argument.
 
     Raises:
         ValueError: a width that is not D, a table of too few rows, x of another length than the packing, a `dtype` that
             does not go with x's.
     """
+    if packing is None:
+        packing = _dense(x)
+        y = modulated_layer_norm(x.flatten(0, 1), packing, shift, scale, weight, bias, eps, rms, dtype)
+        return y.view(x.shape)
     dtype = dtype or x.dtype
     _check(x, packing, dtype, shift=shift, scale=scale, weight=weight, bias=bias)
     if dtype not in _narrower(x):
@@ -142,7 +146,7 @@ def modulated_layer_norm(
 def gated_residual_layer_norm(
     x: Tensor,
     h: Tensor,
-    packing: Packing,
+    packing: Packing | None = None,
     gate: Tensor | None = None,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
@@ -152,23 +156,28 @@ def gated_residual_layer_norm(
     h_bias: Tensor | None = None,
     rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """r = x + gate·h and y = LN(r)·(1 + scale) + shift in one pass over a packed stream.
+    """r = x + gate·h and y = LN(r)·(1 + scale) + shift, in one pass over x and h.
 
     Args:
-        x: [N, D], the residual stream.
-        h: [N, D], the branch to add: in x's type, or in bf16 or fp16 where x is fp32.
-        gate, shift, scale: [R, D] or None; see `modulated_layer_norm`.
+        x: [N, D], the residual stream; without a packing [B, L, D].
+        h: of x's shape, the branch to add: in x's type, or in bf16 or fp16 where x is fp32.
+        packing, gate, shift, scale: as in `modulated_layer_norm`.
         h_bias: [D] or None: the bias of the layer that made h, in h already. It changes no value and gets its gradient,
             the sum of h's over all tokens, which costs a pass over the stream anywhere else.
         rms: RMSNorm instead of LayerNorm.
 
     Returns:
-        r [N, D] in x's type and y [N, D] in h's.
+        r in x's type and y in h's, both of x's shape.
 
     Raises:
         ValueError: as `modulated_layer_norm`, or h of another shape than x or of a type that does not go with x's.
     """
     tables = dict(gate=gate, shift=shift, scale=scale, weight=weight, bias=bias, h_bias=h_bias)
+    if packing is None:
+        packing = _dense(x)
+        check_tensor("h", h, x.shape, *_narrower(x))
+        r, y = gated_residual_layer_norm(x.flatten(0, 1), h.flatten(0, 1), packing, **tables, eps=eps, rms=rms)
+        return r.view(x.shape), y.view(x.shape)
     _check(x, packing, h.dtype, **tables)
     check_tensor("h", h, x.shape, *_narrower(x))
     check_devices(x=x, h=h)
@@ -190,6 +199,42 @@ def gated_residual_layer_norm(
     if use_compiled(x):
         return CompiledLayerNormFunction.apply(x, h, gate.float().expand(rows, -1), alpha, beta, packing, eps)
     return GatedResidualLayerNormFunction.apply(x, h, gate.to(x.dtype).expand(rows, -1), alpha, beta, packing, eps)
+
+
+class AdaLayerNorm(nn.Module):
+    """Both norms as a module, for blocks on [B, L, D] or on packed streams.
+
+    Args:
+        dim: D.
+        affine: whether the norm has a weight of its own and, unless `rms`, a bias. DiT's have none.
+        eps, rms: as in `modulated_layer_norm`.
+    """
+
+    def __init__(self, dim: int, affine: bool = False, eps: float = 1e-6, rms: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine and not rms else None
+        self.eps, self.rms = eps, rms
+
+    def forward(
+        self,
+        x: Tensor,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+        h: Tensor | None = None,
+        gate: Tensor | None = None,
+        packing: Packing | None = None,
+    ):
+        """y = LN(x)·(1 + scale) + shift; with a branch h, (r, y) of r = x + gate·h. Shapes and types as in the ops."""
+        own = dict(shift=shift, scale=scale, weight=self.weight, bias=self.bias, eps=self.eps, rms=self.rms)
+        if h is None:
+            return modulated_layer_norm(x, packing, **own)
+        return gated_residual_layer_norm(x, h, packing, gate, **own)
+
+
+def _dense(x: Tensor) -> Packing:
+    check_tensor("x", x, ("B", "L", "D"))
+    return equal_lengths(x.shape[0], x.shape[1], x.device)
 
 
 def _narrower(x: Tensor) -> tuple[torch.dtype, ...]:

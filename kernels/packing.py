@@ -7,6 +7,7 @@ a device to learn a length.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -103,6 +104,21 @@ def pack(
         chunks=torch.tensor([(*piece, row) for row, *piece in chunks], dtype=torch.int32, device=device).view(-1, 3),
         row_chunks=torch.tensor(list(accumulate(row_chunks)), dtype=torch.int32, device=device),
     )
+
+
+def equal_lengths(samples: int, length: int, device: torch.device) -> Packing:
+    """`pack` of [samples, length, D] with a modulation row for each sample; made once."""
+    return Packing(*_equal_lengths(samples, length, device))
+
+
+@torch.compiler.assume_constant_result  # of tensors in a plain tuple
+def _equal_lengths(samples: int, length: int, device: torch.device) -> tuple:
+    return tuple(_pack_once(samples, length, device))
+
+
+@lru_cache(maxsize=64)
+def _pack_once(samples: int, length: int, device: torch.device) -> Packing:
+    return pack([length] * samples, device=device)
 
 
 def paired_runs(packing: Packing, kv_packing: Packing) -> list[tuple[int, int, int]]:
