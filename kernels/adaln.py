@@ -168,8 +168,7 @@ def gated_residual_layer_norm(
     Raises:
         ValueError: as `modulated_layer_norm`, or h of another shape than x or of a type that does not go with x's.
     """
-    tables = dict(gate=gate, shift=shift, scale=scale, weight=weight, bias=bias, h_bias=h_bias)
-    _check(x, packing, h.dtype, **tables)
+    _check(x, packing, h.dtype, gate=gate, shift=shift, scale=scale, weight=weight, bias=bias, h_bias=h_bias)
     check_tensor("h", h, x.shape, *_narrower(x))
     check_devices(x=x, h=h)
     if use_triton(x):
@@ -178,7 +177,7 @@ def gated_residual_layer_norm(
     if rms or x.device.type != "cpu":
         return gated_residual_layer_norm_ref(x, h, packing, gate, shift, scale, weight, bias, eps, h_bias, rms)
     if h.dtype != x.dtype:
-        r, y = gated_residual_layer_norm(x, h.to(x.dtype), packing, **tables, eps=eps)
+        r, y = gated_residual_layer_norm(x, h.to(x.dtype), packing, gate, shift, scale, weight, bias, eps, h_bias)
         return r, y.to(h.dtype)
     h = bias_gradient(h, h_bias)
     if gate is None:
