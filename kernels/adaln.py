@@ -187,7 +187,7 @@ def gated_residual_layer_norm(
     if rms or x.device.type != "cpu":
         return gated_residual_layer_norm_ref(x, h, packing, gate, shift, scale, weight, bias, eps, h_bias, rms)
     if h.dtype != x.dtype:
-        r, y = gated_residual_layer_norm(x, h.to(x.dtype), packing, **tables, eps=eps)
+        r, y = gated_residual_layer_norm(x, h.to(x.dtype), packing, gate, shift, scale, weight, bias, eps, h_bias)
         return r, y.to(h.dtype)
     h = bias_gradient(h, h_bias)
     if gate is None:

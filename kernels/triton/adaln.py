@@ -163,12 +163,11 @@ def _layer_norm_bwd_kernel(
         dx = (g - x_hat * along_x_hat[:, None]) * rstd[:, None]
         if dr_ptr is not None:
             dx += dr.to(tl.float32)
-        dh = dx
         if gate_ptr is not None:
             dgate += tl.sum(dx * h.to(tl.float32), 0)
-            dh = dx * gate[None, :]
-        if dh_ptr is not None:
-            tl.store(dh_ptr + offset + tile, dh.to(dh_ptr.dtype.element_ty), mask)
+            tl.store(dh_ptr + offset + tile, (dx * gate[None, :]).to(dh_ptr.dtype.element_ty), mask)
+        elif dh_ptr is not None:
+            tl.store(dh_ptr + offset + tile, dx.to(dh_ptr.dtype.element_ty), mask)
         if dh_bias_ptr is not None:
             dh_bias += tl.sum(dx, 0)
         tl.store(dx_ptr + offset + tile, dx.to(dx_ptr.dtype.element_ty), mask)  # last: in front it costs registers

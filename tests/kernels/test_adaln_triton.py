@@ -315,7 +315,11 @@ MUTANTS = {
 
 RMS_MUTANTS = {
     "mean taken off": ("mean_ptr is not None:\n            mean = tl.sum", "True:\n            mean = tl.sum", 1),
-    "mean of the gradient taken off": ("mean_ptr is not None:\n            along", "True:\n            along", 1),
+    "mean of the gradient taken off": (
+        "mean_ptr is not None:\n            g -= along_one[:, None]",
+        "True:\n            g -= (tl.sum(g, 1) / D)[:, None]",
+        1,
+    ),
     "mean of the squares not taken off": MUTANTS["mean of the squares not taken off"],
     "x̂ not scaled": ("x_hat *= rstd[:, None]", "x_hat *= 1", 1),
 }
