@@ -105,6 +105,7 @@ class Step:
     host_ms: float  # a quick host's, to launch all of it one by one, where the step is no CUDA graph
     block: Block
     other_blocks: dict[str, Block]  # of `GELU_CHOICES`
+    programs: dict[str, int]  # by kernel of ours: those of its smallest launch, for the multiprocessors of an H100
     rows: tuple[Row, ...]
 
 
@@ -223,6 +224,11 @@ def rows_of(calls: list[Call]) -> tuple[Row, ...]:
     )
 
 
+def programs_of(calls: list[Call]) -> dict[str, int]:
+    ours = [call for call in calls if call.kernel]
+    return {name: min(c.programs for c in ours if c.kernel == name) for name in dict.fromkeys(c.kernel for c in ours)}
+
+
 def block_of(network: Network, batch: int) -> Block:
     """A network with one encoder block more, less the network, at full width and little depth."""
     launches, moved = ({kind: [0, 0] for kind in (*KINDS, "other")} for _ in range(2))
@@ -261,6 +267,7 @@ def audit_step(name: str, batch: int) -> Step:
             what: block_of(replace(network, **changes), batch)
             for what, changes in ({} if network.eager else GELU_CHOICES).items()
         },
+        programs=programs_of(calls),
         **{f"{card}_ms": 1e3 * time for card, time in times.items()},
         **{f"{card}_images_per_second": batch / time for card, time in times.items()},
         **{f"{card}_mfu": needed / times[card] / gpu.bf16 for card, gpu in CARDS.items()},
@@ -279,6 +286,7 @@ def run(models: tuple[str, ...], batch: int, rows: Path | None, chart: Path | No
     for step in steps:
         print_rows(step, console)
     print_blocks(steps, console)
+    print_programs(steps, console)
     print_totals(steps, console)
     if rows is not None:
         rows.parent.mkdir(parents=True, exist_ok=True)
@@ -321,6 +329,18 @@ def print_blocks(steps: list[Step], console: Console) -> None:
             rows.append((sum(a for a, _ in rows), sum(b for _, b in rows)))
             cells = ("{:.1f} + {:.1f}".format(*r) for r in rows)
             table.add_row(name, "{} + {}".format(*map(sum, launches)), *cells)
+    console.print(table)
+
+
+def print_programs(steps: list[Step], console: Console) -> None:
+    steps = [step for step in steps if step.programs]
+    if not steps:
+        return
+    table = Table(title="Programs of a launch, the smallest of a step, cut for 132 multiprocessors")
+    for name in ("kernel", *(f"{step.network}, {step.batch} images" for step in steps)):
+        table.add_column(name, justify="left" if name == "kernel" else "right")
+    for kernel in dict.fromkeys(name for step in steps for name in step.programs):
+        table.add_row(kernel, *(str(step.programs.get(kernel, "")) for step in steps))
     console.print(table)
 
 

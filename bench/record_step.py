@@ -6,6 +6,7 @@ function calls (`wrap_triton`) and PyTorch's operations between them; all other 
 
 from bisect import bisect_right
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,8 @@ class Call(NamedTuple):
     bytes: int
     flops: int
     fp32: bool  # whether its first tensor is
+    kernel: str = ""  # of ours, with its programs
+    programs: int = 0
 
 
 class Recorder(TorchDispatchMode):
@@ -83,8 +86,8 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         op = f"{func.namespace}.{STAND_INS.get(func.overloadpacket, func.overloadpacket).__name__}"
 
-        def launch(kernel: str, given: list[Tensor]) -> None:  # each tensor moves once
-            self.add(op, 1, sum(map(tensor_bytes, given)), 0, given)
+        def launch(kernel: str, given: list[Tensor], grid: tuple[int, ...]) -> None:  # each tensor moves once
+            self.add(op, 1, sum(map(tensor_bytes, given)), 0, given, kernel, prod(grid))
 
         ours = ops.launches(func, launch)
         if ours is not None:
@@ -110,7 +113,9 @@ class Recorder(TorchDispatchMode):
             self.starts.append(torch._C._autograd._get_sequence_nr())
             self.started.append(self.parts[-1])
 
-    def add(self, op: str, launches: int, size: int, flops: int, args: Any) -> None:
+    def add(
+        self, op: str, launches: int, size: int, flops: int, args: Any, kernel: str = "", programs: int = 0
+    ) -> None:
         part, backward = self.parts[-1], False
         node = torch._C._current_autograd_node()
         if part == "backward" and node is not None:
@@ -120,7 +125,8 @@ class Recorder(TorchDispatchMode):
         kind = next((kind for kind, names in KINDS.items() if name in names), "other")
         first = next(iter(tensors(args)), None)
         fp32 = first is not None and first.dtype == torch.float32
-        self.calls.append(Call(op, "update" if part in UPDATE else kind, part, backward, launches, size, flops, fp32))
+        kind = "update" if part in UPDATE else kind
+        self.calls.append(Call(op, kind, part, backward, launches, size, flops, fp32, kernel, programs))
 
 
 def unread(op: str, args: tuple) -> int:

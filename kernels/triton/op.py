@@ -25,7 +25,7 @@ class Op:
         # Interpreted kernels, and what another library does, cannot be traced: to a compiler they are opaque.
         register = torch.library.custom_op if INTERPRET or fake is not None else torch.library.triton_op
         self.library = register(f"umd::{name}", mutates_args=())(function)
-        self.library.register_fake(_telling(function, lambda name, tensors: None) if fake is None else fake)
+        self.library.register_fake(_telling(function, lambda *launch: None) if fake is None else fake)
         self.eager = self.launch = function
         self.__doc__ = function.__doc__
         if fake is None:
@@ -52,13 +52,13 @@ def opaque_op(name: str, fake: Callable):
     return lambda function: Op(name, function, fake)
 
 
-Tell = Callable[[str, list[Tensor]], None]
+Tell = Callable[[str, list[Tensor], tuple[int, ...]], None]
 _tell: Tell | None = None
 
 
 def launches(func, tell: Tell) -> Callable | None:
     """The function of the `Op` that modes see as `func`, to be called with the same arguments: it launches nothing, and
-    `tell` gets the name of each kernel and the tensors that it was to get. None: func is no such op."""
+    `tell` gets the name of each kernel, the tensors that it was to get, and its grid. None: func is no such op."""
     op = OPS.get(func._schema.name)
     return None if op is None else _telling(op.launch, tell)
 
@@ -84,7 +84,7 @@ class _Told:
         self.name, self.tell = name, tell
 
     def __getitem__(self, grid):
-        return lambda *args, **_: self.tell(self.name, [x for x in args if isinstance(x, Tensor)])
+        return lambda *args, **_: self.tell(self.name, [x for x in args if isinstance(x, Tensor)], grid)
 
 
 def wrap_triton(kernel):
