@@ -226,10 +226,10 @@ class AdaLayerNorm(nn.Module):
         packing: Packing | None = None,
     ):
         """y = LN(x)·(1 + scale) + shift; with a branch h, (r, y) of r = x + gate·h. Shapes and types as in the ops."""
-        own = dict(shift=shift, scale=scale, weight=self.weight, bias=self.bias, eps=self.eps, rms=self.rms)
+        own = self.weight, self.bias, self.eps
         if h is None:
-            return modulated_layer_norm(x, packing, **own)
-        return gated_residual_layer_norm(x, h, packing, gate, **own)
+            return modulated_layer_norm(x, packing, shift, scale, *own, rms=self.rms)
+        return gated_residual_layer_norm(x, h, packing, gate, shift, scale, *own, rms=self.rms)
 
 
 def _dense(x: Tensor) -> Packing:

@@ -17,7 +17,8 @@ from umd.config import ClassifierConfig, DiffMAEConfig, ViTConfig
 from umd.diffmae import DiffMAE, to_images
 from umd.embedders import lecun_normal
 from umd.errors import UserError
-from umd.model import UMD, Block, Blocks, Linear, Tables, initialize_blocks, residual
+from umd.layers import Linear, residual
+from umd.model import UMD, Block, Blocks, Tables, initialize_blocks
 from umd.ops import Packing, pack
 
 

@@ -22,16 +22,15 @@ from umd.config import ClassifierConfig, DiffMAEConfig
 from umd.device import autocast
 from umd.embedders import TimestepEmbedder, lecun_normal
 from umd.errors import UserError
+from umd.layers import Linear, residual
 from umd.model import (
     Block,
     Blocks,
     CrossAttention,
     CrossSelfBlock,
-    Linear,
     Memory,
     initialize_blocks,
     per_token,
-    residual,
 )
 from umd.ops import Packing, pack
 from umd.sampler import Callback, Capture, Denoise, ddim_sample

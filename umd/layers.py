@@ -1,9 +1,10 @@
-"""Linear layers of the network, whose bias gradients may be made by the op that comes next."""
+"""Linear layers of the network, whose bias gradients may be made by the op that comes next, and types beside them."""
 
 import torch
 from torch import Tensor, nn
 
 from umd import ops
+from umd.config import ViTConfig
 
 
 def products_dtype(x: Tensor) -> torch.dtype:
@@ -11,6 +12,11 @@ def products_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     casts = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if casts else x.dtype
+
+
+def residual(x: Tensor, config: ViTConfig) -> Tensor:
+    """x in the type of the residual stream that starts with it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if config.residual_in_fp32 else x
 
 
 class Linear(nn.Linear):

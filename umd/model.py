@@ -18,7 +18,7 @@ from umd import ops
 from umd.config import ModelConfig, ViTConfig
 from umd.embedders import LabelEmbedder, TimestepEmbedder, lecun_normal
 from umd.errors import UserError
-from umd.layers import GeluLinear, Linear, products_dtype
+from umd.layers import GeluLinear, Linear, products_dtype, residual
 from umd.masking import Layout, layout
 from umd.modulation import build_modulation
 from umd.ops import Packing
@@ -28,11 +28,6 @@ from umd.spans import span
 Branch = tuple[Tensor, Tensor | None, Tensor | None] | None
 Tables = tuple[Tensor | None, ...]  # of a block: shift, scale, gate of both branches; of a final norm: shift, scale
 Conditions = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # see `make_conditions`
-
-
-def residual(x: Tensor, config: ViTConfig) -> Tensor:
-    """x in the type of the residual stream that starts with it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)) if config.residual_in_fp32 else x
 
 
 class ModulatedLayerNorm(nn.Module):

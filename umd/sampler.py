@@ -145,17 +145,17 @@ def inpaint(
     times = [*model_times(num_steps, schedule.num_steps), 0]
     alphas = schedule.alphas_cumprod
     rows, scales, draws = [], [], 2  # noises before the first call
-    for i, (time, time_next) in enumerate(pairwise(times)):
-        repeats = resample if time_next > 0 else 1
+    for i, (start, end) in enumerate(pairwise(times)):
+        repeats = resample if end > 0 else 1
         for repeat in range(repeats):
-            returns = repeat + 1 < repeats  # from time_next back to time
-            alpha = float(alphas[time] / alphas[time_next]) if returns else 1.0
-            rows.append((time, time_next, i, draws))
+            returns = repeat + 1 < repeats  # from end back to start
+            alpha = float(alphas[start] / alphas[end]) if returns else 1.0
+            rows.append((start, end, i, draws))
             scales.append((math.sqrt(alpha), math.sqrt(1 - alpha)))
-            draws += 1 + (time_next > 0) + returns  # of the step, of the kept pixels, of the way back
-    time, time_next, step, drawn = torch.tensor(rows).unbind(1)
-    coefficients = _step_coefficients(schedule, times, eta)[step]
-    tables = time, time_next, coefficients, drawn, torch.tensor(scales, dtype=torch.float64)
+            draws += 1 + (end > 0) + returns  # of the step, of the kept pixels, of the way back
+    numbers = torch.tensor(rows)  # [n, 4]
+    coefficients = _step_coefficients(schedule, times, eta)[numbers[:, 2]]
+    tables = numbers[:, 0], numbers[:, 1], coefficients, numbers[:, 3], torch.tensor(scales, dtype=torch.float64)
 
     def known_at(time: Tensor, drawn: int | Tensor) -> Tensor:
         return schedule.q_sample(x_known, time.expand(B), noise.draw(drawn))
