@@ -9,10 +9,11 @@ from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("triton", reason="a GPU's step has Triton's kernels: pip install triton")
 
-from umd.bench.audit_step import (  # noqa: E402
+from umd.bench.audit_step import (
     CARDS,
     GELU_CHOICES,
     LAUNCH_SECONDS,
+    NETWORKS,
     Network,
     block_of,
     record_ours,
@@ -171,16 +172,17 @@ def outside(block):
 
 
 def test_what_else_can_be_done_about_gelu():
-    """Its output made again: 4·D written once more, no launch. GELU in the products: 20·D less outside of them, while
-    they move 8 more: GELU's input is written beside its output, and read beside the output's gradient."""
-    network = Network(replace(TINY, image_size=(64, 64), hidden_size=256), OBJECTIVES["umd"])
+    """Its output kept: 43 rows at most, at 256 images. Made again: 4·D written once more, no launch. GELU in products:
+    20·D less outside of them, while they move 8 more: GELU's input is written beside its output, and read beside the
+    output's gradient."""
+    network = NETWORKS["UMD-B/4"]
     kept = block_of(network, 256)
     again, fused = (block_of(replace(network, **changes), 256) for changes in GELU_CHOICES.values())
-    assert outside(kept) <= 43.6 and outside(again) <= 47.6 and outside(fused) <= 23.6
+    assert outside(kept) <= 43 and outside(again) <= 47 and outside(fused) <= 23
     assert again.rows["GELU"] == (8, kept.rows["GELU"][1] + 4) and again.launches == kept.launches
     assert fused.rows["GELU"] == (0, 0) and fused.launches["products"] == kept.launches["products"]
     more = [b - a for a, b in zip(kept.rows["products"], fused.rows["products"], strict=True)]
-    assert more == pytest.approx([4, 4], abs=0.1)
+    assert more == pytest.approx([4, 4], abs=0.3)
     assert all(again.rows[kind] == rows for kind, rows in kept.rows.items() if kind != "GELU")
     assert all(fused.rows[kind] == rows for kind, rows in kept.rows.items() if kind not in ("GELU", "products"))
 
