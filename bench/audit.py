@@ -353,7 +353,8 @@ def print_table(title: str, columns: dict[str, Callable[[Row], str]], rows: list
         shown = [[show(row) for row in group] for show in columns.values()]
         cells = [values[0] if len(set(values)) == 1 else "/".join(values) for values in shown]
         table.add_row(group[0].op, group[0].direction, str(group[0].width), *cells)
-    console.print(table)
+    # Into a file as wide as it is; rich would take 80 columns, a letter for some.
+    console.print(table, width=None if console.is_terminal else 150, crop=console.is_terminal)
 
 
 def _groups(rows: list[Row]) -> list[list[Row]]:
