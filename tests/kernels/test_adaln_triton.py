@@ -110,6 +110,15 @@ def test_widths_of_rms_and_mixed_types(compare, device, D):
     compare(ours(packing, rms, narrow), plain(packing, rms, narrow), args, ("h",))
 
 
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
+@pytest.mark.parametrize("rms", [False, True], ids=["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("D", [1, 17, 64, 1408, 2304])
+def test_widths_beyond(compare, device, D, rms):
+    """ViT-g's, another above all tiles that lie ready, and some that nobody has."""
+    packing = pack([3, 9, 2], [1, 0, 1], device)
+    compare(ours(packing, rms), plain(packing, rms), inputs(packing, D, torch.float32, torch.float32))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rms", [False, True], ids=["LayerNorm", "RMSNorm"])
 @pytest.mark.parametrize("samples", [1, 3, 5])
