@@ -373,7 +373,7 @@ PLACE_COLORS = {
     "forward": "#aa3377", "forward backward": "#dd99bb", "rest": "#bbbbbb", "update": "#555555",
 }  # fmt: skip
 LABELS = {
-    "products": "matrix products", "sums": "column sums", "other": "other elementwise", "update": "clip, AdamW",
+    "products": "matrix products", "sums": "column sums", "other": "other elementwise", "update": "clip, AdamW, EMA",
     "forward": "whole network", "forward backward": "whole network backward",
     "rest": "corruption, casts, adaLN, head, loss",
 }  # fmt: skip

@@ -150,7 +150,7 @@ def multi_tensor_launches(name: str, args: tuple) -> int:
     """Of an operation on lists of tensors: as many as its chunks need, or one a tensor where the lists differ in
     shape."""
     lists = [x for x in args if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
-    if name.startswith("_fused_"):
+    if name.startswith("_fused_adam"):
         lists = lists[:-1]  # the steps' numbers are found by address
     shapes = [[x.shape for x in tensors_of] for tensors_of in lists]
     if any(s != shapes[0] for s in shapes):

@@ -65,10 +65,13 @@ class EMA:
         shadows, parameters = self._pairs(model)
         rate = self.rate if rate is None else rate
         parameters = [p.to(s.dtype) for s, p in zip(shadows, parameters, strict=True)]
-        if isinstance(rate, Tensor):  # with which _foreach_lerp_ would launch a kernel for each parameter
-            steps = torch._foreach_sub(parameters, shadows)
-            torch._foreach_mul_(steps, rate)
-            torch._foreach_add_(shadows, steps)
+        if isinstance(rate, Tensor):
+            # Gradient ascent along p with a weight decay of 1: s - rate·(s - p). One kernel for many parameters, where
+            # _foreach_lerp_ with a rate on the device would launch one for each.
+            torch._fused_sgd_(
+                shadows, parameters, [], weight_decay=1.0, momentum=0.0, lr=rate, dampening=0.0, nesterov=False,
+                maximize=True, is_first_step=False,
+            )  # fmt: skip
         else:
             torch._foreach_lerp_(shadows, parameters, rate)
 
