@@ -225,16 +225,28 @@ class AdaLayerNorm(nn.Module):
         gate: Tensor | None = None,
         packing: Packing | None = None,
     ):
-        """y = LN(x)·(1 + scale) + shift; with a branch h, (r, y) of r = x + gate·h. Shapes and types as in the ops."""
+        """y = LN(x)·(1 + scale) + shift; with a branch h, (r, y) of r = x + gate·h. Shapes and types as in the ops.
+
+        Under autocast y of an fp32 x alone has autocast's type, in which the next layer would take it anyway.
+        """
         own = self.weight, self.bias, self.eps
         if h is None:
-            return modulated_layer_norm(x, packing, shift, scale, *own, rms=self.rms)
+            if gate is not None:
+                raise ValueError("gate: expected None without a branch h, got a table")
+            return modulated_layer_norm(x, packing, shift, scale, *own, rms=self.rms, dtype=_autocast_dtype(x))
         return gated_residual_layer_norm(x, h, packing, gate, shift, scale, *own, rms=self.rms)
 
 
 def _dense(x: Tensor) -> Packing:
     check_tensor("x", x, ("B", "L", "D"))
+    if x.shape[0] == 0:
+        raise ValueError(f"x: expected a sample at least, got {list(x.shape)}")
     return equal_lengths(x.shape[0], x.shape[1], x.device)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    casts = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
 
 
 def _narrower(x: Tensor) -> tuple[torch.dtype, ...]:
@@ -249,7 +261,7 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 def _check(x: Tensor, packing: Packing, dtype: torch.dtype, **tables: Tensor | None) -> None:
     """dtype: of y."""
     check_tensor("x", x, (packing.num_tokens, "D"))
-    types = dict.fromkeys((x.dtype, dtype, torch.float32))
+    types = dict.fromkeys((*_narrower(x), dtype, torch.float32))
     rows = None
     for name, table in tables.items():
         if table is None:

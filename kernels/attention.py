@@ -148,6 +148,8 @@ def varlen_attention(
     check_devices(qkv=qkv, packing=packing.cu_seqlens)
     name, _ = attention_backend(qkv.device, qkv.dtype, qkv.shape[-1], packing, backend)
     width = qkv.shape[2] * qkv.shape[3]
+    if bias is not None:
+        check_tensor("bias", bias, (3 * width,))
     qkv = bias_gradient(qkv, bias, zeros=(width, 2 * width))
     if name == "triton":
         return short_attention_fwd(qkv, packing.cu_seqlens, packing.max_seqlen)[0]

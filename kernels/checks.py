@@ -14,7 +14,7 @@ def check_tensor(name: str, x: Tensor, shape: Sequence[int | str], *dtypes: torc
     """
     fits = x.ndim == len(shape) and all(isinstance(n, str) or n == m for n, m in zip(shape, x.shape, strict=True))
     if not fits or not (x.dtype in dtypes if dtypes else x.is_floating_point()):
-        types = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "floating-point"
+        types = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes)) or "floating-point"
         got = f"{str(x.dtype).removeprefix('torch.')} {_brackets(x.shape)}"
         raise ValueError(f"{name}: expected {types} {_brackets(shape)}, got {got}")
 

@@ -35,8 +35,12 @@ def gelu(h: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: a shape, type or device that does not fit.
     """
+    check_gelu(h, bias)
+    return gelu_fwd(h, bias) if use_triton(h) else gelu_ref(h, bias)
+
+
+def check_gelu(h: Tensor, bias: Tensor | None) -> None:
     check_tensor("h", h, ("N", "F"))
     if bias is not None:
         check_tensor("bias", bias, h.shape[1:], h.dtype, torch.float32)
         check_devices(h=h, bias=bias)
-    return gelu_fwd(h, bias) if use_triton(h) else gelu_ref(h, bias)

@@ -13,7 +13,7 @@ from .backend import is_fake, use_cpu_path, use_triton
 from .column_sum import column_sum
 from .cpu.compiled import use_compiled
 from .cpu.linear import BF16LinearFunction, FewRowsLinearFunction, GeluLinearFunction
-from .gelu import gelu
+from .gelu import check_gelu, gelu
 from .triton.gelu import gelu_bwd, gelu_fwd
 
 Cast = tuple[Tensor, Tensor]  # weight and bias in the type of the products
@@ -69,7 +69,8 @@ class BiasGradientFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx):
-        return dx, column_sum(dx.flatten(1), ctx.dtype, ctx.zeros), None
+        dbias = column_sum(dx.flatten(1), ctx.dtype, ctx.zeros) if ctx.needs_input_grad[1] else None
+        return dx, dbias, None
 
 
 def splits_bias(x: Tensor) -> bool:
@@ -150,6 +151,7 @@ def gelu_linear(
     if _by_hand(x) and x.dtype == torch.bfloat16:
         return GeluLinearFunction.apply(bias_gradient(x, x_bias), weight, bias)
     if recompute and use_triton(x) and torch.is_grad_enabled():
+        check_gelu(x, x_bias)
         return RecomputedGeluLinearFunction.apply(x, x_bias, *with_casts(x, weight, bias, cast))
     return linear(gelu(x, x_bias), weight, bias, cast)
 

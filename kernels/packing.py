@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import multiprocessors
+from .backend import multiprocessors, sees_dispatch
 
 # Of a norm's backward, which has the most to do: programs that run on a multiprocessor at the same time, and those that
 # keep its share of the memory's speed busy.
@@ -44,15 +44,6 @@ class Packing(NamedTuple):
     @property
     def num_tokens(self) -> int:
         return sum(samples * length for samples, length in self.runs)
-
-    def token_runs(self) -> Iterator[tuple[slice, int, int]]:
-        """(token slice, samples, length) of each run that has tokens."""
-        start = 0
-        for samples, length in self.runs:
-            stop = start + samples * length
-            if stop > start:
-                yield slice(start, stop), samples, length
-            start = stop
 
 
 def pack(
@@ -108,7 +99,10 @@ def pack(
 
 def equal_lengths(samples: int, length: int, device: torch.device) -> Packing:
     """`pack` of [samples, length, D] with a modulation row for each sample; made once."""
-    return Packing(*_equal_lengths(samples, length, device))
+    if not torch.compiler.is_compiling() and sees_dispatch():  # a mode's tensors serve no other
+        return pack([length] * samples, device=device)
+    # To a compiler a hash is a number, and not a size that may change: it compiles anew for other samples or lengths.
+    return Packing(*_equal_lengths(hash(samples), hash(length), device))
 
 
 @torch.compiler.assume_constant_result  # of tensors in a plain tuple
@@ -118,7 +112,8 @@ def _equal_lengths(samples: int, length: int, device: torch.device) -> tuple:
 
 @lru_cache(maxsize=64)
 def _pack_once(samples: int, length: int, device: torch.device) -> Packing:
-    return pack([length] * samples, device=device)
+    with torch.inference_mode(False):  # kept tensors serve training too
+        return pack([length] * samples, device=device)
 
 
 def paired_runs(packing: Packing, kv_packing: Packing) -> list[tuple[int, int, int]]:

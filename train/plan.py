@@ -22,9 +22,9 @@ from umd.objective import Part
 from umd.schedule import NoiseSchedule
 from umd.train.distributed import World
 from umd.train.parallel import strategy
-from umd.train.run import RunConfig
+from umd.train.run import RunConfig, check_gelu
 from umd.train.spread import check_strategy
-from umd.train.step_counts import StepCounts, count_gpu_step
+from umd.train.step_counts import StepCounts, as_on_gpu, count_gpu_step
 from umd.train.zero import deepspeed_config
 
 GiB = 2**30
@@ -148,6 +148,8 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
     dtype = bf16_or_fp32(config)
     bf16 = dtype == torch.bfloat16
     gpu = GPUS[cluster.gpu]
+    with as_on_gpu():
+        check_gelu(config, torch.device("cuda"), dtype)
     if counts is None:
         counts = count_gpu_step(config, micro, dtype, torch.float32)
         how = how_spread(config, cluster.gpus, counts.weights)

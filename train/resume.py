@@ -142,7 +142,7 @@ def load_pretrained(model: AnyModel, init: Path, data: DataConfig) -> None:
     check_kind(before, now, init)
     # Also those that change no shape, such as the heads.
     differ = [f"{name} {before[name]}, not {now[name]}" for name in now if name in before and before[name] != now[name]]
-    differ = [what for what in differ if not what.startswith("num_classes ")]
+    differ = [what for what in differ if not what.startswith(("num_classes ", "residual_in_fp32 "))]  # as is the type
     if differ:
         raise UserError(
             f"{init} holds a network with {'; '.join(differ)}: give the settings it was trained with, or another folder"

@@ -372,8 +372,11 @@ def check_gelu(config: RunConfig, device: torch.device, dtype: torch.dtype) -> N
     """Raise UserError if what the configuration has for GELU cannot run this network here."""
     if config.gelu == "ours":
         return
-    width = config.model.hidden_size
-    if reason := ops.epilogues_refusal(device, dtype, width, int(width * config.model.mlp_ratio)):
+    model = config.model
+    widths = {model.hidden_size, getattr(model, "decoder_hidden_size", model.hidden_size)}
+    if reason := ops.epilogues_refusal(
+        device, dtype, *sorted({w for n in widths for w in (n, int(n * model.mlp_ratio))})
+    ):
         raise UserError(f"gelu: {config.gelu} {reason}; 'ours' runs anywhere")
 
 

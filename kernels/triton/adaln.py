@@ -292,7 +292,7 @@ def _sum_launch(D: int) -> dict[str, int]:
 
 
 def _rows(table: Tensor | None) -> Tensor | None:
-    """The table with its columns side by side; views of one projection are as they are."""
+    """The table, or a row, with its columns side by side; views of one projection are as they are."""
     return table if table is None or table.stride(-1) == 1 else table.contiguous()
 
 
@@ -326,7 +326,7 @@ def layer_norm_fwd(
     h_bias: in h already, and here for its gradient. dtype: of y, and of h if there is one.
     """
     x, h = x.contiguous(), None if h is None else h.contiguous()
-    gate, shift, scale = _rows(gate), _rows(shift), _rows(scale)
+    gate, shift, scale, weight, bias = map(_rows, (gate, shift, scale, weight, bias))
     N, D = x.shape
     C = chunks.shape[0]
     r, y = x.new_empty(0 if h is None else x.shape), x.new_empty(x.shape, dtype=dtype)
@@ -364,7 +364,7 @@ def layer_norm_bwd(
     """
     dy, r = dy.contiguous(), r.contiguous()
     dr, h = (None if t is None else t.contiguous() for t in (dr, h))
-    gate, scale = _rows(gate), _rows(scale)
+    gate, scale, weight, bias = map(_rows, (gate, scale, weight, bias))
     D, C = r.shape[1], chunks.shape[0]
     like_h = dy if h is None and has_h and dy.dtype != r.dtype else h
     inputs = r, like_h, gate, shift, scale, weight, bias, h_bias

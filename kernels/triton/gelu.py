@@ -101,7 +101,7 @@ def _gelu_bwd_kernel(
 @triton_op("gelu_fwd")
 def gelu_fwd(h: Tensor, bias: Tensor | None) -> Tensor:
     h = h.contiguous()
-    y, n = torch.empty_like(h), h.numel()
+    y, n = h.new_empty(h.shape), h.numel()
     if n > 0:
         grid = (triton.cdiv(n, FORWARD["BLOCK"]),)
         wrap_triton(_gelu_fwd_kernel)[grid](h, y, n, LINEAR=_LINEAR, CUBIC=_CUBIC, **FORWARD)
@@ -114,7 +114,7 @@ def gelu_bwd(dy: Tensor, h: Tensor, bias_dtype: torch.dtype | None, again: bool)
     dy, h = dy.contiguous(), h.contiguous()
     N, F = h.shape
     grid, rows = share_rows(h, BACKWARD["BLOCK_M"], BACKWARD["BLOCK_F"], BACKWARD_PROGRAMS, BACKWARD_ROWS)
-    dh, y = torch.empty_like(h), torch.empty_like(h) if again else None
+    dh, y = h.new_empty(h.shape), h.new_empty(h.shape) if again else None
     part = None if bias_dtype is None else h.new_empty(grid[1], F, dtype=torch.float32)
     if h.numel() > 0:
         wrap_triton(_gelu_bwd_kernel)[grid](dy, h, dh, y, part, N, rows, LINEAR=_LINEAR, CUBIC=_CUBIC, F=F, **BACKWARD)

@@ -119,6 +119,15 @@ def test_widths_beyond(compare, device, D, rms):
     compare(ours(packing, rms), plain(packing, rms), inputs(packing, D, torch.float32, torch.float32))
 
 
+def test_rows_with_gaps(device):
+    """A weight and a bias cut from something wider, or one number for all columns."""
+    packing, wide = pack([3, 5], device=device), torch.randn(2, 48, device=device)
+    x = torch.randn(8, 24, device=device)
+    for weight, bias in ((wide[0, ::2], wide[1, 1::2]), (wide[0, :1].expand(24), wide[1, :1].expand(24))):
+        found = modulated_layer_norm(x, packing, weight=weight, bias=bias)
+        torch.testing.assert_close(found, F.layer_norm(x, (24,), weight, bias, 1e-6))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rms", [False, True], ids=["LayerNorm", "RMSNorm"])
 @pytest.mark.parametrize("samples", [1, 3, 5])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from umd.kernels.adaln import AdaLayerNorm, gated_residual_layer_norm, modulated_layer_norm
 from umd.kernels.packing import pack
@@ -135,8 +136,38 @@ def test_the_module_has_torchs_parameters_and_norm(device):
     assert not list(AdaLayerNorm(24).parameters())
 
 
+def test_under_autocast_as_without_our_norms(device):
+    """fp32 stream, bf16 branches and tables: as far from fp32 as the block is with torch's norms."""
+    c, x, expected = (torch.from_numpy(ORACLE[name]).to(device) for name in ("embed_c", "embed_x", "block0"))
+    ours, theirs = network(device)[0], DiTBlock(D, HEADS).to(device)
+    theirs.load_state_dict(ours.state_dict())
+    with torch.autocast(x.device.type, torch.bfloat16):
+        out = ours(x, c)
+        tables = theirs.adaLN_modulation(c).unsqueeze(1).chunk(6, 2)
+        r = x + tables[2] * theirs.attn(theirs.norm1(x) * (1 + tables[1]) + tables[0])
+        plain = r + tables[5] * theirs.mlp(theirs.norm2(r) * (1 + tables[4]) + tables[3])
+    assert out.dtype == plain.dtype == torch.float32
+    ours_off, plain_off = ((y - expected).norm() for y in (out, plain))
+    assert 0 < ours_off < 1.5 * plain_off
+    out.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in ours.parameters())
+
+
+def test_a_packing_kept_serves_whoever_comes_next(device):
+    """Validation before training, and a mode of tensors without data before and behind real ones."""
+    module = AdaLayerNorm(24)
+    for length, modes in ((6, (torch.inference_mode, torch.enable_grad)), (7, (FakeTensorMode, torch.enable_grad))):
+        for mode in (*modes, *modes):
+            with mode():
+                x = torch.zeros(2, length, 24, requires_grad=mode is torch.enable_grad)
+                y = module(x, shift=torch.ones(2, 24))
+            assert y.shape == x.shape
+        y.sum().backward()
+        assert (x.grad == 0).all()
+
+
 def test_compiles_whole(device):
-    """No graph break; one packing, made when it is traced."""
+    """No graph break, at a second shape too; a packing is made when it is traced."""
     x, h, *tables = dense_inputs(device)
     module = AdaLayerNorm(24)
 
@@ -144,8 +175,9 @@ def test_compiles_whole(device):
         return module(x, shift, scale, h, gate)
 
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    for a, b in zip(op(x, h, *tables), compiled(x, h, *tables), strict=True):
-        assert torch.equal(a, b)
+    for x_, h_ in ((x, h), (x[:, :4], h[:, :4])):
+        for a, b in zip(op(x_, h_, *tables), compiled(x_, h_, *tables), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_what_does_not_fit_is_named(device):
@@ -156,3 +188,7 @@ def test_what_does_not_fit_is_named(device):
         gated_residual_layer_norm(x, h[:2])
     with pytest.raises(ValueError, match="^gate: expected 3 rows or more"):
         gated_residual_layer_norm(x, h, gate=gate[:2])
+    with pytest.raises(ValueError, match="^gate: expected None without a branch h"):
+        AdaLayerNorm(24)(x, shift, scale, gate=gate)
+    with pytest.raises(ValueError, match=r"^x: expected a sample at least, got \[0, 5, 24\]"):
+        modulated_layer_norm(x[:0])
