@@ -19,21 +19,11 @@ from .checks import check_devices, check_tensor
 from .triton.philox import random_words_fwd
 
 _LOW32 = 0xFFFFFFFF
-
-
 # A round's multipliers less 2**32: their product with a word stays inside int64 and keeps its lower half.
 _MULTIPLIER_0 = 0xD2511F53 - 2**32
-
-
 _MULTIPLIER_1 = 0xCD9E8D57 - 2**32
-
-
 _KEY_STEP_0 = 0x9E3779B9
-
-
 _KEY_STEP_1 = 0xBB67AE85
-
-
 _ROUNDS = 10
 
 

@@ -19,8 +19,6 @@ from . import compiled
 
 # Whether this build of torch and this processor (AVX-512 or better) have oneDNN's bf16.
 HAS_FUSED_LINEAR = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 TRANSPOSE_COLUMNS = 192  # few: a product with the identity takes as many operations for each number
 
 

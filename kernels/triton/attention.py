@@ -23,14 +23,8 @@ from ..backend import tl, triton
 from .op import triton_op, wrap_triton
 
 FWD = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3)
-
-
 BWD_Q = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
-
-
 BWD_KV = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2)
-
-
 LOG2E = math.log2(math.e)
 
 

@@ -15,11 +15,7 @@ from .tiles import store_row
 
 # A thread holds 16 bytes of each bf16 row and all warps share it, so that sums over rows stay in registers.
 SUM = dict(BLOCK_M=4, BLOCK_F=512, STAGES=3, num_warps=2)  # rows and columns at once, tiles loaded ahead
-
-
 SUM_PROGRAMS = 8  # of a multiprocessor
-
-
 SUM_ROWS = 48  # of a program at least: its partial sums move 8 bytes a column, a row 2
 
 
@@ -45,12 +41,12 @@ def _column_sum_kernel(
     tile_rows = tl.arange(0, BLOCK_M)
     tile = tile_rows[:, None] * F + cols[None, :]
     total = tl.zeros([BLOCK_F], tl.float32)
+    wanted = (cols < F) & ((cols < ZERO_START) | (cols >= ZERO_STOP))
     for row in tl.range(0, count, BLOCK_M, num_stages=STAGES):
         offset = (first + row).to(tl.int64) * F
-        wanted = (cols < F) & ((cols < ZERO_START) | (cols >= ZERO_STOP))
         mask = (row + tile_rows < count)[:, None] & wanted[None, :]
         total += tl.sum(tl.load(x_ptr + offset + tile, mask, other=0.0).to(tl.float32), 0)
-    tl.store(part_ptr + tl.program_id(1).to(tl.int64) * F + cols, total, cols < F)
+    tl.store(part_ptr + tl.program_id(1).to(tl.int64) * F + cols, total, wanted)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -59,14 +55,17 @@ def _add_partials_kernel(
     out_ptr,  # [F]
     P,
     F: tl.constexpr,
+    ZERO_START: tl.constexpr,
+    ZERO_STOP: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
     cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    wanted = (cols < F) & ((cols < ZERO_START) | (cols >= ZERO_STOP))
     total = tl.zeros([BLOCK_P, BLOCK_F], tl.float32)
     for first in range(0, P, BLOCK_P):
         part = first + tl.arange(0, BLOCK_P)
-        mask = (part < P)[:, None] & (cols < F)[None, :]
+        mask = (part < P)[:, None] & wanted[None, :]
         total += tl.load(part_ptr + part.to(tl.int64)[:, None] * F + cols[None, :], mask, other=0.0)
     store_row(out_ptr, tl.sum(total, 0), cols, F, BLOCK_P)
 
@@ -83,15 +82,23 @@ def share_rows(x: Tensor, block_m: int, block_f: int, programs: int, least: int)
     return (blocks, triton.cdiv(N, rows) if N else 0), rows
 
 
-def add_partials(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Column sums of partial sums, fp32 [P, F], in a fixed order; without any, zeros."""
+def add_partials(part: Tensor, dtype: torch.dtype, zero_start: int = 0, zero_stop: int = 0) -> Tensor:
+    """Column sums of partial sums, fp32 [P, F], in a fixed order; 0 without any, and from zero_start to zero_stop."""
     P, F = part.shape
     out = part.new_empty(F, dtype=dtype)
     if F > 0:
         block_p = min(64, max(4, triton.next_power_of_2(P)))  # at least as many as there are warps
         grid = (triton.cdiv(F, 2048 // block_p),)
         wrap_triton(_add_partials_kernel)[grid](
-            part, out, P, F=F, BLOCK_P=block_p, BLOCK_F=2048 // block_p, num_warps=4
+            part,
+            out,
+            P,
+            F=F,
+            ZERO_START=zero_start,
+            ZERO_STOP=zero_stop,
+            BLOCK_P=block_p,
+            BLOCK_F=2048 // block_p,
+            num_warps=4,
         )
     return out
 
@@ -104,4 +111,4 @@ def column_sum_fwd(x: Tensor, dtype: torch.dtype, zero_start: int, zero_stop: in
     part = x.new_empty(grid[1], F, dtype=torch.float32)
     if part.numel() > 0:
         wrap_triton(_column_sum_kernel)[grid](x, part, N, rows, F=F, ZERO_START=zero_start, ZERO_STOP=zero_stop, **SUM)
-    return add_partials(part, dtype)
+    return add_partials(part, dtype, zero_start, zero_stop)

@@ -15,21 +15,11 @@ from .column_sum import add_partials, share_rows
 from .op import triton_op, wrap_triton
 
 FORWARD = dict(BLOCK=2048, num_warps=4)
-
-
 # Rows and columns at once, as in column_sum.py, and how many such tiles are loaded ahead.
 BACKWARD = dict(BLOCK_M=2, BLOCK_F=1024, STAGES=3, num_warps=4)
-
-
 BACKWARD_PROGRAMS = 4  # of a multiprocessor
-
-
 BACKWARD_ROWS = 16  # of a program at least: its partial sums move 8 bytes a column, a row 6
-
-
 _LINEAR = 2 * math.sqrt(2 / math.pi)  # 2u = _LINEAR·h + _CUBIC·h³
-
-
 _CUBIC = 0.044715 * _LINEAR
 
 

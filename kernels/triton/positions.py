@@ -10,8 +10,6 @@ from .tiles import store_row
 # A program of the forward pass serves PLACES places, each a warp's own, and walks SAMPLES samples, BLOCK_S at once.
 # Columns of one warp: 8 a thread, 128 bits of bf16.
 FORWARD = dict(SAMPLES=64, PLACES=4, BLOCK_S=8, BLOCK_D=256, num_warps=4)
-
-
 # One of the backward pass serves one place and walks all samples: BLOCK_S at once in each of its WARPS.
 BACKWARD = dict(WARPS=4, BLOCK_S=8, BLOCK_D=256, num_warps=4)
 

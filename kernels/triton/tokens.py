@@ -12,17 +12,9 @@ from .op import triton_op, wrap_triton
 from .tiles import store_row
 
 SAMPLES = 64  # samples that one program walks: so many are one row of a table of partial sums
-
-
 PLACES = 4  # places that one program serves, each a warp's own
-
-
 BLOCK_S = 8  # samples at once
-
-
 BLOCK_D = 256  # of one warp: 8 a thread, 128 bits of bf16
-
-
 BLOCK_IDS = 512
 
 
