@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backend import use_triton
+from .backend import products_dtype, use_triton
 from .checks import check_devices, check_tensor
 from .cpu.adaln import CompiledLayerNormFunction, GatedResidualLayerNormFunction, ModulatedLayerNormFunction
 from .cpu.compiled import use_compiled
@@ -233,7 +233,7 @@ class AdaLayerNorm(nn.Module):
         if h is None:
             if gate is not None:
                 raise ValueError("gate: expected None without a branch h, got a table")
-            return modulated_layer_norm(x, packing, shift, scale, *own, rms=self.rms, dtype=_autocast_dtype(x))
+            return modulated_layer_norm(x, packing, shift, scale, *own, rms=self.rms, dtype=products_dtype(x))
         return gated_residual_layer_norm(x, h, packing, gate, shift, scale, *own, rms=self.rms)
 
 
@@ -242,11 +242,6 @@ def _dense(x: Tensor) -> Packing:
     if x.shape[0] == 0:
         raise ValueError(f"x: expected a sample at least, got {list(x.shape)}")
     return equal_lengths(x.shape[0], x.shape[1], x.device)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype:
-    casts = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
 
 
 def _narrower(x: Tensor) -> tuple[torch.dtype, ...]:

@@ -109,6 +109,13 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def products_dtype(x: Tensor) -> torch.dtype:
+    """In which type linear layers take x: autocast's for fp32, else x's own."""
+    device = x.device.type
+    casts = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else x.dtype
+
+
 def is_fake(x: Tensor) -> bool:
     """Whether x has no data, only a shape and a type."""
     return isinstance(x, FakeTensor)

@@ -7,13 +7,6 @@ from umd import ops
 from umd.config import ViTConfig
 
 
-def products_dtype(x: Tensor) -> torch.dtype:
-    """In which type linear layers take x: autocast's for fp32, else x's own."""
-    device = x.device.type
-    casts = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if casts else x.dtype
-
-
 def residual(x: Tensor, config: ViTConfig) -> Tensor:
     """x in the type of the residual stream that starts with it."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) if config.residual_in_fp32 else x

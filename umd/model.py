@@ -18,7 +18,7 @@ from umd import ops
 from umd.config import ModelConfig, ViTConfig
 from umd.embedders import LabelEmbedder, TimestepEmbedder, lecun_normal
 from umd.errors import UserError
-from umd.layers import GeluLinear, Linear, products_dtype, residual
+from umd.layers import GeluLinear, Linear, residual
 from umd.masking import Layout, layout
 from umd.modulation import build_modulation
 from umd.ops import Packing
@@ -48,8 +48,8 @@ class ModulatedLayerNorm(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(r, y): r = x + gate·h [N, D] in x's type, y = LN(r)·(1 + scale) + shift [N, D] in that of the products."""
         if branch is None:
-            dtype = products_dtype(x)
-            return x, ops.modulated_layer_norm(x, packing, shift, scale, self.weight, self.bias, dtype=dtype)
+            tables = shift, scale, self.weight, self.bias
+            return x, ops.modulated_layer_norm(x, packing, *tables, dtype=ops.products_dtype(x))
         h, h_bias, gate = branch
         return ops.gated_residual_layer_norm(x, h, packing, gate, shift, scale, self.weight, self.bias, h_bias=h_bias)
 

@@ -2,7 +2,7 @@
 
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
 from umd.kernels.attention import Attention, attention, attention_backend, varlen_attention
-from umd.kernels.backend import cpu_paths, kernels, use_cpu_path, use_triton
+from umd.kernels.backend import cpu_paths, kernels, products_dtype, use_cpu_path, use_triton
 from umd.kernels.column_sum import column_sum
 from umd.kernels.cpu.compiled import adamw_, compiler_lacks, square_sum
 from umd.kernels.cpu.linear import forget
@@ -54,6 +54,7 @@ __all__ = [
     "philox_randn_rows",
     "philox_randn_samples",
     "prepend_tokens",
+    "products_dtype",
     "random_words",
     "scatter_tokens",
     "split_tokens",
