@@ -79,27 +79,56 @@ def ddim_sample(
 
     Raises UserError for steps, eta, labels or guidance that cannot be had, and for a step that cannot be captured.
     """
-    _check_request(shape[0], eta, predict, labels, null_label, cfg_scale)
     if device is None:
         device = next((given.device for given in (x_T, labels) if given is not None), "cpu")
-    noise = _Noise(seed, first_sample, shape, device)
-    x_t = noise.draw(0)
-    if x_T is not None:
-        _check_images("x_T", x_T, shape)
-        x_t = x_T.to(device)
-    labels = None if labels is None else labels.to(device)
-    times = model_times(num_steps, schedule.num_steps)
-    table = _step_coefficients(schedule, [*times, 0], eta)
+    sampler = DDIM(
+        denoise, shape, schedule, num_steps=num_steps, eta=eta, clip=clip, predict=predict, labelled=labels is not None,
+        null_label=null_label, cfg_scale=cfg_scale, seed=seed, device=device, capture=capture,
+    )  # fmt: skip
+    return sampler(labels, first_sample=first_sample, x_T=x_T, callback=callback)
 
-    def move(x_t: Tensor, time: Tensor, coefficients: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        cond, uncond = _predict(denoise, x_t, time[None], predict, labels, null_label, cfg_scale)
-        return ddim_step(
-            x_t, cond, uncond, cfg_scale, coefficients.to(x_t), from_xstart=predict == "x_start", clip=clip,
-            seed=noise.seed if eta > 0 else None, offsets=noise.offsets(drawn),
-        )  # fmt: skip
 
-    draws = 1 + torch.arange(len(times))  # the first was x_T
-    return _Step(move, x_t, (torch.tensor(times), table, draws)).loop(callback, capture)
+class DDIM:
+    """`ddim_sample` for one batch after another of the same shape: on a GPU one recorded step serves them all."""
+
+    def __init__(
+        self, denoise: Denoise, shape: tuple[int, int, int, int], schedule: NoiseSchedule, *, num_steps: int,
+        eta: float, clip: bool, predict: Prediction = "eps", labelled: bool, null_label: int | None, cfg_scale: float,
+        seed: int, device: torch.device | str, capture: Capture = "auto",
+    ):  # fmt: skip
+        """labelled: whether calls give labels. The rest is as for `ddim_sample`."""
+        self.shape, self.null_label = shape, null_label
+        self.labels = torch.zeros(shape[0], dtype=torch.int64, device=device) if labelled else None
+        _check_request(shape[0], eta, predict, self.labels, null_label, cfg_scale)
+        self.noise = _Noise(seed, 0, shape, device)
+        times = model_times(num_steps, schedule.num_steps)
+        coefficients = _step_coefficients(schedule, [*times, 0], eta)
+        draws = 1 + torch.arange(len(times))  # the first was x_T
+
+        def move(x_t: Tensor, time: Tensor, coefficients: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+            cond, uncond = _predict(denoise, x_t, time[None], predict, self.labels, null_label, cfg_scale)
+            return ddim_step(
+                x_t, cond, uncond, cfg_scale, coefficients.to(x_t), from_xstart=predict == "x_start", clip=clip,
+                seed=self.noise.seed if eta > 0 else None, offsets=self.noise.offsets(drawn),
+            )  # fmt: skip
+
+        self.step = _Step(move, (torch.tensor(times), coefficients, draws), device, capture)
+
+    @torch.no_grad()
+    def __call__(
+        self, labels: Tensor | None = None, *, first_sample: int = 0, x_T: Tensor | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:  # fmt: skip
+        """A batch [B, C, H, W]: images `first_sample` and after of those of the seed."""
+        _check_labels(labels, self.shape[0], self.null_label)
+        if self.labels is not None and labels is not None:
+            self.labels.copy_(labels)
+        self.noise.start_at(first_sample)
+        if x_T is None:
+            x_T = self.noise.draw(0)
+        else:
+            _check_images("x_T", x_T, self.shape)
+        return self.step.loop(x_T, callback)
 
 
 @torch.no_grad()
@@ -175,7 +204,8 @@ def inpaint(
         return x_next, x_start
 
     x_T = torch.where(removed, noise.draw(0).to(x_known.dtype), known_at(tables[0][:1].to(x_known.device), 1))
-    return torch.where(removed, _Step(move, x_T, tables).loop(callback, capture), x_known)
+    step = _Step(move, tables, x_known.device, capture)
+    return torch.where(removed, step.loop(x_T, callback), x_known)
 
 
 @torch.no_grad()
@@ -214,35 +244,56 @@ def denoising_sequence(
 class _Step:
     """One denoising step that can be replayed: what changes from step to step lies in its tensors, at one place."""
 
-    def __init__(self, move: Callable[..., tuple[Tensor, Tensor]], x_T: Tensor, tables: Sequence[Tensor]):
-        """move: (x_t, a row of each table) to (x_next, x_start). tables: of n rows each, one a step."""
-        self.move, self.tables = move, [table.to(x_T.device) for table in tables]
-        self.x_t, self.x_start = x_T.clone(), torch.empty_like(x_T)  # [B, C, H, W]
-        self.index = torch.zeros(1, dtype=torch.int64, device=x_T.device)
+    def __init__(
+        self, move: Callable[..., tuple[Tensor, Tensor]], tables: Sequence[Tensor], device: torch.device | str,
+        capture: Capture,
+    ):  # fmt: skip
+        """move: (x_t, a row of each table) to (x_next, x_start). tables: of n rows each, one a step.
+
+        Captured, the first few steps run as they are, for kernels are chosen and caches filled then, on the stream that
+        the others are captured and replayed on.
+        """
+        self.device = torch.device(device)
+        self.move, self.tables = move, [table.to(device) for table in tables]
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)
+        self.x_t: Tensor | None = None  # [B, C, H, W], as the next: made for the first loop
+        self.x_start: Tensor | None = None
+        self.call = self.run
+        on_gpu = self.device.type == "cuda"
+        if capture == "on" and not on_gpu:
+            raise UserError("--capture on needs a CUDA GPU; leave it at auto")
+        self.captures = on_gpu and (capture == "on" or (capture == "auto" and len(tables[0]) > 3 * WARM_UP))
 
     def run(self) -> None:
         """Take the step, and be at the next."""
+        assert self.x_t is not None and self.x_start is not None, "loop comes first"
         x_next, x_start = self.move(self.x_t, *(table.index_select(0, self.index)[0] for table in self.tables))
         self.x_t.copy_(x_next)
         self.x_start.copy_(x_start)
         self.index += 1
 
-    def loop(self, callback: Callback | None, capture: Capture) -> Tensor:
-        """The sample. Captured, the first few steps run as they are, for kernels are chosen and caches filled then, on
-        the stream that the others are captured and replayed on."""
-        run, n, on_gpu = self.run, len(self.tables[0]), self.x_t.is_cuda
-        if capture == "on" and not on_gpu:
-            raise UserError("--capture on needs a CUDA GPU; leave it at auto")
-        captures = on_gpu and (capture == "on" or (capture == "auto" and n > 3 * WARM_UP))
-        with _side_stream(self.x_t.device) if captures else nullcontext():
+    def start(self, x_T: Tensor) -> None:
+        """Be at the first step of the way from x_T."""
+        if self.x_t is None:
+            self.x_t = torch.empty_like(x_T, device=self.device)
+            self.x_start = torch.empty_like(self.x_t)
+        self.x_t.copy_(x_T)
+        self.index.zero_()
+
+    def loop(self, x_T: Tensor, callback: Callback | None) -> Tensor:
+        """The sample [B, C, H, W] that all steps make of x_T."""
+        self.start(x_T)
+        assert self.x_t is not None and self.x_start is not None
+        n = len(self.tables[0])
+        with _side_stream(self.device) if self.captures else nullcontext():
             for i in range(n):
-                if captures and i == WARM_UP:
-                    run = _record(run)
+                if self.captures and i == WARM_UP and self.call == self.run:
+                    self.call = _record(self.run)
                 x_t = None if callback is None else self.x_t.clone()
-                run()
+                self.call()
                 if callback is not None and x_t is not None:
                     callback(i, n, x_t, self.x_start.clone())
-        return self.x_t
+        return self.x_t.clone()
 
 
 def _record(run: Callable[[], None]) -> Callable[[], None]:
@@ -280,8 +331,13 @@ class _Noise:
     def __init__(self, seed: int, first_sample: int, shape: Sequence[int], device: torch.device | str):
         self.seed = torch.tensor(seed, device=device)
         self.shape = tuple(shape[1:])
-        self.first = torch.arange(first_sample, first_sample + shape[0], device=device) << 32
+        self.first = torch.empty(shape[0], dtype=torch.int64, device=device)
+        self.start_at(first_sample)
         self.size = math.ceil(math.prod(self.shape) / 4)  # counters of one noise
+
+    def start_at(self, first_sample: int) -> None:
+        """The noises are those of samples `first_sample` and after from now on."""
+        self.first.copy_(torch.arange(first_sample, first_sample + len(self.first)) << 32)
 
     def offsets(self, drawn: int | Tensor) -> Tensor:
         """The first counter of each sample's noise after `drawn` others: int64 [B]."""
@@ -331,6 +387,10 @@ def _check_request(
         raise UserError(f"predict is {predict!r}; expected 'eps' or 'x_start', the network's two outputs")
     if cfg_scale != 1 and (labels is None or null_label is None):
         raise UserError(f"guidance (cfg_scale={cfg_scale:g}) needs labels and a model trained with them; else use 1")
+    _check_labels(labels, B, null_label)
+
+
+def _check_labels(labels: Tensor | None, B: int, null_label: int | None) -> None:
     if labels is None:
         return
     if labels.shape != (B,) or labels.dtype != torch.int64:

@@ -16,6 +16,7 @@ from umd.errors import UserError
 from umd.model import UMD
 from umd.ops import ddim_step
 from umd.sampler import (
+    DDIM,
     _Step,
     _step_coefficients,
     ddim_sample,
@@ -316,7 +317,8 @@ def test_a_step_can_be_replayed(monkeypatch, sampler):
     """It writes to its own memory alone and waits for nothing; so often run, it is the sampler."""
     model, x = random_umd(UMDS["labels"], torch.float32), torch.rand(2, 3, 8, 8)
     expected, steps = draw(sampler, model, x, num_steps=6), []
-    monkeypatch.setattr(_Step, "loop", lambda step, *rest: steps.append(step) or step.x_t)  # nothing runs
+    # Nothing runs.
+    monkeypatch.setattr(_Step, "loop", lambda step, x_T, _: steps.append(step) or step.start(x_T) or step.x_t)
     draw(sampler, model, x, num_steps=6)
     (step,) = steps
 
@@ -332,6 +334,18 @@ def test_a_step_can_be_replayed(monkeypatch, sampler):
     if sampler == "inpaint":
         step.x_t = torch.where(hole(2, 8, 8).bool(), step.x_t, x)
     assert torch.equal(step.x_t, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_one_sampler_serves_batch_after_batch(device):
+    """Each batch is what `ddim_sample` draws of it alone, on a GPU by the first batch's recording."""
+    model, shape = random_umd(UMDS["labels"], torch.float32).to(device), (2, 3, 8, 8)
+    arguments = dict(num_steps=20, eta=1.0, clip=True, null_label=5, cfg_scale=1.5, seed=3, device=device)
+    sampler = DDIM(model.denoise, shape, COSINE, labelled=True, **arguments)
+    for first, labels in ((0, [4, 1]), (2, [0, 3]), (7, [4, 4])):
+        labels = torch.tensor(labels, device=device)
+        alone = ddim_sample(model.denoise, shape, COSINE, labels=labels, first_sample=first, **arguments)
+        assert torch.equal(sampler(labels, first_sample=first), alone)
 
 
 def test_the_noise_to_start_from_is_left_as_it_is():
