@@ -29,6 +29,8 @@ from umd.train.loop import train
 from umd.train.optim import OptimConfig
 from umd.train.preview import reconstructions, rgb
 from umd.train.run import PRESETS, RunConfig, finetune_config
+from umd.train.sample import Drawer
+from umd.train.shards import progress
 
 # Shares of the time budget, in the order of the parts. The rest is for starting, reading data and writing the page.
 SHARES = {
@@ -158,10 +160,12 @@ def run_demo(demo: Demo, console: Console) -> Path:
             break
     samples = {}
     for cfg_scale in (1.0, 4.0):
-        drawn = evaluate.sample(
-            generator, schedule, labels, len(labels), num_steps=num_steps, cfg_scale=cfg_scale, seed=demo.seed,
-            clip=True, dtype=dtype, batch=len(labels), console=console,
+        drawer = Drawer(
+            generator, schedule, labels, len(labels), num_steps=num_steps, cfg_scale=cfg_scale, eta=1.0, seed=demo.seed,
+            clip=True, dtype=dtype,
         )  # fmt: skip
+        with progress(console, "samples", len(labels)) as advance:
+            drawn = drawer.x_start(0, len(labels), advance)
         samples[f"guidance {cfg_scale:g}"] = rgb(drawn).reshape(len(classes), shown, demo.size, demo.size, 3)
         if cfg_scale == 1.0:
             plain_samples = drawn

@@ -22,12 +22,13 @@ from umd.metrics import FeatureStatistics, default_features, feature_statistics
 from umd.model import UMD
 from umd.ops import philox_randn
 from umd.probe import ProbeResult, fewshot_accuracy, raw_pixel_features
-from umd.sampler import Capture, ddim_sample, inpaint, model_times
+from umd.sampler import inpaint
 from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer, load_tokenizer
 from umd.train.data import center_view, open_dataset
 from umd.train.latents import tokenizer_of
 from umd.train.run import RunConfig, load_model
+from umd.train.shards import own_device
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def schedule_of(config: ScheduleConfig) -> NoiseSchedule:
 
 def open_run(config: RunConfig, ema: bool = True) -> tuple[AnyModel, torch.device, torch.dtype]:
     """The network of a run on this machine's device, and the autocast type."""
-    device, dtype = take_device(config.device, config.precision)
+    device, dtype = take_device(own_device(config.device), config.precision)
     return load_model(config.out, ema, device), device, dtype
 
 
@@ -184,42 +185,6 @@ def sampling_progress(console: Console | None, what: str) -> Iterator[Callable[[
         yield lambda i, n, x_t, x_start: bar.update(task, completed=i + 1, total=n)
 
 
-@torch.no_grad()
-def sample(
-    model: UMD,
-    schedule: NoiseSchedule,
-    labels: Tensor | None,
-    count: int,
-    *,
-    num_steps: int,
-    cfg_scale: float,
-    seed: int,
-    clip: bool,
-    dtype: torch.dtype,
-    batch: int = 64,
-    eta: float = 1.0,
-    capture: Capture = "auto",
-    console: Console | None = None,
-) -> Tensor:
-    """`count` samples [count, C, H, W]; labels int64 [count] or None. Sample i is the same in any batch."""
-    device = next(model.parameters()).device
-    shape = (model.config.channels, *model.config.image_size)
-    denoise = denoiser(model, dtype, model_times(num_steps, schedule.num_steps), labels)
-    out = []
-    for start in range(0, count, batch):
-        n = min(batch, count - start)
-        with sampling_progress(console, f"samples {start}-{start + n} of {count}") as callback:
-            out.append(
-                ddim_sample(
-                    denoise, (n, *shape), schedule, num_steps=num_steps, eta=eta, clip=clip,
-                    labels=None if labels is None else labels[start : start + n].to(device),
-                    null_label=model.config.num_classes or None, cfg_scale=cfg_scale, seed=seed, first_sample=start,
-                    callback=callback, device=device, capture=capture,
-                )
-            )  # fmt: skip
-    return torch.cat(out)
-
-
 def timed(call: Callable[[], object], repeats: int = 3) -> float:
     """Median seconds of a call, on a GPU too."""
     seconds = []
@@ -262,4 +227,4 @@ def frechet(samples: Tensor, reference: Tensor, console: Console | None = None) 
     return name, statistics[0].distance(statistics[1])
 
 
-__all__ = ["denoiser", "frechet", "inpaint", "open_gates", "open_run", "probe", "represent", "sample", "schedule_of"]
+__all__ = ["denoiser", "frechet", "inpaint", "open_gates", "open_run", "probe", "represent", "schedule_of"]

@@ -1,6 +1,7 @@
 """What a run is: its configuration, the presets, and where its files lie."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import yaml
 from tyro.conf import AvoidSubcommands
 
 from umd import ops
-from umd.checkpoint import load_checkpoint, load_model_state
+from umd.checkpoint import STATE, Checkpoint, load_checkpoint, load_model_state
 from umd.classifier import classifier_config
 from umd.config import (
     OBJECTIVES,
@@ -408,6 +409,23 @@ def read_config(path: Path) -> RunConfig:
     return replace(config, out=path) if path.is_dir() else config
 
 
+def saved_weights(path: Path, ema: bool = True) -> tuple[Checkpoint, str]:
+    """The checkpoint of a run folder, a folder of checkpoints, or one checkpoint, without its tensors; and the part
+    with the weights: `ema`, if that is asked for and there, or `model`. Raises UserError as `load_model` does."""
+    path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    saved = load_checkpoint(path, parts=[])
+    if "model" not in saved.state.get("config", {}):
+        raise UserError(f"checkpoint {saved.path} does not say which network it is of; expected one written by umd")
+    return saved, "ema" if ema and (saved.path / "ema.safetensors").exists() else "model"
+
+
+def weights_identity(path: Path, ema: bool = True) -> dict[str, Any]:
+    """Which weights `load_model` takes: {step, part, sha256}."""
+    saved, part = saved_weights(path, ema)
+    files = json.loads((saved.path / STATE).read_text())["files"]
+    return {"step": saved.step, "part": part, "sha256": files[f"{part}.safetensors"]["sha256"]}
+
+
 def load_model(path: Path, ema: bool = True, device: torch.device | str = "cpu") -> AnyModel:
     """The network of a run folder, a folder of checkpoints, or one checkpoint, in eval mode.
 
@@ -416,11 +434,7 @@ def load_model(path: Path, ema: bool = True, device: torch.device | str = "cpu")
     Raises:
         UserError: nothing there, damaged, or not a checkpoint of this network.
     """
-    path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    saved = load_checkpoint(path, parts=[])
-    if "model" not in saved.state.get("config", {}):
-        raise UserError(f"checkpoint {saved.path} does not say which network it is of; expected one written by umd")
-    part = "ema" if ema and (saved.path / "ema.safetensors").exists() else "model"
+    saved, part = saved_weights(path, ema)
     values = saved.state["config"]["model"]
     kinds = {"diffmae": DiffMAEConfig, "classifier": ClassifierConfig}
     config = from_plain(kinds.get(values.get("kind"), ModelConfig), values, str(saved.path))

@@ -196,86 +196,12 @@ def finetune(arguments: list[str]) -> None:
     train(with_classes(config, len(dataset.class_names)), console, "finetune")
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Draw samples from a run: a PNG grid and an .npz (uint8 images [N, H, W, C], labels [N])."""
-
-    classes: tuple[int, ...] = ()
-    """Which classes; default: all. A run without labels is sampled unconditionally."""
-    per_class: int = 8
-    """Samples of each class (of all, without labels)."""
-    cfg_scale: float = 4.0
-    """Guidance; 1: none. The paper uses 1.5 for scores, 4.0 for pictures."""
-    steps: int = 125
-    """DDIM steps (paper: 125 for pixels, 250 for latents)."""
-    eta: float = 1.0
-    """Noise of DDIM: 1 as in the paper, 0 deterministic."""
-    seed: int = 0
-    """Sample i of a seed is the same picture in any batch."""
-    batch: int = 64
-    """Images at a time."""
-    ema: bool = True
-    """Averaged weights, where the run has them."""
-    vae: str = ""
-    """Of a run on latents, its VAE where it no longer lies where it lay: hub id or folder."""
-    frechet: bool = False
-    """Also the Fréchet distance to the held-out images."""
-    capture: Literal["auto", "on", "off"] = "auto"
-    """Replay a denoising step as one CUDA graph; auto: on a GPU, of more than a few steps."""
-    out: Path | None = None
-    """Where the PNG goes, the .npz beside it; default: RUN/samples.png."""
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "per_class", "batch")
-
-
 def sample(arguments: list[str]) -> None:
-    import numpy as np
-    import torch
-
-    from umd.images import grid, save_png, to_uint8
-    from umd.model import UMD
-    from umd.train import evaluate
-    from umd.train.data import center_view, open_dataset
-    from umd.train.preview import rgb
     from umd.train.run import read_config
+    from umd.train.sample import Sample, draw
 
     run, rest = take_path(arguments, "sample", "RUN")
-    options: Sample = parse(Sample, f"sample {run}", rest)
-    config = read_config(run)
-    if config.is_classifier:
-        raise UserError(f"{run} is a classifier and draws nothing; sample the run that it started from")
-    if config.is_diffmae:
-        raise UserError("a DiffMAE fills holes in pictures and draws none without: use `umd inpaint`")
-    model, device, dtype = evaluate.open_run_of(UMD, config, options.ema)
-    tokenizer = evaluate.open_tokenizer(config, options.vae, device)
-    known = model.config.num_classes
-    classes = options.classes or tuple(range(known))
-    if bad := [c for c in classes if not 0 <= c < known]:
-        has = f"this run has {known} classes, 0 to {known - 1}" if known else "this run was trained without labels"
-        raise UserError(f"class {bad[0]} is unknown: {has}; choose others, or leave out --classes")
-    labels = torch.tensor(classes).repeat_interleave(options.per_class) if classes else None
-    count = options.per_class * max(len(classes), 1)
-    samples = evaluate.sample(
-        model, evaluate.schedule_of(config.schedule), labels, count, num_steps=options.steps,
-        cfg_scale=options.cfg_scale if classes else 1.0, seed=options.seed,
-        clip=tokenizer is None and model.config.channels in (1, 3),
-        dtype=dtype, batch=options.batch, eta=options.eta, capture=options.capture, console=console,
-    )  # fmt: skip
-    if tokenizer is not None:
-        samples = tokenizer.decode(samples)
-    out = png_path(options.out or run / "samples.png")
-    save_png(grid(rgb(samples), columns=options.per_class), out, scale=max(1, 128 // samples.shape[2]))
-    class_ids = np.full(count, -1) if labels is None else labels.numpy()  # -1: unconditional
-    np.savez_compressed(out.with_suffix(".npz"), images=to_uint8(samples), labels=class_ids)
-    say(f"{count} samples in {out} and {out.with_suffix('.npz')}")
-    if options.frechet:
-        test = open_dataset(config.data, "test")
-        images = center_view(test, np.arange(len(test)), config.data).to(device)
-        images = images if tokenizer is None else tokenizer.decode(images)
-        name, value = evaluate.frechet(samples, images, console)
-        as_decoded = "" if tokenizer is None else " as the VAE decodes them"
-        console.print(f"{name} of {count} samples against {len(test)} held-out images{as_decoded}: {value:.2f}")
+    draw(run, parse(Sample, f"sample {run}", rest), read_config(run), console)
 
 
 def inpaint(arguments: list[str]) -> None:

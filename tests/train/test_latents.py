@@ -476,7 +476,7 @@ def test_previews_samples_and_inpainting_are_pictures(run, folder, vaes, tmp_pat
     moved = shutil.copytree(vaes["kl"], tmp_path / "moved")
     code, out, err = umd(f"sample {config.out} --per-class 3 --steps 5 --vae {moved}")
     assert code == 0, err
-    images = np.load(config.out / "samples.npz")["images"]
+    images = np.load(config.out / "samples.npz")["arr_0"]
     assert images.shape == (3, 16, 16, 3) and images.std() > 0
     code, out, err = umd(f"inpaint {config.out} --steps 2 --samples 1")
     assert code == 0, err

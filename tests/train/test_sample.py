@@ -1,0 +1,170 @@
+"""`umd sample`: the same bytes on any number of ranks, at any batch, after any interruption."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from umd.checkpoint import save_checkpoint
+from umd.config import ModelConfig
+from umd.errors import UserError
+from umd.methods import build_model
+from umd.sampler import ddim_sample
+from umd.train import evaluate
+from umd.train.run import RunConfig, read_config, to_plain, write_config
+from umd.train.sample import Drawer, Sample, draw, drawn_labels
+
+TINY = ModelConfig(
+    image_size=(8, 8), patch_size=4, hidden_size=16, depth=1, num_heads=2, decoder_depth=1, num_classes=3
+)
+QUIET = Console(quiet=True)
+
+
+def make_run(folder: Path, **changes) -> Path:
+    """A run whose network says something: random weights, nothing trained."""
+    torch.manual_seed(0)
+    config = RunConfig(out=folder, model=replace(TINY, **changes))
+    model = build_model(config.model)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    write_config(config)
+    state = {"config": to_plain(config)}
+    save_checkpoint(config.checkpoints, 1, {"model": dict(model.named_parameters())}, state)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("sample") / "run")
+
+
+def sample(run: Path, out: Path, ranks: int = 1, **options) -> tuple[bytes, ...]:
+    """What one rank after another leaves at `out`."""
+    for rank in reversed(range(ranks)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RANK", str(rank))
+            patch.setenv("WORLD_SIZE", str(ranks))
+            draw(run, Sample(out=out, **options), read_config(run), QUIET)
+    return tuple(out.with_suffix(suffix).read_bytes() for suffix in (".png", ".npz", ".json"))
+
+
+def test_the_same_bytes_on_any_number_of_ranks_and_at_any_batch(run, tmp_path):
+    options = dict(count=150, steps=3, cfg_scale=2.0)
+    one = sample(run, tmp_path / "one", **options)
+    for name, others in (("two", dict(ranks=2, batch=7)), ("three", dict(ranks=3, batch=64))):
+        assert sample(run, tmp_path / name, **options, **others) == one
+    assert not list(tmp_path.glob(".*")), "parts are left"
+    with np.load(tmp_path / "one.npz") as arrays:
+        assert list(arrays) == ["arr_0", "arr_1"]
+        assert arrays["arr_0"].shape == (150, 8, 8, 3) and arrays["arr_0"].dtype == np.uint8
+        assert len(np.unique(arrays["arr_0"].reshape(150, -1), axis=0)) == 150
+
+
+def test_samples_are_those_of_the_sampler(run, tmp_path):
+    """Drawn at once, without parts: up to rounding."""
+    sample(run, tmp_path / "one", count=70, steps=3, cfg_scale=2.0, seed=5)
+    config = read_config(run)
+    model, device, dtype = evaluate.open_run(config)
+    with np.load(tmp_path / "one.npz") as arrays:
+        pictures, labels = arrays["arr_0"], torch.from_numpy(arrays["arr_1"])
+    alone = ddim_sample(
+        evaluate.denoiser(model, dtype), (70, 3, 8, 8), evaluate.schedule_of(config.schedule), num_steps=3,
+        labels=labels, null_label=3, cfg_scale=2.0, seed=5,
+    )  # fmt: skip
+    expected = ((alone + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+    assert np.abs(pictures - expected).mean() < 2, "bf16"
+
+
+def test_what_is_there_is_kept_and_the_rest_is_drawn(run, tmp_path, monkeypatch):
+    """Ended in the middle, the command goes on with the parts that are missing; finished, it draws nothing."""
+    options = dict(count=200, steps=2)
+    whole = sample(run, tmp_path / "whole", **options)
+    drawn = []
+    pictures = Drawer.pictures
+
+    def some(drawer, first, last, advance):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(first)
+        return pictures(drawer, first, last, advance)
+
+    monkeypatch.setattr("umd.train.sample.Drawer.pictures", some)
+    with pytest.raises(KeyboardInterrupt):
+        sample(run, tmp_path / "cut", **options)
+    (parts,) = tmp_path.glob(".cut-*")
+    assert len(list(parts.glob("*.npy"))) == 2 and not (tmp_path / "cut.npz").exists()
+    drawn.clear()
+    assert sample(run, tmp_path / "cut", **options) == whole and drawn == [128, 192]
+    monkeypatch.setattr("umd.train.sample.Drawer.pictures", None)  # nothing is drawn any more
+    assert sample(run, tmp_path / "cut", **options) == whole
+
+
+def test_other_settings_are_other_samples(run, tmp_path):
+    first = sample(run, tmp_path / "a", count=40, steps=2)
+    for name, value in dict(seed=1, cfg_scale=1.0, eta=0.0, steps=3, balanced=True).items():
+        assert sample(run, tmp_path / "a", **{"count": 40, "steps": 2, name: value}) != first
+    settings = json.loads((tmp_path / "a.json").read_text())
+    assert settings["labels"] == "in turn" and settings["weights"]["part"] == "model"
+
+
+def test_labels():
+    balanced = drawn_labels((4, 7, 9), 300, True, 0)
+    assert torch.bincount(balanced)[[4, 7, 9]].tolist() == [100, 100, 100]
+    drawn = drawn_labels(range(10), 50_000, False, 0)
+    counts = torch.bincount(drawn, minlength=10).double()
+    assert ((counts - 5000).square() / 5000).sum() < 27.9  # chi-squared of 9 degrees of freedom, 99.9 %
+    assert torch.equal(drawn_labels(range(10), 100, False, 0), drawn[:100])
+    assert not torch.equal(drawn_labels(range(10), 100, False, 1), drawn[:100])
+
+
+def test_requests_that_cannot_be(run, tmp_path):
+    unlabelled = make_run(tmp_path / "unlabelled", num_classes=0)
+    with pytest.raises(UserError, match="trained without labels, so there are none to balance"):
+        sample(unlabelled, tmp_path / "a", count=10, balanced=True)
+    with pytest.raises(UserError, match="balanced goes with --count"):
+        Sample(balanced=True)
+    with pytest.raises(UserError, match="count must be 0"):
+        Sample(count=-1)
+
+
+@pytest.mark.slow
+def test_fifty_thousand_samples_killed_twice(run, tmp_path):
+    """1, 2 and 3 ranks, at batches of 7 and 64, killed twice: the same files; memory does not grow with the count."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def command(out: str, ranks: int, batch: int, count: int = 50_000) -> list[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+        launcher = launcher if ranks > 1 else [sys.executable]
+        arguments = ["-m", "umd.cli", "sample", str(run), "--count", str(count), "--steps", "2"]
+        return [*launcher, *arguments, "--batch", str(batch), "--out", str(tmp_path / out)]
+
+    def finish(*arguments, **options) -> int:
+        """Peak memory in KiB."""
+        watched = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+        watched += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        timed = [sys.executable, "-c", watched, *command(*arguments, **options)]
+        done = subprocess.run(timed, env=environment, capture_output=True, text=True, check=True)
+        return int(done.stdout.split()[-1])
+
+    large = finish("one", 1, 64)
+    small = finish("few", 1, 64, count=500)
+    assert large < small + 100_000, "KiB"
+    for out, ranks, batch in (("two", 2, 7), ("three", 3, 64)):
+        for parts in (50, 300):
+            process = subprocess.Popen(command(out, ranks, batch), env=environment, start_new_session=True)
+            while len(list(tmp_path.glob(f".{out}-*/*.npy"))) < parts:
+                assert process.poll() is None
+                time.sleep(0.1)
+            os.killpg(process.pid, 9)
+            process.wait()
+        finish(out, ranks, batch)
+        for suffix in ("png", "npz", "json"):
+            assert (tmp_path / f"{out}.{suffix}").read_bytes() == (tmp_path / f"one.{suffix}").read_bytes()

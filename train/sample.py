@@ -1,0 +1,326 @@
+"""`umd sample`: images of a run, streamed to disk by any number of ranks.
+
+No bit of an image depends on who draws it when. Its noise is a function of (seed, number, step); and the network always
+sees the same `GROUP` images in one call, because the rounding of a product depends on its size.
+"""
+
+import io
+import json
+import os
+import shutil
+import socket
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from umd.conditions import make_conditions
+from umd.device import autocast
+from umd.errors import UserError
+from umd.files import flush
+from umd.images import grid, save_png, to_uint8
+from umd.model import UMD
+from umd.sampler import DDIM, Capture, Denoise, model_times
+from umd.schedule import NoiseSchedule
+from umd.tokenizer import Tokenizer
+from umd.train import evaluate
+from umd.train.run import RunConfig, weights_identity
+from umd.train.shards import Advance, Job, others_work, share
+
+GROUP = 32  # images of every call of the network
+SHARD = 64  # images a file while they are drawn
+MOST_SHOWN = 256  # images in the grid
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw samples from a run: a PNG grid, an .npz as ADM's evaluator reads it (arr_0: uint8 images [N, H, W, C],
+    arr_1: labels [N]) and a .json of all settings. The same command goes on after a stop; under torchrun each rank
+    draws its share."""
+
+    classes: tuple[int, ...] = ()
+    """Which classes; default: all. A run without labels is sampled unconditionally."""
+    per_class: int = 8
+    """Samples of each class (of all, without labels)."""
+    count: int = 0
+    """Samples in all instead, each of a class drawn at random."""
+    balanced: bool = False
+    """With count: as many of each class, in turn."""
+    cfg_scale: float = 4.0
+    """Guidance; 1: none. The paper uses 1.5 for scores, 4.0 for pictures."""
+    steps: int | None = None
+    """DDIM steps; default the paper's: 125 for pixels, 250 for latents."""
+    eta: float = 1.0
+    """Noise of DDIM: 1 as in the paper, 0 deterministic."""
+    seed: int = 0
+    """Sample i of a seed is the same picture, byte for byte, on any number of ranks and at any batch."""
+    batch: int = 64
+    """Images of one denoising loop, rounded up to groups of 32, which the network always sees together; up to 64."""
+    ema: bool = True
+    """Averaged weights, where the run has them."""
+    vae: str = ""
+    """Of a run on latents, its VAE where it no longer lies where it lay: hub id or folder."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Replay a denoising step as one CUDA graph; auto: on a GPU, of more than a few steps."""
+    out: Path | None = None
+    """Where the PNG goes, .npz and .json beside it; default: RUN/samples.png."""
+
+    def __post_init__(self) -> None:
+        for name in ("per_class", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.count < 0:
+            raise UserError(f"count must be 0 (per_class of each class) or more, got {self.count}")
+        if self.balanced and not self.count:
+            raise UserError("balanced goes with --count N; without it there are as many of each class anyway")
+
+
+def drawn_labels(classes: Sequence[int], count: int, balanced: bool, seed: int) -> Tensor:
+    """The classes of `count` samples, int64 [count]: in turn, or each at random. More samples begin with the same."""
+    if balanced:
+        places = np.arange(count) % len(classes)
+    else:
+        words = np.random.Philox(np.random.SeedSequence((seed, 1))).random_raw(count)
+        places = (words % np.uint64(len(classes))).astype(np.int64)
+    return torch.tensor(classes, dtype=torch.int64)[torch.from_numpy(places)]
+
+
+class Drawer:
+    """Draws images by their numbers, the same bits in whatever order and company.
+
+    Args:
+        labels: int64 [count], or None.
+        known: the classes that may be asked for; their conditions are made once, if they fit.
+        batch: images of one denoising loop, rounded up to whole groups.
+    """
+
+    def __init__(
+        self, model: UMD, schedule: NoiseSchedule, labels: Tensor | None, count: int, *, num_steps: int,
+        cfg_scale: float, eta: float, seed: int, clip: bool, dtype: torch.dtype, batch: int = SHARD,
+        capture: Capture = "auto", tokenizer: Tokenizer | None = None,
+    ):  # fmt: skip
+        self.labels, self.count, self.tokenizer = labels, count, tokenizer
+        self.device = next(model.parameters()).device
+        self.group = min(GROUP, count)
+        self.batch = -(-min(batch, SHARD) // self.group) * self.group
+        known = None if labels is None else labels.unique()
+        conditions = make_conditions(model, model_times(num_steps, schedule.num_steps), known)
+
+        def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+            with autocast(x_t.device, dtype):
+                return model.denoise(x_t, timesteps, labels, conditions)
+
+        self.shape = (model.config.channels, *model.config.image_size)
+        self.sampler = DDIM(
+            in_calls_of(self.group, denoise), (self.batch, *self.shape), schedule, num_steps=num_steps, eta=eta,
+            clip=clip, labelled=labels is not None, null_label=model.config.num_classes or None,
+            cfg_scale=cfg_scale, seed=seed, device=self.device, capture=capture,
+        )  # fmt: skip
+
+    def x_start(self, first: int, last: int, advance: Advance = lambda done: None) -> Tensor:
+        """Images first..last-1, as the network has them: [n, C, H, W]. `first` is that of a group."""
+        assert first % self.group == 0, "a group is drawn whole"
+        drawn = []
+        for start in range(first, last, self.batch):
+            labels = None
+            if self.labels is not None:
+                labels = self.labels[:1].repeat(self.batch)  # of the ones too many: any
+                here = self.labels[start : min(start + self.batch, last)]
+                labels[: len(here)] = here
+
+            def tell(i: int, n: int, x_t: Tensor, x_start: Tensor, start: int = start) -> None:
+                advance(start - first + min(self.batch, last - start) * (i + 1) / n)
+
+            drawn.append(self.sampler(labels, first_sample=start, callback=tell))
+        return torch.cat(drawn)[: last - first]
+
+    def pictures(self, first: int, last: int, advance: Advance = lambda done: None) -> np.ndarray:
+        """The same as pictures, uint8 [n, H, W, C]; of latents the VAE's."""
+        x = self.x_start(first, -(-last // self.group) * self.group, advance)
+        if self.tokenizer is not None:  # by groups, as the network
+            x = torch.cat([self.tokenizer.decode(z) for z in x.split(self.group)])
+        return to_uint8(x[: last - first])
+
+
+def in_calls_of(rows: int, denoise: Denoise) -> Denoise:
+    """The denoiser in calls of exactly so many rows, which divide the batch."""
+
+    def call(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        parts = [
+            denoise(x_t[i : i + rows], timesteps[i : i + rows], None if labels is None else labels[i : i + rows])
+            for i in range(0, len(x_t), rows)
+        ]
+        x_start, eps = zip(*parts, strict=True)
+        return torch.cat(x_start), torch.cat(eps)
+
+    return call
+
+
+def spans(total: int, size: int) -> list[tuple[int, int]]:
+    """0..total cut into (first, last) of `size`."""
+    return list(pairwise([*range(0, total, size), total]))
+
+
+def name_of(recipe: dict[str, Any]) -> str:
+    """A short name of settings: the same for the same ones."""
+    return sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def draw_recipe(
+    config: RunConfig, ema: bool, device: torch.device, dtype: torch.dtype, tokenizer: Tokenizer | None, count: int,
+    *, classes: Sequence[int], order: str, cfg_scale: float, steps: int, eta: float, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that an image depends on, and that moves a score of many of them."""
+    return {
+        "weights": weights_identity(config.out, ema),
+        "count": count,
+        "classes": "none" if not classes else list(classes),
+        "labels": order,
+        "cfg_scale": cfg_scale,
+        "cfg_interval": [1, config.schedule.num_steps],  # model times with guidance
+        "sampler": "DDIM",
+        "steps": steps,
+        "calls": len(model_times(steps, config.schedule.num_steps)),
+        "eta": eta,
+        "predict": "eps",
+        "clip": clips(config, tokenizer),
+        "seed": seed,
+        "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
+        "device": device.type,
+        "group": min(GROUP, count),
+        "vae": None if tokenizer is None else tokenizer.vae.sha256,
+        "rounding": "127.5 (x + 1) to the nearest of 0..255",
+    }
+
+
+def default_steps(config: RunConfig) -> int:
+    """The paper's: 125 for pixels, 250 for latents."""
+    return 125 if config.model.channels in (1, 3) else 250
+
+
+def clips(config: RunConfig, tokenizer: Tokenizer | None) -> bool:
+    """Whether predicted images are held in [-1, 1]: pixels are, latents not."""
+    return tokenizer is None and config.model.channels in (1, 3)
+
+
+def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> None:
+    """Draw what `options` ask for and write it, or go on with what is there of it."""
+    if config.is_classifier:
+        raise UserError(f"{run} is a classifier and draws nothing; sample the run that it started from")
+    if config.is_diffmae:
+        raise UserError("a DiffMAE fills holes in pictures and draws none without: use `umd inpaint`")
+    classes = check_classes(config, options.classes, options.balanced)
+    count = options.count or options.per_class * max(len(classes), 1)
+    model, device, dtype = evaluate.open_run_of(UMD, config, options.ema)
+    tokenizer = evaluate.open_tokenizer(config, options.vae, device)
+    cfg_scale = options.cfg_scale if classes else 1.0
+    steps = default_steps(config) if options.steps is None else options.steps
+    if not classes:
+        labels, order = None, "none"
+    elif options.count:
+        labels = drawn_labels(classes, count, options.balanced, options.seed)
+        order = "in turn" if options.balanced else "at random"
+    else:
+        labels, order = torch.tensor(classes).repeat_interleave(options.per_class), f"{options.per_class} of each"
+    recipe = draw_recipe(
+        config, options.ema, device, dtype, tokenizer, count, classes=classes, order=order, cfg_scale=cfg_scale,
+        steps=steps, eta=options.eta, seed=options.seed,
+    )  # fmt: skip
+    png = options.out or run / "samples.png"
+    png = png if png.suffix.lower() == ".png" else png.with_name(f"{png.name}.png")
+    files = png, png.with_suffix(".npz"), png.with_suffix(".json")
+    if not is_there(files, recipe):
+        drawer = Drawer(
+            model, evaluate.schedule_of(config.schedule), labels, count, num_steps=steps, cfg_scale=cfg_scale,
+            eta=options.eta, seed=options.seed, clip=clips(config, tokenizer), dtype=dtype, batch=options.batch,
+            capture=options.capture, tokenizer=tokenizer,
+        )  # fmt: skip
+        folder = png.with_name(f".{png.stem}-{name_of(recipe)}")
+        folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is found before the work
+        jobs = [
+            Job(folder / f"{first:08d}.npy", last - first, partial(picture_bytes, drawer, first, last))
+            for first, last in spans(count, SHARD)
+        ]
+        if not share(jobs, console, "samples"):
+            console.print(others_work(), highlight=False)
+            return
+        try:
+            put_together(
+                [job.path for job in jobs], count, labels, 16 if options.count else options.per_class, files, recipe
+            )
+        except FileNotFoundError:  # another rank that found the last part too was faster
+            if not is_there(files, recipe):
+                raise
+        shutil.rmtree(folder, ignore_errors=True)
+    where = f"{files[0]} and {files[1]}"
+    console.print(f"{count} samples in {where}", highlight=False, markup=False, soft_wrap=True)
+
+
+def check_classes(config: RunConfig, asked: Sequence[int], balanced: bool) -> tuple[int, ...]:
+    """The classes to draw, () of a run without labels."""
+    known = getattr(config.model, "num_classes", 0)
+    if balanced and not known:
+        raise UserError("this run was trained without labels, so there are none to balance; leave out --balanced")
+    classes = tuple(asked) or tuple(range(known))
+    if bad := [c for c in classes if not 0 <= c < known]:
+        has = f"this run has {known} classes, 0 to {known - 1}" if known else "this run was trained without labels"
+        raise UserError(f"class {bad[0]} is unknown: {has}; choose others, or leave out --classes")
+    return classes
+
+
+def is_there(files: Sequence[Path], recipe: dict[str, Any]) -> bool:
+    """Whether grid, samples and settings lie there, and are of these settings."""
+    if not all(file.exists() for file in files):
+        return False
+    try:
+        return json.loads(files[-1].read_text()) == recipe
+    except (OSError, ValueError):
+        return False
+
+
+def put_together(
+    parts: Sequence[Path], count: int, labels: Tensor | None, columns: int, files: Sequence[Path],
+    recipe: dict[str, Any],
+) -> None:  # fmt: skip
+    """Grid, .npz and .json of the parts, in memory one part at a time. The .json comes last: with it all is there."""
+    png, npz, settings = files
+    shown = np.concatenate([np.load(part) for part in parts[: -(-MOST_SHOWN // SHARD)]])[:MOST_SHOWN]
+    settings.unlink(missing_ok=True)
+    class_ids = np.full(count, -1) if labels is None else labels.numpy()  # -1: unconditional
+    write_npz(npz, (count, *shown.shape[1:]), map(np.load, parts), class_ids)
+    save_png(grid(shown, columns=min(columns, len(shown))), png, scale=max(1, 128 // shown.shape[1]))
+    settings.write_text(json.dumps(recipe, indent=1))
+
+
+def write_npz(path: Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], labels: np.ndarray) -> None:
+    """What `np.savez(path, images, labels)` writes, from parts of the images: uint8 `shape` (arr_0), int64 (arr_1)."""
+    unfinished = path.with_name(f".unfinished-{path.name}-{socket.gethostname()}-{os.getpid()}")
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    try:
+        with zipfile.ZipFile(unfinished, "w") as archive:  # stored: uncompressed, and the same bytes everywhere
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for part in parts:
+                    member.write(np.ascontiguousarray(part).data)
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, labels, allow_pickle=False)
+        flush(unfinished)
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def picture_bytes(drawer: Drawer, first: int, last: int, advance: Advance) -> bytes:
+    """Pictures first..last-1 as a .npy file."""
+    stream = io.BytesIO()
+    np.save(stream, drawer.pictures(first, last, advance), allow_pickle=False)
+    return stream.getvalue()
