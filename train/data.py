@@ -183,9 +183,9 @@ def crop_box(rng: np.random.Generator, height: int, width: int, config: DataConf
     return centered_box(height, width, min(max(width / height, target * ASPECT_MIN), target * ASPECT_MAX))
 
 
-def centered_box(height: int, width: int, aspect: float) -> Box:
-    """The largest box of aspect ratio `aspect` (width / height) in the middle of a picture."""
-    w, h = min(width, height * aspect), min(height, width / aspect)
+def centered_box(height: int, width: int, aspect: float, zoom: float = 1.0) -> Box:
+    """The largest box of aspect ratio `aspect` (width / height) in the middle of a picture, its sides over `zoom`."""
+    w, h = min(width, height * aspect) / zoom, min(height, width / aspect) / zoom
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
@@ -219,27 +219,28 @@ def view_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed, epoch, 1 + index))
 
 
-def centered(picture: np.ndarray, config: DataConfig) -> np.ndarray:
+def centered(picture: np.ndarray, config: DataConfig, zoom: float = 1.0) -> np.ndarray:
     """The middle of a picture in the shape of `image_size`: uint8 [H, W, C]; of a clip the middle frames."""
     if picture.ndim == 4:
         picture = take_frames(picture, config.num_frames, config.frame_stride)
-    box = centered_box(picture.shape[-3], picture.shape[-2], config.image_size[1] / config.image_size[0])
+    box = centered_box(picture.shape[-3], picture.shape[-2], config.image_size[1] / config.image_size[0], zoom)
     return resized(picture, box, config)
 
 
 def center_view(
-    dataset: ImageDataset | LatentDataset, indices: Sequence[int] | np.ndarray | Tensor, config: DataConfig
-) -> Tensor:
-    """Pictures as they are tested: short side resized, centre cropped. float32 [n, C, H, W] in [-1, 1].
-
-    Of a run on latents the means of their posteriors; stored ones of the first view.
+    dataset: ImageDataset | LatentDataset, indices: Sequence[int] | np.ndarray | Tensor, config: DataConfig,
+    zoom: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Pictures as they are tested: short side resized (to `zoom` times the size), centre cropped. float32 [n, C, H, W]
+    in [-1, 1]. Of a run on latents the means of their posteriors; stored ones of the first view, without zoom.
     """
     if isinstance(dataset, LatentDataset):
         return dataset.means(indices)
     if tokenizer := tokenizer_of(config, pick_device()):
-        return tokenizer.moments(center_view(dataset, indices, pixel_config(config, tokenizer.vae)))[:, 0].cpu()
+        x = center_view(dataset, indices, pixel_config(config, tokenizer.vae), zoom)
+        return tokenizer.moments(x)[:, 0].cpu()
     with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # Pillow lets go of the interpreter lock
-        views = list(pool.map(lambda index: centered(dataset.read(int(index))[1], config), indices))
+        views = list(pool.map(lambda index: centered(dataset.read(int(index))[1], config, zoom), indices))
     if not views:
         return torch.empty(0, config.channels, *config.image_size)
     return as_model_input(torch.from_numpy(np.stack(views)))

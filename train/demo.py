@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, model_config
-from umd.device import take_device
+from umd.device import autocast, take_device
 from umd.diffmae import DiffMAE
 from umd.errors import UserError
 from umd.methods import AnyModel
@@ -28,9 +28,10 @@ from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.optim import OptimConfig
 from umd.train.preview import reconstructions, rgb
+from umd.train.probe import Probe, Recognition, first_of_each
 from umd.train.run import PRESETS, RunConfig, finetune_config
 from umd.train.sample import Drawer
-from umd.train.shards import progress
+from umd.train.shards import progress, share
 
 # Shares of the time budget, in the order of the parts. The rest is for starting, reading data and writing the page.
 SHARES = {
@@ -117,10 +118,14 @@ def run_demo(demo: Demo, console: Console) -> Path:
     shots = 100
     seconds = clock.share("probe")
     x = held_out.repeat(8, 1, 1, 1)
-    rate = len(x) / evaluate.timed(lambda: evaluate.represent(model, x, dtype))
-    results = evaluate.probe(
-        pre, model, shots, l2=PROBE_L2, allow_fewer=True, dtype=dtype, max_images=int(seconds * rate / 3)
-    )  # two networks read each image; the rest is for the probe itself
+    with torch.no_grad(), autocast(device, dtype):
+        rate = len(x) / evaluate.timed(lambda: model.represent(x))
+    most = int(seconds * rate / 3)  # two networks read each image; the rest is for the probe itself
+    candidates = first_of_each(train_set.labels, 2 * shots)  # more than the shots, so that their draws differ
+    test_ids = first_of_each(test_set.labels, len(test_set))[: max(most - len(candidates), 400)]
+    recognition = Recognition(pre, Probe(shots, l2=PROBE_L2, allow_fewer=True), candidates, test_ids)
+    share(recognition.jobs(), console, "pictures read")
+    results = recognition.fewshot()
     ours = results["UMD"]
     clock.done(
         "Few-shot probe", since, f"{ours.mean:.3f} class-averaged accuracy, up to {shots} shots a class",

@@ -13,8 +13,6 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +31,7 @@ from umd.sampler import DDIM, Capture, Denoise, model_times
 from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer
 from umd.train import evaluate
+from umd.train.features import name_of, spans
 from umd.train.run import RunConfig, weights_identity
 from umd.train.shards import Advance, Job, others_work, share
 
@@ -163,16 +162,6 @@ def in_calls_of(rows: int, denoise: Denoise) -> Denoise:
         return torch.cat(x_start), torch.cat(eps)
 
     return call
-
-
-def spans(total: int, size: int) -> list[tuple[int, int]]:
-    """0..total cut into (first, last) of `size`."""
-    return list(pairwise([*range(0, total, size), total]))
-
-
-def name_of(recipe: dict[str, Any]) -> str:
-    """A short name of settings: the same for the same ones."""
-    return sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def draw_recipe(

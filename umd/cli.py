@@ -226,24 +226,30 @@ def inpaint(arguments: list[str]) -> None:
 
 
 def probe(arguments: list[str]) -> None:
-    import json
-    from dataclasses import asdict
-
-    from umd.train import evaluate
+    from umd.train.probe import Probe
+    from umd.train.probe import probe as probe_run
     from umd.train.run import read_config
 
     run, rest = take_path(arguments, "probe", "RUN")
-    options: evaluate.Probe = parse(evaluate.Probe, f"probe {run}", rest)
-    config = read_config(run)
-    model, _, dtype = evaluate.open_run(config, options.ema)
-    results = evaluate.probe(config, model, options.shots, options.seeds, options.l2, options.allow_fewer, dtype)
-    table = Table(title=f"{options.shots}-shot probe, accuracy averaged over classes, {len(options.seeds)} draws")
-    for column in ("features", "accuracy", "spread"):
-        table.add_column(column)
-    for name, result in results.items():
-        table.add_row(name, f"{result.mean:.3f}", f"± {result.std:.3f}")
-    console.print(table)
-    (run / "probe.json").write_text(json.dumps({name: asdict(result) for name, result in results.items()}, indent=1))
+    probe_run(run, parse(Probe, f"probe {run}", rest), read_config(run), console)
+
+
+def evaluate(arguments: list[str]) -> None:
+    from umd.train.run import read_config
+    from umd.train.score import Evaluate, run_evaluation
+
+    run, rest = take_path(arguments, "evaluate", "RUN")
+    run_evaluation(run, parse(Evaluate, f"evaluate {run}", rest), read_config(run), console)
+
+
+def transfer(arguments: list[str]) -> None:
+    from umd.train.run import read_config
+    from umd.train.transfer import Transfer
+    from umd.train.transfer import transfer as transfer_run
+
+    run, rest = take_path(arguments, "transfer", "RUN")
+    folder, rest = take_path(rest, f"transfer {run}", "FOLDER")
+    transfer_run(run, folder, parse(Transfer, f"transfer {run} {folder}", rest), read_config(run), console)
 
 
 def encode_latents(arguments: list[str]) -> None:
@@ -339,6 +345,7 @@ BENCHES = {  # module and options of each, and what it measures
     "audit": ("umd.bench.audit", "Audit", "what kernels, or a whole step, need on an A100 or H100, without a GPU"),
     "diffmae": ("umd.bench.diffmae", "DiffMAEBench", "DiffMAE: decoder steps against whole passes; training steps"),
     "kernels": ("umd.bench.kernels", "KernelBench", "each op: eager, torch.compile, Triton; on a GPU"),
+    "probe": ("umd.bench.probe", "ProbeBench", "a few-shot probe on a folder of ImageNet's shape: time, memory, reads"),
     "trace": ("umd.bench.trace", "TraceBench", "where two traces of torch.profiler differ: umd bench trace A B"),
     "reproduce": ("umd.bench.reproduce", "Reproduce", "small trainings from scratch and the figures of docs/results"),
 }
@@ -365,6 +372,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "sample": (sample, "draw samples: PNG grid and .npz"),
     "inpaint": (inpaint, "fill a hole in pictures"),
     "probe": (probe, "few-shot accuracy of the representation, beside its floors"),
+    "evaluate": (evaluate, "FID and its kin of samples, and probes of the representation, in one table"),
+    "transfer": (transfer, "few-shot accuracy on other sets of pictures, a folder each"),
     "report": (report, "write the report page of a demo again"),
     "import": (import_weights, "weights of the authors' JAX code (small-vision)"),
     "bench": (bench, "measure a training step or its data; audit kernels without a GPU"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from umd.errors import UserError
 
+BLOCK = 8192  # test images whose scores are in memory at a time
 BIAS = 100.0  # a constant feature this large carries the bias and hardly feels the regulariser
 
 
@@ -29,8 +30,8 @@ class FewShotProbe:
         return _whiten(features, self.mean, self.std) @ self.weights
 
     def predict(self, features: Tensor) -> Tensor:
-        """features: [N, D]. Returns the class of each, int64 [N] or [l2, N]."""
-        return self.scores(features).argmax(-1)
+        """features: [N, D]. Returns the class of each, int64 [N] or [l2, N]. Scores exist for a block at a time."""
+        return torch.cat([self.scores(block).argmax(-1) for block in features.split(BLOCK)], -1)
 
 
 def fit_fewshot(
@@ -55,18 +56,26 @@ def fit_fewshot(
     if (l2s <= 0).any():
         raise ValueError(f"l2 is {l2}, expected above 0.")
 
-    features = features.double()
-    mean, std = features.mean(0), features.std(0, correction=0) + 1e-5
-    x = _whiten(features, mean, std)  # [N, D+1]
-    y = 2.0 * F.one_hot(labels.to(x.device, torch.int64), num_classes).to(x.dtype) - 1.0  # [N, classes]
-    if x.shape[0] >= x.shape[1]:
+    N, D = features.shape
+    x = torch.full((N, D + 1), BIAS, dtype=torch.float64, device=features.device)  # the one copy in float64
+    x[:, :D] = features
+    mean, std = x[:, :D].mean(0), x[:, :D].std(0, correction=0) + 1e-5
+    x[:, :D].sub_(mean).div_(std)
+    labels = labels.to(x.device, torch.int64)
+    if N >= D + 1:
         eigenvalues, q = torch.linalg.eigh(x.T @ x)
-        left, right = q, q.T @ (x.T @ y)
+        left, right = q, q.T @ _times_targets(x, labels, num_classes)
     else:  # (XᵀX + l2·I)⁻¹ Xᵀ = Xᵀ (XXᵀ + l2·I)⁻¹
         eigenvalues, q = torch.linalg.eigh(x @ x.T)
-        left, right = x.T @ q, q.T @ y
+        left, right = x.T @ q, _times_targets(q, labels, num_classes)
     shrinkage = 1.0 / (eigenvalues + l2s[..., None])  # [rank] or [l2, rank]
     return FewShotProbe(mean, std, (left * shrinkage[..., None, :]) @ right)
+
+
+def _times_targets(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """`rowsᵀ Y` [K, classes] of rows [N, K], where Y is 1 at the label of a row and -1 elsewhere."""
+    sums = rows.new_zeros(num_classes, rows.shape[1]).index_add_(0, labels, rows)
+    return (2 * sums - rows.sum(0)).T
 
 
 def _check_labels(labels: Tensor, num_classes: int) -> None:
@@ -127,39 +136,30 @@ def fewshot_accuracy(
     l2: float | Sequence[float] = 1024.0,
     allow_fewer: bool = False,
     class_names: Sequence[str] | None = None,
+    draws: Sequence[Sequence[Tensor]] | None = None,
 ) -> ProbeResult:
     """Class-averaged test accuracy of a probe fitted on `shots` training examples of each class.
 
     Features: floats [N, D]; labels: integers [N].
-    seeds: each draws the first `shots` of every class in its own permutation; fewer shots are a part of more.
+    seeds: each draws its own shots, see `draw_shots`.
     l2: of several values each seed takes the best on a fifth of its own shots, held out for it (the first of
     equals), then refits on all of them; the test set has no say.
-    allow_fewer: a class with fewer than `shots` gives all it has. Otherwise that raises UserError, which
-    names the class by `class_names` where given.
+    allow_fewer, class_names: for `draw_shots`.
+    draws: the shots, where they are drawn already: for each seed and class int64 indices into the training features.
     """
     train_labels, test_labels = train_labels.cpu().long(), test_labels.cpu().long()
     l2s = [float(value) for value in ([l2] if isinstance(l2, int | float) else l2)]
-    if shots < 1:
-        raise UserError(f"{shots} shots a class were asked for: ask for at least 1.")
     if len(train_labels) == 0 or len(test_labels) == 0:
         raise UserError(f"The probe has {len(train_labels)} training and {len(test_labels)} test images: give it both.")
-    _check_labels(train_labels, num_classes)
     _check_labels(test_labels, num_classes)
+    if draws is None:
+        draws = draw_shots(train_labels, shots, num_classes, seeds, 0, allow_fewer, class_names)
     if len(l2s) > 1 and shots < 2:
         raise UserError("Choosing among several l2 holds out a shot of each class: ask for 2 or more, or give one l2.")
-    available = torch.bincount(train_labels, minlength=num_classes)
-    if not allow_fewer and (available < shots).any():
-        least = int(available.argmin())
-        name = class_names[least] if class_names is not None else str(least)
-        raise UserError(
-            f"{shots} shots a class were asked for, but class {name} has {int(available[least])} training "
-            f"images: ask for at most {int(available.min())}, or allow fewer where a class has fewer."
-        )
 
     counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     per_l2, chosen = [], []
-    for seed in seeds:
-        drawn = _draw(train_labels, shots, num_classes, seed)
+    for drawn in draws:
         choice = _choose_l2(train_features, train_labels, drawn, num_classes, l2s) if len(l2s) > 1 else 0
         index = torch.cat(drawn)
         probe = fit_fewshot(train_features[index], train_labels[index], num_classes, l2s)
@@ -175,7 +175,7 @@ def fewshot_accuracy(
         per_seed=per_seed,
         seeds=list(seeds),
         shots=shots,
-        shots_per_class=available.clamp(max=shots).tolist(),
+        shots_per_class=[len(of_class) for of_class in draws[0]],
         l2=[l2s[choice] for choice in chosen],
         accuracy_by_l2={str(value): fmean(a[i] for a in per_l2) for i, value in enumerate(l2s)},
         per_class=[None if value != value else value for value in _per_class_accuracy(counts).tolist()],
@@ -183,10 +183,61 @@ def fewshot_accuracy(
     )
 
 
-def _draw(labels: Tensor, shots: int, num_classes: int, seed: int) -> list[Tensor]:
-    """Indices into `labels` of up to `shots` examples of each class, one tensor a class."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    return [order[labels[order] == c][:shots] for c in range(num_classes)]
+def draw_shots(
+    labels: Tensor,
+    shots: int,
+    num_classes: int,
+    seeds: Sequence[int] = (0, 1, 2),
+    pool: int = 0,
+    allow_fewer: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> list[list[Tensor]]:
+    """Which training examples are the shots, from the labels alone: for each seed and class up to `shots` indices.
+
+    labels: integers [N].
+    seeds: each draws the first `shots` of every class in its own permutation; fewer shots are a part of more.
+    pool: draw from so many examples only, the first of a fixed random permutation; a class gives what these have of it.
+    (Published: from the first 100,000 of a shuffled training set.) 0: from all.
+    allow_fewer: a class with fewer than `shots` examples gives all it has. Otherwise that raises UserError, which
+    names the class by `class_names` where given. So does a class that the pool has none of.
+    """
+    if shots < 1:
+        raise UserError(f"{shots} shots a class were asked for: ask for at least 1.")
+    labels = labels.cpu().long()
+    if len(labels) == 0:
+        raise UserError("The probe has 0 training images: give it some.")
+    _check_labels(labels, num_classes)
+    names = class_names if class_names is not None else [str(c) for c in range(num_classes)]
+    available = torch.bincount(labels, minlength=num_classes)
+    if not allow_fewer and (available < shots).any():
+        least = int(available.argmin())
+        mend = f"ask for at most {int(available.min())}, or allow" if available[least] else "add some, or allow"
+        raise UserError(
+            f"{shots} shots a class were asked for, but class {names[least]} has {int(available[least])} training "
+            f"images: {mend} fewer where a class has fewer."
+        )
+    in_pool = torch.ones(len(labels), dtype=torch.bool)
+    if 0 < pool < len(labels):
+        in_pool = torch.zeros(len(labels), dtype=torch.bool)
+        in_pool[_permutation(len(labels), 0)[:pool]] = True
+        left = torch.bincount(labels[in_pool], minlength=num_classes)
+        if (empty := (left == 0) & (available > 0)).any():
+            raise UserError(
+                f"the pool of {pool} training images has none of class {names[int(empty.int().argmax())]}: draw from a "
+                "larger one, or from all (0)"
+            )
+    draws = []
+    for seed in seeds:
+        order = _permutation(len(labels), seed)
+        order = order[in_pool[order]]
+        order = order[labels[order].argsort(stable=True)]  # class after class, each as the permutation has it
+        of_class = order.split(torch.bincount(labels[order], minlength=num_classes).tolist())
+        draws.append([indices[:shots] for indices in of_class])
+    return draws
+
+
+def _permutation(size: int, seed: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
 def _choose_l2(features: Tensor, labels: Tensor, drawn: list[Tensor], num_classes: int, l2s: list[float]) -> int:

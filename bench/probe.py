@@ -1,0 +1,119 @@
+"""`umd bench probe`: time, memory and pictures read of a few-shot probe on a folder of ImageNet's shape.
+
+The folder is made of hard links to a few JPEGs, so that it costs no disk; each link is opened, read and decoded like a
+file of its own. The network is small and untrained: what is measured is the way to it.
+"""
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+
+from umd.bench.step import machine
+from umd.checkpoint import save_checkpoint
+from umd.config import model_config
+from umd.device import peak_memory
+from umd.errors import UserError
+from umd.methods import build_model
+from umd.train.data import DataConfig
+from umd.train.probe import Probe, Recognition, print_rows
+from umd.train.run import RunConfig, read_config, to_plain, write_config
+from umd.train.shards import share
+
+
+@dataclass(frozen=True)
+class ProbeBench:
+    """What is measured."""
+
+    train: int = 250_000
+    """Training pictures."""
+    test: int = 50_000
+    """Held-out pictures."""
+    classes: int = 1000
+    """Classes; both splits have as many pictures of each."""
+    side: int = 64
+    """Height and width of the JPEGs."""
+    shots: int = 100
+    """Labelled training images a class."""
+    model: str = "UMD-Ti/4"
+    """Size and patch size of the network, at 32x32."""
+    json: Path | None = None
+    """Write the figures here."""
+
+    def __post_init__(self) -> None:
+        for name in ("train", "test", "classes", "side", "shots"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.train, self.test) < self.classes:
+            raise UserError(f"each of {self.classes} classes needs a picture in either split")
+
+
+def run(bench: ProbeBench, console: Console) -> dict[str, float]:
+    """Make the folder and a run, probe it, print and write the figures."""
+    with tempfile.TemporaryDirectory(prefix="umd-probe-") as folder:
+        source, out = Path(folder) / "pictures", Path(folder) / "run"
+        link_pictures(source, bench)
+        make_run(out, source, bench)
+        figures = measure(out, bench, console)
+    for name, value in figures.items():
+        console.print(f"{name:28} {value:12,.1f}", highlight=False)
+    if bench.json is not None:
+        record = {"machine": machine(), "bench": {k: str(v) for k, v in asdict(bench).items()}, "figures": figures}
+        bench.json.write_text(json.dumps(record, indent=1) + "\n")
+    return figures
+
+
+def link_pictures(source: Path, bench: ProbeBench) -> None:
+    """train/ and test/ with a folder a class: hard links to 256 JPEGs of noise around a colour."""
+    rng = np.random.default_rng(0)
+    originals = source.parent / "originals"
+    originals.mkdir(parents=True)
+    for i in range(256):
+        picture = rng.integers(0, 64, (bench.side, bench.side, 3)) + rng.integers(0, 192, 3)
+        Image.fromarray(picture.astype(np.uint8)).save(originals / f"{i}.jpg")
+    for split, count in (("train", bench.train), ("test", bench.test)):
+        for label in range(bench.classes):
+            folder = source / split / f"{label:04d}"
+            folder.mkdir(parents=True)
+            for i in range(count // bench.classes):
+                os.link(originals / f"{(label + i) % 256}.jpg", folder / f"{i:06d}.jpg")
+
+
+def make_run(out: Path, source: Path, bench: ProbeBench) -> None:
+    """An untrained run on those pictures."""
+    torch.manual_seed(0)
+    data = DataConfig(source=str(source))
+    config = RunConfig(out=out, model=model_config(bench.model, image_size=(32, 32)), data=data)
+    write_config(config)
+    parameters = dict(build_model(config.model).named_parameters())
+    save_checkpoint(config.checkpoints, 1, {"model": parameters}, {"config": to_plain(config)})
+
+
+def measure(out: Path, bench: ProbeBench, console: Console) -> dict[str, float]:
+    began = time.perf_counter()
+    recognition = Recognition(read_config(out), Probe(shots=bench.shots))
+    jobs = recognition.jobs()
+    opened = time.perf_counter()
+    share(jobs, console, "pictures read")
+    read = time.perf_counter()
+    pictures = len(recognition.shots.ids) + len(recognition.held_out.ids)
+    reading = peak_memory(torch.device("cpu"))
+    entry = recognition.entry()
+    print_rows(entry["rows"], "an untrained network", console)
+    return {
+        "pictures in the folder": bench.train + bench.test,
+        "pictures read": pictures,
+        "seconds to open": opened - began,
+        "seconds to read": read - opened,
+        "pictures a second": pictures / (read - opened),
+        "seconds to fit": time.perf_counter() - read,
+        "GB at most, reading": reading / 1e9,
+        "GB at most": peak_memory(torch.device("cpu")) / 1e9,
+    }

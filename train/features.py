@@ -1,0 +1,136 @@
+"""Features of pictures, made by any number of ranks and kept on disk under the name of all that they depend on.
+
+Pictures are read a batch at a time while the batch before is with the network, which always sees `CALL` of them: the
+rounding of a product depends on its size, and so a feature would on its company.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from umd.errors import UserError
+from umd.files import write_whole
+from umd.train.data import DataConfig, ImageDataset, center_view
+from umd.train.latents import LatentDataset
+from umd.train.shards import Advance, Job
+
+CALL = 64  # pictures of every call of a network
+
+Dataset = ImageDataset | LatentDataset
+Pictures = Callable[[np.ndarray], Tensor]  # of indices int64 [n]: float32 [n, C, H, W]
+Extract = Callable[[Tensor, Tensor], Mapping[str, Tensor]]  # of pictures [CALL, C, H, W] and their indices [CALL]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of the pictures `ids` (int64 [n]), in files of `folder`.
+
+    recipe: all that they depend on but the pictures' choice; the folder is named by both.
+    """
+
+    root: Path
+    recipe: dict[str, Any]
+    ids: np.ndarray
+    per_file: int = 256
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        digest = sha256(np.ascontiguousarray(self.ids, dtype="<i8").data).hexdigest()
+        return self.recipe | {"ids": {"count": len(self.ids), "sha256": digest}}
+
+    @property
+    def folder(self) -> Path:
+        return self.root / name_of(self.settings)
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder / f"{first:08d}.safetensors" for first, _ in spans(len(self.ids), self.per_file)]
+
+    def jobs(self, pictures: Pictures, extract: Extract) -> list[Job]:
+        """What is to be done for the files."""
+        self.write_recipe()
+        return [
+            Job(file, last - first, partial(extracted, self.ids[first:last], pictures, extract))
+            for file, (first, last) in zip(self.files, spans(len(self.ids), self.per_file), strict=True)
+        ]
+
+    def write_recipe(self) -> None:
+        """Say in the folder what lies there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "recipe.json").exists():
+            write_whole(self.folder / "recipe.json", json.dumps(self.settings, indent=1).encode())
+
+    def read(self, name: str) -> Tensor:
+        """All features of one name: float32 [n, ...]. Raises UserError for a file that is not whole."""
+        parts = []
+        for file in self.files:
+            try:
+                with safe_open(file, "pt") as opened:
+                    parts.append(opened.get_tensor(name))
+            except Exception as error:
+                raise UserError(
+                    f"cannot read the features in {file} ({error}): remove it and run the same command again"
+                ) from error
+        return torch.cat(parts)
+
+
+def extracted(ids: np.ndarray, pictures: Pictures, extract: Extract, advance: Advance) -> bytes:
+    """The features of some pictures as a safetensors file."""
+    found: dict[str, list[Tensor]] = {}
+    done = 0
+    for here, x in read_ahead(ids, pictures):
+        whole = F.pad(x.flatten(1), (0, 0, 0, CALL - len(x))).view(CALL, *x.shape[1:])
+        indices = torch.from_numpy(np.concatenate([here, np.zeros(CALL - len(here), np.int64)]))
+        for name, features in extract(whole, indices).items():
+            found.setdefault(name, []).append(features[: len(here)].float().cpu())
+        done += len(here)
+        advance(done)
+    tensors = {name: torch.cat(parts).contiguous() for name, parts in found.items()}
+    bad = [name for name, features in tensors.items() if not features.isfinite().all()]
+    if bad:
+        raise UserError(f"features ({bad[0]}) hold NaN or infinity: check the weights, or give --precision fp32")
+    return save(tensors)
+
+
+def read_ahead(ids: np.ndarray, pictures: Pictures) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Batches of up to `CALL` indices with their pictures; the next is read meanwhile."""
+    batches = [ids[first:last] for first, last in spans(len(ids), CALL)]
+    gpu = torch.cuda.current_device() if torch.cuda.is_available() else None  # a thread begins with the first
+    begin = (lambda: None) if gpu is None else partial(torch.cuda.set_device, gpu)
+    with ThreadPoolExecutor(1, initializer=begin) as reader:
+        coming = reader.submit(pictures, batches[0])
+        for here, following in zip(batches, [*batches[1:], None], strict=True):
+            x = coming.result()
+            if following is not None:
+                coming = reader.submit(pictures, following)
+            yield here, x
+
+
+def pictures_of(dataset: Dataset, config: DataConfig, zoom: float = 1.0) -> Pictures:
+    """Reads pictures as they are tested, in as many threads as this rank has cores. zoom: see `center_view`."""
+    threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return lambda ids: center_view(dataset, ids, replace(config, num_workers=threads), zoom)
+
+
+def spans(total: int, size: int) -> list[tuple[int, int]]:
+    """0..total cut into (first, last) of `size`."""
+    return list(pairwise([*range(0, total, size), total]))
+
+
+def name_of(settings: Mapping[str, Any]) -> str:
+    """A short name of settings: the same for the same ones."""
+    return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,295 @@
+"""`umd probe`: what a frozen network tells of classes, at any size of data and on any number of ranks.
+
+Shots are drawn first, from the labels alone; only their pictures and the held-out ones are read, once for all networks.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from umd.device import autocast
+from umd.errors import UserError
+from umd.files import write_whole
+from umd.linear_probe import linear_probe
+from umd.methods import AnyModel, build_model, kind_of
+from umd.model import UMD
+from umd.ops import philox_randn_rows
+from umd.probe import ProbeResult, draw_shots, fewshot_accuracy, knn_accuracy
+from umd.schedule import NoiseSchedule
+from umd.train.data import open_dataset
+from umd.train.evaluate import open_run, schedule_of
+from umd.train.features import Dataset, Extract, Features, name_of, pictures_of
+from umd.train.latents import LatentDataset
+from umd.train.resume import fingerprint
+from umd.train.run import RunConfig, weights_identity
+from umd.train.shards import Job, others_work, share
+
+NOISED_PROBE_INDEX = 50  # schedule index at which networks that never saw a noise-free image are read
+MOST_PIXELS = 3072  # of a picture as features; larger ones are averaged down
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Few-shot probe on the held-out split, beside raw pixels and an untrained network. The same command goes on after
+    a stop; under torchrun each rank reads its share of the pictures."""
+
+    shots: int = 100
+    """Labelled training images a class."""
+    pool: int = 100_000
+    """Shots are drawn from so many training images, a random part, as published; a class gives what the part has of it.
+    0: from all."""
+    allow_fewer: bool = False
+    """Let a class with fewer images give all it has."""
+    l2: tuple[float, ...] = (1024.0,)
+    """Ridge penalty; of several, one is chosen on a part of the shots."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Draws of the shots."""
+    linear: bool = False
+    """Also MAE's linear probe and nearest neighbours, on every training picture."""
+    ema: bool = False
+    """Averaged weights, where the run has them."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or min(self.seeds) < 0:
+            raise UserError(f"seeds must be one or more numbers from 0, got {list(self.seeds)}")
+        if not self.l2 or min(self.l2) <= 0:
+            raise UserError(f"l2 must be one or more numbers above 0, got {list(self.l2)}")
+        if self.pool < 0:
+            raise UserError(f"pool must be 0 (all training images) or more, got {self.pool}")
+
+
+def probe(run: Path, options: Probe, config: RunConfig, console: Console) -> None:
+    """Probe a run, print the table and write RUN/probe.json; or this rank's share of the work."""
+    recognition = Recognition(config, options)
+    if not share(recognition.jobs(), console, "pictures read"):
+        console.print(others_work(), highlight=False)
+        return
+    entry = recognition.entry()
+    print_rows(entry["rows"], f"{config.out}: probes on {entry['test_images']} held-out pictures", console)
+    write_whole(run / "probe.json", json.dumps(entry["results"], indent=1).encode())
+
+
+def print_rows(rows: Sequence[dict[str, Any]], title: str, console: Console) -> None:
+    table = Table(title=title)
+    for column in ("probe", "features", "accuracy", "spread"):
+        table.add_column(column)
+    for row in rows:
+        spread = "" if row["spread"] is None else f"± {row['spread']:.3f}"
+        table.add_row(row["probe"], row["features"], f"{row['accuracy']:.3f}", spread)
+    console.print(table)
+
+
+class Recognition:
+    """Probes of a run's representation: which pictures they need, and their results once these are read.
+
+    candidates, test_ids: which training and held-out pictures may be used; None: all.
+    Raises UserError for data without labels or held-out pictures, and a class without enough of them.
+    """
+
+    def __init__(
+        self, config: RunConfig, options: Probe, candidates: np.ndarray | None = None,
+        test_ids: np.ndarray | None = None,
+    ):  # fmt: skip
+        self.config, self.options = config, options
+        self.train, self.test = labelled(config)
+        assert self.train.labels is not None and self.test.labels is not None
+        candidates = np.arange(len(self.train)) if candidates is None else candidates
+        test_ids = np.arange(len(self.test)) if test_ids is None else test_ids
+        self.classes = list(self.train.class_names)
+        labels = torch.from_numpy(self.train.labels[candidates])
+        draws = draw_shots(
+            labels, options.shots, len(self.classes), options.seeds, pool=options.pool,
+            allow_fewer=options.allow_fewer, class_names=self.classes,
+        )  # fmt: skip
+        drawn = [candidates[torch.cat(draw).numpy()] for draw in draws]
+        chosen = np.unique(np.concatenate(drawn))
+        self.draws = [[torch.from_numpy(np.searchsorted(chosen, candidates[i.numpy()])) for i in d] for d in draws]
+        self.model, self.device, self.dtype = open_run(config, options.ema)
+        recipe = probe_recipe(config, options.ema, self.device, self.dtype)
+        root = config.out / "features"
+        self.shots = Features(root, recipe | of(self.train) | {"floors": True}, chosen)
+        self.held_out = Features(root, recipe | of(self.test) | {"floors": True}, test_ids)
+        self.whole = Features(root, recipe | of(self.train), np.arange(len(self.train)))
+
+    def jobs(self) -> list[Job]:
+        zoom = published_zoom(self.config)
+        train, test = (pictures_of(dataset, self.config.data, zoom) for dataset in (self.train, self.test))
+        both = with_floors(self.config, self.model, self.dtype)
+        found = [*self.shots.jobs(train, both), *self.held_out.jobs(test, both)]
+        if self.options.linear:
+            found += self.whole.jobs(train, representation(self.config, self.model, self.dtype))
+        return found
+
+    def fewshot(self) -> dict[str, ProbeResult]:
+        """By the features' names: the network's, and of its floors."""
+        options = self.options
+        train_labels, test_labels = (self.labels(f) for f in (self.shots, self.held_out))
+        return {
+            name: fewshot_accuracy(
+                self.shots.read(name).to(self.device), train_labels, self.held_out.read(name).to(self.device),
+                test_labels, options.shots, len(self.classes), options.seeds, options.l2, class_names=self.classes,
+                draws=self.draws,
+            )
+            for name in names_of(self.config)
+        }  # fmt: skip
+
+    def labels(self, features: Features) -> Tensor:
+        """Of the pictures that features are of: int64 [n]."""
+        dataset = self.test if features is self.held_out else self.train
+        assert dataset.labels is not None
+        return torch.from_numpy(dataset.labels[features.ids])
+
+    def entry(self) -> dict[str, Any]:
+        """All results in plain numbers: rows for people, the whole records, and the settings."""
+        options, ours = self.options, names_of(self.config)[0]
+        results: dict[str, Any] = {name: asdict(result) for name, result in self.fewshot().items()}
+        rows = [
+            {"probe": f"{options.shots}-shot", "features": name, "accuracy": r["mean"], "spread": r["std"]}
+            for name, r in results.items()
+        ]
+        if options.linear:
+            data = self.whole.read(ours), self.labels(self.whole), self.held_out.read(ours), self.labels(self.held_out)
+            linear = linear_probe(*data, len(self.classes), device=self.device)
+            nearest = knn_accuracy(*(part.to(self.device) for part in data), len(self.classes))
+            results |= {"linear": asdict(linear), "k-NN": asdict(nearest)}
+            rows += [
+                {"probe": "linear, top-1", "features": ours, "accuracy": linear.top1, "spread": None},
+                {"probe": "linear, top-5", "features": ours, "accuracy": linear.top5, "spread": None},
+                {
+                    "probe": f"{nearest.k} nearest neighbours",
+                    "features": ours,
+                    "accuracy": nearest.top1,
+                    "spread": None,
+                },
+            ]
+        settings = self.held_out.settings | {"shots": asdict(options)}
+        return {
+            "key": name_of(settings),
+            "settings": settings,
+            "test_images": len(self.held_out.ids),
+            "rows": rows,
+            "results": results,
+        }
+
+
+def labelled(config: RunConfig) -> tuple[Dataset, Dataset]:
+    """Training and held-out pictures. Raises UserError where none are held out, or without labels."""
+    train, test = open_dataset(config.data, "train"), open_dataset(config.data, "test")
+    if len(test) == 0:
+        raise UserError("a probe needs held-out images and data.holdout is 0; train with a share held out, e.g. 0.2")
+    if train.labels is None or test.labels is None:
+        raise UserError(f"a probe needs labels, and {train.name} has none; use one subfolder a class")
+    return train, test
+
+
+def published_zoom(config: RunConfig) -> float:
+    """The published crop: the short side is resized to int(256/246 · size), and the middle of that size cut out."""
+    size = config.model.image_size[0]
+    return int(size * 256 / 246) / size
+
+
+def probe_recipe(config: RunConfig, ema: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What features depend on beside the pictures."""
+    return {
+        "weights": weights_identity(config.out, ema),
+        "layer": "representation",
+        "time": clean_time(config),
+        "image_size": list(config.model.image_size),
+        "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
+        "device": device.type,
+        "untrained_seed": config.seed,
+    }
+
+
+def of(dataset: Dataset) -> dict[str, Any]:
+    """Which pictures, and how they are cropped."""
+    crop = "stored" if isinstance(dataset, LatentDataset) else "short side to int(256/246 size), centre"
+    return {"data": fingerprint(dataset), "split": dataset.split, "crop": crop}
+
+
+def clean_time(config: RunConfig) -> int:
+    """The model time at which a network is read: 0, or a little noise for one that never saw a noise-free image."""
+    return NOISED_PROBE_INDEX + 1 if getattr(config.objective, "no_noise_prob", 1) == 0 else 0
+
+
+def names_of(config: RunConfig) -> tuple[str, str, str]:
+    """The network's features, then their floors."""
+    h, w = pixel_size(config)
+    whole = (h, w) == tuple(config.model.image_size)
+    return kind_of(config.model), "raw pixels" if whole else f"pixels at {h}x{w}", "untrained network, gates opened"
+
+
+def pixel_size(config: RunConfig) -> tuple[int, int]:
+    """Height and width at which a picture's values are features."""
+    h, w = config.model.image_size
+    while h * w * config.model.channels > MOST_PIXELS and h % 2 == 0 and w % 2 == 0:
+        h, w = h // 2, w // 2
+    return h, w
+
+
+def with_floors(config: RunConfig, model: AnyModel, dtype: torch.dtype) -> Extract:
+    """Representations of the network and of an untrained one, and the pictures' values: features [B, D] by name."""
+    device = next(model.parameters()).device
+    torch.manual_seed(config.seed)
+    untrained = open_gates(build_model(model.config)).to(device).eval().requires_grad_(False)
+    ours, pixels, floor = names_of(config)
+    size = pixel_size(config)
+
+    read = representation(config, model, dtype)
+    floor_read = representation(config, untrained, dtype)
+
+    def extract(x: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        frames = x if x.ndim == 4 else x.flatten(1, 2)
+        values = F.adaptive_avg_pool2d(frames, size).flatten(1)
+        return {ours: read(x, ids)[ours], pixels: values, floor: floor_read(x, ids)[ours]}
+
+    return extract
+
+
+def representation(config: RunConfig, model: AnyModel, dtype: torch.dtype) -> Extract:
+    """Representations [B, D], under the name of the network."""
+    device, name = next(model.parameters()).device, names_of(config)[0]
+    schedule, time = schedule_of(config.schedule), clean_time(config)
+
+    @torch.no_grad()
+    def extract(x: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        seen, timesteps = noised(x.to(device), ids, schedule, time)
+        with autocast(device, dtype):
+            return {name: model.represent(seen, timesteps)}
+
+    return extract
+
+
+def noised(x: Tensor, ids: Tensor, schedule: NoiseSchedule, time: int) -> tuple[Tensor, Tensor | None]:
+    """Pictures [B, C, ...] at a model time, int64 [1] (None: 0); the noise is a function of the picture's index."""
+    if time == 0:
+        return x, None
+    timesteps = torch.full((1,), time, device=x.device)
+    seed = torch.zeros((), dtype=torch.int64, device=x.device)
+    eps = philox_randn_rows(seed, ids.to(x.device) << 32, tuple(x.shape[1:]), x.dtype)
+    return schedule.q_sample(x, timesteps.expand(len(x)), eps), timesteps
+
+
+def open_gates(model: AnyModel) -> AnyModel:
+    """Set every gate of an untrained adaLN-zero network to 1: as made, its blocks do nothing and CLS sees no image."""
+    if isinstance(model, UMD) and model.adaLN_modulation is not None:
+        with torch.no_grad():
+            for offsets in model.adaLN_modulation.offsets[:-1]:
+                offsets.view(6, -1)[[2, 5]] = 1
+    return model
+
+
+def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:
+    """Indices of up to `count` images of each class, the whole in random but fixed order."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    chosen = np.concatenate([order[labels[order] == c][:count] for c in np.unique(labels)])
+    return order[np.isin(order, chosen)]

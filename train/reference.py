@@ -1,0 +1,219 @@
+"""What samples are measured against: statistics of real pictures, made once and named by all that they depend on.
+
+Distances to one reference are never compared with distances to another: of other pictures, another size, resize filter
+or feature network (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation").
+"""
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from umd.errors import UserError
+from umd.feature_networks import FeatureNetwork, metric_names
+from umd.files import flush, sha256
+from umd.images import from_uint8, to_uint8
+from umd.metrics import FeatureStatistics, inception_score, kernel_distance, precision_recall
+from umd.tokenizer import Tokenizer
+from umd.train.data import DataConfig
+from umd.train.features import Dataset, Extract, Features, Pictures, name_of, pictures_of
+from umd.train.latents import LatentDataset
+from umd.train.resume import fingerprint
+
+MOST_KEPT = 10_000  # pictures whose features a reference keeps, for precision, recall and kernel distances
+RESIZE = "short side by Pillow's antialiased bicubic filter, centre crop"
+DECODED = ("stored latents, decoded by the VAE", f"{RESIZE}, encoded and decoded by the VAE")
+
+
+@dataclass
+class Reference:
+    """Statistics of real pictures."""
+
+    settings: dict[str, Any]  # all that they depend on
+    pooled: FeatureStatistics
+    spatial: FeatureStatistics | None
+    features: Tensor | None  # pooled, fp32 [up to MOST_KEPT, D]; None: the file has none
+    floor: dict[str, float]  # scores of one half of the pictures against the other; {}: unknown
+
+    @property
+    def name(self) -> str:
+        return name_of(self.settings)
+
+    @property
+    def count(self) -> int:
+        """Pictures; 0: the file does not tell."""
+        return self.pooled.count
+
+    def save(self, path: Path) -> None:
+        """Write an .npz with ADM's names (mu, sigma, mu_s, sigma_s) and what else is known, whole or not at all."""
+        arrays = {"mu": self.pooled.mean.numpy(), "sigma": self.pooled.cov.numpy(), "count": np.array(self.count)}
+        if self.spatial is not None:
+            arrays |= {"mu_s": self.spatial.mean.numpy(), "sigma_s": self.spatial.cov.numpy()}
+        if self.features is not None:
+            arrays["features"] = self.features.numpy()
+        arrays |= {"settings": np.array(json.dumps(self.settings)), "floor": np.array(json.dumps(self.floor))}
+        unfinished = path.with_name(f".unfinished-{path.stem}-{socket.gethostname()}-{os.getpid()}.npz")
+        try:
+            np.savez(unfinished, **arrays)
+            flush(unfinished)
+            unfinished.rename(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def outputs_of(network: FeatureNetwork) -> Extract:
+    """The network's outputs by name: pooled [B, D], spatial [B, S], logits [B, K], as many as it has."""
+    device = next(network.parameters()).device
+
+    @torch.inference_mode()
+    def extract(x: Tensor, _: Tensor) -> dict[str, Tensor]:
+        found = network.outputs(x.to(device))._asdict()
+        return {name: value for name, value in found.items() if value is not None}
+
+    return extract
+
+
+def real_pictures(
+    root: Path, dataset: Dataset, config: DataConfig, network: FeatureNetwork, tokenizer: Tokenizer | None
+) -> tuple[Features, Pictures]:
+    """Features of a split's pictures as the network of a run would have them, to be made by jobs."""
+    if tokenizer is None:
+        resize, vae = RESIZE, None
+    else:
+        resize = DECODED[0 if isinstance(dataset, LatentDataset) else 1]
+        vae = tokenizer.vae.sha256
+    factor = 1 if tokenizer is None else tokenizer.vae.factor
+    settings = {
+        "data": fingerprint(dataset),
+        "split": dataset.split,
+        "image_size": [side * factor for side in config.image_size],
+        "resize": resize,
+        "vae": vae,
+        "features": network.identity,
+    }
+    read = pictures_of(dataset, config)
+
+    def pictures(ids: np.ndarray) -> Tensor:
+        x = read(ids)
+        return x if tokenizer is None else from_uint8(to_uint8(tokenizer.decode(x.to(tokenizer.device))))
+
+    return Features(root, settings, np.arange(len(dataset))), pictures
+
+
+def stored_pictures(
+    root: Path, file: Path, network: FeatureNetwork, size: list[int]
+) -> tuple[Features, Pictures] | None:
+    """Features of the pictures (arr_0) in one of ADM's reference files, to be made by jobs; None if it holds none."""
+    with np.load(file, allow_pickle=False) as arrays:
+        if "arr_0" not in arrays.files:
+            return None
+        pictures = arrays["arr_0"]
+    if list(pictures.shape[1:3]) != size:
+        raise UserError(
+            f"the pictures in {file} are {pictures.shape[1]}x{pictures.shape[2]}, and this run's samples "
+            f"{size[0]}x{size[1]}; give a reference of that size"
+        )
+    settings = {"file": sha256(file), "image_size": size, "features": network.identity}
+    return Features(root, settings, np.arange(len(pictures))), lambda ids: from_uint8(pictures[ids])
+
+
+def reference_of(made: Features, network: FeatureNetwork) -> Reference:
+    """The statistics of features that are there, and their floor."""
+    pooled = made.read("pooled")
+    spatial = made.read("spatial") if network.num_spatial else None
+    logits = made.read("logits") if network.num_logits else None
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(pooled)))
+    first, second = order[: len(order) // 2], order[len(order) // 2 :]
+    floor = {}
+    if len(first) > 1:
+        other = Reference(
+            {}, statistics(pooled[second], network), None if spatial is None else statistics(spatial[second], network),
+            pooled[second][:MOST_KEPT], {},
+        )  # fmt: skip
+        parts = (None if part is None else part[first] for part in (spatial, logits))
+        floor = scores(other, pooled[first], *parts, network)
+    return Reference(
+        made.settings, statistics(pooled, network), None if spatial is None else statistics(spatial, network),
+        pooled[order[:MOST_KEPT]].contiguous(), floor,
+    )  # fmt: skip
+
+
+def statistics(features: Tensor, network: FeatureNetwork) -> FeatureStatistics:
+    """Mean and covariance of features [N, D]."""
+    found = FeatureStatistics(features.shape[1], network.name)
+    for part in features.split(4096):
+        found.update(part)
+    return found
+
+
+def scores(
+    reference: Reference, pooled: Tensor, spatial: Tensor | None, logits: Tensor | None, network: FeatureNetwork
+) -> dict[str, float]:
+    """All scores of samples' features against a reference, by their names for this network. sFD of fewer pictures than
+    spatial features is left out."""
+    names, device = metric_names(network), next(network.parameters()).device
+    values = {names["fd"]: statistics(pooled, network).distance(reference.pooled)}
+    if spatial is not None and reference.spatial is not None and len(spatial) > spatial.shape[1]:
+        values[names["sfd"]] = statistics(spatial, network).distance(reference.spatial)
+    if logits is not None:
+        values[names["is"]] = inception_score(logits)[0]
+    if reference.features is not None:
+        values[names["kd"]] = kernel_distance(pooled, reference.features)[0]
+        precision, recall = precision_recall(reference.features.to(device), pooled.to(device))
+        values |= {"precision": precision, "recall": recall}
+    return values
+
+
+def load_reference(path: Path, network: FeatureNetwork, size: list[int], resizes: Sequence[str]) -> Reference:
+    """What `Reference.save` wrote, or one of ADM's files (mu, sigma, and mu_s, sigma_s), which do not say more.
+
+    size, resizes: height and width of the samples, and how real pictures may have come to it.
+    Raises UserError for a file that is neither, or is of another size, resize filter or feature network.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            held = {name: arrays[name] for name in arrays.files if name != "arr_0"}
+            pooled = FeatureStatistics.from_moments(held["mu"], held["sigma"], int(held.get("count", 0)), network.name)
+            spatial = None
+            if "mu_s" in held:
+                spatial = FeatureStatistics.from_moments(held["mu_s"], held["sigma_s"], pooled.count, network.name)
+            settings = json.loads(str(held["settings"])) if "settings" in held else None
+            floor = json.loads(str(held["floor"])) if "floor" in held else {}
+            features = torch.from_numpy(held["features"]) if "features" in held else None
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise UserError(
+            f"{path} holds no reference statistics ({error}): expected an .npz of umd evaluate or of ADM's evaluator"
+        ) from error
+    if settings is None:
+        if network.name != "InceptionV3":
+            raise UserError(
+                f"{path} is of ADM's evaluator, whose features are InceptionV3's, and here they are {network.name}'s; "
+                "give InceptionV3's weights (--features inception --weights FILE), or leave --reference out"
+            )
+        settings = {"file": sha256(path), "features": network.identity, "image_size": size}
+    else:
+        for what, allowed in (("features", [network.identity]), ("image_size", [size]), ("resize", resizes)):
+            if settings.get(what) not in allowed:
+                raise UserError(
+                    f"the reference {path} is of another {what.replace('_', ' ')}: {shown(settings.get(what))}, and "
+                    f"these samples need {' or '.join(map(shown, allowed))}; leave --reference out to make one"
+                )
+    if len(pooled.mean) != network.num_features:
+        raise UserError(
+            f"{path} has statistics of {len(pooled.mean)} features and {network.name} has {network.num_features}; give "
+            "another reference, or other --features"
+        )
+    return Reference(settings, pooled, spatial, features, floor)
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value.get('name')} ({str(value.get('weights_sha256'))[:12]})"
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,365 @@
+"""`umd evaluate RUN`: how good a run's samples are, and what its representation tells of classes, in one table.
+
+All that takes long is cut into files (`train/shards.py`): ranks share them without talking, a stopped command goes on
+with those that are missing, and the rank that finds all of them there computes the scores.
+"""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+from safetensors.torch import save
+from torch import Tensor
+
+import umd
+from umd.errors import UserError
+from umd.feature_networks import open_features
+from umd.files import write_whole
+from umd.images import from_uint8
+from umd.model import UMD
+from umd.train import evaluate
+from umd.train.data import open_dataset
+from umd.train.features import CALL, Features, name_of, spans
+from umd.train.latents import pixel_config
+from umd.train.probe import Probe, Recognition
+from umd.train.reference import (
+    DECODED,
+    RESIZE,
+    Reference,
+    load_reference,
+    outputs_of,
+    real_pictures,
+    reference_of,
+    scores,
+    stored_pictures,
+)
+from umd.train.run import RunConfig
+from umd.train.sample import Drawer, check_classes, clips, default_steps, draw_recipe, drawn_labels
+from umd.train.shards import Advance, Job, others_work, share
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score a run: samples against real pictures (Fréchet and kernel distances, Inception Score, precision, recall) and
+    the representation (few-shot and linear probe, nearest neighbours). Writes scores.json and scores.md into the run;
+    the defaults are the paper's. The same command goes on after a stop; under torchrun each rank does its share."""
+
+    count: int = 50_000
+    """Samples."""
+    cfg_scale: tuple[float, ...] = (1.0, 1.5)
+    """Guidance, scored one by one; 1: none. Of a run without labels only 1."""
+    steps: int | None = None
+    """DDIM steps; default the paper's: 125 for pixels, 250 for latents."""
+    eta: float = 1.0
+    """Noise of DDIM: 1 as in the paper, 0 deterministic."""
+    seed: int = 0
+    """Of the samples."""
+    balanced: bool = False
+    """As many samples of each class, in turn, instead of classes drawn at random."""
+    ema: bool = True
+    """Averaged weights for the samples, where the run has them; the representation is read without."""
+    batch: int = 64
+    """Images of one denoising loop; no score depends on it."""
+    vae: str = ""
+    """Of a run on latents, its VAE where it no longer lies where it lay: hub id or folder."""
+    features: Literal["auto", "inception", "dinov2", "efficientnet"] = "auto"
+    """Feature network of the distances, which are named after it: FID only with InceptionV3. auto: InceptionV3 where
+    its weights are, else EfficientNet-Lite0."""
+    weights: Path | None = None
+    """InceptionV3's weights (a file) or DINOv2's (a folder as transformers saves it)."""
+    reference: Path | None = None
+    """Statistics to measure against: an .npz of this command or of ADM's evaluator; default: made of the real pictures,
+    once, and kept in the run as reference-NAME.npz."""
+    split: Literal["test", "train"] = "test"
+    """Which of the run's pictures are the real ones; test: the held-out."""
+    pictures: str = ""
+    """Of a run on latents, the source of its real pictures; default: its stored latents, as the VAE decodes them."""
+    few: bool = False
+    """Take distances of fewer pictures than there are features too: they compare at equal counts only."""
+    generation: bool = True
+    """Score samples."""
+    recognition: bool = True
+    """Score the representation."""
+    shots: int = 100
+    """Labelled training images a class of the few-shot probe."""
+    allow_fewer: bool = False
+    """Let a class with fewer images give all it has."""
+    linear: bool = True
+    """Also the linear probe and nearest neighbours, which read every training picture."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Replay a denoising step as one CUDA graph; auto: on a GPU, of more than a few steps."""
+
+    def __post_init__(self) -> None:
+        for name in ("count", "batch", "shots"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.cfg_scale:
+            raise UserError("cfg_scale must be one or more numbers; 1: no guidance")
+
+
+def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Console) -> None:
+    """Do this rank's share of the work; the rank that finds all of it done writes and prints the scores."""
+    left_out = reasons(run, config, options)
+    for what, reason in left_out.items():
+        console.print(f"{what} is left out: {reason}", highlight=False)
+    if len(left_out) == 2:
+        raise UserError(f"nothing is left to score in {run}")
+    generation = None if "generation" in left_out else Generation(config, options)
+    probe = Probe(shots=options.shots, allow_fewer=options.allow_fewer, linear=options.linear)
+    recognition = None if "recognition" in left_out else Recognition(config, probe)
+    jobs = [job for part in (generation, recognition) if part is not None for job in part.jobs()]
+    if not share(jobs, console, "images"):
+        console.print(others_work(), highlight=False)
+        return
+    file = run / "scores.json"
+    record = read_record(file)
+    record["environment"] = environment()
+    if generation is not None:
+        put(record["generation"], generation.entries())
+    if recognition is not None:
+        put(record["recognition"], [recognition.entry()])
+    write_whole(file, json.dumps(record, indent=1).encode())
+    text = markdown(record)
+    write_whole(run / "scores.md", text.encode())
+    console.print(Markdown(text))
+    console.print(f"written: {file} and {run / 'scores.md'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
+    """Why one half of the scores, or both, is left out."""
+    if config.is_classifier:
+        raise UserError(
+            f"{run} is a classifier, whose scores its training wrote; evaluate the run that it started from"
+        )
+    found = {}
+    if not options.generation:
+        found["generation"] = "it was not asked for"
+    elif config.is_diffmae:
+        found["generation"] = "a DiffMAE fills holes in pictures and draws none without"
+    elif getattr(config.objective, "no_noise_prob", 0) == 1:
+        found["generation"] = "the network never saw noise"
+    if not options.recognition:
+        found["recognition"] = "it was not asked for"
+    elif not open_dataset(config.data, "train").class_names:
+        found["recognition"] = "the pictures have no labels"
+    return found
+
+
+class Generation:
+    """Samples of a run at each guidance, and what they are measured against."""
+
+    def __init__(self, config: RunConfig, options: Evaluate):
+        classes = check_classes(config, (), options.balanced)
+        self.config, self.options = config, options
+        self.model, self.device, self.dtype = evaluate.open_run_of(UMD, config, options.ema)
+        self.tokenizer = evaluate.open_tokenizer(config, options.vae, self.device)
+        self.network = open_features(options.features, options.weights).to(self.device).eval()
+        self.check_count(options.count, "samples", f"give --count {self.network.num_features} or more")
+        factor = 1 if self.tokenizer is None else self.tokenizer.vae.factor
+        self.size = [side * factor for side in config.model.image_size]
+        self.steps = default_steps(config) if options.steps is None else options.steps
+        self.root = config.out / "features"
+        self.labels = drawn_labels(classes, options.count, options.balanced, options.seed) if classes else None
+        order = "none" if not classes else "in turn" if options.balanced else "at random"
+        self.recipes = [
+            draw_recipe(
+                config, options.ema, self.device, self.dtype, self.tokenizer, options.count, classes=classes,
+                order=order, cfg_scale=cfg_scale, steps=self.steps, eta=options.eta, seed=options.seed,
+            )
+            for cfg_scale in (options.cfg_scale if classes else (1.0,))
+        ]  # fmt: skip
+        self.open_reference()
+
+    def check_count(self, count: int, what: str, mend: str) -> None:
+        """Raise UserError where a covariance of so many pictures is singular, unless that is asked for."""
+        D = self.network.num_features
+        if 0 < count < D and not self.options.few:
+            raise UserError(
+                f"{count} {what} are fewer than the {D} features of {self.network.name}: their covariance is singular, "
+                f"and the distance says as much of the count as of the pictures; {mend}, or take it anyway with --few "
+                "and compare at equal counts only"
+            )
+
+    def open_reference(self) -> None:
+        """What samples are measured against: a file, or features of real pictures that are to be made by jobs."""
+        options, data = self.options, self.config.data
+        self.given: Reference | None = None
+        self.made: Features | None = None
+        if options.reference is not None:
+            resizes = [RESIZE] if self.tokenizer is None else [RESIZE, *DECODED]
+            self.given = load_reference(options.reference, self.network, self.size, resizes)
+            if self.given.features is None:
+                found = stored_pictures(self.root, options.reference, self.network, self.size)
+                if found is not None:
+                    self.made, self.read = found
+            self.check_count(self.given.count, "pictures of the reference", "give a larger one")
+            return
+        tokenizer = self.tokenizer
+        if options.pictures:
+            if tokenizer is None:
+                raise UserError("--pictures is for runs on latents; this run's own pictures are the real ones")
+            data, tokenizer = replace(pixel_config(data, tokenizer.vae), source=options.pictures), None
+        dataset = open_dataset(data, options.split)
+        mend = "give --split train, or --reference FILE"
+        if len(dataset) == 0:
+            raise UserError(f"{dataset.name} has no held-out pictures to measure against; {mend}")
+        self.check_count(len(dataset), f"real pictures ({options.split})", mend)
+        self.made, self.read = real_pictures(self.root, dataset, data, self.network, tokenizer)
+
+    def samples(self, recipe: Mapping[str, Any]) -> Features:
+        return Features(self.root, {**recipe, "features": self.network.identity}, np.arange(self.options.count), CALL)
+
+    def jobs(self) -> list[Job]:
+        found = [] if self.made is None else self.made.jobs(self.read, outputs_of(self.network))
+        for recipe in self.recipes:
+            features = self.samples(recipe)
+            drawer = cache(partial(self.drawer, recipe["cfg_scale"]))  # made for the first job that is not done
+            found += [
+                Job(file, last - first, partial(self.drawn, drawer, first, last))
+                for file, (first, last) in zip(features.files, spans(self.options.count, CALL), strict=True)
+            ]
+            features.write_recipe()
+        return found
+
+    def drawer(self, cfg_scale: float) -> Drawer:
+        options = self.options
+        return Drawer(
+            self.model, evaluate.schedule_of(self.config.schedule), self.labels, options.count, num_steps=self.steps,
+            cfg_scale=cfg_scale, eta=options.eta, seed=options.seed, clip=clips(self.config, self.tokenizer),
+            dtype=self.dtype, batch=options.batch, capture=options.capture, tokenizer=self.tokenizer,
+        )  # fmt: skip
+
+    def drawn(self, drawer: Any, first: int, last: int, advance: Advance) -> bytes:
+        """The features of samples first..last-1 as a safetensors file."""
+        x = from_uint8(drawer().pictures(first, last, advance))
+        whole = torch.cat([x, x[:1].expand(CALL - len(x), -1, -1, -1)])
+        outputs = outputs_of(self.network)(whole, torch.arange(first, first + CALL))
+        return save({name: value[: last - first].cpu().contiguous() for name, value in outputs.items()})
+
+    def reference(self) -> Reference:
+        """What samples are measured against, kept as a file of its own where it was made here."""
+        if self.made is None:
+            assert self.given is not None
+            return self.given
+        made = reference_of(self.made, self.network)
+        if self.given is not None:  # statistics of ADM's file, and the features of the pictures in it
+            return replace(self.given, features=made.features, floor=made.floor)
+        made.save(self.config.out / f"reference-{made.name}.npz")
+        return made
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The scores at each guidance, with everything that moves them."""
+        reference = self.reference()
+        found = []
+        for recipe in self.recipes:
+            features = self.samples(recipe)
+            parts: dict[str, Tensor | None] = {"spatial": None, "logits": None}
+            for name, size in (("spatial", self.network.num_spatial), ("logits", self.network.num_logits)):
+                parts[name] = features.read(name) if size else None
+            values = scores(reference, features.read("pooled"), parts["spatial"], parts["logits"], self.network)
+            about = {"name": reference.name, "count": reference.count or None, **reference.settings}
+            few = min(self.options.count, reference.count or self.options.count) < self.network.num_features
+            found.append(
+                {
+                    "key": name_of({"samples": features.settings, "reference": reference.settings}),
+                    "samples": {**recipe, "features": self.network.identity},
+                    "reference": about,
+                    "scores": values,
+                    "floor": reference.floor,
+                    "few": few,
+                }
+            )
+        return found
+
+
+# The record
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """What earlier evaluations of this run wrote, or an empty record."""
+    empty: dict[str, Any] = {"format": 1, "environment": {}, "generation": [], "recognition": []}
+    try:
+        record = json.loads(file.read_text())
+    except FileNotFoundError:
+        return empty
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}); remove it and run the same command again") from error
+    return record if isinstance(record, dict) and record.get("format") == 1 else empty
+
+
+def put(entries: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
+    """Add entries, in the place of those of the same settings."""
+    for entry in new:
+        entries[:] = [other for other in entries if other["key"] != entry["key"]] + [entry]
+
+
+def environment() -> dict[str, str]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    return {"umd": umd.__version__, "torch": torch.__version__, "device": device}
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """The scores as tables: a table a reference, for distances to others do not compare; then the representation's."""
+    lines = []
+    by_reference: dict[str, list[dict[str, Any]]] = {}
+    for entry in record["generation"]:
+        by_reference.setdefault(entry["reference"]["name"], []).append(entry)
+    for name, entries in by_reference.items():
+        about, columns = entries[0]["reference"], list(entries[0]["scores"])
+        lines += [f"## Samples against reference {name}", "", described(about), ""]
+        lines += table_head(["samples", "guidance", "steps", "weights", *columns])
+        for entry in entries:
+            s = entry["samples"]
+            weights = f"step {s['weights']['step']}{', EMA' if s['weights']['part'] == 'ema' else ''}"
+            guidance = "none" if s["cfg_scale"] == 1 else f"{s['cfg_scale']:g}"
+            count = f"{s['count']}{'*' if entry['few'] else ''}"
+            labels = "" if s["labels"] == "none" else f", labels {s['labels']}"
+            cells = [f"{count}{labels}", guidance, f"{s['sampler']} {s['steps']}, eta {s['eta']:g}", weights]
+            lines.append(table_row([*cells, *(number(entry["scores"].get(c)) for c in columns)]))
+        if floor := entries[0]["floor"]:
+            cells = ["real pictures, one half against the other", "", "", ""]
+            lines.append(table_row([*cells, *(number(floor.get(c)) for c in columns)]))
+        if any(entry["few"] for entry in entries):
+            lines += ["", "\\* fewer pictures than features: these distances compare at equal counts only."]
+        lines.append("")
+    if record["recognition"]:
+        lines += ["## Representation", ""]
+        lines += table_head(["weights", "probe", "features", "accuracy", "spread"])
+        for entry in record["recognition"]:
+            for row in entry["rows"]:
+                spread = "" if row["spread"] is None else f"± {100 * row['spread']:.1f}"
+                weights = f"step {entry['settings']['weights']['step']}"
+                lines.append(
+                    table_row([weights, row["probe"], row["features"], f"{100 * row['accuracy']:.1f} %", spread])
+                )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def described(about: Mapping[str, Any]) -> str:
+    """What a reference is, in a sentence."""
+    network = about["features"]
+    count = f"{about['count']} pictures" if about.get("count") else "pictures whose number the file does not tell"
+    size = "x".join(map(str, about["image_size"]))
+    made = about.get("resize") or f"as in the file of sha256 {about['file'][:12]}"
+    return f"{count} of {size}, {made}. Features: {network['name']} ({network['input']})."
+
+
+def table_head(columns: list[str]) -> list[str]:
+    return [table_row(columns), "|" + "---|" * len(columns)]
+
+
+def table_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

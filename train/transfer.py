@@ -1,0 +1,81 @@
+"""`umd transfer RUN FOLDER`: the paper's few-shot transfer (its Figure 2) over sets of pictures, a folder each.
+
+    FOLDER/cifar100/train/<class>/…    FOLDER/cifar100/test/<class>/…     a set with splits of its own (val will do)
+    FOLDER/ucmerced/<class>/…                                             one without: a fifth is held out
+
+The paper's sets: cifar100, stl10, dtd, pets, flowers102, food101, dogs, imagenet-v2, ucmerced. Any others will do.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from umd.errors import UserError
+from umd.files import write_whole
+from umd.train.probe import Probe, Recognition, print_rows
+from umd.train.run import RunConfig
+from umd.train.shards import others_work, share
+from umd.train.sources import listing
+
+PAPER = ("cifar100", "stl10", "dtd", "pets", "flowers102", "food101", "dogs", "imagenet-v2", "ucmerced")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Few-shot probe of a run's representation on other sets of pictures: each subfolder of FOLDER is one, with a
+    folder a class, in train/ and test/ or not. The same command goes on after a stop; under torchrun each rank reads
+    its share of the pictures."""
+
+    shots: int = 10
+    """Labelled training images a class."""
+    allow_fewer: bool = False
+    """Let a class with fewer images give all it has."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Draws of the shots."""
+    ema: bool = False
+    """Averaged weights, where the run has them."""
+
+
+def transfer(run: Path, folder: Path, options: Transfer, config: RunConfig, console: Console) -> None:
+    """Probe every set of `folder`, print the table and write RUN/transfer.json; or this rank's share of the work.
+
+    A set that cannot be probed is a line that says why; the others are probed all the same. Raises UserError where none
+    can be.
+    """
+    if config.is_classifier:
+        raise UserError(f"{run} is a classifier; probe the run that it started from")
+    names = listing(folder)[0]
+    if not names:
+        raise UserError(
+            f"{folder} has no subfolders: expected one a set, e.g. {folder}/cifar100/train/<class>/ and "
+            f"{folder}/cifar100/test/<class>/"
+        )
+    probe = Probe(options.shots, pool=0, allow_fewer=options.allow_fewer, seeds=options.seeds, ema=options.ema)
+    sets: dict[str, Recognition] = {}
+    refused: dict[str, str] = {}
+    for name in names:
+        source = str((folder / name).resolve())
+        data = replace(config.data, source=source, holdout=0.2, quarantine="")
+        try:
+            sets[name] = Recognition(replace(config, data=data), probe)
+        except UserError as error:
+            refused[name] = str(error)
+            console.print(f"{name}: {error}", highlight=False, markup=False, soft_wrap=True)
+    if not sets:
+        raise UserError(f"none of the {len(names)} sets in {folder} can be probed, as told above")
+    if not share([job for one in sets.values() for job in one.jobs()], console, "pictures read"):
+        console.print(others_work(), highlight=False)
+        return
+    entries = {name: one.entry() for name, one in sets.items()}
+    rows: list[dict[str, Any]] = []
+    for name, entry in entries.items():
+        rows += [row | {"probe": f"{name}, {row['probe']}"} for row in entry["rows"]]
+    print_rows(rows, f"{run}: transfer by {options.shots} labelled images a class", console)
+    if missing := [name for name in PAPER if name not in entries]:
+        console.print(f"of the paper's sets not there: {', '.join(missing)}", highlight=False)
+    record = {"sets": entries, "refused": refused}
+    write_whole(run / "transfer.json", json.dumps(record, indent=1).encode())
+    console.print(f"written: {run / 'transfer.json'}", highlight=False, markup=False, soft_wrap=True)
