@@ -19,11 +19,11 @@ from torch import Tensor
 from umd.device import autocast
 from umd.errors import UserError
 from umd.files import write_whole
-from umd.linear_probe import linear_probe
+from umd.linear_probe import knn_accuracy, linear_probe
 from umd.methods import AnyModel, build_model, kind_of
 from umd.model import UMD
 from umd.ops import philox_randn_rows
-from umd.probe import ProbeResult, draw_shots, fewshot_accuracy, knn_accuracy
+from umd.probe import ProbeResult, draw_shots, fewshot_accuracy
 from umd.schedule import NoiseSchedule
 from umd.train.data import open_dataset
 from umd.train.evaluate import open_run, schedule_of
