@@ -55,6 +55,10 @@ class Probe:
     """Draws of the shots."""
     linear: bool = False
     """Also MAE's linear probe and nearest neighbours, on every training picture."""
+    layers: bool = False
+    """Instead: of every block, at the model times below, as a table and a curve."""
+    times: tuple[int, ...] = (0, 1, 10, 25, 50, 100, 200, 400, 700)
+    """Model times of --layers; 0: noise-free."""
     ema: bool = False
     """Averaged weights, where the run has them."""
 
@@ -68,7 +72,7 @@ class Probe:
 
 
 def probe(run: Path, options: Probe, config: RunConfig, console: Console) -> None:
-    """Probe a run, print the table and write RUN/probe.json; or this rank's share of the work."""
+    """Probe a run, print the table and write RUN/probe.json; or do this rank's share of the work."""
     recognition = Recognition(config, options)
     if not share(recognition.jobs(), console, "pictures read"):
         console.print(others_work(), highlight=False)

@@ -231,7 +231,10 @@ def probe(arguments: list[str]) -> None:
     from umd.train.run import read_config
 
     run, rest = take_path(arguments, "probe", "RUN")
-    probe_run(run, parse(Probe, f"probe {run}", rest), read_config(run), console)
+    options: Probe = parse(Probe, f"probe {run}", rest)
+    if options.layers:
+        from umd.train.layers import probe_layers as probe_run
+    probe_run(run, options, read_config(run), console)
 
 
 def evaluate(arguments: list[str]) -> None:

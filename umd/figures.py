@@ -4,7 +4,8 @@ import html
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,54 @@ def probe_bars(bars: Sequence[tuple[str, float, float]], chance: float, *, name:
         alt = "; ".join(f"{label} {mean:.1f} ± {std:.1f} %" for label, mean, std in bars)
         guess = f" Chance is {100 * chance:.1f} %." if _finite(chance) else ""
         return _svg(figure, name, f"Bar chart of probe accuracy: {alt}.{guess}")
+
+
+def layer_curves(runs: Mapping[str, Mapping[int, Mapping[str, Mapping[str, float]]]], path: Path, shots: int) -> None:
+    """Draw accuracy by block, a line a model time, and by model time, for each run side by side; write a PNG.
+
+    runs: by name, {time: {layer: {mean, std}}} with the representation as the last layer, drawn apart.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.2 * len(runs), 5.6), layout="constrained", dpi=150)
+        axes = figure.subplots(2, len(runs), squeeze=False, sharey=True)
+        for column, (name, found) in enumerate(runs.items()):
+            times, layers = list(found), list(next(iter(found.values())))
+            above, below = axes[:, column]
+            for i, time in enumerate(times):
+                shade = 0.15 + 0.85 * i / max(len(times) - 1, 1)
+                colour = mix(COLOURS["blue"], COLOURS["orange"], shade)
+                means = [100 * found[time][layer]["mean"] for layer in layers]
+                above.plot(range(1, len(layers)), means[:-1], color=colour, lw=1.3, label=f"t = {time}")
+                above.plot([len(layers) + 0.3], means[-1:], "o", color=colour, ms=4)
+            encoder = sum(layer.startswith("encoder") for layer in layers)
+            above.axvline(encoder + 0.5, color=COLOURS["muted"], lw=0.6, ls=":")
+            above.set_title(f"{name}\nby block: encoder | decoder   • representation")
+            above.set_xlabel("block")
+            above.set_xticks(range(1, len(layers)))
+            places = range(len(times))
+            best = [
+                100 * max(row["mean"] for layer, row in found[time].items() if layer != layers[-1]) for time in times
+            ]
+            below.plot(places, best, color=COLOURS["blue"], marker="o", ms=3.5, lw=1.3, label="the best block")
+            of_representation = [100 * found[time][layers[-1]]["mean"] for time in times]
+            below.plot(
+                places, of_representation, color=COLOURS["orange"], marker="o", ms=3.5, lw=1.3, label="representation"
+            )
+            below.set_title("by noise")
+            below.set_xlabel("model time t, of 1000 (0: no noise)")
+            below.set_xticks(places, [str(time) for time in times])
+            for ax in (above, below):
+                ax.grid(axis="y")
+                ax.legend(ncols=2 if ax is above else 1, fontsize=7)
+        for ax in axes[:, 0]:
+            ax.set_ylabel(f"{shots}-shot accuracy, %")
+        figure.savefig(path)
+
+
+def mix(a: str, b: str, share: float) -> tuple[float, ...]:
+    """A colour between two of "#rrggbb", as numbers in [0, 1]."""
+    first, second = (np.array([int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)]) for c in (a, b))
+    return tuple((1 - share) * first + share * second)
 
 
 def _finite(value: object) -> bool:

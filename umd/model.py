@@ -391,14 +391,15 @@ class UMD(nn.Module):
         return map(block, range(depth)), map(block, range(depth, last + 1))
 
     def encode(
-        self, patches: Tensor, ids_keep: Tensor, batch: Layout, cond: Tensor, modulation: Iterator[Tables]
-    ) -> Tensor:
-        """Encoder tokens after the final norm, CLS tokens first: [sum (num_cls + K), D]."""
+        self, patches: Tensor, ids_keep: Tensor, batch: Layout, cond: Tensor, modulation: Iterator[Tables],
+        levels: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Encoder tokens after the final norm, CLS tokens first: [sum (num_cls + K), D]. levels: see `Blocks`."""
         x = residual(self.x_embedder(patches), self.config)  # [sum K, D]
         x = ops.add_positions(x, ids_keep, self.pos_embed, batch.patches.num_samples)
         cls = self.cls_token.expand(batch.patches.num_samples, -1, -1)
         x = ops.prepend_tokens(cls, x, batch.encoder)
-        return self.encoder(x, batch.encoder_blocks, modulation, None if self.config.adaLN else cond)
+        return self.encoder(x, batch.encoder_blocks, modulation, None if self.config.adaLN else cond, levels=levels)
 
     def represent(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """The averaged CLS tokens of whole images: [B, C, H, W] to fp32 [B, D].
