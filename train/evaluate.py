@@ -16,8 +16,9 @@ from umd.conditions import make_conditions
 from umd.config import ScheduleConfig
 from umd.device import autocast, take_device
 from umd.errors import UserError
+from umd.feature_networks import default_features
 from umd.methods import AnyModel
-from umd.metrics import FeatureStatistics, default_features, feature_statistics
+from umd.metrics import FeatureStatistics, feature_statistics
 from umd.model import UMD
 from umd.sampler import inpaint
 from umd.schedule import NoiseSchedule

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from umd.errors import UserError
-from umd.feature_networks import FeatureNetwork, metric_names
+from umd.feature_networks import FeatureNetwork, identity, metric_names
 from umd.files import flush, sha256
 from umd.images import from_uint8, to_uint8
-from umd.metrics import FeatureStatistics, inception_score, kernel_distance, precision_recall
+from umd.metrics import FeatureStatistics, frechet_distance, inception_score, kernel_distance, precision_recall
 from umd.tokenizer import Tokenizer
 from umd.train.data import DataConfig
 from umd.train.features import Dataset, Extract, Features, Pictures, name_of, pictures_of
@@ -29,6 +29,7 @@ from umd.train.resume import fingerprint
 
 MOST_KEPT = 10_000  # pictures whose features a reference keeps, for precision, recall and kernel distances
 RESIZE = "short side by Pillow's antialiased bicubic filter, centre crop"
+Moments = tuple[Tensor, Tensor]  # mean [D] and covariance [D, D], float64
 DECODED = ("stored latents, decoded by the VAE", f"{RESIZE}, encoded and decoded by the VAE")
 
 
@@ -37,8 +38,9 @@ class Reference:
     """Statistics of real pictures."""
 
     settings: dict[str, Any]  # all that they depend on
-    pooled: FeatureStatistics
-    spatial: FeatureStatistics | None
+    count: int  # of pictures; 0: the file does not tell
+    pooled: Moments
+    spatial: Moments | None
     features: Tensor | None  # pooled, fp32 [up to MOST_KEPT, D]; None: the file has none
     floor: dict[str, float]  # scores of one half of the pictures against the other; {}: unknown
 
@@ -46,16 +48,11 @@ class Reference:
     def name(self) -> str:
         return name_of(self.settings)
 
-    @property
-    def count(self) -> int:
-        """Pictures; 0: the file does not tell."""
-        return self.pooled.count
-
     def save(self, path: Path) -> None:
         """Write an .npz with ADM's names (mu, sigma, mu_s, sigma_s) and what else is known, whole or not at all."""
-        arrays = {"mu": self.pooled.mean.numpy(), "sigma": self.pooled.cov.numpy(), "count": np.array(self.count)}
+        arrays = {"mu": self.pooled[0].numpy(), "sigma": self.pooled[1].numpy(), "count": np.array(self.count)}
         if self.spatial is not None:
-            arrays |= {"mu_s": self.spatial.mean.numpy(), "sigma_s": self.spatial.cov.numpy()}
+            arrays |= {"mu_s": self.spatial[0].numpy(), "sigma_s": self.spatial[1].numpy()}
         if self.features is not None:
             arrays["features"] = self.features.numpy()
         arrays |= {"settings": np.array(json.dumps(self.settings)), "floor": np.array(json.dumps(self.floor))}
@@ -96,7 +93,7 @@ def real_pictures(
         "image_size": [side * factor for side in config.image_size],
         "resize": resize,
         "vae": vae,
-        "features": network.identity,
+        "features": identity(network),
     }
     read = pictures_of(dataset, config)
 
@@ -120,7 +117,7 @@ def stored_pictures(
             f"the pictures in {file} are {pictures.shape[1]}x{pictures.shape[2]}, and this run's samples "
             f"{size[0]}x{size[1]}; give a reference of that size"
         )
-    settings = {"file": sha256(file), "image_size": size, "features": network.identity}
+    settings = {"file": sha256(file), "image_size": size, "features": identity(network)}
     return Features(root, settings, np.arange(len(pictures))), lambda ids: from_uint8(pictures[ids])
 
 
@@ -134,23 +131,23 @@ def reference_of(made: Features, network: FeatureNetwork) -> Reference:
     floor = {}
     if len(first) > 1:
         other = Reference(
-            {}, statistics(pooled[second], network), None if spatial is None else statistics(spatial[second], network),
+            {}, len(second), moments(pooled[second]), None if spatial is None else moments(spatial[second]),
             pooled[second][:MOST_KEPT], {},
         )  # fmt: skip
         parts = (None if part is None else part[first] for part in (spatial, logits))
         floor = scores(other, pooled[first], *parts, network)
     return Reference(
-        made.settings, statistics(pooled, network), None if spatial is None else statistics(spatial, network),
+        made.settings, len(pooled), moments(pooled), None if spatial is None else moments(spatial),
         pooled[order[:MOST_KEPT]].contiguous(), floor,
     )  # fmt: skip
 
 
-def statistics(features: Tensor, network: FeatureNetwork) -> FeatureStatistics:
+def moments(features: Tensor) -> Moments:
     """Mean and covariance of features [N, D]."""
-    found = FeatureStatistics(features.shape[1], network.name)
+    found = FeatureStatistics(features.shape[1], "")
     for part in features.split(4096):
         found.update(part)
-    return found
+    return found.mean, found.cov
 
 
 def scores(
@@ -159,9 +156,9 @@ def scores(
     """All scores of samples' features against a reference, by their names for this network. sFD of fewer pictures than
     spatial features is left out."""
     names, device = metric_names(network), next(network.parameters()).device
-    values = {names["fd"]: statistics(pooled, network).distance(reference.pooled)}
+    values = {names["fd"]: frechet_distance(*moments(pooled), *reference.pooled)}
     if spatial is not None and reference.spatial is not None and len(spatial) > spatial.shape[1]:
-        values[names["sfd"]] = statistics(spatial, network).distance(reference.spatial)
+        values[names["sfd"]] = frechet_distance(*moments(spatial), *reference.spatial)
     if logits is not None:
         values[names["is"]] = inception_score(logits)[0]
     if reference.features is not None:
@@ -180,10 +177,9 @@ def load_reference(path: Path, network: FeatureNetwork, size: list[int], resizes
     try:
         with np.load(path, allow_pickle=False) as arrays:
             held = {name: arrays[name] for name in arrays.files if name != "arr_0"}
-            pooled = FeatureStatistics.from_moments(held["mu"], held["sigma"], int(held.get("count", 0)), network.name)
-            spatial = None
-            if "mu_s" in held:
-                spatial = FeatureStatistics.from_moments(held["mu_s"], held["sigma_s"], pooled.count, network.name)
+            pooled = as_moments(held, "mu", "sigma")
+            spatial = as_moments(held, "mu_s", "sigma_s") if "mu_s" in held else None
+            count = int(held.get("count", 0))
             settings = json.loads(str(held["settings"])) if "settings" in held else None
             floor = json.loads(str(held["floor"])) if "floor" in held else {}
             features = torch.from_numpy(held["features"]) if "features" in held else None
@@ -197,20 +193,28 @@ def load_reference(path: Path, network: FeatureNetwork, size: list[int], resizes
                 f"{path} is of ADM's evaluator, whose features are InceptionV3's, and here they are {network.name}'s; "
                 "give InceptionV3's weights (--features inception --weights FILE), or leave --reference out"
             )
-        settings = {"file": sha256(path), "features": network.identity, "image_size": size}
+        settings = {"file": sha256(path), "features": identity(network), "image_size": size}
     else:
-        for what, allowed in (("features", [network.identity]), ("image_size", [size]), ("resize", resizes)):
+        for what, allowed in (("features", [identity(network)]), ("image_size", [size]), ("resize", resizes)):
             if settings.get(what) not in allowed:
                 raise UserError(
                     f"the reference {path} is of another {what.replace('_', ' ')}: {shown(settings.get(what))}, and "
                     f"these samples need {' or '.join(map(shown, allowed))}; leave --reference out to make one"
                 )
-    if len(pooled.mean) != network.num_features:
+    if len(pooled[0]) != network.num_features:
         raise UserError(
-            f"{path} has statistics of {len(pooled.mean)} features and {network.name} has {network.num_features}; give "
+            f"{path} has statistics of {len(pooled[0])} features and {network.name} has {network.num_features}; give "
             "another reference, or other --features"
         )
-    return Reference(settings, pooled, spatial, features, floor)
+    return Reference(settings, count, pooled, spatial, features, floor)
+
+
+def as_moments(held: dict[str, np.ndarray], mean: str, cov: str) -> Moments:
+    """Raises ValueError unless they are a vector and a square matrix of its size, and finite."""
+    mu, sigma = (torch.from_numpy(np.asarray(held[name], np.float64)) for name in (mean, cov))
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise ValueError(f"{mean} is {list(mu.shape)} and {cov} {list(sigma.shape)}")
+    return mu, sigma
 
 
 def shown(value: Any) -> str:

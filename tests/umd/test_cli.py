@@ -24,11 +24,11 @@ from umd.cli import COMMANDS, main
 from umd.train.demo import Demo
 from umd.train.encode import EncodeLatents, Inspect
 from umd.train.evaluate import Probe
-from umd.train.sample import Sample
 from umd.train.finetune import Finetune, default_finetune
 from umd.train.inpaint import Inpaint
 from umd.train.log import read_metrics
 from umd.train.run import PRESETS, RunConfig
+from umd.train.sample import Sample
 
 ROOT = Path(__file__).parents[2]
 TINY = "--model.image-size 8 8 --model.patch-size 2 --model.hidden-size 32 --model.depth 1 --model.decoder-depth 1"

