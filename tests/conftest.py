@@ -76,3 +76,34 @@ def vaes(tmp_path_factory):
         }.items():
             make().save_pretrained(root / name)
     return {folder.name: folder for folder in root.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def make_run():
+    """Makes a run in a folder whose network says something: random weights, nothing trained."""
+    from dataclasses import replace
+
+    import torch
+
+    from umd.checkpoint import save_checkpoint
+    from umd.config import ModelConfig
+    from umd.methods import build_model
+    from umd.train.data import DataConfig
+    from umd.train.run import RunConfig, to_plain, write_config
+
+    tiny = ModelConfig(
+        image_size=(8, 8), patch_size=4, hidden_size=16, depth=1, num_heads=2, decoder_depth=1, num_classes=3
+    )
+
+    def make(folder: Path, data: DataConfig | None = None, **changes) -> Path:
+        torch.manual_seed(0)
+        config = RunConfig(out=folder, model=replace(tiny, **changes), data=data or DataConfig())
+        model = build_model(config.model)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        write_config(config)
+        state = {"config": to_plain(config)}
+        save_checkpoint(config.checkpoints, 1, {"model": dict(model.named_parameters())}, state)
+        return folder
+
+    return make

@@ -313,22 +313,10 @@ def markdown(record: Mapping[str, Any]) -> str:
     for entry in record["generation"]:
         by_reference.setdefault(entry["reference"]["name"], []).append(entry)
     for name, entries in by_reference.items():
-        about, columns = entries[0]["reference"], list(entries[0]["scores"])
-        lines += [f"## Samples against reference {name}", "", described(about), ""]
-        lines += table_head(["samples", "guidance", "steps", "weights", *columns])
-        for entry in entries:
-            s = entry["samples"]
-            weights = f"step {s['weights']['step']}{', EMA' if s['weights']['part'] == 'ema' else ''}"
-            guidance = "none" if s["cfg_scale"] == 1 else f"{s['cfg_scale']:g}"
-            count = f"{s['count']}{'*' if entry['few'] else ''}"
-            labels = "" if s["labels"] == "none" else f", labels {s['labels']}"
-            cells = [f"{count}{labels}", guidance, f"{s['sampler']} {s['steps']}, eta {s['eta']:g}", weights]
-            lines.append(table_row([*cells, *(number(entry["scores"].get(c)) for c in columns)]))
-        if floor := entries[0]["floor"]:
-            cells = ["real pictures, one half against the other", "", "", ""]
-            lines.append(table_row([*cells, *(number(floor.get(c)) for c in columns)]))
+        lines += [f"## Samples against reference {name}", "", described(entries[0]["reference"]), ""]
+        lines += columns(entries)
         if any(entry["few"] for entry in entries):
-            lines += ["", "\\* fewer pictures than features: these distances compare at equal counts only."]
+            lines += ["", "† fewer pictures than features: these distances compare at equal counts only."]
         lines.append("")
     if record["recognition"]:
         lines += ["## Representation", ""]
@@ -342,6 +330,25 @@ def markdown(record: Mapping[str, Any]) -> str:
                 )
         lines.append("")
     return "\n".join(lines)
+
+
+def columns(entries: list[dict[str, Any]]) -> list[str]:
+    """A table of one column an entry; the last is the noise floor."""
+    drawn = [entry["samples"] for entry in entries]
+    rows = {
+        "samples": [f"{s['count']}{' †' * e['few']}" for s, e in zip(drawn, entries, strict=True)],
+        "labels": [s["labels"] for s in drawn],
+        "guidance": ["none" if s["cfg_scale"] == 1 else f"{s['cfg_scale']:g}" for s in drawn],
+        "sampler": [f"{s['sampler']}, {s['steps']} steps, η {s['eta']:g}" for s in drawn],
+        "weights": [f"step {s['weights']['step']}{', EMA' * (s['weights']['part'] == 'ema')}" for s in drawn],
+    }
+    floor = entries[0]["floor"]
+    lines = table_head(["", *("samples" for _ in entries), "real pictures: half against half"])
+    lines += [table_row([name, *cells, ""]) for name, cells in rows.items()]
+    for name in entries[0]["scores"]:
+        cells = [number(entry["scores"].get(name)) for entry in entries]
+        lines.append(table_row([f"**{name}**", *cells, number(floor.get(name))]))
+    return lines
 
 
 def described(about: Mapping[str, Any]) -> str:

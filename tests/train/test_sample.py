@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,36 +12,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from umd.checkpoint import save_checkpoint
-from umd.config import ModelConfig
 from umd.errors import UserError
-from umd.methods import build_model
 from umd.sampler import ddim_sample
 from umd.train import evaluate
-from umd.train.run import RunConfig, read_config, to_plain, write_config
+from umd.train.run import read_config
 from umd.train.sample import Drawer, Sample, draw, drawn_labels
 
-TINY = ModelConfig(
-    image_size=(8, 8), patch_size=4, hidden_size=16, depth=1, num_heads=2, decoder_depth=1, num_classes=3
-)
 QUIET = Console(quiet=True)
 
 
-def make_run(folder: Path, **changes) -> Path:
-    """A run whose network says something: random weights, nothing trained."""
-    torch.manual_seed(0)
-    config = RunConfig(out=folder, model=replace(TINY, **changes))
-    model = build_model(config.model)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    write_config(config)
-    state = {"config": to_plain(config)}
-    save_checkpoint(config.checkpoints, 1, {"model": dict(model.named_parameters())}, state)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(make_run, tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("sample") / "run")
 
 
@@ -125,7 +105,7 @@ def test_labels():
     assert not torch.equal(drawn_labels(range(10), 100, False, 1), drawn[:100])
 
 
-def test_requests_that_cannot_be(run, tmp_path):
+def test_requests_that_cannot_be(make_run, run, tmp_path):
     unlabelled = make_run(tmp_path / "unlabelled", num_classes=0)
     with pytest.raises(UserError, match="trained without labels, so there are none to balance"):
         sample(unlabelled, tmp_path / "a", count=10, balanced=True)

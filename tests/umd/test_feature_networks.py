@@ -21,7 +21,7 @@ from umd.feature_networks import (
     open_features,
 )
 from umd.images import from_uint8
-from umd.metrics import feature_statistics
+from umd.metrics import FeatureStatistics, feature_statistics
 
 
 def emoji(code: str) -> torch.Tensor:
