@@ -65,7 +65,7 @@ def run(bench: ProbeBench, console: Console) -> dict[str, float]:
     for name, value in figures.items():
         console.print(f"{name:28} {value:12,.1f}", highlight=False)
     if bench.json is not None:
-        record = {"machine": machine(), "bench": {k: str(v) for k, v in asdict(bench).items()}, "figures": figures}
+        record = {"machine": machine("cpu"), "bench": {k: str(v) for k, v in asdict(bench).items()}, "figures": figures}
         bench.json.write_text(json.dumps(record, indent=1) + "\n")
     return figures
 

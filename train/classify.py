@@ -16,6 +16,7 @@ from umd.errors import UserError
 from umd.figures import confusion_sheet
 from umd.probe import confusion
 from umd.train.data import DataConfig, ImageDataset, center_view, open_dataset
+from umd.train.distributed import World
 from umd.train.latents import LatentDataset, check_run_vae
 from umd.train.log import NoLog, RunLog
 from umd.train.run import RunConfig, load_model, to_plain
@@ -68,30 +69,44 @@ def load_encoder(model: Classifier, path: Path, data: DataConfig) -> None:
 
 
 @torch.no_grad()
-def score(model: Classifier, dataset: Dataset, data: DataConfig, dtype: torch.dtype, batch: int = 256) -> Scores:
-    """Scores of a classifier on pictures as they are tested, a batch in memory at a time. Top-5 is top-K below 5."""
+def score(
+    model: Classifier, dataset: Dataset, data: DataConfig, dtype: torch.dtype, batch: int = 256,
+    world: World | None = None,
+) -> Scores:  # fmt: skip
+    """Scores of a classifier on pictures as they are tested, a batch in memory at a time. Top-5 is top-K below 5.
+
+    world: each of its ranks, which call this together, looks at its share of the pictures; all get the scores of all.
+    """
     device, K = model.pos_embed.device, model.config.num_classes
     training = model.training
     model.eval()
     assert dataset.labels is not None, "open_held_out asks for them"
-    counts, top5, loss = torch.zeros(K, K, dtype=torch.int64), 0, 0.0
-    for ids in np.array_split(np.arange(len(dataset)), -(-len(dataset) // batch)):
+    counts, sums = torch.zeros(K, K, dtype=torch.int64), torch.zeros(2, dtype=torch.float64)  # top-5, loss
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    mine = np.arange(len(dataset))[rank::size]
+    for ids in np.array_split(mine, -(-len(mine) // batch)) if len(mine) else ():
         x, labels = center_view(dataset, ids, data).to(device), torch.from_numpy(dataset.labels[ids]).long()
         with autocast(device, dtype):
             logits = model(x).float().cpu()
         counts += confusion(logits.argmax(1), labels, K)
-        top5 += int((logits.topk(min(5, K)).indices == labels[:, None]).sum())
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        sums[0] += (logits.topk(min(5, K)).indices == labels[:, None]).sum()
+        sums[1] += F.cross_entropy(logits, labels, reduction="sum")
     model.train(training)
+    if world is not None:
+        counts, sums = world.sum(counts), world.sum(sums)
     n = len(dataset)
-    return Scores(float(counts.trace()) / n, top5 / n, loss / n, counts)
+    return Scores(float(counts.trace()) / n, float(sums[0]) / n, float(sums[1]) / n, counts)
 
 
 def show_scores(
-    model: Classifier, held_out: Dataset, config: RunConfig, dtype: torch.dtype, log: RunLog | NoLog, step: int
-) -> None:
-    """Score the classifier: a line, a row of metrics.jsonl, the confusion plot, and scores.json with its counts."""
-    scores = score(model, held_out, config.data, dtype)
+    model: Classifier, held_out: Dataset, config: RunConfig, dtype: torch.dtype, log: RunLog | NoLog, step: int,
+    world: World,
+) -> None:  # fmt: skip
+    """Score the classifier, the ranks together: a line, a row of metrics.jsonl, the confusion plot, and scores.json
+    with its counts."""
+    scores = score(model, held_out, config.data, dtype, world=world)
+    if not world.main:
+        return
     log.scores({"step": step, "top-1": scores.top1, "top-5": scores.top5, "held_out_loss": scores.loss})
     log.picture("confusion", confusion_sheet(scores.confusion.numpy(), held_out.class_names), step)
     record = {

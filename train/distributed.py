@@ -27,6 +27,7 @@ from umd.device import pick_device
 from umd.errors import UserError
 
 BEAT_SECONDS = 2.0  # between signs of life
+CONTROL_SECONDS = 7200.0  # that ranks wait for what one of them does alone; `Watch` tells sooner of one that is gone
 GONE_SECONDS = 20.0  # without one: longer than anything that keeps the interpreter lock, shorter than torchrun's kill
 
 
@@ -51,8 +52,12 @@ class ParallelConfig:
 class World:
     """This process among those that train together: `rank` of `size`, computing on `device`."""
 
-    def __init__(self, rank: int, size: int, device: torch.device, watch: "Watch | None" = None):
-        self.rank, self.size, self.device, self.watch = rank, size, device, watch
+    def __init__(
+        self, rank: int, size: int, device: torch.device, watch: "Watch | None" = None,
+        control: dist.ProcessGroup | None = None,
+    ):  # fmt: skip
+        """control: a group of host memory for what may take long on one rank; None: the one of the steps."""
+        self.rank, self.size, self.device, self.watch, self.control = rank, size, device, watch, control
 
     @property
     def main(self) -> bool:
@@ -79,8 +84,22 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, device=self.device)
+        dist.broadcast_object_list(box, group=self.control)
         return box[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        """What each rank passed, rank after rank, on rank 0; [] elsewhere."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.main else None
+        dist.gather_object(value, values, group=self.control)
+        return values or []
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Tensors of the host, added up over the ranks, on every rank."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -164,7 +183,9 @@ def join(device: str, config: ParallelConfig, out: Path) -> World:
     # A connection of its own: waiting for a key would keep the others' exchanges waiting too.
     watch = Watch(dist.distributed_c10d._get_default_store().clone(), rank, size, trace)  # type: ignore[attr-defined]
     watch.start()
-    _world = World(rank, size, where, watch)
+    # For what rank 0 does alone, such as listing a million files: NCCL's time-out would end the run meanwhile.
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(config.timeout, CONTROL_SECONDS)))
+    _world = World(rank, size, where, watch, control)
     atexit.register(leave)
     return _world
 

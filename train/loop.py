@@ -18,7 +18,7 @@ from torch import Tensor
 from umd import ops
 from umd.checkpoint import BackgroundSave, checkpoint_path, load_model_state, save_checkpoint, split
 from umd.classifier import Classifier
-from umd.device import keep_freed_memory, peak_flops, peak_memory, take_device
+from umd.device import keep_freed_memory, take_device
 from umd.ema import EMA, ema_rate
 from umd.errors import UserError
 from umd.layers import set_recompute_gelu
@@ -26,19 +26,20 @@ from umd.methods import AnyModel, AnyObjective, build_model, build_objective
 from umd.objective import Part
 from umd.schedule import NoiseSchedule
 from umd.spans import span
-from umd.train.classify import open_held_out, show_scores
+from umd.train.classify import open_held_out
 from umd.train.data import ImageDataset, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import World, join
 from umd.train.latents import LatentDataset, with_vae
 from umd.train.log import NoLog, RunLog
+from umd.train.monitor import Distance, Rate, draw, evaluate
 from umd.train.optim import lr_scale
 from umd.train.parallel import DDP, Alone
-from umd.train.preview import picture_maker, preview_images, previews, rgb
+from umd.train.preview import has_share, picture_maker, preview_images, rgb
 from umd.train.profile import NoProfiler, Profiler, profiled
 from umd.train.quarantine import record_quarantine
 from umd.train.resume import fingerprint, load_pretrained, newest_checkpoint, with_ema_of
-from umd.train.run import RunConfig, check_attention, check_gelu, to_plain, write_config
-from umd.train.spread import spread
+from umd.train.run import RunConfig, to_plain, write_config
+from umd.train.spread import check_attention, check_gelu, spread
 from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type, side_stream
 from umd.train.zero import Zero
 
@@ -84,7 +85,8 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
         profiled(config.profile and world.main, config.out, world.device, log.say, left) as profiler,
     ):  # fmt: skip
         announce(run, log)
-        if world.main and config.draw_every and not isinstance(run.model, Classifier):
+        shows = config.draws and has_share(world.rank, world.size, config.model.num_classes)
+        if shows and not isinstance(run.model, Classifier):
             try:
                 run.show = picture_maker(run.config.data, world.device)
             except UserError as error:  # a run can do without
@@ -103,6 +105,9 @@ class Run:
         self.saved_path: Path | None = None
         self.saved_step: int | None = None
         self.show: Callable[[Tensor], np.ndarray] = rgb
+        self.distance: Distance | None = None
+        self.began = 0.0  # time trained when this process took the run up
+        self.since: dict[str, float] = {}  # time trained when last saved, drawn, evaluated
 
     # Set by `set_up`.
     model: AnyModel
@@ -156,16 +161,15 @@ class Run:
         if self.world.main:
             write(self.config.checkpoints, self.number, tensors, state, keep=self.config.keep)
 
-    def draw(self, log: RunLog | NoLog) -> None:
-        """Pictures of what the network makes of held-out ones; of a classifier its scores."""
-        with self.parallel.averaged(self.ema) as network:
-            if self.held_out is not None and isinstance(network, Classifier):
-                show_scores(network, self.held_out, self.config, self.dtype, log, self.number)
-            elif self.preview is not None and network is not None:
-                clip = not self.config.data.vae_hash
-                sheets = previews(network, self.objective, self.preview, self.dtype, self.show, clip=clip)
-                for label, sheet in sheets.items():
-                    log.picture(label, sheet, self.number)
+    def due(self, what: str, minutes: float, every: int | None) -> bool:
+        """Whether it is time for what happens every so many steps, or else minutes of training; the same on all ranks,
+        whose `seconds` are the same numbers."""
+        if every is not None:
+            return every > 0 and self.number % every == 0
+        if minutes <= 0 or self.seconds - self.since.get(what, self.began) < 60 * minutes:
+            return False
+        self.since[what] = self.seconds
+        return True
 
 
 def set_up(config: RunConfig, world: World) -> Run:
@@ -214,6 +218,7 @@ def set_up(config: RunConfig, world: World) -> Run:
     if saved is not None:
         parallel.load(saved.tensors, run.ema)
         run.number, run.seconds, run.saved_step, run.saved = saved.step, saved.state["seconds"], saved.step, saved.state
+        run.began = run.seconds
     refusal = capture_refusal(device, objective, parallel, config.compile)
     run.captured = captures(config.capture, refusal, parallel, config.profile)
     run.step = TrainStep(
@@ -225,8 +230,12 @@ def set_up(config: RunConfig, world: World) -> Run:
         if quarantined := getattr(dataset, "quarantined", None):
             record_quarantine(quarantined, len(dataset), config.out)
     classifies = isinstance(model, Classifier)
-    run.held_out = open_held_out(config) if world.main and classifies and config.draw_every else None
-    run.preview = preview_images(config, device) if world.main and not classifies else None
+    run.held_out = run.preview = None
+    if classifies and config.draws:
+        with world.main_first():
+            run.held_out = open_held_out(config)
+    elif config.draws:  # read once, for all ranks
+        run.preview = world.agree(preview_images(config, device).cpu() if world.main else None).to(device)
     # On one CPU a copy and a thread would take from the step what they save.
     run.background = BackgroundSave() if world.size > 1 or device.type == "cuda" else None
     return run
@@ -328,46 +337,22 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
             log.progress(run.progress())
             with rate.paused():
                 profiler.step()
-            saves = run.number % config.save_every == 0
-            draws = config.draw_every and run.number % config.draw_every == 0 and run.progress() < 1
-            if saves or draws:
+            saves = run.due("save", config.save_minutes, config.save_every)
+            draws = run.due("draw", config.draw_minutes, config.draw_every) and run.progress() < 1
+            evaluates = run.due("evaluate", config.evaluate_minutes, None) and run.progress() < 1
+            if saves or draws or evaluates:
                 settle()  # weights of a loss that is not finite are never saved
                 with rate.paused():
                     if saves:
                         run.save()
                     if draws:
-                        run.draw(log)
+                        draw(run, log)
+                    if evaluates:
+                        evaluate(run, log)
     finally:
         loader.close()
     settle()
     return stopping() and run.progress() < 1
-
-
-class Rate:
-    """Images a second and MFU since the last line of the log, without the time for saving and drawing."""
-
-    def __init__(self, run: Run):
-        self.images, self.device = run.config.batch_size, run.world.device
-        self.flops = run.flops()
-        self.peak = run.world.size * peak_flops(self.device, run.dtype) if run.world.main else math.inf
-        self.steps, self.since = 0, time.perf_counter()
-
-    def read(self) -> dict[str, float]:
-        """What the line of a step says; a new window begins."""
-        took, steps = time.perf_counter() - self.since, self.steps
-        self.steps, self.since = 0, time.perf_counter()
-        mfu = steps * self.flops / took / self.peak
-        return {
-            "images_per_second": steps * self.images / took,
-            "mfu": mfu,
-            "peak_memory_bytes": peak_memory(self.device),
-        }
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - start
 
 
 def end(run: Run, log: RunLog | NoLog, stop: StopRequest, stopped: bool, before: int) -> Path:
@@ -386,8 +371,10 @@ def end(run: Run, log: RunLog | NoLog, stop: StopRequest, stopped: bool, before:
         if reason is signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + reason)
-    if run.config.draw_every and run.number > before:
-        run.draw(log)
+    if run.config.draws and run.number > before:
+        draw(run, log)
+    if run.config.evaluate_minutes and run.number > before:
+        evaluate(run, log)
     log.progress(1.0)
     log.say(f"done: step {run.number}, {run.seconds / 60:.1f} min of training, saved {run.saved_path}")
     return run.saved_path

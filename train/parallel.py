@@ -4,7 +4,7 @@ The three classes have the same methods, and their checkpoints the same files: w
 names. So a run may go on with another number of ranks, another stage, or alone.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from umd.checkpoint import load_optimizer_tensors, optimizer_tensors
 from umd.device import autocast
 from umd.ema import EMA, HasParameters
-from umd.methods import AnyCorruption, AnyModel, build_model
+from umd.methods import AnyCorruption, AnyModel
 from umd.spans import span
 from umd.train.distributed import ParallelConfig, World
 from umd.train.optim import clipped_step
@@ -104,8 +104,11 @@ class Alone:
             ema.load_state_dict(parts["ema"])
 
     @contextmanager
-    def averaged(self, ema: EMA | None) -> Iterator[AnyModel | None]:
-        """The network with averaged weights, for as long as the block runs."""
+    def averaged(self, ema: EMA | None) -> Iterator[AnyModel]:
+        """The network with averaged weights on every rank, for as long as the block runs. All ranks call this together.
+
+        The weights are overwritten and put back where they lie, which is where a recorded step reads them.
+        """
         if ema is None:
             yield self.model
         else:
@@ -150,19 +153,16 @@ class Shard:
                 whole[name].copy_(buffer.view(shape), non_blocking=True)
         return whole
 
-    @contextmanager
-    def averaged(self, model: AnyModel, ema: EMA | None) -> Iterator[AnyModel | None]:
-        """A network of its own on rank 0, None elsewhere: nowhere else are the averages whole."""
-        whole = self.gather(self.pieces if ema is None else ema.state_dict(), "drawn")
-        del self.host["drawn"]
-        if whole and self.world.device.type == "cuda":
-            torch.cuda.synchronize()
-        if not self.world.main:
-            yield None
-            return
-        copy = build_model(model.config)
-        copy.load_state_dict(whole, strict=False)
-        yield copy.to(self.world.device)
+    @torch.no_grad()
+    def everywhere(self, pieces: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors on every rank's device, one after another; each is overwritten by the next."""
+        buffer = torch.empty(max(shape.numel() for shape in self.shapes.values()), device=self.world.device)
+        for name, shape in self.shapes.items():
+            whole = buffer[: shape.numel()].zero_()
+            if name in pieces:
+                whole[self.starts[name] : self.starts[name] + len(pieces[name])] = pieces[name]
+            dist.all_reduce(whole)  # a sum of zeros and one piece at each place
+            yield name, whole.view(shape)
 
 
 class DDP(Alone):
@@ -203,6 +203,20 @@ class DDP(Alone):
             ema.load_state_dict(self.weights.cut(parts["ema"]))
 
     @contextmanager
-    def averaged(self, ema: EMA | None) -> Iterator[AnyModel | None]:
-        with self.weights.averaged(self.model, ema) as network:
-            yield network
+    def averaged(self, ema: EMA | None) -> Iterator[AnyModel]:
+        if ema is None:
+            yield self.model
+            return
+        parameters = dict(self.model.named_parameters())
+        own = {name: p.detach().clone() for name, p in parameters.items()}
+        try:
+            copy_into(parameters, self.weights.everywhere(ema.state_dict()))
+            yield self.model
+        finally:
+            copy_into(parameters, own.items())
+
+
+@torch.no_grad()
+def copy_into(parameters: Mapping[str, Tensor], values: Iterable[tuple[str, Tensor]]) -> None:
+    for name, value in values:
+        parameters[name].copy_(value)

@@ -22,8 +22,8 @@ from umd.objective import Part
 from umd.schedule import NoiseSchedule
 from umd.train.distributed import World
 from umd.train.parallel import strategy
-from umd.train.run import RunConfig, check_gelu
-from umd.train.spread import check_strategy
+from umd.train.run import RunConfig
+from umd.train.spread import check_gelu, check_strategy
 from umd.train.step_counts import StepCounts, as_on_gpu, count_gpu_step
 from umd.train.zero import deepspeed_config
 

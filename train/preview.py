@@ -1,6 +1,6 @@
 """Pictures of what a model does: reconstructions of masked images, predictions from noise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,29 +22,35 @@ from umd.train.latents import tokenizer_of
 from umd.train.run import RunConfig
 
 PREVIEW_IMAGES = 8
+MOST_CLASSES = 16  # of which samples are shown
 
+Rows = dict[str, list[np.ndarray]]  # of each sheet its rows of pictures, uint8 [n, H, W, 3]
 Triplet = tuple[np.ndarray, np.ndarray, np.ndarray]  # masked input, reconstruction, original: uint8 [H, W, 3]
 
 
 @torch.no_grad()
 def reconstructions(
     model: UMD, objective: Objective, x_start: Tensor, timestep: int, seed: int = 0, dtype: torch.dtype = torch.float32,
-    show: Callable[[Tensor], np.ndarray] | None = None,
+    show: Callable[[Tensor], np.ndarray] | None = None, share: slice = slice(None),
 ) -> list[Triplet]:  # fmt: skip
     """Hide patches of images [B, C, H, W], at model time `timestep` (0: noise-free), and let the model predict x̂0.
 
     Where patches are visible the model predicts no pixels: noise-free ones are shown as they are, of noised ones the
-    predicted noise is taken out. show: see `picture_maker`; default `rgb`.
+    predicted noise is taken out. show: see `picture_maker`; default `rgb`. share: which of the images; they are
+    masked and noised as among all of them.
     """
     show = show or rgb
-    B, P = len(x_start), model.config.patch_size
-    noised = timestep > 0
-    keep = (objective.keep_noised if noised else objective.keep_clean,) * B
-    generator = torch.Generator(x_start.device).manual_seed(seed)
+    noised, device, P = timestep > 0, x_start.device, model.config.patch_size
+    keep, L = objective.keep_noised if noised else objective.keep_clean, model.config.num_patches
+    generator = torch.Generator(device).manual_seed(seed)
+    ids_keep = random_ids_keep((keep,) * len(x_start), L, generator).view(-1, keep) % L
+    noise = torch.randint(2**62, (len(x_start),), generator=generator, device=device)[share]
+    x_start, ids_keep = x_start[share], ids_keep[share]
+    B = len(x_start)
     c = objective.corruption(
-        timesteps=torch.full((B if noised else 0,), timestep, device=x_start.device),
-        ids_keep=random_ids_keep(keep, model.config.num_patches, generator),
-        noise=torch.randint(2**62, (B if noised else 0,), generator=generator, device=x_start.device),
+        timesteps=torch.full((B if noised else 0,), timestep, device=device),
+        ids_keep=(ids_keep + L * torch.arange(B, device=device)[:, None]).flatten(),
+        noise=noise if noised else noise[:0],
         clean=0 if noised else B,
     )
     with autocast(x_start.device, dtype):
@@ -68,10 +74,10 @@ def reconstructions(
     ]
 
 
-def filled_sheets(
+def filled_rows(
     model: DiffMAE, objective: DiffMAEObjective, x: Tensor, dtype: torch.dtype, show: Callable[[Tensor], np.ndarray],
-    clip: bool,
-) -> dict[str, np.ndarray]:  # fmt: skip
+    clip: bool, share: slice,
+) -> Rows:  # fmt: skip
     """A sheet of held-out pictures in four rows: masked, the first call's x̂0 (an MAE's answer), a sample, original.
 
     Of clips the middle frame is shown. Empty where the model predicts other things than pixels.
@@ -81,14 +87,14 @@ def filled_sheets(
     config, first = model.config, []
     ids = objective.corrupt(len(x), 0, x.device).ids_masked
     mask = torch.zeros(len(x) * config.num_patches, device=x.device).index_fill(0, ids, 1).view(len(x), -1)
-    hole = pixel_mask(mask, config)
+    hole, x = pixel_mask(mask[share], config), x[share]
     filled = fill(
         model, x, hole, objective.schedule, num_steps=25, clip=clip, dtype=dtype, capture="off",
+        first_sample=share.start or 0,
         callback=lambda i, n, x_t, x_start: first.append(x_start.view(x.shape)) if i == 0 else None,
     )  # fmt: skip
     rows = (torch.where(hole.bool(), torch.zeros_like(x), x), first[0], filled[:, 0], x)
-    pictures = [show(row if row.ndim == 4 else row[:, :, row.shape[2] // 2]) for row in rows]
-    return {"filling": grid(np.concatenate(pictures), columns=len(x))}
+    return {"filling": [show(row if row.ndim == 4 else row[:, :, row.shape[2] // 2]) for row in rows]}
 
 
 def picture_maker(config: DataConfig, device: torch.device) -> Callable[[Tensor], np.ndarray]:
@@ -115,35 +121,57 @@ def preview_images(config: RunConfig, device: torch.device) -> Tensor:
     return center_view(dataset, chosen, config.data).to(device)
 
 
-def previews(
+def preview_rows(
     model: AnyModel, objective: AnyObjective, x: Tensor, dtype: torch.dtype, show: Callable[[Tensor], np.ndarray],
-    clip: bool,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """Sheets by name: masked input, reconstruction and original in three rows; with labels, a sample of each class."""
+    clip: bool, rank: int = 0, size: int = 1,
+) -> Rows:  # fmt: skip
+    """One rank's share of the sheets by name: masked input, reconstruction and original as three rows of pictures; with
+    labels, a sample of each class. The ranks' rows side by side are those of one."""
+    rows: Rows = {}
+    share = share_of(len(x), rank, size)
     if isinstance(model, DiffMAE) and isinstance(objective, DiffMAEObjective):
-        return filled_sheets(model, objective, x, dtype, show, clip)
+        return filled_rows(model, objective, x, dtype, show, clip, share) if share.start < share.stop else rows
     assert isinstance(model, UMD) and isinstance(objective, Objective), "a classifier shows scores instead"
-    sheets = {}
     T, r0 = objective.schedule.num_steps, objective.config.no_noise_prob
     trained = ({"reconstruction": 0} if r0 > 0 else {}) | ({"denoising": T // 4} if r0 < 1 else {})
-    for label, timestep in trained.items():
-        triplets = reconstructions(model, objective, x, timestep, dtype=dtype, show=show)
-        sheets[label] = grid(
-            np.stack([picture for row in zip(*triplets, strict=True) for picture in row]), len(triplets)
-        )
-    if classes := model.config.num_classes:
-        labels = torch.arange(min(classes, 16), device=x.device)
+    for label, timestep in trained.items() if share.start < share.stop else ():
+        triplets = reconstructions(model, objective, x, timestep, dtype=dtype, show=show, share=share)
+        rows[label] = [np.stack(row) for row in zip(*triplets, strict=True)]
+    classes = model.config.num_classes
+    share = share_of(min(classes, MOST_CLASSES), rank, size)
+    if share.start < share.stop:
+        labels = torch.arange(share.start, share.stop, device=x.device)
         conditions = make_conditions(model, model_times(25, T), labels)
 
         def denoise(x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
             with autocast(x_t.device, dtype):
                 return model.denoise(x_t, t, y, conditions)
 
-        with torch.no_grad():
-            samples = ddim_sample(
-                denoise, (len(labels), *x.shape[1:]), objective.schedule, num_steps=25, labels=labels,
-                null_label=classes, cfg_scale=2.0, clip=clip, device=x.device,
-                capture="off",  # a picture is not worth a recording that might fail and end the run
-            )  # fmt: skip
-        sheets["samples"] = grid(show(samples), columns=8)
-    return sheets
+        samples = ddim_sample(
+            denoise, (len(labels), *x.shape[1:]), objective.schedule, num_steps=25, labels=labels,
+            null_label=classes, cfg_scale=2.0, clip=clip, first_sample=share.start, device=x.device,
+            capture="off",  # a picture is not worth a recording that might fail and end the run
+        )  # fmt: skip
+        rows["samples"] = [show(samples)]
+    return rows
+
+
+def share_of(count: int, rank: int, size: int) -> slice:
+    """A rank's contiguous share of `count` things; empty for some ranks of many."""
+    return slice(count * rank // size, count * (rank + 1) // size)
+
+
+def has_share(rank: int, size: int, classes: int) -> bool:
+    """Whether a rank draws anything."""
+    shares = (share_of(count, rank, size) for count in (PREVIEW_IMAGES, min(classes, MOST_CLASSES)))
+    return any(share.start < share.stop for share in shares)
+
+
+def sheets(of_ranks: Sequence[Rows]) -> dict[str, np.ndarray]:
+    """The ranks' rows put side by side, as sheets uint8 [H', W', 3]."""
+    found = {}
+    for name in dict.fromkeys(name for rows in of_ranks for name in rows):
+        parts = [rows[name] for rows in of_ranks if name in rows]
+        whole = [np.concatenate(row) for row in zip(*parts, strict=True)]
+        found[name] = grid(np.concatenate(whole), columns=8 if name == "samples" else len(whole[0]))
+    return found

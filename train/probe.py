@@ -163,7 +163,8 @@ class Recognition:
         if options.linear:
             data = self.whole.read(ours), self.labels(self.whole), self.held_out.read(ours), self.labels(self.held_out)
             linear = linear_probe(*data, len(self.classes), device=self.device)
-            nearest = knn_accuracy(*(part.to(self.device) for part in data), len(self.classes))
+            a, b, c, d = (part.to(self.device) for part in data)
+            nearest = knn_accuracy(a, b, c, d, len(self.classes))
             results |= {"linear": asdict(linear), "k-NN": asdict(nearest)}
             rows += [
                 {"probe": "linear, top-1", "features": ours, "accuracy": linear.top1, "spread": None},

@@ -58,7 +58,7 @@ class Reference:
         arrays |= {"settings": np.array(json.dumps(self.settings)), "floor": np.array(json.dumps(self.floor))}
         unfinished = path.with_name(f".unfinished-{path.stem}-{socket.gethostname()}-{os.getpid()}.npz")
         try:
-            np.savez(unfinished, **arrays)
+            np.savez(unfinished, **arrays)  # type: ignore[arg-type]  # numpy's stubs take any array for its one option
             flush(unfinished)
             unfinished.rename(path)
         finally:
@@ -134,8 +134,8 @@ def reference_of(made: Features, network: FeatureNetwork) -> Reference:
             {}, len(second), moments(pooled[second]), None if spatial is None else moments(spatial[second]),
             pooled[second][:MOST_KEPT], {},
         )  # fmt: skip
-        parts = (None if part is None else part[first] for part in (spatial, logits))
-        floor = scores(other, pooled[first], *parts, network)
+        parts = [None if part is None else part[first] for part in (spatial, logits)]
+        floor = scores(other, pooled[first], parts[0], parts[1], network)
     return Reference(
         made.settings, len(pooled), moments(pooled), None if spatial is None else moments(spatial),
         pooled[order[:MOST_KEPT]].contiguous(), floor,

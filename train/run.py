@@ -12,7 +12,6 @@ import torch
 import yaml
 from tyro.conf import AvoidSubcommands
 
-from umd import ops
 from umd.checkpoint import STATE, Checkpoint, load_checkpoint, load_model_state
 from umd.classifier import classifier_config
 from umd.config import (
@@ -81,8 +80,10 @@ class RunConfig:
     recompute_gelu: bool = False
     """On a GPU, make GELU's output again in the backward pass instead of keeping it: less memory, a few more bytes to
     move, the same bits. `umd plan` has the figures of both; with checkpointing it changes nothing."""
-    save_every: int = 1000
-    """Steps between checkpoints; the last step is always saved."""
+    save_minutes: float = 15
+    """Minutes of training between checkpoints; 0: none on the way. The last step is always saved."""
+    save_every: int | None = None
+    """Steps between checkpoints, instead of minutes."""
     keep: int = 3
     """Checkpoints kept."""
     log_every: int = 10
@@ -91,14 +92,28 @@ class RunConfig:
     """Log to this project of Weights & Biases as well (pip install wandb)."""
     profile: bool = False
     """Record 3 steps after the first 12: where their time goes, to profile/ in the folder of the run."""
-    draw_every: int = 1000
-    """Steps between pictures of reconstructions (and samples, with labels), or for a classifier between its scores on
-    the held-out pictures; the last step always has them. 0: never."""
+    draw_minutes: float = 60
+    """Minutes of training between pictures of reconstructions (and samples, with labels), or for a classifier between
+    its scores on the held-out pictures; the last step always has them. 0: never."""
+    draw_every: int | None = None
+    """Steps between pictures, instead of minutes; 0: never."""
+    evaluate_minutes: float = 0
+    """Minutes of training between Fréchet distances of samples to the held-out pictures, which the last step then has
+    too; 0: never. A curve to watch: `umd evaluate` has the scores to publish."""
+    evaluate_count: int = 2048
+    """Samples of such a distance."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "save_every", "keep", "log_every"):
+        for name in ("batch_size", "accumulate", "keep", "log_every", "evaluate_count"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("save_minutes", "draw_minutes", "evaluate_minutes", "draw_every"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise UserError(f"{name} must be 0 (never) or more, got {getattr(self, name)}")
+        if self.save_every is not None and self.save_every < 1:
+            raise UserError(f"save_every must be at least 1, got {self.save_every}")
+        if self.evaluate_minutes and not isinstance(self.model, ModelConfig):
+            raise UserError("evaluate_minutes is for networks that draw samples: a UMD; leave it at 0")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}; use a multiple"
@@ -131,6 +146,11 @@ class RunConfig:
     def peak_lr(self) -> float:
         """The learning rate after warm-up: `optim.lr` is for a batch of 256."""
         return self.optim.lr * self.batch_size / 256
+
+    @property
+    def draws(self) -> bool:
+        """Whether the run shows pictures, or a classifier's scores."""
+        return self.draw_minutes > 0 if self.draw_every is None else self.draw_every > 0
 
     @property
     def is_diffmae(self) -> bool:
@@ -341,7 +361,7 @@ def from_plain(cls: type, values: Mapping[str, Any], where: str) -> Any:
             return float(value)  # YAML takes 1e-4 for text
         if isinstance(value, str) and (hint is Path or Path in args):
             return Path(value)
-        if type(value) is hint:
+        if type(value) is hint or (type(None) in args and type(value) in args):
             return value
         raise TypeError
 
@@ -358,27 +378,6 @@ def from_plain(cls: type, values: Mapping[str, Any], where: str) -> Any:
             raise UserError(f"{where}: {name} is {value!r}; expected {expected}") from error
 
     return cls(**{name: checked(name, value) for name, value in values.items()})
-
-
-def check_attention(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise UserError if the configured backend cannot run this network here."""
-    try:
-        head_dim = config.model.hidden_size // config.model.num_heads
-        ops.attention_backend(device, dtype, head_dim, backend=config.attention)
-    except ValueError as error:
-        raise UserError(f"attention {error}") from error
-
-
-def check_gelu(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise UserError if what the configuration has for GELU cannot run this network here."""
-    if config.gelu == "ours":
-        return
-    model = config.model
-    widths = {model.hidden_size, getattr(model, "decoder_hidden_size", model.hidden_size)}
-    if reason := ops.epilogues_refusal(
-        device, dtype, *sorted({w for n in widths for w in (n, int(n * model.mlp_ratio))})
-    ):
-        raise UserError(f"gelu: {config.gelu} {reason}; 'ours' runs anywhere")
 
 
 def write_config(config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 
+from umd import ops
 from umd.errors import UserError
 from umd.methods import AnyModel, AnyObjective
 from umd.train.distributed import World
@@ -50,3 +51,24 @@ def check_strategy(config: RunConfig, how: str) -> None:
         raise UserError("apex's FusedAdam goes with one process or DDP, not ZeRO; leave optim.fused at auto")
     if config.capture == "on":
         raise UserError(f"--capture on {ZERO_REFUSES}; leave it at auto")
+
+
+def check_attention(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError if the configured backend cannot run this network here."""
+    try:
+        head_dim = config.model.hidden_size // config.model.num_heads
+        ops.attention_backend(device, dtype, head_dim, backend=config.attention)
+    except ValueError as error:
+        raise UserError(f"attention {error}") from error
+
+
+def check_gelu(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError if what the configuration has for GELU cannot run this network here."""
+    if config.gelu == "ours":
+        return
+    model = config.model
+    widths = {model.hidden_size, getattr(model, "decoder_hidden_size", model.hidden_size)}
+    if reason := ops.epilogues_refusal(
+        device, dtype, *sorted({w for n in widths for w in (n, int(n * model.mlp_ratio))})
+    ):
+        raise UserError(f"gelu: {config.gelu} {reason}; 'ours' runs anywhere")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from umd.ema import EMA
 from umd.errors import UserError
 from umd.layers import Linear
-from umd.methods import AnyCorruption, AnyModel
+from umd.methods import AnyCorruption, AnyModel, build_model
 from umd.train.distributed import World
-from umd.train.parallel import Shard, Tensors
+from umd.train.parallel import Shard, Tensors, copy_into
 
 DEEPSPEED_VERSION = "0.19.8"  # whose private fields `flat_tensors` reads; setup.py and constraints.txt pin it
 
@@ -104,9 +104,12 @@ class Zero:
             ema.load_state_dict(self.weights.cut(parts["ema"]))
 
     @contextmanager
-    def averaged(self, ema: EMA | None) -> Iterator[AnyModel | None]:
-        with self.weights.averaged(self.model, ema) as network:
-            yield network
+    def averaged(self, ema: EMA | None) -> Iterator[AnyModel]:
+        """A network of its own on every rank: DeepSpeed's holds the weights in bf16, or a part of them."""
+        copy = build_model(self.model.config).to(self.weights.world.device)
+        pieces = self.weights.pieces if ema is None else ema.state_dict()
+        copy_into(dict(copy.named_parameters()), self.weights.everywhere(pieces))
+        yield copy
 
 
 def flat_tensors(engine: Any, optimizer: Any, model: AnyModel, world: World, stage: int) -> list[tuple[Tensor, Places]]:

@@ -23,11 +23,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from umd.errors import UserError
-from umd.files import flush, sha256
+from umd.files import flush, sha256, write_safetensors
 
 FORMAT = 1
 STATE = "state.json"
@@ -74,9 +73,8 @@ def save_checkpoint(
         unfinished.mkdir()
         for part, named in tensors.items():
             file = unfinished / f"{part}.safetensors"
-            save_file(_storable(joined(named)), file, metadata={"format": "pt"})
-            flush(file)
-            document["files"][file.name] = {"sha256": sha256(file), "bytes": file.stat().st_size}
+            digest = write_safetensors(file, _storable(joined(named)))
+            document["files"][file.name] = {"sha256": digest, "bytes": file.stat().st_size}
         document["sha256"] = _digest(document)
         (unfinished / STATE).write_text(json.dumps(document, indent=1))
         flush(unfinished / STATE)

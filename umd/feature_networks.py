@@ -135,7 +135,7 @@ class InceptionV3Features(nn.Module):
             )
         except RuntimeError as error:
             raise UserError(f"{weights_path} holds other weights than InceptionV3's: get it again.") from error
-        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+        self.network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep)
         self._spatial: Tensor | None = None
 
     def _keep(self, module: nn.Module, args: object, out: Tensor) -> None:
@@ -203,6 +203,8 @@ class DINOv2Features(nn.Module):
         self.name = f"DINOv2-{config.hidden_size}x{config.num_hidden_layers}"
         self.num_features = config.hidden_size
         self.eval().requires_grad_(False)
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 

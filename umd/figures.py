@@ -166,7 +166,7 @@ def layer_curves(runs: Mapping[str, Mapping[int, Mapping[str, Mapping[str, float
     runs: by name, {time: {layer: {mean, std}}} with the representation as the last layer, drawn apart.
     """
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.2 * len(runs), 5.6), layout="constrained", dpi=150)
+        figure = Figure(figsize=(4.2 * len(runs) + 1, 5.6), layout="constrained", dpi=150)
         axes = figure.subplots(2, len(runs), squeeze=False, sharey=True)
         for column, (name, found) in enumerate(runs.items()):
             times, layers = list(found), list(next(iter(found.values())))
@@ -196,9 +196,10 @@ def layer_curves(runs: Mapping[str, Mapping[int, Mapping[str, Mapping[str, float
             below.set_xticks(places, [str(time) for time in times])
             for ax in (above, below):
                 ax.grid(axis="y")
-                ax.legend(ncols=2 if ax is above else 1, fontsize=7)
         for ax in axes[:, 0]:
             ax.set_ylabel(f"{shots}-shot accuracy, %")
+        for ax, where in zip(axes[:, 0], ("upper", "lower"), strict=True):
+            figure.legend(*ax.get_legend_handles_labels(), loc=f"outside right {where}")
         figure.savefig(path)
 
 

@@ -161,7 +161,7 @@ def fewshot_accuracy(
     per_l2, chosen = [], []
     for drawn in draws:
         choice = _choose_l2(train_features, train_labels, drawn, num_classes, l2s) if len(l2s) > 1 else 0
-        index = torch.cat(drawn)
+        index = torch.cat(list(drawn))
         probe = fit_fewshot(train_features[index], train_labels[index], num_classes, l2s)
         predictions = probe.predict(test_features).cpu()  # [l2, N]
         per_l2.append([class_averaged_accuracy(p, test_labels, num_classes) for p in predictions])
@@ -240,7 +240,7 @@ def _permutation(size: int, seed: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
-def _choose_l2(features: Tensor, labels: Tensor, drawn: list[Tensor], num_classes: int, l2s: list[float]) -> int:
+def _choose_l2(features: Tensor, labels: Tensor, drawn: Sequence[Tensor], num_classes: int, l2s: list[float]) -> int:
     """Position in `l2s` of the best on a held-out fifth of each class's shots, one if it has two."""
     sizes = [max(len(d) // 5, 1) if len(d) > 1 else 0 for d in drawn]
     fit = torch.cat([d[: len(d) - size] for d, size in zip(drawn, sizes, strict=True)])

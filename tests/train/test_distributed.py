@@ -17,10 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from PIL import Image
 from rich.console import Console
 
 from umd.checkpoint import BackgroundSave, CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
-from umd.config import ModelConfig
+from umd.config import ClassifierConfig, ClassifierObjectiveConfig, ModelConfig
 from umd.errors import UserError
 from umd.methods import build_model
 from umd.train.data import DataConfig
@@ -34,6 +35,7 @@ from umd.train.spread import spread
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=2, decoder_depth=1, num_heads=2)
+CLASSIFIER = ClassifierConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=2, num_heads=2, num_classes=3)
 QUIET = Console(quiet=True)
 
 # What a launcher starts, for several runs one after another in the same processes.
@@ -290,6 +292,56 @@ def test_a_run_of_a_version_with_other_draws_goes_on_and_says_so(folder, capsys)
     assert "begun by an earlier version: it goes on with other noise and masks" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_ranks_draw_and_score_together(folder):
+    """Pictures, a classifier's scores and the Fréchet distance of two ranks, each of which does a share, are those of
+    one process: so every rank has the averaged network, whole."""
+    changes = dict(steps=6, draw_every=3, accumulate=1)
+    cases = [
+        tiny(folder, f"draws-{name}", strategy, stage, **changes)
+        for name, strategy, stage in (("ddp", "ddp", 0), ("zero-2", "zero", 2), ("zero-3", "zero", 3))
+    ]
+    cases[0] = replace(cases[0], evaluate_minutes=1e6, evaluate_count=70)  # the end has one
+    classifier = tiny(
+        folder, "draws-classifier", "ddp", model=CLASSIFIER, optim=OptimConfig(lr=0.03),
+        objective=ClassifierObjectiveConfig(), **changes,
+    )  # fmt: skip
+    train_on(2, [*cases, classifier])
+    alone = replace(cases[0], out=folder / "draws-alone", accumulate=2)
+    train(alone, QUIET)
+    for config in cases:
+        for step in (3, 6):
+            for name in ("reconstruction", "denoising", "samples"):
+                ours, theirs = (
+                    np.asarray(Image.open(c.out / "images" / f"{name}-{step:08d}.png")).astype(int)
+                    for c in (config, alone)
+                )
+                assert ours.shape == theirs.shape and np.abs(ours - theirs).mean() < 0.5, (config.out, name)
+    (distance,) = {name for name in read_metrics(alone.out / "metrics.jsonl")[-1] if name.startswith(("FD", "FID"))}
+    ours, theirs = (read_metrics(c.out / "metrics.jsonl")[-1][distance] for c in (cases[0], alone))
+    assert ours == pytest.approx(theirs, rel=1e-2)
+    assert len(list(cases[0].out.glob("reference-*.safetensors"))) == 1
+
+    one = replace(classifier, out=folder / "classifier-alone", accumulate=2)
+    train(one, QUIET)
+    ours, theirs = (json.loads((c.out / "scores.json").read_text()) for c in (classifier, one))
+    assert ours["confusion"] == theirs["confusion"] and ours["top-1"] == theirs["top-1"]
+    assert np.sum(ours["confusion"]) == ours["images"] > 0
+
+
+def test_the_clock_decides_the_same_on_every_rank(folder):
+    """Saved and drawn every so many minutes of training; gone on with, the clock goes on too."""
+    config = tiny(
+        folder, "clock", "ddp", steps=12, accumulate=1, save_minutes=1e-6, draw_minutes=1e-6, draw_every=None, keep=99
+    )
+    train_on(2, [config])
+    saved = sorted(path.name for path in (config.out / "checkpoints").iterdir())
+    assert len(saved) >= 10 and saved[-1] == "step-00000012"
+    assert len(list((config.out / "images").glob("samples-*.png"))) >= 10
+    never = replace(config, out=folder / "never", save_minutes=0, draw_minutes=0)
+    train(replace(never, accumulate=2), QUIET)
+    assert len(list((never.out / "checkpoints").iterdir())) == 1 and not list(never.out.glob("images/*.png"))
 
 
 def test_deepspeeds_own_checkpoint_is_refused_by_name(tmp_path):

@@ -23,10 +23,10 @@ from umd.checkpoint import list_checkpoints
 from umd.cli import COMMANDS, main
 from umd.train.demo import Demo
 from umd.train.encode import EncodeLatents, Inspect
-from umd.train.evaluate import Probe
 from umd.train.finetune import Finetune, default_finetune
 from umd.train.inpaint import Inpaint
 from umd.train.log import read_metrics
+from umd.train.probe import Probe
 from umd.train.run import PRESETS, RunConfig
 from umd.train.sample import Sample
 
