@@ -48,8 +48,8 @@ def reproduce(options: Reproduce, console: Console) -> None:
         share(layers.jobs(), console, f"{title}: pictures read")
         found[title] = layers.accuracies()
         for time, row in found[title].items():
-            best = max((layer for layer in row), key=lambda layer, row=row: row[layer]["mean"])
-            console.print(f"{title} t = {time}: best {best} {row[best]['mean']:.3f}", highlight=False)
+            mean, best = max((accuracy["mean"], layer) for layer, accuracy in row.items())
+            console.print(f"{title} t = {time}: best {best} {mean:.3f}", highlight=False)
     steps = options.steps or STEPS
     record = {
         "steps": steps,

@@ -136,7 +136,7 @@ def fewshot_accuracy(
     l2: float | Sequence[float] = 1024.0,
     allow_fewer: bool = False,
     class_names: Sequence[str] | None = None,
-    draws: Sequence[Sequence[Tensor]] | None = None,
+    draws: Sequence[list[Tensor]] | None = None,
 ) -> ProbeResult:
     """Class-averaged test accuracy of a probe fitted on `shots` training examples of each class.
 
