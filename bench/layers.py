@@ -39,6 +39,7 @@ def layers_config(name: str, options: Reproduce) -> RunConfig:
 
 
 def reproduce(options: Reproduce, console: Console) -> None:
+    options.figures.mkdir(parents=True, exist_ok=True)
     found = {}
     for name, title in (("dit", "DiT"), ("umd", "UMD")):
         config = layers_config(name, options)

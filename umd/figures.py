@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -166,47 +166,33 @@ def layer_curves(runs: Mapping[str, Mapping[int, Mapping[str, Mapping[str, float
     runs: by name, {time: {layer: {mean, std}}} with the representation as the last layer, drawn apart.
     """
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.2 * len(runs) + 1, 5.6), layout="constrained", dpi=150)
+        figure = Figure(figsize=(3.9 * len(runs) + 1.1, 5.6), layout="constrained", dpi=150)
         axes = figure.subplots(2, len(runs), squeeze=False, sharey=True)
-        for column, (name, found) in enumerate(runs.items()):
+        for (name, found), (above, below) in zip(runs.items(), axes.T, strict=True):
             times, layers = list(found), list(next(iter(found.values())))
-            above, below = axes[:, column]
-            for i, time in enumerate(times):
-                shade = 0.15 + 0.85 * i / max(len(times) - 1, 1)
-                colour = mix(COLOURS["blue"], COLOURS["orange"], shade)
-                means = [100 * found[time][layer]["mean"] for layer in layers]
-                above.plot(range(1, len(layers)), means[:-1], color=colour, lw=1.3, label=f"t = {time}")
-                above.plot([len(layers) + 0.3], means[-1:], "o", color=colour, ms=4)
+            means = 100 * np.array([[found[time][layer]["mean"] for layer in layers] for time in times])
+            colours = colormaps["viridis"](np.linspace(0, 0.9, len(times)))
+            for time, row, colour in zip(times, means, colours, strict=True):
+                above.plot(range(1, len(layers)), row[:-1], color=colour, lw=1.3, label=f"t = {time}")
+                above.plot(len(layers) + 0.3, row[-1], "o", color=colour, ms=4)
             encoder = sum(layer.startswith("encoder") for layer in layers)
             above.axvline(encoder + 0.5, color=COLOURS["muted"], lw=0.6, ls=":")
             above.set_title(f"{name}\nby block: encoder | decoder   • representation")
             above.set_xlabel("block")
-            above.set_xticks(range(1, len(layers)))
-            places = range(len(times))
-            best = [
-                100 * max(row["mean"] for layer, row in found[time].items() if layer != layers[-1]) for time in times
-            ]
-            below.plot(places, best, color=COLOURS["blue"], marker="o", ms=3.5, lw=1.3, label="the best block")
-            of_representation = [100 * found[time][layers[-1]]["mean"] for time in times]
-            below.plot(
-                places, of_representation, color=COLOURS["orange"], marker="o", ms=3.5, lw=1.3, label="representation"
-            )
+            above.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+            lines = {"the best block": means[:, :-1].max(1), "representation": means[:, -1]}
+            for colour, (label, values) in zip(LINES, lines.items(), strict=False):
+                below.plot(range(len(times)), values, color=COLOURS[colour], marker="o", ms=3.5, lw=1.3, label=label)
             below.set_title("by noise")
-            below.set_xlabel("model time t, of 1000 (0: no noise)")
-            below.set_xticks(places, [str(time) for time in times])
-            for ax in (above, below):
-                ax.grid(axis="y")
+            below.set_xlabel("model time t (0: no noise)")
+            below.set_xticks(range(len(times)), [str(time) for time in times])
+        for ax in axes.flat:
+            ax.grid(axis="y")
         for ax in axes[:, 0]:
             ax.set_ylabel(f"{shots}-shot accuracy, %")
-        for ax, where in zip(axes[:, 0], ("upper", "lower"), strict=True):
-            figure.legend(*ax.get_legend_handles_labels(), loc=f"outside right {where}")
-        figure.savefig(path)
-
-
-def mix(a: str, b: str, share: float) -> tuple[float, ...]:
-    """A colour between two of "#rrggbb", as numbers in [0, 1]."""
-    first, second = (np.array([int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)]) for c in (a, b))
-    return tuple((1 - share) * first + share * second)
+        for ax in axes[:, -1]:
+            ax.legend(bbox_to_anchor=(1, 1), loc="upper left")  # beside the last run, for all
+        figure.savefig(path, facecolor="white")
 
 
 def _finite(value: object) -> bool:

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umd.errors import UserError
-from umd.probe import class_averaged_accuracy
+from umd.probe import check_labels, class_averaged_accuracy
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)  # for a batch of 256
 BATCH = 16384
 STEPS_AN_EPOCH = 16  # at least, of small sets, whose batch is smaller for it
 HELD_OUT = 10_000  # training images at most that choose the learning rate
 BLOCK = 4096  # test images at a time
+KEPT = 4 << 30  # bytes of training features that may lie on the device as a whole; of more, each batch goes there
 KEYS = 1 << 17  # training images that a query is compared with at a time
 
 
@@ -56,20 +57,26 @@ def linear_probe(
 ) -> LinearProbeResult:
     """Test accuracy of a linear layer on whitened features, trained by SGD; all learning rates in one pass.
 
-    Features: floats [N, D], on any device; batches go to `device`. Labels: integers [N].
+    Features: floats [N, D], on any device; they go to `device`, at once or a batch at a time. Labels: integers [N].
     rates: SGD's learning rates for a batch of 256, of momentum 0.9 without weight decay; each is warmed up linearly and
     falls to 0 as a cosine. A layer of its own for each takes every step on the same batch. The rate with the best
     accuracy on a tenth of the training images, 10,000 at most, is chosen; these are not trained on.
-    batch: as MAE's; of small sets a sixteenth of the set.
+    batch: as MAE's; of small sets a sixteenth of the set. As there, images left over at the end of an epoch are not
+    used in it: the rate is for whole batches, and a step on a few images at that rate undoes many.
 
     MAE's batch norm without affine takes mean and variance of the features over the training images here, which its
     running averages estimate. Its optimiser is LARS, which torch does not have.
-    Raises UserError where there is no training or test image, or every rate diverges.
+    Raises UserError where there is no training or test image, or every rate diverges; ValueError on labels out of
+    range and features not finite.
     """
     train_labels, test_labels = train_labels.cpu().long(), test_labels.cpu().long()
     N = len(train_labels)
     if N < 2 or len(test_labels) == 0:
         raise UserError(f"the linear probe has {N} training and {len(test_labels)} test images: give it both")
+    check_labels(train_labels, num_classes)
+    check_labels(test_labels, num_classes)
+    if train_features.nbytes <= KEPT:
+        train_features = train_features.to(device)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
     chooses = min(max(N // 10, 1), HELD_OUT)
     choosing, training = order[:chooses], order[chooses:]
@@ -77,10 +84,10 @@ def linear_probe(
     whiten = BatchNorm(train_features, training, device)
     heads = [linear_layer(train_features.shape[1], num_classes, seed).to(device) for _ in rates]
     optimizer = torch.optim.SGD([{"params": head.parameters(), "lr": 0.0} for head in heads], momentum=0.9)
-    steps = -(-len(training) // batch)
+    steps = len(training) // batch
     for epoch in range(epochs):
         shuffled = training[torch.randperm(len(training), generator=torch.Generator().manual_seed(seed + 1 + epoch))]
-        for step, ids in enumerate(shuffled.split(batch)):
+        for step, ids in enumerate(shuffled[: steps * batch].split(batch)):
             scale = rate_scale(epoch + step / steps, epochs, warmup) * batch / 256
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * scale
@@ -121,6 +128,8 @@ class BatchNorm:
         for block in ids.split(1 << 16):
             x = features[block].double()
             total, square = total + x.sum(0).cpu(), square + x.square().sum(0).cpu()
+        if not square.isfinite().all():
+            raise ValueError("Features hold NaN or infinity: check the model's weights.")
         mean = total / len(ids)
         variance = (square / len(ids) - mean.square()).clamp(min=0)
         self.mean = mean.float().to(device)  # [D]

@@ -51,7 +51,7 @@ def fit_fewshot(
         )
     if not features.isfinite().all():
         raise ValueError("Features hold NaN or infinity: check the model's weights.")
-    _check_labels(labels, num_classes)
+    check_labels(labels, num_classes)
     l2s = torch.as_tensor(l2, dtype=torch.float64, device=features.device)
     if (l2s <= 0).any():
         raise ValueError(f"l2 is {l2}, expected above 0.")
@@ -78,7 +78,7 @@ def _times_targets(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return (2 * sums - rows.sum(0)).T
 
 
-def _check_labels(labels: Tensor, num_classes: int) -> None:
+def check_labels(labels: Tensor, num_classes: int) -> None:
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"Labels are {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}.")
 
@@ -136,7 +136,7 @@ def fewshot_accuracy(
     l2: float | Sequence[float] = 1024.0,
     allow_fewer: bool = False,
     class_names: Sequence[str] | None = None,
-    draws: Sequence[Sequence[Tensor]] | None = None,
+    draws: Sequence[list[Tensor]] | None = None,
 ) -> ProbeResult:
     """Class-averaged test accuracy of a probe fitted on `shots` training examples of each class.
 
@@ -151,7 +151,7 @@ def fewshot_accuracy(
     l2s = [float(value) for value in ([l2] if isinstance(l2, int | float) else l2)]
     if len(train_labels) == 0 or len(test_labels) == 0:
         raise UserError(f"The probe has {len(train_labels)} training and {len(test_labels)} test images: give it both.")
-    _check_labels(test_labels, num_classes)
+    check_labels(test_labels, num_classes)
     if draws is None:
         draws = draw_shots(train_labels, shots, num_classes, seeds, 0, allow_fewer, class_names)
     if len(l2s) > 1 and shots < 2:
@@ -206,7 +206,7 @@ def draw_shots(
     labels = labels.cpu().long()
     if len(labels) == 0:
         raise UserError("The probe has 0 training images: give it some.")
-    _check_labels(labels, num_classes)
+    check_labels(labels, num_classes)
     names = class_names if class_names is not None else [str(c) for c in range(num_classes)]
     available = torch.bincount(labels, minlength=num_classes)
     if not allow_fewer and (available < shots).any():

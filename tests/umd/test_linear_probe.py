@@ -38,6 +38,23 @@ def test_it_is_near_the_best_that_can_be():
     assert linear_probe(*train, *test, 2, epochs=20).top1 == pytest.approx(best, abs=0.01)
 
 
+def test_images_left_over_by_whole_batches_do_no_harm():
+    """4097 images in batches of 256: a step on the last one alone, at the rate of a batch, costs 6 points here."""
+    test = clusters(10_000, 20, 2.5, seed=14, D=64)
+    for images in (4096, 4097):
+        train = clusters(images + images // 9, 20, 2.5, seed=15, D=64)
+        ridge = accuracy(fit_fewshot(*train, 20).predict(test[0]), test[1])
+        result = linear_probe(*train, *test, 20, rates=(0.3,), epochs=10, warmup=2, batch=256)
+        assert (result.images, result.batch) == (images, 256) and result.top1 > ridge - 0.03
+
+
+def test_features_that_do_not_fit_on_the_device_are_read_by_batch(monkeypatch):
+    train, test = clusters(400, 3, 3.0, seed=5), clusters(300, 3, 3.0, seed=6)
+    whole = linear_probe(*train, *test, 3, epochs=4)
+    monkeypatch.setattr("umd.linear_probe.KEPT", 0)
+    assert linear_probe(*train, *test, 3, epochs=4) == whole
+
+
 def test_rates_side_by_side_are_rates_alone():
     train, test = clusters(400, 3, 3.0, seed=5), clusters(300, 3, 3.0, seed=6)
     rates = (0.001, 0.03, 0.3)
@@ -76,6 +93,11 @@ def test_a_rate_that_diverges_is_left_out():
         linear_probe(*train, *test, 3, rates=(5e39,), epochs=3)
     with pytest.raises(UserError, match="0 test images"):
         linear_probe(*train, torch.zeros(0, 16), torch.zeros(0), 3)
+    with pytest.raises(ValueError, match="expected 0 to 1"):
+        linear_probe(*train, *test, 2)
+    train[0][7, 3] = torch.nan  # of weights gone wrong, which no smaller rate mends
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        linear_probe(*train, *test, 3)
 
 
 def test_nearest_neighbours_are_those_of_brute_force():

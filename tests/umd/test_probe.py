@@ -10,6 +10,7 @@ from umd.probe import (
     accuracy,
     class_averaged_accuracy,
     confusion,
+    draw_shots,
     fewshot_accuracy,
     fit_fewshot,
     raw_pixel_features,
@@ -207,6 +208,53 @@ class TestFewshotAccuracy:
             fewshot_accuracy(*train, *empty, shots=1, num_classes=2)
         with pytest.raises(ValueError, match="expected 0 to 0"):
             fewshot_accuracy(*train, *test, shots=1, num_classes=1)
+
+
+class TestDrawShots:
+    def test_the_first_of_each_class_in_the_seeds_permutation(self):
+        labels = clusters([20, 5, 0, 13], 1.0, seed=1)[1]
+        for seed, drawn in zip((3, 8), draw_shots(labels, 6, 4, (3, 8), allow_fewer=True), strict=True):
+            order = torch.randperm(38, generator=torch.Generator().manual_seed(seed))
+            for c, indices in enumerate(drawn):
+                assert indices.tolist() == [i for i in order.tolist() if labels[i] == c][:6]
+
+    def test_a_pool_is_one_random_part_for_all_seeds(self):
+        """A million labels sorted by class, as folders give them; 100,000 of them, as published."""
+        classes, N = 1000, 1_280_000
+        draws = draw_shots(torch.arange(N) * classes // N, 100, classes, (0, 1, 2), pool=100_000)
+        sizes = torch.tensor([[len(indices) for indices in drawn] for drawn in draws])
+        assert torch.equal(sizes[0], sizes[1]) and torch.equal(sizes[0], sizes[2])
+        # of 1280 a class each lies in the pool at odds of 5/64: 100 ± 9.6, of which at most 100 are drawn
+        assert 50 < sizes.min() < sizes.max() == 100
+        assert 100 - sizes[0].double().mean() == pytest.approx(9.6 / (2 * np.pi) ** 0.5, abs=0.6)
+        for c in (0, 999):
+            few = [set(drawn[c].tolist()) for drawn in draws]
+            assert all(c * 1280 <= i < (c + 1) * 1280 for i in few[0]) and len(few[0] & few[1]) > 50  # of one pool
+
+    def test_a_pool_of_all_is_no_pool(self):
+        labels = clusters([20, 15], 1.0, seed=1)[1]
+        for pool in (35, 100_000):
+            for with_pool, without in zip(draw_shots(labels, 4, 2, pool=pool), draw_shots(labels, 4, 2), strict=True):
+                assert all(map(torch.equal, with_pool, without))
+
+    def test_a_class_that_a_pool_has_too_few_of(self):
+        labels = torch.tensor([0] * 900 + [1] * 100)
+        (few,) = draw_shots(labels, 60, 2, (0,), pool=300)
+        assert len(few[0]) == 60 and 10 < len(few[1]) < 60  # the whole set has enough: no error
+        with pytest.raises(UserError, match="none of class rare"):
+            draw_shots(labels, 60, 2, (0,), pool=1, class_names=["common", "rare"])
+        with pytest.raises(UserError, match="60 shots.*class rare has 50"):
+            draw_shots(labels[:950], 60, 2, (0,), pool=300, class_names=["common", "rare"])
+
+    def test_features_of_the_shots_alone_are_enough(self):
+        (features, labels), test = clusters([30, 25, 40], 2.0, seed=1), clusters([20, 20, 20], 2.0, seed=2)
+        draws = draw_shots(labels, 10, 3)
+        ids = torch.cat([torch.cat(drawn) for drawn in draws]).unique()
+        assert len(ids) < len(labels)
+        places = [[torch.searchsorted(ids, indices) for indices in drawn] for drawn in draws]
+        l2 = [1.0, 1024.0]
+        of_shots = fewshot_accuracy(features[ids], labels[ids], *test, shots=10, num_classes=3, l2=l2, draws=places)
+        assert of_shots == fewshot_accuracy(features, labels, *test, shots=10, num_classes=3, l2=l2)
 
 
 def test_raw_pixels_are_flattened():

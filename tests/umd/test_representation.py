@@ -2,11 +2,14 @@
 
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from umd.config import ModelConfig
+from umd.config import ModelConfig, model_config
+from umd.figures import layer_curves
 from umd.model import UMD
 from umd.representation import layer_features, layer_names
 
@@ -61,6 +64,20 @@ def test_the_stream_behind_a_block_is_what_the_final_norm_sees_if_no_other_follo
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("adaLN", [True, False])
+def test_it_is_the_mean_over_patches_and_over_nothing_else(adaLN):
+    """Of the last block, whose stream the final norm makes and hands on beside its output."""
+    model, x = random_model(adaLN=adaLN, image_size=(8, 8), norm_affine=False), torch.randn(3, 3, 8, 8)
+    tokens: list[torch.Tensor] = []
+    model.decoder.norm.register_forward_hook(lambda module, args, out: tokens.append(out[0]))
+    model.denoise(x, torch.full((3,), 40))
+    stream = tokens[0].view(3, -1, 16)
+    assert stream.shape[1] == (5 if adaLN else 6)  # the representation, a condition without adaLN, four patches
+    last = layer_features(model, x, torch.tensor([40]))[-1]
+    torch.testing.assert_close(last, stream[:, -4:].mean(1), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_an_image_has_its_features_whatever_is_beside_it():
     model, x = random_model(image_size=(8, 8)), torch.randn(4, 3, 8, 8)
     whole = layer_features(model, x)
@@ -73,3 +90,12 @@ def test_a_cross_decoder_has_no_stream_of_patches():
     model = random_model(image_size=(8, 8), decoder="cross")
     with torch.no_grad():
         assert len(layer_features(model, torch.randn(2, 3, 8, 8))) == len(layer_names(model.config)) == 3
+
+
+@pytest.mark.parametrize(("runs", "times"), [(1, [0]), (2, [0, 50, 400])])
+def test_curves_are_drawn(tmp_path, runs, times):
+    names = [*layer_names(model_config("UMD-XL/4")), "representation"]
+    row = {name: {"mean": 0.3 + 0.01 * i, "std": 0.01} for i, name in enumerate(names)}
+    layer_curves({f"run {i}": dict.fromkeys(times, row) for i in range(runs)}, tmp_path / "layers.png", 100)
+    with Image.open(tmp_path / "layers.png") as picture:
+        assert picture.size[0] > 700 * runs - 100 and np.asarray(picture.convert("L")).std() > 5
