@@ -99,6 +99,7 @@ def test_from_a_folder_with_torchrun(vaes, tmp_path):
 
 
 @pytest.mark.skipif(not Path(DEEPSPEED[0]).exists(), reason="DeepSpeed is not installed")
+@pytest.mark.slow
 def test_from_a_tar_with_deepspeed(vaes, tmp_path):
     """And the two processes of ZeRO make the steps of one process."""
     source = as_tar(tmp_path)

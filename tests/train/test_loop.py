@@ -129,6 +129,7 @@ def assert_same_run(a: RunConfig, b: RunConfig, parts: set[str]) -> None:
 # Resuming
 
 
+@pytest.mark.slow  # two ranks are killed in test_distributed
 def test_kill_9_between_saves_then_resume_is_the_run_never_stopped(tiny):
     """Workers, one micro-batch; killed some steps after the last save, which are done again."""
     straight = tiny("straight", steps=40, data={"area_min": 0.3}, save_every=5)
