@@ -7,6 +7,7 @@ or feature network (Parmar et al. 2022, "On Aliased Resizing and Surprising Subt
 import json
 import os
 import socket
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,9 +184,10 @@ def load_reference(path: Path, network: FeatureNetwork, size: list[int], resizes
             settings = json.loads(str(held["settings"])) if "settings" in held else None
             floor = json.loads(str(held["floor"])) if "floor" in held else {}
             features = torch.from_numpy(held["features"]) if "features" in held else None
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{path} holds no reference statistics ({error}): expected an .npz of umd evaluate or of ADM's evaluator"
+            f"{path} holds no reference statistics ({reason}): expected an .npz of umd evaluate or of ADM's evaluator"
         ) from error
     if settings is None:
         if network.name != "InceptionV3":

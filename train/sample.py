@@ -6,6 +6,7 @@ sees the same `GROUP` images in one call, because the rounding of a product depe
 
 import io
 import json
+import math
 import os
 import shutil
 import socket
@@ -77,6 +78,10 @@ class Sample:
         for name in ("per_class", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not math.isfinite(self.cfg_scale):
+            raise UserError(f"cfg_scale must be a finite number, 1: no guidance; got {self.cfg_scale}")
+        if self.seed < 0:
+            raise UserError(f"seed must be 0 or more, got {self.seed}")
         if self.count < 0:
             raise UserError(f"count must be 0 (per_class of each class) or more, got {self.count}")
         if self.balanced and not self.count:

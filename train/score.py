@@ -5,6 +5,7 @@ with those that are missing, and the rank that finds all of them there computes 
 """
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -101,8 +102,10 @@ class Evaluate:
         for name in ("count", "batch", "shots"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.cfg_scale:
-            raise UserError("cfg_scale must be one or more numbers; 1: no guidance")
+        if not self.cfg_scale or not all(map(math.isfinite, self.cfg_scale)):
+            raise UserError(f"cfg_scale must be one or more finite numbers, 1: no guidance; got {list(self.cfg_scale)}")
+        if self.seed < 0:
+            raise UserError(f"seed must be 0 or more, got {self.seed}")
 
 
 def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Console) -> None:
