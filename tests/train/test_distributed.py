@@ -302,7 +302,7 @@ def test_ranks_draw_and_score_together(folder):
         tiny(folder, f"draws-{name}", strategy, stage, **changes)
         for name, strategy, stage in (("ddp", "ddp", 0), ("zero-2", "zero", 2), ("zero-3", "zero", 3))
     ]
-    cases[0] = replace(cases[0], evaluate_minutes=1e6, evaluate_count=70)  # the end has one
+    cases[0] = replace(cases[0], evaluate_minutes=1e6, evaluate_count=34)  # the end has one
     classifier = tiny(
         folder, "draws-classifier", "ddp", model=CLASSIFIER, optim=OptimConfig(lr=0.03),
         objective=ClassifierObjectiveConfig(), **changes,
