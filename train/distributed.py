@@ -87,6 +87,11 @@ class World:
         dist.broadcast_object_list(box, group=self.control)
         return box[0]
 
+    def barrier(self) -> None:
+        """Until all ranks are here; on the host, and for as long as it takes."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
     def collect(self, value: Any) -> list[Any]:
         """What each rank passed, rank after rank, on rank 0; [] elsewhere."""
         if self.size == 1:
@@ -96,7 +101,7 @@ class World:
         return values or []
 
     def sum(self, values: Tensor) -> Tensor:
-        """Tensors of the host, added up over the ranks, on every rank."""
+        """A tensor of the host, added up over the ranks in place, on every rank."""
         if self.size > 1:
             dist.all_reduce(values, group=self.control)
         return values
@@ -183,11 +188,25 @@ def join(device: str, config: ParallelConfig, out: Path) -> World:
     # A connection of its own: waiting for a key would keep the others' exchanges waiting too.
     watch = Watch(dist.distributed_c10d._get_default_store().clone(), rank, size, trace)  # type: ignore[attr-defined]
     watch.start()
-    # For what rank 0 does alone, such as listing a million files: NCCL's time-out would end the run meanwhile.
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(config.timeout, CONTROL_SECONDS)))
-    _world = World(rank, size, where, watch, control)
+    _world = World(rank, size, where, watch)
     atexit.register(leave)
+    _world.control = control_group(config.timeout)
     return _world
+
+
+def control_group(timeout: float) -> dist.ProcessGroup:
+    """A group in host memory, for what rank 0 does alone, such as listing a million files: NCCL's time-out would end
+    the run meanwhile. Its ranks connect within `timeout` seconds; then they wait for each other much longer."""
+    try:
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:
+        raise UserError(
+            f"{socket.gethostname()} and the other hosts do not connect through gloo within {timeout:.0f} s "
+            f"({str(error).splitlines()[0][:200]}): it uses the interface that the host's name stands for; set "
+            "GLOO_SOCKET_IFNAME to the one that reaches the other hosts (`ip addr` lists them)"
+        ) from error
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=max(timeout, CONTROL_SECONDS)), group)
+    return group
 
 
 def trace_exchanges(folder: Path, rank: int, timeout: float) -> Path:

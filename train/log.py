@@ -69,9 +69,9 @@ class RunLog:
             self._last_line = time.monotonic()
             self.say(f"{self._bar.tasks[0].completed:4.0%}  {note}")
 
-    def scores(self, row: dict) -> None:
-        """Values of a step, without a line about it."""
-        self._rows.write(json.dumps(row) + "\n")
+    def scores(self, row: dict, **settings: float) -> None:
+        """Values of a step, without a line about it. settings: what they were made with, which is no curve."""
+        self._rows.write(json.dumps(row | settings) + "\n")
         self._rows.flush()
         for key, value in row.items():
             if key not in ("step", "seconds"):
@@ -115,7 +115,7 @@ class NoLog:
     def row(self, row: dict) -> None:
         pass
 
-    def scores(self, row: dict) -> None:
+    def scores(self, row: dict, **settings: float) -> None:
         pass
 
     def progress(self, share: float) -> None:

@@ -31,10 +31,10 @@ from umd.train.data import ImageDataset, derive_seed, describe, open_dataset, re
 from umd.train.distributed import World, join
 from umd.train.latents import LatentDataset, with_vae
 from umd.train.log import NoLog, RunLog
-from umd.train.monitor import Distance, Rate, draw, evaluate
+from umd.train.monitor import Distance, Rate, draw, evaluate, shower
 from umd.train.optim import lr_scale
 from umd.train.parallel import DDP, Alone
-from umd.train.preview import has_share, picture_maker, preview_images, rgb
+from umd.train.preview import preview_images, rgb
 from umd.train.profile import NoProfiler, Profiler, profiled
 from umd.train.quarantine import record_quarantine
 from umd.train.resume import fingerprint, load_pretrained, newest_checkpoint, with_ema_of
@@ -85,12 +85,10 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
         profiled(config.profile and world.main, config.out, world.device, log.say, left) as profiler,
     ):  # fmt: skip
         announce(run, log)
-        shows = config.draws and has_share(world.rank, world.size, config.model.num_classes)
-        if shows and not isinstance(run.model, Classifier):
-            try:
-                run.show = picture_maker(run.config.data, world.device)
-            except UserError as error:  # a run can do without
-                log.say(f"pictures show the first channel of latents: {error}")
+        if run.preview is not None:
+            run.show = shower(run, log)
+        if config.evaluate_minutes and run.progress() < 1:
+            run.distance = Distance(run, log)
         before = run.number
         stopped = make_steps(run, log, stop, profiler)
         return end(run, log, stop, stopped, before)
@@ -106,8 +104,7 @@ class Run:
         self.saved_step: int | None = None
         self.show: Callable[[Tensor], np.ndarray] = rgb
         self.distance: Distance | None = None
-        self.began = 0.0  # time trained when this process took the run up
-        self.since: dict[str, float] = {}  # time trained when last saved, drawn, evaluated
+        self.looked = 0.0  # time trained when the clock was last looked at
 
     # Set by `set_up`.
     model: AnyModel
@@ -150,8 +147,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint, in the background where there is one. All ranks call this together."""
-        if self.background is not None:
-            self.background.wait()  # it holds the memory that is filled next
+        self.written()  # it holds the memory that is filled next
         tensors = self.parallel.tensors(self.ema)
         state = {"config": to_plain(self.config), "seconds": self.seconds, "draws": DRAWS}
         state |= {"images_seen": self.number * self.config.batch_size}
@@ -161,15 +157,19 @@ class Run:
         if self.world.main:
             write(self.config.checkpoints, self.number, tensors, state, keep=self.config.keep)
 
-    def due(self, what: str, minutes: float, every: int | None) -> bool:
-        """Whether it is time for what happens every so many steps, or else minutes of training; the same on all ranks,
-        whose `seconds` are the same numbers."""
+    def written(self) -> None:
+        """Until the checkpoint in the background is on the disk. All ranks call this together: a slow disk is waited
+        for here, and not in an exchange of a step, whose time-out would end the run."""
+        if self.background is not None:
+            self.background.wait()
+            self.world.barrier()
+
+    def due(self, minutes: float, every: int | None) -> bool:
+        """Whether it is time for what happens every so many steps, or else when the minutes of training pass a multiple
+        of so many, however often the run was stopped. The same on all ranks, whose `seconds` are the same numbers."""
         if every is not None:
             return every > 0 and self.number % every == 0
-        if minutes <= 0 or self.seconds - self.since.get(what, self.began) < 60 * minutes:
-            return False
-        self.since[what] = self.seconds
-        return True
+        return minutes > 0 and self.seconds // (60 * minutes) > self.looked // (60 * minutes)
 
 
 def set_up(config: RunConfig, world: World) -> Run:
@@ -206,6 +206,7 @@ def set_up(config: RunConfig, world: World) -> Run:
     set_recompute_gelu(model, config.recompute_gelu and not config.checkpointing)
     run.source = fingerprint(dataset)
     run.saved_path, saved = newest_checkpoint(config, world, run.source)
+    world.barrier()  # rank 0 reads the files twice, to check them
     if saved is not None:
         saved = replace(saved, tensors={part: split(named, model) for part, named in saved.tensors.items()})
         load_model_state(model, saved.tensors["model"])
@@ -218,7 +219,7 @@ def set_up(config: RunConfig, world: World) -> Run:
     if saved is not None:
         parallel.load(saved.tensors, run.ema)
         run.number, run.seconds, run.saved_step, run.saved = saved.step, saved.state["seconds"], saved.step, saved.state
-        run.began = run.seconds
+        run.looked = run.seconds
     refusal = capture_refusal(device, objective, parallel, config.compile)
     run.captured = captures(config.capture, refusal, parallel, config.profile)
     run.step = TrainStep(
@@ -337,9 +338,10 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
             log.progress(run.progress())
             with rate.paused():
                 profiler.step()
-            saves = run.due("save", config.save_minutes, config.save_every)
-            draws = run.due("draw", config.draw_minutes, config.draw_every) and run.progress() < 1
-            evaluates = run.due("evaluate", config.evaluate_minutes, None) and run.progress() < 1
+            saves = run.due(config.save_minutes, config.save_every)
+            draws = run.due(config.draw_minutes, config.draw_every) and run.progress() < 1
+            evaluates = run.due(config.evaluate_minutes, None) and run.progress() < 1
+            run.looked = run.seconds
             if saves or draws or evaluates:
                 settle()  # weights of a loss that is not finite are never saved
                 with rate.paused():
@@ -362,8 +364,7 @@ def end(run: Run, log: RunLog | NoLog, stop: StopRequest, stopped: bool, before:
     """
     if run.saved_path is None or run.saved_step != run.number:
         run.save()
-    if run.background is not None:
-        run.background.wait()
+    run.written()
     assert run.saved_path is not None
     if stopped:
         reason = stop.requested or signal.SIGTERM  # another rank's

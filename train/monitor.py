@@ -5,7 +5,7 @@ Every rank does its share of what takes time, so that none waits for another.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from umd.classifier import Classifier
-from umd.config import ModelConfig
 from umd.device import peak_flops, peak_memory
+from umd.errors import UserError
 from umd.feature_networks import metric_names, open_features
 from umd.images import from_uint8
 from umd.metrics import FeatureStatistics
@@ -24,18 +24,36 @@ from umd.objective import Objective
 from umd.train.classify import show_scores
 from umd.train.data import open_dataset
 from umd.train.distributed import World
-from umd.train.features import CALL, read_ahead, spans
+from umd.train.features import read_ahead, spans
 from umd.train.latents import tokenizer_of
 from umd.train.log import NoLog, RunLog
-from umd.train.preview import preview_rows, sheets
+from umd.train.preview import has_share, picture_maker, preview_rows, rgb, sheets
 from umd.train.reference import real_pictures
-from umd.train.sample import Drawer, clips, drawn_labels
+from umd.train.sample import GROUP, Drawer, clips, drawn_labels
 
 if TYPE_CHECKING:
     from umd.train.loop import Run
 
 STEPS = 50  # of DDIM; fewer than for published scores, as often enough for a curve
 GUIDANCE = 1.5  # with labels: the paper's for scores
+
+
+def shower(run: "Run", log: RunLog | NoLog) -> Callable[[Tensor], np.ndarray]:
+    """What makes pictures of tensors on this rank. All ranks call this together: if one that draws lacks the VAE, all
+    of them do without, so that their pictures fit into one sheet."""
+    world, data = run.world, run.config.data
+    assert run.preview is not None, "only for runs that draw"
+    show, reason = rgb, ""
+    if has_share(world.rank, world.size, len(run.preview), run.config.model.num_classes):
+        try:
+            show = picture_maker(data, world.device)
+        except UserError as error:
+            reason = str(error)
+    reasons = [reason for reason in world.agree(world.collect(reason)) if reason]
+    if not reasons:
+        return show
+    log.say(f"pictures show the first channel of latents: {reasons[0]}")
+    return rgb
 
 
 def draw(run: "Run", log: RunLog | NoLog) -> None:
@@ -61,20 +79,30 @@ class Distance:
     The pictures' statistics are made once and kept in the run's folder, under the name of all that they depend on.
     """
 
-    def __init__(self, run: "Run"):
+    def __init__(self, run: "Run", log: RunLog | NoLog):
+        """All ranks call this together. Raises UserError if something is missing, before there is training to lose."""
         config, self.world = run.config, run.world
-        self.run, self.count, self.network = run, config.evaluate_count, open_features().to(run.world.device).eval()
-        self.name = metric_names(self.network)["fd"]
+        self.run, self.count = run, config.evaluate_count
         with self.world.main_first():
+            self.network = open_features().to(run.world.device).eval()
+            self.tokenizer = tokenizer_of(config.data, run.world.device)
             dataset = open_dataset(config.data, "test")
             if len(dataset) == 0:
                 dataset = open_dataset(config.data, "train")
-        self.tokenizer = tokenizer_of(config.data, run.world.device)
+        if len(dataset) < 2:
+            raise UserError(
+                f"{dataset.name} holds out {len(dataset)} picture, and a Fréchet distance needs 2 or more; hold more "
+                "out (--data.holdout), or leave evaluate_minutes at 0"
+            )
+        self.name = metric_names(self.network)["fd"]
+        self.steps = min(STEPS, config.schedule.num_steps)
+        self.cfg_scale = GUIDANCE if config.model.num_classes else 1.0
         made, pictures = real_pictures(config.out, dataset, config.data, self.network, self.tokenizer)
         file = config.out / f"reference-{made.folder.name}.safetensors"
         if self.world.agree(file.exists()):
             self.reference = FeatureStatistics.load(file)
             return
+        log.say(f"{self.name}: features of {len(dataset)} {dataset.split} pictures, kept in {file}")
         statistics = FeatureStatistics(self.network.num_features, self.network.name)
         mine = np.arange(len(dataset))[self.world.rank :: self.world.size]
         for _, x in read_ahead(mine, pictures) if len(mine) else ():
@@ -94,12 +122,12 @@ class Distance:
         assert isinstance(objective, Objective), "a UMD's"
         labels = drawn_labels(range(classes), self.count, False, 0) if classes else None
         drawer = Drawer(
-            network, objective.schedule, labels, self.count, num_steps=min(STEPS, config.schedule.num_steps),
-            cfg_scale=GUIDANCE if classes else 1.0, eta=1.0, seed=0, clip=clips(config, self.tokenizer),
-            dtype=self.run.dtype, tokenizer=self.tokenizer, capture="off",  # a recording might fail, and end the run
+            network, objective.schedule, labels, self.count, num_steps=self.steps,
+            cfg_scale=self.cfg_scale, eta=1.0, seed=0, clip=clips(config, self.tokenizer), dtype=self.run.dtype,
+            batch=GROUP, tokenizer=self.tokenizer, capture="off",  # a recording might fail, and end the run
         )  # fmt: skip
         statistics = FeatureStatistics(self.network.num_features, self.network.name)
-        for first, last in spans(self.count, CALL)[world.rank :: world.size]:
+        for first, last in spans(self.count, GROUP)[world.rank :: world.size]:  # what the network sees at once
             statistics.update(self.features(from_uint8(drawer.pictures(first, last))))
         return merged(statistics, world).distance(self.reference)
 
@@ -117,14 +145,17 @@ def merged(statistics: FeatureStatistics, world: World) -> FeatureStatistics:
 
 def evaluate(run: "Run", log: RunLog | NoLog) -> None:
     """Log the Fréchet distance of the averaged network. All ranks call this together."""
-    assert isinstance(run.config.model, ModelConfig), "RunConfig sees to it"
-    if run.distance is None:
-        run.distance = Distance(run)
+    made = run.distance
+    assert made is not None, "made at the start of every run that has some"
     with run.parallel.averaged(run.ema) as network:
-        assert isinstance(network, UMD)
-        value = run.distance(network)
-    log.scores({"step": run.number, run.distance.name: value, "evaluated_samples": run.distance.count})
-    log.say(f"step {run.number}: {run.distance.name} {value:.2f} of {run.distance.count} samples in {STEPS} steps")
+        assert isinstance(network, UMD), "RunConfig sees to it"
+        value = made(network)
+    log.scores(
+        {"step": run.number, made.name: value},
+        samples=made.count, ddim_steps=made.steps, cfg_scale=made.cfg_scale,
+    )  # fmt: skip
+    guided = f", guidance {made.cfg_scale}" if made.cfg_scale != 1 else ""
+    log.say(f"step {run.number}: {made.name} {value:.2f} of {made.count} samples, {made.steps} DDIM steps{guided}")
 
 
 class Rate:

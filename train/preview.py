@@ -161,9 +161,9 @@ def share_of(count: int, rank: int, size: int) -> slice:
     return slice(count * rank // size, count * (rank + 1) // size)
 
 
-def has_share(rank: int, size: int, classes: int) -> bool:
-    """Whether a rank draws anything."""
-    shares = (share_of(count, rank, size) for count in (PREVIEW_IMAGES, min(classes, MOST_CLASSES)))
+def has_share(rank: int, size: int, pictures: int, classes: int) -> bool:
+    """Whether a rank draws anything of so many held-out pictures and a sample of each class."""
+    shares = (share_of(count, rank, size) for count in (pictures, min(classes, MOST_CLASSES)))
     return any(share.start < share.stop for share in shares)
 
 

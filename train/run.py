@@ -104,9 +104,9 @@ class RunConfig:
     """Samples of such a distance."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "keep", "log_every", "evaluate_count"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("batch_size", 1), ("accumulate", 1), ("keep", 1), ("log_every", 1), ("evaluate_count", 2)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("save_minutes", "draw_minutes", "evaluate_minutes", "draw_every"):
             if not (getattr(self, name) or 0) >= 0:
                 raise UserError(f"{name} must be 0 (never) or more, got {getattr(self, name)}")
@@ -322,6 +322,7 @@ def classify_config(pretrained: RunConfig, init: Path, out: Path, linear: bool, 
         epochs=90 if linear else 50 if large else 100,
         steps=0,
         minutes=0,
+        evaluate_minutes=0,  # a classifier draws no samples
         profile=False,
     )
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from umd.errors import UserError
@@ -73,7 +73,7 @@ def save_checkpoint(
         unfinished.mkdir()
         for part, named in tensors.items():
             file = unfinished / f"{part}.safetensors"
-            digest = write_safetensors(file, _storable(joined(named)))
+            digest = write_safetensors(file, joined(named))
             document["files"][file.name] = {"sha256": digest, "bytes": file.stat().st_size}
         document["sha256"] = _digest(document)
         (unfinished / STATE).write_text(json.dumps(document, indent=1))
@@ -84,10 +84,10 @@ def save_checkpoint(
             path.rename(replaced)
         unfinished.rename(path)
         flush(root)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(
-            f"Could not write checkpoint {path}: {getattr(error, 'strerror', None) or error}; "
+            f"Could not write checkpoint {path}: {error.strerror or error}; "
             "make room there or choose another run folder (earlier checkpoints are untouched)."
         ) from error
     except BaseException:  # Ctrl-C in the middle of a save
@@ -330,19 +330,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
         state.setdefault(parameter, {})[key] = value.to(parameter.device if beside else "cpu", copy=True)
     optimizer.state.clear()
     optimizer.state.update(state)
-
-
-def _storable(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, each with its memory to itself: safetensors refuses what shares."""
-    seen: set[int] = set()
-    storable = {}
-    for name, tensor in named.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        shared = storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes
-        seen.add(storage.data_ptr())
-        storable[name] = tensor.clone() if shared else tensor
-    return storable
 
 
 def _document(path: Path) -> dict:

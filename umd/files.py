@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Names of types in safetensors files, which order tensors by them: the widest first.
+# Names of types in safetensors files, in the order in which its library puts tensors: wide ones first, so that each
+# begins at a multiple of its width.
 SAFETENSORS_TYPES = {
-    torch.int64: "I64", torch.float64: "F64", torch.int32: "I32", torch.float32: "F32", torch.int16: "I16",
-    torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL",
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
 
@@ -50,11 +51,13 @@ def flush(path: Path) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write contiguous CPU tensors as safetensors does, flushed to the disk, and return the file's sha256.
+    """Write the file that `safetensors.torch.save_file` would write, flushed to the disk, and return its sha256.
 
-    It is made of the bytes on their way, so that nobody reads gigabytes back. Raises OSError, e.g. for a full disk.
+    The sum is made of the bytes on their way, so that nobody reads gigabytes back. Tensors may have any device and
+    strides and share memory; no more than one is copied at a time. Raises OSError, e.g. for a full disk.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    rank = list(SAFETENSORS_TYPES).index
+    order = sorted(tensors, key=lambda name: (rank(tensors[name].dtype), name.encode()))
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
@@ -71,7 +74,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
             digest.update(part)
             file.write(part)
         for name in order:
-            values = tensors[name].reshape(-1).view(torch.uint8).numpy().data
+            values = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
             for first in range(0, len(values), 1 << 24):
                 block = values[first : first + (1 << 24)]
                 digest.update(block)

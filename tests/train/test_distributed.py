@@ -24,7 +24,8 @@ from umd.checkpoint import BackgroundSave, CheckpointError, list_checkpoints, lo
 from umd.config import ClassifierConfig, ClassifierObjectiveConfig, ModelConfig
 from umd.errors import UserError
 from umd.methods import build_model
-from umd.train.data import DataConfig
+from umd.metrics import FeatureStatistics
+from umd.train.data import DataConfig, open_dataset
 from umd.train.distributed import ParallelConfig, Watch, World, trace_exchanges
 from umd.train.log import read_metrics
 from umd.train.loop import train
@@ -319,9 +320,14 @@ def test_ranks_draw_and_score_together(folder):
                 )
                 assert ours.shape == theirs.shape and np.abs(ours - theirs).mean() < 0.5, (config.out, name)
     (distance,) = {name for name in read_metrics(alone.out / "metrics.jsonl")[-1] if name.startswith(("FD", "FID"))}
-    ours, theirs = (read_metrics(c.out / "metrics.jsonl")[-1][distance] for c in (cases[0], alone))
-    assert ours == pytest.approx(theirs, rel=1e-2)
-    assert len(list(cases[0].out.glob("reference-*.safetensors"))) == 1
+    ours, theirs = (read_metrics(c.out / "metrics.jsonl")[-1] for c in (cases[0], alone))
+    assert ours[distance] == pytest.approx(theirs[distance], rel=1e-2)
+    assert (ours["samples"], ours["ddim_steps"], ours["cfg_scale"]) == (70, 50, 1.5)
+    (ours,), (theirs,) = (list(c.out.glob("reference-*.safetensors")) for c in (cases[0], alone))
+    assert ours.name == theirs.name  # the same pictures, whoever made them
+    ours, theirs = FeatureStatistics.load(ours), FeatureStatistics.load(theirs)
+    assert ours.count == theirs.count == len(open_dataset(alone.data, "test"))
+    torch.testing.assert_close(ours.mean, theirs.mean, atol=1e-4, rtol=1e-4)
 
     one = replace(classifier, out=folder / "classifier-alone", accumulate=2)
     train(one, QUIET)
@@ -330,8 +336,65 @@ def test_ranks_draw_and_score_together(folder):
     assert np.sum(ours["confusion"]) == ours["images"] > 0
 
 
+def test_every_rank_has_the_averaged_network_whole(runs):
+    """The EMA of the checkpoint, bit for bit; afterwards the weights are their own again, where they were."""
+    code = """
+import sys, torch
+from pathlib import Path
+from umd.checkpoint import load_checkpoint, split
+from umd.train.distributed import join
+from umd.train.loop import set_up
+from umd.train.run import read_config
+for file in sys.argv[1:]:
+    config = read_config(Path(file))
+    world = join("cpu", config.parallel, config.out)
+    run = set_up(config, world)
+    saved = load_checkpoint(config.checkpoints).tensors
+    places = {name: p.data_ptr() for name, p in run.model.named_parameters()}
+    for average, part in ((run.ema, "ema"), (None, "model")):
+        with run.parallel.averaged(average) as network:
+            whole = split(saved[part], network)
+            for name, p in network.named_parameters():
+                assert torch.equal(p, whole[name]), (file, part, name)
+            if config.parallel.strategy == "ddp":  # of a recorded step too
+                assert network is run.model
+    assert places == {name: p.data_ptr() for name, p in run.model.named_parameters()}
+    if config.parallel.strategy == "ddp":
+        assert all(torch.equal(p, split(saved["model"], run.model)[name]) for name, p in run.model.named_parameters())
+"""
+    files = [f"{runs[name, 'fp32'].out}.yaml" for name in ("ddp", "zero2", "zero3")]
+    codes, _, errors = ends(start_ranks(["-c", code, *files], 2))
+    assert codes == [0, 0], errors
+
+
+def test_ranks_show_pictures_alike_if_one_lacks_the_vae(vaes, tmp_path):
+    """Rank 1 does: its pictures would have another size than those of rank 0, beside which they stand."""
+    code = """
+import sys, torch
+from pathlib import Path
+from types import SimpleNamespace
+from umd.tokenizer import load_tokenizer
+from umd.train.data import DataConfig
+from umd.train.distributed import ParallelConfig, join
+from umd.train.monitor import shower
+world = join("cpu", ParallelConfig(), Path("unused"))
+vae = sys.argv[1]
+for missing in (False, True):
+    where = "gone" if missing and world.rank == 1 else vae
+    data = DataConfig(vae=where, vae_hash=load_tokenizer(vae).vae.sha256, channels=4)
+    config = SimpleNamespace(data=data, model=SimpleNamespace(num_classes=0))
+    run = SimpleNamespace(world=world, config=config, preview=torch.zeros(8, 4, 6, 6))
+    said = []
+    shown = shower(run, SimpleNamespace(say=said.append))(torch.zeros(4, 4, 6, 6)).shape
+    assert shown == ((4, 6, 6, 3) if missing else (4, 12, 12, 3)), shown
+    assert len(said) == missing, said
+"""
+    codes, _, errors = ends(start_ranks(["-c", code, str(vaes["kl"])], 2))
+    assert codes == [0, 0], errors
+
+
 def test_the_clock_decides_the_same_on_every_rank(folder):
-    """Saved and drawn every so many minutes of training; gone on with, the clock goes on too."""
+    """Saved and drawn every so many minutes of training."""
     config = tiny(
         folder, "clock", "ddp", steps=12, accumulate=1, save_minutes=1e-6, draw_minutes=1e-6, draw_every=None, keep=99
     )
@@ -342,6 +405,18 @@ def test_the_clock_decides_the_same_on_every_rank(folder):
     never = replace(config, out=folder / "never", save_minutes=0, draw_minutes=0)
     train(replace(never, accumulate=2), QUIET)
     assert len(list((never.out / "checkpoints").iterdir())) == 1 and not list(never.out.glob("images/*.png"))
+
+
+def test_the_clock_goes_on_where_a_run_was_stopped(folder):
+    """Pictures of every hour of training are drawn, though the run never goes on for one without a stop."""
+    config = tiny(folder, "hours", steps=2, accumulate=4, draw_minutes=60, draw_every=None)
+    for seconds in (3599.9999, 5000.0, 7199.9999):
+        saved = load_checkpoint(train(config, QUIET))
+        save_checkpoint(config.checkpoints, saved.step, saved.tensors, saved.state | {"seconds": seconds})
+        config = replace(config, steps=config.steps + 2)
+    train(config, QUIET)
+    drawn = sorted(int(path.stem[-8:]) for path in (config.out / "images").glob("samples-*.png"))
+    assert drawn == [2, 3, 4, 6, 7, 8]  # at each end, and where an hour was full
 
 
 def test_deepspeeds_own_checkpoint_is_refused_by_name(tmp_path):
@@ -455,6 +530,31 @@ except UserError as error:
     codes, _, errors = ends(start_ranks(["-c", code], 2), timeout=60)
     assert codes == [2, 1]
     assert errors[0].startswith("umd: rank 0 lost the others (") and "one of them ended or hangs" in errors[0]
+
+
+def test_ranks_wait_longer_for_what_one_does_alone_but_not_for_one_that_is_gone(folder):
+    """Rank 1 takes twice as long as an exchange of a step may, and is killed the second time."""
+    code = """
+import os, signal, time
+from pathlib import Path
+from umd.errors import UserError
+from umd.train.distributed import ParallelConfig, end_all, join
+world = join("cpu", ParallelConfig(timeout=3), Path("unused"))
+try:
+    with world.explained():
+        for turn in range(2):
+            if world.rank == 1:
+                time.sleep(6)
+                if turn == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            print(world.collect({"rank": world.rank}), flush=True)
+except UserError as error:
+    end_all(str(error), 2)
+"""
+    codes, out, errors = ends(start_ranks(["-c", code], 2), timeout=60)
+    assert codes == [2, -signal.SIGKILL]
+    assert out == ["[{'rank': 0}, {'rank': 1}]\n", "[]\n"]
+    assert errors[0].startswith("umd: rank 0 lost the others (")
 
 
 @pytest.mark.timeout(60)

@@ -15,6 +15,7 @@ from umd.model import UMD
 from umd.train.run import (
     PRESETS,
     RunConfig,
+    classify_config,
     finetune_config,
     from_plain,
     load_model,
@@ -96,6 +97,31 @@ def test_the_model_says_what_the_data_look_like():
     config = RunConfig(model=replace(TINY, image_size=(8, 12), channels=1))
     assert config.data.image_size == (8, 12) and config.data.channels == 1
     assert replace(config, model=TINY).data.image_size == (8, 8)
+
+
+def test_distances_are_for_networks_that_draw_samples():
+    config = RunConfig(model=replace(TINY, num_classes=3), evaluate_minutes=5)
+    assert finetune_config(config, Path("a"), 3, Path("b")).evaluate_minutes == 5
+    assert classify_config(config, Path("a"), Path("b"), False, False).evaluate_minutes == 0
+    with pytest.raises(UserError, match="evaluate_minutes is for networks that draw samples"):
+        replace(PRESETS["diffmae-tiny"][1], evaluate_minutes=5)
+    for changes, said in (
+        ({"evaluate_count": 1}, "evaluate_count must be at least 2"),
+        ({"save_minutes": -1}, "save_minutes must be 0"),
+        ({"draw_minutes": float("nan")}, "draw_minutes must be 0"),
+        ({"save_every": 0}, "save_every must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=said):
+            RunConfig(**changes)
+
+
+def test_a_file_of_before_the_clock_saves_and_draws_by_steps(tmp_path):
+    values = to_plain(RunConfig(save_every=1000, draw_every=0))
+    for name in ("save_minutes", "draw_minutes", "evaluate_minutes", "evaluate_count"):
+        del values[name]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    config = read_config(tmp_path)
+    assert (config.save_every, config.draw_every, config.draws) == (1000, 0, False)
 
 
 def test_the_fine_tuning_recipe_keeps_the_network_and_the_data():

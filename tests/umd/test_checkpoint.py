@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from umd.checkpoint import (
@@ -25,6 +26,7 @@ from umd.checkpoint import (
     save_checkpoint,
 )
 from umd.errors import UserError
+from umd.files import SAFETENSORS_TYPES, sha256, write_safetensors
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +79,18 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path):
         back = loaded.tensors["model"][name]
         assert back.dtype == tensor.dtype and back.shape == tensor.shape, name
         assert torch.equal(bits(back), bits(tensor.detach())), name
+
+
+def test_files_are_those_of_safetensors_and_their_sum_is_taken_on_the_way(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"{i}.weight": torch.ones(i + 1, 3).to(dtype) for i, dtype in enumerate(SAFETENSORS_TYPES)}
+    tensors |= {f"Bias {i}": torch.zeros(7).to(dtype) for i, dtype in enumerate(reversed(SAFETENSORS_TYPES))}
+    tensors |= {'é "quoted"': torch.tensor(3.25), "empty": torch.empty(0, 7), "\U0001f642": torch.ones(2)}
+    tensors |= {"large": torch.randn(3, 2**21, generator=generator)}  # more than is written at a time
+    digest = write_safetensors(tmp_path / "ours", tensors)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert digest == sha256(tmp_path / "ours")
 
 
 def test_state_comes_back_as_json_gives_it(tmp_path):
