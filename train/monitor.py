@@ -43,7 +43,8 @@ def shower(run: "Run", log: RunLog | NoLog) -> Callable[[Tensor], np.ndarray]:
     of them do without, so that their pictures fit into one sheet."""
     world, data = run.world, run.config.data
     assert run.preview is not None, "only for runs that draw"
-    show, reason = rgb, ""
+    show: Callable[[Tensor], np.ndarray] = rgb
+    reason = ""
     if has_share(world.rank, world.size, len(run.preview), run.config.model.num_classes):
         try:
             show = picture_maker(data, world.device)
