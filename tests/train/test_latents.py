@@ -29,7 +29,9 @@ from scipy import stats
 from umd.cli import main
 from umd.config import ModelConfig
 from umd.errors import UserError
-from umd.images import to_uint8
+from umd.feature_networks import open_features
+from umd.images import from_uint8, to_uint8
+from umd.metrics import FeatureStatistics
 from umd.ops import philox_randn
 from umd.tokenizer import load_tokenizer
 from umd.train.data import DataConfig, as_model_input, derive_seed, open_dataset, train_loader, train_view, view_rng
@@ -484,6 +486,25 @@ def test_previews_samples_and_inpainting_are_pictures(run, folder, vaes, tmp_pat
     assert code == 2 and "is another VAE" in err and err.count("\n") == 1
 
 
+def test_distances_of_a_run_on_latents_are_of_decoded_pictures_and_their_reference_is_kept(run):
+    config = run("run", steps=1, evaluate_minutes=60, evaluate_count=3)
+    console = Console(file=io.StringIO(), width=1000)
+    train(config, console)
+    (reference,) = config.out.glob("reference-*.safetensors")
+    held_out = open_dataset(config.data, "test")
+    pictures = to_uint8(load_tokenizer(held_out.vae.name).decode(held_out.means(np.arange(len(held_out)))))
+    features = open_features().outputs(from_uint8(pictures)).pooled
+    kept = FeatureStatistics.load(reference)
+    assert kept.count == len(held_out)
+    torch.testing.assert_close(kept.mean, features.mean(0).double(), atol=1e-4, rtol=1e-4)
+
+    written = reference.stat().st_mtime_ns
+    train(replace(config, steps=2), console)
+    assert console.file.getvalue().count("test pictures, kept in") == 1 and reference.stat().st_mtime_ns == written
+    rows = [row for row in read_metrics(config.out / "metrics.jsonl") if "cfg_scale" in row]
+    assert [(row["step"], row["samples"], row["cfg_scale"]) for row in rows] == [(1, 3, 1.0), (2, 3, 1.0)]
+
+
 def test_a_run_goes_on_without_its_vae_and_says_so(run, copy, vaes, tmp_path):
     text = (copy / HEADER).read_text().replace(str(vaes["kl"]), str(tmp_path / "gone"))
     (copy / HEADER).write_text(text)
@@ -493,6 +514,9 @@ def test_a_run_goes_on_without_its_vae_and_says_so(run, copy, vaes, tmp_path):
     assert "pictures show the first channel of latents: this run is of latents" in console.file.getvalue()
     code, _, err = umd(f"sample {config.out} --steps 5")
     assert code == 2 and "its VAE is missing: there is no VAE at" in err and err.count("\n") == 1
+    with pytest.raises(UserError, match="its VAE is missing"):  # before the first step
+        train(replace(config, out=tmp_path / "measured", evaluate_minutes=60), QUIET)
+    assert not list(tmp_path.glob("measured/checkpoints/*"))
 
 
 # Inspecting, and what is wrong
