@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
+from umd.checkpoint import checkpoint_path
 from umd.conditions import make_conditions
 from umd.config import ScheduleConfig
 from umd.device import autocast, take_device
@@ -35,15 +36,23 @@ def schedule_of(config: ScheduleConfig) -> NoiseSchedule:
     return NoiseSchedule(config.name, config.num_steps, config.rho)
 
 
-def open_run(config: RunConfig, ema: bool = True) -> tuple[AnyModel, torch.device, torch.dtype]:
-    """The network of a run on this machine's device, and the autocast type."""
+def open_run(
+    config: RunConfig, ema: bool = True, step: int | None = None
+) -> tuple[AnyModel, torch.device, torch.dtype]:
+    """The network of a run on this machine's device, and the autocast type.
+
+    step: its checkpoint's; None: the newest.
+    """
     device, dtype = take_device(own_device(config.device), config.precision)
-    return load_model(config.out, ema, device), device, dtype
+    path = config.out if step is None else checkpoint_path(config.checkpoints, step)
+    return load_model(path, ema, device), device, dtype
 
 
-def open_run_of(kind: type[M], config: RunConfig, ema: bool = True) -> tuple[M, torch.device, torch.dtype]:
+def open_run_of(
+    kind: type[M], config: RunConfig, ema: bool = True, step: int | None = None
+) -> tuple[M, torch.device, torch.dtype]:
     """`open_run` of a run whose network is known to be of this kind."""
-    model, device, dtype = open_run(config, ema)
+    model, device, dtype = open_run(config, ema, step)
     assert isinstance(model, kind)
     return model, device, dtype
 

@@ -76,16 +76,22 @@ class Features:
 
     def read(self, name: str) -> Tensor:
         """All features of one name: float32 [n, ...]. Raises UserError for a file that is not whole."""
-        parts = []
-        for file in self.files:
+        whole: Tensor | None = None  # made once, and filled file by file
+        for file, (first, last) in zip(self.files, spans(len(self.ids), self.per_file), strict=True):
             try:
                 with safe_open(file, "pt") as opened:
-                    parts.append(opened.get_tensor(name))
+                    part = opened.get_tensor(name)
+                if whole is None:
+                    whole = torch.empty(len(self.ids), *part.shape[1:])
+                whole[first:last] = part
             except Exception as error:
+                file.unlink(missing_ok=True)
                 raise UserError(
-                    f"cannot read the features in {file} ({error}): remove it and run the same command again"
+                    f"the features in {file} were damaged ({error}) and are removed: run the same command again, which "
+                    "makes them anew"
                 ) from error
-        return torch.cat(parts)
+        assert whole is not None, "features are of some pictures"
+        return whole
 
 
 def extracted(ids: np.ndarray, pictures: Pictures, extract: Extract, advance: Advance) -> bytes:
@@ -118,6 +124,35 @@ def read_ahead(ids: np.ndarray, pictures: Pictures) -> Iterator[tuple[np.ndarray
             if following is not None:
                 coming = reader.submit(pictures, following)
             yield here, x
+
+
+def identity_of(dataset: Dataset, ids: np.ndarray) -> dict[str, Any]:
+    """Which pictures features are of: how many the split has, and a digest of those with indices `ids`.
+
+    Of files it is of their names, sizes and times of change, of arrays of all bytes, of latents of their checksums.
+    """
+    digest = sha256()
+    if isinstance(dataset, LatentDataset):
+        entries = dataset.header["splits"][dataset.split]["shards"]
+        digest.update(json.dumps([dataset.header["recipe"], entries], sort_keys=True).encode())
+    elif isinstance(dataset.pictures, np.ndarray):
+        for first, last in spans(len(ids), 1024):
+            digest.update(np.ascontiguousarray(dataset.pictures[ids[first:last]]).data)
+    else:
+        pictures = dataset.pictures
+        with ThreadPoolExecutor(16) as pool:  # waiting for the disk, mostly
+            for stamp in pool.map(lambda i: stamp_of(pictures[i]), ids.tolist()):
+                digest.update(stamp.encode("utf-8", "surrogateescape"))
+    return {"images": len(dataset), "split": dataset.split, "sha256": digest.hexdigest()}
+
+
+def stamp_of(picture: Any) -> str:
+    """Name, size and time of change of a file, of a folder of frames those of all, of a tar's member its place too."""
+    if not isinstance(picture, str | Path):  # a member of a tar
+        return f"{picture} {os.stat(picture.tar).st_mtime_ns} {picture.offset} {picture.size};"
+    path = Path(picture)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return "".join(f"{file.name} {s.st_size} {s.st_mtime_ns};" for file in files for s in (file.stat(),))
 
 
 def pictures_of(dataset: Dataset, config: DataConfig, zoom: float = 1.0) -> Pictures:

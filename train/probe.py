@@ -27,9 +27,8 @@ from umd.probe import ProbeResult, draw_shots, fewshot_accuracy
 from umd.schedule import NoiseSchedule
 from umd.train.data import open_dataset
 from umd.train.evaluate import open_run, schedule_of
-from umd.train.features import Dataset, Extract, Features, name_of, pictures_of
+from umd.train.features import Dataset, Extract, Features, identity_of, name_of, pictures_of
 from umd.train.latents import LatentDataset
-from umd.train.resume import fingerprint
 from umd.train.run import RunConfig, weights_identity
 from umd.train.shards import Job, others_work, share
 
@@ -117,12 +116,14 @@ class Recognition:
         drawn = [candidates[torch.cat(draw).numpy()] for draw in draws]
         chosen = np.unique(np.concatenate(drawn))
         self.draws = [[torch.from_numpy(np.searchsorted(chosen, candidates[i.numpy()])) for i in d] for d in draws]
-        self.model, self.device, self.dtype = open_run(config, options.ema)
-        recipe = probe_recipe(config, options.ema, self.device, self.dtype)
+        weights = weights_identity(config.out, options.ema)  # a run that still trains may save others meanwhile
+        self.model, self.device, self.dtype = open_run(config, options.ema, weights["step"])
+        recipe = probe_recipe(config, weights, self.device, self.dtype)
         root = config.out / "features"
-        self.shots = Features(root, recipe | of(self.train) | {"floors": True}, chosen)
-        self.held_out = Features(root, recipe | of(self.test) | {"floors": True}, test_ids)
-        self.whole = Features(root, recipe | of(self.train), np.arange(len(self.train)))
+        self.shots = Features(root, recipe | of(self.train, chosen) | {"floors": True}, chosen)
+        self.held_out = Features(root, recipe | of(self.test, test_ids) | {"floors": True}, test_ids)
+        whole = np.arange(len(self.train)) if options.linear else chosen
+        self.whole = Features(root, recipe | of(self.train, whole), whole)
 
     def jobs(self) -> list[Job]:
         zoom = published_zoom(self.config)
@@ -176,7 +177,7 @@ class Recognition:
                     "spread": None,
                 },
             ]
-        settings = self.held_out.settings | {"shots": asdict(options)}
+        settings = self.held_out.settings | {"shots": asdict(options), "train": self.whole.settings["data"]}
         return {
             "key": name_of(settings),
             "settings": settings,
@@ -202,10 +203,12 @@ def published_zoom(config: RunConfig) -> float:
     return int(size * 256 / 246) / size
 
 
-def probe_recipe(config: RunConfig, ema: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def probe_recipe(
+    config: RunConfig, weights: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     """What features depend on beside the pictures."""
     return {
-        "weights": weights_identity(config.out, ema),
+        "weights": weights,
         "layer": "representation",
         "time": clean_time(config),
         "image_size": list(config.model.image_size),
@@ -215,10 +218,10 @@ def probe_recipe(config: RunConfig, ema: bool, device: torch.device, dtype: torc
     }
 
 
-def of(dataset: Dataset) -> dict[str, Any]:
+def of(dataset: Dataset, ids: np.ndarray) -> dict[str, Any]:
     """Which pictures, and how they are cropped."""
     crop = "stored" if isinstance(dataset, LatentDataset) else "short side to int(256/246 size), centre"
-    return {"data": fingerprint(dataset), "split": dataset.split, "crop": crop}
+    return {"data": identity_of(dataset, ids), "crop": crop}
 
 
 def clean_time(config: RunConfig) -> int:

@@ -24,11 +24,11 @@ from umd.images import from_uint8, to_uint8
 from umd.metrics import FeatureStatistics, frechet_distance, inception_score, kernel_distance, precision_recall
 from umd.tokenizer import Tokenizer
 from umd.train.data import DataConfig
-from umd.train.features import Dataset, Extract, Features, Pictures, name_of, pictures_of
+from umd.train.features import Dataset, Extract, Features, Pictures, identity_of, name_of, pictures_of
 from umd.train.latents import LatentDataset
-from umd.train.resume import fingerprint
 
 MOST_KEPT = 10_000  # pictures whose features a reference keeps, for precision, recall and kernel distances
+NEIGHBOURS = 3  # balls of precision and recall reach to this one
 RESIZE = "short side by Pillow's antialiased bicubic filter, centre crop"
 Moments = tuple[Tensor, Tensor]  # mean [D] and covariance [D, D], float64
 DECODED = ("stored latents, decoded by the VAE", f"{RESIZE}, encoded and decoded by the VAE")
@@ -89,8 +89,7 @@ def real_pictures(
         vae = tokenizer.vae.sha256
     factor = 1 if tokenizer is None else tokenizer.vae.factor
     settings = {
-        "data": fingerprint(dataset),
-        "split": dataset.split,
+        "data": identity_of(dataset, np.arange(len(dataset))),
         "image_size": [side * factor for side in config.image_size],
         "resize": resize,
         "vae": vae,
@@ -164,6 +163,7 @@ def scores(
         values[names["is"]] = inception_score(logits)[0]
     if reference.features is not None:
         values[names["kd"]] = kernel_distance(pooled, reference.features)[0]
+    if reference.features is not None and min(len(pooled), len(reference.features)) > NEIGHBOURS:
         precision, recall = precision_recall(reference.features.to(device), pooled.to(device))
         values |= {"precision": precision, "recall": recall}
     return values
@@ -184,7 +184,11 @@ def load_reference(path: Path, network: FeatureNetwork, size: list[int], resizes
             settings = json.loads(str(held["settings"])) if "settings" in held else None
             floor = json.loads(str(held["floor"])) if "floor" in held else {}
             features = torch.from_numpy(held["features"]) if "features" in held else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            if not isinstance(floor, dict) or not isinstance(settings, dict | None):
+                raise ValueError("its settings are none")
+            if features is not None and (features.shape[1:] != pooled[0].shape or len(features) < 2):
+                raise ValueError(f"its features are {list(features.shape)}")
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(
             f"{path} holds no reference statistics ({reason}): expected an .npz of umd evaluate or of ADM's evaluator"

@@ -170,12 +170,13 @@ def in_calls_of(rows: int, denoise: Denoise) -> Denoise:
 
 
 def draw_recipe(
-    config: RunConfig, ema: bool, device: torch.device, dtype: torch.dtype, tokenizer: Tokenizer | None, count: int,
-    *, classes: Sequence[int], order: str, cfg_scale: float, steps: int, eta: float, seed: int,
+    config: RunConfig, weights: dict[str, Any], device: torch.device, dtype: torch.dtype,
+    tokenizer: Tokenizer | None, count: int, *, classes: Sequence[int], order: str, cfg_scale: float, steps: int,
+    eta: float, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that an image depends on, and that moves a score of many of them."""
     return {
-        "weights": weights_identity(config.out, ema),
+        "weights": weights,
         "count": count,
         "classes": "none" if not classes else list(classes),
         "labels": order,
@@ -214,7 +215,8 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
         raise UserError("a DiffMAE fills holes in pictures and draws none without: use `umd inpaint`")
     classes = check_classes(config, options.classes, options.balanced)
     count = options.count or options.per_class * max(len(classes), 1)
-    model, device, dtype = evaluate.open_run_of(UMD, config, options.ema)
+    weights = weights_identity(config.out, options.ema)  # a run that still trains may save others meanwhile
+    model, device, dtype = evaluate.open_run_of(UMD, config, options.ema, weights["step"])
     tokenizer = evaluate.open_tokenizer(config, options.vae, device)
     cfg_scale = options.cfg_scale if classes else 1.0
     steps = default_steps(config) if options.steps is None else options.steps
@@ -226,11 +228,12 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
     else:
         labels, order = torch.tensor(classes).repeat_interleave(options.per_class), f"{options.per_class} of each"
     recipe = draw_recipe(
-        config, options.ema, device, dtype, tokenizer, count, classes=classes, order=order, cfg_scale=cfg_scale,
+        config, weights, device, dtype, tokenizer, count, classes=classes, order=order, cfg_scale=cfg_scale,
         steps=steps, eta=options.eta, seed=options.seed,
     )  # fmt: skip
     png = options.out or run / "samples.png"
-    png = png if png.suffix.lower() == ".png" else png.with_name(f"{png.name}.png")
+    known = png.suffix.lower() in (".png", ".npz", ".json")
+    png = png.with_suffix(".png") if known else png.with_name(f"{png.name}.png")
     files = png, png.with_suffix(".npz"), png.with_suffix(".json")
     if not is_there(files, recipe):
         drawer = Drawer(
@@ -287,12 +290,25 @@ def put_together(
 ) -> None:  # fmt: skip
     """Grid, .npz and .json of the parts, in memory one part at a time. The .json comes last: with it all is there."""
     png, npz, settings = files
-    shown = np.concatenate([np.load(part) for part in parts[: -(-MOST_SHOWN // SHARD)]])[:MOST_SHOWN]
+    shown = np.concatenate([read_part(part) for part in parts[: -(-MOST_SHOWN // SHARD)]])[:MOST_SHOWN]
     settings.unlink(missing_ok=True)
     class_ids = np.full(count, -1) if labels is None else labels.numpy()  # -1: unconditional
-    write_npz(npz, (count, *shown.shape[1:]), map(np.load, parts), class_ids)
+    write_npz(npz, (count, *shown.shape[1:]), map(read_part, parts), class_ids)
     save_png(grid(shown, columns=min(columns, len(shown))), png, scale=max(1, 128 // shown.shape[1]))
     settings.write_text(json.dumps(recipe, indent=1))
+
+
+def read_part(part: Path) -> np.ndarray:
+    """Pictures uint8 [n, H, W, C]. Raises UserError for a file that is not whole, which is then drawn anew."""
+    try:
+        return np.load(part, allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        part.unlink(missing_ok=True)
+        raise UserError(
+            f"{part} was damaged and is removed: run the same command again, which draws it anew"
+        ) from error
 
 
 def write_npz(path: Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], labels: np.ndarray) -> None:

@@ -42,7 +42,7 @@ from umd.train.reference import (
     scores,
     stored_pictures,
 )
-from umd.train.run import RunConfig
+from umd.train.run import RunConfig, weights_identity
 from umd.train.sample import Drawer, check_classes, clips, default_steps, draw_recipe, drawn_labels
 from umd.train.shards import Advance, Job, others_work, share
 
@@ -162,7 +162,8 @@ class Generation:
     def __init__(self, config: RunConfig, options: Evaluate):
         classes = check_classes(config, (), options.balanced)
         self.config, self.options = config, options
-        self.model, self.device, self.dtype = evaluate.open_run_of(UMD, config, options.ema)
+        weights = weights_identity(config.out, options.ema)  # a run that still trains may save others meanwhile
+        self.model, self.device, self.dtype = evaluate.open_run_of(UMD, config, options.ema, weights["step"])
         self.tokenizer = evaluate.open_tokenizer(config, options.vae, self.device)
         self.network = open_features(options.features, options.weights).to(self.device).eval()
         self.check_count(options.count, "samples", f"give --count {self.network.num_features} or more")
@@ -174,7 +175,7 @@ class Generation:
         order = "none" if not classes else "in turn" if options.balanced else "at random"
         self.recipes = [
             draw_recipe(
-                config, options.ema, self.device, self.dtype, self.tokenizer, options.count, classes=classes,
+                config, weights, self.device, self.dtype, self.tokenizer, options.count, classes=classes,
                 order=order, cfg_scale=cfg_scale, steps=self.steps, eta=options.eta, seed=options.seed,
             )
             for cfg_scale in (options.cfg_scale if classes else (1.0,))
@@ -184,6 +185,8 @@ class Generation:
     def check_count(self, count: int, what: str, mend: str) -> None:
         """Raise UserError where a covariance of so many pictures is singular, unless that is asked for."""
         D = self.network.num_features
+        if count == 1 or (count == 0 and what == "samples"):
+            raise UserError(f"{count} {what} have no covariance; {mend}")
         if 0 < count < D and not self.options.few:
             raise UserError(
                 f"{count} {what} are fewer than the {D} features of {self.network.name}: their covariance is singular, "
@@ -348,7 +351,8 @@ def columns(entries: list[dict[str, Any]]) -> list[str]:
     floor = entries[0]["floor"]
     lines = table_head(["", *("samples" for _ in entries), "real pictures: half against half"])
     lines += [table_row([name, *cells, ""]) for name, cells in rows.items()]
-    for name in entries[0]["scores"]:
+    found = [*(entry["scores"] for entry in entries), floor]
+    for name in dict.fromkeys(name for values in found for name in values):
         cells = [number(entry["scores"].get(name)) for entry in entries]
         lines.append(table_row([f"**{name}**", *cells, number(floor.get(name))]))
     return lines

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def write_whole(path: Path, data: bytes) -> None:
 
     Raises OSError, e.g. for a full disk; nothing is left behind then.
     """
-    unfinished = path.with_name(f".unfinished-{path.name}-{os.getpid()}")
+    # Ranks of several hosts may write one file, and have one number there.
+    unfinished = path.with_name(f".unfinished-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         unfinished.write_bytes(data)
         flush(unfinished)

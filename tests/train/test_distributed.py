@@ -322,7 +322,7 @@ def test_ranks_draw_and_score_together(folder):
     (distance,) = {name for name in read_metrics(alone.out / "metrics.jsonl")[-1] if name.startswith(("FD", "FID"))}
     ours, theirs = (read_metrics(c.out / "metrics.jsonl")[-1] for c in (cases[0], alone))
     assert ours[distance] == pytest.approx(theirs[distance], rel=1e-2)
-    assert (ours["samples"], ours["ddim_steps"], ours["cfg_scale"]) == (70, 50, 1.5)
+    assert (ours["samples"], ours["ddim_steps"], ours["cfg_scale"]) == (34, 50, 1.5)
     (ours,), (theirs,) = (list(c.out.glob("reference-*.safetensors")) for c in (cases[0], alone))
     assert ours.name == theirs.name  # the same pictures, whoever made them
     ours, theirs = FeatureStatistics.load(ours), FeatureStatistics.load(theirs)

@@ -76,6 +76,21 @@ def test_only_the_shots_and_the_held_out_pictures_are_read_and_once(run, folder,
     assert opened and all(str(folder / "train") in file for file in opened)
 
 
+def test_other_pictures_have_other_features(make_run, tmp_path, opened):
+    """Though their names, sizes and labels are the same, and so are the few that a run's fingerprint looks at."""
+    save_pictures(tmp_path / "pictures" / "train", {"a": 20, "b": 20})
+    save_pictures(tmp_path / "pictures" / "test", {"a": 9, "b": 9})
+    run = make_run(tmp_path / "run", data=DataConfig(source=str(tmp_path / "pictures")))
+    before = results(run, shots=5)
+    file = tmp_path / "pictures" / "test" / "a" / "003.png"
+    file.write_bytes((tmp_path / "pictures" / "test" / "b" / "003.png").read_bytes())
+    os.utime(file, ns=(1, 1))
+    opened.clear()
+    after = results(run, shots=5)
+    assert len(opened) == 18 and all("/test/" in name for name in opened)  # the shots are as they were
+    assert after["raw pixels"]["mean"] < before["raw pixels"]["mean"] == 1.0
+
+
 def test_any_number_of_ranks(make_run, run, tmp_path, folder):
     other = make_run(tmp_path / "other", data=DataConfig(source=str(folder)))
     assert results(run, shots=3) == results(other, ranks=3, shots=3)

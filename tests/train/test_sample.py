@@ -87,6 +87,19 @@ def test_what_is_there_is_kept_and_the_rest_is_drawn(run, tmp_path, monkeypatch)
     assert sample(run, tmp_path / "cut", **options) == whole
 
 
+def test_a_damaged_part_is_drawn_anew(run, tmp_path, monkeypatch):
+    whole = sample(run, tmp_path / "whole", count=100, steps=2)
+    monkeypatch.setattr("umd.train.sample.put_together", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        sample(run, tmp_path / "cut", count=100, steps=2)
+    monkeypatch.undo()
+    (part,) = tmp_path.glob(".cut-*/00000064.npy")
+    part.write_bytes(b"junk")
+    with pytest.raises(UserError, match="was damaged and is removed: run the same command again"):
+        sample(run, tmp_path / "cut", count=100, steps=2)
+    assert sample(run, tmp_path / "cut.npz", count=100, steps=2) == whole
+
+
 def test_other_settings_are_other_samples(run, tmp_path):
     first = sample(run, tmp_path / "a", count=40, steps=2)
     for name, value in dict(seed=1, cfg_scale=1.0, eta=0.0, steps=3, balanced=True).items():

@@ -199,11 +199,52 @@ def test_adms_files(tmp_path):
         load_reference(tmp_path / "adm.npz", wide, [8, 8], [RESIZE])
 
 
+def test_scores_that_only_one_entry_has_are_shown():
+    features = {"name": "InceptionV3", "input": "x"}
+    samples = dict(count=9, labels="none", cfg_scale=1, sampler="DDIM", steps=2, eta=1.0)
+    samples["weights"] = {"step": 3, "part": "ema"}
+    about = {"name": "one", "count": 5, "image_size": [8, 8], "resize": "r", "features": features}
+    entry = {"samples": samples, "reference": about, "floor": {"FID": 0.1, "sFID": 0.2}, "few": False}
+    entries = [
+        {**entry, "key": "a", "scores": {"FID": 1.0}},
+        {**entry, "key": "b", "scores": {"FID": 2.0, "sFID": 3.0}},
+    ]
+    text = markdown({"generation": entries, "recognition": []})
+    assert "| **FID** | 1 | 2 | 0.1 |" in text and "| **sFID** | – | 3 | 0.2 |" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(settings=np.array("[1]")),
+        dict(features=np.zeros((50, 5), np.float32)),
+        dict(features=np.zeros((1, 6), np.float32)),
+        dict(count=np.array([1, 2])),
+        dict(floor=np.array("null")),
+    ],
+)
+def test_a_damaged_reference_is_a_sentence(tmp_path, change):
+    with np.load(reference(tmp_path)) as arrays:
+        np.savez(tmp_path / "bad.npz", **{**arrays, **change})
+    with pytest.raises(UserError, match="holds no reference statistics"):
+        load_reference(tmp_path / "bad.npz", INCEPTION, [8, 8], [RESIZE])
+
+
+def test_few_samples_leave_out_what_cannot_be_taken(colours, make_run, pictures, tmp_path):
+    run = make_run(tmp_path / "run", data=DataConfig(source=str(pictures)))
+    (entry,) = evaluate(run, count=3, few=True, steps=2, cfg_scale=(1.0,), recognition=False)["generation"]
+    assert "precision" not in entry["scores"] and "FD-Colours" in entry["scores"]
+    with pytest.raises(UserError, match="1 samples have no covariance"):
+        evaluate(run, count=1, few=True, recognition=False)
+
+
 def test_files_that_are_no_reference(tmp_path):
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     (tmp_path / "text.npz").write_text("no")
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
     np.savez(tmp_path / "bad.npz", mu=np.zeros(6), sigma=np.zeros((6, 5)))
-    for name in ("text", "other", "bad", "missing"):
+    for name in ("text", "other", "bad", "missing", "array"):
         with pytest.raises(UserError, match="holds no reference statistics"):
             load_reference(tmp_path / f"{name}.npz", INCEPTION, [8, 8], [RESIZE])
 
