@@ -5,6 +5,7 @@ Distances have names of their own with InceptionV3 only (FID, KID, …); else th
 
 import importlib
 import importlib.util
+import io
 import json
 import sys
 import types
@@ -109,8 +110,9 @@ def _to_levels(x: Tensor) -> Tensor:
 class InceptionV3Features(nn.Module):
     """The 2048 pooled features behind FID: torch-fidelity's InceptionV3, weights of TensorFlow's 2015 graph.
 
-    Spatial features are those of sFID in ADM's evaluator: the first 7 channels of the graph's `mixed_6/conv`, 17x17.
-    Logits are without bias, as in OpenAI's Inception Score.
+    Spatial features are those of sFID in ADM's evaluator: the first 7 channels of the graph's `mixed_6/conv`, 17x17, in
+    TensorFlow's order [17, 17, 7], for the statistics in ADM's files have it. Logits are without bias, as in OpenAI's
+    Inception Score.
 
     weights_path: `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity, or `pt_inception-…` of
     pytorch-fid, whose names give the same digest. Raises UserError if it or torch-fidelity is missing.
@@ -126,12 +128,14 @@ class InceptionV3Features(nn.Module):
             raise UserError(
                 "FID needs torch-fidelity, which is not here: pip install --no-deps torch-fidelity, or give no weights."
             )
-        # torch-fidelity unpickles the file freely, so see first that it holds nothing but tensors
-        _load_tensors(weights_path)
+        # torch-fidelity unpickles freely what it is given, so it gets tensors that were written here
+        tensors = io.BytesIO()
+        torch.save(_load_tensors(weights_path), tensors)
+        tensors.seek(0)
         self.weights_sha256 = sha256(Path(weights_path))
         try:
             self.network = inception_class(
-                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights_path)
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=tensors
             )
         except RuntimeError as error:
             raise UserError(f"{weights_path} holds other weights than InceptionV3's: get it again.") from error
@@ -139,7 +143,7 @@ class InceptionV3Features(nn.Module):
         self._spatial: Tensor | None = None
 
     def _keep(self, module: nn.Module, args: object, out: Tensor) -> None:
-        self._spatial = out[:, :7].flatten(1)
+        self._spatial = out[:, :7].permute(0, 2, 3, 1).flatten(1)  # [B, 17 * 17 * 7]
 
     def outputs(self, x: Tensor) -> Outputs:
         pooled, logits = self.network(_to_levels(x).to(torch.uint8))
@@ -176,7 +180,11 @@ def _inception_class() -> type[nn.Module] | None:
 
 class DINOv2Features(nn.Module):
     """The CLS token of DINOv2 behind its final norm (Stein et al. 2023, "Exposing flaws of generative model evaluation
-    metrics"), of a folder as transformers saves it. Raises UserError if it is no such folder."""
+    metrics"), of a folder as transformers saves it. Raises UserError if it is no such folder, or lacks weights.
+
+    transformers resizes the position embeddings without the offset of 0.1 patches in the authors' code, so distances
+    are near those of dgm-eval, the paper's program, and not the same.
+    """
 
     input = "bicubic, antialiased, to 224x224"
     num_spatial = num_logits = 0
@@ -184,20 +192,16 @@ class DINOv2Features(nn.Module):
     def __init__(self, folder: Path | str):
         super().__init__()
         folder = Path(folder)
+        if importlib.util.find_spec("transformers") is None:
+            raise UserError("DINOv2 needs transformers: pip install transformers")
         try:
-            from transformers import Dinov2Model
-        except ImportError as error:
-            raise UserError("DINOv2 needs transformers: pip install transformers") from error
-        try:
-            kind = json.loads((folder / "config.json").read_text()).get("model_type")
-            if kind != "dinov2":
-                raise UserError(f"{folder} holds a {kind} model, expected dinov2: give another folder")
-            self.network = Dinov2Model.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
             self.weights_sha256 = sha256(folder / "model.safetensors")
-        except (OSError, ValueError, RuntimeError) as error:
+            self.network = _load_dinov2(folder)
+        except Exception as error:  # transformers raises a different class for each kind of damage
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(
-                f"{folder} holds no DINOv2 ({str(error).splitlines()[0]}): expected config.json and model.safetensors "
-                "as transformers saves them"
+                f"{folder} holds no DINOv2 ({reason}): expected config.json and model.safetensors as transformers "
+                "saves them"
             ) from error
         config = self.network.config
         self.name = f"DINOv2-{config.hidden_size}x{config.num_hidden_layers}"
@@ -216,6 +220,22 @@ class DINOv2Features(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The features, float32 [B, D]."""
         return self.outputs(x).pooled
+
+
+def _load_dinov2(folder: Path) -> nn.Module:
+    """transformers' Dinov2Model in float32. Raises ValueError for another model's folder, or if weights are missing."""
+    from transformers import Dinov2Model
+
+    settings = json.loads((folder / "config.json").read_text())
+    kind = settings.get("model_type") if isinstance(settings, dict) else None
+    if kind != "dinov2":
+        raise ValueError(f"model_type is {kind}, expected dinov2")
+    network, loading = Dinov2Model.from_pretrained(
+        str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+    )
+    if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
+        raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+    return network
 
 
 # (kernel, stride, expansion, channels, repeats) of EfficientNet-B0: https://arxiv.org/abs/1905.11946, Table 1
@@ -353,7 +373,10 @@ def _lite0_weights() -> Path:
 def _load_tensors(path: Path | str) -> dict[str, Tensor]:
     """A state dict from a .pth file, refusing anything in it but tensors."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a different class for each kind of damage
         message = f"{path} is no readable file of weights ({type(error).__name__}): get it again."
         raise UserError(message) from error
+    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
+        raise UserError(f"{path} is no readable file of weights (not tensors by name): get it again.")
+    return found

@@ -37,10 +37,10 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
 def inception_score(logits: Tensor, split_size: int = 5000) -> tuple[float, float]:
     """exp of the mean KL divergence of an image's class probabilities from their mean (Salimans et al. 2016): mean and
-    deviation over splits, as ADM's evaluator takes it.
+    deviation over splits of 5000, as ADM's evaluator takes it.
 
-    logits: [N, K]; the last split may be smaller. 1 for images that are all alike, K at most. Raises ValueError for no
-    image.
+    logits: [N, K]; the last split may be smaller, and counts as much as the others. 1 for images that are all alike, K
+    at most. Raises ValueError for no image.
     """
     if logits.ndim != 2 or len(logits) == 0:
         raise ValueError(f"Logits are {list(logits.shape)}, expected [N, K] with N > 0.")
@@ -56,10 +56,11 @@ def inception_score(logits: Tensor, split_size: int = 5000) -> tuple[float, floa
 
 def kernel_distance(
     x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """KID (Bińkowski et al. 2018): `squared_mmd` of subsets drawn without replacement; mean and deviation over them.
+) -> tuple[float, float, int]:
+    """KID (Bińkowski et al. 2018): `squared_mmd` of subsets drawn without replacement, as torch-fidelity does.
 
-    x, y: features [N, D] and [M, D]. subset_size is lowered to what both have. Raises ValueError below 2 images.
+    x, y: features [N, D] and [M, D]. Returns mean and deviation over the subsets, and their size: subset_size, or what
+    both sets have. Raises ValueError below 2 images.
     """
     size = min(subset_size, len(x), len(y))
     generator = torch.Generator().manual_seed(seed)
@@ -68,7 +69,7 @@ def kernel_distance(
         return features[torch.randperm(len(features), generator=generator)[:size].to(features.device)]
 
     values = torch.tensor([squared_mmd(some(x), some(y)) for _ in range(subsets)], dtype=torch.float64)
-    return values.mean().item(), values.std(correction=0).item()
+    return values.mean().item(), values.std(correction=0).item(), size
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> float:
@@ -90,12 +91,15 @@ def squared_mmd(x: Tensor, y: Tensor) -> float:
     return (among(x) + among(y) - 2 * kernel(x, y).mean()).item()
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 2048) -> tuple[float, float]:
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1024) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019): the share of `fake` that lies in a ball around one of
     `real`, and the share of `real` in a ball around one of `fake`. A ball reaches to the k-th neighbour in its own set.
 
-    Features [N, D] and [M, D], of one device; float64, a block of rows at a time. Raises ValueError for sets of k
-    images or fewer.
+    The authors' code and ADM's evaluator do the same in float16 or float32. Here it is float64, as differences of large
+    norms lose the digits of near pairs, and products of float32 may be TF32 on a GPU.
+
+    Features [N, D] and [M, D]; on the device of `real`, a block of rows at a time: about 24 * block * max(N, M) bytes
+    beside both sets in float64. Raises ValueError for sets of k images or fewer.
     """
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"Balls to the neighbour {k} need more than {k} images, got {len(real)} and {len(fake)}.")
@@ -121,8 +125,11 @@ def _radii(features: Tensor, k: int, block: int) -> Tensor:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """[N, M] of [N, D] and [M, D]."""
-    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
+    """[N, M] of [N, D] and [M, D], float64. Exactly 0 for copies, which a ball of radius 0 must hold."""
+    a_norms, b_norms = (torch.linalg.vector_norm(features, dim=1).square() for features in (a, b))
+    distances = torch.addmm(b_norms, a, b.T, alpha=-2).add_(a_norms[:, None])
+    # rounding leaves up to about D * 1e-16 of the norms; float32 features that near cannot be told apart
+    return distances.masked_fill_(distances < 1e-12 * a_norms[:, None], 0)
 
 
 class FeatureStatistics:
@@ -185,9 +192,11 @@ class FeatureStatistics:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 mean, scatter = file.get_tensor("mean"), file.get_tensor("scatter")
-                statistics = cls(len(mean), metadata["name"])
-                statistics.count = int(metadata["count"])
-        except (OSError, SafetensorError, KeyError) as error:
+            if mean.ndim != 1 or scatter.shape != (len(mean), len(mean)):
+                raise ValueError(f"mean is {list(mean.shape)} and scatter {list(scatter.shape)}")
+            statistics = cls(len(mean), metadata["name"])
+            statistics.count = int(metadata["count"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             message = f"{path} holds no feature statistics ({error}): delete it and compute them again."
             raise UserError(message) from error
         statistics.mean, statistics.scatter = mean, scatter

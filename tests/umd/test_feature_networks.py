@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from umd import feature_networks
 from umd.errors import UserError
@@ -133,7 +134,8 @@ def weights(torch_fidelity, tmp_path_factory):
         patch.setattr(torch, "load", lambda *args, **kwargs: {})
         torch.manual_seed(0)
         made = kind("inception-v3-compat", ["2048"], feature_extractor_weights_path="none")
-    torch.save(made.state_dict(), file)
+    published = {name: value for name, value in made.state_dict().items() if "num_batches_tracked" not in name}
+    torch.save(published, file)
     return file
 
 
@@ -148,6 +150,12 @@ class TestInceptionV3:
         assert torch.equal(pooled, network.network(levels)[0])
         torch.testing.assert_close(logits, pooled @ network.network.fc.weight.T)  # without bias
         assert (spatial >= 0).all() and (spatial == 0).any(), "behind a ReLU"
+        maps: list[torch.Tensor] = []
+        network.network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(lambda *args: maps.append(args[2]))
+        network(x)
+        # as ADM's evaluator takes them from TensorFlow's maps [B, H, W, C]: [..., :7], then reshaped to [B, -1]
+        nhwc = np.ascontiguousarray(maps[0].numpy().transpose(0, 2, 3, 1))
+        np.testing.assert_array_equal(spatial, nhwc[..., :7].reshape(2, -1))
         assert metric_names(network) == {"fd": "FID", "sfd": "sFID", "is": "IS", "kd": "KID"}
         assert identity(network)["weights_sha256"] == feature_networks.sha256(weights)
         assert open_features("inception", weights).name == "InceptionV3"
@@ -161,19 +169,37 @@ class TestInceptionV3:
         torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
         with pytest.raises(UserError, match="other weights than InceptionV3's"):
             InceptionV3Features(tmp_path / "other.pth")
+        for other in ([1, 2], torch.zeros(3), {1: torch.zeros(1)}, {"state_dict": {"fc.bias": torch.zeros(1008)}}):
+            torch.save(other, tmp_path / "other.pth")
+            with pytest.raises(UserError, match="not tensors by name"):
+                InceptionV3Features(tmp_path / "other.pth")
         (tmp_path / "text.pth").write_text("no weights")
         with pytest.raises(UserError, match="no readable file of weights"):
             InceptionV3Features(tmp_path / "text.pth")
 
+    def test_the_file_runs_no_code(self, weights, tmp_path):
+        class Touch:
+            def __reduce__(self):
+                return Path.touch, (tmp_path / "it ran",)
+
+        torch.save({**torch.load(weights), "extra": Touch()}, tmp_path / "code.pth")
+        with pytest.raises(UserError, match="no readable file of weights"):
+            InceptionV3Features(tmp_path / "code.pth")
+        assert not (tmp_path / "it ran").exists()
+
+
+def small_dinov2() -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=518
+    )
+    return transformers.Dinov2Model(config).eval()
+
 
 class TestDINOv2:
     def test_a_folder_of_transformers(self, tmp_path):
-        transformers = pytest.importorskip("transformers")
-        torch.manual_seed(0)
-        config = transformers.Dinov2Config(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=518
-        )
-        made = transformers.Dinov2Model(config).eval()
+        made = small_dinov2()
         made.save_pretrained(tmp_path / "dino")
         network = DINOv2Features(tmp_path / "dino")
         x = torch.rand(2, 3, 224, 224) * 2 - 1
@@ -189,11 +215,36 @@ class TestDINOv2:
         pytest.importorskip("transformers")
         with pytest.raises(UserError, match="holds no DINOv2"):
             DINOv2Features(tmp_path)
+        save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-        with pytest.raises(UserError, match="holds a vit model, expected dinov2"):
+        with pytest.raises(UserError, match="model_type is vit, expected dinov2"):
+            DINOv2Features(tmp_path)
+        (tmp_path / "config.json").write_text("[]")
+        with pytest.raises(UserError, match="model_type is None"):
             DINOv2Features(tmp_path)
         with pytest.raises(UserError, match="--weights FOLDER"):
             open_features("dinov2")
+
+    def test_missing_weights_are_not_made_up(self, tmp_path):
+        small_dinov2().save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        kept = {name: value for name, value in load_file(file).items() if "layer.1.norm1" not in name}
+        save_file(kept, file, {"format": "pt"})
+        with pytest.raises(UserError, match="2 weights are missing, the first is encoder.layer.1.norm1.bias"):
+            DINOv2Features(tmp_path)
+        file.write_bytes(b"damaged")
+        with pytest.raises(UserError, match="holds no DINOv2"):
+            DINOv2Features(tmp_path)
+
+    def test_it_computes_in_fp32_whatever_the_file_holds(self, tmp_path):
+        made = small_dinov2().to(torch.bfloat16)
+        made.save_pretrained(tmp_path)
+        network = DINOv2Features(tmp_path)
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
+        x = ((torch.rand(1, 3, 224, 224) * 255).round() - 127.5) / 127.5
+        with torch.no_grad():
+            expected = made.float()(((x + 1) / 2 - network.mean) / network.std).pooler_output
+            torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-4)
 
 
 class TestEffLite0Outputs:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from umd.errors import UserError
 from umd.metrics import (
@@ -134,6 +135,10 @@ class TestFeatureStatistics:
         path.write_bytes(path.read_bytes()[:-9])
         with pytest.raises(UserError, match="compute them again"):
             FeatureStatistics.load(path)
+        for side, count in ((5, "20"), (6, "many")):
+            save_file({"mean": torch.zeros(6), "scatter": torch.zeros(side, side)}, path, {"name": "", "count": count})
+            with pytest.raises(UserError, match="compute them again"):
+                FeatureStatistics.load(path)
 
     def test_different_networks_do_not_mix(self):
         one, two = statistics_of(torch.randn(5, 4), "FID"), statistics_of(torch.randn(5, 4), "FD-EffLite0")
@@ -217,12 +222,13 @@ class TestKernelDistance:
         a, b = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 3.0])
         expected = (5 / 2 + 1) ** 3 + (9 / 2 + 1) ** 3 - 2 * (6 / 2 + 1) ** 3
         assert squared_mmd(a.repeat(4, 1), b.repeat(3, 1)) == pytest.approx(expected)
-        assert kernel_distance(a.repeat(4, 1), b.repeat(3, 1), subsets=5) == pytest.approx((expected, 0.0))
+        mean, std, size = kernel_distance(a.repeat(4, 1), b.repeat(3, 1), subsets=5)
+        assert (mean, std) == pytest.approx((expected, 0.0)) and size == 3, "no more than both sets have"
 
     def test_has_no_bias(self):
         x = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
-        mean, std = kernel_distance(x[:1000], x[1000:], subsets=50, subset_size=100)
-        assert abs(mean) < 3 * std / 50**0.5 + 0.01
+        mean, std, size = kernel_distance(x[:1000], x[1000:], subsets=50, subset_size=100)
+        assert size == 100 and abs(mean) < 3 * std / 50**0.5 + 0.01
         assert kernel_distance(x[:1000], x[1000:] + 1, subsets=2)[0] > 1
 
     def test_equals_torchmetrics(self):
@@ -259,6 +265,25 @@ class TestPrecisionRecall:
         # Balls to the nearest neighbour. Real: [-1, 1], [0, 2], [1, 5]. Fake: [-1, 4], [1.5, 6.5], [4, 14].
         assert precision_recall(real, fake, k=1) == pytest.approx((2 / 3, 1.0))
         assert precision_recall(real + 100, fake, k=1) == (0.0, 0.0)
+
+    def test_of_distances_by_scipy(self):
+        cdist = pytest.importorskip("scipy.spatial.distance").cdist
+        generator = torch.Generator().manual_seed(0)
+        real, fake = (torch.randn(n, 40, generator=generator) + 30 for n in (90, 60))  # far from 0, as features are
+        fake[:30] *= 1.01
+        between = cdist(fake.double(), real.double())
+        real_radii, fake_radii = (np.sort(cdist(x.double(), x.double()), 1)[:, 3] for x in (real, fake))
+        expected = (between <= real_radii).any(1).mean(), (between <= fake_radii[:, None]).any(0).mean()
+        assert precision_recall(real, fake) == pytest.approx(expected)
+        assert 0 < expected[0] < 1 and 0 < expected[1] < 1
+
+    @pytest.mark.parametrize("D", [64, 1280])
+    def test_copies_are_in_balls_of_radius_0(self, D):
+        """Pictures that occur more than three times, each in the other set too."""
+        points = torch.randn(150, D, generator=torch.Generator().manual_seed(0)) + 3
+        real, fake = points.repeat_interleave(6, 0), points.repeat(5, 1)
+        assert precision_recall(real, fake) == precision_recall(fake, real, block=100) == (1.0, 1.0)
+        assert precision_recall(real[:450], fake) == (0.5, 1.0)
 
     def test_blocks_change_nothing(self):
         real, fake = torch.randn(70, 3), torch.randn(50, 3) + 0.5
