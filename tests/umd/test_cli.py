@@ -29,6 +29,8 @@ from umd.train.log import read_metrics
 from umd.train.probe import Probe
 from umd.train.run import PRESETS, RunConfig
 from umd.train.sample import Sample
+from umd.train.score import Evaluate
+from umd.train.transfer import Transfer
 
 ROOT = Path(__file__).parents[2]
 TINY = "--model.image-size 8 8 --model.patch-size 2 --model.hidden-size 32 --model.depth 1 --model.decoder-depth 1"
@@ -163,8 +165,11 @@ def test_a_command_of_the_readme_parses(command):
     elif name == "finetune":
         preset = "diffmae-tiny" if "diffmae" in rest[0] else "umd-tiny"
         cli.parse(Finetune, name, rest[1:], default_finetune(PRESETS[preset][1], Path(rest[0]), rest[1:]))
-    elif name in ("sample", "inpaint", "probe"):
-        cli.parse({"sample": Sample, "inpaint": Inpaint, "probe": Probe}[name], name, rest[1:])
+    elif name in ("sample", "inpaint", "probe", "evaluate"):
+        options = {"sample": Sample, "inpaint": Inpaint, "probe": Probe, "evaluate": Evaluate}[name]
+        cli.parse(options, name, rest[1:])
+    elif name == "transfer":
+        cli.parse(Transfer, name, rest[2:])
     elif name == "encode-latents":
         assert cli.parse(EncodeLatents, name, rest).data.vae
     elif name == "inspect":
