@@ -11,7 +11,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -203,9 +203,9 @@ class DINOv2Features(nn.Module):
                 f"{folder} holds no DINOv2 ({reason}): expected config.json and model.safetensors as transformers "
                 "saves them"
             ) from error
-        config = self.network.config
+        config: Any = self.network.config
         self.name = f"DINOv2-{config.hidden_size}x{config.num_hidden_layers}"
-        self.num_features = config.hidden_size
+        self.num_features: int = config.hidden_size
         self.eval().requires_grad_(False)
         self.mean: Tensor
         self.std: Tensor
