@@ -98,7 +98,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1024) 
     The authors' code and ADM's evaluator do the same in float16 or float32. Here it is float64, as differences of large
     norms lose the digits of near pairs, and products of float32 may be TF32 on a GPU.
 
-    Features [N, D] and [M, D]; on the device of `real`, a block of rows at a time: about 24 * block * max(N, M) bytes
+    Features [N, D] and [M, D]; on the device of `real`, a block of rows at a time: about 18 * block * max(N, M) bytes
     beside both sets in float64. Raises ValueError for sets of k images or fewer.
     """
     if min(len(real), len(fake)) <= k:
