@@ -212,6 +212,11 @@ def load_reference(path: Path, network: FeatureNetwork, size: list[int], resizes
             f"{path} has statistics of {len(pooled[0])} features and {network.name} has {network.num_features}; give "
             "another reference, or other --features"
         )
+    if spatial is not None and len(spatial[0]) != network.num_spatial:
+        raise UserError(
+            f"{path} has {len(spatial[0])} spatial features and {network.name} has {network.num_spatial}; give another "
+            "reference, or other --features"
+        )
     return Reference(settings, count, pooled, spatial, features, floor)
 
 

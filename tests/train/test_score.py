@@ -184,7 +184,10 @@ def test_adms_files(tmp_path):
     mean, cov = moments(features)
     images = np.zeros((20, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "adm.npz", mu=mean, sigma=cov, mu_s=mean, sigma_s=cov, arr_0=images)
-    found = load_reference(tmp_path / "adm.npz", INCEPTION, [8, 8], [RESIZE])
+    spatial = Network(**{**vars(INCEPTION), "num_spatial": 6})
+    found = load_reference(tmp_path / "adm.npz", spatial, [8, 8], [RESIZE])
+    with pytest.raises(UserError, match="has 6 spatial features and InceptionV3 has 0"):
+        load_reference(tmp_path / "adm.npz", INCEPTION, [8, 8], [RESIZE])
     assert found.count == 0 and found.features is None and found.spatial is not None
     assert torch.equal(found.pooled[0], mean)
     made, read = stored_pictures(tmp_path, tmp_path / "adm.npz", INCEPTION, [8, 8])
