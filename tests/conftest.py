@@ -107,3 +107,23 @@ def make_run():
         return folder
 
     return make
+
+
+@pytest.fixture
+def colours(monkeypatch) -> None:
+    """`umd evaluate` has a feature network of few features: the mean colour, and that of the middle."""
+    from umd.feature_networks import Outputs
+
+    class Colours(torch.nn.Module):
+        name, input, weights_sha256 = "Colours", "as it is", "0"
+        num_features, num_spatial, num_logits = 6, 12, 3
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.eye(3), requires_grad=False)
+
+        def outputs(self, x: torch.Tensor) -> Outputs:
+            mean, middle = x.mean((2, 3)) @ self.weight, x[:, :, 3:5, 3:5].mean((2, 3))
+            return Outputs(torch.cat([mean, middle], 1), x[:, :, ::4, ::4].flatten(1), 3 * mean)
+
+    monkeypatch.setattr("umd.train.score.open_features", lambda which, weights: Colours())

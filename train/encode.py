@@ -42,6 +42,7 @@ from umd.train.latents import (
     shard_bytes,
     shard_name,
 )
+from umd.train.shards import own_device, rank_and_size
 from umd.train.sources import ImageDataset
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
@@ -103,13 +104,12 @@ def encode(options: EncodeLatents, console: Console) -> Path:
 
     Raises UserError for a source, VAE or size that will not do, a folder of other latents, and a full disk.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = rank_and_size()
     if not options.data.vae:
         raise UserError("pictures are encoded by a VAE: name one with --data.vae, a hub id or a folder")
     if is_latents(Path(options.data.source).expanduser()):
         raise UserError(f"{options.data.source} holds latents already; encode pictures")
-    local = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else "auto"
-    device, _ = take_device(local if options.device == "auto" else options.device, options.precision)
+    device, _ = take_device(own_device(options.device), options.precision)
     tokenizer = load_tokenizer(options.data.vae, device)
     shape = tokenizer.latent_shape(*options.image_size)
     config = replace(options.data, image_size=options.image_size, channels=3, vae="", vae_hash="")

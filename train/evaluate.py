@@ -21,7 +21,6 @@ from umd.feature_networks import default_features
 from umd.methods import AnyModel
 from umd.metrics import FeatureStatistics, feature_statistics
 from umd.model import UMD
-from umd.sampler import inpaint
 from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer, load_tokenizer
 from umd.train.latents import tokenizer_of
@@ -129,6 +128,3 @@ def frechet(samples: Tensor, reference: Tensor, console: Console | None = None) 
                 )
             )  # fmt: skip
     return name, statistics[0].distance(statistics[1])
-
-
-__all__ = ["denoiser", "frechet", "inpaint", "open_run", "schedule_of"]

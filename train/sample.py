@@ -103,7 +103,6 @@ class Drawer:
 
     Args:
         labels: int64 [count], or None.
-        known: the classes that may be asked for; their conditions are made once, if they fit.
         batch: images of one denoising loop, rounded up to whole groups.
     """
 
@@ -112,10 +111,11 @@ class Drawer:
         cfg_scale: float, eta: float, seed: int, clip: bool, dtype: torch.dtype, batch: int = SHARD,
         capture: Capture = "auto", tokenizer: Tokenizer | None = None,
     ):  # fmt: skip
-        self.labels, self.count, self.tokenizer = labels, count, tokenizer
+        self.labels, self.tokenizer = labels, tokenizer
         self.device = next(model.parameters()).device
         self.group = min(GROUP, count)
         self.batch = -(-min(batch, SHARD) // self.group) * self.group
+        # Of all labels, and not of a batch's: the rounding of this product too depends on its size.
         known = None if labels is None else labels.unique()
         conditions = make_conditions(model, model_times(num_steps, schedule.num_steps), known)
 

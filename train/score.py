@@ -185,7 +185,7 @@ class Generation:
     def check_count(self, count: int, what: str, mend: str) -> None:
         """Raise UserError where a covariance of so many pictures is singular, unless that is asked for."""
         D = self.network.num_features
-        if count == 1 or (count == 0 and what == "samples"):
+        if count == 1:
             raise UserError(f"{count} {what} have no covariance; {mend}")
         if 0 < count < D and not self.options.few:
             raise UserError(

@@ -40,6 +40,7 @@ from umd.train.latents import HEADER, finish, open_latents, sample_posterior, sh
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.optim import OptimConfig
+from umd.train.reference import DECODED, RESIZE
 from umd.train.run import RunConfig
 
 ROOT = Path(__file__).parents[2]
@@ -484,6 +485,22 @@ def test_previews_samples_and_inpainting_are_pictures(run, folder, vaes, tmp_pat
     assert code == 0, err
     code, out, err = umd(f"sample {config.out} --steps 5 --vae {vaes['other']}")
     assert code == 2 and "is another VAE" in err and err.count("\n") == 1
+
+
+def test_a_run_on_latents_is_scored_against_decoded_and_against_real_pictures(colours, run, source):
+    """Two references, of one size, told apart by how the pictures came to it."""
+    config = run("run", steps=2)
+    train(config, QUIET)
+    line = f"evaluate {config.out} --count 20 --steps 2 --shots 3 --no-linear"
+    for options in ("", f"--pictures {source}"):
+        code, _, err = umd(f"{line} {options}")
+        assert code == 0, err
+    record = json.loads((config.out / "scores.json").read_text())
+    decoded, real = (entry["reference"] for entry in record["generation"])
+    assert decoded["image_size"] == real["image_size"] == [16, 16] and decoded["count"] == real["count"] == 11
+    assert (decoded["resize"], real["resize"]) == (DECODED[0], RESIZE) and real["vae"] is None
+    values = [entry["scores"]["FD-Colours"] for entry in record["generation"]]
+    assert values[0] != values[1] and (config.out / "scores.md").read_text().count("## Samples against") == 2
 
 
 def test_distances_of_a_run_on_latents_are_of_decoded_pictures_and_their_reference_is_kept(run):

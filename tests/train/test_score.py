@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 
 from umd.errors import UserError
-from umd.feature_networks import Outputs
 from umd.metrics import FeatureStatistics, frechet_distance
 from umd.train.data import DataConfig
 from umd.train.reference import DECODED, RESIZE, Reference, load_reference, moments, stored_pictures
@@ -39,26 +38,6 @@ def pictures(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(make_run, tmp_path_factory, pictures) -> Path:
     return make_run(tmp_path_factory.mktemp("score") / "run", data=DataConfig(source=str(pictures)))
-
-
-class Colours(torch.nn.Module):
-    """A feature network of few features: the mean colour, and that of the middle."""
-
-    name, input, weights_sha256 = "Colours", "as it is", "0"
-    num_features, num_spatial, num_logits = 6, 12, 3
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.eye(3), requires_grad=False)
-
-    def outputs(self, x: torch.Tensor) -> Outputs:
-        mean, middle = x.mean((2, 3)) @ self.weight, x[:, :, 3:5, 3:5].mean((2, 3))
-        return Outputs(torch.cat([mean, middle], 1), x[:, :, ::4, ::4].flatten(1), 3 * mean)
-
-
-@pytest.fixture
-def colours(monkeypatch) -> None:
-    monkeypatch.setattr("umd.train.score.open_features", lambda which, weights: Colours())
 
 
 def evaluate(run: Path, ranks: int = 1, **options) -> dict:
