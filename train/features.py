@@ -76,22 +76,28 @@ class Features:
 
     def read(self, name: str) -> Tensor:
         """All features of one name: float32 [n, ...]. Raises UserError for a file that is not whole."""
-        whole: Tensor | None = None  # made once, and filled file by file
+        whole: Tensor | None = None  # made once, and filled part by part
+        for first, part in self.parts(name):
+            whole = torch.empty(len(self.ids), *part.shape[1:]) if whole is None else whole
+            whole[first : first + len(part)] = part
+        assert whole is not None, "features are of some pictures"
+        return whole
+
+    def parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Features of one name a file at a time, with the place of the first. Raises UserError as `read`."""
         for file, (first, last) in zip(self.files, spans(len(self.ids), self.per_file), strict=True):
             try:
                 with safe_open(file, "pt") as opened:
                     part = opened.get_tensor(name)
-                if whole is None:
-                    whole = torch.empty(len(self.ids), *part.shape[1:])
-                whole[first:last] = part
+                if len(part) != last - first:
+                    raise ValueError(f"{len(part)} features of {last - first} pictures")
             except Exception as error:
                 file.unlink(missing_ok=True)
                 raise UserError(
                     f"the features in {file} were damaged ({error}) and are removed: run the same command again, which "
                     "makes them anew"
                 ) from error
-        assert whole is not None, "features are of some pictures"
-        return whole
+            yield first, part
 
 
 def extracted(ids: np.ndarray, pictures: Pictures, extract: Extract, advance: Advance) -> bytes:

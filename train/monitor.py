@@ -96,6 +96,7 @@ class Distance:
                 "out (--data.holdout), or leave evaluate_minutes at 0"
             )
         self.name = metric_names(self.network)["fd"]
+        self.few = min(self.count, len(dataset)) < self.network.num_features
         self.steps = min(STEPS, config.schedule.num_steps)
         self.cfg_scale = GUIDANCE if config.model.num_classes else 1.0
         made, pictures = real_pictures(config.out, dataset, config.data, self.network, self.tokenizer)
@@ -153,10 +154,11 @@ def evaluate(run: "Run", log: RunLog | NoLog) -> None:
         value = made(network)
     log.scores(
         {"step": run.number, made.name: value},
-        samples=made.count, ddim_steps=made.steps, cfg_scale=made.cfg_scale,
+        samples=made.count, ddim_steps=made.steps, cfg_scale=made.cfg_scale, few=made.few,
     )  # fmt: skip
     guided = f", guidance {made.cfg_scale}" if made.cfg_scale != 1 else ""
-    log.say(f"step {run.number}: {made.name} {value:.2f} of {made.count} samples, {made.steps} DDIM steps{guided}")
+    few = " (fewer pictures than features: compares at these counts only)" if made.few else ""
+    log.say(f"step {run.number}: {made.name} {value:.2f} of {made.count} samples, {made.steps} DDIM steps{guided}{few}")
 
 
 class Rate:

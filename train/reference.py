@@ -28,6 +28,7 @@ from umd.train.features import Dataset, Extract, Features, Pictures, identity_of
 from umd.train.latents import LatentDataset
 
 MOST_KEPT = 10_000  # pictures whose features a reference keeps, for precision, recall and kernel distances
+MOST_SCORED = 50_000  # pictures of the noise floor, as many as published scores are of
 NEIGHBOURS = 3  # balls of precision and recall reach to this one
 RESIZE = "short side by Pillow's antialiased bicubic filter, centre crop"
 Moments = tuple[Tensor, Tensor]  # mean [D] and covariance [D, D], float64
@@ -122,24 +123,50 @@ def stored_pictures(
 
 
 def reference_of(made: Features, network: FeatureNetwork) -> Reference:
-    """The statistics of features that are there, and their floor."""
-    pooled = made.read("pooled")
-    spatial = made.read("spatial") if network.num_spatial else None
-    logits = made.read("logits") if network.num_logits else None
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(pooled)))
-    first, second = order[: len(order) // 2], order[len(order) // 2 :]
+    """The statistics of features that are there, and their floor: the scores of one half against the other."""
+    total = len(made.ids)
+    order = np.random.default_rng(0).permutation(total)
+    first, second = order[: total // 2][:MOST_SCORED], order[total // 2 :]
+    pooled, of_second = summary(made, "pooled", second)
+    spatial, spatial_of_second = summary(made, "spatial", second) if network.num_spatial else (None, None)
     floor = {}
     if len(first) > 1:
-        other = Reference(
-            {}, len(second), moments(pooled[second]), None if spatial is None else moments(spatial[second]),
-            pooled[second][:MOST_KEPT], {},
-        )  # fmt: skip
-        parts = [None if part is None else part[first] for part in (spatial, logits)]
-        floor = scores(other, pooled[first], parts[0], parts[1], network)
-    return Reference(
-        made.settings, len(pooled), moments(pooled), None if spatial is None else moments(spatial),
-        pooled[order[:MOST_KEPT]].contiguous(), floor,
-    )  # fmt: skip
+        assert of_second is not None, "it is the larger half"
+        other = Reference({}, len(second), of_second, spatial_of_second, rows(made, "pooled", second[:MOST_KEPT]), {})
+        parts = [
+            rows(made, name, first) if size else None
+            for name, size in (("pooled", True), ("spatial", network.num_spatial), ("logits", network.num_logits))
+        ]
+        assert parts[0] is not None
+        floor = scores(other, parts[0], parts[1], parts[2], network)
+    return Reference(made.settings, total, pooled, spatial, rows(made, "pooled", order[:MOST_KEPT]), floor)
+
+
+def summary(made: Features, name: str, some: np.ndarray) -> tuple[Moments, Moments | None]:
+    """Moments of all features of one name, and of those at the places `some`, where they are two or more."""
+    chosen = torch.zeros(len(made.ids), dtype=torch.bool)
+    chosen[torch.from_numpy(some)] = True
+    whole = part = None
+    for first, features in made.parts(name):
+        if whole is None or part is None:
+            whole, part = (FeatureStatistics(features.shape[1], "") for _ in range(2))
+        whole.update(features)
+        part.update(features[chosen[first : first + len(features)]])
+    assert whole is not None and part is not None, "a reference is of some pictures"
+    return (whole.mean, whole.cov), (part.mean, part.cov) if part.count > 1 else None
+
+
+def rows(made: Features, name: str, places: np.ndarray) -> Tensor:
+    """Features of one name at some places, in that order: float32 [len(places), ...]."""
+    at = np.argsort(places)
+    found: Tensor | None = None
+    for first, features in made.parts(name):
+        low, high = np.searchsorted(places[at], [first, first + len(features)])
+        found = torch.empty(len(places), *features.shape[1:]) if found is None else found
+        here = at[low:high]
+        found[torch.from_numpy(here)] = features[torch.from_numpy(places[here] - first)]
+    assert found is not None
+    return found
 
 
 def moments(features: Tensor) -> Moments:
@@ -169,11 +196,14 @@ def scores(
     return values
 
 
-def load_reference(path: Path, network: FeatureNetwork, size: list[int], resizes: Sequence[str]) -> Reference:
+def load_reference(
+    path: Path, network: FeatureNetwork, size: list[int], resizes: Sequence[str], vae: str | None = None
+) -> Reference:
     """What `Reference.save` wrote, or one of ADM's files (mu, sigma, and mu_s, sigma_s), which do not say more.
 
     size, resizes: height and width of the samples, and how real pictures may have come to it.
-    Raises UserError for a file that is neither, or is of another size, resize filter or feature network.
+    vae: the digest of the VAE that decodes the samples; real pictures that it, or none, has decoded are taken.
+    Raises UserError for a file that is neither, or is of another size, resize filter, VAE or feature network.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -201,7 +231,8 @@ def load_reference(path: Path, network: FeatureNetwork, size: list[int], resizes
             )
         settings = {"file": sha256(path), "features": identity(network), "image_size": size}
     else:
-        for what, allowed in (("features", [identity(network)]), ("image_size", [size]), ("resize", resizes)):
+        expected = {"features": [identity(network)], "image_size": [size], "resize": resizes, "vae": [None, vae]}
+        for what, allowed in expected.items():
             if settings.get(what) not in allowed:
                 raise UserError(
                     f"the reference {path} is of another {what.replace('_', ' ')}: {shown(settings.get(what))}, and "

@@ -200,8 +200,7 @@ class Generation:
         self.given: Reference | None = None
         self.made: Features | None = None
         if options.reference is not None:
-            resizes = [RESIZE] if self.tokenizer is None else [RESIZE, *DECODED]
-            self.given = load_reference(options.reference, self.network, self.size, resizes)
+            self.given = self.load(options.reference)
             if self.given.features is None:
                 found = stored_pictures(self.root, options.reference, self.network, self.size)
                 if found is not None:
@@ -219,6 +218,16 @@ class Generation:
             raise UserError(f"{dataset.name} has no held-out pictures to measure against; {mend}")
         self.check_count(len(dataset), f"real pictures ({options.split})", mend)
         self.made, self.read = real_pictures(self.root, dataset, data, self.network, tokenizer)
+        if (kept := self.kept(self.made)).exists():
+            self.given, self.made = self.load(kept), None
+
+    def load(self, file: Path) -> Reference:
+        vae = None if self.tokenizer is None else self.tokenizer.vae.sha256
+        return load_reference(file, self.network, self.size, [RESIZE] if vae is None else [RESIZE, *DECODED], vae)
+
+    def kept(self, made: Features) -> Path:
+        """The file of a reference that was made here."""
+        return self.config.out / f"reference-{name_of(made.settings)}.npz"
 
     def samples(self, recipe: Mapping[str, Any]) -> Features:
         return Features(self.root, {**recipe, "features": identity(self.network)}, np.arange(self.options.count), CALL)
@@ -258,7 +267,7 @@ class Generation:
         made = reference_of(self.made, self.network)
         if self.given is not None:  # statistics of ADM's file, and the features of the pictures in it
             return replace(self.given, features=made.features, floor=made.floor)
-        made.save(self.config.out / f"reference-{made.name}.npz")
+        made.save(self.kept(self.made))
         return made
 
     def entries(self) -> list[dict[str, Any]]:

@@ -51,16 +51,15 @@ class Job:
 
 
 def share(jobs: Sequence[Job], console: Console, what: str) -> bool:
-    """Make this rank's files that are not there; returns whether all are there now. Raises UserError where the disk
-    refuses."""
+    """Make this rank's files that are not there, then some of those that another rank is far from; returns whether all
+    are there now. Raises UserError where the disk refuses."""
     rank, size = rank_and_size()
     total = sum(job.images for job in jobs)
     with progress(console, what, total, show=rank == 0) as advance_to:
         done = images_done(jobs)
         advance_to(done)
-        for job in list(jobs)[rank::size]:
-            if job.path.exists():
-                continue
+        made: set[Path] = set()
+        while job := next_job(jobs, listed(jobs) | made, rank, size):
             data = job.make(lambda part, done=done: advance_to(done + part))  # type: ignore[misc]
             try:
                 job.path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,18 +69,38 @@ def share(jobs: Sequence[Job], console: Console, what: str) -> bool:
                     f"could not write {job.path}: {error.strerror or error}; make room there and run the same command "
                     "again, which keeps what is finished"
                 ) from error
+            made.add(job.path)
             if rank == 0:
                 done = images_done(jobs)
                 advance_to(done)
     return images_done(jobs) == total
 
 
-def images_done(jobs: Sequence[Job]) -> int:
-    """Images of the files that are there, of all ranks. Folders are listed: a network disk remembers for a while that a
-    single file was not there."""
+def next_job(jobs: Sequence[Job], there: set[Path], rank: int, size: int) -> Job | None:
+    """What a rank makes next: of every size-th file its first that is not there; None: nothing is left for it.
+
+    With all of its own there, it helps the others: after a node was lost all that is missing may be of few ranks. It
+    leaves a rank's first missing file, which that rank is making, and begins at the other end.
+    """
+    missing = [[job for job in jobs[other::size] if job.path not in there] for other in range(size)]
+    if missing[rank]:
+        return missing[rank][0]
+    spare = sorted(((i, job) for own in missing for i, job in enumerate(own[1:])), key=lambda entry: -entry[0])
+    far = spare[: (len(spare) + 1) // 2]
+    return far[rank * len(far) // size][1] if far else None  # helpers begin at different ones
+
+
+def listed(jobs: Sequence[Job]) -> set[Path]:
+    """Files in the jobs' folders. Folders are listed: a network disk remembers for a while that a single file was not
+    there."""
     folders = {job.path.parent for job in jobs}
-    there = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}
-    return sum(job.images for job in jobs if job.path.name in there[job.path.parent])
+    return {folder / name for folder in folders if folder.is_dir() for name in os.listdir(folder)}
+
+
+def images_done(jobs: Sequence[Job]) -> int:
+    """Images of the files that are there, of all ranks."""
+    there = listed(jobs)
+    return sum(job.images for job in jobs if job.path in there)
 
 
 @contextmanager

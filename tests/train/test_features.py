@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from umd.errors import UserError
 from umd.metrics import FeatureStatistics
 from umd.train.features import CALL, Features, extracted, name_of, read_ahead, spans
-from umd.train.shards import Job, images_done, share
+from umd.train.shards import Job, images_done, next_job, share
 
 QUIET = Console(quiet=True)
 WEIGHTS = torch.randn(48, 20, generator=torch.Generator().manual_seed(0))
@@ -55,6 +55,19 @@ def test_features_are_those_of_their_pictures_on_any_number_of_ranks(tmp_path):
         merged.merge(part)
     torch.testing.assert_close(merged.mean, whole.mean, rtol=0, atol=1e-10)
     torch.testing.assert_close(merged.cov, whole.cov, rtol=0, atol=1e-10)
+
+
+def test_ranks_share_what_a_lost_rank_left(tmp_path):
+    jobs = [Job(tmp_path / f"{i:02d}", 1, lambda advance: b"x") for i in range(40)]
+    there = {job.path for i, job in enumerate(jobs) if i % 4 != 1}  # all but rank 1's
+    ways = {rank: [] for rank in range(4)}
+    while len(there) < 40:  # in rounds, as ranks work side by side
+        took = {rank: next_job(jobs, there, rank, 4) for rank in range(4)}
+        for rank, job in took.items():
+            ways[rank] += [job.path] if job else []
+        there |= {job.path for job in took.values() if job}
+    assert ways[1][0].name == "01" and max(map(len, ways.values())) == 3, "ten files, four ranks"
+    assert next_job(jobs, {job.path for job in jobs[1:]}, 2, 4) is None, "rank 0 is making it"
 
 
 def test_a_folder_is_named_by_pictures_and_settings(tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +12,13 @@ import torch
 from rich.console import Console
 
 from umd.errors import UserError
-from umd.metrics import FeatureStatistics, frechet_distance
+from umd.metrics import FeatureStatistics, frechet_distance, kernel_distance
 from umd.train.data import DataConfig
-from umd.train.reference import DECODED, RESIZE, Reference, load_reference, moments, stored_pictures
+from umd.train.features import Features
+from umd.train.reference import DECODED, RESIZE, Reference, load_reference, moments, reference_of, stored_pictures
 from umd.train.run import read_config
 from umd.train.score import Evaluate, markdown, put, run_evaluation
+from umd.train.shards import share
 
 QUIET = Console(quiet=True)
 
@@ -80,6 +83,11 @@ def test_one_command_scores_everything_on_any_number_of_ranks(colours, make_run,
     assert again["generation"][0]["scores"] == generated["scores"]
     assert again["generation"][0]["floor"] == generated["floor"]
     assert again["recognition"][0]["rows"] == recognised["rows"]
+    shutil.rmtree(run / "features")
+    (run / "scores.json").unlink()
+    kept = evaluate(run, **options)
+    assert kept["generation"] == record["generation"]
+    assert not (run / "features" / generated["reference"]["name"]).exists(), "statistics are there, so no features"
     text = (other / "scores.md").read_text()
     for name, value in generated["scores"].items():
         assert f"| **{name}** | {value:.4g} | {generated['floor'][name]:.4g} |" in text
@@ -145,12 +153,35 @@ def test_a_reference_comes_back_as_it_was(tmp_path):
     [
         (dict(image_size=[16, 16]), r"another image size: 16x16, and these samples need 8x8"),
         (dict(resize="nearest"), r"another resize: nearest, and these samples need short side"),
+        (dict(vae="d"), r"another vae: d, and these samples need None or e"),
         (dict(features={"name": "EffLite0", "weights_sha256": "c"}), r"another features: EffLite0 \(c\), and these"),
     ],
 )
 def test_a_reference_of_another_kind_is_refused(tmp_path, changes, said):
     with pytest.raises(UserError, match=said):
-        load_reference(reference(tmp_path, **changes), INCEPTION, [8, 8], [RESIZE])
+        load_reference(reference(tmp_path, **changes), INCEPTION, [8, 8], [RESIZE], "e")
+
+
+def test_a_reference_is_read_from_files_a_part_at_a_time(tmp_path):
+    class Spatial(Network):
+        def parameters(self):
+            return iter([torch.zeros(1)])
+
+    pooled, spatial = torch.randn(97, 6), torch.randn(97, 9) ** 2
+    made = Features(tmp_path, {}, np.arange(97), per_file=10)
+    extract = lambda x, ids: {"pooled": pooled[ids], "spatial": spatial[ids]}  # noqa: E731
+    share(made.jobs(lambda ids: torch.zeros(len(ids), 1, 1, 1), extract), QUIET, "")
+    found = reference_of(made, Spatial(**{**vars(INCEPTION), "num_spatial": 9}))
+    for (mean, cov), features in ((found.pooled, pooled), (found.spatial, spatial)):
+        torch.testing.assert_close(mean, features.double().mean(0), rtol=0, atol=1e-12)
+        torch.testing.assert_close(cov, features.double().T.cov(), rtol=0, atol=1e-12)
+    order = np.random.default_rng(0).permutation(97)
+    first, second = order[:48], order[48:]
+    assert torch.equal(found.features, pooled[order])
+    for name, features in (("FID", pooled), ("sFID", spatial)):
+        halves = [moments(features[half]) for half in (first, second)]
+        assert found.floor[name] == pytest.approx(frechet_distance(*halves[0], *halves[1]), rel=1e-9)
+    assert found.floor["KID"] == kernel_distance(pooled[first], pooled[second])[0]
 
 
 def test_a_run_on_latents_may_take_either_kind_of_pictures(tmp_path):
