@@ -231,7 +231,12 @@ def load_reference(
             )
         settings = {"file": sha256(path), "features": identity(network), "image_size": size}
     else:
-        expected = {"features": [identity(network)], "image_size": [size], "resize": resizes, "vae": [None, vae]}
+        expected: dict[str, Sequence[Any]] = {
+            "features": [identity(network)],
+            "image_size": [size],
+            "resize": resizes,
+            "vae": [None, vae],
+        }
         for what, allowed in expected.items():
             if settings.get(what) not in allowed:
                 raise UserError(
