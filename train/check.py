@@ -21,8 +21,9 @@ from rich.table import Table
 
 from umd.errors import UserError
 from umd.files import write_whole
+from umd.train.folders import listing
 from umd.train.quarantine import default_path
-from umd.train.sources import flatten, is_image, listing
+from umd.train.sources import flatten, is_image
 from umd.train.tars import is_tars, samples, split_tars
 
 CHUNK = 32  # files a process takes at a time
@@ -106,8 +107,8 @@ def files_of(source: Path) -> tuple[list[tuple[str, Any]], dict[str, list[str]],
         files = []
         for tars in split_tars(source).values():
             prefix = "" if source.suffix == ".tar" or tars[0].parent == source else f"{tars[0].parent.name}/"
-            listed = samples(tuple(tars))
-            files += [(prefix + key, member) for key, member in zip(listed.keys, listed.pictures, strict=True)]
+            listed = samples(tuple(tars)).pictures
+            files += [(prefix + key, member) for key, member in zip(listed.keys(), listed, strict=True)]
         return files, {}, []
     subfolders, _ = listing(source)
     tests = [name for name in ("test", "val") if name in subfolders]

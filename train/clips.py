@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from umd.errors import UserError
-from umd.train.sources import IMAGE_SUFFIXES, ImageDataset, check_labels, choose_split, decode
+from umd.train.sources import IMAGE_SUFFIXES, ImageDataset, Picture, Shrink, check_labels, choose_split, decode, whole
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif", ".mpg", ".m4v")
 
@@ -23,15 +23,15 @@ class ClipDataset(ImageDataset):
     frame_stride: int = 1
     """Every which."""
 
-    def image(self, index: int) -> np.ndarray:
+    def picture(self, index: int, shrink: Shrink | None = None) -> Picture:
         """The clip as stored, uint8 [F', h, w, C]. Raises UserError naming the file if it cannot be read or is too
         short."""
         clip = self.pictures[index]
         if isinstance(clip, np.ndarray):
-            return clip
+            return whole(clip)
         frames = decode_clip(Path(clip))
         check_length(len(frames), self.num_frames, self.frame_stride, f"clip {clip}")
-        return frames
+        return whole(frames)
 
 
 def open_clips(
@@ -108,7 +108,7 @@ def decode_clip(path: Path) -> np.ndarray:
     """All frames of a video file or a folder of frames: uint8 [F', h, w, 1 or 3]. Raises UserError naming it."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        frames = [decode(file) for file in files]
+        frames = [decode(file).pixels for file in files]
     else:
         frames = decode_video(path)
     if len({frame.shape for frame in frames}) != 1:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from umd.device import to_device
 from umd.errors import UserError
-from umd.train.data import Batch, Batches, DataConfig, draw_view, view_rng
+from umd.train.crops import draw_view, view_rng
+from umd.train.data import Batch, Batches, DataConfig
 from umd.train.sources import ImageDataset, unreadable
 
 READERS = 8  # threads that wait for the disk
@@ -73,7 +74,7 @@ def build_pipeline(config: DataConfig, batch_size: int, device: torch.device):
 
     pipeline = views(
         batch_size=batch_size,
-        num_threads=max(1, config.num_workers),
+        num_threads=max(1, config.workers),
         device_id=(device.index or 0) if on_gpu else None,
         prefetch_queue_depth=1,  # one batch is decoded while the model works on another
     )
@@ -192,7 +193,7 @@ def leave_out_broken(dataset: ImageDataset, indices: list[int], error: RuntimeEr
     found = False
     for index in set(indices):
         try:
-            dataset.image(index)
+            dataset.picture(index)
         except UserError:
             if not dataset.skip_broken:
                 raise

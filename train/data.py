@@ -6,7 +6,6 @@ workers or ranks, and a run resumed at any sample goes on with the very batches 
 
 import importlib.util
 import logging
-import math
 import multiprocessing
 import os
 import signal
@@ -14,22 +13,23 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tyro.conf import Suppress
 
-from umd.device import pick_device, to_device
+from umd.device import own_cores, pick_device, to_device
 from umd.errors import UserError
-from umd.train.clips import ClipDataset, check_length, decode_clip, open_clips, take_frames
+from umd.train.clips import ClipDataset, check_length, decode_clip, open_clips
+from umd.train.crops import centered, draw_view, shrink_for, train_view, view_rng
 from umd.train.emoji import open_emoji
+from umd.train.folders import open_folder
 from umd.train.latents import (
     LatentDataset,
     StoredViews,
@@ -43,13 +43,12 @@ from umd.train.quarantine import read_quarantine
 from umd.train.sources import (
     IDX_NAME,
     ImageDataset,
+    Rows,
     decode,
     describe,
-    flatten,
     open_arrays,
-    open_folder,
     open_idx,
-    pixels,
+    whole,
 )
 from umd.train.tars import is_tars, open_tars
 
@@ -57,10 +56,6 @@ __all__ = ["Batch", "DataConfig", "ImageDataset", "center_view", "centered_view_
 __all__ += ["derive_seed", "describe", "open_dataset", "train_loader"]
 
 log = logging.getLogger("umd")
-
-ASPECT_MIN, ASPECT_MAX = 3 / 4, 4 / 3  # of the crop, as in the Inception papers
-CROP_TRIES = 10
-Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
 @dataclass(frozen=True)
@@ -95,8 +90,9 @@ class DataConfig:
     """list of files to leave out, as `umd check-data` writes it; default: quarantine.json in the source, if there"""
     loader: Literal["auto", "dali", "python"] = "auto"
     """who reads and crops training pictures; auto is DALI for JPEG files where it is installed"""
-    num_workers: int = 2
-    """processes (with DALI: threads) that prepare batches; 0 prepares them in the training process"""
+    num_workers: int | None = None
+    """processes (with DALI: threads) that prepare batches; None: this rank's share of the host's cores, 16 at most; 0:
+    the training process itself"""
 
     def __post_init__(self) -> None:
         if min(self.image_size) < 1:
@@ -110,8 +106,12 @@ class DataConfig:
             raise UserError(f"holdout is {self.holdout}: expected a share between 0 and 1.")
         if self.frame_stride < 1:
             raise UserError(f"frame_stride is {self.frame_stride}: expected 1 or more.")
-        if self.num_workers < 0:
+        if self.num_workers is not None and self.num_workers < 0:
             raise UserError(f"num_workers is {self.num_workers}: expected 0 or more.")
+
+    @property
+    def workers(self) -> int:
+        return min(own_cores(), 16) if self.num_workers is None else self.num_workers
 
 
 @dataclass
@@ -164,67 +164,7 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDa
     )
 
 
-# One picture
-
-
-def crop_box(rng: np.random.Generator, height: int, width: int, config: DataConfig) -> Box:
-    """The Inception crop: a random share of the area, at a random aspect ratio around that of `image_size`.
-
-    Where `CROP_TRIES` draws do not fit into the picture, the largest centred box of an allowed aspect ratio.
-    """
-    target = config.image_size[1] / config.image_size[0]
-    for _ in range(CROP_TRIES):
-        area = height * width * rng.uniform(config.area_min, config.area_max)
-        aspect = target * math.exp(rng.uniform(math.log(ASPECT_MIN), math.log(ASPECT_MAX)))
-        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
-        if w <= width and h <= height:
-            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-            return left, top, min(left + w, width), min(top + h, height)
-    return centered_box(height, width, min(max(width / height, target * ASPECT_MIN), target * ASPECT_MAX))
-
-
-def centered_box(height: int, width: int, aspect: float, zoom: float = 1.0) -> Box:
-    """The largest box of aspect ratio `aspect` (width / height) in the middle of a picture, its sides over `zoom`."""
-    w, h = min(width, height * aspect) / zoom, min(height, width / aspect) / zoom
-    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
-
-
-def resized(picture: np.ndarray, box: Box, config: DataConfig) -> np.ndarray:
-    """`box` of a picture [h, w, C'] (of a clip, [F, h, w, C']), resampled without aliasing: uint8 [H, W, C]."""
-    if picture.ndim == 4:
-        return np.stack([resized(frame, box, config) for frame in picture])
-    image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
-    image = flatten(image).convert("L" if config.channels == 1 else "RGB")
-    height, width = config.image_size
-    return pixels(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
-
-
-def draw_view(rng: np.random.Generator, height: int, width: int, config: DataConfig) -> tuple[Box, bool]:
-    """A random crop of a picture, and whether it is mirrored."""
-    mirrored = config.hflip and rng.random() < 0.5
-    return crop_box(rng, height, width, config), mirrored
-
-
-def train_view(picture: np.ndarray, rng: np.random.Generator, config: DataConfig) -> np.ndarray:
-    """A random crop, mirrored half of the time: uint8 [H, W, C]; the same of random frames of a clip: [F, H, W, C]."""
-    if picture.ndim == 4:
-        picture = take_frames(picture, config.num_frames, config.frame_stride, rng)
-    box, mirrored = draw_view(rng, picture.shape[-3], picture.shape[-2], config)
-    view = resized(picture, box, config)
-    return view[..., ::-1, :] if mirrored else view
-
-
-def view_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """What draws the crop of one picture in one epoch."""
-    return np.random.default_rng((seed, epoch, 1 + index))
-
-
-def centered(picture: np.ndarray, config: DataConfig, zoom: float = 1.0) -> np.ndarray:
-    """The middle of a picture in the shape of `image_size`: uint8 [H, W, C]; of a clip the middle frames."""
-    if picture.ndim == 4:
-        picture = take_frames(picture, config.num_frames, config.frame_stride)
-    box = centered_box(picture.shape[-3], picture.shape[-2], config.image_size[1] / config.image_size[0], zoom)
-    return resized(picture, box, config)
+# As tested
 
 
 def center_view(
@@ -239,7 +179,7 @@ def center_view(
     if tokenizer := tokenizer_of(config, pick_device()):
         x = center_view(dataset, indices, pixel_config(config, tokenizer.vae), zoom)
         return tokenizer.moments(x)[:, 0].cpu()
-    with ThreadPoolExecutor(max(1, config.num_workers)) as pool:  # Pillow lets go of the interpreter lock
+    with ThreadPoolExecutor(max(1, config.workers)) as pool:  # Pillow lets go of the interpreter lock
         views = list(pool.map(lambda index: centered(dataset.read(int(index))[1], config, zoom), indices))
     if not views:
         return torch.empty(0, config.channels, *config.image_size)
@@ -250,9 +190,9 @@ def centered_view_of_file(path: Path | str, config: DataConfig) -> Tensor:
     """One image file as in `center_view`: float32 [1, C, H, W]. Raises UserError if it cannot be read."""
     if tokenizer := tokenizer_of(config, pick_device()):
         return tokenizer.moments(centered_view_of_file(path, pixel_config(config, tokenizer.vae)))[:, 0].cpu()
-    picture = decode(path) if config.num_frames == 1 else decode_clip(Path(path))
+    picture = decode(path) if config.num_frames == 1 else whole(decode_clip(Path(path)))
     if config.num_frames > 1:
-        check_length(len(picture), config.num_frames, config.frame_stride, f"clip {path}")
+        check_length(len(picture.pixels), config.num_frames, config.frame_stride, f"clip {path}")
     return as_model_input(torch.from_numpy(np.stack([centered(picture, config)])))
 
 
@@ -299,13 +239,13 @@ def choose_loader(dataset: ImageDataset, wanted: str) -> str:
         return "python"
     if not has_dali():
         raise UserError("--data.loader dali: DALI is not installed; umd doctor says how to get it.")
-    kinds = () if isinstance(dataset.pictures, np.ndarray) else dataset.pictures
-    others = [str(file) for file in kinds if not str(file).lower().endswith((".jpg", ".jpeg"))]
-    if len(kinds) and not others:
+    files = () if isinstance(dataset.pictures, np.ndarray | Rows) else dataset.pictures
+    other = next((name for file in files if not (name := str(file)).lower().endswith((".jpg", ".jpeg"))), None)
+    if len(files) and other is None:
         return "dali"
     if wanted == "auto":
         return "python"
-    found = f"{others[0]} is none" if others else f"{dataset.name} is no folder or tar of them"
+    found = f"{other} is none" if other else f"{dataset.name} is no folder or tar of them"
     raise UserError(f"DALI reads JPEG files, and {found}: set --data.loader auto.")
 
 
@@ -314,8 +254,8 @@ def reader(dataset: ImageDataset | LatentDataset, config: DataConfig) -> str:
     if isinstance(dataset, LatentDataset):
         return "read from memory-mapped shards"
     if choose_loader(dataset, config.loader) == "dali":
-        return f"read by DALI, {max(1, config.num_workers)} threads"
-    return f"read by Pillow, {config.num_workers} processes" if config.num_workers else "read by Pillow"
+        return f"read by DALI, {max(1, config.workers)} threads"
+    return f"read by Pillow, {config.workers} processes" if config.workers else "read by Pillow"
 
 
 class TrainViews(Dataset):
@@ -327,10 +267,14 @@ class TrainViews(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int, int] | UserError:
         epoch, index = key
         try:
-            used, picture = self.dataset.read(index)
+            used, picture = self.dataset.read(index, partial(self.shrink, epoch, index))
             return train_view(picture, view_rng(self.seed, epoch, index), self.config), index, used
         except UserError as error:  # raised here, it would reach the user inside a worker's stack trace
             return error
+
+    def shrink(self, epoch: int, index: int, height: int, width: int) -> int:
+        box, _ = draw_view(view_rng(self.seed, epoch, index), height, width, self.config)
+        return shrink_for(box, self.config)
 
 
 def collate(items: list) -> tuple[Tensor, np.ndarray, np.ndarray] | UserError:
@@ -389,12 +333,12 @@ def train_loader(
 
         return dali_batches(dataset, config, keys, seed, device)
     # Forked workers share the pictures' memory; elsewhere than on Linux forking is not safe.
-    fork = config.num_workers > 0 and sys.platform == "linux"
+    fork = config.workers > 0 and sys.platform == "linux"
     loader = DataLoader(
         StoredViews(dataset) if isinstance(dataset, LatentDataset) else TrainViews(dataset, config, seed),
         batch_sampler=keys,
         collate_fn=collate,
-        num_workers=config.num_workers,
+        num_workers=config.workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=start_worker,
         multiprocessing_context=multiprocessing.get_context("fork") if fork else None,

@@ -123,7 +123,7 @@ def collect(files: list[Path], folder: Path) -> tuple[np.ndarray, np.ndarray, np
             continue
         bases.join(points[0], base[0])
         bases.join(points[0], SAME_FIGURE.get(points[0], points[0]))
-        with Image.fromarray(decode(path)) as image:
+        with Image.fromarray(decode(path).pixels) as image:
             pixels = np.asarray(image.resize((SIZE, SIZE)))
         first = seen.setdefault(hashlib.sha256(pixels.tobytes()).digest(), points[0])
         if len(seen) == len(images):

@@ -26,7 +26,8 @@ from umd.errors import UserError
 from umd.files import sha256, write_whole
 from umd.images import grid, save_png, to_uint8
 from umd.tokenizer import Tokenizer, load_tokenizer
-from umd.train.data import DataConfig, as_model_input, centered, derive_seed, open_dataset, train_view, view_rng
+from umd.train.crops import centered, train_view, view_rng
+from umd.train.data import DataConfig, as_model_input, derive_seed, open_dataset
 from umd.train.latents import (
     DTYPES,
     HEADER,
@@ -43,7 +44,7 @@ from umd.train.latents import (
     shard_name,
 )
 from umd.train.shards import own_device, rank_and_size
-from umd.train.sources import ImageDataset
+from umd.train.sources import ImageDataset, Rows
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 BATCH = 32  # pictures held at a time, each in all its views
@@ -138,7 +139,7 @@ def encode(options: EncodeLatents, console: Console) -> Path:
     total = sum(job.last - job.first for job in mine)
     with (
         Progress(console=console, disable=rank > 0 or not console.is_terminal) as bar,
-        ThreadPoolExecutor(max(config.num_workers, 1)) as pool,
+        ThreadPoolExecutor(max(config.workers, 1)) as pool,
     ):
         task = bar.add_task("encoding", total=total)
         for job in mine:
@@ -192,7 +193,7 @@ class Encoder:
     def load(self, index: int) -> tuple[int, np.ndarray | None]:
         """A picture's views uint8 [V, H, W, C]; None if it cannot be read and may be left out."""
         try:
-            picture = self.dataset.image(index)
+            picture = self.dataset.picture(index)
         except UserError:
             if not self.config.skip_broken:
                 raise
@@ -283,7 +284,7 @@ def pictures(config: DataConfig, split: Literal["train", "test"]) -> ImageDatase
 
 def picture_names(dataset: ImageDataset, source: str) -> list[str]:
     """Files relative to the source; of arrays the positions."""
-    if isinstance(dataset.pictures, np.ndarray):
+    if isinstance(dataset.pictures, np.ndarray | Rows):
         return list(map(str, range(len(dataset))))
     return [os.path.relpath(str(picture), Path(source).expanduser()) for picture in dataset.pictures]
 

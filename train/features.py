@@ -22,11 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from umd.device import own_cores
 from umd.errors import UserError
 from umd.files import write_whole
 from umd.train.data import DataConfig, ImageDataset, center_view
 from umd.train.latents import LatentDataset
 from umd.train.shards import Advance, Job
+from umd.train.sources import Rows
 
 CALL = 64  # pictures of every call of a network
 
@@ -141,7 +143,7 @@ def identity_of(dataset: Dataset, ids: np.ndarray) -> dict[str, Any]:
     if isinstance(dataset, LatentDataset):
         entries = dataset.header["splits"][dataset.split]["shards"]
         digest.update(json.dumps([dataset.header["recipe"], entries], sort_keys=True).encode())
-    elif isinstance(dataset.pictures, np.ndarray):
+    elif isinstance(dataset.pictures, np.ndarray | Rows):
         for first, last in spans(len(ids), 1024):
             digest.update(np.ascontiguousarray(dataset.pictures[ids[first:last]]).data)
     else:
@@ -163,8 +165,7 @@ def stamp_of(picture: Any) -> str:
 
 def pictures_of(dataset: Dataset, config: DataConfig, zoom: float = 1.0) -> Pictures:
     """Reads pictures as they are tested, in as many threads as this rank has cores. zoom: see `center_view`."""
-    threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return lambda ids: center_view(dataset, ids, replace(config, num_workers=threads), zoom)
+    return lambda ids: center_view(dataset, ids, replace(config, num_workers=own_cores()), zoom)
 
 
 def spans(total: int, size: int) -> list[tuple[int, int]]:

@@ -58,7 +58,7 @@ def cpu_seconds() -> float:
 
 def loader_row() -> Row:
     """Who reads JPEG files here, and how fast."""
-    workers = DataConfig().num_workers
+    workers = DataConfig().workers
     with photographs(BATCH) as folder:
         told = [f"Pillow {rates(folder, 'python', 64, workers)[0]:.0f} images/s with {workers} processes"]
         if has_dali():

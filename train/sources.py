@@ -1,26 +1,26 @@
-"""Where pictures come from: folders, numpy files and idx files, each read into an `ImageDataset`."""
+"""Where pictures come from: the `ImageDataset` that every source becomes, single files, numpy files and idx files."""
 
+import contextlib
 import gzip
 import hashlib
 import logging
 import math
-import os
 import re
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
+from io import SEEK_CUR, BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from umd.errors import UserError
-from umd.train.quarantine import Quarantine, summary
+from umd.train.quarantine import summary
 
 if TYPE_CHECKING:
     from umd.train.latents import LatentDataset
@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("umd")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ORIENTATION = 0x0112  # EXIF tag; 1: as stored, from 5 on height and width change places
 IDX_NAME = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
-# Above this many files the headers are left to the first read: a million of them would hold up every start.
-HEADER_CHECK_LIMIT = 100_000
 
 
 class Stored(Protocol):
@@ -39,17 +38,42 @@ class Stored(Protocol):
     def read(self) -> bytes: ...
 
 
+class Rows(Sequence[np.ndarray]):
+    """Some rows, int64 [N], of an array that is mapped from a file: read where they are asked for."""
+
+    def __init__(self, array: np.ndarray, rows: np.ndarray):
+        self.array, self.rows = array, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index) -> np.ndarray:  # type: ignore[override]  # int, or int64 [n]
+        return np.asarray(self.array[self.rows[index]])
+
+
+class Picture(NamedTuple):
+    """A whole picture, perhaps at a fraction of its own size. Crops are in pixels of its own size."""
+
+    pixels: np.ndarray  # uint8 [h, w, C]; of a clip [F, h, w, C]
+    size: tuple[int, int]  # height and width of its own
+    scale: tuple[float, float] = (1.0, 1.0)  # h and w over those
+
+
+Shrink = Callable[[int, int], int]  # of height and width: 1, 2, 4 or 8, by which a JPEG may be decoded smaller
+
+
 @dataclass
 class ImageDataset:
     """Pictures of one split, in a fixed order.
 
-    pictures: uint8 [N, h, w, C] (C = 1, 3 or 4: RGBA), or N image files: paths, or members of tars.
+    pictures: uint8 [N, h, w, C] (C = 1, 3 or 4: RGBA), in memory or mapped; or N image files: paths, or members of
+    tars.
     labels: int64 [N] indices into `class_names`; None, with no class names, where the source has no labels.
     """
 
     name: str
     split: str
-    pictures: np.ndarray | Sequence[Any]  # str or Stored
+    pictures: np.ndarray | Sequence[Any]  # Rows, str or Stored
     labels: np.ndarray | None = None
     class_names: list[str] = field(default_factory=list)
     skip_broken: bool = False
@@ -64,19 +88,19 @@ class ImageDataset:
     def num_broken(self) -> int:
         return self.left_out + len(self.broken)
 
-    def image(self, index: int) -> np.ndarray:
-        """The picture as stored, uint8 [h, w, C]. Raises UserError naming the file if it cannot be read."""
+    def picture(self, index: int, shrink: Shrink | None = None) -> Picture:
+        """A picture. `shrink` allows a fraction of its size. Raises UserError naming the file if it cannot be read."""
         picture = self.pictures[index]
-        return picture if isinstance(picture, np.ndarray) else decode(picture)
+        return whole(picture) if isinstance(picture, np.ndarray) else decode(picture, shrink)
 
-    def read(self, index: int) -> tuple[int, np.ndarray]:
+    def read(self, index: int, shrink: Shrink | None = None) -> tuple[int, Picture]:
         """(index, picture); with `skip_broken`, the next of its class in place of an unreadable one."""
         for candidate in chain(range(index, len(self)), range(index)):
             same_class = self.labels is None or self.labels[candidate] == self.labels[index]
             if candidate in self.broken or not same_class:
                 continue
             try:
-                return candidate, self.image(candidate)
+                return candidate, self.picture(candidate, shrink)
             except UserError:
                 if not self.skip_broken:
                     raise
@@ -119,13 +143,45 @@ def choose_split(keys: Iterable[str], split: str, holdout: float, name: str) -> 
 # Pictures
 
 
-def decode(file: str | Path | Stored) -> np.ndarray:
-    """Read an image file: uint8 [h, w, 1 or 3], upright as its EXIF tag says, on white where transparent."""
+def decode(file: str | Path | Stored, shrink: Shrink | None = None) -> Picture:
+    """Read an image file: uint8 [h, w, 1 or 3], upright as its EXIF tag says, on white where transparent.
+
+    shrink: see `Picture`; a JPEG decoder computes a half, a quarter or an eighth of the size from fewer frequencies.
+    """
     try:
-        with Image.open(file if isinstance(file, str | Path) else BytesIO(file.read())) as image:
-            return pixels(flatten(ImageOps.exif_transpose(image)))
+        encoded = Path(file).read_bytes() if isinstance(file, str | Path) else file.read()
+        if shrink is not None and (size := upright_jpeg(encoded)) is not None and (factor := shrink(*size)) > 1:
+            height, width = (-(-side // factor) for side in size)
+            # what is odd about a file, strict says, and Pillow decides
+            with contextlib.suppress(ValueError):
+                small = simplejpeg.decode_jpeg(
+                    encoded, "RGB", min_height=height, min_width=width, min_factor=1, strict=True
+                )
+                if small.shape[:2] == (height, width):
+                    return Picture(small, size, (1 / factor, 1 / factor))
+        with Image.open(BytesIO(encoded)) as image:
+            return whole(pixels(flatten(ImageOps.exif_transpose(image))))
     except Exception as error:  # Pillow's readers raise many kinds on damaged data
         raise UserError(unreadable(file, error)) from error
+
+
+def whole(array: np.ndarray) -> Picture:
+    """A picture [h, w, C], or a clip [F, h, w, C], in its own size."""
+    return Picture(array, (array.shape[-3], array.shape[-2]))
+
+
+def upright_jpeg(encoded: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG whose pixels lie as they are shown; None for other files, and damaged ones."""
+    if encoded[:2] != b"\xff\xd8":
+        return None
+    try:
+        if b"Exif\0\0" in encoded[:65536]:
+            with Image.open(BytesIO(encoded)) as image:
+                if image.getexif().get(ORIENTATION, 1) != 1:
+                    return None
+        return simplejpeg.decode_jpeg_header(encoded)[:2]
+    except Exception:
+        return None
 
 
 def flatten(image: Image.Image) -> Image.Image:
@@ -147,134 +203,15 @@ def pixels(image: Image.Image) -> np.ndarray:
     return array if array.ndim == 3 else array[..., None]
 
 
+def is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
 def unreadable(file: str | Path | Stored, error: Exception) -> str:
     reason = str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         reason = "it is not an image"
     return f"cannot read image {file} ({reason}): replace or remove it, or set skip_broken to leave such out."
-
-
-def header_error(path: str) -> str | None:
-    """What is wrong with the header of an image file, or None. Reads no pixels."""
-    try:
-        with Image.open(path):
-            return None
-    except Exception as error:
-        return unreadable(path, error)
-
-
-# Folders
-
-
-def open_folder(root: Path, split: str, holdout: float, skip_broken: bool, quarantine: Quarantine) -> ImageDataset:
-    """One subfolder a class, or images directly inside; `train/` and `test/` (or `val/`) are splits."""
-    subfolders, _ = listing(root)
-    tests = [name for name in ("test", "val") if name in subfolders]
-    if ("train" in subfolders) != bool(tests):
-        raise UserError(
-            f"{root} has {tests[0] if tests else 'train'}/ without its counterpart: "
-            "expected train/ beside test/ or val/; to have one folder split, give that folder itself."
-        )
-    if not tests:
-        reasons = quarantine.under("")
-        files, labels, class_names = scan(root, reasons)
-        rows = choose_split((file.as_posix() for file in files), split, holdout, str(root))
-        files = [files[row] for row in rows]
-        labels = None if labels is None else labels[rows]
-        folder = root
-    else:
-        folder = root / ("train" if split == "train" else tests[0])
-        reasons = quarantine.under(folder.name)
-        files, labels, class_names = scan(folder, reasons)
-        if split == "test" and labels is not None:
-            train_names = classes_in(root / "train", quarantine.under("train"))[0]
-            unknown = sorted(set(class_names) - set(train_names))
-            if unknown:
-                raise UserError(f"class folder {folder / unknown[0]} has no counterpart in {root / 'train'}: add one.")
-            labels = np.array([train_names.index(name) for name in class_names])[labels]
-            class_names = train_names
-    paths = [str(folder / file) for file in files]
-    good = check_headers(paths, skip_broken)
-    dataset = ImageDataset(
-        name=root.resolve().name,
-        split=split,
-        pictures=[paths[row] for row in good],
-        labels=None if labels is None else labels[good],
-        class_names=class_names,
-        skip_broken=skip_broken,
-        quarantined={
-            path: why
-            for path, why in reasons.items()
-            if tests or path.endswith("/") or in_test_split(path, holdout) == (split == "test")
-        },
-        left_out=len(paths) - len(good),
-    )
-    if paths and not dataset.pictures:
-        raise UserError(f"none of the {len(paths)} images of {folder} can be read: replace them.")
-    return dataset
-
-
-def listing(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorted names of the subfolders and of the image files directly inside, without hidden ones."""
-    try:
-        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith((".", "__"))]
-    except OSError as error:
-        raise UserError(f"cannot list folder {folder} ({error.strerror}): check that it can be read.") from error
-    subfolders = sorted(entry.name for entry in entries if entry.is_dir())
-    return subfolders, sorted(entry.name for entry in entries if is_image(entry.name) and entry.is_file())
-
-
-def is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-
-
-def classes_in(root: Path, left_out: Collection[str]) -> tuple[list[str], list[str]]:
-    """`listing` without what is in quarantine."""
-    subfolders, loose = listing(root)
-    return [n for n in subfolders if f"{n}/" not in left_out], [n for n in loose if n not in left_out]
-
-
-def scan(root: Path, left_out: Collection[str] = ()) -> tuple[list[Path], np.ndarray | None, list[str]]:
-    """Image files relative to `root`, their labels [N] (None if directly inside) and the class names."""
-    class_names, loose = classes_in(root, left_out)
-    if class_names and loose:
-        raise UserError(
-            f"{root} has images ({loose[0]}) beside subfolders ({class_names[0]}/): "
-            "expected either one subfolder per class or images directly inside, not both."
-        )
-    if not class_names and not loose:
-        raise UserError(
-            f"{root} has no images: expected one subfolder per class, or images directly inside "
-            f"({' '.join(IMAGE_SUFFIXES)})."
-        )
-    if loose:
-        return [Path(name) for name in loose], None, []
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(class_names):
-        walk = os.walk(root / name, followlinks=True)
-        inside = (Path(folder, file) for folder, _, names in walk for file in names if is_image(file))
-        found = sorted(file.relative_to(root) for file in inside)
-        found = [file for file in found if file.as_posix() not in left_out] if left_out else found
-        if not found:
-            raise UserError(f"class folder {root / name} has no images: add some or remove the folder.")
-        files += found
-        labels += [label] * len(found)
-    return files, np.array(labels, dtype=np.int64), class_names
-
-
-def check_headers(paths: list[str], skip_broken: bool) -> np.ndarray:
-    """Rows of the files whose header Pillow can read. Raises UserError at a bad one unless `skip_broken`."""
-    if len(paths) > HEADER_CHECK_LIMIT:
-        return np.arange(len(paths))
-    with ThreadPoolExecutor(16) as pool:  # waiting for the disk, mostly
-        errors = list(pool.map(header_error, paths))
-    bad = [error for error in errors if error]
-    if bad and not skip_broken:
-        raise UserError(bad[0])
-    for error in bad:
-        log.warning(error)
-    return np.flatnonzero([error is None for error in errors])
 
 
 # Arrays
@@ -283,9 +220,8 @@ def check_headers(paths: list[str], skip_broken: bool) -> np.ndarray:
 def open_arrays(path: Path, split: str, holdout: float) -> ImageDataset:
     """`.npy` (images) or `.npz` with images and labels, named as in `array_names`; nothing pickled."""
     try:
-        stored = np.load(path, allow_pickle=False)
-        if isinstance(stored, np.ndarray):
-            stored = {"images": stored}
+        plain = path.suffix == ".npy"
+        stored = {"images": np.load(path, "r", allow_pickle=False)} if plain else ArrayFile(path)
         train = array_names(stored, "train")
         test = array_names(stored, "test") or array_names(stored, "val")
         own_splits = train is not None and test is not None
@@ -299,7 +235,7 @@ def open_arrays(path: Path, split: str, holdout: float) -> ImageDataset:
         images = stored[names[0]]
         label_names = {pair[1] for pair in (names, train, test) if pair and pair[1]}
         labels = {name: stored[name] for name in label_names}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read {path} ({reason}): expected .npy or .npz without pickled objects.") from error
 
@@ -309,7 +245,39 @@ def open_arrays(path: Path, split: str, holdout: float) -> ImageDataset:
     return from_arrays(path, split, images, own_labels, count_classes(labels), None if own_splits else holdout)
 
 
-def array_names(stored: dict, split: str | None = None) -> tuple[str, str | None] | None:
+class ArrayFile(Mapping[str, np.ndarray]):
+    """Arrays of an .npz: mapped from the file where they are not compressed (np.savez), else read when asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with zipfile.ZipFile(path) as file:
+            self.members = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        member = self.members[name]
+        if member.compress_type == zipfile.ZIP_STORED:
+            with self.path.open("rb") as file:
+                file.seek(member.header_offset + 26)  # the lengths of name and extra field end the local header
+                file.seek(sum(np.frombuffer(file.read(4), "<u2").tolist()), SEEK_CUR)
+                version, start = np.lib.format.read_magic(file), file.tell() - 8
+                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                shape, fortran, dtype = header[version](file)
+                size = math.prod(shape) * dtype.itemsize
+                if file.tell() - start + size != member.file_size:
+                    raise ValueError(f"{name} has {member.file_size} bytes and another shape")
+                if not (fortran or dtype.hasobject or size == 0):
+                    return np.memmap(self.path, dtype, "r", file.tell(), shape)
+        with np.load(self.path, allow_pickle=False) as arrays:
+            return arrays[name]
+
+
+def array_names(stored: Mapping[str, Any], split: str | None = None) -> tuple[str, str | None] | None:
     """Names of images and labels (or None) in a file: of one split, as in MedMNIST or Keras, or of all."""
     if split is None:
         images_as, labels_as = ["images", "x", "arr_0"], ["labels", "y", "arr_1"]
@@ -403,13 +371,15 @@ def from_arrays(
     """Images [N, H, W] or [N, H, W, C] and labels [N]; `holdout` where the file has no splits of its own."""
     if labels is not None and len(labels) != len(images):
         raise UserError(f"{path} has {len(images)} images but {len(labels)} labels for {split}: expected as many.")
-    rows = np.arange(len(images))
-    if holdout is not None:
-        rows = choose_split(map(str, rows), split, holdout, str(path))
+    images = images.reshape(*images.shape[:3], -1)  # [N, h, w, C]
+    rows = None if holdout is None else choose_split(map(str, range(len(images))), split, holdout, str(path))
+    pictures: np.ndarray | Rows = images
+    if rows is not None:
+        pictures = Rows(images, rows) if isinstance(images, np.memmap) else images[rows]
     return ImageDataset(
         name=path.name,
         split=split,
-        pictures=images.reshape(*images.shape[:3], -1)[rows],  # [N, h, w, C]
-        labels=None if labels is None else labels[rows],
+        pictures=pictures,
+        labels=labels if labels is None or rows is None else labels[rows],
         class_names=[] if labels is None else [str(label) for label in range(num_classes)],
     )

@@ -6,13 +6,16 @@ The index that DALI's `wds2idx` writes (`x.idx` beside `x.tar`) is used where it
 
 import os
 import tarfile
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from umd.errors import UserError
+from umd.train.index import Arrays, Names, kept
 from umd.train.quarantine import Quarantine
 from umd.train.sources import ImageDataset, choose_split, is_image
 
@@ -29,11 +32,38 @@ class TarMember(NamedTuple):
         return f"{self.tar}/{self.name}"
 
     def read(self) -> bytes:
-        file = os.open(self.tar, os.O_RDONLY)
-        try:
-            return os.pread(file, self.size, self.offset)
-        finally:
-            os.close(file)
+        """Raises OSError if the tar is gone, or shorter than it was."""
+        data = os.pread(opened(self.tar).fileno(), self.size, self.offset)
+        if len(data) < self.size:
+            raise OSError(f"the tar ends {self.size - len(data)} bytes too early: it has shrunk since it was listed")
+        return data
+
+
+@lru_cache(maxsize=256)  # opened once by each process, not for each picture; a forked worker shares them
+def opened(tar: str) -> FileIO:
+    return FileIO(tar)
+
+
+class Members(Sequence[TarMember]):
+    """Files in some tars, as a few arrays: see `Names`."""
+
+    def __init__(self, tars: Sequence[str], names: Names, tar: np.ndarray, offsets: np.ndarray, sizes: np.ndarray):
+        self.tars, self.names, self.tar, self.offsets, self.sizes = tars, names, tar, offsets, sizes
+
+    def __len__(self) -> int:
+        return len(self.tar)
+
+    def __getitem__(self, index):  # slices are not needed
+        where = int(self.tar[index]), int(self.offsets[index]), int(self.sizes[index])
+        return TarMember(self.tars[where[0]], self.names[index], *where[1:])
+
+    def take(self, rows: np.ndarray) -> "Members":
+        return Members(self.tars, self.names.take(rows), self.tar[rows], self.offsets[rows], self.sizes[rows])
+
+    def keys(self) -> Iterator[str]:
+        """tar/name of each."""
+        bases = [os.path.basename(tar) for tar in self.tars]
+        return (f"{bases[tar]}/{name}" for tar, name in zip(self.tar.tolist(), self.names, strict=True))
 
 
 def is_tars(source: Path) -> bool:
@@ -87,17 +117,25 @@ def read_index(index: Path) -> list[tuple[str, int, int]] | None:
 
 
 class TarSamples(NamedTuple):
-    pictures: list[TarMember]
-    keys: list[str]  # in the source: tar/name of the picture
+    pictures: Members
     labels: np.ndarray | None  # int64 [N]
 
 
 @lru_cache(maxsize=2)  # opening a split reads both
 def samples(tars: tuple[Path, ...]) -> TarSamples:
-    """Pictures of some tars, with their classes where every one has one."""
-    pictures: list[TarMember] = []
+    """Pictures of some tars, with their classes where every one has one; listed, or as they were listed before."""
+    arrays = kept(f"tars {[str(tar) for tar in tars]}", tars[0].parent, lambda: walk(tars))
+    names = Names(arrays["names"], arrays["ends"])
+    pictures = Members([str(tar) for tar in tars], names, arrays["tar"], arrays["offsets"], arrays["sizes"])
+    return TarSamples(pictures, np.array(arrays["labels"]) if len(arrays["labels"]) else None)
+
+
+def walk(tars: Sequence[Path]) -> tuple[Arrays, list[Path], int]:
+    """Names, places and classes (none, if they have none) of the pictures in some tars; the tars and their indices."""
+    names: list[str] = []
+    places: list[tuple[int, int, int]] = []
     labels: list[int] = []
-    for tar in tars:
+    for number, tar in enumerate(tars):
         classes: dict[str, TarMember] = {}
         found: list[tuple[str, TarMember]] = []
         for member in members(tar):
@@ -107,20 +145,23 @@ def samples(tars: tuple[Path, ...]) -> TarSamples:
                 classes[key] = member
             elif is_image(os.path.basename(member.name)) and not (found and found[-1][0] == key):
                 found.append((key, member))  # a sample's second picture, a mask or a depth, is not read
-        pictures += [member for _, member in found]
+        names += [member.name for _, member in found]
+        places += [(number, member.offset, member.size) for _, member in found]
         labels += [read_class(classes[key]) for key, _ in found if key in classes]
-    if not pictures:
+    if not names:
         raise UserError(f"{tars[0]} has no images: expected a WebDataset tar with .jpg and .cls members.")
-    if labels and len(labels) != len(pictures):
-        raise UserError(f"{len(labels)} of the {len(pictures)} samples of {tars[0].parent} have a .cls: give all one.")
-    keys = [f"{os.path.basename(member.tar)}/{member.name}" for member in pictures]
-    return TarSamples(pictures, keys, np.array(labels, dtype=np.int64) if labels else None)
+    if labels and len(labels) != len(names):
+        raise UserError(f"{len(labels)} of the {len(names)} samples of {tars[0].parent} have a .cls: give all one.")
+    listed, (tar, offsets, sizes) = Names.of(names), np.array(places, dtype=np.int64).T
+    arrays = {"names": listed.data, "ends": listed.ends, "tar": tar, "offsets": offsets, "sizes": sizes}
+    indices = [index for tar in tars if (index := tar.with_suffix(".idx")).exists()]
+    return arrays | {"labels": np.array(labels, dtype=np.int64)}, [*tars, *indices], len(names)
 
 
 def read_class(member: TarMember) -> int:
     try:
         label = int(member.read())
-    except ValueError:
+    except (ValueError, OSError):
         label = -1
     if label < 0:
         raise UserError(f"{member} holds no class: expected a number from 0.")
@@ -130,23 +171,28 @@ def read_class(member: TarMember) -> int:
 def open_tars(source: Path, split: str, holdout: float, skip_broken: bool, quarantine: Quarantine) -> ImageDataset:
     """The pictures of one split of a tar or a folder of tars. Raises UserError as `open_folder` does."""
     splits = split_tars(source)
-    pictures, keys, labels = samples(tuple(splits.get(split) or splits[""]))
+    pictures, labels = samples(tuple(splits.get(split) or splits[""]))
     every = [samples(tuple(tars)).labels for tars in splits.values()]
     if len({labels is None for labels in every}) > 1:
         raise UserError(f"one split of {source} has .cls members and the other has none: give both.")
     num_classes = max((int(labels.max()) + 1 for labels in every if labels is not None), default=0)
     folder = "" if "" in splits else splits[split][0].parent.name
-    rows = np.arange(len(keys)) if folder else choose_split(keys, split, holdout, str(source))
+    rows = np.arange(len(pictures)) if folder else choose_split(pictures.keys(), split, holdout, str(source))
     reasons = quarantine.under(folder)
-    good = [row for row in rows.tolist() if keys[row] not in reasons]
-    if len(rows) and not good:
-        raise UserError(f"all {len(rows)} images of {source} are in quarantine ({quarantine.path}): replace them.")
+    quarantined = {}
+    if reasons:
+        keys = list(pictures.keys())
+        quarantined = {keys[row]: reasons[keys[row]] for row in rows.tolist() if keys[row] in reasons}
+        good = np.array([row for row in rows.tolist() if keys[row] not in reasons], dtype=np.int64)
+        if len(rows) and not len(good):
+            raise UserError(f"all {len(rows)} images of {source} are in quarantine ({quarantine.path}): replace them.")
+        rows = good
     return ImageDataset(
         name=source.resolve().name,
         split=split,
-        pictures=[pictures[row] for row in good],
-        labels=None if labels is None else labels[good],
+        pictures=pictures.take(rows),
+        labels=None if labels is None else labels[rows],
         class_names=[str(label) for label in range(num_classes)],
         skip_broken=skip_broken,
-        quarantined={keys[row]: reasons[keys[row]] for row in rows.tolist() if keys[row] in reasons},
+        quarantined=quarantined,
     )

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from umd.errors import UserError
 from umd.files import write_whole
+from umd.train.folders import listing
 from umd.train.probe import Probe, Recognition, print_rows
 from umd.train.run import RunConfig
 from umd.train.shards import others_work, share
-from umd.train.sources import listing
 
 PAPER = ("cifar100", "stl10", "dtd", "pets", "flowers102", "food101", "dogs", "imagenet-v2", "ucmerced")
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import resource
 import statistics
 import sys
@@ -69,6 +70,12 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not x.is_pinned():
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
+
+
+def own_cores() -> int:
+    """Cores of this host that are this rank's share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -55,7 +55,7 @@ def test_folders_of_frames_are_clips_with_the_labels_of_their_class(tmp_path):
     for part in parts:
         for i in range(len(part)):
             name = part.pictures[i].removeprefix(f"{tmp_path}/")
-            assert np.array_equal(part.read(i)[1], written[name])
+            assert np.array_equal(part.read(i)[1].pixels, written[name])
             assert part.class_names[part.labels[i]] == name.split("/")[0]
 
 
@@ -129,14 +129,16 @@ def test_batches_are_whole_clips_with_one_crop_for_all_frames(npz):
     batch = next(train_loader(dataset, config, batch_size=5, seed=1))
     assert batch.x_start.shape == (5, 3, 4, 12, 12) and batch.labels.shape == (5,)
     for x, index in zip(batch.x_start, batch.indices, strict=True):
-        clip = dataset.read(int(index))[1]
+        clip = dataset.read(int(index))[1].pixels
         views = [view[:, :, ::flip] for start in (0, 1) for flip in (1, -1) for view in [clip[start : start + 7 : 2]]]
         found = ((x.permute(1, 2, 3, 0) + 1) * 127.5).round().numpy()
         assert any(np.array_equal(found, view) for view in views)
     again = next(train_loader(dataset, config, batch_size=5, seed=1))
     assert torch.equal(batch.x_start, again.x_start)
     middle = center_view(dataset, [0], config)
-    assert np.array_equal(((middle[0].permute(1, 2, 3, 0) + 1) * 127.5).round().numpy(), dataset.read(0)[1][0:7:2])
+    assert np.array_equal(
+        ((middle[0].permute(1, 2, 3, 0) + 1) * 127.5).round().numpy(), dataset.read(0)[1].pixels[0:7:2]
+    )
 
 
 def test_clips_are_written_as_mp4(tmp_path):

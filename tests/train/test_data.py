@@ -21,18 +21,16 @@ from PIL import Image
 from scipy import stats
 
 from umd.errors import UserError
+from umd.train.crops import CROP_TRIES, crop_box, resized, shrink_for, train_view
 from umd.train.data import (
-    CROP_TRIES,
     DataConfig,
     ImageDataset,
     center_view,
     centered_view_of_file,
-    crop_box,
     describe,
     open_dataset,
     sample_keys,
     train_loader,
-    train_view,
 )
 from umd.train.sources import decode, in_test_split
 
@@ -217,14 +215,40 @@ def test_crop_follows_the_shape_of_the_input():
 
 
 def test_flip_happens_half_of_the_time_and_only_if_asked():
-    picture = tiny(1, 8, 8).image(0)
+    picture = tiny(1, 8, 8).picture(0)
     config = replace(CONFIG, area_min=1.0)  # the whole picture at its own size: the crop does nothing
     views = [train_view(picture, np.random.default_rng(i), config) for i in range(400)]
-    flipped = [np.array_equal(view, picture[:, ::-1]) for view in views]
-    assert all(f or np.array_equal(v, picture) for f, v in zip(flipped, views, strict=True))
+    flipped = [np.array_equal(view, picture.pixels[:, ::-1]) for view in views]
+    assert all(f or np.array_equal(v, picture.pixels) for f, v in zip(flipped, views, strict=True))
     assert stats.binomtest(sum(flipped), 400).pvalue > 1e-3
     off = replace(config, hflip=False)
-    assert all(np.array_equal(train_view(picture, np.random.default_rng(i), off), picture) for i in range(50))
+    assert all(np.array_equal(train_view(picture, np.random.default_rng(i), off), picture.pixels) for i in range(50))
+
+
+def test_a_crop_of_a_jpeg_decoded_smaller_is_the_same_crop(tmp_path):
+    """Of a smooth picture: a fraction of the size holds all of it, and any shift of the crop would show."""
+    y, x = np.mgrid[0:301, 0:403]
+    picture = np.stack([127 + 100 * np.sin(x / 45 + c) * np.cos(y / 60) for c in range(3)], -1).round().astype(np.uint8)
+    file = tmp_path / "smooth.jpg"
+    Image.fromarray(picture).save(file, quality=98, subsampling=0)
+    config = replace(CONFIG, image_size=(32, 32))
+    for seed in range(8):
+        box = crop_box(np.random.default_rng(seed), 301, 403, config)
+        for factor in (2, 4, 8):
+            small = decode(file, lambda h, w, factor=factor: factor)
+            assert small.pixels.shape[:2] == (-(-301 // factor), -(-403 // factor)) and small.size == (301, 403)
+            difference = resized(small, box, config).astype(int) - resized(decode(file), box, config)
+            assert abs(difference).max() <= 3 and abs(difference.mean()) < 0.3
+        assert shrink_for(box, config) == 8 and shrink_for(box, replace(config, image_size=(64, 64))) == 4
+    for name, options in (
+        ("turned.jpg", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"}),
+        ("p.png", {}),
+    ):
+        Image.fromarray(picture).save(tmp_path / name, **options)
+        assert decode(tmp_path / name, lambda h, w: 8).scale == (1, 1), "another kind of file is read whole"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(UserError, match="smooth.jpg .*truncated"):
+        decode(file, lambda h, w: 8)
 
 
 def test_center_view_is_the_middle_without_chance():
@@ -316,7 +340,7 @@ def test_no_base_is_in_both_splits(split_of):
     entry_of |= {plain(v.unified): e.unified for e in emoji_data for v in e.skin_variations.values()}
     splits: dict[str, set[str]] = {}
     for path in vendor_files("Goog") + vendor_files("Twtr"):
-        split = split_of.get(digest(decode(path)))
+        split = split_of.get(digest(decode(path).pixels))
         if split is not None:
             name = plain(path.stem)
             first = name.split("-")[0]
@@ -328,7 +352,7 @@ def test_no_base_is_in_both_splits(split_of):
 
 
 def test_emoji_of_other_vendors_are_not_used(split_of):
-    used = [path.name for path in vendor_files("Appl")[::3] if digest(decode(path)) in split_of]
+    used = [path.name for path in vendor_files("Appl")[::3] if digest(decode(path).pixels) in split_of]
     assert used == []
 
 
@@ -336,7 +360,7 @@ def test_emoji_lie_on_white(split_of):
     path = next(path for path in vendor_files("Goog") if path.name == "U+1F600.png")
     rgba = np.asarray(Image.open(path).convert("RGBA")).astype(float)
     alpha = rgba[..., 3:] / 255
-    picture = decode(path)
+    picture = decode(path).pixels
     assert digest(picture) in split_of
     assert (alpha[0, 0] == 0).all() and (picture[0, 0] == 255).all()
     np.testing.assert_allclose(picture, alpha * rgba[..., :3] + (1 - alpha) * 255, atol=1)
@@ -410,7 +434,7 @@ def test_class_folders_and_a_stable_holdout(tmp_path):
         names = [Path(path).relative_to(tmp_path).as_posix() for path in dataset.pictures]
         assert [in_test_split(name, 0.2) for name in names] == [held_out] * len(names)
         assert [train.class_names[label] for label in dataset.labels] == [name.split("/")[0] for name in names]
-    assert train.image(0).shape == (7, 9, 3) and train.image(0).dtype == np.uint8
+    assert train.picture(0).pixels.shape == (7, 9, 3) and train.picture(0).pixels.dtype == np.uint8
     before = set(test.pictures)
     write(tmp_path / "ape" / "new.png")
     assert before <= set(opened(tmp_path, "test").pictures)  # nothing moves when a picture is added
@@ -519,19 +543,19 @@ def test_truncated_image_is_replaced_and_counted(tmp_path, workers):
 def test_kinds_of_image_files(tmp_path):
     grey = np.full((4, 4), 40_000, np.uint16)
     Image.fromarray(grey).save(tmp_path / "deep.png")
-    assert decode(tmp_path / "deep.png").tolist() == np.full((4, 4, 1), 40_000 >> 8).tolist()
+    assert decode(tmp_path / "deep.png").pixels.tolist() == np.full((4, 4, 1), 40_000 >> 8).tolist()
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([255, 0, 0] + [0] * 765)
     palette.save(tmp_path / "palette.png")
-    assert (decode(tmp_path / "palette.png") == [255, 0, 0]).all()
+    assert (decode(tmp_path / "palette.png").pixels == [255, 0, 0]).all()
     palette.save(tmp_path / "clear.png", transparency=0)
-    assert (decode(tmp_path / "clear.png") == 255).all()
+    assert (decode(tmp_path / "clear.png").pixels == 255).all()
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter
     Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    assert decode(tmp_path / "turned.jpg").shape == (8, 4, 3)
+    assert decode(tmp_path / "turned.jpg").pixels.shape == (8, 4, 3)
     Image.new("CMYK", (4, 4)).save(tmp_path / "print.jpg")
-    assert (decode(tmp_path / "print.jpg") == 255).all()
+    assert (decode(tmp_path / "print.jpg").pixels == 255).all()
 
 
 # Arrays
@@ -560,7 +584,7 @@ def test_npz_with_its_own_splits(tmp_path, style):
     np.savez_compressed(tmp_path / "m.npz", **arrays)
     train, test = opened(tmp_path / "m.npz"), opened(tmp_path / "m.npz", "test")
     assert len(train) == 50 and np.array_equal(train.labels, LABELS) and train.labels.dtype == np.int64
-    assert test.image(0).shape == (6, 5, 1) and test.class_names == train.class_names
+    assert test.picture(0).pixels.shape == (6, 5, 1) and test.class_names == train.class_names
 
 
 def test_npy_is_unlabelled(tmp_path):

@@ -34,7 +34,8 @@ from umd.images import from_uint8, to_uint8
 from umd.metrics import FeatureStatistics
 from umd.ops import philox_randn
 from umd.tokenizer import load_tokenizer
-from umd.train.data import DataConfig, as_model_input, derive_seed, open_dataset, train_loader, train_view, view_rng
+from umd.train.crops import train_view, view_rng
+from umd.train.data import DataConfig, as_model_input, derive_seed, open_dataset, train_loader
 from umd.train.encode import EncodeLatents, Inspect, encode, inspect
 from umd.train.latents import HEADER, finish, open_latents, sample_posterior, shard_bytes, shard_name
 from umd.train.log import read_metrics
@@ -125,7 +126,7 @@ def test_shards_hold_the_views_that_a_run_on_pixels_would_see(folder, options, v
     config = DataConfig(image_size=(16, 16))
     for index in (0, 17, 48):
         for view in (0, 1):
-            picture = train_view(dataset.image(index), view_rng(derive_seed(0, 1), view, index), config)
+            picture = train_view(dataset.picture(index), view_rng(derive_seed(0, 1), view, index), config)
             expected = tokenizer.moments(as_model_input(torch.from_numpy(picture.copy())[None]))
             torch.testing.assert_close(shards[index // 8]["moments"][index % 8, view], expected[0])
 
@@ -262,7 +263,9 @@ def test_the_middle_and_its_mirror_image(options, vaes, tmp_path):
     options = replace(options, out=tmp_path / "out", crop="center", shard_images=100)
     moments = load_file(encode(options, QUIET) / "train-00000-of-00001.safetensors")["moments"]
     dataset = open_dataset(options.data, "train")
-    middle = np.asarray(Image.fromarray(dataset.image(0)).resize((16, 16), Image.Resampling.BICUBIC, (1, 0, 21, 20)))
+    middle = np.asarray(
+        Image.fromarray(dataset.picture(0).pixels).resize((16, 16), Image.Resampling.BICUBIC, (1, 0, 21, 20))
+    )
     for view, picture in enumerate((middle, middle[:, ::-1])):
         expected = load_tokenizer(str(vaes["kl"])).moments(as_model_input(torch.from_numpy(picture.copy())[None]))
         torch.testing.assert_close(moments[0, view], expected[0])

@@ -1,0 +1,140 @@
+"""Lists of many files: as they were listed, made anew when something changed; arrays and tars read where they lie."""
+
+import os
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from umd.errors import UserError
+from umd.train import index, tars
+from umd.train.data import DataConfig, open_dataset
+from umd.train.index import Names, kept
+from umd.train.sources import Rows
+
+ODD = ["a/1.jpg", "", "ein Wort/größer.png", b"\xff\xfe.jpg".decode("utf-8", "surrogateescape"), "z"]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(index, "INDEXED_FROM", 1)
+    tars.samples.cache_clear()
+    return tmp_path / "cache" / "umd"
+
+
+def age(*paths) -> None:
+    """As if nothing had changed for a minute."""
+    for path in paths:
+        then = os.stat(path).st_mtime - 60
+        os.utime(path, (then, then))
+
+
+def picture(path, value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(path)
+
+
+def test_names_are_the_strings_they_were_made_of():
+    names = Names.of(ODD)
+    assert list(names) == ODD and [names[i] for i in range(-5, 5)] == ODD * 2
+    chosen = names.take(np.array([4, 2, 2])).take(np.array([2, 0]))
+    assert list(chosen) == [ODD[2], ODD[4]] and len(chosen) == 2
+    assert list(Names(names.data, names.ends, prefix="at/"))[0] == "at/a/1.jpg"
+    assert list(Names.of([])) == []
+    with pytest.raises(IndexError):
+        names[5]
+
+
+def test_a_list_is_kept_until_what_it_was_made_of_changes(tmp_path, cache):
+    source, calls = tmp_path / "source", []
+    source.mkdir()
+
+    def make():
+        calls.append(1)
+        return {"n": np.array([len(calls)]), "none": np.empty(0, np.int64)}, [source], 10
+
+    assert kept("x", source, make)["n"].item() == 1 and not cache.exists(), (
+        "it has just changed, and may change again unseen"
+    )
+    age(source)
+    assert [kept("x", source, make)["n"].item() for _ in range(3)] == [2, 2, 2]
+    assert kept("y", source, make)["n"].item() == 3, "of another kind"
+    (source / "new").touch()
+    age(source)
+    assert [kept("x", source, make)["n"].item() for _ in range(2)] == [4, 4]
+    for file in cache.iterdir():
+        file.write_bytes(file.read_bytes()[:-4])
+    assert kept("x", source, make)["n"].item() == 5, "damaged"
+    for file in cache.iterdir():
+        file.unlink()
+    cache.rmdir()
+    cache.touch()
+    assert [kept("x", source, make)["n"].item() for _ in range(2)] == [6, 7], "nowhere to keep it"
+
+
+def test_a_folder_listed_before_is_what_it_is_now(tmp_path):
+    root = tmp_path / "pictures"
+    for name in ("b/2.png", "a/10.png", "a/9.png", "a/deep/1.png", "b/.hidden.png"):
+        picture(root / "train" / name)
+        picture(root / "val" / name)
+
+    def names(split="train"):
+        dataset = open_dataset(DataConfig(source=str(root)), split)
+        files = [os.path.relpath(path, root) for path in dataset.pictures]
+        return [f"{file} {dataset.class_names[label]}" for file, label in zip(files, dataset.labels, strict=True)]
+
+    first = names()
+    assert first == ["train/a/10.png a", "train/a/9.png a", "train/a/deep/1.png a", "train/b/2.png b"]
+    everything = [root / "train", *(path for path in (root / "train").rglob("*") if path.is_dir())]
+    age(*everything)
+    assert names() == first == names()
+    picture(root / "train" / "a/deep/3.png")
+    assert names() == [*first[:3], "train/a/deep/3.png a", first[3]]
+    age(*everything)
+    picture(root / "train" / "c/1.png")
+    assert names()[-1] == "train/c/1.png c" and len(names("test")) == 4
+
+
+def test_a_tar_is_listed_once_and_one_that_shrank_is_told(tmp_path):
+    tar = tmp_path / "set.tar"
+    for i in range(6):
+        picture(tmp_path / f"{i}.jpg", 40 * i)
+    with tarfile.open(tar, "w") as archive:
+        for i in range(6):
+            archive.add(tmp_path / f"{i}.jpg", f"{i}.jpg")
+    age(tar)
+    config = DataConfig(source=str(tar), holdout=0)
+    first = open_dataset(config, "train")
+    tars.samples.cache_clear()
+    walked, tars.members = tars.members, None  # whoever lists it again fails
+    try:
+        again = open_dataset(config, "train")
+    finally:
+        tars.members = walked
+    assert list(map(str, again.pictures)) == list(map(str, first.pictures)) == [f"{tar}/{i}.jpg" for i in range(6)]
+    assert [int(again.picture(i).pixels.mean()) // 40 for i in range(6)] == list(range(6))
+    os.truncate(tar, first.pictures[5].offset + 100)
+    with pytest.raises(UserError, match=r"set.tar/5.jpg \(the tar ends \d+ bytes too early: it has shrunk since"):
+        again.picture(5)
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_arrays_are_read_where_they_lie(tmp_path, write):
+    images = np.random.default_rng(0).integers(0, 256, (40, 6, 7, 3), dtype=np.uint8)
+    write(tmp_path / "all.npz", images=images, labels=np.arange(40) % 4)
+    write(tmp_path / "splits.npz", train_images=images[:30], test_images=images[30:])
+    np.save(tmp_path / "plain.npy", images[..., 0])
+    for name, config in (("all.npz", {}), ("splits.npz", {}), ("plain.npy", {"holdout": 0.5})):
+        parts = [open_dataset(DataConfig(source=str(tmp_path / name), **config), split) for split in ("train", "test")]
+        for part in parts:
+            array = part.pictures.array if isinstance(part.pictures, Rows) else part.pictures
+            assert isinstance(array, np.memmap) == (write is np.savez or name == "plain.npy")
+        found = np.concatenate([part.pictures[np.arange(len(part))] for part in parts])
+        expected = images[..., :1] if name == "plain.npy" else images
+        assert sorted(p.tobytes() for p in found) == sorted(p.tobytes() for p in expected)
+    labelled = open_dataset(DataConfig(source=str(tmp_path / "all.npz")), "train")
+    for i, label in enumerate(labelled.labels):
+        rows = np.flatnonzero((images == labelled.picture(i).pixels).all((1, 2, 3)))
+        assert rows.tolist() != [] and rows[0] % 4 == label

@@ -1,0 +1,92 @@
+"""Crops of a picture: which part of it (drawn at random, or the middle), and that part as the model sees it."""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from umd.train.clips import take_frames
+from umd.train.sources import Picture, flatten, pixels
+
+if TYPE_CHECKING:
+    from umd.train.data import DataConfig
+
+ASPECT_MIN, ASPECT_MAX = 3 / 4, 4 / 3  # of the crop, as in the Inception papers
+LOG_ASPECT = math.log(ASPECT_MIN), math.log(ASPECT_MAX)
+CROP_TRIES = 10
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+
+def crop_box(rng: np.random.Generator, height: int, width: int, config: "DataConfig") -> Box:
+    """The Inception crop: a random share of the area, at a random aspect ratio around that of `image_size`.
+
+    Where `CROP_TRIES` draws do not fit into the picture, the largest centred box of an allowed aspect ratio.
+    """
+    target = config.image_size[1] / config.image_size[0]
+    uniform = iter(rng.random(2 * CROP_TRIES + 2).tolist())  # at once: a call costs more than a crop
+    for _ in range(CROP_TRIES):
+        area = height * width * (config.area_min + (config.area_max - config.area_min) * next(uniform))
+        aspect = target * math.exp(LOG_ASPECT[0] + (LOG_ASPECT[1] - LOG_ASPECT[0]) * next(uniform))
+        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if w <= width and h <= height:
+            left, top = (width - w) * next(uniform), (height - h) * next(uniform)
+            return left, top, min(left + w, width), min(top + h, height)
+    return centered_box(height, width, min(max(width / height, target * ASPECT_MIN), target * ASPECT_MAX))
+
+
+def centered_box(height: int, width: int, aspect: float, zoom: float = 1.0) -> Box:
+    """The largest box of aspect ratio `aspect` (width / height) in the middle of a picture, its sides over `zoom`."""
+    w, h = min(width, height * aspect) / zoom, min(height, width / aspect) / zoom
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+def resized(picture: Picture, box: Box, config: "DataConfig") -> np.ndarray:
+    """`box` of a picture (of each frame of a clip), resampled without aliasing: uint8 [H, W, C] or [F, H, W, C]."""
+    if picture.pixels.ndim == 4:
+        return np.stack([resized(picture._replace(pixels=frame), box, config) for frame in picture.pixels])
+    array, (down, across) = picture.pixels, picture.scale
+    image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    image = flatten(image)
+    if image.mode != (mode := "L" if config.channels == 1 else "RGB"):
+        image = image.convert(mode)
+    height, width = config.image_size
+    left, top, right, bottom = box
+    box = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
+    return pixels(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def shrink_for(box: Box, config: "DataConfig") -> int:
+    """By what a JPEG may be decoded smaller so that `box` of it still has no fewer pixels than the model sees."""
+    left, top, right, bottom = box
+    most = min((bottom - top) / config.image_size[0], (right - left) / config.image_size[1])
+    return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, most))
+
+
+def draw_view(rng: np.random.Generator, height: int, width: int, config: "DataConfig") -> tuple[Box, bool]:
+    """A random crop of a picture, and whether it is mirrored."""
+    mirrored = config.hflip and rng.random() < 0.5
+    return crop_box(rng, height, width, config), mirrored
+
+
+def train_view(picture: Picture, rng: np.random.Generator, config: "DataConfig") -> np.ndarray:
+    """A random crop, mirrored half of the time: uint8 [H, W, C]; the same of random frames of a clip: [F, H, W, C]."""
+    if picture.pixels.ndim == 4:
+        frames = take_frames(picture.pixels, config.num_frames, config.frame_stride, rng)
+        picture = picture._replace(pixels=frames)
+    box, mirrored = draw_view(rng, *picture.size, config)
+    view = resized(picture, box, config)
+    return view[..., ::-1, :] if mirrored else view
+
+
+def view_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """What draws the crop of one picture in one epoch."""
+    return np.random.default_rng((seed, epoch, 1 + index))
+
+
+def centered(picture: Picture, config: "DataConfig", zoom: float = 1.0) -> np.ndarray:
+    """The middle of a picture in the shape of `image_size`: uint8 [H, W, C]; of a clip the middle frames."""
+    if picture.pixels.ndim == 4:
+        picture = picture._replace(pixels=take_frames(picture.pixels, config.num_frames, config.frame_stride))
+    box = centered_box(*picture.size, config.image_size[1] / config.image_size[0], zoom)
+    return resized(picture, box, config)
