@@ -27,7 +27,7 @@ from tyro.conf import Suppress
 from umd.device import own_cores, pick_device, to_device
 from umd.errors import UserError
 from umd.train.clips import ClipDataset, check_length, decode_clip, open_clips
-from umd.train.crops import centered, draw_view, shrink_for, train_view, view_rng
+from umd.train.crops import centered, crop_batch, draw_view, shrink_for, train_view, view_rng
 from umd.train.emoji import open_emoji
 from umd.train.folders import open_folder
 from umd.train.latents import (
@@ -39,6 +39,7 @@ from umd.train.latents import (
     sample_posterior,
     tokenizer_of,
 )
+from umd.train.pixels import PixelDataset, StoredCrops, is_pixels, open_pixels
 from umd.train.quarantine import read_quarantine
 from umd.train.sources import (
     IDX_NAME,
@@ -138,6 +139,8 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDa
         )
     if is_latents(path):
         return open_latents(path, split, config)
+    if is_pixels(path):
+        return open_pixels(path, split, config)
     if config.channels not in (1, 3) and not config.vae:
         problem = "is no folder of latents" if path.exists() or config.source == "emoji" else "does not exist"
         raise UserError(
@@ -253,6 +256,8 @@ def reader(dataset: ImageDataset | LatentDataset, config: DataConfig) -> str:
     """Who prepares the training batches, in words."""
     if isinstance(dataset, LatentDataset):
         return "read from memory-mapped shards"
+    if isinstance(dataset, PixelDataset):
+        return "read from pixel shards"
     if choose_loader(dataset, config.loader) == "dali":
         return f"read by DALI, {max(1, config.workers)} threads"
     return f"read by Pillow, {config.workers} processes" if config.workers else "read by Pillow"
@@ -328,16 +333,24 @@ def train_loader(
         return drawn_latents(pictures, tokenizer.moments, len(dataset), **place)
     keys = sample_keys(len(dataset), **place)
     device = torch.device(device)
-    if isinstance(dataset, ImageDataset) and choose_loader(dataset, config.loader) == "dali":
+    if (
+        isinstance(dataset, ImageDataset)
+        and not isinstance(dataset, PixelDataset)
+        and choose_loader(dataset, config.loader) == "dali"
+    ):
         from umd.train.dali import dali_batches  # which imports this file
 
         return dali_batches(dataset, config, keys, seed, device)
     # Forked workers share the pictures' memory; elsewhere than on Linux forking is not safe.
     fork = config.workers > 0 and sys.platform == "linux"
+    if isinstance(dataset, PixelDataset):
+        views: Dataset = StoredCrops(dataset, config, seed)
+    else:
+        views = StoredViews(dataset) if isinstance(dataset, LatentDataset) else TrainViews(dataset, config, seed)
     loader = DataLoader(
-        StoredViews(dataset) if isinstance(dataset, LatentDataset) else TrainViews(dataset, config, seed),
+        views,
         batch_sampler=keys,
-        collate_fn=collate,
+        collate_fn=(lambda batch: batch) if isinstance(dataset, PixelDataset) else collate,
         num_workers=config.workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=start_worker,
@@ -346,6 +359,8 @@ def train_loader(
     )
     if isinstance(dataset, LatentDataset):
         return drawn_latents(batches(loader, dataset, device, dataset.moments), lambda x: x, len(dataset), **place)
+    if isinstance(dataset, PixelDataset):
+        return cropped(loader, dataset, device, config.image_size)
     return batches(loader, dataset, device)
 
 
@@ -363,6 +378,28 @@ def drawn_latents(
             yield replace(batch, x_start=x_start)
     finally:
         loader.close()
+
+
+def cropped(loader: DataLoader, dataset: PixelDataset, device: torch.device, size: tuple[int, int]) -> Batches:
+    """What the workers read, moved to `device` and cropped there."""
+    labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)
+    prepared = iter(loader)
+    try:
+        for item in prepared:
+            if isinstance(item, UserError):
+                raise item
+            pictures, boxes, mirrored, indices = item
+            views = crop_batch(
+                to_device(pictures, device), to_device(boxes, device), to_device(mirrored, device), size
+            )  # [B, C, H, W]
+            yield Batch(
+                x_start=views.div_(127.5).sub_(1),
+                labels=None if labels is None else to_device(labels[indices], device),
+                indices=to_device(indices, device),
+            )
+    finally:
+        if hasattr(prepared, "_shutdown_workers"):
+            prepared._shutdown_workers()
 
 
 def batches(

@@ -43,6 +43,7 @@ from umd.train.latents import (
     shard_bytes,
     shard_name,
 )
+from umd.train.pixels import inspect_pixels, is_pixels
 from umd.train.shards import own_device, rank_and_size
 from umd.train.sources import ImageDataset, Rows
 
@@ -309,7 +310,7 @@ def source_identity(config: DataConfig, datasets: dict[str, ImageDataset], names
 
 @dataclass(frozen=True)
 class Inspect:
-    """Print what a folder of latents holds, compare its shards with their checksums, and decode a few to a PNG."""
+    """Print what a folder of latents or of stored pictures holds, compare it with its checksums, and draw a few."""
 
     decode: int = 16
     """Latents decoded, spread over the split; 0: none, and no VAE is needed."""
@@ -327,6 +328,10 @@ class Inspect:
 
 def inspect(folder: Path, options: Inspect, console: Console) -> None:
     """Raises UserError if the folder is not whole, or the VAE is another."""
+    if is_pixels(folder):
+        out = options.out or folder / "pictures.png"
+        inspect_pixels(folder, options.split, options.decode, options.check, out, console)
+        return
     header = read_header(folder)
     datasets = {split: open_latents(folder, split) for split in SPLITS}
     show(folder, header, console)

@@ -27,6 +27,7 @@ from umd.errors import UserError
 from umd.files import write_whole
 from umd.train.data import DataConfig, ImageDataset, center_view
 from umd.train.latents import LatentDataset
+from umd.train.pixels import PixelDataset
 from umd.train.shards import Advance, Job
 from umd.train.sources import Rows
 
@@ -137,12 +138,15 @@ def read_ahead(ids: np.ndarray, pictures: Pictures) -> Iterator[tuple[np.ndarray
 def identity_of(dataset: Dataset, ids: np.ndarray) -> dict[str, Any]:
     """Which pictures features are of: how many the split has, and a digest of those with indices `ids`.
 
-    Of files it is of their names, sizes and times of change, of arrays of all bytes, of latents of their checksums.
+    Of files it is of their names, sizes and times of change, of arrays of all bytes, of latents of their checksums, of
+    stored pictures of the recipe.
     """
     digest = sha256()
     if isinstance(dataset, LatentDataset):
         entries = dataset.header["splits"][dataset.split]["shards"]
         digest.update(json.dumps([dataset.header["recipe"], entries], sort_keys=True).encode())
+    elif isinstance(dataset, PixelDataset):
+        digest.update(json.dumps([dataset.header["recipe"], dataset.header["splits"][dataset.split]]).encode())
     elif isinstance(dataset.pictures, np.ndarray | Rows):
         for first, last in spans(len(ids), 1024):
             digest.update(np.ascontiguousarray(dataset.pictures[ids[first:last]]).data)

@@ -5,12 +5,14 @@ import gzip
 import hashlib
 import logging
 import math
+import os
 import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import SEEK_CUR, BytesIO
+from functools import lru_cache
+from io import SEEK_CUR, BytesIO, FileIO
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -49,6 +51,15 @@ class Rows(Sequence[np.ndarray]):
 
     def __getitem__(self, index) -> np.ndarray:  # type: ignore[override]  # int, or int64 [n]
         return np.asarray(self.array[self.rows[index]])
+
+
+@lru_cache(maxsize=256)
+def opened(path: str) -> FileIO:
+    """A file to read at random places, without read-ahead. Each process opens it once; forked workers share it."""
+    file = FileIO(path)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return file
 
 
 class Picture(NamedTuple):

@@ -8,7 +8,6 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 from umd.errors import UserError
 from umd.train.index import Arrays, Names, kept
 from umd.train.quarantine import Quarantine
-from umd.train.sources import ImageDataset, choose_split, is_image
+from umd.train.sources import ImageDataset, choose_split, is_image, opened
 
 
 class TarMember(NamedTuple):
@@ -37,11 +36,6 @@ class TarMember(NamedTuple):
         if len(data) < self.size:
             raise OSError(f"the tar ends {self.size - len(data)} bytes too early: it has shrunk since it was listed")
         return data
-
-
-@lru_cache(maxsize=256)  # opened once by each process, not for each picture; a forked worker shares them
-def opened(tar: str) -> FileIO:
-    return FileIO(tar)
 
 
 class Members(Sequence[TarMember]):

@@ -261,6 +261,13 @@ def encode_latents(arguments: list[str]) -> None:
     encode(parse(EncodeLatents, "encode-latents", arguments), console)
 
 
+def encode_pixels(arguments: list[str]) -> None:
+    from umd.train.pixels import EncodePixels
+    from umd.train.pixels import encode_pixels as encode
+
+    encode(parse(EncodePixels, "encode-pixels", arguments), console)
+
+
 def inspect(arguments: list[str]) -> None:
     from umd.train import encode
 
@@ -371,7 +378,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "plan": (plan, "memory, time and communication of a run on a cluster that need not be there"),
     "finetune": (finetune, "go on with labels: class-conditional generation, or --task classify or linear"),
     "encode-latents": (encode_latents, "encode pictures with a VAE, once for all epochs"),
-    "inspect": (inspect, "what a folder of latents holds; checks and decodes it"),
+    "encode-pixels": (encode_pixels, "store pictures small, once for all epochs of runs at 64x64 and its like"),
+    "inspect": (inspect, "what a folder of latents or stored pictures holds; checks it"),
     "sample": (sample, "draw samples: PNG grid and .npz"),
     "inpaint": (inpaint, "fill a hole in pictures"),
     "probe": (probe, "few-shot accuracy of the representation, beside its floors"),

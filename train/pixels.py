@@ -1,0 +1,341 @@
+"""Pictures on disk at a small size: no JPEG is decoded while training. Shards, the header over them, and their dataset.
+
+    folder/pixels-train-00000-of-00003.safetensors    uint8 [n, S, S', 3], sizes [n, 2], labels, indices, crc32 [n]
+           pixels-test-00000-of-00001.safetensors
+           pixels.json                                what all share, and how many images each has; written last
+
+A picture is squeezed to S x S' whole, whatever its shape; `sizes` has the height and width of its own. A crop is drawn
+for that size, as from the file, and cut from the squeezed picture, which stretches it back. So a run sees the crops it
+would see of the files, with the resampling done in two steps.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from umd.errors import UserError
+from umd.files import write_whole
+from umd.images import grid, save_png
+from umd.train.crops import centered, draw_view, resized, shrink_for, view_rng
+from umd.train.latents import Shard, read_shard, shard_name
+from umd.train.shards import Advance, Job, others_work, share
+from umd.train.sources import ImageDataset, Picture, Rows, opened
+
+if TYPE_CHECKING:
+    from umd.train.data import DataConfig
+
+FORMAT = 1
+HEADER = "pixels.json"
+SHARDS = "pixels-*-of-*.safetensors"
+Split = Literal["train", "test"]
+
+
+def is_pixels(path: Path) -> bool:
+    """Whether a folder holds stored pictures, or the beginnings of them."""
+    return path.is_dir() and ((path / HEADER).exists() or any(path.glob(SHARDS)))
+
+
+def damaged(path: Path, what: str) -> UserError:
+    return UserError(f"pixel shard {path} {what}; remove it and run the same umd encode-pixels command again")
+
+
+class PixelRows(Rows):
+    """The squeezed pictures of some shards, read where they are asked for. A sum is compared at the first reading."""
+
+    def __init__(self, shards: Sequence[Shard], size: Sequence[int]):
+        self.shards, self.shape = shards, (*size, 3)
+        self.ends = np.cumsum([shard.tensors["indices"][0][0] for shard in shards], dtype=np.int64)
+        self.crc32 = np.concatenate([shard.array("crc32") for shard in shards] or [np.empty(0, np.int64)])
+        self.checked = np.zeros(len(self.crc32), dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.crc32)
+
+    def __getitem__(self, index) -> np.ndarray:  # type: ignore[override]  # int, or int64 [n]
+        several = np.atleast_1d(index)
+        out = np.empty((len(several), *self.shape), np.uint8)
+        for row, one in zip(out, several.tolist(), strict=True):
+            self.read_into(one, row)
+        return out if np.ndim(index) else out[0]
+
+    def read_into(self, index: int, out: np.ndarray) -> None:
+        """One picture into uint8 [S, S', 3]. Raises UserError if its shard is gone, or not what was written."""
+        number = int(np.searchsorted(self.ends, index, "right"))
+        shard = self.shards[number]
+        row = index - (int(self.ends[number - 1]) if number else 0)
+        try:
+            start = shard.tensors["pixels"][1] + row * out.nbytes
+            count = os.preadv(opened(str(shard.path)).fileno(), [out.data], start)
+        except OSError as error:
+            raise damaged(shard.path, f"cannot be read ({error.strerror or error})") from error
+        if count < out.nbytes:
+            raise damaged(shard.path, "has become shorter")
+        if not self.checked[index]:
+            if zlib.crc32(out.data) != self.crc32[index]:
+                raise damaged(shard.path, f"differs from its checksums in row {row}")
+            self.checked[index] = True
+
+
+@dataclass
+class PixelDataset(ImageDataset):
+    """Stored pictures of one split. sizes: int64 [N, 2], height and width of the files."""
+
+    header: dict[str, Any] = field(default_factory=dict)
+    sizes: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
+
+    def picture(self, index: int, shrink: object = None) -> Picture:
+        height, width = self.sizes[index].tolist()
+        pixels = self.pictures[index]
+        return Picture(pixels, (height, width), (pixels.shape[0] / height, pixels.shape[1] / width))
+
+
+def open_pixels(folder: Path, split: Split, config: "DataConfig") -> PixelDataset:
+    """The stored pictures of a split. Raises UserError if they are damaged, or smaller than what the model sees."""
+    if not (folder / HEADER).exists():
+        raise UserError(f"the pictures in {folder} are not finished: run the same umd encode-pixels command again")
+    try:
+        header = json.loads((folder / HEADER).read_text())
+        size, entries = header["recipe"]["size"], header["splits"][split]["shards"]
+        if header["format"] != FORMAT:
+            raise ValueError(f"format {header['format']!r}, and this version of umd reads {FORMAT}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / HEADER} is damaged ({error}): run the same umd encode-pixels command again"
+        ) from error
+    if config.channels != 3:
+        raise UserError(f"{folder} holds colour pictures, and the model sees {config.channels} channel: set 3")
+    if not config.vae and any(stored < seen for stored, seen in zip(size, config.image_size, strict=True)):
+        raise UserError(
+            f"the pictures in {folder} are stored at {size[0]}x{size[1]}, and the model sees "
+            f"{config.image_size[0]}x{config.image_size[1]}: store them larger, umd encode-pixels --size "
+            f"{3 * config.image_size[0] // 2} {3 * config.image_size[1] // 2}"
+        )
+    shards = []
+    for entry in entries:
+        shard = read_pixels(folder / entry["file"])
+        if shard.tensors["indices"][0][0] != entry["images"]:
+            raise damaged(shard.path, "is of another folder")
+        shards.append(shard)
+    names = header["recipe"]["class_names"]
+    arrays = {
+        name: np.concatenate([shard.array(name) for shard in shards] or [np.empty(0, np.int64)])
+        for name in ("labels", "sizes")
+        if names or name == "sizes"
+    }
+    return PixelDataset(
+        name=folder.resolve().name,
+        split=split,
+        pictures=PixelRows(shards, size),
+        labels=arrays.get("labels"),
+        class_names=names,
+        left_out=header["splits"][split]["left_out"],
+        header=header,
+        sizes=arrays["sizes"].reshape(-1, 2),
+    )
+
+
+def read_pixels(path: Path) -> Shard:
+    try:
+        return read_shard(path)
+    except UserError as error:
+        raise UserError(str(error).replace("latents shard", "pixel shard").replace("latents", "pixels")) from error
+
+
+class StoredCrops(Dataset):
+    """(epoch, index) of a batch -> pictures uint8 [B, S, S', 3], crops float32 [B, 4] in their pixels, whether each is
+    mirrored [B], and indices int64 [B]; or the UserError met."""
+
+    def __init__(self, dataset: PixelDataset, config: "DataConfig", seed: int):
+        self.dataset, self.config, self.seed = dataset, config, seed
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, ...] | UserError:
+        rows, sizes = self.dataset.pictures, self.dataset.sizes
+        assert isinstance(rows, PixelRows)
+        pixels = torch.empty(len(keys), *rows.shape, dtype=torch.uint8)
+        boxes, mirrored = np.empty((len(keys), 4), np.float32), np.empty(len(keys), bool)
+        try:
+            for i, (epoch, index) in enumerate(keys):
+                rows.read_into(index, pixels[i].numpy())
+                height, width = sizes[index].tolist()
+                box, mirrored[i] = draw_view(view_rng(self.seed, epoch, index), height, width, self.config)
+                across, down = rows.shape[1] / width, rows.shape[0] / height
+                boxes[i] = box[0] * across, box[1] * down, box[2] * across, box[3] * down
+        except UserError as error:
+            return error
+        indices = torch.tensor([index for _, index in keys])
+        return pixels, torch.from_numpy(boxes), torch.from_numpy(mirrored), indices
+
+
+# Encoding
+
+
+@dataclass(frozen=True)
+class EncodePixels:
+    """Store pictures small, once, for every epoch of runs at 64x64 and its like. The same command goes on after a stop;
+    under torchrun each rank makes its share."""
+
+    source: str = "emoji"
+    """A folder of images, .tar files, or what else pretrain reads."""
+    out: Path = Path("pixels/train")
+    """Folder to write."""
+    size: tuple[int, int] = (96, 96)
+    """Height and width that each picture is squeezed to: 1.5 times what the model sees, so that the narrowest crop (2/3
+    of a side, of four fifths of the area) has as many pixels as the model."""
+    shard_images: int = 4096
+    """Pictures a shard."""
+    holdout: float = 0.2
+    """Share kept for the test split where the source has no split of its own."""
+    skip_broken: bool = False
+    """Leave unreadable images out, with a count, instead of stopping."""
+    quarantine: str = ""
+    """List of files to leave out, as umd check-data writes it; default: quarantine.json in the source."""
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1 or self.shard_images < 1:
+            what = "shard_images" if self.shard_images < 1 else "size"
+            raise UserError(f"{what} must be at least 1, got {getattr(self, what)}")
+
+
+def encode_pixels(options: EncodePixels, console: Console) -> None:
+    """Make this rank's shards, and the header if those were the last. Raises UserError for a source that will not do, a
+    folder of other shards, and a full disk."""
+    from umd.train.data import DataConfig, open_dataset
+    from umd.train.encode import SPLITS, differences, picture_names, source_identity
+
+    config = DataConfig(
+        options.source, options.size, holdout=options.holdout, skip_broken=options.skip_broken,
+        quarantine=options.quarantine,
+    )  # fmt: skip
+    if is_pixels(Path(options.source).expanduser()):
+        raise UserError(f"{options.source} holds stored pictures already; give the files")
+    datasets: dict[str, ImageDataset] = {}
+    for name in SPLITS:
+        dataset = open_dataset(config, name)
+        if not isinstance(dataset, ImageDataset):
+            raise UserError(f"{options.source} holds no pictures")
+        datasets[name] = dataset
+    names = {split: picture_names(dataset, options.source) for split, dataset in datasets.items()}
+    recipe = {
+        "size": list(options.size),
+        "source": source_identity(config, datasets, names),
+        "class_names": datasets["train"].class_names,
+        "shard_images": options.shard_images,
+    }
+    jobs = []
+    for split, dataset in datasets.items():
+        total = -(-len(dataset) // options.shard_images)
+        for number in range(total):
+            ids = np.arange(number * options.shard_images, min((number + 1) * options.shard_images, len(dataset)))
+            path = options.out / f"pixels-{shard_name(split, number, total)}"
+            jobs.append(Job(path, len(ids), partial(shard_of, dataset, ids, config, recipe)))
+    expected = {job.path.name for job in jobs}
+    for path in sorted(options.out.glob(SHARDS)):
+        differ = differences(read_pixels(path).about.get("recipe", {}), recipe)
+        if differ or path.name not in expected:
+            raise UserError(
+                f"{options.out} holds shards made with another {', '.join(differ) or 'number of shards'}; give the "
+                "settings they were made with, or another --out"
+            )
+    if not share(jobs, console, "pictures stored"):
+        console.print(others_work(), highlight=False)
+        return
+    splits = {split: summary(options.out, split) for split in datasets}
+    header = {"format": FORMAT, "recipe": recipe, "splits": splits}
+    write_whole(options.out / HEADER, json.dumps(header, indent=1).encode())
+    train, test = (splits[split]["images"] for split in datasets)
+    size = f"{options.size[0]}x{options.size[1]}"
+    text = f"{train} training and {test} held-out pictures at {size} in {options.out}"
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def summary(folder: Path, split: str) -> dict[str, Any]:
+    """What the header says of a split."""
+    shards = [read_pixels(path) for path in sorted(folder.glob(f"pixels-{split}-*-of-*.safetensors"))]
+    entries = [{"file": shard.path.name, "images": shard.tensors["indices"][0][0]} for shard in shards]
+    return {
+        "images": sum(entry["images"] for entry in entries),
+        "left_out": sum(shard.about["left_out"] for shard in shards),
+        "shards": entries,
+    }
+
+
+def shard_of(
+    dataset: ImageDataset, ids: np.ndarray, config: "DataConfig", recipe: dict[str, Any], advance: Advance
+) -> bytes:
+    """A shard: a function of the pictures and the recipe alone, so that whoever makes it writes the same bytes."""
+    from umd.train.encode import in_order
+
+    def load(index: int) -> tuple[int, np.ndarray, tuple[int, int]] | None:
+        try:
+            picture = dataset.picture(index, lambda h, w: shrink_for((0, 0, w, h), config))
+        except UserError:
+            if not config.skip_broken:
+                raise
+            return None
+        height, width = picture.size
+        return index, resized(picture, (0, 0, width, height), config), picture.size
+
+    found: list[tuple[int, np.ndarray, tuple[int, int]]] = []
+    with ThreadPoolExecutor(max(1, config.workers)) as pool:
+        loaded = in_order(pool, load, ids.tolist(), ahead=64)
+        for done, one in enumerate(loaded, 1):
+            found += [one] if one is not None else []
+            if done % 64 == 0:
+                advance(done)
+    pixels = np.stack([view for _, view, _ in found]) if found else np.empty((0, *recipe["size"], 3), np.uint8)
+    indices = np.array([index for index, _, _ in found], dtype=np.int64)
+    tensors = {
+        "pixels": torch.from_numpy(pixels),
+        "sizes": torch.tensor([size for _, _, size in found], dtype=torch.int64).view(-1, 2),
+        "indices": torch.from_numpy(indices),
+        "crc32": torch.tensor([zlib.crc32(view.data) for view in pixels], dtype=torch.int64),
+    }
+    if dataset.labels is not None:
+        tensors["labels"] = torch.from_numpy(dataset.labels[indices])
+    about = {"format": FORMAT, "recipe": recipe, "left_out": len(ids) - len(found)}
+    return save(tensors, {"umd": json.dumps(about, sort_keys=True)})  # one entry: several would be in random order
+
+
+# Inspecting
+
+
+def inspect_pixels(folder: Path, split: Split, count: int, check: bool, out: Path, console: Console) -> None:
+    """Print what a folder holds, compare every picture with its sum, and draw a few as they are tested."""
+    from umd.train.data import DataConfig
+    from umd.train.encode import SPLITS
+
+    header = json.loads((folder / HEADER).read_text())
+    size = tuple(header["recipe"]["size"])
+    config = DataConfig(str(folder), size)
+    datasets = {name: open_pixels(folder, name, config) for name in SPLITS}
+    classes = len(header["recipe"]["class_names"])
+    console.print(f"{folder}: {size[0]}x{size[1]}, of {header['recipe']['source']['path']}, {classes or 'no'} classes")
+    table = Table("split", "pictures", "left out", "shards", box=None)
+    for name, entry in header["splits"].items():
+        table.add_row(name, *map(str, (entry["images"], entry["left_out"], len(entry["shards"]))))
+    console.print(table)
+    if check:
+        for dataset in datasets.values():
+            for index in range(len(dataset)):
+                dataset.pictures[index]
+        console.print("every picture is as it was written", highlight=False)
+    dataset = datasets[split]
+    if count := min(count, len(dataset)):
+        chosen = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()
+        views = np.stack([centered(dataset.picture(index), config) for index in chosen])
+        save_png(grid(views, columns=min(count, 8)), out)
+        console.print(f"{count} of them: {out}", highlight=False, soft_wrap=True)
