@@ -10,6 +10,7 @@ would see of the files, with the resampling done in two steps.
 """
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def is_pixels(path: Path) -> bool:
     return path.is_dir() and ((path / HEADER).exists() or any(path.glob(SHARDS)))
 
 
-def damaged(path: Path, what: str) -> UserError:
+def damaged(path: Path | str, what: str) -> UserError:
     return UserError(f"pixel shard {path} {what}; remove it and run the same umd encode-pixels command again")
 
 
@@ -59,35 +60,38 @@ class PixelRows(Rows):
     def __init__(self, shards: Sequence[Shard], size: Sequence[int]):
         self.shards, self.shape = shards, (*size, 3)
         self.ends = np.cumsum([shard.tensors["indices"][0][0] for shard in shards], dtype=np.int64)
+        self.files = [(str(shard.path), shard.tensors["pixels"][1]) for shard in shards]
         self.crc32 = np.concatenate([shard.array("crc32") for shard in shards] or [np.empty(0, np.int64)])
-        self.checked = np.zeros(len(self.crc32), dtype=bool)
+        self.checked = bytearray(len(self.crc32))
 
     def __len__(self) -> int:
         return len(self.crc32)
 
     def __getitem__(self, index) -> np.ndarray:  # type: ignore[override]  # int, or int64 [n]
-        several = np.atleast_1d(index)
-        out = np.empty((len(several), *self.shape), np.uint8)
-        for row, one in zip(out, several.tolist(), strict=True):
-            self.read_into(one, row)
-        return out if np.ndim(index) else out[0]
+        found = self.read(np.atleast_1d(index))
+        return found if np.ndim(index) else found[0]
 
-    def read_into(self, index: int, out: np.ndarray) -> None:
-        """One picture into uint8 [S, S', 3]. Raises UserError if its shard is gone, or not what was written."""
-        number = int(np.searchsorted(self.ends, index, "right"))
-        shard = self.shards[number]
-        row = index - (int(self.ends[number - 1]) if number else 0)
-        try:
-            start = shard.tensors["pixels"][1] + row * out.nbytes
-            count = os.preadv(opened(str(shard.path)).fileno(), [out.data], start)
-        except OSError as error:
-            raise damaged(shard.path, f"cannot be read ({error.strerror or error})") from error
-        if count < out.nbytes:
-            raise damaged(shard.path, "has become shorter")
-        if not self.checked[index]:
-            if zlib.crc32(out.data) != self.crc32[index]:
-                raise damaged(shard.path, f"differs from its checksums in row {row}")
-            self.checked[index] = True
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Pictures at int64 [n]: uint8 [n, S, S', 3]. Raises UserError if a shard is gone, or not what was written."""
+        out = np.empty((len(indices), *self.shape), np.uint8)
+        size, buffer = math.prod(self.shape), out.reshape(-1).data
+        numbers = np.searchsorted(self.ends, indices, "right")
+        rows = indices - np.append(0, self.ends)[numbers]
+        places = zip(indices.tolist(), numbers.tolist(), rows.tolist(), strict=True)
+        for i, (index, number, row) in enumerate(places):
+            path, start = self.files[number]
+            picture = buffer[i * size : (i + 1) * size]
+            try:
+                count = os.preadv(opened(path).fileno(), [picture], start + row * size)
+            except OSError as error:
+                raise damaged(path, f"cannot be read ({error.strerror or error})") from error
+            if count < size:
+                raise damaged(path, "has become shorter")
+            if not self.checked[index]:
+                if zlib.crc32(picture) != self.crc32[index]:
+                    raise damaged(path, f"differs from its checksums in row {row}")
+                self.checked[index] = 1
+        return out
 
 
 @dataclass
@@ -163,21 +167,20 @@ class StoredCrops(Dataset):
         self.dataset, self.config, self.seed = dataset, config, seed
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, ...] | UserError:
-        rows, sizes = self.dataset.pictures, self.dataset.sizes
+        rows = self.dataset.pictures
         assert isinstance(rows, PixelRows)
-        pixels = torch.empty(len(keys), *rows.shape, dtype=torch.uint8)
-        boxes, mirrored = np.empty((len(keys), 4), np.float32), np.empty(len(keys), bool)
+        indices = np.array([index for _, index in keys])
         try:
-            for i, (epoch, index) in enumerate(keys):
-                rows.read_into(index, pixels[i].numpy())
-                height, width = sizes[index].tolist()
-                box, mirrored[i] = draw_view(view_rng(self.seed, epoch, index), height, width, self.config)
-                across, down = rows.shape[1] / width, rows.shape[0] / height
-                boxes[i] = box[0] * across, box[1] * down, box[2] * across, box[3] * down
+            pixels = rows.read(indices)
         except UserError as error:
             return error
-        indices = torch.tensor([index for _, index in keys])
-        return pixels, torch.from_numpy(boxes), torch.from_numpy(mirrored), indices
+        boxes, mirrored = [], []
+        for (epoch, index), (height, width) in zip(keys, self.dataset.sizes[indices].tolist(), strict=True):
+            box, flip = draw_view(view_rng(self.seed, epoch, index), height, width, self.config)
+            across, down = rows.shape[1] / width, rows.shape[0] / height
+            boxes.append((box[0] * across, box[1] * down, box[2] * across, box[3] * down))
+            mirrored.append(flip)
+        return torch.from_numpy(pixels), torch.tensor(boxes), torch.tensor(mirrored), torch.from_numpy(indices)
 
 
 # Encoding
@@ -331,7 +334,7 @@ def inspect_pixels(folder: Path, split: Split, count: int, check: bool, out: Pat
     if check:
         for dataset in datasets.values():
             for index in range(len(dataset)):
-                dataset.pictures[index]
+                dataset.picture(index)
         console.print("every picture is as it was written", highlight=False)
     dataset = datasets[split]
     if count := min(count, len(dataset)):
