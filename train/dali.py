@@ -5,31 +5,29 @@ random happens in the pipeline and it has no state. So batches are those of the 
 rounding, for any number of threads and ranks, and `start` alone resumes in the middle of an epoch, also on other ranks.
 """
 
-import contextlib
 import math
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from umd.device import to_device
 from umd.errors import UserError
 from umd.train.crops import draw_view, view_rng
-from umd.train.data import Batch, Batches, DataConfig
-from umd.train.sources import ImageDataset, unreadable
+from umd.train.data import Batch, Batches, DataConfig, end_workers, own_batches, worker_loader
+from umd.train.sources import ORIENTATION, ImageDataset, unreadable, upright_jpeg
 
-READERS = 8  # threads that wait for the disk
-BATCHES_READ = 3  # the one the model works on next, and two whose files are read meanwhile
+READERS = 8  # threads of a reading process, that wait for the disk
 INPUTS = ("encoded", "corner", "shape", "roi_start", "roi_end", "mirror")
-ORIENTATION = 0x0112  # EXIF tag; from 5 on height and width change places
 
 
 class Sample(NamedTuple):
@@ -82,58 +80,107 @@ def build_pipeline(config: DataConfig, batch_size: int, device: torch.device):
     return pipeline
 
 
+class Encoded(NamedTuple):
+    """A batch as the reading processes hand it over, in few tensors."""
+
+    numbers: Tensor  # int64 [B]
+    encoded: Tensor  # uint8, all files one after another
+    ends: Tensor  # int64 [B]
+    geometry: list[Tensor]  # the other inputs of the pipeline, [B, ...]
+
+    def inputs(self) -> list[list[np.ndarray]]:
+        """The arrays of each of `INPUTS`."""
+        files = np.split(self.encoded.numpy(), self.ends[:-1].tolist())
+        return [files, *(list(column.numpy()) for column in self.geometry)]
+
+
+class Samples(Dataset):
+    """(epoch, index) of a batch -> `Encoded`, or the UserError met. It runs in processes of its own: the one that
+    launches kernels has no time for eight threads of Python."""
+
+    def __init__(self, dataset: ImageDataset, config: DataConfig, seed: int):
+        self.dataset, self.config, self.seed = dataset, config, seed
+        self.pool: ThreadPoolExecutor | None = None  # made by each process
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Encoded | UserError:
+        self.pool = self.pool or ThreadPoolExecutor(READERS, thread_name_prefix="read")
+        try:
+            samples = list(self.pool.map(lambda key: read_sample(self.dataset, self.config, self.seed, *key), keys))
+        except UserError as error:
+            return error
+        numbers, encoded, *geometry = zip(*samples, strict=True)
+        return Encoded(
+            torch.tensor(numbers),
+            torch.from_numpy(np.concatenate(encoded)),
+            torch.tensor([len(file) for file in encoded]).cumsum(0),
+            [torch.from_numpy(np.stack(column)) for column in geometry],
+        )
+
+
 def dali_batches(
     dataset: ImageDataset, config: DataConfig, keys: Iterator[list[tuple[int, int]]], seed: int, device: torch.device
 ) -> Batches:
     """Batches of `keys`, (epoch, index) of each sample, as `umd.train.data.train_loader` promises them."""
     labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)
-    pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
     waiting: deque[list[tuple[int, int]]] = deque()  # keys of what is not yet handed out
-    reading: deque[list[Future[Sample]]] = deque()
     decoding: list[int] = []  # indices of the one batch in the pipeline
+    failed: UserError | None = None  # of the batch after it
     pipeline: Any = None
+    reading: Any = None
+
+    def handed_over(keys: Iterator[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
+        for batch in keys:
+            waiting.append(batch)
+            yield batch
+
+    def read(keys: Iterator[list[tuple[int, int]]]) -> Any:
+        processes = -(-config.workers // 4)  # they wait for the disk and draw crops; decoding is DALI's
+        return iter(worker_loader(Samples(dataset, config, seed), handed_over(keys), processes, own_batches))
 
     def decode_next() -> None:
-        nonlocal decoding
-        samples = [future.result() for future in reading[0]]
-        reading.popleft()
-        for name, column in zip(INPUTS, list(zip(*samples, strict=True))[1:], strict=True):
-            pipeline.feed_input(name, list(column))
+        nonlocal decoding, pipeline, failed
+        batch = next(reading)
+        if isinstance(batch, UserError):
+            failed = batch
+            return
+        pipeline = pipeline or build_pipeline(config, len(batch.numbers), device)
+        for name, column in zip(INPUTS, batch.inputs(), strict=True):
+            pipeline.feed_input(name, column)
         pipeline.schedule_run()
-        decoding = [sample.number for sample in samples]
-
-    def read_ahead() -> None:
-        while len(waiting) < BATCHES_READ:
-            waiting.append(next(keys))
-        for batch in list(waiting)[len(reading) + bool(decoding) :]:
-            reading.append([pool.submit(read_sample, dataset, config, seed, *key) for key in batch])
+        decoding = batch.numbers.tolist()
 
     try:
+        reading = read(keys)
         while True:
-            read_ahead()
-            pipeline = pipeline or build_pipeline(config, len(waiting[0]), device)
+            if failed is not None:
+                raise failed
             if not decoding:
                 decode_next()
+                continue
             try:
                 (views,) = pipeline.share_outputs()
             except RuntimeError as error:  # names no file, or one of many
                 leave_out_broken(dataset, decoding, error)
-                pipeline, decoding = None, []
-                reading.clear()  # read again, with a stand-in
+                again = list(waiting)
+                waiting.clear()
+                end_workers(reading)
+                pipeline, decoding, reading = None, [], read(chain(again, keys))  # with a stand-in
                 continue
             x_start = to_torch(views, (len(decoding), config.channels, *config.image_size), device)
             pipeline.release_outputs()
-            waiting.popleft()
+            asked = [index for _, index in waiting.popleft()]
+            for index, used in zip(asked, decoding, strict=True):
+                if index != used:
+                    dataset.mark_broken(index)
             indices, decoding = torch.tensor(decoding), []
-            with contextlib.suppress(UserError):  # met again when this batch has been trained on
-                decode_next()
+            decode_next()
             yield Batch(
                 x_start=x_start,
                 labels=None if labels is None else to_device(labels[indices], device),
                 indices=to_device(indices, device),
             )
     finally:
-        pool.shutdown(cancel_futures=True)
+        end_workers(reading)
 
 
 def to_torch(views: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -179,8 +226,8 @@ def read_encoded(file: Any) -> tuple[bytes, tuple[int, int]]:
     """The bytes of an image file, and height and width of its picture, upright. Raises UserError if it is none."""
     try:
         encoded = Path(file).read_bytes() if isinstance(file, str) else file.read()
-        if encoded[:2] == b"\xff\xd8" and b"Exif\0\0" not in encoded[:65536]:
-            return encoded, simplejpeg.decode_jpeg_header(encoded)[:2]
+        if (size := upright_jpeg(encoded)) is not None:
+            return encoded, size
         with Image.open(BytesIO(encoded)) as image:  # also what is no JPEG although it is called one
             width, height = image.size
             return encoded, (width, height) if image.getexif().get(ORIENTATION, 1) >= 5 else (height, width)

@@ -341,27 +341,44 @@ def train_loader(
         from umd.train.dali import dali_batches  # which imports this file
 
         return dali_batches(dataset, config, keys, seed, device)
-    # Forked workers share the pictures' memory; elsewhere than on Linux forking is not safe.
-    fork = config.workers > 0 and sys.platform == "linux"
+    if isinstance(dataset, LatentDataset):
+        loader = worker_loader(StoredViews(dataset), keys, config.workers, collate, device)
+        return drawn_latents(batches(loader, dataset, device, dataset.moments), lambda x: x, len(dataset), **place)
     if isinstance(dataset, PixelDataset):
-        views: Dataset = StoredCrops(dataset, config, seed)
-    else:
-        views = StoredViews(dataset) if isinstance(dataset, LatentDataset) else TrainViews(dataset, config, seed)
-    loader = DataLoader(
-        views,
+        loader = worker_loader(StoredCrops(dataset, config, seed), keys, config.workers, own_batches, device)
+        return cropped(loader, dataset, device, config.image_size)
+    loader = worker_loader(TrainViews(dataset, config, seed), keys, config.workers, collate, device)
+    return batches(loader, dataset, device)
+
+
+def worker_loader(
+    dataset: Dataset, keys: Iterator[list[tuple[int, int]]], workers: int, collate_fn: Callable,
+    device: torch.device | None = None,
+) -> DataLoader:  # fmt: skip
+    """Batches of a dataset by that many processes. Towards a GPU they come in pinned memory."""
+    # Forked workers share the pictures' memory; elsewhere than on Linux forking is not safe.
+    fork = workers > 0 and sys.platform == "linux"
+    return DataLoader(
+        dataset,
         batch_sampler=keys,
-        collate_fn=(lambda batch: batch) if isinstance(dataset, PixelDataset) else collate,
-        num_workers=config.workers,
-        pin_memory=device.type == "cuda",
+        collate_fn=collate_fn,
+        num_workers=workers,
+        pin_memory=device is not None and device.type == "cuda",
         worker_init_fn=start_worker,
         multiprocessing_context=multiprocessing.get_context("fork") if fork else None,
         generator=torch.Generator(),  # its own, so that the global one stays untouched
     )
-    if isinstance(dataset, LatentDataset):
-        return drawn_latents(batches(loader, dataset, device, dataset.moments), lambda x: x, len(dataset), **place)
-    if isinstance(dataset, PixelDataset):
-        return cropped(loader, dataset, device, config.image_size)
-    return batches(loader, dataset, device)
+
+
+def own_batches(batch: Any) -> Any:
+    """Collates what the dataset made of a whole batch."""
+    return batch
+
+
+def end_workers(prepared: Any) -> None:
+    """Not left to the garbage collector: a traceback may hold the iterator, and its workers with it."""
+    if hasattr(prepared, "_shutdown_workers"):
+        prepared._shutdown_workers()
 
 
 def drawn_latents(
@@ -398,8 +415,7 @@ def cropped(loader: DataLoader, dataset: PixelDataset, device: torch.device, siz
                 indices=to_device(indices, device),
             )
     finally:
-        if hasattr(prepared, "_shutdown_workers"):
-            prepared._shutdown_workers()
+        end_workers(prepared)
 
 
 def batches(
@@ -425,6 +441,4 @@ def batches(
                 indices=to_device(indices, device),
             )
     finally:
-        # Not left to the garbage collector: a traceback may hold the iterator, and its workers with it.
-        if hasattr(prepared, "_shutdown_workers"):
-            prepared._shutdown_workers()
+        end_workers(prepared)

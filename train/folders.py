@@ -18,7 +18,7 @@ from umd.train.sources import IMAGE_SUFFIXES, ImageDataset, choose_split, in_tes
 log = logging.getLogger("umd")
 
 # Above this many files the headers are left to the first read: a million of them would hold up every start.
-HEADER_CHECK_LIMIT = 100_000
+HEADER_CHECK_LIMIT = 20_000
 LISTERS = 16  # threads that wait for the disk
 
 
