@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -30,16 +30,10 @@ from umd.device import pick_device, to_device
 from umd.errors import UserError
 from umd.train.clips import ClipDataset, check_length, decode_clip, open_clips, take_frames
 from umd.train.emoji import open_emoji
-from umd.train.latents import (
-    LatentDataset,
-    StoredViews,
-    is_latents,
-    open_latents,
-    pixel_config,
-    sample_posterior,
-    tokenizer_of,
-)
+from umd.train.latent_batches import StoredViews, as_read, drawn_latents
+from umd.train.latents import BLOCK, LatentDataset, is_latents, open_latents, pixel_config, tokenizer_of
 from umd.train.quarantine import read_quarantine
+from umd.train.recipes import check_crops
 from umd.train.sources import (
     IDX_NAME,
     ImageDataset,
@@ -58,6 +52,7 @@ __all__ += ["derive_seed", "describe", "open_dataset", "train_loader"]
 
 log = logging.getLogger("umd")
 
+GROUP = 256  # blocks of an epoch in blocks whose images are mixed: 16,384 images
 ASPECT_MIN, ASPECT_MAX = 3 / 4, 4 / 3  # of the crop, as in the Inception papers
 CROP_TRIES = 10
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
@@ -95,6 +90,9 @@ class DataConfig:
     """list of files to leave out, as `umd check-data` writes it; default: quarantine.json in the source, if there"""
     loader: Literal["auto", "dali", "python"] = "auto"
     """who reads and crops training pictures; auto is DALI for JPEG files where it is installed"""
+    shuffle: Literal["global", "blocks"] = "global"
+    """order of stored latents. global: any of all may be next, each a read of its own. blocks, for slow disks: 64
+    neighbours in a shard are one read, and 256 such blocks, taken in a random order, are mixed"""
     num_workers: int = 2
     """processes (with DALI: threads) that prepare batches; 0 prepares them in the training process"""
 
@@ -269,18 +267,27 @@ def derive_seed(seed: int, *keys: int) -> int:
     return int(np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch, int64 [size]: sorted Philox words, the same in every version of NumPy."""
-    words = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(size)
-    return np.argsort(words, kind="stable")
+def epoch_order(size: int, seed: int, epoch: int, blocks: np.ndarray | None = None) -> np.ndarray:
+    """The order of an epoch, int64 [size]: sorted Philox words, the same in every version of NumPy.
+
+    blocks: the block of each sample, int64 [size] from 0. The blocks are put into a random order, then the samples of
+    each `GROUP` of them.
+    """
+    random = np.random.Philox(np.random.SeedSequence((seed, epoch)))
+    words = random.random_raw(size)
+    if blocks is None:
+        return np.argsort(words, kind="stable")
+    places = np.argsort(np.argsort(random.random_raw(int(blocks.max()) + 1), kind="stable"))
+    return np.lexsort((words, places[blocks] // GROUP))
 
 
 def sample_keys(
-    size: int, *, batch_size: int, seed: int, start: int = 0, places: Sequence[int] | None = None
-) -> Iterator[list[tuple[int, int]]]:
+    size: int, *, batch_size: int, seed: int, start: int = 0, places: Sequence[int] | None = None,
+    blocks: np.ndarray | None = None,
+) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
     """(epoch, index) of the samples at `places` of each whole batch (None: of all), without end."""
     places = range(batch_size) if places is None else places
-    order = lru_cache(maxsize=2)(lambda epoch: epoch_order(size, seed, epoch))
+    order = lru_cache(maxsize=2)(lambda epoch: epoch_order(size, seed, epoch, blocks))
     for first in count(start, batch_size):
         positions = (divmod(first + place, size) for place in places)
         yield [(epoch, int(order(epoch)[position])) for epoch, position in positions]
@@ -312,7 +319,7 @@ def choose_loader(dataset: ImageDataset, wanted: str) -> str:
 def reader(dataset: ImageDataset | LatentDataset, config: DataConfig) -> str:
     """Who prepares the training batches, in words."""
     if isinstance(dataset, LatentDataset):
-        return "read from memory-mapped shards"
+        return "read from shards" + (f" in blocks of {BLOCK}" if config.shuffle == "blocks" else "")
     if choose_loader(dataset, config.loader) == "dali":
         return f"read by DALI, {max(1, config.num_workers)} threads"
     return f"read by Pillow, {config.num_workers} processes" if config.num_workers else "read by Pillow"
@@ -382,7 +389,14 @@ def train_loader(
     if isinstance(dataset, ImageDataset) and (tokenizer := tokenizer_of(config, device)):
         pictures = train_loader(dataset, pixel_config(config, tokenizer.vae), **place, device=device)
         return drawn_latents(pictures, tokenizer.moments, len(dataset), **place)
-    keys = sample_keys(len(dataset), **place)
+    in_blocks = config.shuffle == "blocks"
+    if isinstance(dataset, LatentDataset):
+        check_crops(dataset.header, dataset.folder, config)
+        keys = sample_keys(len(dataset), **place, blocks=dataset.blocks if in_blocks else None)
+    elif in_blocks:
+        raise UserError("--data.shuffle blocks is for stored latents; leave it at global for pictures")
+    else:
+        keys = sample_keys(len(dataset), **place)
     device = torch.device(device)
     if isinstance(dataset, ImageDataset) and choose_loader(dataset, config.loader) == "dali":
         from umd.train.dali import dali_batches  # which imports this file
@@ -390,10 +404,11 @@ def train_loader(
         return dali_batches(dataset, config, keys, seed, device)
     # Forked workers share the pictures' memory; elsewhere than on Linux forking is not safe.
     fork = config.num_workers > 0 and sys.platform == "linux"
+    stored = isinstance(dataset, LatentDataset)
     loader = DataLoader(
-        StoredViews(dataset) if isinstance(dataset, LatentDataset) else TrainViews(dataset, config, seed),
+        StoredViews(dataset, BLOCK if in_blocks else 1) if stored else TrainViews(dataset, config, seed),
         batch_sampler=keys,
-        collate_fn=collate,
+        collate_fn=as_read if stored else collate,
         num_workers=config.num_workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=start_worker,
@@ -401,24 +416,8 @@ def train_loader(
         generator=torch.Generator(),  # its own, so that the global one stays untouched
     )
     if isinstance(dataset, LatentDataset):
-        return drawn_latents(batches(loader, dataset, device, dataset.moments), lambda x: x, len(dataset), **place)
+        return drawn_latents(batches(loader, dataset, device, dataset.typed), lambda x: x, len(dataset), **place)
     return batches(loader, dataset, device)
-
-
-def drawn_latents(
-    loader: Batches, moments: Callable[[Tensor], Tensor], size: int,
-    *, batch_size: int, seed: int, start: int, places: Sequence[int],
-) -> Batches:  # fmt: skip
-    """The loader's batches with latents drawn from `moments(x_start)`, by (seed, epoch, index)."""
-    offsets = torch.tensor(places)
-    try:
-        for first, batch in zip(count(start, batch_size), loader, strict=False):
-            offsets = offsets.to(batch.indices.device)
-            epochs = (first + offsets) // size
-            x_start = sample_posterior(moments(batch.x_start), seed, epochs * size + batch.indices)
-            yield replace(batch, x_start=x_start)
-    finally:
-        loader.close()
 
 
 def batches(

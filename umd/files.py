@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and their checksums."""
+"""Files written whole or not at all, their checksums, and files read here and there."""
 
 import hashlib
 import json
@@ -84,3 +84,27 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
                     block = block[file.write(block) :]
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+class OpenFile:
+    """A file opened for reads here and there, of which the system reads nothing unasked."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):  # Linux
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    def expect(self, start: int, size: int) -> None:
+        """Have the disk begin to read what will be asked for: nothing waits, and what is in memory is not read."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, start, size, os.POSIX_FADV_WILLNEED)
+
+    def read_into(self, buffer: memoryview, start: int) -> bool:
+        """Fill the buffer; False if the file ends before."""
+        while len(buffer) and (count := os.preadv(self.descriptor, [buffer], start)):
+            buffer, start = buffer[count:], start + count
+        return not len(buffer)
