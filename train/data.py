@@ -389,14 +389,15 @@ def train_loader(
     if isinstance(dataset, ImageDataset) and (tokenizer := tokenizer_of(config, device)):
         pictures = train_loader(dataset, pixel_config(config, tokenizer.vae), **place, device=device)
         return drawn_latents(pictures, tokenizer.moments, len(dataset), **place)
-    in_blocks = config.shuffle == "blocks"
     if isinstance(dataset, LatentDataset):
         check_crops(dataset.header, dataset.folder, config)
-        keys = sample_keys(len(dataset), **place, blocks=dataset.blocks if in_blocks else None)
-    elif in_blocks:
+        blocks = dataset.blocks if config.shuffle == "blocks" else None
+        views: Dataset = StoredViews(dataset, 1 if blocks is None else BLOCK)
+    elif config.shuffle == "blocks":
         raise UserError("--data.shuffle blocks is for stored latents; leave it at global for pictures")
     else:
-        keys = sample_keys(len(dataset), **place)
+        blocks, views = None, TrainViews(dataset, config, seed)
+    keys = sample_keys(len(dataset), **place, blocks=blocks)
     device = torch.device(device)
     if isinstance(dataset, ImageDataset) and choose_loader(dataset, config.loader) == "dali":
         from umd.train.dali import dali_batches  # which imports this file
@@ -404,11 +405,10 @@ def train_loader(
         return dali_batches(dataset, config, keys, seed, device)
     # Forked workers share the pictures' memory; elsewhere than on Linux forking is not safe.
     fork = config.num_workers > 0 and sys.platform == "linux"
-    stored = isinstance(dataset, LatentDataset)
     loader = DataLoader(
-        StoredViews(dataset, BLOCK if in_blocks else 1) if stored else TrainViews(dataset, config, seed),
+        views,
         batch_sampler=keys,
-        collate_fn=as_read if stored else collate,
+        collate_fn=as_read if isinstance(dataset, LatentDataset) else collate,
         num_workers=config.num_workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=start_worker,

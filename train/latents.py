@@ -279,7 +279,7 @@ class LatentDataset:
         shards, views = np.searchsorted(self.ends, indices, "right") - 1, epochs % len(self.crc32)
         images, crc32 = indices - self.ends[shards], self.crc32[views, indices].tolist()
         found = np.empty((len(indices), *self.row_shape), BITS[self.dtype])
-        rows, nbytes = memoryview(found.reshape(-1)).cast("B"), found[:1].nbytes
+        rows, nbytes = found.reshape(-1).data.cast("B"), found[:1].nbytes
 
         def first_byte(images: np.ndarray) -> np.ndarray:
             interleaved = self.header["format"] == 1
