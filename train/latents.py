@@ -299,7 +299,7 @@ class LatentDataset:
                 if not whole or zlib.crc32(row) != crc32[i]:
                     shard, what = self.shards[number], "differs from its checksum at" if whole else "ends before"
                     name = f"{shard.about['names'][images[i]]} (row {(start - self.starts[number]) // nbytes})"
-                    raise damaged(shard.path, f"{what} view {views[i]} of {name}", self.command)
+                    raise damaged(shard.path, f"{what} view {views[i]} of picture {name}", self.command)
         except OSError as error:
             raise unreadable(self.shards[number].path, error) from error
         return found

@@ -72,7 +72,7 @@ def encode_command(header: dict, folder: Path) -> str:
         "seed": crop.get("seed"),
     }
     for name, value in given.items():
-        if value is not None:
+        if value not in (None, ""):
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     if not crop.get("hflip", True):
         words.append("--data.no-hflip")

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,8 +19,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
@@ -34,14 +33,24 @@ from umd.images import from_uint8, to_uint8
 from umd.metrics import FeatureStatistics
 from umd.ops import philox_randn, sample_posterior
 from umd.tokenizer import load_tokenizer
-from umd.train.data import DataConfig, as_model_input, derive_seed, open_dataset, train_loader, train_view, view_rng
+from umd.train.data import (
+    DataConfig,
+    as_model_input,
+    center_view,
+    derive_seed,
+    open_dataset,
+    train_loader,
+    train_view,
+    view_rng,
+)
 from umd.train.encode import EncodeLatents, Inspect, encode, inspect
-from umd.train.latents import HEADER, finish, open_latents, shard_bytes, shard_name
+from umd.train.latents import HEADER, open_latents, shard_name
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.optim import OptimConfig
+from umd.train.recipes import AREA_MIN, check_crops
 from umd.train.reference import DECODED, RESIZE
-from umd.train.run import RunConfig
+from umd.train.run import RunConfig, finetune_config
 
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
@@ -281,70 +290,6 @@ def test_a_vq_model_s_latents_need_no_noise(options, vaes, tmp_path):
 # Reading
 
 
-def numbered(root: Path, sizes: list[int], views: int = 1) -> Path:
-    """A folder whose one latent value tells (index, view), in shards of these sizes."""
-    recipe = {"vae": dict(name="", kind="VQModel", sha256="", channels=1, factor=1, scale=1.0, shift=0.0)}
-    recipe |= {"shape": [1, 1, 1], "dtype": "fp32", "class_names": ["even", "odd"]}
-    first = 0
-    for number, size in enumerate(sizes):
-        index = np.arange(first, first + size)
-        value = torch.from_numpy(index[:, None] + np.arange(views) / 10).float().view(size, views, 1, 1, 1, 1)
-        data = shard_bytes(recipe, "train", value, index % 2, index, list(map(str, index)))
-        (root / shard_name("train", number, len(sizes))).write_bytes(data)
-        first += size
-    finish(root, recipe, {"train": len(sizes), "test": 0})
-    return root
-
-
-@settings(deadline=None, max_examples=25)
-@given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),
-    st.integers(1, 5),
-    st.integers(1, 4),
-    st.integers(1, 3),
-    st.integers(0, 60),
-)
-def test_ranks_share_every_epoch_for_any_world_size_and_resume_anywhere(
-    tmp_path_factory, sizes, world_size, share, views, resumed
-):
-    folder, total = numbered(tmp_path_factory.mktemp("numbered"), sizes, views), sum(sizes)
-    config = DataConfig(source=str(folder), image_size=(1, 1), channels=1, num_workers=0)
-    dataset = open_dataset(config, "train")
-    batch_size = share * world_size
-
-    def stream(start: int, steps: int) -> list[tuple[int, int, float]]:
-        """(label, index, value) of each sample of all ranks, in the order of the global batches."""
-        loaders = [
-            train_loader(
-                dataset,
-                config,
-                batch_size=batch_size,
-                seed=3,
-                start=start,
-                places=range(rank * share, (rank + 1) * share),
-            )  # fmt: skip
-            for rank in range(world_size)
-        ]
-        seen = []
-        for batches in islice(zip(*loaders, strict=True), steps):
-            for batch in batches:
-                seen += zip(
-                    batch.labels.tolist(), batch.indices.tolist(), batch.x_start.flatten().tolist(), strict=True
-                )
-        for loader in loaders:
-            loader.close()
-        return seen
-
-    seen = stream(0, -(-3 * total // batch_size))
-    for epoch in range(3):
-        of_epoch = seen[epoch * total : (epoch + 1) * total]
-        assert sorted(index for _, index, _ in of_epoch) == list(range(total))
-        for label, index, value in of_epoch:
-            assert label == index % 2 and math.isclose(value, index + (epoch % views) / 10, rel_tol=1e-6)
-    steps = min(resumed, len(seen) // batch_size - 1)
-    assert stream(steps * batch_size, 1) == seen[steps * batch_size : (steps + 1) * batch_size]
-
-
 def test_workers_read_the_same_batches(folder):
     config = DataConfig(source=str(folder), image_size=(8, 8), channels=4, num_workers=0)
     dataset = open_dataset(config, "train")
@@ -437,6 +382,21 @@ def test_training_from_stored_latents_is_training_from_latents_encoded_in_the_st
     assert len(losses(stored)) == 10 and losses(stored)[-1] < losses(stored)[0]
     np.testing.assert_allclose(losses(stored), losses(in_step), rtol=0, atol=1e-5)
     np.testing.assert_allclose(losses(stored), losses(rounded), rtol=2e-3)  # 2**-11 of the latents, and 2 % of the loss
+
+
+@pytest.mark.parametrize("shuffle", ["global", "blocks"])
+def test_a_run_goes_on_in_the_middle_of_an_epoch(shuffle, run):
+    whole = run("whole", data={"shuffle": shuffle}, save_every=4)
+    train(whole, QUIET)
+    halves = replace(whole, out=whole.out.with_name("halves"))
+    shutil.copytree(whole.out, halves.out)
+    for later in sorted((halves.out / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(later)
+    train(halves, QUIET)  # from step 4 of 6 1/8 an epoch
+    assert losses(halves) == losses(whole) and len(losses(whole)) == 10
+    if shuffle == "blocks":
+        with pytest.raises(UserError, match=r"data.shuffle blocks, not global"):
+            train(run("halves", steps=11, save_every=4), QUIET)
 
 
 def test_a_run_keeps_to_its_vae(run, options, vaes, tmp_path):
@@ -534,6 +494,72 @@ def test_a_run_goes_on_without_its_vae_and_says_so(run, copy, vaes, tmp_path):
     with pytest.raises(UserError, match="its VAE is missing"):  # before the first step
         train(replace(config, out=tmp_path / "measured", evaluate_minutes=60), QUIET)
     assert not list(tmp_path.glob("measured/checkpoints/*"))
+
+
+# Crops
+
+
+def refusal(config: RunConfig) -> str:
+    with pytest.raises(UserError) as refused:
+        train(config, QUIET)
+    assert not (config.out / "checkpoints").exists()
+    return str(refused.value)
+
+
+def test_a_run_refuses_crops_that_are_not_its_recipe_s_and_its_command_makes_them(run, folder, options, vaes, tmp_path):
+    first = run("first", steps=1, batch_size=20)
+    train(first, QUIET)
+    tuned = finetune_config(first, first.out, 3, tmp_path / "tuned")
+    said = refusal(tuned)
+    assert (
+        f"the latents in {folder} are of crops of 0.8 to 1 of the area, mirrored, and this run's recipe asks for "
+        in said
+    )
+    assert "crops of 0.95 to 1 of the area, mirrored: make those by umd encode-latents --recipe finetune" in said
+    assert "or learn from these on purpose with --data.area-min 0.8 --data.area-max 1 --data.hflip" in said
+    command, out = re.search(r"(encode-latents .*) and give --data.source (\S+),", said).groups()
+    code, _, err = umd(command)
+    assert code == 0, err
+    made, before = (json.loads((Path(each) / HEADER).read_text())["recipe"] for each in (out, folder))
+    assert made["crop"] == before["crop"] | {"area_min": 0.95}
+    assert made | {"crop": None} == before | {"crop": None}
+    accepted = replace(tuned, data=replace(tuned.data, source=out), steps=1)
+    train(accepted, QUIET)
+    train(replace(accepted, data=replace(first.data, area_min=0.8), out=tmp_path / "on-purpose"), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("stored", "accepts", "refuses"),
+    [
+        ({"area_min": 0.5}, {"area_min": 0.5}, {}),
+        ({"hflip": False}, {"hflip": False}, {}),
+        ({"area_max": 0.9}, {"area_max": 0.9}, {"area_min": 0.95}),
+        ({"kind": "center"}, {"area_min": 1.0}, {}),
+        ({"kind": "center", "views": 1}, {"area_min": 1.0, "hflip": False}, {"area_min": 1.0}),
+    ],
+)
+def test_which_crops_are_whose(stored, accepts, refuses, copy):
+    header = json.loads((copy / HEADER).read_text())
+    header["recipe"]["crop"] |= stored
+    check_crops(header, copy, DataConfig(**accepts))
+    with pytest.raises(UserError, match=r"make those by umd encode-latents .* and give --data.source"):
+        check_crops(header, copy, DataConfig(**refuses))
+    del header["recipe"]["crop"]  # not encoded here: nothing to compare with
+    check_crops(header, copy, DataConfig(**refuses))
+
+
+def test_what_trains_nothing_asks_for_no_crops(folder):
+    config = DataConfig(source=str(folder), image_size=(8, 8), channels=4, area_min=0.95)
+    assert center_view(open_dataset(config, "train"), [3, 1], config).shape == (2, 4, 8, 8)
+
+
+def test_the_crops_of_a_recipe(options):
+    assert DataConfig().area_min == AREA_MIN["pretrain"]
+    assert finetune_config(RunConfig(), Path(), 0, Path()).data.area_min == AREA_MIN["finetune"]
+    for recipe, area in AREA_MIN.items():
+        assert replace(options, recipe=recipe).data == replace(options.data, area_min=area)
+    with pytest.raises(UserError, match="--recipe finetune has crops of 0.95 to 1 of the area, not 0.3 to 1; give one"):
+        replace(options, recipe="finetune", data=replace(options.data, area_min=0.3))
 
 
 # Inspecting, and what is wrong
