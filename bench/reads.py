@@ -29,6 +29,7 @@ from umd.files import flush
 from umd.train.data import sample_keys
 from umd.train.latent_batches import StoredViews
 from umd.train.latents import BLOCK, LatentDataset, finish, open_latents, shard_bytes, shard_name
+from umd.train.loader_rate import cpu_seconds
 
 Keys = list[tuple[int, int]]
 
@@ -117,29 +118,33 @@ WAYS: dict[str, tuple[Callable[[LatentDataset], Callable[[Keys], object]], bool]
 # Measuring
 
 
-def read_share(bench: ReadsBench, dataset: LatentDataset, way: str, rank: int, size: int) -> None:
-    """What one of `size` processes reads of the first batches of an epoch."""
-    make, in_blocks = WAYS[way]
-    share = bench.batch // size
-    places = range(rank * share, (rank + 1) * share)
-    blocks = dataset.blocks if in_blocks else None
-    keys = sample_keys(len(dataset), batch_size=bench.batch, seed=0, places=places, blocks=blocks)
-    read = make(dataset)
-    for batch in islice(keys, bench.count // bench.batch):
-        read(batch)
+def first_batches(bench: ReadsBench, dataset: LatentDataset, way: str) -> list[Keys]:
+    """Of an epoch, in the order of a way."""
+    blocks = dataset.blocks if WAYS[way][1] else None
+    keys = sample_keys(len(dataset), batch_size=bench.batch, seed=0, blocks=blocks)
+    return list(islice(keys, bench.count // bench.batch))
+
+
+def read_share(dataset: LatentDataset, way: str, batches: list[Keys], rank: int, size: int) -> None:
+    """What one of `size` processes reads of the batches."""
+    read = WAYS[way][0](dataset)
+    for keys in batches:
+        read(keys[rank * len(keys) // size : (rank + 1) * len(keys) // size])
 
 
 def measure(bench: ReadsBench, dataset: LatentDataset, way: str, size: int, cold: bool) -> dict[str, float]:
-    """Of an image: seconds, bytes that came from the disk, and, of a disk of this machine, requests to it."""
+    """Of an image: seconds, CPU seconds, bytes from the disk, and requests to it where it is one of this machine."""
     files = [shard.path for shard in dataset.shards]
     if cold:
         for file in files:
             descriptor = os.open(file, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
+    batches = first_batches(bench, dataset, way)
     fork = multiprocessing.get_context("fork")
-    readers = [fork.Process(target=read_share, args=(bench, dataset, way, rank, size)) for rank in range(size)]
-    begun, bytes_before, requests_before = time.perf_counter(), bytes_read(), requests(files[0])
+    readers = [fork.Process(target=read_share, args=(dataset, way, batches, rank, size)) for rank in range(size)]
+    begun, cpu_before, bytes_before = time.perf_counter(), cpu_seconds(), bytes_read()
+    requests_before = requests(files[0])
     for reader in readers:
         reader.start()
     for reader in readers:
@@ -147,7 +152,8 @@ def measure(bench: ReadsBench, dataset: LatentDataset, way: str, size: int, cold
         assert reader.exitcode == 0, f"a process that reads by {way} failed"
     seconds, requested = time.perf_counter() - begun, requests(files[0])
     images = bench.count // bench.batch * bench.batch
-    found = {"seconds": seconds / images, "bytes": (bytes_read() - bytes_before) / images}
+    found = {"seconds": seconds / images, "cpu_seconds": (cpu_seconds() - cpu_before) / images}
+    found |= {"bytes": (bytes_read() - bytes_before) / images}
     if requested is not None and requests_before is not None:
         found["requests"] = (requested - requests_before) / images
     return found
@@ -178,7 +184,7 @@ def run(bench: ReadsBench, console: Console) -> list[dict]:
     rows = []
     for (way, size, cold), values in found.items():
         row: dict = {"way": way, "processes": size, "cache": "cold" if cold else "warm"}
-        for name in ("seconds", "bytes", "requests"):
+        for name in ("seconds", "cpu_seconds", "bytes", "requests"):
             numbers = [value[name] for value in values if name in value]
             row[name] = statistics.median(numbers) if numbers else None
         seconds = [value["seconds"] for value in values]
@@ -192,9 +198,9 @@ def run(bench: ReadsBench, console: Console) -> list[dict]:
 
 
 def show(rows: list[dict], console: Console) -> None:
-    table = Table("", "processes", "cache", "images/s", "KiB an image", "requests an image", title=machine("cpu"))
+    table = Table("", "processes", "cache", "images/s", "a core", "KiB each", "requests", title=machine("cpu"))
     for row in rows:
         asked = "?" if row["requests"] is None else f"{row['requests']:.3f}"
-        cells = (str(row["processes"]), row["cache"], f"{1 / row['seconds']:,.0f}", f"{row['bytes'] / 1024:.1f}", asked)
-        table.add_row(row["way"], *cells)
+        rates = (f"{1 / row[name]:,.0f}" for name in ("seconds", "cpu_seconds"))
+        table.add_row(row["way"], str(row["processes"]), row["cache"], *rates, f"{row['bytes'] / 1024:.1f}", asked)
     console.print(table)
