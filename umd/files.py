@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -87,21 +88,27 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 class OpenFile:
-    """A file opened for reads here and there, of which the system reads nothing unasked."""
+    """A file opened for reads here and there, of which the system reads nothing unasked.
+
+    Raises OSError where it cannot be opened or read; advice that a file system does not take is no error.
+    """
 
     def __init__(self, path: Path):
         self.descriptor = os.open(path, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):  # Linux
-            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        self._advise(0, 0, "POSIX_FADV_RANDOM")
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
 
+    def _advise(self, start: int, size: int, advice: str) -> None:
+        if hasattr(os, advice):  # on Linux
+            with suppress(OSError):
+                os.posix_fadvise(self.descriptor, start, size, getattr(os, advice))
+
     def expect(self, start: int, size: int) -> None:
         """Have the disk begin to read what will be asked for: nothing waits, and what is in memory is not read."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.descriptor, start, size, os.POSIX_FADV_WILLNEED)
+        self._advise(start, size, "POSIX_FADV_WILLNEED")
 
     def read_into(self, buffer: memoryview, start: int) -> bool:
         """Fill the buffer; False if the file ends before."""
