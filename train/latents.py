@@ -233,8 +233,8 @@ class LatentDataset:
 
     def __post_init__(self) -> None:
         self.name = self.folder.resolve().name
-        self.images = np.array([shard.images for shard in self.shards], dtype=np.int64)
-        self.ends = np.cumsum([0, *self.images], dtype=np.int64)
+        self.sizes = np.array([shard.images for shard in self.shards], dtype=np.int64)
+        self.ends = np.cumsum([0, *self.sizes], dtype=np.int64)
         self.starts = np.array([shard.tensors["moments"][1] for shard in self.shards], dtype=np.int64)
         self.opened = lru_cache(OPEN_FILES)(lambda shard: OpenFile(self.shards[shard].path))
         self.expect = lru_cache(AHEAD)(lambda shard, start, size, epoch: self.opened(shard).expect(start, size))
@@ -265,8 +265,8 @@ class LatentDataset:
     @property
     def blocks(self) -> np.ndarray:
         """The block of `BLOCK` neighbours in a shard that each image is of: int64 [N], numbered from 0."""
-        firsts = np.cumsum([0, *(-(-self.images // BLOCK))])
-        return np.concatenate([first + np.arange(n) // BLOCK for first, n in zip(firsts, self.images, strict=False)])
+        firsts = np.cumsum([0, *(-(-self.sizes // BLOCK))])
+        return np.concatenate([first + np.arange(n) // BLOCK for first, n in zip(firsts, self.sizes, strict=False)])
 
     def read(self, indices: np.ndarray, epochs: np.ndarray, block: int = 1) -> np.ndarray:
         """Moments as they are stored, integers [B, M, C, h, w]: of each image the view `epoch` modulo the views.
@@ -283,11 +283,11 @@ class LatentDataset:
 
         def first_byte(images: np.ndarray) -> np.ndarray:
             interleaved = self.header["format"] == 1
-            row = images * len(self.crc32) + views if interleaved else views * self.images[shards] + images
+            row = images * len(self.crc32) + views if interleaved else views * self.sizes[shards] + images
             return self.starts[shards] + row * nbytes
 
         first = images // block * block
-        begin, end = first_byte(first), first_byte(np.minimum(first + block, self.images[shards]) - 1) + nbytes
+        begin, end = first_byte(first), first_byte(np.minimum(first + block, self.sizes[shards]) - 1) + nbytes
         numbers = shards.tolist()
         number = numbers[0]
         try:
