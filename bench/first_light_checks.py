@@ -184,6 +184,12 @@ class OpChecks:
             error = relative(found, exact)
             self.part.check(self.name, "ddim_step", name, error <= 1e-5, error)
 
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            moments, draws = torch.stack([x, x.square()], 1).to(dtype), offsets // x[0].numel()
+            found = ops.sample_posterior(moments, 7, draws)
+            error = relative(found, ops.sample_posterior(moments.double(), 7, draws))
+            self.part.check(self.name, "sample_posterior", str(dtype).removeprefix("torch."), error <= 1e-5, error)
+
 
 def check_attention(part: Part, model: str, batch: int, device: torch.device) -> None:
     """Every backend that runs here, in bf16 against fp64."""

@@ -30,10 +30,11 @@ from umd.device import keep_freed_memory, take_device
 from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Objective
+from umd.ops import sample_posterior
 from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer, identity
 from umd.train.data import DataConfig, has_dali, open_dataset, train_loader
-from umd.train.latents import finish, sample_posterior, shard_bytes, shard_name
+from umd.train.latents import finish, shard_bytes, shard_name
 from umd.train.loader_rate import photographs, rates
 from umd.train.optim import clipped_step
 

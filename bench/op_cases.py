@@ -262,6 +262,25 @@ def ddim_step(i: Inputs) -> OpCase:
     )
 
 
+def sample_posterior(i: Inputs) -> OpCase:
+    C, (height, width) = i.config.channels, i.config.image_size
+    moments = i.randn(i.samples, 2, C, height, width).detach()
+    draws = torch.arange(i.samples, device=i.device)
+    out = torch.empty(i.samples, C, height, width, device=i.device)
+
+    def eager():
+        mean, std = moments.float().unbind(1)
+        return (mean + std * torch.randn(mean.shape, device=mean.device),)
+
+    return OpCase(
+        "sample_posterior",
+        i.dtype,
+        Side(lambda: (ops.sample_posterior(moments, 7, draws),)),
+        Side(eager),
+        forward_bytes=tensor_bytes(moments, draws, out),
+    )
+
+
 class _BiasOf(torch.autograd.Function):
     """h as it is; its gradient goes to the bias that is in it too: where cuBLAS adds a layer's bias to its product."""
 
@@ -308,6 +327,7 @@ OPS: dict[str, Callable[[Inputs], OpCase]] = {
     "scatter_tokens": scatter_tokens,
     "masked_diffusion_loss": masked_diffusion_loss,
     "ddim_step": ddim_step,
+    "sample_posterior": sample_posterior,
     "gelu": gelu,
     "column_sum": column_sum,
 }

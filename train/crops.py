@@ -98,14 +98,14 @@ def crop_batch(pictures: Tensor, boxes: Tensor, mirrored: Tensor, size: tuple[in
     """A crop of each picture, resampled as `resized` does it: two products with matrices of bicubic weights.
 
     pictures: uint8 [B, h, w, C]; boxes: fp32 [B, 4], left, top, right, bottom in their pixels; mirrored: bool [B];
-    size: H, W. Returns whole numbers from 0 to 255 as fp32 [B, C, H, W], on the device of the pictures. `resized`
-    rounds and clips after each direction: some of its differ by 1, and by more where a sharp edge overshoots.
+    size: H, W. Returns fp32 [B, C, H, W] in [-1, 1] on the device of the pictures, of 256 levels as `resized` gives.
+    That rounds and clips after each direction: some of its differ by a level, by more where a sharp edge overshoots.
     """
     down = bicubic_weights(boxes[:, 1], boxes[:, 3], size[0], pictures.shape[1])  # [B, H, h]
     across = bicubic_weights(boxes[:, 0], boxes[:, 2], size[1], pictures.shape[2])  # [B, W, w]
     across = torch.where(mirrored[:, None, None], across.flip(1), across)
     x = pictures.movedim(-1, 1).float()  # [B, C, h, w]
-    return (down[:, None] @ (x @ across.mT[:, None])).round_().clamp_(0, 255)
+    return (down[:, None] @ (x @ across.mT[:, None])).round_().clamp_(0, 255).div_(127.5).sub_(1)
 
 
 def bicubic_weights(start: Tensor, end: Tensor, size: int, length: int) -> Tensor:

@@ -23,7 +23,8 @@ from torch.utils.data import Dataset
 from umd.device import to_device
 from umd.errors import UserError
 from umd.train.crops import draw_view, view_rng
-from umd.train.data import Batch, Batches, DataConfig, end_workers, own_batches, worker_loader
+from umd.train.data import Batch, Batches, DataConfig, end_workers, worker_loader
+from umd.train.latent_batches import as_read
 from umd.train.sources import ORIENTATION, ImageDataset, unreadable, upright_jpeg
 
 READERS = 8  # threads of a reading process, that wait for the disk
@@ -135,7 +136,7 @@ def dali_batches(
 
     def read(keys: Iterator[list[tuple[int, int]]]) -> Any:
         processes = -(-config.workers // 4)  # they wait for the disk and draw crops; decoding is DALI's
-        return iter(worker_loader(Samples(dataset, config, seed), handed_over(keys), processes, own_batches))
+        return iter(worker_loader(Samples(dataset, config, seed), handed_over(keys), processes, as_read))
 
     def decode_next() -> None:
         nonlocal decoding, pipeline, failed

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
@@ -30,17 +30,11 @@ from umd.train.clips import ClipDataset, check_length, decode_clip, open_clips
 from umd.train.crops import centered, crop_batch, draw_view, shrink_for, train_view, view_rng
 from umd.train.emoji import open_emoji
 from umd.train.folders import open_folder
-from umd.train.latents import (
-    LatentDataset,
-    StoredViews,
-    is_latents,
-    open_latents,
-    pixel_config,
-    sample_posterior,
-    tokenizer_of,
-)
+from umd.train.latent_batches import StoredViews, as_read, drawn_latents
+from umd.train.latents import BLOCK, LatentDataset, is_latents, open_latents, pixel_config, tokenizer_of
 from umd.train.pixels import PixelDataset, StoredCrops, is_pixels, open_pixels
 from umd.train.quarantine import read_quarantine
+from umd.train.recipes import check_crops
 from umd.train.sources import (
     IDX_NAME,
     ImageDataset,
@@ -57,6 +51,8 @@ __all__ = ["Batch", "DataConfig", "ImageDataset", "center_view", "centered_view_
 __all__ += ["derive_seed", "describe", "open_dataset", "train_loader"]
 
 log = logging.getLogger("umd")
+
+GROUP = 256  # blocks of an epoch in blocks whose images are mixed: 16,384 images
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,9 @@ class DataConfig:
     """list of files to leave out, as `umd check-data` writes it; default: quarantine.json in the source, if there"""
     loader: Literal["auto", "dali", "python"] = "auto"
     """who reads and crops training pictures; auto is DALI for JPEG files where it is installed"""
+    shuffle: Literal["global", "blocks"] = "global"
+    """order of stored latents. global: any of all may be next, each a read of its own. blocks, for slow disks: 64
+    neighbours in a shard are one read, and 256 such blocks, taken in a random order, are mixed"""
     num_workers: int | None = None
     """processes (with DALI: threads) that prepare batches; None: this rank's share of the host's cores, 16 at most; 0:
     the training process itself"""
@@ -212,18 +211,27 @@ def derive_seed(seed: int, *keys: int) -> int:
     return int(np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch, int64 [size]: sorted Philox words, the same in every version of NumPy."""
-    words = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(size)
-    return np.argsort(words, kind="stable")
+def epoch_order(size: int, seed: int, epoch: int, blocks: np.ndarray | None = None) -> np.ndarray:
+    """The order of an epoch, int64 [size]: sorted Philox words, the same in every version of NumPy.
+
+    blocks: the block of each sample, int64 [size] from 0. The blocks are put into a random order, then the samples of
+    each `GROUP` of them.
+    """
+    random = np.random.Philox(np.random.SeedSequence((seed, epoch)))
+    words = random.random_raw(size)
+    if blocks is None:
+        return np.argsort(words, kind="stable")
+    places = np.argsort(np.argsort(random.random_raw(int(blocks.max()) + 1), kind="stable"))
+    return np.lexsort((words, places[blocks] // GROUP))
 
 
 def sample_keys(
-    size: int, *, batch_size: int, seed: int, start: int = 0, places: Sequence[int] | None = None
-) -> Iterator[list[tuple[int, int]]]:
+    size: int, *, batch_size: int, seed: int, start: int = 0, places: Sequence[int] | None = None,
+    blocks: np.ndarray | None = None,
+) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
     """(epoch, index) of the samples at `places` of each whole batch (None: of all), without end."""
     places = range(batch_size) if places is None else places
-    order = lru_cache(maxsize=2)(lambda epoch: epoch_order(size, seed, epoch))
+    order = lru_cache(maxsize=2)(lambda epoch: epoch_order(size, seed, epoch, blocks))
     for first in count(start, batch_size):
         positions = (divmod(first + place, size) for place in places)
         yield [(epoch, int(order(epoch)[position])) for epoch, position in positions]
@@ -255,7 +263,7 @@ def choose_loader(dataset: ImageDataset, wanted: str) -> str:
 def reader(dataset: ImageDataset | LatentDataset, config: DataConfig) -> str:
     """Who prepares the training batches, in words."""
     if isinstance(dataset, LatentDataset):
-        return "read from memory-mapped shards"
+        return "read from shards" + (f" in blocks of {BLOCK}" if config.shuffle == "blocks" else "")
     if isinstance(dataset, PixelDataset):
         return "read from pixel shards"
     if choose_loader(dataset, config.loader) == "dali":
@@ -331,24 +339,26 @@ def train_loader(
     if isinstance(dataset, ImageDataset) and (tokenizer := tokenizer_of(config, device)):
         pictures = train_loader(dataset, pixel_config(config, tokenizer.vae), **place, device=device)
         return drawn_latents(pictures, tokenizer.moments, len(dataset), **place)
-    keys = sample_keys(len(dataset), **place)
-    device = torch.device(device)
-    if (
-        isinstance(dataset, ImageDataset)
-        and not isinstance(dataset, PixelDataset)
-        and choose_loader(dataset, config.loader) == "dali"
-    ):
+    device, blocks = torch.device(device), None
+    if isinstance(dataset, LatentDataset):
+        check_crops(dataset.header, dataset.folder, config)
+        blocks = dataset.blocks if config.shuffle == "blocks" else None
+    elif config.shuffle == "blocks":
+        raise UserError("--data.shuffle blocks is for stored latents; leave it at global for pictures")
+    keys = sample_keys(len(dataset), **place, blocks=blocks)
+    if isinstance(dataset, LatentDataset):
+        views = StoredViews(dataset, 1 if blocks is None else BLOCK)
+        loader = worker_loader(views, keys, config.workers, as_read, device)
+        return drawn_latents(batches(loader, dataset, device, dataset.typed), lambda x: x, len(dataset), **place)
+    if isinstance(dataset, PixelDataset):
+        loader = worker_loader(StoredCrops(dataset, config, seed), keys, config.workers, as_read, device)
+        return batches(loader, dataset, device, partial(crop_batch, size=config.image_size))
+    if choose_loader(dataset, config.loader) == "dali":
         from umd.train.dali import dali_batches  # which imports this file
 
         return dali_batches(dataset, config, keys, seed, device)
-    if isinstance(dataset, LatentDataset):
-        loader = worker_loader(StoredViews(dataset), keys, config.workers, collate, device)
-        return drawn_latents(batches(loader, dataset, device, dataset.moments), lambda x: x, len(dataset), **place)
-    if isinstance(dataset, PixelDataset):
-        loader = worker_loader(StoredCrops(dataset, config, seed), keys, config.workers, own_batches, device)
-        return cropped(loader, dataset, device, config.image_size)
     loader = worker_loader(TrainViews(dataset, config, seed), keys, config.workers, collate, device)
-    return batches(loader, dataset, device)
+    return batches(loader, dataset, device, as_model_input)
 
 
 def worker_loader(
@@ -370,57 +380,15 @@ def worker_loader(
     )
 
 
-def own_batches(batch: Any) -> Any:
-    """Collates what the dataset made of a whole batch."""
-    return batch
-
-
 def end_workers(prepared: Any) -> None:
     """Not left to the garbage collector: a traceback may hold the iterator, and its workers with it."""
     if hasattr(prepared, "_shutdown_workers"):
         prepared._shutdown_workers()
 
 
-def drawn_latents(
-    loader: Batches, moments: Callable[[Tensor], Tensor], size: int,
-    *, batch_size: int, seed: int, start: int, places: Sequence[int],
-) -> Batches:  # fmt: skip
-    """The loader's batches with latents drawn from `moments(x_start)`, by (seed, epoch, index)."""
-    offsets = torch.tensor(places)
-    try:
-        for first, batch in zip(count(start, batch_size), loader, strict=False):
-            offsets = offsets.to(batch.indices.device)
-            epochs = (first + offsets) // size
-            x_start = sample_posterior(moments(batch.x_start), seed, epochs * size + batch.indices)
-            yield replace(batch, x_start=x_start)
-    finally:
-        loader.close()
-
-
-def cropped(loader: DataLoader, dataset: PixelDataset, device: torch.device, size: tuple[int, int]) -> Batches:
-    """What the workers read, moved to `device` and cropped there."""
-    labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)
-    prepared = iter(loader)
-    try:
-        for item in prepared:
-            if isinstance(item, UserError):
-                raise item
-            pictures, boxes, mirrored, indices = item
-            views = crop_batch(
-                to_device(pictures, device), to_device(boxes, device), to_device(mirrored, device), size
-            )  # [B, C, H, W]
-            yield Batch(
-                x_start=views.div_(127.5).sub_(1),
-                labels=None if labels is None else to_device(labels[indices], device),
-                indices=to_device(indices, device),
-            )
-    finally:
-        end_workers(prepared)
-
-
 def batches(
     loader: DataLoader, dataset: ImageDataset | LatentDataset, device: torch.device,
-    convert: Callable[[Tensor], Tensor] = as_model_input,
+    convert: Callable[..., Tensor],
 ) -> Batches:  # fmt: skip
     """What the workers prepared, moved to `device` and put in the model's form."""
     labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)
@@ -430,13 +398,13 @@ def batches(
             item = next(prepared)
             if isinstance(item, UserError):
                 raise item
-            views, asked, used = item
+            *views, asked, used = item
             for index in asked[asked != used]:
                 assert isinstance(dataset, ImageDataset), "stored latents have no stand-ins"
                 dataset.mark_broken(int(index))
             indices = torch.from_numpy(used)
             yield Batch(
-                x_start=convert(to_device(views, device)),  # [B, C, H, W]
+                x_start=convert(*(to_device(view, device) for view in views)),  # [B, C, H, W]
                 labels=None if labels is None else to_device(labels[indices], device),
                 indices=to_device(indices, device),
             )

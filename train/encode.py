@@ -1,7 +1,7 @@
 """`umd encode-latents` and `umd inspect`: pictures to a folder of latents, and what such a folder holds.
 
-A shard is encoded by one process and depends on nothing but its number and the settings. So ranks need not talk: each
-takes every world-size-th shard, one that is there is done, and whoever finds the last one done writes the header.
+A shard is encoded by one process and depends on nothing but its number and the settings. So ranks need not talk
+(`umd.train.shards`), and whoever finds the last shard done writes the header.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -17,20 +18,19 @@ from typing import Literal
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from umd.device import autocast, pick_dtype, take_device
 from umd.errors import UserError
-from umd.files import sha256, write_whole
+from umd.files import sha256
 from umd.images import grid, save_png, to_uint8
 from umd.tokenizer import Tokenizer, load_tokenizer
 from umd.train.crops import centered, train_view, view_rng
 from umd.train.data import DataConfig, as_model_input, derive_seed, open_dataset
 from umd.train.latents import (
     DTYPES,
-    HEADER,
+    FORMAT,
     SHARD,
     LatentDataset,
     check_vae,
@@ -44,7 +44,8 @@ from umd.train.latents import (
     shard_name,
 )
 from umd.train.pixels import inspect_pixels, is_pixels
-from umd.train.shards import own_device, rank_and_size
+from umd.train.recipes import AREA_MIN
+from umd.train.shards import Advance, Job, others_work, own_device, share
 from umd.train.sources import ImageDataset, Rows
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
@@ -57,6 +58,9 @@ class EncodeLatents:
     each rank takes its share."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    recipe: Literal["pretrain", "finetune"] | None = None
+    """Crops of one of the paper's recipes, in the place of --data.area-min: pretrain covers 0.8 of a picture or more,
+    finetune 0.95. A run refuses latents of other crops than its own."""
     out: Path = Path("latents/train")
     """Folder to write."""
     image_size: tuple[int, int] = (256, 256)
@@ -85,20 +89,15 @@ class EncodeLatents:
             raise UserError(f"seed must be 0 or more, got {self.seed}")
         if min(self.image_size) < 1:
             raise UserError(f"image_size is {self.image_size}: expected a height and a width of at least 1")
+        if self.recipe:
+            area = AREA_MIN[self.recipe]
+            if self.data.area_min not in (DataConfig.area_min, area) or self.data.area_max != 1:
+                areas = f"{self.data.area_min:g} to {self.data.area_max:g}"
+                raise UserError(f"--recipe {self.recipe} has crops of {area:g} to 1 of the area, not {areas}; give one")
+            object.__setattr__(self, "data", replace(self.data, area_min=area))
         most = 1 + self.data.hflip
         if self.crop == "center" and self.views > most:
             raise UserError(f"of the middle there are {most} views at most, got {self.views}; set --views {most}")
-
-
-@dataclass(frozen=True)
-class Job:
-    """A shard to be made: the pictures first..last-1 of a split."""
-
-    split: str
-    number: int
-    first: int
-    last: int
-    path: Path
 
 
 def encode(options: EncodeLatents, console: Console) -> Path:
@@ -106,7 +105,6 @@ def encode(options: EncodeLatents, console: Console) -> Path:
 
     Raises UserError for a source, VAE or size that will not do, a folder of other latents, and a full disk.
     """
-    rank, world_size = rank_and_size()
     if not options.data.vae:
         raise UserError("pictures are encoded by a VAE: name one with --data.vae, a hub id or a folder")
     if is_latents(Path(options.data.source).expanduser()):
@@ -129,31 +127,23 @@ def encode(options: EncodeLatents, console: Console) -> Path:
         "shard_images": options.shard_images,
     }
     totals = {split: -(-len(dataset) // options.shard_images) for split, dataset in datasets.items()}
-    jobs = [
-        Job(split, number, number * options.shard_images, min((number + 1) * options.shard_images, len(dataset)),
-            options.out / shard_name(split, number, totals[split]))
-        for split, dataset in datasets.items()
-        for number in range(totals[split])
-    ]  # fmt: skip
-    check_folder(options.out, recipe, jobs)
-    mine = [job for job in jobs[rank::world_size] if not job.path.exists()]
-    total = sum(job.last - job.first for job in mine)
-    with (
-        Progress(console=console, disable=rank > 0 or not console.is_terminal) as bar,
-        ThreadPoolExecutor(max(config.workers, 1)) as pool,
-    ):
-        task = bar.add_task("encoding", total=total)
-        for job in mine:
-            encoder = Encoder(tokenizer, datasets[job.split], config, options, job, pool)
-            data = encoder.shard(recipe, names[job.split], lambda count: bar.advance(task, count))
-            write_shard(job.path, data)
-    if all(job.path.exists() for job in jobs):
+    with ThreadPoolExecutor(max(config.workers, 1)) as pool:
+        jobs = []
+        for split, dataset in datasets.items():
+            encoder = Encoder(tokenizer, dataset, config, options, pool, recipe, split, names[split])
+            for number in range(totals[split]):
+                part = range(len(dataset))[number * options.shard_images : (number + 1) * options.shard_images]
+                path = options.out / shard_name(split, number, totals[split])
+                jobs.append(Job(path, len(part), partial(encoder.shard, part)))
+        check_folder(options.out, recipe, jobs)
+        complete = share(jobs, console, "encoding")
+    if complete:
         say(console, f"all {len(jobs)} shards are there; checking them")
         header = finish(options.out, recipe, totals)
         images = header["splits"]["train"]["images"], header["splits"]["test"]["images"]
         say(console, f"{images[0]} training and {images[1]} held-out pictures as latents in {options.out}")
     else:
-        say(console, f"rank {rank} of {world_size} is done; the last rank to finish writes {HEADER}")
+        say(console, others_work())
     return options.out
 
 
@@ -162,34 +152,34 @@ def say(console: Console, text: str) -> None:
 
 
 class Encoder:
-    """Makes the bytes of one shard."""
+    """Makes the bytes of a split's shards."""
 
     def __init__(
-        self, tokenizer: Tokenizer, dataset: ImageDataset, config: DataConfig, options: EncodeLatents, job: Job,
-        pool: ThreadPoolExecutor,
+        self, tokenizer: Tokenizer, dataset: ImageDataset, config: DataConfig, options: EncodeLatents,
+        pool: ThreadPoolExecutor, recipe: dict, split: str, names: list[str],
     ):  # fmt: skip
-        self.tokenizer, self.dataset, self.config, self.options, self.job = tokenizer, dataset, config, options, job
-        self.pool = pool
-        self.views = options.views if job.split == "train" else 1
+        self.tokenizer, self.dataset, self.config, self.options = tokenizer, dataset, config, options
+        self.pool, self.recipe, self.split, self.names = pool, recipe, split, names
+        self.views = options.views if split == "train" else 1
 
-    def shard(self, recipe: dict, names: list[str], advance: Callable[[int], object]) -> bytes:
+    def shard(self, pictures: range, advance: Advance) -> bytes:
         parts: list[Tensor] = []
         indices: list[int] = []
         left_out: list[str] = []
-        loaded = in_order(self.pool, self.load, range(self.job.first, self.job.last), ahead=2 * BATCH)
+        loaded = in_order(self.pool, self.load, pictures, ahead=2 * BATCH)
         while batch := list(islice(loaded, BATCH)):
             good = [(index, views) for index, views in batch if views is not None]
-            left_out += [names[index] for index, views in batch if views is None]
+            left_out += [self.names[index] for index, views in batch if views is None]
             if good:
                 indices += [index for index, _ in good]
-                parts.append(self.moments(np.stack([views for _, views in good]), [names[i] for i, _ in good]))
-            advance(len(batch))
+                parts.append(self.moments(np.stack([views for _, views in good]), [self.names[i] for i, _ in good]))
+            advance(len(indices) + len(left_out))
         rows = np.array(indices, dtype=np.int64)
         count = 2 if self.tokenizer.stochastic else 1
-        empty = torch.empty(0, self.views, count, *recipe["shape"], dtype=DTYPES[self.options.dtype])
+        empty = torch.empty(0, self.views, count, *self.recipe["shape"], dtype=DTYPES[self.options.dtype])
         labels = None if self.dataset.labels is None else self.dataset.labels[rows]
-        kept = [names[index] for index in indices]
-        return shard_bytes(recipe, self.job.split, torch.cat([empty, *parts]), labels, rows, kept, left_out)
+        kept = [self.names[index] for index in indices]
+        return shard_bytes(self.recipe, self.split, torch.cat([empty, *parts]), labels, rows, kept, left_out)
 
     def load(self, index: int) -> tuple[int, np.ndarray | None]:
         """A picture's views uint8 [V, H, W, C]; None if it cannot be read and may be left out."""
@@ -199,7 +189,7 @@ class Encoder:
             if not self.config.skip_broken:
                 raise
             return index, None
-        if self.job.split == "test" or self.options.crop == "center":
+        if self.split == "test" or self.options.crop == "center":
             middle = centered(picture, self.config)
             return index, np.stack([middle, middle[:, ::-1]][: self.views])
         seed = derive_seed(self.options.seed, 1)  # that of a run's loader
@@ -237,24 +227,13 @@ def in_order(pool: ThreadPoolExecutor, call: Callable, items: Iterable, ahead: i
             future.cancel()
 
 
-def write_shard(path: Path, data: bytes) -> None:
-    try:
-        for leftover in path.parent.glob(f".unfinished-{path.name}-*"):  # of a killed process; this rank's alone
-            leftover.unlink(missing_ok=True)
-        write_whole(path, data)
-    except OSError as error:
-        raise UserError(
-            f"could not write latents shard {path}: {error.strerror or error}; make room there and run the same "
-            "command again, which keeps the shards that are finished"
-        ) from error
-
-
 def check_folder(folder: Path, recipe: dict, jobs: list[Job]) -> None:
     """Make the folder; raise UserError if shards of other settings, or damaged ones, are there."""
     folder.mkdir(parents=True, exist_ok=True)
     expected = {job.path.name for job in jobs}
     for path in sorted(file for file in folder.iterdir() if SHARD.fullmatch(file.name)):
-        differ = differences(read_shard(path).about["recipe"], recipe)
+        about = read_shard(path).about
+        differ = differences({"format": about["format"], **about["recipe"]}, {"format": FORMAT, **recipe})
         if path.name not in expected:
             differ = differ or ["number of shards"]
         if differ:

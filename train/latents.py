@@ -1,11 +1,15 @@
 """Latents on disk, encoded once and read in every epoch: shards, the header over them, and the dataset they make.
 
-    folder/train-00000-of-00003.safetensors    moments [n, V, M, C, h, w], labels, indices, crc32 [n, V]
+    folder/train-00000-of-00003.safetensors    moments [V, n, M, C, h, w], labels, indices, crc32 [V, n]
            test-00000-of-00001.safetensors
            latents.json                        what all share; size, checksum and count of each; written last
 
 n images of V views (crops) each; M = 2 for mean and std of a VAE's posterior, 1 for the one latent of a VQ model.
-A shard's own header repeats the recipe and lists the pictures it was made from.
+A shard's own header repeats the recipe and lists the pictures it was made from. In format 1, which is still read, the
+views of an image lie beside each other: [n, V, ...].
+
+Rows, of one view of one image, are read by `pread` alone, never mapped: a map's read-ahead would bring many times the
+row from the disk, and what goes wrong there would end the process without a word.
 """
 
 import json
@@ -13,7 +17,7 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,34 +26,24 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from umd.errors import UserError
-from umd.files import sha256, write_whole
-from umd.ops import philox_randn_rows
+from umd.files import OpenFile, sha256, write_whole
 from umd.tokenizer import VAE, Tokenizer, load_tokenizer
+from umd.train.recipes import encode_command
 
 if TYPE_CHECKING:
     from umd.train.data import DataConfig
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "latents.json"
 SHARD = re.compile(r"(train|test)-(\d{5})-of-(\d{5})\.safetensors")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# What they are mapped as: numpy has no bf16.
+# What they are read as: numpy has no bf16.
 BITS: dict[str, np.dtype] = {"bf16": np.dtype("<i2"), "fp16": np.dtype("<i2"), "fp32": np.dtype("<i4")}
-
-
-def sample_posterior(moments: Tensor, seed: int, draws: Tensor) -> Tensor:
-    """Latents mean + std·ε of moments fp32 [B, 2, C, h, w] (of [B, 1, C, h, w]: as they are): fp32 [B, C, h, w].
-
-    draws: int64 [B]; ε of a sample is a function of (seed, draw). In training a draw is epoch · images + index.
-    """
-    if moments.shape[1] == 1:
-        return moments[:, 0]
-    mean, std = moments.unbind(1)
-    counters = math.ceil(math.prod(mean.shape[1:]) / 4)  # four normal numbers come from each
-    return mean + std * philox_randn_rows(seed, draws * counters, tuple(mean.shape[1:]))
+OPEN_FILES = 512  # held by a process; half of what most systems allow
+BLOCK = 64  # images of a block: 1 MiB of 32x32x4 latents in 16 bits, large enough for any disk
+AHEAD = 512  # blocks a process remembers to have asked for: two groups of an epoch in blocks
 
 
 # Shards
@@ -67,7 +61,7 @@ def shard_bytes(
 
     moments: [n, V, M, C, h, w] in the type of the store; labels, indices: int64 [n]; names: of the n pictures.
     """
-    moments = moments.contiguous()
+    moments = moments.transpose(0, 1).contiguous()  # [V, n, ...]: an epoch reads one view
     rows = (view.flatten().view(torch.uint8).numpy() for view in moments.flatten(0, 1))
     crc32 = np.array([zlib.crc32(row) for row in rows], dtype=np.int64).reshape(moments.shape[:2])
     tensors = {"moments": moments, "indices": torch.from_numpy(indices), "crc32": torch.from_numpy(crc32)}
@@ -97,13 +91,22 @@ class Shard:
     about: dict
     tensors: dict[str, tuple[tuple[int, ...], int]]  # shape, first byte
 
-    def map(self, name: str, dtype: np.dtype) -> np.memmap:
-        shape, start = self.tensors[name]
-        return np.memmap(self.path, dtype, "r", start, shape)
+    @property
+    def images(self) -> int:
+        return self.tensors["indices"][0][0]
 
     def array(self, name: str) -> np.ndarray:
-        """int64 values; also of none, which cannot be mapped."""
-        return np.array(self.map(name, np.dtype("<i8"))) if math.prod(self.tensors[name][0]) else np.empty(0, np.int64)
+        """int64 values."""
+        shape, start = self.tensors[name]
+        try:
+            return np.fromfile(self.path, "<i8", math.prod(shape), offset=start).reshape(shape)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+
+    def crc32(self) -> np.ndarray:
+        """int64 [V, n]."""
+        found = self.array("crc32")
+        return found if self.about["format"] > 1 else found.T
 
 
 def read_shard(path: Path) -> Shard:
@@ -116,8 +119,8 @@ def read_shard(path: Path) -> Shard:
         about = json.loads(header.pop("__metadata__")["umd"])
         tensors = {name: (tuple(t["shape"]), 8 + length + t["data_offsets"][0]) for name, t in header.items()}
         end = 8 + length + max(t["data_offsets"][1] for t in header.values())
-    except FileNotFoundError:
-        raise damaged(path, "is not there") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
     except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
         raise damaged(path, "is not what was written") from error
     if size != end:
@@ -125,8 +128,17 @@ def read_shard(path: Path) -> Shard:
     return Shard(path, about, tensors)
 
 
-def damaged(path: Path, what: str) -> UserError:
-    return UserError(f"latents shard {path} {what}; remove it and run the same umd encode-latents command again")
+def damaged(path: Path, what: str, command: str = "the same umd encode-latents command again") -> UserError:
+    return UserError(f"latents shard {path} {what}; remove it and run {command}")
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return damaged(path, "is not there")
+    return UserError(
+        f"cannot read latents shard {path} ({error.strerror or error}); see to the disk that it lies on, then run the "
+        "same command again"
+    )
 
 
 # The folder
@@ -141,10 +153,11 @@ def finish(folder: Path, recipe: dict, shards: dict[str, int]) -> dict:
         sums, squares = torch.zeros(2, recipe["shape"][0], dtype=torch.float64)
         for number in range(total):
             shard = read_shard(folder / shard_name(split, number, total))
-            check_rows(shard, recipe["dtype"])
+            check_rows(shard)
             path = shard.path
-            images = shard.tensors["indices"][0][0]
-            entries.append({"file": path.name, "images": images, "bytes": path.stat().st_size, "sha256": sha256(path)})
+            entries.append(
+                {"file": path.name, "images": shard.images, "bytes": path.stat().st_size, "sha256": sha256(path)}
+            )
             left_out += shard.about["left_out"]
             count += shard.about["values"]
             sums += torch.tensor(shard.about["sum"], dtype=torch.float64)
@@ -165,14 +178,18 @@ def finish(folder: Path, recipe: dict, shards: dict[str, int]) -> dict:
     return header
 
 
-def check_rows(shard: Shard, dtype: str) -> None:
+def check_rows(shard: Shard) -> None:
     """Compare every view of a shard with its CRC-32."""
-    if not math.prod(shard.tensors["moments"][0]):
-        return
-    moments, crc32 = shard.map("moments", BITS[dtype]), shard.array("crc32")
-    for row, expected in zip(moments.reshape(crc32.size, -1), crc32.flat, strict=True):
-        if zlib.crc32(row.data) != expected:
-            raise damaged(shard.path, "differs from its checksums")
+    (*_, M, C, h, w), start = shard.tensors["moments"]
+    nbytes = M * C * h * w * BITS[shard.about["recipe"]["dtype"]].itemsize
+    try:
+        with shard.path.open("rb") as file:
+            file.seek(start)
+            for row, expected in enumerate(shard.array("crc32").flat):
+                if zlib.crc32(file.read(nbytes)) != expected:
+                    raise damaged(shard.path, f"differs from its checksums at row {row}")
+    except OSError as error:
+        raise unreadable(shard.path, error) from error
 
 
 def is_latents(path: Path) -> bool:
@@ -190,20 +207,20 @@ def read_header(folder: Path) -> dict:
         raise UserError(f"the latents in {folder} are not finished: run the same umd encode-latents command again")
     try:
         header = json.loads((folder / HEADER).read_text())
-        if header["format"] == FORMAT:
+        if header["format"] in (1, FORMAT):
             return header
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / HEADER} is damaged; remove it and run the same umd encode-latents command again"
         ) from error
-    raise UserError(f"{folder} has format {header['format']!r}, and this version of umd reads format {FORMAT}")
+    raise UserError(f"{folder} has format {header['format']!r}, and this version of umd reads formats 1 and {FORMAT}")
 
 
 @dataclass
 class LatentDataset:
-    """Stored latents of one split, memory-mapped. As a dataset it has the attributes of an `ImageDataset`.
+    """Stored latents of one split. As a dataset it has the attributes of an `ImageDataset`.
 
-    labels: int64 [N] indices into `class_names`, or None.
+    labels: int64 [N] indices into `class_names`, or None. crc32: uint32 [V, N], of each view.
     """
 
     folder: Path
@@ -212,14 +229,21 @@ class LatentDataset:
     shards: list[Shard]
     labels: np.ndarray | None
     class_names: list[str]
+    crc32: np.ndarray
 
     def __post_init__(self) -> None:
         self.name = self.folder.resolve().name
-        self.ends = np.cumsum([shard.tensors["indices"][0][0] for shard in self.shards], dtype=np.int64)
-        self.mapped = lru_cache(maxsize=None)(self._map)
+        self.sizes = np.array([shard.images for shard in self.shards], dtype=np.int64)
+        self.ends = np.cumsum([0, *self.sizes], dtype=np.int64)
+        self.starts = np.array([shard.tensors["moments"][1] for shard in self.shards], dtype=np.int64)
+        self.opened = lru_cache(OPEN_FILES)(lambda shard: OpenFile(self.shards[shard].path))
+        self.expect = lru_cache(AHEAD)(lambda shard, start, size, epoch: self.opened(shard).expect(start, size))
+
+    def __reduce__(self) -> tuple:  # for processes that are not forked
+        return type(self), tuple(getattr(self, each.name) for each in fields(self))
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return int(self.ends[-1])
 
     @property
     def num_broken(self) -> int:
@@ -233,44 +257,71 @@ class LatentDataset:
     def dtype(self) -> str:
         return self.header["recipe"]["dtype"]
 
-    def _map(self, shard: int) -> tuple[np.memmap, np.ndarray]:
-        return self.shards[shard].map("moments", BITS[self.dtype]), self.shards[shard].array("crc32")
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Of one view of one image: (M, C, h, w)."""
+        return self.shards[0].tensors["moments"][0][2:]
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """The block of `BLOCK` neighbours in a shard that each image is of: int64 [N], numbered from 0."""
+        firsts = np.cumsum([0, *(-(-self.sizes // BLOCK))])
+        return np.concatenate([first + np.arange(n) // BLOCK for first, n in zip(firsts, self.sizes, strict=False)])
+
+    def read(self, indices: np.ndarray, epochs: np.ndarray, block: int = 1) -> np.ndarray:
+        """Moments as they are stored, integers [B, M, C, h, w]: of each image the view `epoch` modulo the views.
+
+        indices, epochs: int64 [B]. Every row is compared with its checksum.
+        block: images of a shard that the disk is to read together. The disk begins with all rows, or all of their
+        blocks, before the first is waited for; what another process of this host had it read is in memory already.
+        Raises UserError naming the shard, and of a damaged row the picture.
+        """
+        shards, views = np.searchsorted(self.ends, indices, "right") - 1, epochs % len(self.crc32)
+        images, crc32 = indices - self.ends[shards], self.crc32[views, indices].tolist()
+        found = np.empty((len(indices), *self.row_shape), BITS[self.dtype])
+        rows, nbytes = found.reshape(-1).data.cast("B"), found[:1].nbytes
+
+        def first_byte(images: np.ndarray) -> np.ndarray:
+            interleaved = self.header["format"] == 1
+            row = images * len(self.crc32) + views if interleaved else views * self.sizes[shards] + images
+            return self.starts[shards] + row * nbytes
+
+        first = images // block * block
+        begin, end = first_byte(first), first_byte(np.minimum(first + block, self.sizes[shards]) - 1) + nbytes
+        numbers = shards.tolist()
+        number = numbers[0]
+        try:
+            for number, *ahead in zip(numbers, begin.tolist(), (end - begin).tolist(), epochs.tolist(), strict=True):
+                self.expect(number, *ahead)
+            for i, (number, start) in enumerate(zip(numbers, first_byte(images).tolist(), strict=True)):
+                row = rows[i * nbytes : (i + 1) * nbytes]
+                whole = self.opened(number).read_into(row, start)
+                if not whole or zlib.crc32(row) != crc32[i]:
+                    shard, what = self.shards[number], "differs from its checksum at" if whole else "ends before"
+                    name = f"{shard.about['names'][images[i]]} (row {(start - self.starts[number]) // nbytes})"
+                    raise damaged(shard.path, f"{what} view {views[i]} of picture {name}", self.command)
+        except OSError as error:
+            raise unreadable(self.shards[number].path, error) from error
+        return found
+
+    @property
+    def command(self) -> str:
+        return encode_command(self.header, self.folder)
 
     def bits(self, index: int, view: int = 0) -> np.ndarray:
         """One view's moments as they are stored, integers [M, C, h, w]. Raises UserError if they are damaged."""
-        shard = int(np.searchsorted(self.ends, index, "right"))
-        row = index - (int(self.ends[shard - 1]) if shard else 0)
-        moments, crc32 = self.mapped(shard)
-        view %= moments.shape[1]
-        found = np.array(moments[row, view])
-        if zlib.crc32(found.data) != crc32[row, view]:
-            raise damaged(self.shards[shard].path, "differs from its checksums")
-        return found
+        return self.read(np.array([index]), np.array([view]))[0]
 
-    def moments(self, bits: Tensor) -> Tensor:
-        """Stored integers [...] to fp32 [...]."""
-        return bits.view(DTYPES[self.dtype]).float()
+    def typed(self, bits: Tensor) -> Tensor:
+        """Stored integers [...] as the floating-point numbers that they are, in the type of the store."""
+        return bits.view(DTYPES[self.dtype])
 
     def means(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """The most likely latents of the first views: fp32 [n, C, h, w]."""
-        rows = [self.bits(int(index))[0] for index in indices]
-        if not rows:
+        chosen = np.asarray(indices, dtype=np.int64)
+        if not len(chosen):
             return torch.empty(0, *self.header["recipe"]["shape"])
-        return self.moments(torch.from_numpy(np.stack(rows)))
-
-
-class StoredViews(Dataset):
-    """(epoch, index) -> (moments as stored, index, index), or the UserError met: view `epoch` modulo the views."""
-
-    def __init__(self, dataset: LatentDataset):
-        self.dataset = dataset
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int, int] | UserError:
-        epoch, index = key
-        try:
-            return self.dataset.bits(index, epoch), index, index
-        except UserError as error:
-            return error
+        return self.typed(torch.from_numpy(self.read(chosen, np.zeros_like(chosen))[:, 0])).float()
 
 
 def open_latents(folder: Path, split: str, config: "DataConfig | None" = None) -> LatentDataset:
@@ -298,7 +349,8 @@ def open_latents(folder: Path, split: str, config: "DataConfig | None" = None) -
         shards.append(shard)
     class_names = recipe["class_names"]
     labels = np.concatenate([s.array("labels") for s in shards] or [np.empty(0, np.int64)]) if class_names else None
-    return LatentDataset(folder, split, header, shards, labels, class_names)
+    crc32 = np.concatenate([s.crc32() for s in shards] or [np.empty((1, 0))], axis=1).astype(np.uint32)
+    return LatentDataset(folder, split, header, shards, labels, class_names, crc32)
 
 
 # The VAE of a run

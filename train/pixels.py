@@ -11,7 +11,6 @@ would see of the files, with the resampling done in two steps.
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from umd.errors import UserError
@@ -59,7 +57,7 @@ class PixelRows(Rows):
 
     def __init__(self, shards: Sequence[Shard], size: Sequence[int]):
         self.shards, self.shape = shards, (*size, 3)
-        self.ends = np.cumsum([shard.tensors["indices"][0][0] for shard in shards], dtype=np.int64)
+        self.ends = np.cumsum([shard.images for shard in shards], dtype=np.int64)
         self.files = [(str(shard.path), shard.tensors["pixels"][1]) for shard in shards]
         self.crc32 = np.concatenate([shard.array("crc32") for shard in shards] or [np.empty(0, np.int64)])
         self.checked = bytearray(len(self.crc32))
@@ -82,11 +80,10 @@ class PixelRows(Rows):
             path, start = self.files[number]
             picture = buffer[i * size : (i + 1) * size]
             try:
-                count = os.preadv(opened(path).fileno(), [picture], start + row * size)
+                if not opened(path).read_into(picture, start + row * size):
+                    raise damaged(path, "has become shorter")
             except OSError as error:
                 raise damaged(path, f"cannot be read ({error.strerror or error})") from error
-            if count < size:
-                raise damaged(path, "has become shorter")
             if not self.checked[index]:
                 if zlib.crc32(picture) != self.crc32[index]:
                     raise damaged(path, f"differs from its checksums in row {row}")
@@ -131,7 +128,7 @@ def open_pixels(folder: Path, split: Split, config: "DataConfig") -> PixelDatase
     shards = []
     for entry in entries:
         shard = read_pixels(folder / entry["file"])
-        if shard.tensors["indices"][0][0] != entry["images"]:
+        if shard.images != entry["images"]:
             raise damaged(shard.path, "is of another folder")
         shards.append(shard)
     names = header["recipe"]["class_names"]
@@ -160,13 +157,13 @@ def read_pixels(path: Path) -> Shard:
 
 
 class StoredCrops(Dataset):
-    """(epoch, index) of a batch -> pictures uint8 [B, S, S', 3], crops float32 [B, 4] in their pixels, whether each is
-    mirrored [B], and indices int64 [B]; or the UserError met."""
+    """[(epoch, index)] of a batch -> pictures uint8 [B, S, S', 3], crops float32 [B, 4] in their pixels, whether each
+    is mirrored [B], indices, indices; or the UserError met."""
 
     def __init__(self, dataset: PixelDataset, config: "DataConfig", seed: int):
         self.dataset, self.config, self.seed = dataset, config, seed
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, ...] | UserError:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Any, ...] | UserError:
         rows = self.dataset.pictures
         assert isinstance(rows, PixelRows)
         indices = np.array([index for _, index in keys])
@@ -180,7 +177,7 @@ class StoredCrops(Dataset):
             across, down = rows.shape[1] / width, rows.shape[0] / height
             boxes.append((box[0] * across, box[1] * down, box[2] * across, box[3] * down))
             mirrored.append(flip)
-        return torch.from_numpy(pixels), torch.tensor(boxes), torch.tensor(mirrored), torch.from_numpy(indices)
+        return torch.from_numpy(pixels), torch.tensor(boxes), torch.tensor(mirrored), indices, indices
 
 
 # Encoding
@@ -268,7 +265,7 @@ def encode_pixels(options: EncodePixels, console: Console) -> None:
 def summary(folder: Path, split: str) -> dict[str, Any]:
     """What the header says of a split."""
     shards = [read_pixels(path) for path in sorted(folder.glob(f"pixels-{split}-*-of-*.safetensors"))]
-    entries = [{"file": shard.path.name, "images": shard.tensors["indices"][0][0]} for shard in shards]
+    entries = [{"file": shard.path.name, "images": shard.images} for shard in shards]
     return {
         "images": sum(entry["images"] for entry in entries),
         "left_out": sum(shard.about["left_out"] for shard in shards),

@@ -31,6 +31,7 @@ from umd.methods import AnyModel, AnyModelConfig, AnyObjectiveConfig, build_mode
 from umd.train.data import DataConfig
 from umd.train.distributed import ParallelConfig
 from umd.train.optim import OptimConfig
+from umd.train.recipes import AREA_MIN
 
 Model = TypeVar("Model", bound=AnyModelConfig)
 Objective = TypeVar("Objective", bound=AnyObjectiveConfig)
@@ -286,7 +287,7 @@ def finetune_config(pretrained: RunConfig, init: Path, num_classes: int, out: Pa
         init=init,
         objective=ObjectiveConfig(no_noise_prob=0.05, mask_ratio=0.0, mask_ratio_no_noise=0.75),
         optim=OptimConfig(lr=pretrained.optim.lr, betas=(0.9, 0.999), weight_decay=0.0, ema=1e-4),
-        data=replace(pretrained.data, area_min=0.95),
+        data=replace(pretrained.data, area_min=AREA_MIN["finetune"]),
         batch_size=min(256, pretrained.batch_size),
         epochs=50,
         steps=0,

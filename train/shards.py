@@ -65,6 +65,8 @@ def share(jobs: Sequence[Job], console: Console, what: str) -> bool:
                 job.path.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(job.path, data)
             except OSError as error:
+                if job.path in listed(jobs):  # another rank was faster, and cleared up
+                    continue
                 raise UserError(
                     f"could not write {job.path}: {error.strerror or error}; make room there and run the same command "
                     "again, which keeps what is finished"

@@ -5,14 +5,13 @@ import gzip
 import hashlib
 import logging
 import math
-import os
 import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from io import SEEK_CUR, BytesIO, FileIO
+from io import SEEK_CUR, BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -22,6 +21,7 @@ import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from umd.errors import UserError
+from umd.files import OpenFile
 from umd.train.quarantine import summary
 
 if TYPE_CHECKING:
@@ -54,12 +54,9 @@ class Rows(Sequence[np.ndarray]):
 
 
 @lru_cache(maxsize=256)
-def opened(path: str) -> FileIO:
-    """A file to read at random places, without read-ahead. Each process opens it once; forked workers share it."""
-    file = FileIO(path)
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-    return file
+def opened(path: str) -> OpenFile:
+    """Each process opens a file once; forked workers share it."""
+    return OpenFile(Path(path))
 
 
 class Picture(NamedTuple):

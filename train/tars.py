@@ -32,10 +32,10 @@ class TarMember(NamedTuple):
 
     def read(self) -> bytes:
         """Raises OSError if the tar is gone, or shorter than it was."""
-        data = os.pread(opened(self.tar).fileno(), self.size, self.offset)
-        if len(data) < self.size:
-            raise OSError(f"the tar ends {self.size - len(data)} bytes too early: it has shrunk since it was listed")
-        return data
+        data = bytearray(self.size)
+        if not opened(self.tar).read_into(memoryview(data), self.offset):
+            raise OSError("the tar ends before: it has shrunk since it was listed")
+        return bytes(data)
 
 
 class Members(Sequence[TarMember]):

@@ -1,10 +1,11 @@
-"""Files written whole or not at all, and their checksums."""
+"""Files written whole or not at all, their checksums, and files read here and there."""
 
 import hashlib
 import json
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -84,3 +85,33 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
                     block = block[file.write(block) :]
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+class OpenFile:
+    """A file opened for reads here and there, of which the system reads nothing unasked.
+
+    Raises OSError where it cannot be opened or read; advice that a file system does not take is no error.
+    """
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self._advise(0, 0, "POSIX_FADV_RANDOM")
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    def _advise(self, start: int, size: int, advice: str) -> None:
+        if hasattr(os, advice):  # on Linux
+            with suppress(OSError):
+                os.posix_fadvise(self.descriptor, start, size, getattr(os, advice))
+
+    def expect(self, start: int, size: int) -> None:
+        """Have the disk begin to read what will be asked for: nothing waits, and what is in memory is not read."""
+        self._advise(start, size, "POSIX_FADV_WILLNEED")
+
+    def read_into(self, buffer: memoryview, start: int) -> bool:
+        """Fill the buffer; False if the file ends before."""
+        while len(buffer) and (count := os.preadv(self.descriptor, [buffer], start)):
+            buffer, start = buffer[count:], start + count
+        return not len(buffer)

@@ -16,6 +16,7 @@ from umd.kernels.packing import Packing, pack
 from umd.kernels.patches import gather_patches, patchify, unpatchify
 from umd.kernels.philox import philox_randn, philox_randn_rows, philox_randn_samples, random_words
 from umd.kernels.positions import add_positions
+from umd.kernels.posterior import sample_posterior
 from umd.kernels.tokens import prepend_tokens, scatter_tokens, split_tokens
 from umd.kernels.triton.op import launches
 
@@ -56,6 +57,7 @@ __all__ = [
     "prepend_tokens",
     "products_dtype",
     "random_words",
+    "sample_posterior",
     "scatter_tokens",
     "split_tokens",
     "splits_bias",

@@ -121,6 +121,12 @@ def others() -> list[tuple[str, str]]:
                 f"add_positions_bwd({zeros(dtype, 6, 256)}, {slots}, torch.{dtype})",
             ),
         ]
+    moments = ("float32", 2, 2, 3, 8, 8), ("bfloat16", 2, 2, 4, 32, 32), ("float16", 2, 2, 3, 5, 7)
+    calls += [
+        ("posterior:_sample_posterior_kernel", f"sample_posterior_fwd({zeros(*shape)}, {seed}, torch.arange(2))")
+        for shape in moments
+        for seed in (1, 7, 2**62 + 1)
+    ]
     return [*calls, ("philox:_random_words_kernel", "random_words_fwd(3, torch.tensor(1), torch.arange(2), 9)")]
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,8 +19,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
@@ -32,17 +31,18 @@ from umd.errors import UserError
 from umd.feature_networks import open_features
 from umd.images import from_uint8, to_uint8
 from umd.metrics import FeatureStatistics
-from umd.ops import philox_randn
+from umd.ops import philox_randn, sample_posterior
 from umd.tokenizer import load_tokenizer
 from umd.train.crops import train_view, view_rng
-from umd.train.data import DataConfig, as_model_input, derive_seed, open_dataset, train_loader
+from umd.train.data import DataConfig, as_model_input, center_view, derive_seed, open_dataset, train_loader
 from umd.train.encode import EncodeLatents, Inspect, encode, inspect
-from umd.train.latents import HEADER, finish, open_latents, sample_posterior, shard_bytes, shard_name
+from umd.train.latents import HEADER, open_latents, shard_name
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.optim import OptimConfig
+from umd.train.recipes import AREA_MIN, check_crops
 from umd.train.reference import DECODED, RESIZE
-from umd.train.run import RunConfig
+from umd.train.run import RunConfig, finetune_config
 
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
@@ -128,7 +128,7 @@ def test_shards_hold_the_views_that_a_run_on_pixels_would_see(folder, options, v
         for view in (0, 1):
             picture = train_view(dataset.picture(index), view_rng(derive_seed(0, 1), view, index), config)
             expected = tokenizer.moments(as_model_input(torch.from_numpy(picture.copy())[None]))
-            torch.testing.assert_close(shards[index // 8]["moments"][index % 8, view], expected[0])
+            torch.testing.assert_close(shards[index // 8]["moments"][view, index % 8], expected[0])
 
 
 def test_a_shard_says_what_it_is(folder, source, vaes):
@@ -147,14 +147,14 @@ def test_statistics_are_those_of_the_latents_as_sampled(folder):
     header = json.loads((folder / HEADER).read_text())
     for split in ("train", "test"):
         files = sorted(folder.glob(f"{split}-*.safetensors"))
-        moments = np.concatenate([load_file(file)["moments"].numpy() for file in files]).astype(np.float64)
-        mean, std = moments[:, :, 0], moments[:, :, 1]  # [n, V, C, h, w]
+        moments = np.concatenate([load_file(file)["moments"].numpy() for file in files], axis=1).astype(np.float64)
+        mean, std = moments[:, :, 0], moments[:, :, 1]  # [V, n, C, h, w]
         expected = mean.mean((0, 1, 3, 4))
         variance = ((mean - expected[:, None, None]) ** 2 + std**2).mean((0, 1, 3, 4))  # law of total variance
         entry = header["splits"][split]
         np.testing.assert_allclose(entry["mean"], expected, rtol=1e-9)
         np.testing.assert_allclose(entry["std"], np.sqrt(variance), rtol=1e-9)
-        assert entry["images"] == len(moments) == sum(shard["images"] for shard in entry["shards"])
+        assert entry["images"] == moments.shape[1] == sum(shard["images"] for shard in entry["shards"])
 
 
 def test_kill_9_of_one_of_two_then_resume_gives_the_shards_of_one_clean_process(options, folder, tmp_path, monkeypatch):
@@ -228,8 +228,8 @@ def test_a_full_disk_is_one_sentence_and_can_be_gone_on_from(options, folder, tm
         [*prefix, sys.executable, "-c", FILL_THE_DISK, how, *command(options)],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert "umd: could not write latents shard" in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert "run the same command again, which keeps the shards that are finished" in done.stderr
+    assert f"umd: could not write {options.out}/train-" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert "run the same command again, which keeps what is finished" in done.stderr
     if how == "limit":
         assert done.returncode == 2
         kept = options.out
@@ -268,7 +268,7 @@ def test_the_middle_and_its_mirror_image(options, vaes, tmp_path):
     )
     for view, picture in enumerate((middle, middle[:, ::-1])):
         expected = load_tokenizer(str(vaes["kl"])).moments(as_model_input(torch.from_numpy(picture.copy())[None]))
-        torch.testing.assert_close(moments[0, view], expected[0])
+        torch.testing.assert_close(moments[view, 0], expected[0])
     with pytest.raises(UserError, match="there are 2 views at most, got 3"):
         replace(options, views=3)
 
@@ -282,70 +282,6 @@ def test_a_vq_model_s_latents_need_no_noise(options, vaes, tmp_path):
 
 
 # Reading
-
-
-def numbered(root: Path, sizes: list[int], views: int = 1) -> Path:
-    """A folder whose one latent value tells (index, view), in shards of these sizes."""
-    recipe = {"vae": dict(name="", kind="VQModel", sha256="", channels=1, factor=1, scale=1.0, shift=0.0)}
-    recipe |= {"shape": [1, 1, 1], "dtype": "fp32", "class_names": ["even", "odd"]}
-    first = 0
-    for number, size in enumerate(sizes):
-        index = np.arange(first, first + size)
-        value = torch.from_numpy(index[:, None] + np.arange(views) / 10).float().view(size, views, 1, 1, 1, 1)
-        data = shard_bytes(recipe, "train", value, index % 2, index, list(map(str, index)))
-        (root / shard_name("train", number, len(sizes))).write_bytes(data)
-        first += size
-    finish(root, recipe, {"train": len(sizes), "test": 0})
-    return root
-
-
-@settings(deadline=None, max_examples=25)
-@given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),
-    st.integers(1, 5),
-    st.integers(1, 4),
-    st.integers(1, 3),
-    st.integers(0, 60),
-)
-def test_ranks_share_every_epoch_for_any_world_size_and_resume_anywhere(
-    tmp_path_factory, sizes, world_size, share, views, resumed
-):
-    folder, total = numbered(tmp_path_factory.mktemp("numbered"), sizes, views), sum(sizes)
-    config = DataConfig(source=str(folder), image_size=(1, 1), channels=1, num_workers=0)
-    dataset = open_dataset(config, "train")
-    batch_size = share * world_size
-
-    def stream(start: int, steps: int) -> list[tuple[int, int, float]]:
-        """(label, index, value) of each sample of all ranks, in the order of the global batches."""
-        loaders = [
-            train_loader(
-                dataset,
-                config,
-                batch_size=batch_size,
-                seed=3,
-                start=start,
-                places=range(rank * share, (rank + 1) * share),
-            )  # fmt: skip
-            for rank in range(world_size)
-        ]
-        seen = []
-        for batches in islice(zip(*loaders, strict=True), steps):
-            for batch in batches:
-                seen += zip(
-                    batch.labels.tolist(), batch.indices.tolist(), batch.x_start.flatten().tolist(), strict=True
-                )
-        for loader in loaders:
-            loader.close()
-        return seen
-
-    seen = stream(0, -(-3 * total // batch_size))
-    for epoch in range(3):
-        of_epoch = seen[epoch * total : (epoch + 1) * total]
-        assert sorted(index for _, index, _ in of_epoch) == list(range(total))
-        for label, index, value in of_epoch:
-            assert label == index % 2 and math.isclose(value, index + (epoch % views) / 10, rel_tol=1e-6)
-    steps = min(resumed, len(seen) // batch_size - 1)
-    assert stream(steps * batch_size, 1) == seen[steps * batch_size : (steps + 1) * batch_size]
 
 
 def test_workers_read_the_same_batches(folder):
@@ -391,7 +327,7 @@ def test_the_noise_is_new_in_each_epoch_and_normal(folder):
     eps = torch.empty(6, 49, 4, 8, 8)
     for epoch, batch in enumerate(islice(loader, 6)):
         for index, x in zip(batch.indices.tolist(), batch.x_start, strict=True):
-            mean, std = dataset.moments(torch.from_numpy(dataset.bits(index, epoch)))
+            mean, std = dataset.typed(torch.from_numpy(dataset.bits(index, epoch)))
             eps[epoch, index] = (x - mean) / std
     values = eps.flatten(1).double().numpy()
     assert stats.kstest(values.ravel(), "norm").pvalue > 1e-3
@@ -440,6 +376,21 @@ def test_training_from_stored_latents_is_training_from_latents_encoded_in_the_st
     assert len(losses(stored)) == 10 and losses(stored)[-1] < losses(stored)[0]
     np.testing.assert_allclose(losses(stored), losses(in_step), rtol=0, atol=1e-5)
     np.testing.assert_allclose(losses(stored), losses(rounded), rtol=2e-3)  # 2**-11 of the latents, and 2 % of the loss
+
+
+@pytest.mark.parametrize("shuffle", ["global", "blocks"])
+def test_a_run_goes_on_in_the_middle_of_an_epoch(shuffle, run):
+    whole = run("whole", data={"shuffle": shuffle}, save_every=4)
+    train(whole, QUIET)
+    halves = replace(whole, out=whole.out.with_name("halves"))
+    shutil.copytree(whole.out, halves.out)
+    for later in sorted((halves.out / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(later)
+    train(halves, QUIET)  # from step 4 of 6 1/8 an epoch
+    assert losses(halves) == losses(whole) and len(losses(whole)) == 10
+    if shuffle == "blocks":
+        with pytest.raises(UserError, match=r"data.shuffle blocks, not global"):
+            train(run("halves", steps=11, save_every=4), QUIET)
 
 
 def test_a_run_keeps_to_its_vae(run, options, vaes, tmp_path):
@@ -539,6 +490,72 @@ def test_a_run_goes_on_without_its_vae_and_says_so(run, copy, vaes, tmp_path):
     assert not list(tmp_path.glob("measured/checkpoints/*"))
 
 
+# Crops
+
+
+def refusal(config: RunConfig) -> str:
+    with pytest.raises(UserError) as refused:
+        train(config, QUIET)
+    assert not (config.out / "checkpoints").exists()
+    return str(refused.value)
+
+
+def test_a_run_refuses_crops_that_are_not_its_recipe_s_and_its_command_makes_them(run, folder, options, vaes, tmp_path):
+    first = run("first", steps=1, batch_size=20)
+    train(first, QUIET)
+    tuned = finetune_config(first, first.out, 3, tmp_path / "tuned")
+    said = refusal(tuned)
+    assert (
+        f"the latents in {folder} are of crops of 0.8 to 1 of the area, mirrored, and this run's recipe asks for "
+        in said
+    )
+    assert "crops of 0.95 to 1 of the area, mirrored: make those by umd encode-latents --recipe finetune" in said
+    assert "or learn from these on purpose with --data.area-min 0.8 --data.area-max 1 --data.hflip" in said
+    command, out = re.search(r"(encode-latents .*) and give --data.source (\S+),", said).groups()
+    code, _, err = umd(command)
+    assert code == 0, err
+    made, before = (json.loads((Path(each) / HEADER).read_text())["recipe"] for each in (out, folder))
+    assert made["crop"] == before["crop"] | {"area_min": 0.95}
+    assert made | {"crop": None} == before | {"crop": None}
+    accepted = replace(tuned, data=replace(tuned.data, source=out), steps=1)
+    train(accepted, QUIET)
+    train(replace(accepted, data=replace(first.data, area_min=0.8), out=tmp_path / "on-purpose"), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("stored", "accepts", "refuses"),
+    [
+        ({"area_min": 0.5}, {"area_min": 0.5}, {}),
+        ({"hflip": False}, {"hflip": False}, {}),
+        ({"area_max": 0.9}, {"area_max": 0.9}, {"area_min": 0.95}),
+        ({"kind": "center"}, {"area_min": 1.0}, {}),
+        ({"kind": "center", "views": 1}, {"area_min": 1.0, "hflip": False}, {"area_min": 1.0}),
+    ],
+)
+def test_which_crops_are_whose(stored, accepts, refuses, copy):
+    header = json.loads((copy / HEADER).read_text())
+    header["recipe"]["crop"] |= stored
+    check_crops(header, copy, DataConfig(**accepts))
+    with pytest.raises(UserError, match=r"make those by umd encode-latents .* and give --data.source"):
+        check_crops(header, copy, DataConfig(**refuses))
+    del header["recipe"]["crop"]  # not encoded here: nothing to compare with
+    check_crops(header, copy, DataConfig(**refuses))
+
+
+def test_what_trains_nothing_asks_for_no_crops(folder):
+    config = DataConfig(source=str(folder), image_size=(8, 8), channels=4, area_min=0.95)
+    assert center_view(open_dataset(config, "train"), [3, 1], config).shape == (2, 4, 8, 8)
+
+
+def test_the_crops_of_a_recipe(options):
+    assert DataConfig().area_min == AREA_MIN["pretrain"]
+    assert finetune_config(RunConfig(), Path(), 0, Path()).data.area_min == AREA_MIN["finetune"]
+    for recipe, area in AREA_MIN.items():
+        assert replace(options, recipe=recipe).data == replace(options.data, area_min=area)
+    with pytest.raises(UserError, match="--recipe finetune has crops of 0.95 to 1 of the area, not 0.3 to 1; give one"):
+        replace(options, recipe="finetune", data=replace(options.data, area_min=0.3))
+
+
 # Inspecting, and what is wrong
 
 
@@ -594,7 +611,9 @@ def test_a_damaged_shard_is_named_by_training_and_by_inspect(spoil, copy, run):
     spoil(copy)
     config = replace(run("run"), data=DataConfig(source=str(copy), num_workers=0))
     for use in (lambda: train(config, QUIET), lambda: inspect(copy, Inspect(decode=0), QUIET)):
-        with pytest.raises(UserError, match=r"latents shard .*train-00003-of-00007.*; remove it and run the same"):
+        with pytest.raises(
+            UserError, match=r"latents shard .*train-00003-of-00007.*; remove it and run (the same )?umd"
+        ):
             use()
 
 
@@ -659,7 +678,7 @@ def test_folders_that_are_none_of_latents(tmp_path, folder, copy):
         with pytest.raises(UserError, match=r"latents.json is damaged; remove it"):
             open_latents(copy, "train")
     (copy / HEADER).write_text(json.dumps({"format": 99}))
-    with pytest.raises(UserError, match="has format 99, and this version of umd reads format 1"):
+    with pytest.raises(UserError, match="has format 99, and this version of umd reads formats 1 and 2"):
         open_latents(copy, "train")
     with pytest.raises(UserError, match="is no folder of latents, and a model of 4 channels"):
         open_dataset(DataConfig(source="emoji", channels=4), "train")

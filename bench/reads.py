@@ -1,0 +1,206 @@
+"""`umd bench reads`: ways to read stored latents: images/s and what the disk is asked for, cold and warm.
+
+On the disk that matters: `--folder /network/disk`. Cold is what the system's memory does not hold: before each
+measurement it is told to drop the shards (`posix_fadvise`), which needs no rights. Linux only.
+"""
+
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from umd.bench.step import machine
+from umd.errors import UserError
+from umd.files import flush
+from umd.train.data import sample_keys
+from umd.train.latent_batches import StoredViews
+from umd.train.latents import BLOCK, LatentDataset, finish, open_latents, shard_bytes, shard_name
+from umd.train.loader_rate import cpu_seconds
+
+Keys = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class ReadsBench:
+    """What is measured."""
+
+    folder: Path | None = None
+    """A folder on the disk to be measured, where shards are written and removed again; default: a temporary one."""
+    shards: int = 16
+    """Shards of 4096 images, 64 MiB each: 32x32x4 latents in bf16, one view."""
+    count: int = 16384
+    """Images read in a measurement."""
+    batch: int = 256
+    """Images of a batch, over all processes."""
+    processes: tuple[int, ...] = (1, 8)
+    """Ranks and workers of a host that read their shares at once."""
+    repeats: int = 3
+    """Measured rounds, in each of which every way is measured."""
+    json: Path | None = None
+    """Write the rows here."""
+
+    def __post_init__(self) -> None:
+        for name in ("shards", "count", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.processes or min(self.processes) < 1 or any(self.batch % n for n in self.processes):
+            raise UserError(f"batch must be divisible by each of processes, got {self.batch} and {self.processes}")
+        if not hasattr(os, "posix_fadvise"):
+            raise UserError("umd bench reads drops files from the system's memory, which needs Linux")
+
+
+@contextmanager
+def stored(bench: ReadsBench) -> Iterator[LatentDataset]:
+    """A folder of random latents, all of it on the disk."""
+    vae = dict(name="", kind="AutoencoderKL", sha256="", channels=4, factor=8, scale=1.0, shift=0.0)
+    recipe = dict(vae=vae, shape=[4, 32, 32], dtype="bf16", class_names=["all"])
+    moments = torch.randn(4096, 1, 2, 4, 32, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with tempfile.TemporaryDirectory(dir=bench.folder) as name:
+        folder = Path(name)
+        for number in range(bench.shards):
+            index = np.arange(4096) + 4096 * number
+            data = shard_bytes(recipe, "train", moments, np.zeros_like(index), index, list(map(str, index)))
+            file = folder / shard_name("train", number, bench.shards)
+            file.write_bytes(data)
+            flush(file)
+        finish(folder, recipe, {"train": bench.shards})
+        yield open_latents(folder, "train")
+
+
+# Ways
+
+
+def by_mmap(dataset: LatentDataset) -> Callable[[Keys], np.ndarray]:
+    """A row at a time from mapped shards, as before format 2."""
+    rows = lru_cache(None)(lambda number: np.memmap(dataset.shards[number].path, "<i2", "r", *_place(dataset, number)))
+
+    def read(keys: Keys) -> np.ndarray:
+        found = []
+        for _, index in keys:
+            row = np.array(rows(index // 4096)[index % 4096])
+            assert zlib.crc32(row.data) == dataset.crc32[0, index]
+            found.append(row)
+        return np.stack(found)
+
+    return read
+
+
+def _place(dataset: LatentDataset, number: int) -> tuple[int, tuple[int, ...]]:
+    (_, *shape), start = dataset.shards[number].tensors["moments"]
+    return start, tuple(shape)
+
+
+def by_pread(dataset: LatentDataset, block: int) -> Callable[[Keys], object]:
+    return StoredViews(dataset, block).__getitems__
+
+
+WAYS: dict[str, tuple[Callable[[LatentDataset], Callable[[Keys], object]], bool]] = {  # and whether in blocks
+    "mmap, global": (by_mmap, False),
+    "pread, global": (partial(by_pread, block=1), False),
+    "pread, blocks": (partial(by_pread, block=BLOCK), True),
+}
+
+
+# Measuring
+
+
+def first_batches(bench: ReadsBench, dataset: LatentDataset, way: str) -> list[Keys]:
+    """Of an epoch, in the order of a way."""
+    blocks = dataset.blocks if WAYS[way][1] else None
+    keys = sample_keys(len(dataset), batch_size=bench.batch, seed=0, blocks=blocks)
+    return list(islice(keys, bench.count // bench.batch))
+
+
+def read_share(dataset: LatentDataset, way: str, batches: list[Keys], rank: int, size: int) -> None:
+    """What one of `size` processes reads of the batches."""
+    read = WAYS[way][0](dataset)
+    for keys in batches:
+        read(keys[rank * len(keys) // size : (rank + 1) * len(keys) // size])
+
+
+def measure(bench: ReadsBench, dataset: LatentDataset, way: str, size: int, cold: bool) -> dict[str, float]:
+    """Of an image: seconds, CPU seconds, bytes from the disk, and requests to it where it is one of this machine."""
+    files = [shard.path for shard in dataset.shards]
+    if cold:
+        for file in files:
+            descriptor = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+    batches = first_batches(bench, dataset, way)
+    fork = multiprocessing.get_context("fork")
+    readers = [fork.Process(target=read_share, args=(dataset, way, batches, rank, size)) for rank in range(size)]
+    begun, cpu_before, bytes_before = time.perf_counter(), cpu_seconds(), bytes_read()
+    requests_before = requests(files[0])
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+        assert reader.exitcode == 0, f"a process that reads by {way} failed"
+    seconds, requested = time.perf_counter() - begun, requests(files[0])
+    images = bench.count // bench.batch * bench.batch
+    found = {"seconds": seconds / images, "cpu_seconds": (cpu_seconds() - cpu_before) / images}
+    found |= {"bytes": (bytes_read() - bytes_before) / images}
+    if requested is not None and requests_before is not None:
+        found["requests"] = (requested - requests_before) / images
+    return found
+
+
+def bytes_read() -> int:
+    """From disks, by this process and those it waited for."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"])
+
+
+def requests(file: Path) -> int | None:
+    """To the disk that a file lies on, by all of this machine; None where it is not one of this machine."""
+    device = file.stat().st_dev
+    stat = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat")
+    return int(stat.read_text().split()[0]) if stat.exists() else None
+
+
+def run(bench: ReadsBench, console: Console) -> list[dict]:
+    """Measure, print, write the JSON. Returns the rows: medians over the rounds, and the range of the seconds."""
+    found: dict[tuple[str, int, bool], list[dict[str, float]]] = {}
+    with stored(bench) as dataset:
+        for _ in range(bench.repeats):
+            for size in bench.processes:
+                for way in WAYS:
+                    for cold in (True, False):  # warm is what the cold one left, for it reads the same
+                        found.setdefault((way, size, cold), []).append(measure(bench, dataset, way, size, cold))
+    rows = []
+    for (way, size, cold), values in found.items():
+        row: dict = {"way": way, "processes": size, "cache": "cold" if cold else "warm"}
+        for name in ("seconds", "cpu_seconds", "bytes", "requests"):
+            numbers = [value[name] for value in values if name in value]
+            row[name] = statistics.median(numbers) if numbers else None
+        seconds = [value["seconds"] for value in values]
+        rows.append(row | {"min_seconds": min(seconds), "max_seconds": max(seconds)})
+    show(rows, console)
+    if bench.json is not None:
+        settings = {name: value for name, value in asdict(bench).items() if name not in ("json", "folder")}
+        bench.json.parent.mkdir(parents=True, exist_ok=True)
+        bench.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    return rows
+
+
+def show(rows: list[dict], console: Console) -> None:
+    table = Table("", "processes", "cache", "images/s", "a core", "KiB each", "requests", title=machine("cpu"))
+    for row in rows:
+        asked = "?" if row["requests"] is None else f"{row['requests']:.3f}"
+        rates = (f"{1 / row[name]:,.0f}" for name in ("seconds", "cpu_seconds"))
+        table.add_row(row["way"], str(row["processes"]), row["cache"], *rates, f"{row['bytes'] / 1024:.1f}", asked)
+    console.print(table)

@@ -1,0 +1,42 @@
+"""`umd bench reads`: its ways read the same rows, and its figures are those of a disk."""
+
+import json
+
+import numpy as np
+import pytest
+
+from umd.bench.reads import WAYS, ReadsBench, stored
+from umd.cli import main
+from umd.errors import UserError
+
+
+def test_every_way_reads_the_same(tmp_path):
+    keys = [(0, index) for index in (4000, 3, 64, 17)]
+    with stored(ReadsBench(folder=tmp_path, shards=1)) as dataset:
+        found = {}
+        for name, (make, _) in WAYS.items():
+            read = make(dataset)(keys)
+            found[name] = read if isinstance(read, np.ndarray) else read[0].numpy()
+    first, *others = found.values()
+    assert first.shape == (4, 2, 4, 32, 32) and len({row.tobytes() for row in first}) == 4
+    assert all(np.array_equal(first, other) for other in others)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_every_way(tmp_path):
+    file = tmp_path / "new" / "reads.json"
+    options = f"--folder {tmp_path} --shards 1 --count 512 --batch 64 --processes 1 2 --repeats 1 --json {file}"
+    main(["bench", "reads", *options.split()])
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["way"], row["processes"], row["cache"]) for row in rows] == [
+        (way, processes, cache) for processes in (1, 2) for way in WAYS for cache in ("cold", "warm")
+    ]
+    for row in rows:
+        assert 0 < row["min_seconds"] <= row["seconds"] <= row["max_seconds"]
+        assert row["bytes"] == 0 or row["cache"] == "cold"
+
+
+def test_what_cannot_be_measured():
+    for bad in ({"shards": 0}, {"count": 0}, {"repeats": 0}, {"processes": (3,)}, {"processes": ()}):
+        with pytest.raises(UserError, match=next(iter(bad))):
+            ReadsBench(**bad)

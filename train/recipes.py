@@ -1,0 +1,81 @@
+"""Crops of stored latents: which a recipe has, which command makes them, and whether they are a run's."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from umd.errors import UserError
+
+if TYPE_CHECKING:
+    from umd.train.data import DataConfig
+
+AREA_MIN = {"pretrain": 0.8, "finetune": 0.95}  # smallest share of a picture that a crop covers, in the paper's recipes
+Crops = tuple[float, float, bool]  # smallest and largest share, whether mirrored half of the time
+
+
+def crops_of(recipe: dict) -> Crops | None:
+    """What the stored crops are as settings of a run; None where a folder does not say, for it was not encoded here.
+
+    The middle is a crop of the whole picture, as far as its shape allows; mirrored if its mirror image is stored.
+    """
+    crop = recipe.get("crop")
+    if crop is None:
+        return None
+    if crop["kind"] == "center":
+        return 1.0, 1.0, crop["views"] > 1
+    return crop["area_min"], crop["area_max"], crop["hflip"]
+
+
+def check_crops(header: dict, folder: Path, config: "DataConfig") -> None:
+    """Raise UserError if a run is to learn from other crops than are stored; it says how the right ones are made."""
+    stored, asked = crops_of(header["recipe"]), (config.area_min, config.area_max, config.hflip)
+    if stored is None or stored == asked:
+        return
+    name = next((name for name, area in AREA_MIN.items() if asked[:2] == (area, 1)), f"{asked[0]:g}-{asked[1]:g}")
+    out = folder.with_name(f"{folder.resolve().name}-{name}{'' if asked[2] else '-unmirrored'}")
+    crop = {**header["recipe"]["crop"], "kind": "random", "area_min": asked[0], "area_max": asked[1], "hflip": asked[2]}
+    command = encode_command({**header, "recipe": {**header["recipe"], "crop": crop}}, out)
+    as_they_are = (
+        f"--data.area-min {stored[0]:g} --data.area-max {stored[1]:g} --data.{'' if stored[2] else 'no-'}hflip"
+    )
+    raise UserError(
+        f"the latents in {folder} are of {in_words(stored)}, and this run's recipe asks for {in_words(asked)}: make "
+        f"those by {command} and give --data.source {shlex.quote(str(out))}, or learn from these on purpose with "
+        f"{as_they_are}"
+    )
+
+
+def in_words(crops: Crops) -> str:
+    return f"crops of {crops[0]:g} to {crops[1]:g} of the area, {'' if crops[2] else 'not '}mirrored"
+
+
+def encode_command(header: dict, folder: Path) -> str:
+    """The `umd encode-latents` command that makes a folder with this header; of foreign headers as far as they say."""
+    recipe = header["recipe"]
+    crop, source = recipe.get("crop", {}), recipe.get("source", {})
+    words = ["umd", "encode-latents"]
+    finetune = (crop.get("area_min"), crop.get("area_max")) == (AREA_MIN["finetune"], 1)
+    given = {
+        "recipe": "finetune" if finetune else None,
+        "data.source": source.get("path"),
+        "data.vae": recipe.get("vae", {}).get("name"),
+        "out": folder,
+        "image-size": crop.get("image_size"),
+        "views": crop.get("views"),
+        "crop": crop.get("kind"),
+        "data.area-min": None if finetune else crop.get("area_min"),
+        "data.area-max": None if finetune else crop.get("area_max"),
+        "data.holdout": source.get("holdout"),
+        "dtype": recipe.get("dtype"),
+        "precision": recipe.get("precision"),
+        "shard-images": recipe.get("shard_images"),
+        "seed": crop.get("seed"),
+    }
+    for name, value in given.items():
+        if value not in (None, ""):
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    if not crop.get("hflip", True):
+        words.append("--data.no-hflip")
+    if any(split["left_out"] for split in header.get("splits", {}).values()):
+        words.append("--data.skip-broken")
+    return shlex.join(words)
