@@ -8,8 +8,6 @@ import importlib.util
 import logging
 import math
 import multiprocessing
-import os
-import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +38,7 @@ from umd.train.latents import (
     tokenizer_of,
 )
 from umd.train.quarantine import read_quarantine
+from umd.train.signals import heed_parent_alone
 from umd.train.sources import (
     IDX_NAME,
     ImageDataset,
@@ -343,13 +342,11 @@ def collate(items: list) -> tuple[Tensor, np.ndarray, np.ndarray] | UserError:
 
 
 def start_worker(_: int) -> None:
-    """Leave Ctrl-C and group signals to the training process, which may want a batch before it saves."""
+    """Leave signals and warnings to the training process."""
     log.disabled = True  # what is left out, the training process tells
     # The thread that hands batches over prints a stack trace if the training process leaves in mid-handshake.
     sys.excepthook = lambda *_: None
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
+    heed_parent_alone()
 
 
 def train_loader(

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from umd.train.run import RunConfig
 
 console = Console()
-RANK = int(os.environ.get("RANK", 0))  # of this process among those a launcher started
 TOGETHER = ("pretrain", "finetune")  # commands whose ranks do one thing, of which rank 0 tells
 
 
@@ -64,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def silent(command: str = "") -> bool:
-    return RANK > 0 and command in TOGETHER
+    return int(os.environ.get("RANK", 0)) > 0 and command in TOGETHER
 
 
 def fail(message: str, command: str) -> None:
