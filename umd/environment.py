@@ -50,13 +50,17 @@ def slurm_ranks(env: Mapping[str, str]) -> dict[str, str]:
         return {}
     tasks = tasks_of_nodes(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
     node = int(env.get("SLURM_NODEID", 0))
+    on_node = tasks[node] if node < len(tasks) else size
+    # The shell of a job that was submitted by a task inherits that task's step, and has one task of its own.
+    if len(env.get("SLURM_GTIDS", ",").split(",")) == 1 < on_node:
+        return {}
     # With a GPU bound to each task, that one is all a task sees.
     bound = len(env.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1 and env.get("SLURM_GPUS_ON_NODE", "1") != "1"
     found = {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": "0" if bound else str(local),
-        "LOCAL_WORLD_SIZE": str(tasks[node] if node < len(tasks) else size),
+        "LOCAL_WORLD_SIZE": str(on_node),
         # A node's name in Slurm need not be one that the node itself can look up.
         "MASTER_ADDR": "127.0.0.1" if len(tasks) == 1 else first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")),
         "MASTER_PORT": str(10000 + (16 * job + step) % 20000),

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from ast import literal_eval
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,27 @@ def cluster(tmp_path_factory):
         for process in reversed(processes):
             process.send_signal(signal.SIGTERM)
             process.wait(30)
+
+
+SHOW = """#!/usr/bin/env bash
+export PYTHONPATH={root}
+show() {{ "$@" python -c "import os; from umd.environment import slurm_ranks; print(slurm_ranks(os.environ))"; }}
+show
+show srun --ntasks 1
+show srun --label
+"""
+
+
+def test_a_task_of_srun_is_a_rank_and_the_shell_of_its_job_is_not(cluster):
+    (cluster.root / "show.sh").write_text(SHOW.format(root=ROOT))
+    job = cluster("sbatch --parsable --ntasks 2 show.sh")
+    cluster.until(lambda: cluster.job(job)["JobState"] == "COMPLETED", job)
+    shell, one, *two = sorted(cluster.said(job).splitlines(), key=lambda line: line[0] != "{")
+    assert shell == one == "{}"
+    found = [literal_eval(line.partition(": ")[2]) for line in sorted(two)]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": str(10000 + 16 * int(job) + 1)}  # its second step
+    assert found == [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
 
 
 def digests(run: Path) -> dict[str, str]:

@@ -62,9 +62,11 @@ def test_a_wait_policy_is_left_to_decide():
 # What Slurm 22.05 sets, by `env` in each place. `sbatch --nodes 2 --ntasks-per-node 2`, its shell:
 BATCH = {"SLURM_JOB_ID": "41", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_TASKS_PER_NODE": "2(x2)"}
 BATCH |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "node[07-08]"}
+BATCH |= {"SLURM_GTIDS": "0"}
 # And task 3 of `srun` in it.
 TASK = BATCH | {"SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
 TASK |= {"SLURM_STEP_NODELIST": "node[07-08]", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+TASK |= {"SLURM_GTIDS": "2,3"}
 RANK = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node07"}
 RANK |= {"MASTER_PORT": str(10000 + 16 * 41 + 1)}
 
@@ -78,6 +80,7 @@ def test_a_task_of_srun_is_a_rank():
     [
         ("no Slurm", {}),
         ("the shell of sbatch", BATCH),
+        ("the same, submitted by a task of srun, whose step it inherits", TASK | BATCH),
         ("salloc's shell, which is a step of its own", TASK | {"SLURM_STEP_ID": str(0xFFFFFFFA)}),
         ("an srun of one task, such as srun --pty bash", TASK | {"SLURM_STEP_NUM_TASKS": "1"}),
         ("torchrun under srun", TASK | {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}),
