@@ -7,8 +7,6 @@ workers or ranks, and a run resumed at any sample goes on with the very batches 
 import importlib.util
 import logging
 import multiprocessing
-import os
-import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +33,7 @@ from umd.train.latents import BLOCK, LatentDataset, is_latents, open_latents, pi
 from umd.train.pixels import PixelDataset, StoredCrops, is_pixels, open_pixels
 from umd.train.quarantine import read_quarantine
 from umd.train.recipes import check_crops
+from umd.train.signals import heed_parent_alone
 from umd.train.sources import (
     IDX_NAME,
     ImageDataset,
@@ -300,13 +299,11 @@ def collate(items: list) -> tuple[Tensor, np.ndarray, np.ndarray] | UserError:
 
 
 def start_worker(_: int) -> None:
-    """Leave Ctrl-C and group signals to the training process, which may want a batch before it saves."""
+    """Leave signals and warnings to the training process."""
     log.disabled = True  # what is left out, the training process tells
     # The thread that hands batches over prints a stack trace if the training process leaves in mid-handshake.
     sys.excepthook = lambda *_: None
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
+    heed_parent_alone()
 
 
 def train_loader(

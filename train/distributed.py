@@ -1,7 +1,7 @@
 """The processes that train together: how they meet, what they tell each other, and how all end when one does.
 
-torchrun and deepspeed start one process a GPU and say in the environment who it is (RANK, WORLD_SIZE, LOCAL_RANK).
-Without them a process is alone, and nothing here communicates.
+torchrun and deepspeed start one process a GPU and say in the environment who it is (RANK, WORLD_SIZE, LOCAL_RANK); for
+Slurm's srun `umd.environment.slurm_ranks` does. Without them a process is alone, and nothing here communicates.
 """
 
 import atexit
@@ -33,7 +33,7 @@ GONE_SECONDS = 20.0  # without one: longer than anything that keeps the interpre
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Several processes (torchrun or deepspeed starts them); one process ignores this."""
+    """Several processes (torchrun, deepspeed or srun starts them); one process ignores this."""
 
     strategy: Literal["auto", "ddp", "zero"] = "auto"
     """ddp keeps weights and optimiser on every rank, zero (DeepSpeed) shares them out; auto: ddp below 1e9 weights."""
@@ -171,7 +171,8 @@ def join(device: str, config: ParallelConfig, out: Path) -> World:
         if local >= torch.cuda.device_count():
             raise UserError(
                 f"process {local} of host {socket.gethostname()} has no GPU: torch sees {torch.cuda.device_count()}; "
-                "start as many processes on a host as it has GPUs (--nproc_per_node, slots= in a hostfile)"
+                "start as many processes on a host as it has GPUs (--nproc_per_node, slots= in a hostfile, "
+                "--ntasks-per-node of srun)"
             )
         where = torch.device("cuda", local)
         torch.cuda.set_device(where)
@@ -180,10 +181,15 @@ def join(device: str, config: ParallelConfig, out: Path) -> World:
     try:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout))
     except (RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"rank 0 cannot wait for the others at {meeting}, a port that another program has: set MASTER_PORT to "
+                "a free one (`export MASTER_PORT=29501`) for all of them"
+            ) from error
         raise UserError(
             f"rank {rank} on {socket.gethostname()} waited {config.timeout:.0f} s at {meeting} and not all {size} "
-            f"ranks came ({str(error).splitlines()[0][:200]}): a host of the hostfile is down, or cannot reach that "
-            "address. Try `ssh HOST true` for each host, and take dead ones out"
+            f"ranks came ({str(error).splitlines()[0][:200]}): a host is down, or cannot reach that "
+            "address. Try `ssh HOST true` for each host of a hostfile, and take dead ones out"
         ) from error
     # A connection of its own: waiting for a key would keep the others' exchanges waiting too.
     watch = Watch(dist.distributed_c10d._get_default_store().clone(), rank, size, trace)  # type: ignore[attr-defined]

@@ -39,6 +39,7 @@ from umd.train.profile import NoProfiler, Profiler, profiled
 from umd.train.quarantine import record_quarantine
 from umd.train.resume import fingerprint, load_pretrained, newest_checkpoint, with_ema_of
 from umd.train.run import RunConfig, to_plain, write_config
+from umd.train.signals import StopRequest, stop_signal
 from umd.train.spread import check_attention, check_gelu, spread
 from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type, side_stream
 from umd.train.zero import Zero
@@ -48,10 +49,6 @@ DRAWS = 2  # of the corruptions: 2 numbers them by (seed, step, sample), 1 had a
 
 class Diverged(UserError):
     """The loss became NaN or infinite."""
-
-
-class StopRequest:
-    requested: signal.Signals | None = None
 
 
 def train(config: RunConfig, console: Console | None = None, name: str = "train") -> Path:
@@ -65,7 +62,7 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
     Raises:
         UserError: settings that do not fit together, data that cannot be read, another run in `config.out`.
         Diverged: NaN or infinite loss; the last good checkpoint is kept and the batch is described in `nan-dump.json`.
-        KeyboardInterrupt, SystemExit(143): after saving, on Ctrl-C or SIGTERM.
+        KeyboardInterrupt, SystemExit(143), SystemExit(138): after saving, on Ctrl-C, SIGTERM or SIGUSR1.
     """
     config = with_ema_of(config)
     world = join(config.device, config.parallel, config.out)
@@ -415,24 +412,3 @@ def finished(background: BackgroundSave | None) -> Iterator[None]:
     finally:
         if background is not None:
             background.wait()
-
-
-@contextmanager
-def stop_signal():
-    """Ctrl-C and SIGTERM are noted and acted on after the step; a second Ctrl-C interrupts at once."""
-    stop = StopRequest()
-
-    def note(number: int, _frame: object) -> None:
-        if stop.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.requested = signal.Signals(number)
-
-    try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, where signals never arrive
-        before = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

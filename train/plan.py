@@ -6,9 +6,11 @@ Gradients are sent as they come, bucket after bucket; what the link has to do be
 """
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from rich.table import Table
 from tyro.conf import arg
 
 from umd.errors import UserError
+from umd.files import write_safetensors
 from umd.methods import build_objective
 from umd.objective import Part
 from umd.schedule import NoiseSchedule
@@ -33,6 +36,8 @@ DDP_BUCKET = 25 * 2**20 // 4  # weights of a bucket, torch's default
 # From one kernel to the next: replayed as a CUDA graph; launched one by one, by a quick host and by one measured beside
 # an H200 (bench/results/gpu). torch.compile has fewer.
 REPLAYED, LAUNCHED = (2e-6, 2e-6), (10e-6, 60e-6)
+TERM_SECONDS = 25.0  # for a save: torchrun, and Slurm unless it is set otherwise, kill 30 s after SIGTERM
+SIGNAL_SECONDS = 300  # before the end of its time, that launch/slurm.sbatch asks for the signal
 
 
 class Gpu(NamedTuple):
@@ -68,11 +73,16 @@ class Cluster:
     """Gbit/s of the network for each GPU, between nodes."""
     images: int = IMAGENET
     """Pictures in the training set; default: ImageNet."""
+    disk: float = 1.0
+    """GB/s at which one process hashes, writes and flushes a checkpoint; 0: measured in the run's folder, with a file
+    as large as a checkpoint."""
 
     def __post_init__(self) -> None:
         for name in ("gpus", "gpus_per_node", "network", "images"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.disk < 0:
+            raise UserError(f"disk must be above 0 GB/s, or 0 to measure it, got {self.disk}")
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,7 @@ class Plan:
     sent: float  # bytes each GPU sends in a step
     exchange: float  # seconds that takes
     hidden: float  # of them, beside the passes at the best of `seconds`
+    checkpoint: float  # bytes
 
 
 def bf16_or_fp32(config: RunConfig) -> torch.dtype:
@@ -131,6 +142,34 @@ def states(how: str, num_weights: int, gpus: int, bf16: bool) -> tuple[float, fl
     weights = low * P + (low * P / gpus if how == "zero3" else 0)  # stage 3 keeps what it gathered, up to 1e9 weights
     gradients = 4 * P if how == "zero1" else 4 * P / gpus
     return weights, gradients, 12 * P / gpus, 4 * P / gpus
+
+
+def checkpoint_bytes(num_weights: int, ema: bool) -> float:
+    """Weights, AdamW's two moments and the EMA, whole and in fp32, whatever the ranks."""
+    return 4 * num_weights * (4 if ema else 3)
+
+
+def disk_rate(folder: Path, size: float) -> float:
+    """Bytes/s at which a file of `size` bytes is hashed, written and flushed in `folder`, or in the nearest one above
+    that is there. Raises OSError, e.g. for a full disk; the file is removed."""
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    file = there / ".unfinished-disk-rate"
+    block = torch.randn(min(1 << 26, math.ceil(size / 4)))  # no disk makes random bits fewer
+    try:
+        began = time.perf_counter()
+        write_safetensors(file, {str(i): block for i in range(math.ceil(size / block.nbytes))})
+        return file.stat().st_size / (time.perf_counter() - began)
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def stopping(size: float, rate: float, step: float) -> tuple[float, float]:
+    """(seconds from SIGTERM to a saved state, seconds ahead that USR1 is needed).
+
+    size, rate, step: bytes of a checkpoint, bytes/s of the disk, seconds of a step. Two steps pass until all ranks
+    know. A checkpoint may be on its way to the disk already: SIGTERM then leaves at least that one, USR1 waits for it.
+    """
+    return 2 * step + size / rate, 2 * step + 2 * size / rate
 
 
 def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = None, device: str = "cuda") -> Plan:
@@ -201,7 +240,7 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
         moved=config.accumulate * sum(b for _, b in counts.operations) + state_traffic,
         seconds=(seconds[0], seconds[1]), kernels=config.accumulate * len(counts.operations), captured=captured,
         sent=sent, exchange=exchange,
-        hidden=exchange - exposed,
+        hidden=exchange - exposed, checkpoint=checkpoint_bytes(counts.weights, config.ema > 0),
     )  # fmt: skip
 
 
@@ -285,6 +324,7 @@ def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console)
         ("communication", f"{plan.sent / 1e9:.2f} GB from each GPU, {1e3 * plan.exchange:.0f} ms; " + hides(plan)),
         ("images/s", f"{rates[1]:.0f} to {rates[0]:.0f}"),
         ("loader must give", f"{rates[0] * per_node / cluster.gpus:.0f} images/s on each node"),
+        ("checkpoint", checkpoint_line(config, cluster, plan, steps[1])),
         (f"{epochs:g} epochs", f"{total_steps * steps[0] / 86400:.1f} to {total_steps * steps[1] / 86400:.1f} days"),
     ):
         rest.add_row(label, value)
@@ -300,6 +340,22 @@ def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console)
             highlight=False,
         )
     return plan
+
+
+def checkpoint_line(config: RunConfig, cluster: Cluster, plan: Plan, step: float) -> str:
+    """Bytes and seconds of a save, and whether a stopped run has these. step: seconds of a step."""
+    rate = 1e9 * cluster.disk or disk_rate(config.out, plan.checkpoint)
+    term, ahead = stopping(plan.checkpoint, rate, step)
+    line = f"{plan.checkpoint / 1e9:.2f} GB, written in {plan.checkpoint / rate:.1f} s at {rate / 1e9:.2f} GB/s"
+    line += " measured" if not cluster.disk else ""
+    if term <= TERM_SECONDS:
+        return f"{line}; saved {term:.0f} s after SIGTERM, which leaves 30"
+    ahead = max(SIGNAL_SECONDS, 60 * math.ceil(ahead / 60))
+    asked = "launch/slurm.sbatch does" if ahead == SIGNAL_SECONDS else f"sbatch --signal B:USR1@{ahead}"
+    return (
+        f"{line}; SIGTERM leaves 30 s, and {term:.0f} are needed: ask for USR1 {ahead} s ahead ({asked}); a preemption "
+        f"with less notice loses what was trained since the last save (--save-minutes {config.save_minutes:g})"
+    )
 
 
 def launches(plan: Plan) -> str:

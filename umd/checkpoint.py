@@ -11,6 +11,7 @@ Files hold the adaLN projections of all blocks as one, `adaLN_modulation.weight`
 `adaLN_modulation.3.weight`. `joined` and `split` turn one into the other, for weights, averages and optimiser alike.
 """
 
+import errno
 import hashlib
 import json
 import re
@@ -26,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from umd.errors import UserError
-from umd.files import flush, sha256, write_safetensors
+from umd.files import again_if_stale, flush, sha256, write_safetensors
 
 FORMAT = 1
 STATE = "state.json"
@@ -61,15 +62,25 @@ def save_checkpoint(
     if keep < 1:
         raise ValueError(f"keep is {keep}, but the checkpoint being written must stay: pass 1 or more.")
     # Through JSON once: what it cannot hold fails before anything is written, and the digest is the reader's.
-    document = {"format": FORMAT, "step": step, "state": json.loads(json.dumps(state)), "files": {}}
-    root = Path(root)
+    document = {"format": FORMAT, "step": step, "state": json.loads(json.dumps(state))}
     path = checkpoint_path(root, step)
-    replaced = path.with_name(f"{path.name}.replaced")
+    again_if_stale(lambda: _write(path, tensors, document), path)
+    replaced = _replaced(path)
+    earlier = [other for other in list_checkpoints(root) if other not in (path, replaced)]
+    for other in [replaced, *earlier[: max(0, len(earlier) - keep + 1)]]:
+        _discard(other)
+    return path
+
+
+def _write(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], document: dict) -> None:
+    """The folder of a checkpoint, from its beginning. Raises OSError with ESTALE, CheckpointError for the others."""
+    root, replaced = path.parent, _replaced(path)
     unfinished = root / f"{_UNFINISHED}{path.name}"
+    document = document | {"files": {}}
     try:
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(f"{_UNFINISHED}*"):  # of killed saves and removals
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
         unfinished.mkdir()
         for part, named in tensors.items():
             file = unfinished / f"{part}.safetensors"
@@ -86,6 +97,8 @@ def save_checkpoint(
         flush(root)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if error.errno == errno.ESTALE:
+            raise
         raise CheckpointError(
             f"Could not write checkpoint {path}: {error.strerror or error}; "
             "make room there or choose another run folder (earlier checkpoints are untouched)."
@@ -93,10 +106,6 @@ def save_checkpoint(
     except BaseException:  # Ctrl-C in the middle of a save
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    earlier = [other for other in list_checkpoints(root) if other not in (path, replaced)]
-    for other in [replaced, *earlier[: max(0, len(earlier) - keep + 1)]]:
-        _discard(other)
-    return path
 
 
 class BackgroundSave:
@@ -195,7 +204,7 @@ def load_checkpoint(
 def list_checkpoints(root: Path | str) -> list[Path]:
     """The complete checkpoints in `root`, lowest step first; a damaged one is left out with a warning."""
     complete = []
-    for path in Path(root).glob("step-*"):
+    for path in again_if_stale(lambda: list(Path(root).glob("step-*")), Path(root)):
         if match := _FOLDER.fullmatch(path.name):
             try:
                 _document(path)
@@ -334,12 +343,18 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
 
 def _document(path: Path) -> dict:
     """`state.json` of a checkpoint, once its format, its checksum and the sizes of the files are right."""
+    return again_if_stale(lambda: _read_document(path), path)
+
+
+def _read_document(path: Path) -> dict:
     try:
         document = json.loads((path / STATE).read_text())
         version = document["format"]
     except FileNotFoundError:
         raise _damaged(path, f"has no {STATE}") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ESTALE:
+            raise
         raise _damaged(path / STATE, f"is not what was written ({error})") from None
     if version != FORMAT:
         raise CheckpointError(
@@ -373,12 +388,18 @@ def _changes(saved: Mapping, here: Mapping, prefix: str = "") -> list[str]:
     return found
 
 
+def _replaced(path: Path) -> Path:
+    """Where an earlier save of the same step goes."""
+    return path.with_name(f"{path.name}.replaced")
+
+
 def _discard(path: Path) -> None:
-    """Remove a checkpoint, if there, in a way that never shows a reader half of it."""
+    """Remove a checkpoint, if there, in a way that never shows a reader half of it. Files that NFS keeps for someone
+    who reads them go with the next save."""
     if path.exists():
         hidden = path.with_name(f"{_UNFINISHED}removed-{path.name}")
         path.rename(hidden)
-        shutil.rmtree(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _digest(document: dict) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import os
 import signal
 import sys
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from umd.train.run import RunConfig
 
 console = Console()
-RANK = int(os.environ.get("RANK", 0))  # of this process among those a launcher started
 TOGETHER = ("pretrain", "finetune")  # commands whose ranks do one thing, of which rank 0 tells
 
 
@@ -60,11 +60,14 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:  # a full disk, a folder that cannot be written, a file that went away
         where = f"cannot use {error.filename}: " if error.filename else ""
-        fail(f"{where}{error.strerror or error}; check the path, its permissions and the room on the disk", name)
+        what = "check the path, its permissions and the room on the disk"
+        if error.errno == errno.ESTALE:
+            what = "a network disk lost it: mount it again on this host, and repeat the command"
+        fail(f"{where}{error.strerror or error}; {what}", name)
 
 
 def silent(command: str = "") -> bool:
-    return RANK > 0 and command in TOGETHER
+    return int(os.environ.get("RANK", 0)) > 0 and command in TOGETHER
 
 
 def fail(message: str, command: str) -> None:

@@ -1,15 +1,23 @@
 """Files written whole or not at all, their checksums, and files read here and there."""
 
+import errno
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from umd.errors import UserError
+
+STALE_WAITS = (0.1, 1.0, 5.0)  # seconds between attempts
+T = TypeVar("T")
 
 # Names of types in safetensors files, in the order in which its library puts tensors: wide ones first, so that each
 # begins at a multiple of its width.
@@ -19,11 +27,32 @@ SAFETENSORS_TYPES = {
 }  # fmt: skip
 
 
+def again_if_stale(call: Callable[[], T], path: Path) -> T:
+    """`call()`, made anew where a network disk gives a stale handle (ESTALE): a file was replaced on another host, or
+    the server came back, and names are looked up again. Raises UserError where that does not help."""
+    for seconds in (*STALE_WAITS, None):
+        try:
+            return call()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        if seconds is not None:
+            time.sleep(seconds)
+    raise UserError(
+        f"{path} is on a network disk whose handle stays stale (ESTALE): the server was restarted, or the folder there "
+        "was replaced; mount it again on this host and repeat the command, which goes on from what is finished"
+    )
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Put `data` at `path` so that whoever looks, and whatever kills this process, finds all of it or what was there.
 
     Raises OSError, e.g. for a full disk; nothing is left behind then.
     """
+    again_if_stale(lambda: _write_whole(path, data), path)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
     # Ranks of several hosts may write one file, and have one number there.
     unfinished = path.with_name(f".unfinished-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -37,6 +66,10 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def sha256(path: Path) -> str:
+    return again_if_stale(lambda: _sha256(path), path)
+
+
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):

@@ -671,4 +671,15 @@ def test_a_host_that_does_not_come_is_told(folder):
     codes, _, errors = ends(start_ranks(["-m", "umd.cli", "pretrain", as_file(config)], 2, ranks=[0]))
     assert codes == [2]
     assert errors[0].startswith("umd: rank 0 on ") and "not all 2 ranks came" in errors[0]
-    assert "a host of the hostfile is down" in errors[0]
+    assert "a host is down" in errors[0]
+
+
+def test_a_port_that_is_taken_is_told(folder):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        command = ["-m", "umd.cli", "pretrain", as_file(tiny(folder, "port"))]
+        codes, _, errors = ends(start_ranks(command, 2, ranks=[0], env={"MASTER_PORT": port}))
+    assert codes == [2]
+    assert errors[0].startswith(f"umd: rank 0 cannot wait for the others at 127.0.0.1:{port}, a port that another")

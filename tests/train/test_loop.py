@@ -197,12 +197,15 @@ def test_the_last_checkpoints_are_kept(tiny):
     assert [path.name for path in list_checkpoints(config.checkpoints)] == ["step-00000006", "step-00000007"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_saves_says_how_to_go_on_and_ends(tiny, number, code):
+    """Also where it comes to every process, as from Slurm: first those that prepare pictures, then the group."""
     config = tiny(steps=100_000)
     config = replace(config, data=replace(config.data, num_workers=2))
     process = start(config)
     wait_for(process, lambda: logged_step(config) >= 3)
+    for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(worker), number)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err

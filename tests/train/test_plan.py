@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,8 +21,21 @@ from umd.config import OBJECTIVES, ModelConfig
 from umd.errors import UserError
 from umd.methods import build_model, build_objective
 from umd.schedule import NoiseSchedule
+from umd.train.data import DataConfig
 from umd.train.distributed import ParallelConfig
-from umd.train.plan import GPUS, Cluster, communication, make_plan, overrun, print_plan, states
+from umd.train.loop import train
+from umd.train.plan import (
+    GPUS,
+    Cluster,
+    checkpoint_line,
+    communication,
+    disk_rate,
+    make_plan,
+    overrun,
+    print_plan,
+    states,
+    stopping,
+)
 from umd.train.run import PRESETS, RunConfig, to_plain
 from umd.train.step_counts import Ledger, StepCounts, count_gpu_step, count_step
 
@@ -412,3 +426,35 @@ def test_the_printed_plan_of_a_preset_holds_together():
     assert f"{plan.peak / 2**30:.2f} of 80" in text
     parts = plan.weights + plan.gradients + plan.optimizer + plan.ema + plan.activations
     assert plan.peak == pytest.approx(parts)  # under DDP all are full at once
+
+
+@pytest.mark.parametrize("rate", [0, 1e-4])
+def test_bytes_of_a_checkpoint_are_those_of_a_run(rate, tmp_path):
+    np.savez(tmp_path / "tiny.npz", images=np.zeros((8, 16, 16, 3), np.uint8))
+    data = DataConfig(source=str(tmp_path / "tiny.npz"), num_workers=0)
+    config = run_config(out=tmp_path / "run", data=data, steps=1, draw_every=0)
+    config = replace(config, optim=replace(config.optim, ema=rate))
+    saved = train(config, Console(file=open(os.devnull, "w")))  # noqa: SIM115
+    written = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
+    weights = sum(p.numel() for p in build_model(TINY).parameters())
+    plan = make_plan(config, Cluster(gpus=1), replace(NOTHING, weights=weights))
+    assert plan.checkpoint <= written <= 1.03 * plan.checkpoint  # names and shapes
+
+
+def test_whether_a_stop_is_saved_in_time_is_told_beforehand():
+    """UMD-L/2: 0.61e9 weights and their two moments are 7.3 GB. A step takes 0.4 s."""
+    config = run_config(save_minutes=7)
+    plan = make_plan(config, Cluster(gpus=1), replace(NOTHING, weights=608_586_512))
+    assert stopping(7.3e9, 0.5e9, 0.4) == (0.8 + 14.6, 0.8 + 29.2)
+    line = {disk: checkpoint_line(config, Cluster(disk=disk), plan, 0.4) for disk in (1, 0.25, 0.025)}
+    assert line[1] == "7.30 GB, written in 7.3 s at 1.00 GB/s; saved 8 s after SIGTERM, which leaves 30"
+    assert "SIGTERM leaves 30 s, and 30 are needed: ask for USR1 300 s ahead (launch/slurm.sbatch does)" in line[0.25]
+    assert "ask for USR1 600 s ahead (sbatch --signal B:USR1@600)" in line[0.025]
+    assert line[0.025].endswith("since the last save (--save-minutes 7)")
+
+
+def test_the_rate_of_a_disk_is_measured_where_the_run_would_be(tmp_path):
+    assert disk_rate(tmp_path / "runs" / "new", 1e6) > 0
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(UserError, match="disk must be above 0 GB/s, or 0 to measure it, got -1"):
+        Cluster(disk=-1)

@@ -1,5 +1,6 @@
 """Checkpoints survive kills, full disks and damage, and give back the bytes that were saved."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from umd import files
 from umd.checkpoint import (
     CheckpointError,
     latest_checkpoint,
@@ -26,7 +28,7 @@ from umd.checkpoint import (
     save_checkpoint,
 )
 from umd.errors import UserError
-from umd.files import SAFETENSORS_TYPES, sha256, write_safetensors
+from umd.files import SAFETENSORS_TYPES, again_if_stale, sha256, write_safetensors
 
 ROOT = Path(__file__).parents[2]
 
@@ -221,6 +223,68 @@ def test_a_damaged_folder_is_skipped_with_a_warning(tmp_path):
     os.truncate(save(tmp_path, 2, size=1000) / "model.safetensors", 100)
     with pytest.warns(UserWarning, match="step-00000002"):
         assert latest_checkpoint(tmp_path) == good
+
+
+class Disk:
+    """Fails `times` times, then answers."""
+
+    def __init__(self, times: int, number: int = errno.ESTALE):
+        self.times, self.number = times, number
+
+    def answer(self, value):
+        self.times -= 1
+        if self.times >= 0:
+            raise OSError(self.number, os.strerror(self.number))
+        return value
+
+
+def test_a_stale_handle_is_tried_again_and_then_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "STALE_WAITS", (0, 0, 0))
+    for times in range(4):
+        disk = Disk(times)
+        assert again_if_stale(lambda disk=disk: disk.answer("there"), tmp_path) == "there"
+    with pytest.raises(UserError, match="handle stays stale .ESTALE.*mount it again on this host and repeat"):
+        again_if_stale(lambda: Disk(1).answer("there"), tmp_path)
+    disk = Disk(2, errno.EIO)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        again_if_stale(lambda: disk.answer("there"), tmp_path)
+    assert disk.times == 1  # other errors are not tried again
+
+
+class Weights(dict):
+    """Tensors that come over a disk."""
+
+    def __init__(self, disk: Disk, **tensors):
+        super().__init__(tensors)
+        self.disk = disk
+
+    def items(self):
+        return self.disk.answer(super().items())
+
+
+def test_a_save_that_meets_a_stale_handle_begins_anew_or_leaves_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "STALE_WAITS", (0, 0))
+    save(tmp_path, 1)
+    for times, step in ((2, 2), (3, 3)):
+        tensors = {"ema": {"w": torch.ones(3)}, "model": Weights(Disk(times), w=torch.full((10,), float(step)))}
+        if times == 2:
+            save_checkpoint(tmp_path, step, tensors, {}, keep=3)
+        else:
+            with pytest.raises(UserError, match="step-00000003 is on a network disk whose handle stays stale"):
+                save_checkpoint(tmp_path, step, tensors, {}, keep=3)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000001", "step-00000002"]
+    saved = load_checkpoint(tmp_path)
+    assert saved.step == 2 and saved.tensors["model"]["w"].tolist() == [2] * 10 and "ema" in saved.tensors
+
+
+def test_the_newest_is_that_of_the_highest_step_whatever_the_clocks_of_hosts_say(tmp_path):
+    """Host 2 is an hour behind host 1, and took up what that had saved."""
+    for step in (10, 20, 30, 40):
+        path = save(tmp_path, step)
+        for file in [*path.iterdir(), path]:
+            os.utime(file, (1e9 - 100 * step, 1e9 - 100 * step))
+    assert latest_checkpoint(tmp_path).name == "step-00000040"
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000020", "step-00000030", "step-00000040"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -1,0 +1,56 @@
+"""Signals that ask a training run to end, and which of its processes heed them."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+STOPS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGUSR1"):  # not on Windows
+    STOPS.append(signal.SIGUSR1)
+
+
+class StopRequest:
+    requested: signal.Signals | None = None
+
+
+@contextmanager
+def stop_signal() -> Iterator[StopRequest]:
+    """Ctrl-C, SIGTERM and SIGUSR1 are noted and acted on after the step; a second Ctrl-C interrupts at once."""
+    stop = StopRequest()
+
+    def note(number: int, _frame: object) -> None:
+        if stop.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.requested = signal.Signals(number)
+
+    try:
+        before = {s: signal.signal(s, note) for s in STOPS}
+    except ValueError:  # not in the main thread, where signals never arrive
+        before = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def heed_parent_alone() -> None:
+    """For a process that prepares pictures: of Ctrl-C, SIGTERM and SIGUSR1 it heeds its parent's SIGTERM, no other.
+
+    Terminals send signals to a group, Slurm's proctrack/linuxproc to every process of a step. The training process may
+    want a batch before it saves, and torch makes an exception of a loader's process that dies, wherever a step is.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    if hasattr(signal, "sigwaitinfo"):  # it tells who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+        threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
