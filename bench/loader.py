@@ -6,6 +6,7 @@ ratios, each the median of the ratios within a round, not the seconds.
 
 import json
 import statistics
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,10 +34,13 @@ from umd.objective import Objective
 from umd.ops import sample_posterior
 from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer, identity
-from umd.train.data import DataConfig, has_dali, open_dataset, train_loader
-from umd.train.latents import finish, shard_bytes, shard_name
-from umd.train.loader_rate import photographs, rates
+from umd.train import data
+from umd.train.data import DataConfig, has_dali, open_dataset, sample_keys, train_loader
+from umd.train.latent_batches import StoredViews
+from umd.train.latents import LatentDataset, finish, shard_bytes, shard_name
+from umd.train.loader_rate import cpu_seconds, photographs, rates
 from umd.train.optim import clipped_step
+from umd.train.pixels import EncodePixels, StoredCrops, encode_pixels
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class LoaderBench:
     """What is measured."""
 
     groups: tuple[str, ...] = ("latents", "pictures", "steps")
-    """Which groups: latents (encoding against reading), steps (training on stored latents), pictures (DALI, Pillow)."""
+    """Which groups: latents (encoding against reading), steps (training on stored latents), pictures (every
+    reader: CPU time an image)."""
     model: str = "UMD-L/2"
     """Size and patch size of the network that trains."""
     shallower: int = 4
@@ -157,31 +162,78 @@ def dit_on_stored(bench: LoaderBench) -> Iterator[Case]:
         yield Case(lambda: {name: timed(bench, step)}, bench.batch, {name: lambda: step})
 
 
-@contextmanager
-def jpegs_by_dali(bench: LoaderBench) -> Iterator[Case]:
-    """CPU time, all threads together, of reading JPEGs of ImageNet's size as crops of 64x64."""
-    with photographs(64) as folder:
-        yield Case(lambda: {"JPEGs by DALI, CPU time": rates(folder, "dali", size=64, workers=0)[1]}, 1)
+# CPU time, all threads together, of making crops of 64x64 (of latents: of reading them)
+READERS = ("JPEGs decoded whole", "JPEGs at a fraction", "JPEGs in a tar", "JPEGs by DALI", "pixel shards", "latents")
 
 
 @contextmanager
-def jpegs_by_pillow(bench: LoaderBench) -> Iterator[Case]:
-    with photographs(64) as folder:
-        yield Case(lambda: {"JPEGs by Pillow, CPU time": rates(folder, "python", size=64, workers=0)[1]}, 1)
+def jpegs(
+    bench: LoaderBench, *, name: str, loader: str = "python", tar: bool = False, whole: bool = False
+) -> Iterator[Case]:
+    """JPEGs of ImageNet's size, in a folder or a tar; `whole`: decoded at full size, as torchvision does."""
+    with photographs(64) as folder, ExitStack() as stack:
+        if whole:
+            stack.callback(setattr, data, "shrink_for", data.shrink_for)
+            data.shrink_for = lambda box, config: 1
+        source = folder
+        if tar:
+            source = folder / "all.tar"
+            with tarfile.open(source, "w") as archive:
+                for file in sorted(folder.glob("*.jpg")):
+                    archive.add(file, file.name)
+        yield Case(lambda: {name: rates(source, loader, size=64, workers=0)[1]}, 1)
+
+
+@contextmanager
+def pixel_shards(bench: LoaderBench) -> Iterator[Case]:
+    """Reading pictures of 96x96 and drawing their crops, which the device makes."""
+    with photographs(64) as folder, tempfile.TemporaryDirectory() as out:
+        encode_pixels(EncodePixels(str(folder), Path(out), holdout=0), Console(quiet=True))
+        config = DataConfig(out, (64, 64), num_workers=0)
+        views = StoredCrops(data.open_dataset(config, "train"), config, 0)  # type: ignore[arg-type]
+        yield Case(lambda: {"pixel shards": read_rate(views, 64)}, 1)
+
+
+@contextmanager
+def latent_shards(bench: LoaderBench) -> Iterator[Case]:
+    with latents_folder(bench) as config:
+        dataset = open_dataset(config, "train")
+        assert isinstance(dataset, LatentDataset)
+        yield Case(lambda: {"latents": read_rate(StoredViews(dataset, 1), len(dataset))}, 1)
+
+
+def read_rate(views: StoredCrops | StoredViews, count: int, batches: int = 100, batch: int = 64) -> float:
+    """CPU seconds an image of batches in a random order."""
+    keys = sample_keys(count, batch_size=batch, seed=0)
+    for _ in range(3):
+        views.__getitems__(next(keys))
+    began = cpu_seconds()
+    for _ in range(batches):
+        views.__getitems__(next(keys))
+    return (cpu_seconds() - began) / (batches * batch)
 
 
 Maker = Callable[[LoaderBench], AbstractContextManager[Case]]
 GROUPS: dict[str, tuple[Maker, ...]] = {
     "latents": (encoding, reading),
     "steps": (step_on_stored, step_with_vae, dit_on_stored),
-    "pictures": (jpegs_by_dali, jpegs_by_pillow) if has_dali() else (jpegs_by_pillow,),
+    "pictures": (
+        partial(jpegs, name=READERS[0], whole=True),
+        partial(jpegs, name=READERS[1]),
+        partial(jpegs, name=READERS[2], tar=True),
+        *([partial(jpegs, name=READERS[3], loader="dali")] if has_dali() else []),
+        pixel_shards,
+        latent_shards,
+    ),
 }
 # (what, numerator, denominator, target); seconds a sample of two rows of one group
 RATIOS = [
     ("encoding / reading", "encode with the VAE", "read stored latents", ">= 50"),
     ("wait / step", "waiting for them", "umd, stored latents", "< 0.03"),
     ("VAE in the step / stored", "umd, VAE in the step", "umd, stored latents", ""),
-    ("Pillow / DALI", "JPEGs by Pillow, CPU time", "JPEGs by DALI, CPU time", ""),
+    ("whole / at a fraction", READERS[0], READERS[1], ">= 2"),
+    ("DALI / at a fraction", READERS[3], READERS[1], ""),
+    ("at a fraction / pixel shards", READERS[1], READERS[4], ""),
     ("UMD / DiT of equal depth", "umd, stored latents", "dit, stored latents", "<= 0.62"),
 ]
 
@@ -216,8 +268,8 @@ def sd_vae(bench: LoaderBench) -> Tokenizer:
 
 
 @contextmanager
-def stored_batches(bench: LoaderBench, num_workers: int, batch: int) -> Iterator[Iterator]:
-    """The training loader on a folder of random latents."""
+def latents_folder(bench: LoaderBench) -> Iterator[DataConfig]:
+    """A folder of random latents, stored as they are trained on."""
     side = bench.latent_size
     generator = np.random.default_rng(0)
     moments = torch.from_numpy(generator.standard_normal((bench.stored, 1, 2, 4, side, side), np.float32)).half()
@@ -228,9 +280,15 @@ def stored_batches(bench: LoaderBench, num_workers: int, batch: int) -> Iterator
         shard = shard_bytes(recipe, "train", moments, np.zeros_like(count), count, [""] * bench.stored)
         (Path(folder) / shard_name("train", 0, 1)).write_bytes(shard)
         finish(Path(folder), recipe, {"train": 1})
-        config = DataConfig(source=folder, image_size=(side, side), channels=4, num_workers=num_workers)
-        dataset = open_dataset(config, "train")
-        loader = train_loader(dataset, config, batch_size=batch, seed=0, device=bench.device)
+        yield DataConfig(source=folder, image_size=(side, side), channels=4, num_workers=0)
+
+
+@contextmanager
+def stored_batches(bench: LoaderBench, num_workers: int, batch: int) -> Iterator[Iterator]:
+    """The training loader on a folder of random latents."""
+    with latents_folder(bench) as config:
+        config = replace(config, num_workers=num_workers)
+        loader = train_loader(open_dataset(config, "train"), config, batch_size=batch, seed=0, device=bench.device)
         try:
             yield loader
         finally:
@@ -328,10 +386,13 @@ def run(bench: LoaderBench, console: Console) -> dict:
 
 def show(bench: LoaderBench, result: dict, console: Console) -> None:
     where = machine(bench.device)
-    table = Table("", "ms a sample", "min-max", title=f"{bench.model}, batch {bench.batch}, {bench.dtype}, {where}")
+    table = Table(
+        "", "ms a sample", "min-max", "a second", title=f"{bench.model}, batch {bench.batch}, {bench.dtype}, {where}"
+    )
     for row in result["rows"]:
         low, high = (f"{1000 * row[name]:.3f}" for name in ("min", "max"))
-        table.add_row(row["name"], f"{1000 * row['seconds_per_sample']:.3f}", f"{low}-{high}")
+        seconds = row["seconds_per_sample"]
+        table.add_row(row["name"], f"{1000 * seconds:.3f}", f"{low}-{high}", f"{1 / seconds:,.0f}")
     console.print(table)
     table = Table("ratio", "measured", "target", "of FLOPs")
     for ratio in result["ratios"]:

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from umd.device import to_device
 from umd.errors import UserError
 from umd.train.crops import draw_view, view_rng
-from umd.train.data import Batch, Batches, DataConfig, end_workers, worker_loader
+from umd.train.data import Batch, Batches, DataConfig, end_workers, next_of, worker_loader
 from umd.train.latent_batches import as_read
 from umd.train.sources import ORIENTATION, ImageDataset, unreadable, upright_jpeg
 
@@ -140,7 +140,7 @@ def dali_batches(
 
     def decode_next() -> None:
         nonlocal decoding, pipeline, failed
-        batch = next(reading)
+        batch = next_of(reading, dataset)
         if isinstance(batch, UserError):
             failed = batch
             return

@@ -51,6 +51,7 @@ __all__ += ["derive_seed", "describe", "open_dataset", "train_loader"]
 
 log = logging.getLogger("umd")
 
+STALL_SECONDS, STALLS = 60, 60  # how long a run waits for a batch before it says so, and how often it does
 GROUP = 256  # blocks of an epoch in blocks whose images are mixed: 16,384 images
 
 
@@ -371,10 +372,25 @@ def worker_loader(
         collate_fn=collate_fn,
         num_workers=workers,
         pin_memory=device is not None and device.type == "cuda",
+        timeout=STALL_SECONDS if workers else 0,  # see `next_of`
         worker_init_fn=start_worker,
         multiprocessing_context=multiprocessing.get_context("fork") if fork else None,
         generator=torch.Generator(),  # its own, so that the global one stays untouched
     )
+
+
+def next_of(prepared: Any, dataset: ImageDataset | LatentDataset) -> Any:
+    """The next of what workers prepare. Tells of a disk that stalls; raises UserError if it does so for an hour."""
+    for stall in range(1, STALLS + 1):
+        try:
+            return next(prepared)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            log.warning(
+                "no batch for %d s: the disk of %s has stalled, the run waits", stall * STALL_SECONDS, dataset.name
+            )
+    raise UserError(f"no batch for {STALLS * STALL_SECONDS} s: the disk of {dataset.name} has stalled; check it")
 
 
 def end_workers(prepared: Any) -> None:
@@ -392,7 +408,7 @@ def batches(
     prepared = iter(loader)
     try:
         while True:
-            item = next(prepared)
+            item = next_of(prepared, dataset)
             if isinstance(item, UserError):
                 raise item
             *views, asked, used = item

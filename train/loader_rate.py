@@ -1,6 +1,6 @@
 """How many pictures a second the loaders prepare on this machine: one row of `umd doctor`, and rows of `umd bench`."""
 
-import os
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,8 +52,8 @@ def rates(folder: Path, loader: str, size: int, workers: int, batches: int = 8) 
 
 def cpu_seconds() -> float:
     """Of this process and of the workers that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    usage = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in usage)
 
 
 def loader_row() -> Row:
