@@ -360,6 +360,11 @@ BENCHES = {  # module and options of each, and what it measures
     "kernels": ("umd.bench.kernels", "KernelBench", "each op: eager, torch.compile, Triton; on a GPU"),
     "probe": ("umd.bench.probe", "ProbeBench", "a few-shot probe on a folder of ImageNet's shape: time, memory, reads"),
     "reads": ("umd.bench.reads", "ReadsBench", "ways to read stored latents from a disk: images/s, bytes, requests"),
+    "scale": (
+        "umd.bench.scale",
+        "ScaleBench",
+        "commands on a folder or tar of ImageNet's size: time and memory",
+    ),
     "trace": ("umd.bench.trace", "TraceBench", "where two traces of torch.profiler differ: umd bench trace A B"),
     "reproduce": ("umd.bench.reproduce", "Reproduce", "small trainings from scratch and the figures of docs/results"),
 }

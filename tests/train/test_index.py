@@ -5,11 +5,13 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from umd.bench.probe import ProbeBench, link_pictures
 from umd.errors import UserError
 from umd.train import index, tars
-from umd.train.data import DataConfig, open_dataset
+from umd.train.data import DataConfig, open_dataset, train_loader
 from umd.train.index import Names, kept
 from umd.train.sources import Rows
 
@@ -95,6 +97,25 @@ def test_a_folder_listed_before_is_what_it_is_now(tmp_path):
     age(*everything)
     picture(root / "train" / "c/1.png")
     assert names()[-1] == "train/c/1.png c" and len(names("test")) == 4
+
+
+def test_a_tenth_of_imagenet(tmp_path, monkeypatch):
+    """128,000 links: listed once, held in a few dozen bytes each, any of them read at once."""
+    source, bench = tmp_path / "pictures", ProbeBench(train=128_000, test=1000, side=32)
+    link_pictures(source, bench)
+    age(source / "train", *(source / "train").iterdir())
+    first = open_dataset(DataConfig(source=str(source)), "train")
+    monkeypatch.setattr("umd.train.folders.walk", None)  # whoever lists it again fails
+    again = open_dataset(DataConfig(source=str(source)), "train")
+    assert len(first) == len(again) == 128_000 and again.class_names == [f"{c:04d}" for c in range(1000)]
+    names: Names = again.pictures
+    assert isinstance(names.data, np.memmap) and names.data.nbytes + names.ends.nbytes < 30 * 128_000
+    assert again.pictures[77_777] == first.pictures[77_777] == str(source / "train" / "0607" / "000081.jpg")
+    config = DataConfig(source=str(source), image_size=(16, 16), num_workers=2)
+    loader = train_loader(again, config, batch_size=64, seed=0)
+    batch = next(loader)
+    loader.close()
+    assert torch.equal(batch.labels, torch.from_numpy(again.labels)[batch.indices]) and len(set(batch.indices)) == 64
 
 
 def test_a_tar_is_listed_once_and_one_that_shrank_is_told(tmp_path):

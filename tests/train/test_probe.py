@@ -51,7 +51,7 @@ def opened(monkeypatch) -> list[str]:
     """The files that are decoded."""
     files: list[str] = []
     decode = sources.decode
-    monkeypatch.setattr(sources, "decode", lambda file: files.append(str(file)) or decode(file))
+    monkeypatch.setattr(sources, "decode", lambda file, shrink=None: files.append(str(file)) or decode(file, shrink))
     return files
 
 

@@ -1,0 +1,162 @@
+"""`umd bench scale`: start-up, memory and rate of the commands that read pictures, on a folder and a tar of ImageNet's
+size.
+
+The folder is made of hard links to a few JPEGs (see `umd.bench.probe`): each is listed, opened and decoded like a file
+of its own. Every command runs as users run it, in a process of its own; pretrain once more with the list that was kept.
+"""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from umd.bench.probe import ProbeBench, link_pictures
+from umd.bench.step import machine
+from umd.errors import UserError
+
+TINY = "--model.hidden-size 32 --model.depth 1 --model.decoder-depth 1 --model.num-heads 2 --model.image-size 32 32"
+TINY += " --batch-size 64 --save-every 1 --draw-every 0 --device cpu --data.num-workers 2"
+
+
+@dataclass(frozen=True)
+class ScaleBench:
+    """What is measured."""
+
+    train: int = 1_281_000
+    """Training pictures."""
+    test: int = 50_000
+    """Held-out pictures."""
+    classes: int = 1000
+    """Classes."""
+    side: int = 64
+    """Height and width of the JPEGs."""
+    folder: Path | None = None
+    """Where the pictures are made, and removed; default: a temporary folder."""
+    json: Path | None = None
+    """Write the rows here."""
+
+    def __post_init__(self) -> None:
+        ProbeBench(train=self.train, test=self.test, classes=self.classes, side=self.side)  # the same checks
+
+
+@dataclass(frozen=True)
+class Row:
+    command: str
+    first_seconds: float
+    again_seconds: float | None  # with the list of files kept
+    images_per_second: float | None
+    gigabytes: float  # of the largest process
+
+
+def run(bench: ScaleBench, console: Console) -> list[Row]:
+    """Make the pictures, run the commands, print and write the rows."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="umd-scale-", dir=bench.folder) as made:
+        root = Path(made)
+        say(console, f"linking {bench.train + bench.test} pictures in {root}")
+        source = root / "pictures"
+        link_pictures(source, ProbeBench(train=bench.train, test=bench.test, classes=bench.classes, side=bench.side))
+        tar = write_tar(source / "train", root / "train.tar")
+        settle([source, *source.glob("*"), *source.glob("*/*"), tar])
+        for row in measured(bench, source, tar, root):
+            say(console, f"{row.command}: {row.first_seconds:.1f} s, {row.gigabytes:.2f} GB")
+            rows.append(row)
+    table = Table("command", "s, first", "s, again", "images/s", "GB", title=machine("cpu"))
+    for row in rows:
+        again = "" if row.again_seconds is None else f"{row.again_seconds:.1f}"
+        rate = "" if row.images_per_second is None else f"{row.images_per_second:,.0f}"
+        table.add_row(row.command, f"{row.first_seconds:.1f}", again, rate, f"{row.gigabytes:.2f}")
+    console.print(table)
+    if bench.json is not None:
+        settings = {**asdict(bench), "folder": None, "json": None}
+        record = {"machine": machine("cpu"), "settings": settings, "rows": [asdict(row) for row in rows]}
+        bench.json.write_text(json.dumps(record, indent=1) + "\n")
+    return rows
+
+
+def measured(bench: ScaleBench, source: Path, tar: Path, root: Path) -> Iterator[Row]:
+    total = bench.train + bench.test
+    for name, place in (("folder", source), ("tar", tar)):
+        cache = root / f"cache-{name}"
+        runs = [
+            command(f"pretrain umd-s4 {TINY} --steps 1 --data.source {place} --out {root / f'run-{name}-{i}'}", cache)
+            for i in range(2)
+        ]
+        yield Row(f"pretrain, one step, {name}", runs[0][0], runs[1][0], None, max(runs[0][1], runs[1][1]))
+        whole = total if name == "folder" else bench.train
+        seconds, memory = command(f"encode-pixels --source {place} --out {root / f'pixels-{name}'} --size 48 48", cache)
+        yield Row(f"encode-pixels, {name}", seconds, None, whole / seconds, memory)
+        shutil.rmtree(root / f"pixels-{name}")
+        seconds, memory = command(f"check-data {place} --out {root / 'list.json'}", cache)
+        yield Row(f"check-data, {name}", seconds, None, whole / seconds, memory)
+        latents = root / f"latents-{name}"
+        line = f"encode-latents --data.source {place} --data.vae {small_vae(root / 'vae')} --out {latents} --device cpu"
+        line += " --image-size 32 32 --views 1 --crop center --shard-images 256"
+        seconds, memory = command(line, cache, until=latents, shows="*.safetensors")
+        yield Row(f"encode-latents, first 256, {name}", seconds, None, None, memory)
+
+
+def command(line: str, cache: Path, until: Path | None = None, shows: str = "") -> tuple[float, float]:
+    """Seconds, and GB of the largest of its processes, of an umd command; until a file that `shows` matches is in the
+    folder `until`, where one is given. Raises UserError with what it said if it fails."""
+    env = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    with tempfile.TemporaryFile() as said:
+        began = time.perf_counter()
+        process = subprocess.Popen([sys.executable, "-m", "umd.cli", *line.split()], env=env, stdout=said, stderr=said)
+        while until is not None and process.poll() is None and not any(until.glob(shows)):
+            time.sleep(0.05)
+        seconds = time.perf_counter() - began
+        if until is not None:
+            process.kill()
+        _, status, usage = os.wait4(process.pid, 0)
+        if until is None:
+            seconds = time.perf_counter() - began
+        if status and until is None:
+            said.seek(0)
+            raise UserError(f"umd {line} failed: {said.read().decode()[-2000:]}")
+    return seconds, usage.ru_maxrss * 1024 / 1e9
+
+
+def small_vae(folder: Path) -> Path:
+    """An autoencoder of Stable Diffusion's structure, with few weights."""
+    from diffusers import AutoencoderKL
+
+    if not folder.exists():
+        AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=8,
+        ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def write_tar(folder: Path, tar: Path) -> Path:
+    """A WebDataset tar of a folder of classes."""
+    with tarfile.open(tar, "w") as archive:
+        for label, name in enumerate(sorted(os.listdir(folder))):
+            for file in sorted(os.listdir(folder / name)):
+                for suffix, data in ((".jpg", (folder / name / file).read_bytes()), (".cls", b"%d" % label)):
+                    member = tarfile.TarInfo(f"{name}/{file.removesuffix('.jpg')}{suffix}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    return tar
+
+
+def settle(paths: list[Path]) -> None:
+    """As if they had been made a minute ago: a list of what has just changed is not kept."""
+    for path in paths:
+        os.utime(path, (time.time() - 60, time.time() - 60))
+
+
+def say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
