@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tyro.conf import Suppress
 
-from umd.device import own_cores, pick_device, to_device
+from umd.device import beside, own_cores, pick_device, to_device
 from umd.errors import UserError
 from umd.train.clips import ClipDataset, check_length, decode_clip, open_clips
 from umd.train.crops import centered, crop_batch, draw_view, shrink_for, train_view, view_rng
@@ -416,10 +416,14 @@ def batches(
                 assert isinstance(dataset, ImageDataset), "stored latents have no stand-ins"
                 dataset.mark_broken(int(index))
             indices = torch.from_numpy(used)
-            yield Batch(
-                x_start=convert(*(to_device(view, device) for view in views)),  # [B, C, H, W]
-                labels=None if labels is None else to_device(labels[indices], device),
-                indices=to_device(indices, device),
-            )
+            with beside(device) as sent:
+                x_start = convert(*(to_device(view, device) for view in views))  # [B, C, H, W]
+                batch = Batch(
+                    x_start,
+                    None if labels is None else to_device(labels[indices], device),
+                    to_device(indices, device),
+                )
+                sent(batch.x_start, batch.labels, batch.indices)
+            yield batch
     finally:
         end_workers(prepared)

@@ -7,6 +7,9 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -70,6 +73,30 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not x.is_pinned():
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[Callable]:
+    """On a GPU the body is done on a stream of its own, while the step before still computes; what comes after waits
+    for it. The body gives the tensors that it makes to the function it gets."""
+    if device.type != "cuda":
+        yield lambda *tensors: None
+        return
+    stream, current = copy_stream(device), torch.cuda.current_stream(device)
+
+    def sent(*tensors: Tensor | None) -> None:
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.record_stream(current)  # their memory is not used again before that stream is through with it
+
+    with torch.cuda.stream(stream):
+        yield sent
+    current.wait_stream(stream)
+
+
+@lru_cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def own_cores() -> int:
