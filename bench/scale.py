@@ -95,7 +95,9 @@ def measured(bench: ScaleBench, source: Path, tar: Path, root: Path) -> Iterator
         ]
         yield Row(f"pretrain, one step, {name}", runs[0][0], runs[1][0], None, max(runs[0][1], runs[1][1]))
         whole = total if name == "folder" else bench.train
-        seconds, memory = command(f"encode-pixels --source {place} --out {root / f'pixels-{name}'} --size 48 48", cache)
+        seconds, memory = command(
+            f"encode-pixels --data.source {place} --out {root / f'pixels-{name}'} --size 48 48", cache
+        )
         yield Row(f"encode-pixels, {name}", seconds, None, whole / seconds, memory)
         shutil.rmtree(root / f"pixels-{name}")
         seconds, memory = command(f"check-data {place} --out {root / 'list.json'}", cache)

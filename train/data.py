@@ -162,7 +162,7 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDa
         problem = "is of no kind that can be read"
     raise UserError(
         f"data source {config.source} {problem}: expected emoji, a folder of images, a .npz or .npy file, "
-        "an *-images-idx3-ubyte(.gz) file, WebDataset tars (.tar), or a folder of latents."
+        "an *-images-idx3-ubyte(.gz) file, WebDataset tars (.tar), or a folder of latents or of stored pictures."
     )
 
 

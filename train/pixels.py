@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save
 from torch.utils.data import Dataset
+from tyro.conf import arg
 
 from umd.errors import UserError
 from umd.files import write_whole
@@ -188,7 +189,7 @@ class EncodePixels:
     """Store pictures small, once, for every epoch of runs at 64x64 and its like. The same command goes on after a stop;
     under torchrun each rank makes its share."""
 
-    source: str = "emoji"
+    source: Annotated[str, arg(name="data.source")] = "emoji"
     """A folder of images, .tar files, or what else pretrain reads."""
     out: Path = Path("pixels/train")
     """Folder to write."""
@@ -197,11 +198,11 @@ class EncodePixels:
     of a side, of four fifths of the area) has as many pixels as the model."""
     shard_images: int = 4096
     """Pictures a shard."""
-    holdout: float = 0.2
+    holdout: Annotated[float, arg(name="data.holdout")] = 0.2
     """Share kept for the test split where the source has no split of its own."""
-    skip_broken: bool = False
+    skip_broken: Annotated[bool, arg(name="data.skip-broken")] = False
     """Leave unreadable images out, with a count, instead of stopping."""
-    quarantine: str = ""
+    quarantine: Annotated[str, arg(name="data.quarantine")] = ""
     """List of files to leave out, as umd check-data writes it; default: quarantine.json in the source."""
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from umd.train.encode import EncodeLatents, Inspect
 from umd.train.finetune import Finetune, default_finetune
 from umd.train.inpaint import Inpaint
 from umd.train.log import read_metrics
+from umd.train.pixels import EncodePixels
 from umd.train.probe import Probe
 from umd.train.run import PRESETS, RunConfig
 from umd.train.sample import Sample
@@ -172,6 +173,8 @@ def test_a_command_of_the_readme_parses(command):
         cli.parse(Transfer, name, rest[2:])
     elif name == "encode-latents":
         assert cli.parse(EncodeLatents, name, rest).data.vae
+    elif name == "encode-pixels":
+        assert cli.parse(EncodePixels, name, rest).source == "imagenet"
     elif name == "inspect":
         cli.parse(Inspect, name, rest[1:])
     elif name == "bench":
