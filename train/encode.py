@@ -266,7 +266,11 @@ def picture_names(dataset: ImageDataset, source: str) -> list[str]:
     """Files relative to the source; of arrays the positions."""
     if isinstance(dataset.pictures, np.ndarray | Rows):
         return list(map(str, range(len(dataset))))
-    return [os.path.relpath(str(picture), Path(source).expanduser()) for picture in dataset.pictures]
+    root = f"{Path(source).expanduser()}{os.sep}"
+    return [
+        name[len(root) :] if name.startswith(root) else os.path.relpath(name, root)
+        for name in map(str, dataset.pictures)
+    ]
 
 
 def source_identity(config: DataConfig, datasets: dict[str, ImageDataset], names: dict[str, list[str]]) -> dict:
