@@ -23,6 +23,7 @@ def rows(tmp_path_factory):
     return {row["name"]: row for row in json.loads(file.read_text())}
 
 
+@pytest.mark.slow
 def test_a_row_for_each_with_the_documented_keys(rows):
     parts = [(row["part"], name) for name, row in rows.items()]
     assert parts == [
@@ -36,6 +37,7 @@ def test_a_row_for_each_with_the_documented_keys(rows):
     assert rows["decoder alone"]["time_ratio"] == rows["diffmae"]["flop_ratio"] == 1
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_networks(rows):
     """4 of 16 patches visible."""
     config, keep = diffmae_config("DiffMAE-Ti/4", image_size=(16, 16)), (4,) * 4

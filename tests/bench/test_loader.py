@@ -27,6 +27,7 @@ SMALL |= {"num_workers": 0, "device": "cpu"}
 SMALL |= {"vae_channels": (8, 8, 8, 8)}  # Stable Diffusion's structure, not its 84 million weights
 
 
+@pytest.mark.slow
 def test_rows_and_ratios(tmp_path):
     file = tmp_path / "new" / "loader.json"
     options = "--groups latents steps --model UMD-Ti/2 --shallower 2 --latent-size 8 --batch 4 --stored 64"
@@ -74,6 +75,7 @@ def test_what_cannot_be_measured():
     assert set(LoaderBench().groups) <= set(GROUPS)
 
 
+@pytest.mark.slow
 def test_every_reader_has_a_row():
     result = loader.run(LoaderBench(groups=("pictures",), repeats=1, stored=64, latent_size=8), Console(quiet=True))
     readers = [row["name"] for row in result["rows"]]

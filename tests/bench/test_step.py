@@ -49,6 +49,7 @@ def expected_flops(config: ObjectiveConfig, batch: int) -> int:
     return step_flops(model, keep, noised + min(clean, 1))
 
 
+@pytest.mark.slow
 def test_a_row_for_each_step_with_the_documented_keys(rows):
     assert list(rows) == NAMES
     for row in rows.values():
@@ -60,6 +61,7 @@ def test_a_row_for_each_step_with_the_documented_keys(rows):
         assert row["images_per_second"] == pytest.approx(4 / row["seconds"])
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_networks(rows):
     whole = ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.0)
     assert rows["umd"]["flops"] == pytest.approx(expected_flops(ObjectiveConfig(), 4), rel=0.01)
@@ -80,6 +82,7 @@ def test_on_a_gpu_the_step_is_timed_captured_and_compiled_too():
     assert all(row.host_seconds > 0 for row in rows) and rows[0].flops == rows[1].flops == rows[2].flops
 
 
+@pytest.mark.slow
 def test_the_baselines_have_the_size_of_the_encoder(rows):
     """DiT: 6 blocks of 192 on 16 tokens and adaLN in each; MAE: 6 on 5 tokens, then 8 of 128 on 17. By hand."""
 
@@ -93,6 +96,7 @@ def test_the_baselines_have_the_size_of_the_encoder(rows):
         assert 0.98 * by_hand < rows[name]["flops"] < 1.2 * by_hand, name
 
 
+@pytest.mark.slow
 def test_the_table_names_every_row(measured):
     printed = measured[1]
     assert all(name in printed for name in NAMES)

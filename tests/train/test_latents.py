@@ -157,6 +157,7 @@ def test_statistics_are_those_of_the_latents_as_sampled(folder):
         assert entry["images"] == moments.shape[1] == sum(shard["images"] for shard in entry["shards"])
 
 
+@pytest.mark.slow
 def test_kill_9_of_one_of_two_then_resume_gives_the_shards_of_one_clean_process(options, folder, tmp_path, monkeypatch):
     options = replace(options, out=tmp_path / "killed", shard_images=1)
     clean = encode(replace(options, out=tmp_path / "clean"), QUIET)

@@ -143,7 +143,7 @@ print(1024 * (kib("VmHWM") - before))
     [
         ("activations", {"hidden_size": 64, "depth": 4, "decoder_depth": 2}, 128),
         pytest.param("weights", {"hidden_size": 320, "depth": 4, "decoder_depth": 2}, 8, marks=pytest.mark.slow),
-        ("checkpointing", {"hidden_size": 128, "depth": 6, "decoder_depth": 2}, 96),
+        pytest.param("checkpointing", {"hidden_size": 128, "depth": 6, "decoder_depth": 2}, 96, marks=pytest.mark.slow),
         ("bf16", {"hidden_size": 128, "depth": 4, "decoder_depth": 2}, 96),
     ],
 )
@@ -207,7 +207,8 @@ for config in json.load(open(sys.argv[1])):
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_memory_of_each_of_two_ranks_is_what_a_real_run_takes(precision, tmp_path):
     model = replace(TINY, hidden_size=384, depth=2, decoder_depth=1)
     cases = [ParallelConfig("zero", 1), ParallelConfig("zero", 2), ParallelConfig("zero", 3), ParallelConfig("ddp")]
