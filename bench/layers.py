@@ -1,4 +1,4 @@
-"""`umd bench reproduce layers`: which blocks tell classes apart, at which noise, of a DiT and a UMD."""
+"""`umd bench reproduce layers`: which blocks of a UMD tell classes apart, at which noise."""
 
 import json
 from dataclasses import replace
@@ -27,15 +27,15 @@ L2 = (1.0, 16.0, 256.0, 4096.0)
 NETWORK = dict(image_size=(28, 28), channels=1, hidden_size=96, depth=6, decoder_depth=6, num_heads=3, num_cls=4)
 
 
-def layers_config(name: str, options: Reproduce) -> RunConfig:
-    """6 + 6 blocks, 96 wide, on Fashion-MNIST in patches of 4x4, with the objective of one method."""
+def layers_config(options: Reproduce) -> RunConfig:
+    """A UMD of 6 + 6 blocks, 96 wide, on Fashion-MNIST in patches of 4x4."""
     if not SOURCE.exists():
         raise UserError(f"there is no {SOURCE}: apt-get install dataset-fashion-mnist (Debian, Ubuntu)")
     return replace(
         PRESETS["umd-tiny"][1],
-        out=options.out / f"layers-{name}",
+        out=options.out / "layers-umd",
         model=model_config("UMD-Ti/4", **NETWORK),
-        objective=OBJECTIVES[name],
+        objective=OBJECTIVES["umd"],
         data=DataConfig(str(SOURCE), num_workers=0),
         optim=OptimConfig(lr=2e-3),
         batch_size=128,
@@ -51,18 +51,16 @@ def layers_config(name: str, options: Reproduce) -> RunConfig:
 
 def reproduce(options: Reproduce, console: Console) -> None:
     options.figures.mkdir(parents=True, exist_ok=True)
-    found = {}
-    for name, title in (("umd", "UMD"), ("dit", "DiT")):
-        config = layers_config(name, options)
-        train(config, console, name)
-        layers = Layers(config, Probe(SHOTS, pool=0, l2=L2, times=TIMES))
-        share(layers.jobs(), console, f"{title}: pictures read")
-        found[title] = layers.accuracies()
-        for time, row in found[title].items():
-            most, best = max((result["mean"], layer) for layer, result in row.items())
-            console.print(f"{title} t = {time}: best {best} {most:.3f}", highlight=False)
-        accuracy = {title: {str(time): row for time, row in rows.items()} for title, rows in found.items()}
-        record = {"steps": config.steps, "shots": SHOTS, "accuracy": accuracy}
-        (options.figures / "layers.json").write_text(json.dumps(record, indent=1) + "\n")
-        layer_curves(found, options.figures / "layers.png", SHOTS)
+    config = layers_config(options)
+    train(config, console, "umd")
+    layers = Layers(config, Probe(SHOTS, pool=0, l2=L2, times=TIMES))
+    share(layers.jobs(), console, "pictures read")
+    found = layers.accuracies()
+    for time, row in found.items():
+        most, best = max((result["mean"], layer) for layer, result in row.items())
+        console.print(f"t = {time}: best {best} {most:.3f}", highlight=False)
+    accuracy = {"UMD": {str(time): row for time, row in found.items()}}
+    record = {"steps": config.steps, "shots": SHOTS, "accuracy": accuracy}
+    (options.figures / "layers.json").write_text(json.dumps(record, indent=1) + "\n")
+    layer_curves({"UMD": found}, options.figures / "layers.png", SHOTS)
     console.print(f"written: {options.figures / 'layers.json'} and .png", highlight=False)

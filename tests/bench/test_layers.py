@@ -30,7 +30,7 @@ def test_the_command_trains_measures_and_draws(tmp_path, monkeypatch):
     with backend.kernels("reference"):
         main(["bench", "reproduce", "layers", *options.split()])
     record = json.loads((tmp_path / "figures" / "layers.json").read_text())
-    assert (record["steps"], record["shots"]) == (2, 3) and record["accuracy"].keys() == {"DiT", "UMD"}
+    assert (record["steps"], record["shots"]) == (2, 3) and record["accuracy"].keys() == {"UMD"}
     blocks = [f"{part} {i}" for part in ("encoder", "decoder") for i in range(1, 7)]
     for rows in record["accuracy"].values():
         assert list(rows) == ["0", "50"]
