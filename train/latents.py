@@ -128,16 +128,22 @@ def read_shard(path: Path) -> Shard:
     return Shard(path, about, tensors)
 
 
-def damaged(path: Path, what: str, command: str = "the same umd encode-latents command again") -> UserError:
-    return UserError(f"latents shard {path} {what}; remove it and run {command}")
+def kind_of(path: Path | str) -> str:
+    """latents or pixels (`umd.train.pixels`): what a shard holds, by its name."""
+    return "pixels" if Path(path).name.startswith("pixels-") else "latents"
 
 
-def unreadable(path: Path, error: OSError) -> UserError:
+def damaged(path: Path | str, what: str, command: str = "") -> UserError:
+    command = command or f"the same umd encode-{kind_of(path)} command again"
+    return UserError(f"{kind_of(path)} shard {path} {what}; remove it and run {command}")
+
+
+def unreadable(path: Path | str, error: OSError) -> UserError:
     if isinstance(error, FileNotFoundError):
         return damaged(path, "is not there")
     return UserError(
-        f"cannot read latents shard {path} ({error.strerror or error}); see to the disk that it lies on, then run the "
-        "same command again"
+        f"cannot read {kind_of(path)} shard {path} ({error.strerror or error}); see to the disk that it lies on, then "
+        "run the same command again"
     )
 
 

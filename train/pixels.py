@@ -14,7 +14,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,7 +31,7 @@ from umd.errors import UserError
 from umd.files import write_whole
 from umd.images import grid, save_png
 from umd.train.crops import centered, draw_view, resized, shrink_for, view_rng
-from umd.train.latents import Shard, read_shard, shard_name
+from umd.train.latents import Shard, damaged, read_shard, shard_name, unreadable
 from umd.train.shards import Advance, Job, others_work, share
 from umd.train.sources import ImageDataset, Picture, Rows, opened
 
@@ -47,10 +47,6 @@ Split = Literal["train", "test"]
 def is_pixels(path: Path) -> bool:
     """Whether a folder holds stored pictures, or the beginnings of them."""
     return path.is_dir() and ((path / HEADER).exists() or any(path.glob(SHARDS)))
-
-
-def damaged(path: Path | str, what: str) -> UserError:
-    return UserError(f"pixel shard {path} {what}; remove it and run the same umd encode-pixels command again")
 
 
 class PixelRows(Rows):
@@ -84,7 +80,7 @@ class PixelRows(Rows):
                 if not opened(path).read_into(picture, start + row * size):
                     raise damaged(path, "has become shorter")
             except OSError as error:
-                raise damaged(path, f"cannot be read ({error.strerror or error})") from error
+                raise unreadable(path, error) from error
             if not self.checked[index]:
                 if zlib.crc32(picture) != self.crc32[index]:
                     raise damaged(path, f"differs from its checksums in row {row}")
@@ -128,7 +124,7 @@ def open_pixels(folder: Path, split: Split, config: "DataConfig") -> PixelDatase
         )
     shards = []
     for entry in entries:
-        shard = read_pixels(folder / entry["file"])
+        shard = read_shard(folder / entry["file"])
         if shard.images != entry["images"]:
             raise damaged(shard.path, "is of another folder")
         shards.append(shard)
@@ -148,13 +144,6 @@ def open_pixels(folder: Path, split: Split, config: "DataConfig") -> PixelDatase
         header=header,
         sizes=arrays["sizes"].reshape(-1, 2),
     )
-
-
-def read_pixels(path: Path) -> Shard:
-    try:
-        return read_shard(path)
-    except UserError as error:
-        raise UserError(str(error).replace("latents shard", "pixel shard").replace("latents", "pixels")) from error
 
 
 class StoredCrops(Dataset):
@@ -245,7 +234,7 @@ def encode_pixels(options: EncodePixels, console: Console) -> None:
             jobs.append(Job(path, len(ids), partial(shard_of, dataset, ids, config, recipe)))
     expected = {job.path.name for job in jobs}
     for path in sorted(options.out.glob(SHARDS)):
-        differ = differences(read_pixels(path).about.get("recipe", {}), recipe)
+        differ = differences(read_shard(path).about.get("recipe", {}), recipe)
         if differ or path.name not in expected:
             raise UserError(
                 f"{options.out} holds shards made with another {', '.join(differ) or 'number of shards'}; give the "
@@ -265,7 +254,7 @@ def encode_pixels(options: EncodePixels, console: Console) -> None:
 
 def summary(folder: Path, split: str) -> dict[str, Any]:
     """What the header says of a split."""
-    shards = [read_pixels(path) for path in sorted(folder.glob(f"pixels-{split}-*-of-*.safetensors"))]
+    shards = [read_shard(path) for path in sorted(folder.glob(f"pixels-{split}-*-of-*.safetensors"))]
     entries = [{"file": shard.path.name, "images": shard.images} for shard in shards]
     return {
         "images": sum(entry["images"] for entry in entries),
@@ -319,10 +308,10 @@ def inspect_pixels(folder: Path, split: Split, count: int, check: bool, out: Pat
     from umd.train.data import DataConfig
     from umd.train.encode import SPLITS
 
-    header = json.loads((folder / HEADER).read_text())
-    size = tuple(header["recipe"]["size"])
-    config = DataConfig(str(folder), size)
+    config = DataConfig(str(folder), (1, 1))
     datasets = {name: open_pixels(folder, name, config) for name in SPLITS}
+    header = datasets[split].header
+    size = tuple(header["recipe"]["size"])
     classes = len(header["recipe"]["class_names"])
     console.print(f"{folder}: {size[0]}x{size[1]}, of {header['recipe']['source']['path']}, {classes or 'no'} classes")
     table = Table("split", "pictures", "left out", "shards", box=None)
@@ -337,6 +326,6 @@ def inspect_pixels(folder: Path, split: Split, count: int, check: bool, out: Pat
     dataset = datasets[split]
     if count := min(count, len(dataset)):
         chosen = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()
-        views = np.stack([centered(dataset.picture(index), config) for index in chosen])
+        views = np.stack([centered(dataset.picture(index), replace(config, image_size=size)) for index in chosen])
         save_png(grid(views, columns=min(count, 8)), out)
         console.print(f"{count} of them: {out}", highlight=False, soft_wrap=True)

@@ -273,7 +273,8 @@ class ArrayFile(Mapping[str, np.ndarray]):
             with self.path.open("rb") as file:
                 file.seek(member.header_offset + 26)  # the lengths of name and extra field end the local header
                 file.seek(sum(np.frombuffer(file.read(4), "<u2").tolist()), SEEK_CUR)
-                version, start = np.lib.format.read_magic(file), file.tell() - 8
+                start = file.tell()
+                version = np.lib.format.read_magic(file)
                 header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
                 shape, fortran, dtype = header[version](file)
                 size = math.prod(shape) * dtype.itemsize

@@ -102,7 +102,8 @@ def copy_stream(device: torch.device) -> torch.cuda.Stream:
 def own_cores() -> int:
     """Cores of this host that are this rank's share."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if "SLURM_CPUS_PER_TASK" in os.environ and os.environ.get("WORLD_SIZE") == os.environ.get("SLURM_STEP_NUM_TASKS"):
+    ranks, tasks = os.environ.get("WORLD_SIZE"), os.environ.get("SLURM_STEP_NUM_TASKS")
+    if ranks and ranks == tasks and "SLURM_CPUS_PER_TASK" in os.environ:
         return min(cores, int(os.environ["SLURM_CPUS_PER_TASK"]))  # srun's tasks are the ranks, bound to their cores
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 

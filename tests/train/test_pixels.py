@@ -101,6 +101,8 @@ def test_the_same_bytes_on_any_ranks_and_after_any_stop(folder, tmp_path):
     (three / "pixels.json").unlink()
     with pytest.raises(UserError, match="are not finished: run the same umd encode-pixels"):
         open_dataset(DataConfig(str(three), (32, 32)), "train")
+    with pytest.raises(UserError, match="are not finished: run the same umd encode-pixels"):
+        inspect_pixels(three, "train", 4, True, tmp_path / "some.png", QUIET)
     stored(folder, three)
     assert all((one / name).read_bytes() == (three / name).read_bytes() for name in names)
     with pytest.raises(UserError, match="made with another size; give the settings"):
@@ -128,7 +130,12 @@ def test_damage_is_told_and_not_trained_on(folder, tmp_path):
     with pytest.raises(UserError, match="row 3"):
         inspect_pixels(out, "train", 4, True, tmp_path / "some.png", QUIET)
     shard.write_bytes(data[:-7])
-    with pytest.raises(UserError, match=rf"pixel shard .*{shard.name} has {len(data) - 7} bytes where"):
+    with pytest.raises(UserError, match=rf"pixels shard .*{shard.name} has {len(data) - 7} bytes where"):
+        open_pixels(out, "train", config)
+    shard.unlink()
+    with pytest.raises(
+        UserError, match=rf"pixels shard .*{shard.name} is not there; .* umd encode-pixels command again"
+    ):
         open_pixels(out, "train", config)
 
 
