@@ -87,6 +87,11 @@ def run(bench: ScaleBench, console: Console) -> list[Row]:
 
 def measured(bench: ScaleBench, source: Path, tar: Path, root: Path) -> Iterator[Row]:
     total = bench.train + bench.test
+    few = ProbeBench(train=256, test=64, classes=2, side=bench.side)
+    link_pictures(root / "few" / "pictures", few)
+    line = f"pretrain umd-s4 {TINY} --steps 1 --data.source {root / 'few' / 'pictures'} --out"
+    starts = [command(f"{line} {root / f'run-few-{i}'}", root / "cache-few") for i in range(2)]
+    yield Row("pretrain, one step, 256 pictures", starts[0][0], starts[1][0], None, max(starts[0][1], starts[1][1]))
     for name, place in (("folder", source), ("tar", tar)):
         cache = root / f"cache-{name}"
         runs = [

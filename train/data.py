@@ -28,6 +28,7 @@ from umd.train.clips import ClipDataset, check_length, decode_clip, open_clips
 from umd.train.crops import centered, crop_batch, draw_view, shrink_for, train_view, view_rng
 from umd.train.emoji import open_emoji
 from umd.train.folders import open_folder
+from umd.train.index import Names
 from umd.train.latent_batches import StoredViews, as_read, drawn_latents
 from umd.train.latents import BLOCK, LatentDataset, is_latents, open_latents, pixel_config, tokenizer_of
 from umd.train.pixels import PixelDataset, StoredCrops, is_pixels, open_pixels
@@ -44,7 +45,7 @@ from umd.train.sources import (
     open_idx,
     whole,
 )
-from umd.train.tars import is_tars, open_tars
+from umd.train.tars import Members, is_tars, open_tars
 
 __all__ = ["Batch", "DataConfig", "ImageDataset", "center_view", "centered_view_of_file"]
 __all__ += ["derive_seed", "describe", "open_dataset", "train_loader"]
@@ -251,7 +252,11 @@ def choose_loader(dataset: ImageDataset, wanted: str) -> str:
     if not has_dali():
         raise UserError("--data.loader dali: DALI is not installed; umd doctor says how to get it.")
     files = () if isinstance(dataset.pictures, np.ndarray | Rows) else dataset.pictures
-    other = next((name for file in files if not (name := str(file)).lower().endswith((".jpg", ".jpeg"))), None)
+    names = files.names if isinstance(files, Members) else files
+    if isinstance(names, Names):
+        other = names.first_without(".jpg", ".jpeg")
+    else:
+        other = next((name for file in names if not (name := str(file)).lower().endswith((".jpg", ".jpeg"))), None)
     if len(files) and other is None:
         return "dali"
     if wanted == "auto":

@@ -61,6 +61,20 @@ class Names(Sequence[str]):
             yield self.prefix + data[start:end].decode("utf-8", "surrogateescape")
             start = end
 
+    def first_without(self, *suffixes: str) -> str | None:
+        """The first that ends with none of these, in capitals or not; None if there is none."""
+        rows = np.arange(len(self)) if self.rows is None else self.rows
+        ends = self.ends[rows]
+        lengths = ends - np.where(rows > 0, self.ends[rows - 1], 0)
+        good = np.zeros(len(rows), bool)
+        for suffix in suffixes:
+            wanted = np.frombuffer(suffix.encode(), np.uint8)
+            long = np.flatnonzero(lengths >= len(wanted))
+            last = self.data[ends[long, None] + np.arange(-len(wanted), 0)]  # [n, len(suffix)]
+            capital = (last >= ord("A")) & (last <= ord("Z"))
+            good[long] |= (last + 32 * capital.astype(np.uint8) == wanted).all(1)
+        return None if good.all() else self[int(good.argmin())]
+
     def take(self, rows: np.ndarray) -> "Names":
         """Those at some places, int64 [n]."""
         return Names(self.data, self.ends, rows if self.rows is None else self.rows[rows], self.prefix)

@@ -49,6 +49,15 @@ def test_names_are_the_strings_they_were_made_of():
         names[5]
 
 
+def test_the_first_name_with_another_ending():
+    names = [*ODD, "b.JPG", "jpg", "c.jPeG", "é.jpg"]
+    for rows in ([0, 3, 5, 7, 8], [0, 3, 6, 1], [2, 0], [1], [], [8, 4]):
+        chosen = Names.of(names).take(np.array(rows, np.int64))
+        expected = next((name for name in chosen if not name.lower().endswith((".jpg", ".jpeg"))), None)
+        assert chosen.first_without(".jpg", ".jpeg") == expected
+    assert Names.of(["a.jpg", "b.png"]).first_without(".jpg") == "b.png"
+
+
 def test_a_list_is_kept_until_what_it_was_made_of_changes(tmp_path, cache):
     source, calls = tmp_path / "source", []
     source.mkdir()
