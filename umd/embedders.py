@@ -9,13 +9,28 @@ from umd.config import ModelConfig, ViTConfig
 
 
 def timestep_features(timesteps: Tensor, dim: int, released: bool, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal features [R, dim] of model times [R]. The paper's are DiT's: cosine first, frequencies 1e4^(-i/half);
+    """Sinusoidal features [R, dim] of model times [R], integer or not. The paper's are DiT's: cosine first, frequencies 1e4^(-i/half);
     the released code puts sine first and divides by half - 1."""
     half = dim // 2
     index = torch.arange(half, dtype=torch.float64, device=timesteps.device)
     angles = timesteps.double()[:, None] * torch.exp(-math.log(1e4) * index / (half - 1 if released else half))
     order = (angles.sin(), angles.cos()) if released else (angles.cos(), angles.sin())
     return torch.cat(order, dim=-1).to(dtype)
+
+
+def sincos_positions(grid_size: tuple[int, int], dim: int) -> Tensor:
+    """MAE's fixed positions, fp32 [H·W, dim]: of each patch sines and cosines of its column, then of its row, with
+    frequencies 1e4^(-4i/dim)."""
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid_size)
+    omega = 1e4 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+
+    def features(places: Tensor) -> Tensor:
+        angles = places.flatten()[:, None] * omega
+        return torch.cat([angles.sin(), angles.cos()], dim=1)  # [H·W, dim / 2]
+
+    return torch.cat(
+        [features(columns.repeat(len(rows), 1)), features(rows[:, None].repeat(1, len(columns)))], 1
+    ).float()
 
 
 class TimestepEmbedder(nn.Module):
@@ -40,7 +55,9 @@ class LabelEmbedder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         D = config.hidden_size
-        self.embedding_table = nn.Embedding(config.num_classes + 1, D)
+        # MaskDiT's labels go through a layer without a bias: its null class is, and stays, a row of zeros.
+        fixed = config.num_classes if config.outputs == "edm" else None
+        self.embedding_table = nn.Embedding(config.num_classes + 1, D, padding_idx=fixed)
         released = config.embedding == "released"
         self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D)) if released else nn.Identity()
 
