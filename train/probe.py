@@ -54,6 +54,8 @@ class Probe:
     """Draws of the shots."""
     linear: bool = False
     """Also MAE's linear probe and nearest neighbours, on every training picture."""
+    image_size: tuple[int, int] | None = None
+    """Height and width at which the pictures are read, and the network's positions interpolated; None: the run's."""
     layers: bool = False
     """Instead: of every block, at the model times below, as a table and a curve."""
     times: tuple[int, ...] = (0, 1, 10, 25, 50, 100, 200, 400, 700)

@@ -28,6 +28,7 @@ from umd.config import (
 )
 from umd.errors import UserError
 from umd.methods import AnyModel, AnyModelConfig, AnyObjectiveConfig, build_model, check_match
+from umd.positions import resized_state
 from umd.train.data import DataConfig
 from umd.train.distributed import ParallelConfig
 from umd.train.optim import OptimConfig
@@ -276,16 +277,32 @@ def with_classes(config: RunConfig, num_classes: int) -> RunConfig:
     return replace(config, model=replace(config.model, num_classes=num_classes))
 
 
+def at_size(config: RunConfig, image_size: tuple[int, int] | None) -> RunConfig:
+    """The run on pictures of another size, None: its own; `load_model` interpolates its positions."""
+    if image_size is None or tuple(image_size) == config.model.image_size:
+        return config
+    if not isinstance(config.model, ModelConfig):
+        raise UserError("another image size is for a UMD; leave it out")
+    return replace(config, model=replace(config.model, image_size=tuple(image_size)))
+
+
 def finetune_config(pretrained: RunConfig, init: Path, num_classes: int, out: Path) -> RunConfig:
     """The paper's recipe for class-conditional generation (its Table 5) on a pre-trained run.
 
     Its learning rate for a batch of 256 is that of pre-training, 1.5e-4 in the paper's presets.
     """
+    outputs = getattr(pretrained.model, "outputs", "x_start_eps")
+    if outputs == "x_start":
+        raise UserError(
+            f"{init} is an MAE as published: it knows no noise level, and cannot learn to generate; "
+            "--task classify trains a classifier on it"
+        )
+    noised = outputs != "x_start_eps"  # DiT's and MaskDiT's networks, which predict nothing of noise-free pictures
     return replace(
         with_classes(pretrained, num_classes),
         out=out,
         init=init,
-        objective=ObjectiveConfig(no_noise_prob=0.05, mask_ratio=0.0, mask_ratio_no_noise=0.75),
+        objective=ObjectiveConfig(no_noise_prob=0.0 if noised else 0.05, mask_ratio=0.0, mask_ratio_no_noise=0.75),
         optim=OptimConfig(lr=pretrained.optim.lr, betas=(0.9, 0.999), weight_decay=0.0, ema=1e-4),
         data=replace(pretrained.data, area_min=AREA_MIN["finetune"]),
         batch_size=min(256, pretrained.batch_size),
@@ -427,10 +444,13 @@ def weights_identity(path: Path, ema: bool = True) -> dict[str, Any]:
     return {"step": saved.step, "part": part, "sha256": files[f"{part}.safetensors"]["sha256"]}
 
 
-def load_model(path: Path, ema: bool = True, device: torch.device | str = "cpu") -> AnyModel:
+def load_model(
+    path: Path, ema: bool = True, device: torch.device | str = "cpu", image_size: tuple[int, int] | None = None
+) -> AnyModel:
     """The network of a run folder, a folder of checkpoints, or one checkpoint, in eval mode.
 
     ema: take the averaged weights where the checkpoint has them.
+    image_size: of a UMD, height and width to read it at: its positions are interpolated.
 
     Raises:
         UserError: nothing there, damaged, or not a checkpoint of this network.
@@ -439,6 +459,10 @@ def load_model(path: Path, ema: bool = True, device: torch.device | str = "cpu")
     values = saved.state["config"]["model"]
     kinds = {"diffmae": DiffMAEConfig, "classifier": ClassifierConfig}
     config = from_plain(kinds.get(values.get("kind"), ModelConfig), values, str(saved.path))
+    weights = load_checkpoint(saved.path, parts=[part]).tensors[part]
+    if image_size is not None and image_size != config.image_size and isinstance(config, ModelConfig):
+        resized = replace(config, image_size=image_size)
+        config, weights = resized, resized_state(weights, config.grid_size, resized.grid_size)
     model = build_model(config)
-    load_model_state(model, load_checkpoint(saved.path, parts=[part]).tensors[part])
+    load_model_state(model, weights)
     return model.to(device).eval().requires_grad_(False)

@@ -8,10 +8,10 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -231,13 +231,13 @@ def inpaint(arguments: list[str]) -> None:
 def probe(arguments: list[str]) -> None:
     from umd.train.probe import Probe
     from umd.train.probe import probe as probe_run
-    from umd.train.run import read_config
+    from umd.train.run import at_size, read_config
 
     run, rest = take_path(arguments, "probe", "RUN")
     options: Probe = parse(Probe, f"probe {run}", rest)
     if options.layers:
         from umd.train.layers import probe_layers as probe_run
-    probe_run(run, options, read_config(run), console)
+    probe_run(run, options, at_size(read_config(run), options.image_size), console)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -322,33 +322,9 @@ def doctor(arguments: list[str]) -> None:
 
 
 def import_weights(arguments: list[str]) -> None:
-    from umd.config import ScheduleConfig
-    from umd.convert import import_small_vision
-    from umd.train.run import RunConfig, load_model, write_config
+    from umd.train.imports import Import, import_run
 
-    @dataclass(frozen=True)
-    class Import:
-        """Import weights of another project as a checkpoint of ours."""
-
-        kind: Annotated[Literal["small-vision"], positional()]
-        """Whose: small-vision, the paper authors' JAX code."""
-        path: Annotated[Path, positional()]
-        """Their .npz file."""
-        out: Path = field(default=Path("runs/imported"))
-        """Folder for the checkpoint."""
-
-    options = parse(Import, "import", arguments)
-    written = import_small_vision(options.path, options.out / "checkpoints")
-    model = load_model(options.out).config
-    schedule = ScheduleConfig("cosine" if model.channels in (1, 3) else "linear")
-    write_config(RunConfig(out=options.out, model=model, schedule=schedule))
-    say(f"written: {written}; sample, probe and fine-tune {options.out} like a run")
-
-
-def positional():
-    import tyro
-
-    return tyro.conf.Positional
+    import_run(parse(Import, "import", arguments), console)
 
 
 BENCHES = {  # module and options of each, and what it measures
@@ -395,7 +371,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "evaluate": (evaluate, "FID and its kin of samples, and probes of the representation, in one table"),
     "transfer": (transfer, "few-shot accuracy on other sets of pictures, a folder each"),
     "report": (report, "write the report page of a demo again"),
-    "import": (import_weights, "weights of the authors' JAX code (small-vision)"),
+    "import": (import_weights, "published weights of DiT, MAE, MaskDiT, or the UMD authors' (small-vision)"),
     "bench": (bench, "measure a training step or its data; audit kernels without a GPU"),
     "doctor": (doctor, "what this machine will really use, and how to get what is missing"),
 }

@@ -12,6 +12,7 @@ from tyro.conf import Suppress
 from umd.errors import UserError
 
 AdaLNProjection = Literal["per_block", "single", "low_rank"]
+Embedding = Literal["paper", "released", "diffusers", "none"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,12 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over D."""
     num_cls: int = 1
-    """CLS tokens, averaged into the representation (paper 1, released code 4, DiT and MaskDiT 0: the averaged patches)."""
+    """CLS tokens, averaged into the representation (paper 1, released code 4; DiT and MaskDiT 0: averaged patches)."""
     norm_affine: bool = True
     """LayerNorm's own scale and bias, which the released UMD code keeps under adaLN and DiT does not."""
-    embedding: Literal["paper", "released", "none"] = "paper"
-    """Time and label embedding: DiT's 256 features and a plain table; or D features and MLPs, as released; none: MAE's
-    network, told neither."""
+    embedding: Embedding = "paper"
+    """Time and label embedding: DiT's 256 features and a plain table; or D features and MLPs, as released; diffusers:
+    DiT's with other frequencies; none: neither (MAE)."""
     gelu: Literal["tanh", "exact"] = "tanh"
     """tanh: the approximation, as UMD, DiT and MaskDiT; exact: as MAE, and without kernels of our own."""
     norm_eps: float = 1e-6
@@ -216,7 +217,7 @@ class ClassifierConfig(ViTConfig):
     """What the linear layer sees behind the final norm: the averaged CLS tokens, or the averaged patch tokens;
     mean_norm: the norm of the averaged patch tokens (MAE's fine-tuning)."""
     norm_affine: Suppress[bool] = True  # neither are these two: shift and scale fold into it, and there is no time
-    embedding: Suppress[Literal["paper", "released", "none"]] = "paper"
+    embedding: Suppress[Embedding] = "paper"
     cond_token: Suppress[bool] = False  # not an option: the encoder has one or not
     """One more token in front, as a UMD without adaLN has for its condition."""
     linear: bool = False

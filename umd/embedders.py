@@ -5,32 +5,21 @@ import math
 import torch
 from torch import Tensor, nn
 
-from umd.config import ModelConfig, ViTConfig
+from umd.config import Embedding, ModelConfig, ViTConfig
 
 
-def timestep_features(timesteps: Tensor, dim: int, released: bool, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal features [R, dim] of model times [R], integer or not. The paper's are DiT's: cosine first, frequencies 1e4^(-i/half);
-    the released code puts sine first and divides by half - 1."""
+def timestep_features(timesteps: Tensor, dim: int, embedding: Embedding, dtype: torch.dtype) -> Tensor:
+    """Sinusoidal features [R, dim] of model times [R], whole numbers or not.
+
+    paper: DiT's, cosines first, frequencies 1e4^(-i/half). The released code puts sines first; it and diffusers' DiT
+    divide by half - 1.
+    """
     half = dim // 2
     index = torch.arange(half, dtype=torch.float64, device=timesteps.device)
-    angles = timesteps.double()[:, None] * torch.exp(-math.log(1e4) * index / (half - 1 if released else half))
-    order = (angles.sin(), angles.cos()) if released else (angles.cos(), angles.sin())
+    rates = torch.exp(-math.log(1e4) * index / (half if embedding == "paper" else half - 1))
+    angles = timesteps.double()[:, None] * rates
+    order = (angles.sin(), angles.cos()) if embedding == "released" else (angles.cos(), angles.sin())
     return torch.cat(order, dim=-1).to(dtype)
-
-
-def sincos_positions(grid_size: tuple[int, int], dim: int) -> Tensor:
-    """MAE's fixed positions, fp32 [H·W, dim]: of each patch sines and cosines of its column, then of its row, with
-    frequencies 1e4^(-4i/dim)."""
-    rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid_size)
-    omega = 1e4 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-
-    def features(places: Tensor) -> Tensor:
-        angles = places.flatten()[:, None] * omega
-        return torch.cat([angles.sin(), angles.cos()], dim=1)  # [H·W, dim / 2]
-
-    return torch.cat(
-        [features(columns.repeat(len(rows), 1)), features(rows[:, None].repeat(1, len(columns)))], 1
-    ).float()
 
 
 class TimestepEmbedder(nn.Module):
@@ -39,13 +28,13 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         D = config.hidden_size
-        self.released = config.embedding == "released"
-        self.features, hidden = (D, 2 * D) if self.released else (256, D)
+        self.embedding = config.embedding
+        self.features, hidden = (D, 2 * D) if config.embedding == "released" else (256, D)
         self.mlp = nn.Sequential(nn.Linear(self.features, hidden), nn.SiLU(), nn.Linear(hidden, D))
 
     def forward(self, timesteps: Tensor) -> Tensor:
         dtype = next(self.parameters()).dtype
-        features = timestep_features(timesteps, self.features, self.released, dtype)
+        features = timestep_features(timesteps, self.features, self.embedding, dtype)
         return self.mlp(features)  # [R, D]
 
 

@@ -23,7 +23,7 @@ def forward_flops(
     else:
         decoder = vit_block(width, wide_hidden, [extra + min(config.num_cls, 1) + length for length in whole])
 
-    features, t_hidden = (256, D) if config.embedding == "paper" else (D, 2 * D)
+    features, t_hidden = (D, 2 * D) if config.embedding == "released" else (256, D)
     condition = features * t_hidden + t_hidden * D if config.embedding != "none" else 0
     if config.adaLN:
         tables, rank = sum(config.modulation_widths), config.adaLN_rank
@@ -65,7 +65,7 @@ def diffmae_decoder_flops(config: DiffMAEConfig, keep: tuple[int, ...]) -> int:
         "cross": cross + sum(masked) * 2 * D * hidden,
         "cross_self": cross + vit_block(D, hidden, masked),
     }[config.decoder]
-    features, t_hidden = (256, D) if config.embedding == "paper" else (D, 2 * D)
+    features, t_hidden = (D, 2 * D) if config.embedding == "released" else (256, D)
     time = len(keep) * (features * t_hidden + t_hidden * D)
     ends = sum(masked) * D * (config.patch_dim + (config.target_size or config.patch_dim))
     return 2 * (time + ends + config.decoder_depth * block)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from umd import ops
 from umd.blocks import Block, Blocks, CrossAttention, Memory, Tables, initialize_blocks
 from umd.config import ModelConfig
-from umd.embedders import LabelEmbedder, TimestepEmbedder, lecun_normal, sincos_positions
+from umd.embedders import LabelEmbedder, TimestepEmbedder, lecun_normal
 from umd.errors import UserError
 from umd.layers import Linear, residual
 from umd.masking import Layout, layout
 from umd.modulation import build_modulation
+from umd.positions import sincos_positions
 from umd.schedule import edm_sigma
 from umd.spans import span
 
@@ -92,6 +93,8 @@ class UMD(nn.Module):
             lecun_normal(self.t_embedder)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+            if self.config.outputs == "edm":
+                nn.init.zeros_(self.y_embedder.embedding_table.weight[-1])
             lecun_normal(self.y_embedder)
         if self.adaLN_modulation is not None:  # the zero of adaLN-zero: every block starts as the identity
             self.adaLN_modulation.zero()
@@ -236,10 +239,7 @@ class UMD(nn.Module):
     def modulation(self, tables: Callable[[int], Tensor]) -> tuple[Iterator[tuple[Tensor, ...]], ...]:
         """Of encoder and decoder, from what makes each block's tables side by side: [R, 6·D], the last [R, 2·D]."""
         config, count = self.config, len(self.config.modulation_widths)
-        if self.decoder is None:
-            first = count  # the encoder has them all
-        else:
-            first = config.depth + (self.decoder_embed is not None)
+        first = count if self.decoder is None else config.depth + (self.decoder_embed is not None)  # of the decoder
 
         def block(i: int) -> tuple[Tensor, ...]:
             return tables(i).split(config.hidden_size if i < first else config.decoder_width, dim=1)
@@ -287,7 +287,7 @@ class UMD(nn.Module):
         return batch, patches, torch.arange(B * L, device=x.device)
 
     def input_scale(self, timesteps: Tensor) -> Tensor:
-        """What x_t is multiplied by before the network sees it, fp64 [B] at model times [B]: 1, but for EDM's c_in/√ᾱ."""
+        """What the network's input is x_t multiplied by, fp64 [B] at model times [B]: 1; of EDM c_in/√ᾱ."""
         if self.config.outputs != "edm":
             return timesteps.new_ones(timesteps.shape, dtype=torch.float64)
         sigma = edm_sigma(timesteps)

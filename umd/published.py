@@ -9,7 +9,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from umd.config import ModelConfig
+from umd.config import ClassifierConfig, ModelConfig, ViTConfig
 from umd.errors import UserError
+from umd.hugging_face import dit_state, mae_state, read_config
+from umd.methods import build_model
 from umd.model import UMD
 from umd.peers import DIT, MAE, MASKDIT
 
@@ -80,7 +82,7 @@ def row(name: str) -> Link:
     return Link(name, lambda a: a[0], lambda a: a[None])
 
 
-def patch_kernel(name: str, config: ModelConfig) -> Link:
+def patch_kernel(name: str, config: ViTConfig) -> Link:
     """The convolution that cuts into patches: [D, C, P, P] there, [D, C·P·P] here."""
     P = config.patch_size
     return Link(name, lambda a: a.flatten(1), lambda a: a.unflatten(1, (-1, P, P)).contiguous())
@@ -145,7 +147,7 @@ def maskdit_links(config: ModelConfig) -> dict[str, Link]:
     return {name: Link(f"model.{link.theirs}", link.to_ours, link.to_theirs) for name, link in links.items()}
 
 
-def mae_links(config: ModelConfig) -> dict[str, Link]:
+def mae_links(config: ModelConfig | ClassifierConfig) -> dict[str, Link]:
     """facebookresearch/mae. Its tables of positions begin with a row of zeros, for the CLS token."""
 
     def behind_cls(name: str) -> Link:
@@ -160,7 +162,7 @@ def mae_links(config: ModelConfig) -> dict[str, Link]:
     }
     for i in range(config.depth):
         links |= block_links(f"encoder.layers.{i}", f"blocks.{i}", norms=True)
-    if not config.decoder_depth:
+    if not isinstance(config, ModelConfig) or not config.decoder_depth:
         return links
     links |= {
         "mask_token": Link("mask_token", lambda a: a[0, 0], lambda a: a[None, None]),
@@ -174,7 +176,7 @@ def mae_links(config: ModelConfig) -> dict[str, Link]:
     return links
 
 
-def take(state: State, links: Mapping[str, Link], config: ModelConfig, source: str) -> State:
+def take(state: State, links: Mapping[str, Link], config: ModelConfig | ClassifierConfig, source: str) -> State:
     """Our state dict from theirs.
 
     Raises:
@@ -187,7 +189,7 @@ def take(state: State, links: Mapping[str, Link], config: ModelConfig, source: s
             some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise UserError(f"this is not {source}, or not all of it: it {what} {some}")
     with torch.device("meta"):
-        expected = UMD(config).state_dict()
+        expected = build_model(config).state_dict()
     ours = {}
     for name, link in links.items():
         try:
@@ -286,3 +288,69 @@ def from_mae(state: State, num_heads: int = 0, decoder_num_heads: int = 0) -> tu
             head = UMD(config).head.state_dict()
         ours |= {f"head.{name}": torch.zeros_like(value) for name, value in head.items()}
     return config, ours
+
+
+def from_mae_classifier(state: State, num_heads: int = 0) -> tuple[ClassifierConfig, State]:
+    """Classifier and weights from a fine-tuned model of facebookresearch/mae. Raises UserError as `take`."""
+    source = "a fine-tuned MAE of facebookresearch"
+    fields = vit_fields(state, "patch_embed.proj.weight", "pos_embed", "blocks", 1, num_heads, source)
+    norm = "fc_norm" if "fc_norm.weight" in state else "norm"
+    config = ClassifierConfig(
+        **fields, num_cls=1, gelu="exact", pool="mean_norm" if norm == "fc_norm" else "cls",
+        num_classes=shape_of(state, "head.weight", 2, source)[0],
+    )  # fmt: skip
+    ours = take(state, mae_links(config) | layer("encoder.norm", norm) | layer("head", "head"), config, source)
+    ours["cls_token"] = ours["cls_token"] + state["pos_embed"][0, :1]
+    return config, ours
+
+
+def load_published(
+    kind: str, path: Path, num_heads: int = 0
+) -> tuple[ModelConfig | ClassifierConfig, dict[str, State], bool]:
+    """Network, its weights as {"model": …, "ema": … where there is one}, and whether MAE's target was normalised.
+
+    kind: dit, mae or maskdit. path: the authors' checkpoint; or a folder of diffusers (dit) or transformers (mae).
+
+    Raises:
+        UserError: nothing there, damaged, with code in it, or another network than it should be.
+    """
+    if path.is_dir():
+        return from_folder(kind, path)
+    found = read_weights(path)
+    take_state = {"dit": from_dit, "maskdit": from_maskdit, "mae": from_mae}[kind]
+    if kind == "mae" and "head.weight" in weights_of(found, "model"):
+        take_state = from_mae_classifier  # type: ignore[assignment]
+    config, model = take_state(weights_of(found, "model", "ema"), num_heads)
+    tensors = {"model": model}
+    if isinstance(found.get("ema"), Mapping):
+        tensors["ema"] = take_state(weights_of(found, "ema"), num_heads)[1]
+    options = found.get("args")
+    return config, tensors, bool(getattr(options, "norm_pix_loss", False))
+
+
+def from_folder(kind: str, folder: Path) -> tuple[ModelConfig, dict[str, State], bool]:
+    """As `load_published`, of a folder that save_pretrained wrote."""
+    if kind == "maskdit":
+        raise UserError(f"{folder} is a folder; MaskDiT's weights are a .pt file")
+    if kind == "dit":
+        folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+        config = read_config(folder, "DiTTransformer2DModel")
+        state = dit_state(weights_of(read_weights(weight_file(folder, "diffusion_pytorch_model"))), config)
+        model, ours = from_dit(state, config["num_attention_heads"])
+        return replace(model, embedding="diffusers"), {"model": ours}, False
+    config = read_config(folder, "ViTMAE")
+    state = mae_state(weights_of(read_weights(weight_file(folder, "model"))))
+    heads = config["num_attention_heads"], config["decoder_num_attention_heads"]
+    model, ours = from_mae(state, *heads)
+    return replace(model, norm_eps=config["layer_norm_eps"]), {"model": ours}, bool(config.get("norm_pix_loss"))
+
+
+def weight_file(folder: Path, name: str) -> Path:
+    """The one file of weights in a folder. Raises UserError if there is none, or they are split over several."""
+    files = [folder / f"{name}.safetensors", folder / f"{name}.bin", folder / "pytorch_model.bin"]
+    for file in files:
+        if file.is_file():
+            return file
+    if any(folder.glob("*.index.json")):
+        raise UserError(f"{folder} keeps its weights in several files; save it as one (max_shard_size='20GB')")
+    raise UserError(f"{folder} has no {files[0].name} and no {files[1].name}")

@@ -1,4 +1,4 @@
-"""DiT, MAE and MaskDiT as their authors run them, and here from their weights (tests/data/README.md): the same numbers."""
+"""DiT, MAE and MaskDiT run by their authors' code, and here with its weights: the same numbers (tests/data)."""
 
 import json
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_dit_outputs(dit, monkeypatch):
     _, *parts = build(config, state).denoise(x, t, y)
     theirs.check(torch.cat(parts, 1), "out")
     theirs_of_t = theirs["timestep_embedding_256"]  # made in float32, in float64's computation too
-    torch.testing.assert_close(timestep_features(t - 1, 256, False, torch.float32), theirs_of_t, rtol=0, atol=5e-5)
+    torch.testing.assert_close(timestep_features(t - 1, 256, "paper", torch.float32), theirs_of_t, rtol=0, atol=5e-5)
     monkeypatch.setattr("umd.embedders.timestep_features", lambda *_: theirs_of_t.double())
     _, *parts = build(config, state, torch.float64).denoise(x.double(), t, y)
     theirs.check(torch.cat(parts, 1), "out_f64", 1e-11)
@@ -216,3 +216,63 @@ def test_out_again_no_bit_is_lost(name):
     assert back.keys() == theirs.state.keys()
     for key, value in back.items():
         assert torch.equal(value, theirs.state[key]), key
+
+
+@pytest.fixture(scope="module")
+def vit_mae(tmp_path_factory):
+    """transformers' own network with MAE's random weights, and the folder it writes."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, image_size=16, patch_size=4,
+        decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=4,
+        decoder_intermediate_size=128, norm_pix_loss=True, mask_ratio=0.75,
+    )  # fmt: skip
+    model = transformers.ViTMAEForPreTraining(config).eval()
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in random_weights(model.state_dict()).items()})
+    folder = tmp_path_factory.mktemp("vit_mae")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def random_weights(state):
+    rng = np.random.default_rng(0)
+    return {
+        name: tensor.numpy() if "pos" in name else weight(name, tuple(tensor.shape), rng).astype(np.float32)
+        for name, tensor in state.items()
+    }
+
+
+def test_transformers_vit_mae(vit_mae):
+    theirs, folder = vit_mae
+    config, tensors, norm_pix = published.load_published("mae", folder)
+    assert norm_pix and config.norm_eps == 1e-12
+    model = build(config, tensors["model"])
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(1))
+    out = theirs(pixel_values=x, noise=noise)
+    ids = ids_keep_from_noise(noise, (4,) * 4)
+    objective = build_objective(config, ObjectiveConfig(no_noise_prob=1, norm_pix=True), NoiseSchedule("cosine"))
+    c = objective.corruption(torch.zeros(0, dtype=torch.int64), ids, torch.zeros(0, dtype=torch.int64), clean=4)
+    loss, _ = objective(model, x, c)
+    torch.testing.assert_close(loss, out.loss, rtol=1e-5, atol=1e-6)
+
+
+def test_diffusers_dit(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        num_embeds_ada_norm=10, norm_eps=1e-6,
+    ).eval()  # fmt: skip
+    weights = random_weights(theirs.state_dict())
+    for name in weights:  # one embedding for all blocks, as the published
+        if ".norm1.emb." in name:
+            weights[name] = weights[name.replace("blocks.1.", "blocks.0.")]
+    theirs.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
+    theirs.save_pretrained(tmp_path / "transformer")
+    config, tensors, _ = published.load_published("dit", tmp_path)
+    x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t, y = torch.tensor([0, 17, 500, 999]), torch.tensor([0, 3, 9, 10])
+    with torch.no_grad():
+        expected = theirs(x, timestep=t, class_labels=y).sample
+        _, *parts = build(config, tensors["model"]).denoise(x, t + 1, y)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=2e-5, atol=2e-5)
