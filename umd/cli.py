@@ -258,6 +258,15 @@ def transfer(arguments: list[str]) -> None:
     transfer_run(run, folder, parse(Transfer, f"transfer {run} {folder}", rest), read_config(run), console)
 
 
+def export(arguments: list[str]) -> None:
+    from umd.train.export import Export
+    from umd.train.export import export as export_run
+    from umd.train.run import read_config
+
+    options: Export = parse(Export, "export", arguments)
+    export_run(options, read_config(options.run), console)
+
+
 def encode_latents(arguments: list[str]) -> None:
     from umd.train.encode import EncodeLatents, encode
 
@@ -372,6 +381,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "transfer": (transfer, "few-shot accuracy on other sets of pictures, a folder each"),
     "report": (report, "write the report page of a demo again"),
     "import": (import_weights, "published weights of DiT, MAE, MaskDiT, or the UMD authors' (small-vision)"),
+    "export": (export, "a run for timm, transformers, diffusers, the Hugging Face hub, or small-vision"),
     "bench": (bench, "measure a training step or its data; audit kernels without a GPU"),
     "doctor": (doctor, "what this machine will really use, and how to get what is missing"),
 }

@@ -159,3 +159,10 @@ def to_vit_mae(state: State) -> State:
         return theirs + name.removeprefix(ours)
 
     return split_qkv(state, rename)
+
+
+def to_vit(state: State) -> State:
+    """timm's names (an encoder whose CLS token has no position) as ViTModel's."""
+    positions = state["pos_embed"]
+    positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    return {name.removeprefix("vit."): value for name, value in to_vit_mae(state | {"pos_embed": positions}).items()}

@@ -147,21 +147,27 @@ def maskdit_links(config: ModelConfig) -> dict[str, Link]:
     return {name: Link(f"model.{link.theirs}", link.to_ours, link.to_theirs) for name, link in links.items()}
 
 
-def mae_links(config: ModelConfig | ClassifierConfig) -> dict[str, Link]:
-    """facebookresearch/mae. Its tables of positions begin with a row of zeros, for the CLS token."""
-
-    def behind_cls(name: str) -> Link:
-        return Link(name, lambda a: a[0, 1:], lambda a: torch.cat([a.new_zeros(1, a.shape[1]), a])[None])
-
+def vit_links(config: ViTConfig) -> dict[str, Link]:
+    """timm's VisionTransformer without a head, CLS tokens without positions."""
     links = {
         "cls_token": row("cls_token"),
-        "pos_embed": behind_cls("pos_embed"),
+        "pos_embed": row("pos_embed"),
         "x_embedder.weight": patch_kernel("patch_embed.proj.weight", config),
         "x_embedder.bias": same("patch_embed.proj.bias"),
         **layer("encoder.norm", "norm"),
     }
     for i in range(config.depth):
         links |= block_links(f"encoder.layers.{i}", f"blocks.{i}", norms=True)
+    return links
+
+
+def mae_links(config: ModelConfig | ClassifierConfig) -> dict[str, Link]:
+    """facebookresearch/mae. Its tables of positions begin with a row of zeros, for the CLS token."""
+
+    def behind_cls(name: str) -> Link:
+        return Link(name, lambda a: a[0, 1:], lambda a: torch.cat([a.new_zeros(1, a.shape[1]), a])[None])
+
+    links = vit_links(config) | {"pos_embed": behind_cls("pos_embed")}
     if not isinstance(config, ModelConfig) or not config.decoder_depth:
         return links
     links |= {
