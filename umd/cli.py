@@ -258,6 +258,17 @@ def transfer(arguments: list[str]) -> None:
     transfer_run(run, folder, parse(Transfer, f"transfer {run} {folder}", rest), read_config(run), console)
 
 
+def embed(arguments: list[str]) -> None:
+    from umd.train.embed import Embed
+    from umd.train.embed import embed as embed_run
+    from umd.train.run import at_size, read_config
+
+    run, rest = take_path(arguments, "embed", "RUN")
+    source, rest = take_path(rest, f"embed {run}", "SOURCE")
+    options: Embed = parse(Embed, f"embed {run} {source}", rest)
+    embed_run(run, source, options, at_size(read_config(run), options.image_size), console)
+
+
 def export(arguments: list[str]) -> None:
     from umd.train.export import Export
     from umd.train.export import export as export_run
@@ -378,6 +389,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "inpaint": (inpaint, "fill a hole in pictures"),
     "probe": (probe, "few-shot accuracy of the representation, beside its floors"),
     "evaluate": (evaluate, "FID and its kin of samples, and probes of the representation, in one table"),
+    "embed": (embed, "the representation of pictures as .npz and Parquet"),
     "transfer": (transfer, "few-shot accuracy on other sets of pictures, a folder each"),
     "report": (report, "write the report page of a demo again"),
     "import": (import_weights, "published weights of DiT, MAE, MaskDiT, or the UMD authors' (small-vision)"),
