@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def embed(run: Path, source: Path, options: Embed, config: RunConfig, console: C
     out = out.with_suffix("") if out.suffix in (".npz", ".parquet") else out
     out.parent.mkdir(parents=True, exist_ok=True)
     config = replace(config, data=replace(config.data, source=str(source), holdout=0.0))
-    found = [dataset for split in ("train", "test") if len(dataset := open_dataset(config.data, split))]  # type: ignore[arg-type]
+    found = [part for part in (open_dataset(config.data, "train"), open_dataset(config.data, "test")) if len(part)]
     weights = weights_identity(run, options.ema)
     model, device, dtype = open_run(config, options.ema, weights["step"])
     recipe, zoom = probe_recipe(config, weights, device, dtype), published_zoom(config)
@@ -74,8 +75,8 @@ def all_of(dataset: Dataset) -> np.ndarray:
 
 def names_in(dataset: Dataset, splits: bool) -> list[str]:
     """A name for each picture: its file's, or its number; of several splits the split in front of it."""
-    pictures = getattr(dataset, "pictures", None)
-    numbered = pictures is None or isinstance(pictures, np.ndarray | Rows)
+    pictures: Sequence[Any] = getattr(dataset, "pictures", range(0))
+    numbered = isinstance(pictures, np.ndarray | Rows | range)
     names = map(str, range(len(dataset)) if numbered else pictures)
     return [f"{dataset.split}/{name}" for name in names] if splits and numbered else list(names)
 

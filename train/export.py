@@ -27,6 +27,7 @@ from umd.config import ModelConfig
 from umd.convert import to_small_vision
 from umd.errors import UserError
 from umd.hugging_face import to_vit, to_vit_mae
+from umd.methods import kind_of
 from umd.model import UMD
 from umd.published import give, mae_links, vit_links
 from umd.train.evaluate import schedule_of
@@ -65,7 +66,7 @@ def export(options: Export, config: RunConfig, console: Console) -> None:
         raise UserError(f"{folder} is there already; give another --out, or remove it")
     model = load_model(options.run, options.ema, image_size=options.image_size)
     if not isinstance(model, UMD):
-        raise UserError(f"{options.run} holds a {config.model.kind}; what is exported is a UMD, DiT, MAE or MaskDiT")
+        raise UserError(f"{options.run} holds a {kind_of(config.model)}; a UMD, DiT, MAE or MaskDiT can be exported")
     made = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)

@@ -18,6 +18,7 @@ from umd.config import (
 from umd.convert import from_small_vision, load_small_vision
 from umd.errors import UserError
 from umd.published import load_published
+from umd.schedule import ScheduleName
 from umd.train.data import DataConfig
 from umd.train.optim import OptimConfig
 from umd.train.run import RunConfig, write_config
@@ -54,6 +55,7 @@ def import_run(options: Import, console: Console) -> None:
     out = options.out
     if (out / "config.yaml").exists() or (out / "checkpoints").exists():
         raise UserError(f"{out} holds a run already; give another --out")
+    model: ModelConfig | ClassifierConfig
     norm_pix = False
     if options.kind == "small-vision":
         model, state = from_small_vision(load_small_vision(options.path))
@@ -77,7 +79,7 @@ def imported_config(model: ModelConfig | ClassifierConfig, out: Path, norm_pix: 
     """The run that such a network is of: its process and objective as published; optimiser and data are defaults."""
     if isinstance(model, ClassifierConfig):
         return RunConfig(out=out, model=model, objective=ClassifierObjectiveConfig())
-    kinds: dict[str, tuple[ObjectiveConfig, str]] = {
+    kinds: dict[str, tuple[ObjectiveConfig, ScheduleName]] = {
         "x_start_eps": (ObjectiveConfig(), "cosine" if model.channels in (1, 3) else "linear"),
         "x_start": (ObjectiveConfig(no_noise_prob=1.0, norm_pix=norm_pix), "cosine"),
         "eps": (ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.0), "linear"),
@@ -95,9 +97,9 @@ def imported_config(model: ModelConfig | ClassifierConfig, out: Path, norm_pix: 
 def what_next(config: RunConfig) -> str:
     """Commands that make sense of the imported network."""
     run, model = config.out, config.model
-    if isinstance(model, ClassifierConfig):
-        return f"umd probe {run} --data.source PICTURES"
+    if not isinstance(model, ModelConfig):
+        return f"umd probe {run}"
     if model.outputs == "x_start":
-        return f"umd probe {run} --data.source PICTURES; umd finetune {run} --task classify --data.source PICTURES"
+        return f"umd probe {run}; umd finetune {run} --task classify"
     vae = "" if model.channels in (1, 3) else " --vae stabilityai/sd-vae-ft-ema"
-    return f"umd sample {run}{vae}; umd finetune {run} --data.source …; umd evaluate {run}"
+    return f"umd sample {run}{vae}; umd finetune {run}; umd evaluate {run}"

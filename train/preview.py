@@ -81,7 +81,8 @@ def with_moments_of(x_start: Tensor, predicted: Tensor, patch_size: int) -> Tens
     [B, C, H, W] both."""
     target, patches = (ops.patchify(x, patch_size) for x in (x_start, predicted))
     variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-    return ops.unpatchify(patches * (variance + 1e-6).sqrt() + mean, tuple(x_start.shape[2:]), patch_size)
+    H, W = x_start.shape[2:]
+    return ops.unpatchify(patches * (variance + 1e-6).sqrt() + mean, (H, W), patch_size)
 
 
 @torch.no_grad()

@@ -283,7 +283,7 @@ def at_size(config: RunConfig, image_size: tuple[int, int] | None) -> RunConfig:
         return config
     if not isinstance(config.model, ModelConfig):
         raise UserError("another image size is for a UMD; leave it out")
-    return replace(config, model=replace(config.model, image_size=tuple(image_size)))
+    return replace(config, model=replace(config.model, image_size=image_size))
 
 
 def finetune_config(pretrained: RunConfig, init: Path, num_classes: int, out: Path) -> RunConfig:

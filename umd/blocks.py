@@ -41,11 +41,14 @@ class ModulatedLayerNorm(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(r, y): r = x + gate·h [N, D] in x's type, y = LN(r)·(1 + scale) + shift [N, D] in that of the products."""
         if branch is None:
-            tables = shift, scale, self.weight, self.bias
-            return x, ops.modulated_layer_norm(x, packing, *tables, self.eps, dtype=ops.products_dtype(x))
+            y = ops.modulated_layer_norm(
+                x, packing, shift, scale, self.weight, self.bias, self.eps, dtype=ops.products_dtype(x)
+            )
+            return x, y
         h, h_bias, gate = branch
-        tables = gate, shift, scale, self.weight, self.bias
-        return ops.gated_residual_layer_norm(x, h, packing, *tables, self.eps, h_bias=h_bias)
+        return ops.gated_residual_layer_norm(
+            x, h, packing, gate, shift, scale, self.weight, self.bias, self.eps, h_bias=h_bias
+        )
 
 
 class Attention(nn.Module):
@@ -99,12 +102,12 @@ class Mlp(nn.Module):
         super().__init__()
         self.exact = exact
         self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim) if exact else GeluLinear(hidden, dim)
+        self.fc2 = GeluLinear(hidden, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(h [N, D], the bias in it that has yet to get its gradient)."""
         if self.exact:
-            return self.fc2.split(F.gelu(self.fc1(x)))
+            return Linear.split(self.fc2, F.gelu(self.fc1(x)))
         if ops.gelu_in_products():
             h, a = self.fc1.with_gelu(x)
             return self.fc2.split(h, gelu=a)

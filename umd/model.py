@@ -159,8 +159,8 @@ class UMD(nn.Module):
             x = self.fill(tokens, ids_keep, batch)  # [S·(1 + L), D]
             if self.config.decoder == "cross":
                 return self.decode_cross(x, tokens, batch, cond, decoder_mod, ids_predict)
-            cond = cond if self.config.cond_tokens else None
-            x = self.decoder(x, batch.decoder_blocks, decoder_mod, cond)  # same shape
+            token = cond if self.config.cond_tokens else None
+            x = self.decoder(x, batch.decoder_blocks, decoder_mod, token)  # same shape
             if self.config.num_cls:
                 _, x = ops.split_tokens(x, 1, batch.decoder)  # [S·L, D]
         with span("head"):
