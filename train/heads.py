@@ -77,7 +77,7 @@ def measured(
         dataset = open_dataset(config.data, "train")
     device = next(network.parameters()).device
     chosen = np.linspace(0, len(dataset) - 1, min(PICTURES, len(dataset))).astype(int)
-    labelled = network.config.num_classes > 0 and dataset.labels is not None
+    known = dataset.labels if network.config.num_classes > 0 else None
     times = head_times(schedule.num_steps)
     share = share_of(len(chosen), rank, size)
     products = torch.zeros(len(times), 3, dtype=torch.float64)
@@ -85,7 +85,7 @@ def measured(
     for first in range(share.start, share.stop, CALL):
         indices = chosen[first : min(first + CALL, share.stop)]
         x = center_view(dataset, indices, config.data).to(device)
-        labels = torch.from_numpy(dataset.labels[indices]).long().to(device) if labelled else None
+        labels = None if known is None else torch.from_numpy(known[indices]).long().to(device)
         products += head_products(denoise, x, schedule, times, labels, first_sample=first)
     return products, {"pictures": len(chosen), "split": dataset.split}
 
@@ -114,7 +114,8 @@ def keep_heads(run: "Run", log: RunLog | NoLog) -> None:
     config, world, objective = run.config, run.world, run.objective
     if not isinstance(objective, Objective) or objective.config.no_noise_prob == 1:
         return  # a classifier or DiffMAE, or a network that never saw noise
-    reason, products, about = "", None, {}
+    reason, products = "", None
+    about: dict[str, Any] = {}
     with run.parallel.averaged(run.ema) as network:
         assert isinstance(network, UMD), "an Objective's network"
         try:
