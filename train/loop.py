@@ -29,6 +29,7 @@ from umd.spans import span
 from umd.train.classify import open_held_out
 from umd.train.data import ImageDataset, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import World, join
+from umd.train.heads import keep_heads
 from umd.train.latents import LatentDataset, with_vae
 from umd.train.log import NoLog, RunLog
 from umd.train.monitor import Distance, Rate, draw, evaluate, shower
@@ -371,6 +372,7 @@ def end(run: Run, log: RunLog | NoLog, stop: StopRequest, stopped: bool, before:
         raise SystemExit(128 + reason)
     if run.config.draws and run.number > before:
         draw(run, log)
+        keep_heads(run, log)
     if run.config.evaluate_minutes and run.number > before:
         evaluate(run, log)
     log.progress(1.0)

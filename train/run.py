@@ -96,7 +96,7 @@ class RunConfig:
     """Record 3 steps after the first 12: where their time goes, to profile/ in the folder of the run."""
     draw_minutes: float = 60
     """Minutes of training between pictures of reconstructions (and samples, with labels), or for a classifier between
-    its scores on the held-out pictures; the last step always has them. 0: never."""
+    its scores on the held-out pictures; the last step always has them, and a UMD's two heads weighed. 0: never."""
     draw_every: int | None = None
     """Steps between pictures, instead of minutes; 0: never."""
     evaluate_minutes: float = 0

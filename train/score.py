@@ -43,12 +43,13 @@ from umd.train.reference import (
     stored_pictures,
 )
 from umd.train.run import RunConfig, weights_identity
-from umd.train.sample import Drawer, check_classes, clips, default_steps, draw_recipe, drawn_labels
+from umd.train.sample import Drawer, check_classes, drawn_labels
+from umd.train.sampling import Sampling, clips, draw_recipe
 from umd.train.shards import Advance, Job, others_work, share
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Sampling):
     """Score a run: samples against real pictures (Fréchet and kernel distances, Inception Score, precision, recall) and
     the representation (few-shot and linear probe, nearest neighbours). Writes scores.json and scores.md into the run;
     the defaults are the paper's. The same command goes on after a stop; under torchrun each rank does its share."""
@@ -57,10 +58,6 @@ class Evaluate:
     """Samples."""
     cfg_scale: tuple[float, ...] = (1.0, 1.5)
     """Guidance, scored one by one; 1: none. Of a run without labels only 1."""
-    steps: int | None = None
-    """DDIM steps; default the paper's: 125 for pixels, 250 for latents."""
-    eta: float = 1.0
-    """Noise of DDIM: 1 as in the paper, 0 deterministic."""
     seed: int = 0
     """Of the samples."""
     balanced: bool = False
@@ -95,8 +92,6 @@ class Evaluate:
     """Let a class with fewer images give all it has."""
     linear: bool = True
     """Also the linear probe and nearest neighbours, which read every training picture."""
-    capture: Literal["auto", "on", "off"] = "auto"
-    """Replay a denoising step as one CUDA graph; auto: on a GPU, of more than a few steps."""
 
     def __post_init__(self) -> None:
         for name in ("count", "batch", "shots"):
@@ -115,7 +110,7 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
         console.print(f"{what} is left out: {reason}", highlight=False)
     if len(left_out) == 2:
         raise UserError(f"nothing is left to score in {run}")
-    generation = None if "generation" in left_out else Generation(config, options)
+    generation = None if "generation" in left_out else Generation(config, options, console)
     probe = Probe(shots=options.shots, allow_fewer=options.allow_fewer, linear=options.linear)
     recognition = None if "recognition" in left_out else Recognition(config, probe)
     jobs = [job for part in (generation, recognition) if part is not None for job in part.jobs()]
@@ -159,7 +154,7 @@ def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
 class Generation:
     """Samples of a run at each guidance, and what they are measured against."""
 
-    def __init__(self, config: RunConfig, options: Evaluate):
+    def __init__(self, config: RunConfig, options: Evaluate, console: Console):
         classes = check_classes(config, (), options.balanced)
         self.config, self.options = config, options
         weights = weights_identity(config.out, options.ema)  # a run that still trains may save others meanwhile
@@ -169,14 +164,14 @@ class Generation:
         self.check_count(options.count, "samples", f"give --count {self.network.num_features} or more")
         factor = 1 if self.tokenizer is None else self.tokenizer.vae.factor
         self.size = [side * factor for side in config.model.image_size]
-        self.steps = default_steps(config) if options.steps is None else options.steps
+        self.predict, self.heads = options.prediction(config, weights, self.model, self.dtype, console)
         self.root = config.out / "features"
         self.labels = drawn_labels(classes, options.count, options.balanced, options.seed) if classes else None
         order = "none" if not classes else "in turn" if options.balanced else "at random"
         self.recipes = [
             draw_recipe(
-                config, weights, self.device, self.dtype, self.tokenizer, options.count, classes=classes,
-                order=order, cfg_scale=cfg_scale, steps=self.steps, eta=options.eta, seed=options.seed,
+                config, weights, self.device, self.dtype, self.tokenizer, options.count, options, classes=classes,
+                order=order, cfg_scale=cfg_scale, seed=options.seed, predict=self.predict, heads=self.heads,
             )
             for cfg_scale in (options.cfg_scale if classes else (1.0,))
         ]  # fmt: skip
@@ -247,9 +242,11 @@ class Generation:
     def drawer(self, cfg_scale: float) -> Drawer:
         options = self.options
         return Drawer(
-            self.model, evaluate.schedule_of(self.config.schedule), self.labels, options.count, num_steps=self.steps,
-            cfg_scale=cfg_scale, eta=options.eta, seed=options.seed, clip=clips(self.config, self.tokenizer),
-            dtype=self.dtype, batch=options.batch, capture=options.capture, tokenizer=self.tokenizer,
+            self.model, evaluate.schedule_of(self.config.schedule), self.labels, options.count,
+            num_steps=options.steps_of(self.config), cfg_scale=cfg_scale, eta=options.eta, seed=options.seed,
+            clip=clips(self.config, self.tokenizer), dtype=self.dtype, batch=options.batch, capture=options.capture,
+            tokenizer=self.tokenizer, sampler=options.sampler, predict=self.predict, heads=self.heads,
+            guidance=options.guidance,
         )  # fmt: skip
 
     def drawn(self, drawer: Any, first: int, last: int, advance: Advance) -> bytes:
@@ -353,8 +350,8 @@ def columns(entries: list[dict[str, Any]]) -> list[str]:
     rows = {
         "samples": [f"{s['count']}{' †' * e['few']}" for s, e in zip(drawn, entries, strict=True)],
         "labels": [s["labels"] for s in drawn],
-        "guidance": ["none" if s["cfg_scale"] == 1 else f"{s['cfg_scale']:g}" for s in drawn],
-        "sampler": [f"{s['sampler']}, {s['steps']} steps, η {s['eta']:g}" for s in drawn],
+        "guidance": [guidance_of(s) for s in drawn],
+        "sampler": [sampler_of(s) for s in drawn],
         "weights": [f"step {s['weights']['step']}{', EMA' * (s['weights']['part'] == 'ema')}" for s in drawn],
     }
     floor = entries[0]["floor"]
@@ -365,6 +362,28 @@ def columns(entries: list[dict[str, Any]]) -> list[str]:
         cells = [number(entry["scores"].get(name)) for entry in entries]
         lines.append(table_row([f"**{name}**", *cells, number(floor.get(name))]))
     return lines
+
+
+def guidance_of(samples: Mapping[str, Any]) -> str:
+    """The guidance of a recipe: its scale, and what is not as usual. Records of earlier versions say less."""
+    if samples["cfg_scale"] == 1:
+        return "none"
+    parts = [f"{samples['cfg_scale']:g}"]
+    if (schedule := samples.get("cfg_schedule", "constant")) != "constant":
+        parts.append(schedule)
+    if "times" in samples and samples["cfg_interval"] != [1, samples["times"]]:
+        parts.append("t {} to {}".format(*samples["cfg_interval"]))
+    if samples.get("cfg_channels"):
+        parts.append(f"{samples['cfg_channels']} channels")
+    return ", ".join(parts)
+
+
+def sampler_of(samples: Mapping[str, Any]) -> str:
+    parts = [f"{samples['sampler']}, {samples['steps']} steps"]
+    if samples["eta"] is not None:
+        parts.append(f"η {samples['eta']:g}")
+    heads = {"x_start": "from x̂0", "both": "from both heads"}
+    return ", ".join([*parts, *filter(None, [heads.get(samples.get("predict", "eps"))])])
 
 
 def described(about: Mapping[str, Any]) -> str:
