@@ -10,10 +10,12 @@ import torch
 from umd import published
 from umd.config import ObjectiveConfig
 from umd.embedders import timestep_features
+from umd.guidance import Estimator, Guidance
 from umd.masking import ids_keep_from_noise, layout
 from umd.methods import build_objective
 from umd.model import UMD, edm_denoised
-from umd.ops import patchify, unpatchify
+from umd.ops import ddim_step, patchify, unpatchify
+from umd.sampler import _log_variances
 from umd.schedule import NoiseSchedule, edm_sigma
 
 DATA = Path(__file__).parents[1] / "data"
@@ -275,4 +277,83 @@ def test_diffusers_dit(tmp_path):
     with torch.no_grad():
         expected = theirs(x, timestep=t, class_labels=y).sample
         _, *parts = build(config, tensors["model"]).denoise(x, t + 1, y)
-    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=5e-5, atol=5e-5)
+
+
+def ddim10(theirs, config, state, labels, cfg_scale, clip):
+    """create_diffusion("ddim10") at η = 0: model times 901, 801, …, 1, then the image."""
+    schedule, times = NoiseSchedule("linear"), [*range(901, 0, -100)]
+    estimate = Estimator(
+        build(config, state).denoise, times, schedule, predict="eps", labels=labels, null_label=config.num_classes,
+        cfg_scale=cfg_scale, channels=4, guidance=Guidance(channels=3),
+    )  # fmt: skip
+    x, alphas = theirs["noise"], schedule.alphas_cumprod[[*times, 0]]
+    for i in range(len(times)):
+        zero = torch.zeros((), dtype=torch.float64)
+        moves = [alphas[i], 1 - alphas[i], alphas[i + 1], 1 - alphas[i + 1], zero]
+        found = estimate(estimate.guided[i], x, *(table[i] for table in estimate.tables))
+        coefficients = torch.stack(moves).sqrt().to(x)
+        x, _ = ddim_step(x, found.cond, found.uncond, cfg_scale, coefficients, from_xstart=found.from_xstart, clip=clip)
+    return x
+
+
+def test_dit_samples(dit):
+    """Guided, which there acts on three of four channels, and not."""
+    theirs, config, state = dit
+    with torch.no_grad():
+        guided = ddim10(theirs, config, state, theirs["cfg_y"][:4], float(theirs["cfg_scale"]), clip=False)
+        plain = ddim10(theirs, config, state, theirs["y"], 1.0, clip=True)
+    for ours, name in ((guided, "ddim10_cfg_eta0"), (plain, "ddim10_uncfg_eta0")):
+        expected = theirs[name][:4]  # guided values of random weights reach 200
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * float(expected.abs().max()), err_msg=name)
+
+
+def test_dit_guidance_of_three_channels(dit):
+    theirs, config, state = dit
+    model, scale = build(config, state), float(theirs["cfg_scale"])
+    for i, t in enumerate((theirs["cfg_t"][:4] + 1).tolist()):
+        estimate = Estimator(
+            model.denoise, [t], NoiseSchedule("linear"), predict="eps", labels=theirs["cfg_y"][i : i + 1],
+            null_label=10, cfg_scale=scale, channels=4, guidance=Guidance(channels=3),
+        )  # fmt: skip
+        with torch.no_grad():
+            found = estimate(True, theirs["cfg_x"][i : i + 1], *(table[0] for table in estimate.tables))
+        np.testing.assert_allclose(found.cond[0], theirs["cfg_out"][i, :4], rtol=5e-5, atol=5e-5)
+
+
+def test_dit_steps_of_learned_variance(dit):
+    """`p_mean_variance` of create_diffusion("ddim10") at its steps 3, 6 and 9: x_t's next mean and log variance."""
+    theirs, config, state = dit
+    if config.outputs == "eps":
+        pytest.skip("the variance is not learned")
+    schedule, x, mean = NoiseSchedule("linear"), theirs["x"], theirs["ddim10_p_mean_variance::mean"]
+    for i, step in enumerate(theirs["ddim10_t"].tolist()):
+        if step == 0:
+            continue  # adds no noise
+        now, then = 100 * step + 1, 100 * (step - 1) + 1
+        t = torch.full((1,), now)
+        with torch.no_grad():
+            _, eps, v = build(config, state).denoise(x[i : i + 1], t, theirs["y"][i : i + 1])
+        least, largest = _log_variances(schedule, [now, then])[0].float()
+        log_variance = (v + 1) / 2 * largest + (1 - v) / 2 * least
+        theirs_log = theirs["ddim10_p_mean_variance::log_variance"][i]
+        np.testing.assert_allclose(log_variance[0], theirs_log, rtol=1e-5, atol=1e-5)
+        x_start = schedule.xstart_from_eps(x[i : i + 1], t, eps)
+        alpha, after = schedule.alphas_cumprod[[now, then]].float()
+        beta = 1 - alpha / after
+        expected = (after.sqrt() * beta * x_start + (1 - beta).sqrt() * (1 - after) * x[i : i + 1]) / (1 - alpha)
+        np.testing.assert_allclose(expected[0], mean[i], rtol=5e-5, atol=5e-5)
+
+
+def test_maskdit_guidance(maskdit):
+    theirs, config, state = maskdit
+    model, labels = build(config, state), labels_of(theirs)
+    x, sigma = theirs["x_noisy"], torch.full((4, 1, 1, 1), 2.0)
+    batch, ids = layout(config, (16,) * 4, None, torch.device("cpu")), torch.arange(64)
+    patches, c_noise = patchify(x * (sigma**2 + 0.25).rsqrt(), 2).flatten(0, 1), sigma.flatten().log() / 4
+    with torch.no_grad():
+        cond, uncond = (
+            edm_denoised(x, model.to_images(model(patches, ids, batch, c_noise, y))[0], sigma)
+            for y in (labels, torch.full_like(labels, 10))
+        )
+    np.testing.assert_allclose(uncond + 2 * (cond - uncond), theirs["D_cfg2_eval_sigma2"], rtol=5e-5, atol=5e-5)
