@@ -95,6 +95,7 @@ def heads_of(config: RunConfig, weights: dict[str, Any], network: UMD, dtype: to
 
     Raises UserError where they cannot be: no pictures, or a network of one head.
     """
+    check_two_heads(network)
     file = heads_file(config.out, weights)
     if (heads := read_heads(file)) is not None:
         return heads
@@ -109,11 +110,19 @@ def heads_of(config: RunConfig, weights: dict[str, Any], network: UMD, dtype: to
     return heads
 
 
+def check_two_heads(network: UMD) -> None:
+    """Raise UserError for a network that does not predict x̂0 and ε̂ apart."""
+    if network.config.outputs != "x_start_eps":
+        raise UserError(f"this network predicts {network.config.outputs} alone; leave out --predict both")
+
+
 def keep_heads(run: "Run", log: RunLog | NoLog) -> None:
     """Measure the heads of a run that ends, and keep them beside its checkpoint. All ranks call this together."""
     config, world, objective = run.config, run.world, run.objective
     if not isinstance(objective, Objective) or objective.config.no_noise_prob == 1:
         return  # a classifier or DiffMAE, or a network that never saw noise
+    if objective.model.outputs != "x_start_eps":
+        return  # one head
     reason, products = "", None
     about: dict[str, Any] = {}
     with run.parallel.averaged(run.ema) as network:

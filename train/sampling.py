@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from umd.errors import UserError
 from umd.guidance import Guidance, GuidanceSchedule, Prediction
 from umd.model import UMD
 from umd.sampler import Capture
@@ -63,6 +64,8 @@ class Sampling:
             return ("eps" if heads is None else "both"), heads
         if self.predict == "both":
             return "both", heads_of(config, weights, model, dtype, console)
+        if self.predict not in model.config.heads:
+            raise UserError(f"this network predicts no {self.predict}; leave out --predict {self.predict}")
         return self.predict, None
 
 

@@ -101,6 +101,13 @@ class ModelConfig(ViTConfig):
     the variance of a step (DiT); what EDM's preconditioning makes an image of (MaskDiT)."""
 
     @property
+    def heads(self) -> tuple[str, ...]:
+        """What of x_start and eps is predicted, or follows from what is at every time."""
+        return {"x_start_eps": ("x_start", "eps"), "x_start": ("x_start",), "edm": ("eps", "x_start")}.get(
+            self.outputs, ("eps",)
+        )
+
+    @property
     def out_channels(self) -> int:
         """Channels that the head predicts."""
         return self.channels * (2 if self.outputs in ("x_start_eps", "eps_sigma") else 1)

@@ -305,7 +305,7 @@ def test_dit_samples(dit):
         plain = ddim10(theirs, config, state, theirs["y"], 1.0, clip=True)
     for ours, name in ((guided, "ddim10_cfg_eta0"), (plain, "ddim10_uncfg_eta0")):
         expected = theirs[name][:4]  # guided values of random weights reach 200
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * float(expected.abs().max()), err_msg=name)
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * float(expected.abs().max()), err_msg=name)
 
 
 def test_dit_guidance_of_three_channels(dit):
