@@ -48,6 +48,7 @@ class PeerObjective(Objective):
             )
         if (schedule.name == "edm") != (model.outputs == "edm"):
             raise UserError(f"the output is {model.outputs}, the noise schedule {schedule.name}; edm goes with edm")
+        self.tables = bound_tables(schedule)
 
     def part_names(self) -> tuple[str | None, ...]:
         return {
@@ -89,7 +90,9 @@ class PeerObjective(Objective):
             return dsm + MASKDIT_MAE_WEIGHT * mae, torch.stack([dsm, mae, zero]).detach()
         mse, vb = over(visible, (out[0] - eps) ** 2), zero
         if self.model.outputs == "eps_sigma":
-            vb = over(visible, variational_bound(self.schedule, x0, eps, c.timesteps, *out))
+            if self.tables.device != x0.device:  # copied once: a captured step copies nothing from the host
+                self.tables = self.tables.to(x0.device)
+            vb = over(visible, variational_bound(self.tables, x0, eps, c.timesteps, *out))
         return mse + vb, torch.stack([mse, vb, zero]).detach()
 
     def edm_losses(self, F_x: Tensor, x0: Tensor, eps: Tensor, sigma: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,32 +124,32 @@ def normalized(patches: Tensor) -> Tensor:
     return (patches - mean) * torch.rsqrt(variance + 1e-6)
 
 
+def bound_tables(schedule: NoiseSchedule) -> Tensor:
+    """What `variational_bound` needs to know of each time: float64 [6, T]."""
+    betas, alphas = schedule.betas, schedule.alphas_cumprod
+    before, after = alphas[:-1], alphas[1:]
+    variance = betas * (1 - before) / (1 - after)  # of the true step
+    least = torch.cat([variance[1:2], variance[1:]]).log()  # the first is 0: the second stands in
+    of_x0, of_x_t = betas * before.sqrt() / (1 - after), (1 - before) * (1 - betas).sqrt() / (1 - after)
+    return torch.stack([after.sqrt(), (1 - after).sqrt(), of_x0, of_x_t, least, betas.log()])
+
+
 def variational_bound(
-    schedule: NoiseSchedule, x0: Tensor, eps: Tensor, timesteps: Tensor, eps_hat: Tensor, v: Tensor
-) -> Tensor:
+    tables: Tensor, x0: Tensor, eps: Tensor, timesteps: Tensor, eps_hat: Tensor, v: Tensor
+) -> Tensor:  # fmt: skip
     """Each value's term of the bound on -log2 p(x0) at its time (Nichol and Dhariwal 2021), which trains v alone.
 
     Time 1: the negative log-likelihood of x0 in steps of 1/127.5. Later: the divergence of the step's learned Gaussian
     from the true one. x0, eps, eps_hat, v: [B, L, values]; timesteps int64 [B] model times. In bits.
     """
-    betas, alphas = schedule.betas.to(x0.device), schedule.alphas_cumprod.to(x0.device)
-    variance = betas * (1 - alphas[:-1]) / (1 - alphas[1:])  # of the true step, [T]
-    smallest = torch.cat([variance[1:2], variance[1:]]).log()  # the first is 0: the second stands in
-
-    def at(table: Tensor) -> Tensor:
-        return table[timesteps - 1].to(x0.dtype).view(-1, 1, 1)
-
-    sqrt_alpha, sqrt_noise = at(alphas[1:].sqrt()), at((1 - alphas[1:]).sqrt())
-    x_t = sqrt_alpha * x0 + sqrt_noise * eps
-    weights = betas * alphas[:-1].sqrt() / (1 - alphas[1:]), (1 - alphas[:-1]) * (1 - betas).sqrt() / (1 - alphas[1:])
-    of_x0, of_x_t = map(at, weights)
-    mean = of_x0 * (x_t - sqrt_noise * eps_hat.detach()) / sqrt_alpha + of_x_t * x_t
-    true_mean, true_log_var = of_x0 * x0 + of_x_t * x_t, at(smallest)
+    numbers = tables[:, timesteps - 1].to(x0.dtype)  # [6, B]
+    a, b, of_x0, of_x_t, least, largest = numbers.view(6, -1, 1, 1)
+    x_t = a * x0 + b * eps
+    mean = of_x0 * (x_t - b * eps_hat.detach()) / a + of_x_t * x_t
+    true_mean = of_x0 * x0 + of_x_t * x_t
     share = (v + 1) / 2
-    log_var = share * at(betas.log()) + (1 - share) * true_log_var
-    divergence = 0.5 * (
-        log_var - true_log_var - 1 + (true_log_var - log_var).exp() + (true_mean - mean) ** 2 * (-log_var).exp()
-    )
+    log_var = share * largest + (1 - share) * least
+    divergence = 0.5 * (log_var - least - 1 + (least - log_var).exp() + (true_mean - mean) ** 2 * (-log_var).exp())
     likelihood = discretized_log_likelihood(x0, mean, 0.5 * log_var)
     return torch.where(timesteps.view(-1, 1, 1) == 1, -likelihood, divergence) / math.log(2)
 
