@@ -138,6 +138,12 @@ def keep_heads(run: "Run", log: RunLog | NoLog) -> None:
     products = world.sum(products)
     if not world.main:
         return
+    try:
+        heads = Heads.of(products, objective.schedule)
+    except UserError:
+        return  # of one head
     weights = weights_identity(config.out)
-    heads = Heads.of(products, objective.schedule)
-    write_heads(heads_file(config.out, weights), weights, heads, about)
+    file = heads_file(config.out, weights)
+    write_heads(file, weights, heads, about)
+    shown = ", ".join(f"{weight:.2f} at {time}" for time, weight in zip(heads.times, heads.weights, strict=True))
+    log.say(f"how much x̂0 counts beside ε̂, kept in {file}: {shown}")

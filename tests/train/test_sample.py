@@ -16,7 +16,7 @@ from umd.errors import UserError
 from umd.sampler import ddim_sample
 from umd.train import evaluate
 from umd.train.run import read_config
-from umd.train.sample import Drawer, Sample, draw, drawn_labels
+from umd.train.sample import Drawer, Sample, draw, drawn_labels, in_calls_of
 
 QUIET = Console(quiet=True)
 
@@ -137,6 +137,17 @@ def test_other_settings_are_other_samples(run, tmp_path):
         assert sample(run, tmp_path / "b", **{"count": 40, "steps": 2, **changes})[:2] != first[:2], changes
     settings = json.loads((tmp_path / "a.json").read_text())
     assert settings["labels"] == "in turn" and settings["weights"]["part"] == "model"
+
+
+def test_calls_of_few_rows_hand_on_all_outputs():
+    def denoise(x_t, timesteps, labels):
+        assert len(x_t) == len(timesteps) == len(labels) == 2
+        return x_t + 1, x_t * timesteps.view(-1, 1, 1, 1), x_t - labels.view(-1, 1, 1, 1)
+
+    x, t, y = torch.rand(6, 1, 2, 2), torch.arange(6), torch.arange(6) % 3
+    outputs = in_calls_of(2, denoise)(x, t, y)
+    expected = (x + 1, x * t.view(-1, 1, 1, 1), x - y.view(-1, 1, 1, 1))
+    assert len(outputs) == 3 and all(map(torch.equal, outputs, expected))
 
 
 def test_labels():
