@@ -28,6 +28,7 @@ from umd.images import from_uint8
 from umd.model import UMD
 from umd.train import evaluate
 from umd.train.data import open_dataset
+from umd.train.errors import NAMES, Errors, draw_errors
 from umd.train.features import CALL, Features, name_of, spans
 from umd.train.latents import pixel_config
 from umd.train.probe import Probe, Recognition
@@ -92,6 +93,8 @@ class Evaluate(Sampling):
     """Let a class with fewer images give all it has."""
     linear: bool = True
     """Also the linear probe and nearest neighbours, which read every training picture."""
+    errors: int = 512
+    """Held-out pictures of the error curves by model time; 0: no curves."""
 
     def __post_init__(self) -> None:
         for name in ("count", "batch", "shots"):
@@ -99,8 +102,9 @@ class Evaluate(Sampling):
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.cfg_scale or not all(map(math.isfinite, self.cfg_scale)):
             raise UserError(f"cfg_scale must be one or more finite numbers, 1: no guidance; got {list(self.cfg_scale)}")
-        if self.seed < 0:
-            raise UserError(f"seed must be 0 or more, got {self.seed}")
+        for name in ("seed", "errors"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
 
 
 def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Console) -> None:
@@ -108,12 +112,13 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
     left_out = reasons(run, config, options)
     for what, reason in left_out.items():
         console.print(f"{what} is left out: {reason}", highlight=False)
-    if len(left_out) == 2:
+    if len(left_out) == 3:
         raise UserError(f"nothing is left to score in {run}")
     generation = None if "generation" in left_out else Generation(config, options, console)
     probe = Probe(shots=options.shots, allow_fewer=options.allow_fewer, linear=options.linear)
     recognition = None if "recognition" in left_out else Recognition(config, probe)
-    jobs = [job for part in (generation, recognition) if part is not None for job in part.jobs()]
+    errors = None if "errors" in left_out else Errors(config, options.errors, options.ema)
+    jobs = [job for part in (generation, recognition, errors) if part is not None for job in part.jobs()]
     if not share(jobs, console, "images"):
         console.print(others_work(), highlight=False)
         return
@@ -124,6 +129,9 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
         put(record["generation"], generation.entries())
     if recognition is not None:
         put(record["recognition"], [recognition.entry()])
+    if errors is not None:
+        put(record.setdefault("errors", []), [errors.entry()])
+        draw_errors(record["errors"], run / "errors.png")
     write_whole(file, json.dumps(record, indent=1).encode())
     text = markdown(record)
     write_whole(run / "scores.md", text.encode())
@@ -132,7 +140,7 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
 
 
 def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
-    """Why one half of the scores, or both, is left out."""
+    """Why a part of the scores is left out."""
     if config.is_classifier:
         raise UserError(
             f"{run} is a classifier, whose scores its training wrote; evaluate the run that it started from"
@@ -148,6 +156,10 @@ def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
         found["recognition"] = "it was not asked for"
     elif not open_dataset(config.data, "train").class_names:
         found["recognition"] = "the pictures have no labels"
+    if not options.errors:
+        found["errors"] = "they were not asked for"
+    elif config.is_diffmae:
+        found["errors"] = "those of a DiffMAE are not measured"
     return found
 
 
@@ -341,7 +353,23 @@ def markdown(record: Mapping[str, Any]) -> str:
                     table_row([weights, row["probe"], row["features"], f"{100 * row['accuracy']:.1f} %", spread])
                 )
         lines.append("")
+    for entry in record.get("errors", []):
+        lines += error_lines(entry)
     return "\n".join(lines)
+
+
+def error_lines(entry: Mapping[str, Any]) -> list[str]:
+    """Errors by model time as a table."""
+    curves = entry["curves"]
+    what = (
+        f"On {entry['pictures']} held-out pictures, with the same noise and masks for every network; ± standard error."
+    )
+    lines = [f"## Squared error by model time, step {entry['settings']['weights']['step']}", "", what, ""]
+    lines += table_head(["t", *(NAMES[name] for name in curves)])
+    for i, time in enumerate(entry["times"]):
+        cells = [(curve["mean"][i], curve["se"][i]) for curve in curves.values()]
+        lines.append(table_row([str(time), *("" if m is None else f"{m:.4f} ± {s:.4f}" for m, s in cells)]))
+    return [*lines, ""]
 
 
 def columns(entries: list[dict[str, Any]]) -> list[str]:

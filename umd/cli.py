@@ -149,7 +149,9 @@ def take_path(arguments: list[str], command: str, what: str) -> tuple[Path, list
 
 def preset_or_config(arguments: list[str], command: str) -> tuple[str, "RunConfig", list[str]]:
     """The first argument as the run it names, and the others. Without one, prints which there are."""
-    from umd.train.run import PRESETS, read_config
+    from umd.train.curves import curves
+    from umd.train.presets import PRESETS
+    from umd.train.run import read_config
 
     if not arguments or arguments[0] in ("-h", "--help"):
         say(f"usage: umd {command} PRESET|CONFIG.yaml [options]; `umd {command} PRESET --help` lists the options\n")
@@ -157,6 +159,10 @@ def preset_or_config(arguments: list[str], command: str) -> tuple[str, "RunConfi
         for name, (what, _) in PRESETS.items():
             table.add_row(f"  [bold]{name}[/]", what)
         console.print(table)
+        made = ", ".join(curve.name for curve in curves())
+        say(
+            f"\nReference loss curves, which such a run is compared with, were made of: {made}; of no other preset yet."
+        )
         sys.exit(0 if arguments else 2)
     name, rest = arguments[0], arguments[1:]
     if name in PRESETS:
