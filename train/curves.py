@@ -1,6 +1,7 @@
 """The loss one should see: curves of runs that were made here, and how far a run is from the one of its recipe.
 
-`train/curves/*.json` holds each curve with its recipe; a run of the same recipe, whatever its seed, is compared with it.
+`train/curves/*.json` holds each curve with its recipe; a run of the same recipe is compared with it,
+whatever its seed.
 """
 
 import json
@@ -19,13 +20,14 @@ WINDOW = 100  # steps of a point: their logged losses are averaged
 def recipe_of(config: RunConfig) -> dict[str, Any]:
     """The settings that a loss depends on, but the seed."""
     plain = to_plain(config)
-    recipe = {
-        name: plain[name] for name in ("model", "objective", "schedule", "batch_size", "epochs", "minutes", "steps")
-    }
+    whole = ("model", "objective", "schedule", "batch_size", "epochs", "minutes", "steps", "init")
     data = ("source", "area_min", "area_max", "hflip", "holdout", "frame_stride")
     optim = ("lr", "betas", "weight_decay", "warmup", "clip", "layer_decay")
-    recipe |= {f"data.{name}": plain["data"][name] for name in data} | {f"optim.{n}": plain["optim"][n] for n in optim}
-    return recipe | {"init": plain["init"]}
+    return (
+        {name: plain[name] for name in whole}
+        | {f"data.{name}": plain["data"][name] for name in data}
+        | {f"optim.{name}": plain["optim"][name] for name in optim}
+    )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw a bar i
 class RunLog:
     """Writes the rows and pictures of a run that goes on from step `start`; later rows of a killed one are dropped.
 
-    project: of Weights & Biases, to which they go as well, with `settings`; "": not. reference: a curve to compare with.
+    project: of Weights & Biases, to which they go as well, with `settings`; "": not. reference: what losses are
+    compared with.
     Raises UserError if W&B is asked for and cannot be used.
     """
 

@@ -76,11 +76,10 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
     """`train` on one of the ranks. Only rank 0 prints, logs, draws and writes."""
     run = set_up(config, world)
     settings = to_plain(run.config)
-    writer = (
-        RunLog(config.out, console, run.number, name, config.wandb, settings, reference_of(config))
-        if world.main
-        else NoLog()
-    )
+    reference = reference_of(config)
+    writer: RunLog | NoLog = NoLog()
+    if world.main:
+        writer = RunLog(config.out, console, run.number, name, config.wandb, settings, reference)
     left = math.inf if run.by_clock else run.total_steps - run.number
     with (
         writer as log, finished(run.background), stop_signal() as stop,

@@ -160,8 +160,8 @@ def preset_or_config(arguments: list[str], command: str) -> tuple[str, "RunConfi
             table.add_row(f"  [bold]{name}[/]", what)
         console.print(table)
         made = ", ".join(curve.name for curve in curves())
-        say(
-            f"\nReference loss curves, which such a run is compared with, were made of: {made}; of no other preset yet."
+        say(f"\nA run is compared with the loss curve of a run of its recipe, where there is one: {made}.")
+            f"\nA run is compared with a reference loss curve where one was made: {made}. Of other presets there is none."
         )
         sys.exit(0 if arguments else 2)
     name, rest = arguments[0], arguments[1:]
