@@ -161,8 +161,6 @@ def preset_or_config(arguments: list[str], command: str) -> tuple[str, "RunConfi
         console.print(table)
         made = ", ".join(curve.name for curve in curves())
         say(f"\nA run is compared with the loss curve of a run of its recipe, where there is one: {made}.")
-            f"\nA run is compared with a reference loss curve where one was made: {made}. Of other presets there is none."
-        )
         sys.exit(0 if arguments else 2)
     name, rest = arguments[0], arguments[1:]
     if name in PRESETS:
