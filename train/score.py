@@ -53,7 +53,8 @@ from umd.train.shards import Advance, Job, others_work, share
 class Evaluate(Sampling):
     """Score a run: samples against real pictures (Fréchet and kernel distances, Inception Score, precision, recall) and
     the representation (few-shot and linear probe, nearest neighbours). Writes scores.json and scores.md into the run;
-    the defaults are the paper's. The same command goes on after a stop; under torchrun each rank does its share."""
+    the defaults are the paper's, but for --predict. The same command goes on after a stop; under torchrun each rank
+    does its share."""
 
     count: int = 50_000
     """Samples."""
