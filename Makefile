@@ -53,6 +53,8 @@ umd/kernels umd/train umd/bench:
 	.venv/bin/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt -e '.[demo,eval,dev]'
 	@# InceptionV3 for tests, aside: torchmetrics would import it, and with it torchvision, which is of another torch.
 	.venv/bin/python -m pip install --no-compile --disable-pip-version-check --no-deps --target .venv/fid torch-fidelity==0.4.0
+	@# timm too, which exported networks are tried in.
+	.venv/bin/python -m pip install --no-compile --disable-pip-version-check --no-deps --target .venv/timm timm==1.0.31
 	@touch $@
 
 clean:

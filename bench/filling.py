@@ -38,8 +38,9 @@ from umd.train.data import center_view, open_dataset
 from umd.train.inpaint import reconstruct
 from umd.train.log import read_metrics
 from umd.train.loop import train
+from umd.train.presets import PRESETS
 from umd.train.preview import rgb
-from umd.train.run import PRESETS, RunConfig
+from umd.train.run import RunConfig
 
 STEPS = 2400
 SAMPLES = 8  # of each picture

@@ -14,8 +14,9 @@ from umd.train.data import DataConfig
 from umd.train.layers import Layers
 from umd.train.loop import train
 from umd.train.optim import OptimConfig
+from umd.train.presets import PRESETS
 from umd.train.probe import Probe
-from umd.train.run import PRESETS, RunConfig
+from umd.train.run import RunConfig
 from umd.train.shards import share
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")

@@ -60,7 +60,7 @@ class PlainDiT(nn.Module):
         h = self.x_embedder(x)  # (N, D, H/P, W/P)
         N, _, rows, columns = h.shape
         h = h.flatten(2).transpose(1, 2) + self.pos_embed  # (N, L, D)
-        c = self.t_embedder(timestep_features(t, 256, False, x.dtype)) + self.y_embedder(y)  # (N, D)
+        c = self.t_embedder(timestep_features(t, 256, "paper", x.dtype)) + self.y_embedder(y)  # (N, D)
         for block in self.blocks:
             h = block(h, c)
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)

@@ -32,7 +32,8 @@ from umd.train.inpaint import hole_mask, save_gif, save_mp4
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.optim import OptimConfig
-from umd.train.run import PRESETS, RunConfig
+from umd.train.presets import PRESETS
+from umd.train.run import RunConfig
 
 Split = Literal["train", "test"]
 

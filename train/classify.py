@@ -58,7 +58,7 @@ def open_held_out(config: RunConfig) -> Dataset:
 def load_encoder(model: Classifier, path: Path, data: DataConfig) -> None:
     """The encoder of another run into `model`, folded at t = 0. Raises UserError saying what differs."""
     check_run_vae(load_checkpoint(path, parts=[]).state, data, path)
-    source = load_model(path, ema=False)
+    source = load_model(path, ema=False, image_size=model.config.image_size)
     if isinstance(source, Classifier):
         raise UserError(f"{path} holds a classifier; start from the run whose encoder it took")
     free = {name: getattr(model.config, name) for name in ("num_classes", "pool", "linear", "residual_in_fp32")}

@@ -27,9 +27,10 @@ from umd.train.inpaint import fillings, hole_mask, reconstruct
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.optim import OptimConfig
+from umd.train.presets import PRESETS
 from umd.train.preview import reconstructions, rgb
 from umd.train.probe import Probe, Recognition, first_of_each
-from umd.train.run import PRESETS, RunConfig, finetune_config
+from umd.train.run import RunConfig, finetune_config
 from umd.train.sample import Drawer
 from umd.train.shards import progress, share
 

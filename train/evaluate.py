@@ -44,7 +44,7 @@ def open_run(
     """
     device, dtype = take_device(own_device(config.device), config.precision)
     path = config.out if step is None else checkpoint_path(config.checkpoints, step)
-    return load_model(path, ema, device), device, dtype
+    return load_model(path, ema, device, config.model.image_size), device, dtype
 
 
 def open_run_of(

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from umd.errors import UserError
 from umd.images import save_png
+from umd.train.curves import WINDOW, Comparison, Curve
 
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw a bar in
 
@@ -21,13 +22,15 @@ PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw a bar i
 class RunLog:
     """Writes the rows and pictures of a run that goes on from step `start`; later rows of a killed one are dropped.
 
-    project: of Weights & Biases, to which they go as well, with `settings`; "": not.
+    project: of Weights & Biases, to which they go as well, with `settings`; "": not. reference: what losses are
+    compared with.
     Raises UserError if W&B is asked for and cannot be used.
     """
 
     def __init__(
-        self, out: Path, console: Console, start: int, name: str, project: str = "", settings: dict | None = None
-    ):
+        self, out: Path, console: Console, start: int, name: str, project: str = "", settings: dict | None = None,
+        reference: Curve | None = None,
+    ):  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.console, self.name = out, console, name
         self._drop_rows_after(start)
@@ -44,6 +47,7 @@ class RunLog:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(name, total=1.0, note="")
+        self._beside = Comparison(reference)
         self._last_line = 0.0
 
     def __enter__(self) -> "RunLog":
@@ -62,6 +66,9 @@ class RunLog:
 
     def row(self, row: dict) -> None:
         """One logged step, also on disk if the process is killed right after."""
+        if (loss := self._beside.add(row["step"], row["loss"])) is not None:
+            row = row | {"loss_reference": loss}
+            self.say(f"mean loss of the last {WINDOW} steps {self._beside.note}")
         self.scores(row)
         note = f"step {row['step']}  loss {row['loss']:.4f}  {row['images_per_second']:.0f} img/s  MFU {row['mfu']:.0%}"
         self._bar.update(self._task, note=note)

@@ -27,8 +27,10 @@ from umd.objective import Part
 from umd.schedule import NoiseSchedule
 from umd.spans import span
 from umd.train.classify import open_held_out
+from umd.train.curves import reference_of
 from umd.train.data import ImageDataset, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import World, join
+from umd.train.heads import keep_heads
 from umd.train.latents import LatentDataset, with_vae
 from umd.train.log import NoLog, RunLog
 from umd.train.monitor import Distance, Rate, draw, evaluate, shower
@@ -74,7 +76,10 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str) -> 
     """`train` on one of the ranks. Only rank 0 prints, logs, draws and writes."""
     run = set_up(config, world)
     settings = to_plain(run.config)
-    writer = RunLog(config.out, console, run.number, name, config.wandb, settings) if world.main else NoLog()
+    reference = reference_of(config)
+    writer: RunLog | NoLog = NoLog()
+    if world.main:
+        writer = RunLog(config.out, console, run.number, name, config.wandb, settings, reference)
     left = math.inf if run.by_clock else run.total_steps - run.number
     with (
         writer as log, finished(run.background), stop_signal() as stop,
@@ -251,6 +256,8 @@ def announce(run: Run, log: RunLog | NoLog) -> None:
         + (", the step a CUDA graph" if run.captured else "")
         + (f"; goes on at step {run.number}" if run.number else "")
     )
+    if (curve := reference_of(config)) is not None:
+        log.say(f"a reference run of this recipe was made here: {curve.name}, {curve.made['device']}")
     if not run.saved:
         return
     if run.saved.get("draws") != DRAWS and not isinstance(run.model, Classifier):
@@ -371,6 +378,7 @@ def end(run: Run, log: RunLog | NoLog, stop: StopRequest, stopped: bool, before:
         raise SystemExit(128 + reason)
     if run.config.draws and run.number > before:
         draw(run, log)
+        keep_heads(run, log)
     if run.config.evaluate_minutes and run.number > before:
         evaluate(run, log)
     log.progress(1.0)

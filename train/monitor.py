@@ -29,7 +29,8 @@ from umd.train.latents import tokenizer_of
 from umd.train.log import NoLog, RunLog
 from umd.train.preview import has_share, picture_maker, preview_rows, rgb, sheets
 from umd.train.reference import real_pictures
-from umd.train.sample import GROUP, Drawer, clips, drawn_labels
+from umd.train.sample import Drawer, drawn_labels
+from umd.train.sampling import GROUP, clips
 
 if TYPE_CHECKING:
     from umd.train.loop import Run

@@ -55,7 +55,9 @@ def reconstructions(
     )
     with autocast(x_start.device, dtype):
         prediction = model(objective.visible_patches(x_start, c), c.ids_keep, c.layout, c.timesteps)
-    predicted, predicted_eps = model.to_images(prediction.float())
+    predicted, *rest = model.to_images(prediction.float())
+    if objective.config.norm_pix:
+        predicted = with_moments_of(x_start, predicted, P)
     mask = torch.ones(B * model.config.num_patches, device=x_start.device).index_fill(0, c.ids_keep, 0)
     mask = mask.view(B, -1)  # 0 keep, 1 remove
     pixels = mask.view(B, 1, *model.config.grid_size).repeat_interleave(P, 2).repeat_interleave(P, 3).bool()
@@ -64,7 +66,7 @@ def reconstructions(
         alpha, sigma = objective.schedule.coefficients(c.timesteps, dtype=x_start.dtype)
         eps = ops.philox_randn_samples(c.noise, x_start.shape[1:], x_start.dtype)
         seen = alpha.view(-1, 1, 1, 1) * x_start + sigma.view(-1, 1, 1, 1) * eps
-        visible = objective.schedule.xstart_from_eps(seen, c.timesteps, predicted_eps)
+        visible = objective.schedule.xstart_from_eps(seen, c.timesteps, rest[0])
     predicted = torch.where(pixels, predicted, visible)
     shown, hidden = show(seen), mask.view(B, *model.config.grid_size).bool().cpu().numpy()
     side = P * shown.shape[1] // x_start.shape[2]  # of a patch in the picture
@@ -72,6 +74,31 @@ def reconstructions(
         (masked_view(s, m, side), p, o)
         for s, m, p, o in zip(shown, hidden, show(predicted), show(x_start), strict=True)
     ]
+
+
+def with_moments_of(x_start: Tensor, predicted: Tensor, patch_size: int) -> Tensor:
+    """Normalised patches as pixels: each with mean and deviation of the true one, which is all they lack.
+    [B, C, H, W] both."""
+    target, patches = (ops.patchify(x, patch_size) for x in (x_start, predicted))
+    variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+    H, W = x_start.shape[2:]
+    return ops.unpatchify(patches * (variance + 1e-6).sqrt() + mean, (H, W), patch_size)
+
+
+@torch.no_grad()
+def denoisings(
+    model: UMD, objective: Objective, x_start: Tensor, timestep: int, seed: int = 0, dtype: torch.dtype = torch.float32,
+    show: Callable[[Tensor], np.ndarray] | None = None, share: slice = slice(None),
+) -> list[Triplet]:  # fmt: skip
+    """As `reconstructions`, of a network that denoises and fills nothing (DiT, MaskDiT): nothing is masked."""
+    show, device = show or rgb, x_start.device
+    noise = torch.randint(2**62, (len(x_start),), generator=torch.Generator(device).manual_seed(seed), device=device)
+    x_start = x_start[share]
+    t = torch.full((len(x_start),), timestep, device=device)
+    x_t = objective.schedule.q_sample(x_start, t, ops.standard_noise(noise[share], x_start))
+    with autocast(device, dtype):
+        _, eps, *_ = model.denoise(x_t, t)
+    return list(zip(*map(show, (x_t, objective.schedule.xstart_from_eps(x_t, t, eps), x_start)), strict=True))
 
 
 def filled_rows(
@@ -134,8 +161,9 @@ def preview_rows(
     assert isinstance(model, UMD) and isinstance(objective, Objective), "a classifier shows scores instead"
     T, r0 = objective.schedule.num_steps, objective.config.no_noise_prob
     trained = ({"reconstruction": 0} if r0 > 0 else {}) | ({"denoising": T // 4} if r0 < 1 else {})
+    draw = reconstructions if model.config.outputs in ("x_start_eps", "x_start") else denoisings
     for label, timestep in trained.items() if share.start < share.stop else ():
-        triplets = reconstructions(model, objective, x, timestep, dtype=dtype, show=show, share=share)
+        triplets = draw(model, objective, x, timestep, dtype=dtype, show=show, share=share)
         rows[label] = [np.stack(row) for row in zip(*triplets, strict=True)]
     classes = model.config.num_classes
     share = share_of(min(classes, MOST_CLASSES), rank, size)
@@ -145,7 +173,8 @@ def preview_rows(
 
         def denoise(x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
             with autocast(x_t.device, dtype):
-                return model.denoise(x_t, t, y, conditions)
+                x_start, eps, *_ = model.denoise(x_t, t, y, conditions)
+            return x_start, eps
 
         samples = ddim_sample(
             denoise, (len(labels), *x.shape[1:]), objective.schedule, num_steps=25, labels=labels,

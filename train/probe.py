@@ -54,6 +54,8 @@ class Probe:
     """Draws of the shots."""
     linear: bool = False
     """Also MAE's linear probe and nearest neighbours, on every training picture."""
+    image_size: tuple[int, int] | None = None
+    """Height and width at which the pictures are read, and the network's positions interpolated; None: the run's."""
     layers: bool = False
     """Instead: of every block, at the model times below, as a table and a curve."""
     times: tuple[int, ...] = (0, 1, 10, 25, 50, 100, 200, 400, 700)
@@ -291,8 +293,9 @@ def open_gates(model: AnyModel) -> AnyModel:
     """Set every gate of an untrained adaLN-zero network to 1: as made, its blocks do nothing and CLS sees no image."""
     if isinstance(model, UMD) and model.adaLN_modulation is not None:
         with torch.no_grad():
-            for offsets in model.adaLN_modulation.offsets[:-1]:
-                offsets.view(6, -1)[[2, 5]] = 1
+            for i, offsets in enumerate(model.adaLN_modulation.offsets[:-1]):
+                if i != model.config.depth or model.decoder_embed is None:  # that one is a norm's, without gates
+                    offsets.view(6, -1)[[2, 5]] = 1
     return model
 
 

@@ -10,8 +10,10 @@ import numpy as np
 
 from umd.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint, load_model_state
 from umd.classifier import Classifier
+from umd.diffmae import DiffMAE
 from umd.errors import UserError
 from umd.methods import AnyModel
+from umd.positions import resized_state
 from umd.train.classify import load_encoder
 from umd.train.data import DataConfig, ImageDataset
 from umd.train.distributed import World
@@ -132,7 +134,10 @@ def stored(dataset: ImageDataset | LatentDataset, index: int) -> bytes:
 
 
 def load_pretrained(model: AnyModel, init: Path, data: DataConfig) -> None:
-    """Weights of another run into `model`; label embeddings may be new. Raises UserError saying what differs."""
+    """Weights of another run into `model`; label embeddings may be new, and pictures of another size.
+
+    Raises UserError saying what differs.
+    """
     path = init / "checkpoints" if (init / "checkpoints").is_dir() else init
     if isinstance(model, Classifier):
         load_encoder(model, path, data)
@@ -142,15 +147,20 @@ def load_pretrained(model: AnyModel, init: Path, data: DataConfig) -> None:
     check_kind(before, now, init)
     # Also those that change no shape, such as the heads.
     differ = [f"{name} {before[name]}, not {now[name]}" for name in now if name in before and before[name] != now[name]]
-    differ = [what for what in differ if not what.startswith(("num_classes ", "residual_in_fp32 "))]  # as is the type
+    free = ("num_classes ", "image_size ", "residual_in_fp32 ")
+    differ = [what for what in differ if not what.startswith(free)]
     if differ:
         raise UserError(
             f"{init} holds a network with {'; '.join(differ)}: give the settings it was trained with, or another folder"
         )
     check_run_vae(saved.state, data, init)
-    load_model_state(
-        model, saved.tensors["model"], allow_missing=("y_embedder.",), saved_config=before, config=now
-    )  # fmt: skip
+    weights = saved.tensors["model"]
+    if before.get("num_classes") != now.get("num_classes"):  # of other classes: new ones
+        weights = {name: value for name, value in weights.items() if not name.startswith("y_embedder.")}
+    if not isinstance(model, DiffMAE):
+        grid = tuple(side // now["patch_size"] for side in before["image_size"])
+        weights = resized_state(weights, grid, model.config.grid_size)
+    load_model_state(model, weights, allow_missing=("y_embedder.",), saved_config=before, config=now)
 
 
 def check_kind(before: Mapping, now: Mapping, folder: Path) -> None:

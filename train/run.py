@@ -15,19 +15,16 @@ from tyro.conf import AvoidSubcommands
 from umd.checkpoint import STATE, Checkpoint, load_checkpoint, load_model_state
 from umd.classifier import classifier_config
 from umd.config import (
-    OBJECTIVES,
     ClassifierConfig,
     ClassifierObjectiveConfig,
     DiffMAEConfig,
-    DiffMAEObjectiveConfig,
     ModelConfig,
     ObjectiveConfig,
     ScheduleConfig,
-    diffmae_config,
-    model_config,
 )
 from umd.errors import UserError
 from umd.methods import AnyModel, AnyModelConfig, AnyObjectiveConfig, build_model, check_match
+from umd.positions import resized_state
 from umd.train.data import DataConfig
 from umd.train.distributed import ParallelConfig
 from umd.train.optim import OptimConfig
@@ -95,7 +92,7 @@ class RunConfig:
     """Record 3 steps after the first 12: where their time goes, to profile/ in the folder of the run."""
     draw_minutes: float = 60
     """Minutes of training between pictures of reconstructions (and samples, with labels), or for a classifier between
-    its scores on the held-out pictures; the last step always has them. 0: never."""
+    its scores on the held-out pictures; the last step always has them, and a UMD's two heads weighed. 0: never."""
     draw_every: int | None = None
     """Steps between pictures, instead of minutes; 0: never."""
     evaluate_minutes: float = 0
@@ -171,104 +168,6 @@ class RunConfig:
         return self.out / "checkpoints"
 
 
-def _pixels(name: str, objective: str, out: str, side: int = 64, num_cls: int = 1, **changes: Any) -> RunConfig:
-    adaLN = objective != "mae"
-    return RunConfig(
-        out=Path("runs") / out,
-        model=model_config(name, image_size=(side, side), adaLN=adaLN, num_cls=num_cls),
-        objective=OBJECTIVES[objective],
-        **changes,
-    )
-
-
-def _latents(name: str, objective: str, out: str, **changes: Any) -> RunConfig:
-    """On the 32x32x4 latents of 256x256 pictures, with the linear schedule."""
-    return replace(
-        _pixels(name, objective, out, side=32, schedule=ScheduleConfig("linear"), **changes),
-        model=model_config(name, image_size=(32, 32), channels=4, adaLN=objective != "mae"),
-        data=DataConfig(source="latents/train"),
-    )
-
-
-def _diffmae(name: str, out: str, model: dict[str, Any], mask_ratio: float = 0.75, **changes: Any) -> RunConfig:
-    """MAE's recipe, on which DiffMAE's is built: batch 4096, crops of a fifth of the picture and more."""
-    return RunConfig(
-        out=Path("runs") / out,
-        model=diffmae_config(name, **model),
-        objective=DiffMAEObjectiveConfig(mask_ratio=mask_ratio),
-        **{
-            "schedule": ScheduleConfig("linear_rho"),
-            "batch_size": 4096,
-            "data": DataConfig(area_min=0.2),
-            **changes,
-        },
-    )
-
-
-PRESETS: dict[str, tuple[str, RunConfig]] = {
-    "umd-tiny": (
-        "UMD-Mi/4 on 32x32 colour emoji: minutes on a laptop",
-        _pixels(
-            "UMD-Mi/4", "umd", "umd-tiny", side=32, num_cls=4, batch_size=64, minutes=10, save_every=200,
-            draw_every=200, optim=OptimConfig(lr=1e-2), data=DataConfig(hflip=True),
-        ),
-    ),
-    "umd-s4": ("UMD-S/4, 64x64 pixels", _pixels("UMD-S/4", "umd", "umd-s4")),
-    "umd-b4": ("UMD-B/4, 64x64 pixels: the paper's main model", _pixels("UMD-B/4", "umd", "umd-b4")),
-    "umd-l4": ("UMD-L/4, 64x64 pixels", _pixels("UMD-L/4", "umd", "umd-l4")),
-    "umd-xl4": ("UMD-XL/4, 64x64 pixels", _pixels("UMD-XL/4", "umd", "umd-xl4")),
-    "mae-b4": (
-        "the same network as MAE: no noise, 75 % masked, no adaLN, batch 4096",
-        _pixels("UMD-B/4", "mae", "mae-b4", batch_size=4096),
-    ),
-    "maskdit-b4": (
-        "the same network as MaskDiT: always noised, 50 % masked",
-        _pixels("UMD-B/4", "maskdit", "maskdit-b4"),
-    ),
-    "dit-b4": ("the same network as DiT: always noised, nothing masked", _pixels("UMD-B/4", "dit", "dit-b4")),
-    "umd-l2": (
-        "UMD-L/2 on 32x32x4 latents of 256x256 pictures (umd encode-latents): the paper's latent model",
-        _latents("UMD-L/2", "umd", "umd-l2"),
-    ),
-    "mae-l2": (
-        "its network as MAE: no noise, 75 % masked, no adaLN, batch 4096",
-        _latents("UMD-L/2", "mae", "mae-l2", batch_size=4096),
-    ),
-    "maskdit-l2": (
-        "its network as MaskDiT: always noised, 50 % masked",
-        _latents("UMD-L/2", "maskdit", "maskdit-l2"),
-    ),
-    "dit-l2": (
-        "its network as DiT, 400 epochs (the paper's with labels from the start: --model.num-classes 1000)",
-        _latents("UMD-L/2", "dit", "dit-l2", epochs=400),
-    ),
-    "diffmae-tiny": (
-        "DiffMAE-Ti/4 on 32x32 colour emoji: minutes on a laptop",
-        _diffmae(
-            "DiffMAE-Ti/4", "diffmae-tiny", dict(image_size=(32, 32)), batch_size=64, minutes=10, save_every=200,
-            draw_every=200, optim=OptimConfig(lr=1e-2), data=DataConfig(hflip=True),
-            # With the paper's 0.8 few steps of a short run have so little noise that detail is there to be learned.
-            schedule=ScheduleConfig("linear_rho", rho=1.0),
-        ),
-    ),
-    "diffmae-b16": (
-        "DiffMAE-B/16, 224x224 pixels: fills holes; decoder of 8 blocks, 512 wide",
-        _diffmae("DiffMAE-B/16", "diffmae-b16", dict(image_size=(224, 224))),
-    ),
-    "diffmae-l16": (
-        "DiffMAE-L/16, 224x224 pixels",
-        _diffmae("DiffMAE-L/16", "diffmae-l16", dict(image_size=(224, 224))),
-    ),
-    "diffmae-video-l": (
-        "DiffMAE-L/16, clips of 16 frames, 224x224 pixels, in tubelets of 2: 90 % masked",
-        _diffmae(
-            "DiffMAE-L/16", "diffmae-video-l", dict(image_size=(224, 224), num_frames=16, tubelet_size=2),
-            mask_ratio=0.9, batch_size=512, data=DataConfig(source="clips", area_min=0.5, frame_stride=4),
-        ),
-    ),
-}  # fmt: skip
-
-
 def with_classes(config: RunConfig, num_classes: int) -> RunConfig:
     """The run with this many classes. Raises UserError for a DiffMAE."""
     if isinstance(config.model, DiffMAEConfig):
@@ -276,16 +175,32 @@ def with_classes(config: RunConfig, num_classes: int) -> RunConfig:
     return replace(config, model=replace(config.model, num_classes=num_classes))
 
 
+def at_size(config: RunConfig, image_size: tuple[int, int] | None) -> RunConfig:
+    """The run on pictures of another size, None: its own; `load_model` interpolates its positions."""
+    if image_size is None or tuple(image_size) == config.model.image_size:
+        return config
+    if not isinstance(config.model, ModelConfig):
+        raise UserError("another image size is for a UMD; leave it out")
+    return replace(config, model=replace(config.model, image_size=image_size))
+
+
 def finetune_config(pretrained: RunConfig, init: Path, num_classes: int, out: Path) -> RunConfig:
     """The paper's recipe for class-conditional generation (its Table 5) on a pre-trained run.
 
     Its learning rate for a batch of 256 is that of pre-training, 1.5e-4 in the paper's presets.
     """
+    outputs = getattr(pretrained.model, "outputs", "x_start_eps")
+    if outputs == "x_start":
+        raise UserError(
+            f"{init} is an MAE as published: it knows no noise level, and cannot learn to generate; "
+            "--task classify trains a classifier on it"
+        )
+    noised = outputs != "x_start_eps"  # DiT's and MaskDiT's networks, which predict nothing of noise-free pictures
     return replace(
         with_classes(pretrained, num_classes),
         out=out,
         init=init,
-        objective=ObjectiveConfig(no_noise_prob=0.05, mask_ratio=0.0, mask_ratio_no_noise=0.75),
+        objective=ObjectiveConfig(no_noise_prob=0.0 if noised else 0.05, mask_ratio=0.0, mask_ratio_no_noise=0.75),
         optim=OptimConfig(lr=pretrained.optim.lr, betas=(0.9, 0.999), weight_decay=0.0, ema=1e-4),
         data=replace(pretrained.data, area_min=AREA_MIN["finetune"]),
         batch_size=min(256, pretrained.batch_size),
@@ -427,10 +342,13 @@ def weights_identity(path: Path, ema: bool = True) -> dict[str, Any]:
     return {"step": saved.step, "part": part, "sha256": files[f"{part}.safetensors"]["sha256"]}
 
 
-def load_model(path: Path, ema: bool = True, device: torch.device | str = "cpu") -> AnyModel:
+def load_model(
+    path: Path, ema: bool = True, device: torch.device | str = "cpu", image_size: tuple[int, int] | None = None
+) -> AnyModel:
     """The network of a run folder, a folder of checkpoints, or one checkpoint, in eval mode.
 
     ema: take the averaged weights where the checkpoint has them.
+    image_size: of a UMD, height and width to read it at: its positions are interpolated.
 
     Raises:
         UserError: nothing there, damaged, or not a checkpoint of this network.
@@ -439,6 +357,10 @@ def load_model(path: Path, ema: bool = True, device: torch.device | str = "cpu")
     values = saved.state["config"]["model"]
     kinds = {"diffmae": DiffMAEConfig, "classifier": ClassifierConfig}
     config = from_plain(kinds.get(values.get("kind"), ModelConfig), values, str(saved.path))
+    weights = load_checkpoint(saved.path, parts=[part]).tensors[part]
+    if image_size is not None and image_size != config.image_size and isinstance(config, ModelConfig):
+        resized = replace(config, image_size=image_size)
+        config, weights = resized, resized_state(weights, config.grid_size, resized.grid_size)
     model = build_model(config)
-    load_model_state(model, load_checkpoint(saved.path, parts=[part]).tensors[part])
+    load_model_state(model, weights)
     return model.to(device).eval().requires_grad_(False)

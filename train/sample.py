@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,23 +26,26 @@ from umd.conditions import make_conditions
 from umd.device import autocast
 from umd.errors import UserError
 from umd.files import flush
+from umd.guidance import Denoise, Guidance, Prediction
 from umd.images import grid, save_png, to_uint8
 from umd.model import UMD
-from umd.sampler import DDIM, Capture, Denoise, model_times
+from umd.sampler import Capture
 from umd.schedule import NoiseSchedule
+from umd.schedulers import SamplerName, open_sampler, sampler_times
 from umd.tokenizer import Tokenizer
 from umd.train import evaluate
 from umd.train.features import name_of, spans
+from umd.train.heads import Heads
 from umd.train.run import RunConfig, weights_identity
+from umd.train.sampling import GROUP, Sampling, clips, draw_recipe
 from umd.train.shards import Advance, Job, others_work, share
 
-GROUP = 32  # images of every call of the network
 SHARD = 64  # images a file while they are drawn
 MOST_SHOWN = 256  # images in the grid
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Sampling):
     """Draw samples from a run: a PNG grid, an .npz as ADM's evaluator reads it (arr_0: uint8 images [N, H, W, C],
     arr_1: labels [N]) and a .json of all settings. The same command goes on after a stop; under torchrun each rank
     draws its share."""
@@ -57,10 +60,6 @@ class Sample:
     """With count: as many of each class, in turn."""
     cfg_scale: float = 4.0
     """Guidance; 1: none. The paper uses 1.5 for scores, 4.0 for pictures."""
-    steps: int | None = None
-    """DDIM steps; default the paper's: 125 for pixels, 250 for latents."""
-    eta: float = 1.0
-    """Noise of DDIM: 1 as in the paper, 0 deterministic."""
     seed: int = 0
     """Sample i of a seed is the same picture, byte for byte, on any number of ranks and at any batch."""
     batch: int = 64
@@ -69,8 +68,6 @@ class Sample:
     """Averaged weights, where the run has them."""
     vae: str = ""
     """Of a run on latents, its VAE where it no longer lies where it lay: hub id or folder."""
-    capture: Literal["auto", "on", "off"] = "auto"
-    """Replay a denoising step as one CUDA graph; auto: on a GPU, of more than a few steps."""
     out: Path | None = None
     """Where the PNG goes, .npz and .json beside it; default: RUN/samples.png."""
 
@@ -109,7 +106,8 @@ class Drawer:
     def __init__(
         self, model: UMD, schedule: NoiseSchedule, labels: Tensor | None, count: int, *, num_steps: int,
         cfg_scale: float, eta: float, seed: int, clip: bool, dtype: torch.dtype, batch: int = SHARD,
-        capture: Capture = "auto", tokenizer: Tokenizer | None = None,
+        capture: Capture = "auto", tokenizer: Tokenizer | None = None, sampler: SamplerName = "ddim",
+        predict: Prediction = "eps", heads: Heads | None = None, guidance: Guidance | None = None,
     ):  # fmt: skip
         self.labels, self.tokenizer = labels, tokenizer
         self.device = next(model.parameters()).device
@@ -117,17 +115,19 @@ class Drawer:
         self.batch = -(-min(batch, SHARD) // self.group) * self.group
         # Of all labels, and not of a batch's: the rounding of this product too depends on its size.
         known = None if labels is None else labels.unique()
-        conditions = make_conditions(model, model_times(num_steps, schedule.num_steps), known)
+        times = list(dict.fromkeys(sampler_times(sampler, num_steps, schedule)))
+        conditions = make_conditions(model, times, known)
 
-        def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
             with autocast(x_t.device, dtype):
                 return model.denoise(x_t, timesteps, labels, conditions)
 
         self.shape = (model.config.channels, *model.config.image_size)
-        self.sampler = DDIM(
-            in_calls_of(self.group, denoise), (self.batch, *self.shape), schedule, num_steps=num_steps, eta=eta,
-            clip=clip, labelled=labels is not None, null_label=model.config.num_classes or None,
-            cfg_scale=cfg_scale, seed=seed, device=self.device, capture=capture,
+        self.sampler = open_sampler(
+            sampler, in_calls_of(self.group, denoise), (self.batch, *self.shape), schedule, num_steps=num_steps,
+            eta=eta, clip=clip, predict=predict, head_weights=None if heads is None else heads.at_all_times(schedule),
+            labelled=labels is not None, null_label=model.config.num_classes or None, cfg_scale=cfg_scale,
+            guidance=guidance, seed=seed, device=self.device, capture=capture,
         )  # fmt: skip
 
     def x_start(self, first: int, last: int, advance: Advance = lambda done: None) -> Tensor:
@@ -158,53 +158,14 @@ class Drawer:
 def in_calls_of(rows: int, denoise: Denoise) -> Denoise:
     """The denoiser in calls of exactly so many rows, which divide the batch."""
 
-    def call(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def call(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
         parts = [
             denoise(x_t[i : i + rows], timesteps[i : i + rows], None if labels is None else labels[i : i + rows])
             for i in range(0, len(x_t), rows)
         ]
-        x_start, eps = zip(*parts, strict=True)
-        return torch.cat(x_start), torch.cat(eps)
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
 
     return call
-
-
-def draw_recipe(
-    config: RunConfig, weights: dict[str, Any], device: torch.device, dtype: torch.dtype,
-    tokenizer: Tokenizer | None, count: int, *, classes: Sequence[int], order: str, cfg_scale: float, steps: int,
-    eta: float, seed: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Everything that an image depends on, and that moves a score of many of them."""
-    return {
-        "weights": weights,
-        "count": count,
-        "classes": "none" if not classes else list(classes),
-        "labels": order,
-        "cfg_scale": cfg_scale,
-        "cfg_interval": [1, config.schedule.num_steps],  # model times with guidance
-        "sampler": "DDIM",
-        "steps": steps,
-        "calls": len(model_times(steps, config.schedule.num_steps)),
-        "eta": eta,
-        "predict": "eps",
-        "clip": clips(config, tokenizer),
-        "seed": seed,
-        "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
-        "device": device.type,
-        "group": min(GROUP, count),
-        "vae": None if tokenizer is None else tokenizer.vae.sha256,
-        "rounding": "127.5 (x + 1) to the nearest of 0..255",
-    }
-
-
-def default_steps(config: RunConfig) -> int:
-    """The paper's: 125 for pixels, 250 for latents."""
-    return 125 if config.model.channels in (1, 3) else 250
-
-
-def clips(config: RunConfig, tokenizer: Tokenizer | None) -> bool:
-    """Whether predicted images are held in [-1, 1]: pixels are, latents not."""
-    return tokenizer is None and config.model.channels in (1, 3)
 
 
 def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> None:
@@ -219,7 +180,7 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
     model, device, dtype = evaluate.open_run_of(UMD, config, options.ema, weights["step"])
     tokenizer = evaluate.open_tokenizer(config, options.vae, device)
     cfg_scale = options.cfg_scale if classes else 1.0
-    steps = default_steps(config) if options.steps is None else options.steps
+    predict, heads = options.prediction(config, weights, model, dtype, console)
     if not classes:
         labels, order = None, "none"
     elif options.count:
@@ -228,8 +189,8 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
     else:
         labels, order = torch.tensor(classes).repeat_interleave(options.per_class), f"{options.per_class} of each"
     recipe = draw_recipe(
-        config, weights, device, dtype, tokenizer, count, classes=classes, order=order, cfg_scale=cfg_scale,
-        steps=steps, eta=options.eta, seed=options.seed,
+        config, weights, device, dtype, tokenizer, count, options, classes=classes, order=order, cfg_scale=cfg_scale,
+        seed=options.seed, predict=predict, heads=heads,
     )  # fmt: skip
     png = options.out or run / "samples.png"
     known = png.suffix.lower() in (".png", ".npz", ".json")
@@ -237,9 +198,10 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
     files = png, png.with_suffix(".npz"), png.with_suffix(".json")
     if not is_there(files, recipe):
         drawer = Drawer(
-            model, evaluate.schedule_of(config.schedule), labels, count, num_steps=steps, cfg_scale=cfg_scale,
-            eta=options.eta, seed=options.seed, clip=clips(config, tokenizer), dtype=dtype, batch=options.batch,
-            capture=options.capture, tokenizer=tokenizer,
+            model, evaluate.schedule_of(config.schedule), labels, count, num_steps=recipe["steps"],
+            cfg_scale=cfg_scale, eta=options.eta, seed=options.seed, clip=clips(config, tokenizer), dtype=dtype,
+            batch=options.batch, capture=options.capture, tokenizer=tokenizer, sampler=options.sampler,
+            predict=predict, heads=heads, guidance=options.guidance,
         )  # fmt: skip
         folder = png.with_name(f".{png.stem}-{name_of(recipe)}")
         folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is found before the work

@@ -28,6 +28,7 @@ from umd.images import from_uint8
 from umd.model import UMD
 from umd.train import evaluate
 from umd.train.data import open_dataset
+from umd.train.errors import NAMES, Errors, draw_errors
 from umd.train.features import CALL, Features, name_of, spans
 from umd.train.latents import pixel_config
 from umd.train.probe import Probe, Recognition
@@ -43,24 +44,22 @@ from umd.train.reference import (
     stored_pictures,
 )
 from umd.train.run import RunConfig, weights_identity
-from umd.train.sample import Drawer, check_classes, clips, default_steps, draw_recipe, drawn_labels
+from umd.train.sample import Drawer, check_classes, drawn_labels
+from umd.train.sampling import Sampling, clips, draw_recipe
 from umd.train.shards import Advance, Job, others_work, share
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Sampling):
     """Score a run: samples against real pictures (Fréchet and kernel distances, Inception Score, precision, recall) and
     the representation (few-shot and linear probe, nearest neighbours). Writes scores.json and scores.md into the run;
-    the defaults are the paper's. The same command goes on after a stop; under torchrun each rank does its share."""
+    the defaults are the paper's, but for --predict. The same command goes on after a stop; under torchrun each rank
+    does its share."""
 
     count: int = 50_000
     """Samples."""
     cfg_scale: tuple[float, ...] = (1.0, 1.5)
     """Guidance, scored one by one; 1: none. Of a run without labels only 1."""
-    steps: int | None = None
-    """DDIM steps; default the paper's: 125 for pixels, 250 for latents."""
-    eta: float = 1.0
-    """Noise of DDIM: 1 as in the paper, 0 deterministic."""
     seed: int = 0
     """Of the samples."""
     balanced: bool = False
@@ -95,8 +94,8 @@ class Evaluate:
     """Let a class with fewer images give all it has."""
     linear: bool = True
     """Also the linear probe and nearest neighbours, which read every training picture."""
-    capture: Literal["auto", "on", "off"] = "auto"
-    """Replay a denoising step as one CUDA graph; auto: on a GPU, of more than a few steps."""
+    errors: int = 512
+    """Held-out pictures of the error curves by model time; 0: no curves."""
 
     def __post_init__(self) -> None:
         for name in ("count", "batch", "shots"):
@@ -104,8 +103,9 @@ class Evaluate:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.cfg_scale or not all(map(math.isfinite, self.cfg_scale)):
             raise UserError(f"cfg_scale must be one or more finite numbers, 1: no guidance; got {list(self.cfg_scale)}")
-        if self.seed < 0:
-            raise UserError(f"seed must be 0 or more, got {self.seed}")
+        for name in ("seed", "errors"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
 
 
 def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Console) -> None:
@@ -113,12 +113,13 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
     left_out = reasons(run, config, options)
     for what, reason in left_out.items():
         console.print(f"{what} is left out: {reason}", highlight=False)
-    if len(left_out) == 2:
+    if len(left_out) == 3:
         raise UserError(f"nothing is left to score in {run}")
-    generation = None if "generation" in left_out else Generation(config, options)
+    generation = None if "generation" in left_out else Generation(config, options, console)
     probe = Probe(shots=options.shots, allow_fewer=options.allow_fewer, linear=options.linear)
     recognition = None if "recognition" in left_out else Recognition(config, probe)
-    jobs = [job for part in (generation, recognition) if part is not None for job in part.jobs()]
+    errors = None if "errors" in left_out else Errors(config, options.errors, options.ema)
+    jobs = [job for part in (generation, recognition, errors) if part is not None for job in part.jobs()]
     if not share(jobs, console, "images"):
         console.print(others_work(), highlight=False)
         return
@@ -129,6 +130,9 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
         put(record["generation"], generation.entries())
     if recognition is not None:
         put(record["recognition"], [recognition.entry()])
+    if errors is not None:
+        put(record.setdefault("errors", []), [errors.entry()])
+        draw_errors(record["errors"], run / "errors.png")
     write_whole(file, json.dumps(record, indent=1).encode())
     text = markdown(record)
     write_whole(run / "scores.md", text.encode())
@@ -137,7 +141,7 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
 
 
 def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
-    """Why one half of the scores, or both, is left out."""
+    """Why a part of the scores is left out."""
     if config.is_classifier:
         raise UserError(
             f"{run} is a classifier, whose scores its training wrote; evaluate the run that it started from"
@@ -153,13 +157,17 @@ def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
         found["recognition"] = "it was not asked for"
     elif not open_dataset(config.data, "train").class_names:
         found["recognition"] = "the pictures have no labels"
+    if not options.errors:
+        found["errors"] = "they were not asked for"
+    elif config.is_diffmae:
+        found["errors"] = "those of a DiffMAE are not measured"
     return found
 
 
 class Generation:
     """Samples of a run at each guidance, and what they are measured against."""
 
-    def __init__(self, config: RunConfig, options: Evaluate):
+    def __init__(self, config: RunConfig, options: Evaluate, console: Console):
         classes = check_classes(config, (), options.balanced)
         self.config, self.options = config, options
         weights = weights_identity(config.out, options.ema)  # a run that still trains may save others meanwhile
@@ -169,14 +177,14 @@ class Generation:
         self.check_count(options.count, "samples", f"give --count {self.network.num_features} or more")
         factor = 1 if self.tokenizer is None else self.tokenizer.vae.factor
         self.size = [side * factor for side in config.model.image_size]
-        self.steps = default_steps(config) if options.steps is None else options.steps
+        self.predict, self.heads = options.prediction(config, weights, self.model, self.dtype, console)
         self.root = config.out / "features"
         self.labels = drawn_labels(classes, options.count, options.balanced, options.seed) if classes else None
         order = "none" if not classes else "in turn" if options.balanced else "at random"
         self.recipes = [
             draw_recipe(
-                config, weights, self.device, self.dtype, self.tokenizer, options.count, classes=classes,
-                order=order, cfg_scale=cfg_scale, steps=self.steps, eta=options.eta, seed=options.seed,
+                config, weights, self.device, self.dtype, self.tokenizer, options.count, options, classes=classes,
+                order=order, cfg_scale=cfg_scale, seed=options.seed, predict=self.predict, heads=self.heads,
             )
             for cfg_scale in (options.cfg_scale if classes else (1.0,))
         ]  # fmt: skip
@@ -247,9 +255,11 @@ class Generation:
     def drawer(self, cfg_scale: float) -> Drawer:
         options = self.options
         return Drawer(
-            self.model, evaluate.schedule_of(self.config.schedule), self.labels, options.count, num_steps=self.steps,
-            cfg_scale=cfg_scale, eta=options.eta, seed=options.seed, clip=clips(self.config, self.tokenizer),
-            dtype=self.dtype, batch=options.batch, capture=options.capture, tokenizer=self.tokenizer,
+            self.model, evaluate.schedule_of(self.config.schedule), self.labels, options.count,
+            num_steps=options.steps_of(self.config), cfg_scale=cfg_scale, eta=options.eta, seed=options.seed,
+            clip=clips(self.config, self.tokenizer), dtype=self.dtype, batch=options.batch, capture=options.capture,
+            tokenizer=self.tokenizer, sampler=options.sampler, predict=self.predict, heads=self.heads,
+            guidance=options.guidance,
         )  # fmt: skip
 
     def drawn(self, drawer: Any, first: int, last: int, advance: Advance) -> bytes:
@@ -344,7 +354,23 @@ def markdown(record: Mapping[str, Any]) -> str:
                     table_row([weights, row["probe"], row["features"], f"{100 * row['accuracy']:.1f} %", spread])
                 )
         lines.append("")
+    for entry in record.get("errors", []):
+        lines += error_lines(entry)
     return "\n".join(lines)
+
+
+def error_lines(entry: Mapping[str, Any]) -> list[str]:
+    """Errors by model time as a table."""
+    curves = entry["curves"]
+    what = (
+        f"On {entry['pictures']} held-out pictures, with the same noise and masks for every network; ± standard error."
+    )
+    lines = [f"## Squared error by model time, step {entry['settings']['weights']['step']}", "", what, ""]
+    lines += table_head(["t", *(NAMES[name] for name in curves)])
+    for i, time in enumerate(entry["times"]):
+        cells = [(curve["mean"][i], curve["se"][i]) for curve in curves.values()]
+        lines.append(table_row([str(time), *("" if m is None else f"{m:.4f} ± {s:.4f}" for m, s in cells)]))
+    return [*lines, ""]
 
 
 def columns(entries: list[dict[str, Any]]) -> list[str]:
@@ -353,8 +379,8 @@ def columns(entries: list[dict[str, Any]]) -> list[str]:
     rows = {
         "samples": [f"{s['count']}{' †' * e['few']}" for s, e in zip(drawn, entries, strict=True)],
         "labels": [s["labels"] for s in drawn],
-        "guidance": ["none" if s["cfg_scale"] == 1 else f"{s['cfg_scale']:g}" for s in drawn],
-        "sampler": [f"{s['sampler']}, {s['steps']} steps, η {s['eta']:g}" for s in drawn],
+        "guidance": [guidance_of(s) for s in drawn],
+        "sampler": [sampler_of(s) for s in drawn],
         "weights": [f"step {s['weights']['step']}{', EMA' * (s['weights']['part'] == 'ema')}" for s in drawn],
     }
     floor = entries[0]["floor"]
@@ -365,6 +391,28 @@ def columns(entries: list[dict[str, Any]]) -> list[str]:
         cells = [number(entry["scores"].get(name)) for entry in entries]
         lines.append(table_row([f"**{name}**", *cells, number(floor.get(name))]))
     return lines
+
+
+def guidance_of(samples: Mapping[str, Any]) -> str:
+    """The guidance of a recipe: its scale, and what is not as usual. Records of earlier versions say less."""
+    if samples["cfg_scale"] == 1:
+        return "none"
+    parts = [f"{samples['cfg_scale']:g}"]
+    if (schedule := samples.get("cfg_schedule", "constant")) != "constant":
+        parts.append(schedule)
+    if "times" in samples and samples["cfg_interval"] != [1, samples["times"]]:
+        parts.append("t {} to {}".format(*samples["cfg_interval"]))
+    if samples.get("cfg_channels"):
+        parts.append(f"{samples['cfg_channels']} channels")
+    return ", ".join(parts)
+
+
+def sampler_of(samples: Mapping[str, Any]) -> str:
+    parts = [f"{samples['sampler']}, {samples['steps']} steps"]
+    if samples["eta"] is not None:
+        parts.append(f"η {samples['eta']:g}")
+    heads = {"x_start": "from x̂0", "both": "from both heads"}
+    return ", ".join([*parts, *filter(None, [heads.get(samples.get("predict", "eps"))])])
 
 
 def described(about: Mapping[str, Any]) -> str:

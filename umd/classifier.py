@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umd import ops
+from umd.blocks import Block, Blocks, Tables, initialize_blocks
 from umd.config import ClassifierConfig, DiffMAEConfig, ViTConfig
 from umd.diffmae import DiffMAE, to_images
 from umd.embedders import lecun_normal
 from umd.errors import UserError
 from umd.layers import Linear, residual
-from umd.model import UMD, Block, Blocks, Tables, initialize_blocks
+from umd.model import UMD
 from umd.ops import Packing, pack
 
 
@@ -51,7 +52,7 @@ class Classifier(nn.Module):
         D = config.hidden_size
         self.x_embedder = Linear(config.patch_dim, D)
         self.pos_embed = nn.Parameter(torch.empty(config.num_patches, D))
-        self.cls_token = nn.Parameter(torch.zeros(config.num_cls, D))
+        self.cls_token = nn.Parameter(torch.zeros(config.num_cls, D)) if config.num_cls else None
         self.cond_token = nn.Parameter(torch.zeros(D)) if config.cond_token else None
         self.encoder = Blocks(config, [Block(config) for _ in range(config.depth)])
         self.batch_norm = BatchNorm(D) if config.linear else None
@@ -102,18 +103,27 @@ class Classifier(nn.Module):
         return self.head(features)
 
     def features(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
-        """What the head sees: the mean of the CLS tokens, or of the patch tokens, behind the final norm: [B, D]."""
+        """What the head sees: the mean of the CLS tokens, or of the patch tokens, behind the final norm: [B, D].
+        With mean_norm the norm comes behind the mean."""
         config, B = self.config, len(x)
         packing, block_packing = layout(config, B, x.device)
         patches = ops.patchify(to_images(x, config), config.patch_size).flatten(0, 1)  # [B·L, C·p·P·P]
         y = residual(self.x_embedder(patches), config)  # [B·L, D]
         y = y + self.pos_embed.to(y.dtype).repeat(B, 1)
-        y = ops.prepend_tokens(self.cls_token.expand(B, -1, -1), y, packing)
+        if self.cls_token is not None:
+            y = ops.prepend_tokens(self.cls_token.expand(B, -1, -1), y, packing)
         cond = None if self.cond_token is None else self.cond_token.expand(B, -1)
-        y = self.encoder(y, block_packing, self.modulation(gates), cond)  # [B·(num_cls + L), D]
-        cls, y = ops.split_tokens(y, config.num_cls, packing)
+        last = config.pool == "mean_norm"
+        y = self.encoder(y, block_packing, self.modulation(gates), cond, normed=not last)  # [B·(num_cls + L), D]
+        if config.num_cls:
+            cls, y = ops.split_tokens(y, config.num_cls, packing)
         y = cls if config.pool == "cls" else y.view(B, -1, config.hidden_size)
-        return y.to(torch.promote_types(y.dtype, torch.float32)).mean(dim=1)
+        y = y.to(torch.promote_types(y.dtype, torch.float32)).mean(dim=1)
+        if not last:
+            return y
+        norm = self.encoder.norm
+        with torch.autocast(y.device.type, enabled=False):
+            return F.layer_norm(y, y.shape[1:], norm.weight, norm.bias, norm.eps)
 
     def modulation(self, gates: Tensor | None) -> Iterator[Tables] | None:
         if gates is None:
@@ -131,26 +141,31 @@ def classifier_config(source: ViTConfig, **changes) -> ClassifierConfig:
     """The classifier on the encoder of a UMD or DiffMAE of this configuration."""
     same = (
         "image_size", "channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_cls",
-        "residual_in_fp32",
+        "gelu", "norm_eps", "residual_in_fp32",
     )  # fmt: skip
     values = {name: getattr(source, name) for name in same if name not in changes}
     if isinstance(source, DiffMAEConfig):
         values |= {"num_frames": source.num_frames, "tubelet_size": source.tubelet_size}
-    return ClassifierConfig(**values, cond_token=not getattr(source, "adaLN", True), **changes)
+    if not source.num_cls:
+        changes.setdefault("pool", "mean")
+    return ClassifierConfig(**values, cond_token=bool(getattr(source, "cond_tokens", 0)), **changes)
 
 
 @torch.no_grad()
 def encoder_weights(source: UMD | DiffMAE) -> dict[str, Tensor]:
     """Weights of a `Classifier`, all but the head's, whose features are `source.represent(x)` at t = 0."""
     own: dict[str, Tensor] = dict(source.named_parameters())
-    weights = {name: own[name] for name in ("x_embedder.weight", "x_embedder.bias", "pos_embed", "cls_token")}
-    ones = torch.ones_like(source.cls_token[0])  # [D]
+    names = ("x_embedder.weight", "x_embedder.bias", "pos_embed", "cls_token")
+    weights = {name: own[name] for name in names if name in own}
+    ones = own["x_embedder.bias"].new_ones(source.config.hidden_size)  # [D]
     zeros = 0 * ones
     tables: Iterator[tuple[Tensor, ...]] = iter(())
     if isinstance(source, UMD):
-        cond, tables, _ = source.condition(torch.zeros(1, dtype=torch.int64, device=source.pos_embed.device))
-        if not source.config.adaLN:
+        clean = torch.zeros(1, dtype=torch.int64, device=source.pos_embed.device)
+        cond, tables, _ = source.condition(clean)
+        if source.config.cond_tokens:
             weights["cond_token"] = cond[0]
+        weights["x_embedder.weight"] = weights["x_embedder.weight"] * source.input_scale(clean).to(ones)
     elif source.pos_embed_time is not None:
         weights["pos_embed"] = (source.pos_embed_time[:, None] + source.pos_embed).flatten(0, 1)
 
@@ -168,5 +183,6 @@ def encoder_weights(source: UMD | DiffMAE) -> dict[str, Tensor]:
             weight, bias = own[f"{name}.{layer}.weight"], own[f"{name}.{layer}.bias"]
             weights[f"{name}.{layer}.weight"] = weight if gate is None else gate[:, None] * weight
             weights[f"{name}.{layer}.bias"] = bias if gate is None else gate * bias
-    norm("encoder.norm", zeros, zeros)
+    shift, scale = next(tables, None) or (zeros[None], zeros[None])
+    norm("encoder.norm", shift[0], scale[0])
     return weights

@@ -8,10 +8,10 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -149,7 +149,9 @@ def take_path(arguments: list[str], command: str, what: str) -> tuple[Path, list
 
 def preset_or_config(arguments: list[str], command: str) -> tuple[str, "RunConfig", list[str]]:
     """The first argument as the run it names, and the others. Without one, prints which there are."""
-    from umd.train.run import PRESETS, read_config
+    from umd.train.curves import curves
+    from umd.train.presets import PRESETS
+    from umd.train.run import read_config
 
     if not arguments or arguments[0] in ("-h", "--help"):
         say(f"usage: umd {command} PRESET|CONFIG.yaml [options]; `umd {command} PRESET --help` lists the options\n")
@@ -157,6 +159,8 @@ def preset_or_config(arguments: list[str], command: str) -> tuple[str, "RunConfi
         for name, (what, _) in PRESETS.items():
             table.add_row(f"  [bold]{name}[/]", what)
         console.print(table)
+        made = ", ".join(curve.name for curve in curves())
+        say(f"\nA run is compared with the loss curve of a run of its recipe, where there is one: {made}.")
         sys.exit(0 if arguments else 2)
     name, rest = arguments[0], arguments[1:]
     if name in PRESETS:
@@ -231,13 +235,13 @@ def inpaint(arguments: list[str]) -> None:
 def probe(arguments: list[str]) -> None:
     from umd.train.probe import Probe
     from umd.train.probe import probe as probe_run
-    from umd.train.run import read_config
+    from umd.train.run import at_size, read_config
 
     run, rest = take_path(arguments, "probe", "RUN")
     options: Probe = parse(Probe, f"probe {run}", rest)
     if options.layers:
         from umd.train.layers import probe_layers as probe_run
-    probe_run(run, options, read_config(run), console)
+    probe_run(run, options, at_size(read_config(run), options.image_size), console)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -256,6 +260,26 @@ def transfer(arguments: list[str]) -> None:
     run, rest = take_path(arguments, "transfer", "RUN")
     folder, rest = take_path(rest, f"transfer {run}", "FOLDER")
     transfer_run(run, folder, parse(Transfer, f"transfer {run} {folder}", rest), read_config(run), console)
+
+
+def embed(arguments: list[str]) -> None:
+    from umd.train.embed import Embed
+    from umd.train.embed import embed as embed_run
+    from umd.train.run import at_size, read_config
+
+    run, rest = take_path(arguments, "embed", "RUN")
+    source, rest = take_path(rest, f"embed {run}", "SOURCE")
+    options: Embed = parse(Embed, f"embed {run} {source}", rest)
+    embed_run(run, source, options, at_size(read_config(run), options.image_size), console)
+
+
+def export(arguments: list[str]) -> None:
+    from umd.train.export import Export
+    from umd.train.export import export as export_run
+    from umd.train.run import read_config
+
+    options: Export = parse(Export, "export", arguments)
+    export_run(options, read_config(options.run), console)
 
 
 def encode_latents(arguments: list[str]) -> None:
@@ -322,33 +346,9 @@ def doctor(arguments: list[str]) -> None:
 
 
 def import_weights(arguments: list[str]) -> None:
-    from umd.config import ScheduleConfig
-    from umd.convert import import_small_vision
-    from umd.train.run import RunConfig, load_model, write_config
+    from umd.train.imports import Import, import_run
 
-    @dataclass(frozen=True)
-    class Import:
-        """Import weights of another project as a checkpoint of ours."""
-
-        kind: Annotated[Literal["small-vision"], positional()]
-        """Whose: small-vision, the paper authors' JAX code."""
-        path: Annotated[Path, positional()]
-        """Their .npz file."""
-        out: Path = field(default=Path("runs/imported"))
-        """Folder for the checkpoint."""
-
-    options = parse(Import, "import", arguments)
-    written = import_small_vision(options.path, options.out / "checkpoints")
-    model = load_model(options.out).config
-    schedule = ScheduleConfig("cosine" if model.channels in (1, 3) else "linear")
-    write_config(RunConfig(out=options.out, model=model, schedule=schedule))
-    say(f"written: {written}; sample, probe and fine-tune {options.out} like a run")
-
-
-def positional():
-    import tyro
-
-    return tyro.conf.Positional
+    import_run(parse(Import, "import", arguments), console)
 
 
 BENCHES = {  # module and options of each, and what it measures
@@ -393,9 +393,11 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "inpaint": (inpaint, "fill a hole in pictures"),
     "probe": (probe, "few-shot accuracy of the representation, beside its floors"),
     "evaluate": (evaluate, "FID and its kin of samples, and probes of the representation, in one table"),
+    "embed": (embed, "the representation of pictures as .npz and Parquet"),
     "transfer": (transfer, "few-shot accuracy on other sets of pictures, a folder each"),
     "report": (report, "write the report page of a demo again"),
-    "import": (import_weights, "weights of the authors' JAX code (small-vision)"),
+    "import": (import_weights, "published weights of DiT, MAE, MaskDiT, or the UMD authors' (small-vision)"),
+    "export": (export, "a run for timm, transformers, diffusers, the Hugging Face hub, or small-vision"),
     "bench": (bench, "measure a training step or its data; audit kernels without a GPU"),
     "doctor": (doctor, "what this machine will really use, and how to get what is missing"),
 }

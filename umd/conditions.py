@@ -17,7 +17,7 @@ class Conditions:
     """Every condition that a sampler will ask for with its modulation, made at once: n times m labels."""
 
     cond: Tensor  # [n·m, D]
-    tables: Tensor  # [n·m, M·D], M tables: 6 a block, 2 of the final norm
+    tables: Tensor  # [n·m, M·D], M tables: 6 a block, 2 of a final norm
     time_rows: Tensor  # int64 [T], where a time's rows begin
     label_rows: Tensor  # int64 [num_classes + 1], a label's place among them
 
@@ -41,7 +41,7 @@ def make_conditions(model: UMD, times: Sequence[int], labels: Tensor | None = No
     if labels is not None:
         known = torch.cat([labels.to(device), known]).unique()
     n, m = len(times), len(known)
-    size = n * m * config.num_modulations * config.hidden_size * model.pos_embed.element_size()
+    size = n * m * sum(config.modulation_widths) * model.pos_embed.element_size()
     if not config.adaLN or size > MOST_BYTES:
         return None
     of_times = torch.tensor(times, device=device)

@@ -3,6 +3,7 @@
 The command line is made from these classes, and each run writes its resolved values as YAML.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from tyro.conf import Suppress
 from umd.errors import UserError
 
 AdaLNProjection = Literal["per_block", "single", "low_rank"]
+Embedding = Literal["paper", "released", "diffusers", "none"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,16 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over D."""
     num_cls: int = 1
-    """CLS tokens, averaged into the representation (paper 1, released code 4)."""
+    """CLS tokens, averaged into the representation (paper 1, released code 4; DiT and MaskDiT 0: averaged patches)."""
     norm_affine: bool = True
     """LayerNorm's own scale and bias, which the released UMD code keeps under adaLN and DiT does not."""
-    embedding: Literal["paper", "released"] = "paper"
-    """Time and label embedding: DiT's 256 features and a plain table; or D features and MLPs, as released."""
+    embedding: Embedding = "paper"
+    """Time and label embedding: DiT's 256 features and a plain table; or D features and MLPs, as released; diffusers:
+    DiT's with other frequencies; none: neither (MAE)."""
+    gelu: Literal["tanh", "exact"] = "tanh"
+    """tanh: the approximation, as UMD, DiT and MaskDiT; exact: as MAE, and without kernels of our own."""
+    norm_eps: float = 1e-6
+    """Added to the variance in LayerNorm (transformers' ViTMAE 1e-12)."""
     residual_in_fp32: bool = False
     """Keep the residual stream in fp32 where the products are in bf16, as autocast does in DiT and MAE."""
 
@@ -52,8 +59,9 @@ class ViTConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", tuple(self.image_size))
         for name in ("channels", "patch_size", "hidden_size", "depth", "num_heads", "num_cls"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+            least = 0 if name == "num_cls" and not isinstance(self, DiffMAEConfig) else 1
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
         H, W = self.image_size
         if H % self.patch_size or W % self.patch_size:
             raise UserError(
@@ -66,10 +74,14 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class ModelConfig(ViTConfig):
-    """The UMD network; the decoder is as wide as the encoder."""
+    """The UMD network. Other settings make it DiT, MAE or MaskDiT as published (see `umd/peers.py`)."""
 
     decoder_depth: int = 4
-    """Decoder blocks."""
+    """Decoder blocks; 0: none, the head reads the encoder (DiT)."""
+    decoder_hidden_size: int = 0
+    """Width of the decoder; 0: the encoder's. Any other has a linear layer in between (MAE, MaskDiT)."""
+    decoder_num_heads: int = 0
+    """Attention heads of the decoder; 0: as many as the encoder's."""
     decoder: Literal["self", "cross"] = "self"
     """self: all patches attend to each other, as published; cross: the patches to predict attend to the encoder's
     tokens only (CrossMAE)."""
@@ -80,23 +92,68 @@ class ModelConfig(ViTConfig):
     each block's own as a product of low rank."""
     adaLN_rank: int = 64
     """Rank of low_rank."""
+    positions: Literal["learned", "sincos"] = "learned"
+    """sincos: fixed tables of sines and cosines, as MAE, DiT and MaskDiT."""
     num_classes: int = 0
     """Classes of the label embedding; 0: no labels, as in pre-training."""
+    outputs: Literal["x_start_eps", "x_start", "eps", "eps_sigma", "edm"] = "x_start_eps"
+    """What is predicted of each value of a patch: the image and the noise (UMD); the image (MAE); the noise, or with it
+    the variance of a step (DiT); what EDM's preconditioning makes an image of (MaskDiT)."""
 
     @property
-    def num_modulations(self) -> int:
-        """Tables of width D that the adaLN projection makes: 6 a block, 2 for the decoder's final norm."""
-        return sum(self.modulation_widths) // self.hidden_size
+    def heads(self) -> tuple[str, ...]:
+        """What of x_start and eps is predicted, or follows from what is at every time."""
+        return {"x_start_eps": ("x_start", "eps"), "x_start": ("x_start",), "edm": ("eps", "x_start")}.get(
+            self.outputs, ("eps",)
+        )
+
+    @property
+    def out_channels(self) -> int:
+        """Channels that the head predicts."""
+        return self.channels * (2 if self.outputs in ("x_start_eps", "eps_sigma") else 1)
+
+    @property
+    def decoder_width(self) -> int:
+        return self.decoder_hidden_size or self.hidden_size
+
+    @property
+    def decoder_vit(self) -> ViTConfig:
+        """What the decoder's blocks are built from."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(ViTConfig)}
+        heads = self.decoder_num_heads or self.num_heads
+        return ViTConfig(**fields | {"hidden_size": self.decoder_width, "num_heads": heads, "num_cls": 1})
+
+    @property
+    def cond_tokens(self) -> int:
+        """1 where the condition is a token in front of each sample."""
+        return int(not self.adaLN and self.embedding != "none")
 
     @property
     def modulation_widths(self) -> list[int]:
-        """Of the tables of each block side by side, and of the decoder's final norm."""
-        return [6 * self.hidden_size] * (self.depth + self.decoder_depth) + [2 * self.hidden_size]
+        """Of adaLN's tables side by side: 6 for each block of the encoder; 2 for its final norm, if a linear layer
+        follows; 6 for each block of the decoder; 2 for the last norm."""
+        D, width = self.hidden_size, self.decoder_width
+        middle = [2 * D] if self.decoder_depth and self.decoder_hidden_size else []
+        return [6 * D] * self.depth + middle + [6 * width] * self.decoder_depth + [2 * width]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decoder_depth < 1:
-            raise UserError(f"decoder_depth must be at least 1, got {self.decoder_depth}")
+        for name in ("decoder_depth", "decoder_hidden_size", "decoder_num_heads"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not self.decoder_depth and (self.decoder_hidden_size or self.decoder == "cross"):
+            raise UserError("decoder_depth 0 is no decoder: leave decoder_hidden_size at 0 and decoder at self")
+        if self.decoder == "cross" and (self.decoder_hidden_size or not self.num_cls or self.embedding == "none"):
+            raise UserError("the cross decoder is as wide as the encoder, and needs CLS tokens and a time embedding")
+        if self.embedding == "none" and (self.adaLN or self.num_classes):
+            raise UserError("embedding none tells neither time nor class: use adaLN off and no classes")
+        if self.adaLN_projection == "single" and self.decoder_hidden_size:
+            raise UserError("one projection for all blocks (adaLN single) needs a decoder as wide as the encoder")
+        if self.positions == "sincos" and (self.hidden_size % 4 or self.decoder_width % 4):
+            raise UserError(
+                f"widths {self.hidden_size} and {self.decoder_width} must be divisible by 4 for sines and cosines"
+            )
+        self.decoder_vit  # noqa: B018 (its width and heads are checked)
         if self.adaLN_rank < 1:
             raise UserError(f"adaLN_rank must be at least 1, got {self.adaLN_rank}")
         if self.num_classes < 0:
@@ -163,10 +220,11 @@ class ClassifierConfig(ViTConfig):
     """Frames of a patch; divides the frames."""
     num_classes: Suppress[int] = 0  # not an option: a run takes it from its data
     """Classes."""
-    pool: Literal["cls", "mean"] = "cls"
-    """What the linear layer sees: the averaged CLS tokens, or the averaged patch tokens."""
+    pool: Literal["cls", "mean", "mean_norm"] = "cls"
+    """What the linear layer sees behind the final norm: the averaged CLS tokens, or the averaged patch tokens;
+    mean_norm: the norm of the averaged patch tokens (MAE's fine-tuning)."""
     norm_affine: Suppress[bool] = True  # neither are these two: shift and scale fold into it, and there is no time
-    embedding: Suppress[Literal["paper", "released"]] = "paper"
+    embedding: Suppress[Embedding] = "paper"
     cond_token: Suppress[bool] = False  # not an option: the encoder has one or not
     """One more token in front, as a UMD without adaLN has for its condition."""
     linear: bool = False
@@ -186,6 +244,8 @@ class ClassifierConfig(ViTConfig):
         super().__post_init__()
         if min(self.num_frames, self.tubelet_size) < 1 or self.num_frames % self.tubelet_size:
             raise UserError(f"num_frames {self.num_frames} is not divisible by tubelet_size {self.tubelet_size}")
+        if self.pool == "cls" and not self.num_cls:
+            raise UserError("there are no CLS tokens to classify by; use --model.pool mean")
 
 
 # Mi has many heads: with 6, 12 and 24 the CLS tokens of a run of minutes tell ever more of the classes.
@@ -241,6 +301,8 @@ class ObjectiveConfig:
     """m0: share of patches hidden in noise-free samples."""
     class_dropout_prob: float = 0.1
     """Share of labels replaced by the null class in fine-tuning, for guidance."""
+    norm_pix: bool = False
+    """The target is each patch by its own mean and deviation; for a network whose output is x_start (MAE)."""
     predict_ratio: float = 1.0
     """Share of a sample's hidden patches that are predicted, drawn at random; below 1 needs the cross decoder."""
 
@@ -309,8 +371,8 @@ class ClassifierObjectiveConfig:
 class ScheduleConfig:
     """Noise schedule."""
 
-    name: Literal["cosine", "linear", "linear_rho"] = "cosine"
-    """cosine for pixels, linear for latents, linear_rho for DiffMAE."""
+    name: Literal["cosine", "linear", "linear_rho", "edm"] = "cosine"
+    """cosine for pixels, linear for latents, linear_rho for DiffMAE, edm for MaskDiT as published."""
     num_steps: int = 1000
     """T."""
     rho: float = 0.8

@@ -8,7 +8,6 @@ import re
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict
 from math import isqrt
 from pathlib import Path
 
@@ -16,26 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from umd.checkpoint import save_checkpoint
 from umd.config import ModelConfig
 from umd.errors import UserError
 from umd.model import UMD
 
 _SCANNED = "ScanCheckpointEncoder1DBlock_0/"  # the blocks of a tower stacked on axis 0, the default there
 _FOREIGN = "this is no UMD checkpoint of small-vision, or not all of it"
-
-
-def import_small_vision(path: Path | str, out_dir: Path | str, image_size: tuple[int, int] | None = None) -> Path:
-    """Write a checkpoint of ours with the weights at `path`, their EMA beside them where there is one.
-
-    Raises:
-        UserError: as `load_small_vision` and `from_small_vision`.
-    """
-    config, state = from_small_vision(load_small_vision(path), image_size)
-    tensors = {"model": state}
-    if ema := load_small_vision(path, "ema_params"):
-        tensors["ema"] = from_small_vision(ema, image_size)[1]
-    return save_checkpoint(out_dir, 0, tensors, {"config": {"model": asdict(config)}})
 
 
 def load_small_vision(path: Path | str, tree: str = "params") -> dict[str, np.ndarray]:

@@ -18,12 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umd import ops
-from umd.config import ClassifierConfig, DiffMAEConfig
-from umd.device import autocast
-from umd.embedders import TimestepEmbedder, lecun_normal
-from umd.errors import UserError
-from umd.layers import Linear, residual
-from umd.model import (
+from umd.blocks import (
     Block,
     Blocks,
     CrossAttention,
@@ -32,6 +27,11 @@ from umd.model import (
     initialize_blocks,
     per_token,
 )
+from umd.config import ClassifierConfig, DiffMAEConfig
+from umd.device import autocast
+from umd.embedders import TimestepEmbedder, lecun_normal
+from umd.errors import UserError
+from umd.layers import Linear, residual
 from umd.ops import Packing, pack
 from umd.sampler import Callback, Capture, Denoise, ddim_sample
 from umd.schedule import NoiseSchedule

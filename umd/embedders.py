@@ -5,16 +5,20 @@ import math
 import torch
 from torch import Tensor, nn
 
-from umd.config import ModelConfig, ViTConfig
+from umd.config import Embedding, ModelConfig, ViTConfig
 
 
-def timestep_features(timesteps: Tensor, dim: int, released: bool, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal features [R, dim] of model times [R]. The paper's are DiT's: cosine first, frequencies 1e4^(-i/half);
-    the released code puts sine first and divides by half - 1."""
+def timestep_features(timesteps: Tensor, dim: int, embedding: Embedding, dtype: torch.dtype) -> Tensor:
+    """Sinusoidal features [R, dim] of model times [R], whole numbers or not.
+
+    paper: DiT's, cosines first, frequencies 1e4^(-i/half). The released code puts sines first; it and diffusers' DiT
+    divide by half - 1.
+    """
     half = dim // 2
     index = torch.arange(half, dtype=torch.float64, device=timesteps.device)
-    angles = timesteps.double()[:, None] * torch.exp(-math.log(1e4) * index / (half - 1 if released else half))
-    order = (angles.sin(), angles.cos()) if released else (angles.cos(), angles.sin())
+    rates = torch.exp(-math.log(1e4) * index / (half if embedding == "paper" else half - 1))
+    angles = timesteps.double()[:, None] * rates
+    order = (angles.sin(), angles.cos()) if embedding == "released" else (angles.cos(), angles.sin())
     return torch.cat(order, dim=-1).to(dtype)
 
 
@@ -24,13 +28,13 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         D = config.hidden_size
-        self.released = config.embedding == "released"
-        self.features, hidden = (D, 2 * D) if self.released else (256, D)
+        self.embedding = config.embedding
+        self.features, hidden = (D, 2 * D) if config.embedding == "released" else (256, D)
         self.mlp = nn.Sequential(nn.Linear(self.features, hidden), nn.SiLU(), nn.Linear(hidden, D))
 
     def forward(self, timesteps: Tensor) -> Tensor:
         dtype = next(self.parameters()).dtype
-        features = timestep_features(timesteps, self.features, self.released, dtype)
+        features = timestep_features(timesteps, self.features, self.embedding, dtype)
         return self.mlp(features)  # [R, D]
 
 
@@ -40,7 +44,9 @@ class LabelEmbedder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         D = config.hidden_size
-        self.embedding_table = nn.Embedding(config.num_classes + 1, D)
+        # MaskDiT's labels go through a layer without a bias: its null class is, and stays, a row of zeros.
+        fixed = config.num_classes if config.outputs == "edm" else None
+        self.embedding_table = nn.Embedding(config.num_classes + 1, D, padding_idx=fixed)
         released = config.embedding == "released"
         self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D)) if released else nn.Identity()
 

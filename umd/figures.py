@@ -2,6 +2,7 @@
 
 import html
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -192,6 +193,33 @@ def layer_curves(runs: Mapping[str, Mapping[int, Mapping[str, Mapping[str, float
             ax.set_ylabel(f"{shots}-shot accuracy, %")
         for ax in axes[:, -1]:
             ax.legend(bbox_to_anchor=(1, 1), loc="upper left")  # beside the last run, for all
+        figure.savefig(path, facecolor="white")
+
+
+def error_curves(
+    runs: Sequence[tuple[str, Sequence[int], Mapping[str, Mapping[str, Sequence[float | None]]]]],
+    names: Mapping[str, str], path: Path,
+) -> None:  # fmt: skip
+    """Draw errors by model time, a panel a kind of error and a line a run; write a PNG.
+
+    runs: (name, times, {kind: {mean, se}}), None where there is no value. names: of the kinds.
+    """
+    with rc_context(STYLE):
+        kinds = [kind for kind in names if any(kind in curves for _, _, curves in runs)]
+        figure = Figure(figsize=(3.4 * len(kinds) + 0.4, 2.7), layout="constrained", dpi=150)
+        for ax, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+            for (name, times, curves), colour in zip(runs, itertools.cycle(LINES)):
+                if kind not in curves:
+                    continue
+                mean, se = (np.array(curves[kind][what], float) for what in ("mean", "se"))  # None becomes NaN
+                ax.plot(times, mean, color=COLOURS[colour], marker="o", ms=3, lw=1.3, label=name)
+                ax.fill_between(times, mean - se, mean + se, color=COLOURS[colour], alpha=0.2, lw=0)
+            ax.set_title(f"squared error of {names[kind]}")
+            ax.set_xlabel("model time t (0: no noise)")
+            ax.set_ylim(bottom=0)
+            ax.grid(axis="y")
+            if len(runs) > 1:
+                ax.legend()
         figure.savefig(path, facecolor="white")
 
 

@@ -12,27 +12,29 @@ def forward_flops(
 
     predict: patches of each sample that a cross decoder predicts; None: all.
     """
-    D, P = config.hidden_size, config.patch_size
-    hidden, pixels = int(D * config.mlp_ratio), config.channels * P * P
-    extra = 0 if config.adaLN else 1
+    D, width, area = config.hidden_size, config.decoder_width, config.patch_size**2
+    hidden, wide_hidden = int(D * config.mlp_ratio), int(width * config.mlp_ratio)
+    extra = config.cond_tokens
     encoder = [extra + config.num_cls + k for k in keep]
     whole = (config.num_patches,) * len(keep)
-    predict = predict or whole
+    predict = predict or (whole if config.decoder_depth else keep)
     if config.decoder == "cross":
         decoder = cross_attention_products(D, D, predict, encoder) + sum(predict) * 2 * D * hidden
     else:
-        decoder = vit_block(D, hidden, [extra + 1 + length for length in whole])
+        decoder = vit_block(width, wide_hidden, [extra + min(config.num_cls, 1) + length for length in whole])
 
-    features, t_hidden = (256, D) if config.embedding == "paper" else (D, 2 * D)
-    condition = features * t_hidden + t_hidden * D
+    features, t_hidden = (D, 2 * D) if config.embedding == "released" else (256, D)
+    condition = features * t_hidden + t_hidden * D if config.embedding != "none" else 0
     if config.adaLN:
-        tables, rank = config.num_modulations * D, config.adaLN_rank
+        tables, rank = sum(config.modulation_widths), config.adaLN_rank
         condition += {"per_block": D * tables, "single": D * 6 * D, "low_rank": rank * (D + tables)}[
             config.adaLN_projection
         ]
     if config.num_classes and config.embedding == "released":
         condition += 4 * D * D
-    ends = sum(keep) * pixels * D + sum(predict) * D * 2 * pixels
+    ends = sum(keep) * config.channels * area * D + sum(predict) * width * config.out_channels * area
+    if config.decoder_hidden_size:
+        ends += sum(config.num_cls + k for k in keep) * D * width
     blocks = config.depth * vit_block(D, hidden, encoder) + config.decoder_depth * decoder
     return 2 * (blocks + num_conditions * condition + ends)
 
@@ -63,7 +65,7 @@ def diffmae_decoder_flops(config: DiffMAEConfig, keep: tuple[int, ...]) -> int:
         "cross": cross + sum(masked) * 2 * D * hidden,
         "cross_self": cross + vit_block(D, hidden, masked),
     }[config.decoder]
-    features, t_hidden = (256, D) if config.embedding == "paper" else (D, 2 * D)
+    features, t_hidden = (D, 2 * D) if config.embedding == "released" else (256, D)
     time = len(keep) * (features * t_hidden + t_hidden * D)
     ends = sum(masked) * D * (config.patch_dim + (config.target_size or config.patch_dim))
     return 2 * (time + ends + config.decoder_depth * block)

@@ -23,7 +23,7 @@ class Linear(nn.Linear):
         """(y, bias): y as `forward` returns it. The bias, if not None, has yet to get its gradient, the column sum of
         y's: from the op that takes y, which reads y's gradient anyway."""
         if not (self.splits and ops.splits_bias(x)):
-            return self(x), None
+            return Linear.forward(self, x), None
         return ops.linear(x, self.weight, self.bias.detach(), self.cast), self.bias
 
     def with_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 
     patches: Packing  # K tokens a sample
     encoder: Packing  # num_cls + K
-    decoder: Packing  # 1 + L
+    decoder: Packing  # 1 + L, without CLS tokens L
     encoder_blocks: Packing  # what runs through the blocks: the same, or without adaLN one more, the condition token
     decoder_blocks: Packing  # so too; with the cross decoder the patches it predicts
 
@@ -58,12 +58,14 @@ def layout(
     def packing(extra: int, lengths: tuple[int, ...]) -> Packing:
         return pack([extra + length for length in lengths], cond_index, device)
 
-    whole = (config.num_patches,) * len(keep)
-    encoder, decoder = packing(config.num_cls, keep), packing(1, whole)
-    encoder_blocks = encoder if config.adaLN else packing(config.num_cls + 1, keep)
+    whole, cond = (config.num_patches,) * len(keep), config.cond_tokens
+    summary = min(config.num_cls, 1)
+    encoder, decoder = packing(config.num_cls, keep), packing(summary, whole)
+    encoder_blocks = packing(config.num_cls + cond, keep) if cond else encoder
     if config.decoder == "cross":
         return Layout(packing(0, keep), encoder, decoder, encoder_blocks, packing(0, predict or whole))
-    return Layout(packing(0, keep), encoder, decoder, encoder_blocks, decoder if config.adaLN else packing(2, whole))
+    decoder_blocks = packing(summary + cond, whole) if cond else decoder
+    return Layout(packing(0, keep), encoder, decoder, encoder_blocks, decoder_blocks)
 
 
 def random_ids_keep(keep: tuple[int, ...], num_patches: int, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,7 @@ from umd.diffmae import DiffMAE
 from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Corruption, DiffMAECorruption, DiffMAEObjective, Objective
+from umd.peers import PeerObjective
 from umd.schedule import NoiseSchedule
 
 AnyModelConfig: TypeAlias = ModelConfig | DiffMAEConfig | ClassifierConfig
@@ -43,6 +44,8 @@ def build_objective(
         assert isinstance(model, DiffMAEConfig), "check_match asks for it"
         return DiffMAEObjective(model, config, schedule, num_images)
     assert isinstance(model, ModelConfig), "check_match asks for it"
+    if model.outputs != "x_start_eps":
+        return PeerObjective(model, config, schedule)
     return Objective(model, config, schedule)
 
 

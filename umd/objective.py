@@ -76,8 +76,15 @@ class Objective:
         L = model.num_patches
         self.keep_noised = num_keep(L, config.mask_ratio)
         self.keep_clean = num_keep(L, config.mask_ratio_no_noise)
+        if not model.decoder_depth and (config.no_noise_prob > 0 or self.keep_noised < L):
+            raise UserError(
+                "without a decoder nothing hidden can be predicted: use no_noise_prob 0 and mask_ratio 0, or a "
+                "decoder_depth above 0"
+            )
         if config.no_noise_prob > 0 and self.keep_clean == L:
             raise UserError("mask_ratio_no_noise is 0: noise-free samples would have nothing to predict; use e.g. 0.75")
+        if config.norm_pix and model.outputs != "x_start":
+            raise UserError("norm_pix is the target of a network whose output is x_start (MAE's); leave it off")
         if config.predict_ratio < 1 and model.decoder != "cross":
             raise UserError(
                 f"predict_ratio is {config.predict_ratio}, but the published decoder reads and predicts every patch: "
@@ -171,7 +178,7 @@ class Objective:
             drop = of_noised[:, 1] < int(self.config.class_dropout_prob * WORD)
             rows = torch.where(drop, self.model.num_classes, labels[:noised])
         c = self.corruption(
-            timesteps=1 + (of_noised[:, 0] * self.schedule.num_steps >> 32),
+            timesteps=self.times(of_noised[:, 0]),
             ids_keep=ids_keep_from_noise(order, keep),
             noise=seeds_from_words(of_noised[:, 2], of_noised[:, 3]),
             clean=clean,
@@ -216,9 +223,17 @@ class Objective:
             layout=layout(self.model, self._keep(n, clean), cond_index, ids_keep.device),
         )
 
+    def times(self, words: Tensor) -> Tensor:
+        """Model times 1..T from random words."""
+        return 1 + (words * self.schedule.num_steps >> 32)
+
+    def coefficients(self, c: Corruption, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What image and noise of the noised samples are multiplied by, [n] each."""
+        return self.schedule.coefficients(c.timesteps[: c.num_noised], dtype=dtype)
+
     def visible_patches(self, x_start: Tensor, c: Corruption) -> Tensor:
         """The visible patches of x_t: [N, C·P·P]."""
-        coefficients = self.schedule.coefficients(c.timesteps[: c.num_noised], dtype=x_start.dtype)
+        coefficients = self.coefficients(c, x_start.dtype)
         return ops.gather_patches(x_start, c.ids_keep, *coefficients, c.noise, self.model.patch_size)
 
     def loss(self, prediction: Tensor, x_start: Tensor, c: Corruption) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from umd.kernels.gelu import gelu
 from umd.kernels.linear import bias_gradient, few_rows_linear, gelu_linear, linear, splits_bias
 from umd.kernels.loss import masked_diffusion_loss
 from umd.kernels.packing import Packing, pack
-from umd.kernels.patches import gather_patches, patchify, unpatchify
+from umd.kernels.patches import gather_patches, patchify, standard_noise, unpatchify
 from umd.kernels.philox import philox_randn, philox_randn_rows, philox_randn_samples, random_words
 from umd.kernels.positions import add_positions
 from umd.kernels.posterior import sample_posterior
@@ -62,6 +62,7 @@ __all__ = [
     "split_tokens",
     "splits_bias",
     "square_sum",
+    "standard_noise",
     "unpatchify",
     "use_cpu_path",
     "use_triton",

@@ -7,10 +7,7 @@ autoencoders are unified self-supervised learners"; Chen et al. 2024, "Deconstru
 import torch
 from torch import Tensor
 
-from umd import ops
 from umd.config import ModelConfig
-from umd.layers import residual
-from umd.masking import layout
 from umd.model import UMD
 
 
@@ -27,15 +24,11 @@ def layer_features(model: UMD, x: Tensor, timesteps: Tensor | None = None) -> li
     """
     config, B, L = model.config, len(x), model.config.num_patches
     timesteps = torch.zeros(1, dtype=torch.int64, device=x.device) if timesteps is None else timesteps
-    batch = layout(config, (L,) * B, (0,) * B, x.device)
-    patches, ids = ops.patchify(x, config.patch_size).flatten(0, 1), torch.arange(B * L, device=x.device)
+    batch, patches, ids = model.whole(x, timesteps, (0,) * B)
     cond, encoder_mod, decoder_mod = model.condition(timesteps)
     levels: list[Tensor] = []
     tokens = model.encode(patches, ids, batch, cond, encoder_mod, levels)  # [B·(num_cls + L), D]
-    if config.decoder == "self":
-        stream = residual(tokens, config)
-        stream = ops.scatter_tokens(
-            stream, batch.encoder, ids, config.num_cls, model.mask_token, model.decoder_pos_embed
-        )  # [B·(1 + L), D]
-        model.decoder(stream, batch.decoder_blocks, decoder_mod, None if config.adaLN else cond, levels=levels)
+    if model.decoder is not None and config.decoder == "self":
+        stream = model.fill(tokens, ids, batch)  # [B·(1 + L), D]
+        model.decoder(stream, batch.decoder_blocks, decoder_mod, cond if config.cond_tokens else None, levels=levels)
     return [level.view(B, -1, level.shape[-1])[:, -L:].float().mean(1) for level in levels]  # patches come last

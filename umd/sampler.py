@@ -1,26 +1,27 @@
-"""Drawing images: DDIM with classifier-free guidance, and inpainting.
+"""Drawing images: DDIM and DDPM with classifier-free guidance, and inpainting.
 
-A denoiser is `denoise(x_t [B, C, H, W], timesteps int64 [B], labels int64 [B] or None) -> (x_start, eps)`,
-both shaped as x_t; timesteps are model times (see NoiseSchedule). Noise is a function of the seed, the index
-of the sample and the step: sample i of a seed gets the same noise in whatever batch it is drawn.
+`umd.guidance` says what a denoiser is. Noise is a function of the seed, the index of the sample and the step: sample i
+of a seed gets the same noise in whatever batch it is drawn.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from umd.errors import UserError
-from umd.ops import ddim_step, philox_randn_rows
+from umd.guidance import Denoise, Estimator, Guidance, Prediction, check_labels
+from umd.noise import Noise
+from umd.ops import ddim_step
 from umd.schedule import NoiseSchedule
 
-Denoise = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 Callback = Callable[[int, int, Tensor, Tensor], None]
-Prediction = Literal["eps", "x_start"]
 Capture = Literal["auto", "on", "off"]
 WARM_UP = 3  # steps before one is captured, as PyTorch's own recipe takes
 
@@ -42,6 +43,16 @@ def model_times(num_sample_steps: int, T: int = 1000) -> list[int]:
     return [index + 1 for index in ddim_timesteps(num_sample_steps, T)]
 
 
+def ddpm_times(num_sample_steps: int, T: int = 1000) -> list[int]:
+    """The model times of so many steps of DDPM, evenly from T to 1, as Nichol and Dhariwal (2021) and DiT take them.
+
+    Raises UserError unless the steps are in 1..T.
+    """
+    if not 1 <= num_sample_steps <= T:
+        raise UserError(f"cannot sample in {num_sample_steps} steps; the noise schedule allows 1 to {T}")
+    return [int(index) + 1 for index in np.linspace(T - 1, 0, num_sample_steps).round()]
+
+
 @torch.no_grad()
 def ddim_sample(
     denoise: Denoise,
@@ -55,6 +66,8 @@ def ddim_sample(
     labels: Tensor | None = None,
     null_label: int | None = None,
     cfg_scale: float = 1.0,
+    guidance: Guidance | None = None,
+    head_weights: Tensor | None = None,
     seed: int = 0,
     first_sample: int = 0,
     x_T: Tensor | None = None,
@@ -67,9 +80,11 @@ def ddim_sample(
     num_steps: see `ddim_timesteps`. The sample is the image that the last call predicts.
     eta: 0 for no noise but the first, 1 for as much as DDPM adds.
     clip: hold each predicted image in [-1, 1]; for pixels, not for latents.
-    predict: which of the denoiser's two outputs leads.
+    predict: which of the denoiser's two outputs leads, or both, each with its weight at each time.
     labels: int64 [B] in 0..null_label, or None.
     cfg_scale: s in uncond + s·(cond - uncond), both halves in one call on 2B images; 1 calls on B.
+    guidance: at which times and in which channels; default: all.
+    head_weights: for both, x_start's at each model time, float [T + 1] (see `umd.heads`).
     first_sample: index of the first image among those of the seed, to draw them in several batches.
     x_T: the noise to start from, float32 or float64 [B, C, H, W]; its type is that of the computation.
     callback: called as (i, n, x_t, predicted image) for i = 0..n-1, where x_t is what the denoiser was given.
@@ -83,7 +98,8 @@ def ddim_sample(
         device = next((given.device for given in (x_T, labels) if given is not None), "cpu")
     sampler = DDIM(
         denoise, shape, schedule, num_steps=num_steps, eta=eta, clip=clip, predict=predict, labelled=labels is not None,
-        null_label=null_label, cfg_scale=cfg_scale, seed=seed, device=device, capture=capture,
+        null_label=null_label, cfg_scale=cfg_scale, guidance=guidance, head_weights=head_weights, seed=seed,
+        device=device, capture=capture,
     )  # fmt: skip
     return sampler(labels, first_sample=first_sample, x_T=x_T, callback=callback)
 
@@ -94,25 +110,46 @@ class DDIM:
     def __init__(
         self, denoise: Denoise, shape: tuple[int, int, int, int], schedule: NoiseSchedule, *, num_steps: int,
         eta: float, clip: bool, predict: Prediction = "eps", labelled: bool, null_label: int | None, cfg_scale: float,
-        seed: int, device: torch.device | str, capture: Capture = "auto",
+        seed: int, device: torch.device | str, capture: Capture = "auto", guidance: Guidance | None = None,
+        head_weights: Tensor | None = None, ancestral: bool = False,
     ):  # fmt: skip
-        """labelled: whether calls give labels. The rest is as for `ddim_sample`."""
+        """labelled: whether calls give labels. ancestral: DDPM, which is DDIM with eta = 1 at times of its own, and
+        with the denoiser's own variances where it gives them. The rest is as for `ddim_sample`."""
+        _check_eta(eta)
         self.shape, self.null_label = shape, null_label
         self.labels = torch.zeros(shape[0], dtype=torch.int64, device=device) if labelled else None
-        _check_request(shape[0], eta, predict, self.labels, null_label, cfg_scale)
-        self.noise = _Noise(seed, 0, shape, device)
-        times = model_times(num_steps, schedule.num_steps)
+        self.noise = Noise(seed, 0, shape, device)
+        T = schedule.num_steps
+        times, eta = (ddpm_times(num_steps, T), 1.0) if ancestral else (model_times(num_steps, T), eta)
+        estimate = Estimator(
+            denoise, times, schedule, predict=predict, labels=self.labels, null_label=null_label, cfg_scale=cfg_scale,
+            channels=shape[1], guidance=guidance, head_weights=head_weights,
+        )  # fmt: skip
         coefficients = _step_coefficients(schedule, [*times, 0], eta)
         draws = 1 + torch.arange(len(times))  # the first was x_T
 
-        def move(x_t: Tensor, time: Tensor, coefficients: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-            cond, uncond = _predict(denoise, x_t, time[None], predict, self.labels, null_label, cfg_scale)
-            return ddim_step(
-                x_t, cond, uncond, cfg_scale, coefficients.to(x_t), from_xstart=predict == "x_start", clip=clip,
-                seed=self.noise.seed if eta > 0 else None, offsets=self.noise.offsets(drawn),
+        def move(
+            guided: bool, x_t: Tensor, time: Tensor, numbers: Tensor, coefficients: Tensor, drawn: Tensor,
+            log_variances: Tensor | None = None,
+        ) -> tuple[Tensor, Tensor]:  # fmt: skip
+            found = estimate(guided, x_t, time, numbers)
+            learned = None if log_variances is None else found.variance
+            x_next, x_start = ddim_step(
+                x_t, found.cond, found.uncond, cfg_scale, coefficients.to(x_t), from_xstart=found.from_xstart,
+                clip=clip, seed=self.noise.seed if eta > 0 and learned is None else None,
+                offsets=self.noise.offsets(drawn),
             )  # fmt: skip
+            if learned is not None and log_variances is not None:  # Nichol and Dhariwal 2021, equation 15
+                least, largest = log_variances.to(x_t)
+                share = (learned.to(x_t) + 1) / 2
+                deviation = (0.5 * (share * largest + (1 - share) * least)).exp()
+                x_next = x_next + deviation * self.noise.draw(drawn)
+            return x_next, x_start
 
-        self.step = _Step(move, (torch.tensor(times), coefficients, draws), device, capture)
+        tables = [*estimate.tables, coefficients, draws]
+        if ancestral:
+            tables.append(_log_variances(schedule, [*times, 0]))
+        self.step = _Step(move, estimate.guided, tables, device, capture)
 
     @torch.no_grad()
     def __call__(
@@ -120,15 +157,19 @@ class DDIM:
         callback: Callback | None = None,
     ) -> Tensor:  # fmt: skip
         """A batch [B, C, H, W]: images `first_sample` and after of those of the seed."""
-        _check_labels(labels, self.shape[0], self.null_label)
+        check_labels(labels, self.shape[0], self.null_label)
         if self.labels is not None and labels is not None:
             self.labels.copy_(labels)
         self.noise.start_at(first_sample)
-        if x_T is None:
-            x_T = self.noise.draw(0)
-        else:
-            _check_images("x_T", x_T, self.shape)
-        return self.step.loop(x_T, callback)
+        return self.step.loop(first_noise(self.noise, x_T, self.shape), callback)
+
+
+def first_noise(noise: Noise, x_T: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """What a sampling starts from: x_T if it is given, else the first noise."""
+    if x_T is None:
+        return noise.draw(0)
+    _check_images("x_T", x_T, shape)
+    return x_T
 
 
 @torch.no_grad()
@@ -165,12 +206,13 @@ def inpaint(
     """
     B = len(x_known)
     _check_images("x_known", x_known, x_known.shape)
-    _check_request(B, eta, predict, labels, null_label, cfg_scale)
+    _check_eta(eta)
+    check_labels(labels, B, null_label)
     if resample < 1:
         raise UserError(f"resample is {resample}; each step is taken at least once")
     removed = _check_mask(mask, x_known).to(x_known.device)  # [B, 1, H, W]
     labels = None if labels is None else labels.to(x_known.device)
-    noise = _Noise(seed, first_sample, x_known.shape, x_known.device)
+    noise = Noise(seed, first_sample, x_known.shape, x_known.device)
     times = [*model_times(num_steps, schedule.num_steps), 0]
     alphas = schedule.alphas_cumprod
     rows, scales, draws = [], [], 2  # noises before the first call
@@ -184,17 +226,23 @@ def inpaint(
             draws += 1 + (end > 0) + returns  # of the step, of the kept pixels, of the way back
     numbers = torch.tensor(rows)  # [n, 4]
     coefficients = _step_coefficients(schedule, times, eta)[numbers[:, 2]]
-    tables = numbers[:, 0], numbers[:, 1], coefficients, numbers[:, 3], torch.tensor(scales, dtype=torch.float64)
+    estimate = Estimator(
+        denoise, numbers[:, 0].tolist(), schedule, predict=predict, labels=labels, null_label=null_label,
+        cfg_scale=cfg_scale, channels=x_known.shape[1],
+    )  # fmt: skip
+    returns_by = torch.tensor(scales, dtype=torch.float64)
+    tables = *estimate.tables, numbers[:, 1], coefficients, numbers[:, 3], returns_by
 
     def known_at(time: Tensor, drawn: int | Tensor) -> Tensor:
         return schedule.q_sample(x_known, time.expand(B), noise.draw(drawn))
 
     def move(
-        x_t: Tensor, time: Tensor, time_next: Tensor, coefficients: Tensor, drawn: Tensor, scales: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        cond, uncond = _predict(denoise, x_t, time[None], predict, labels, null_label, cfg_scale)
+        guided: bool, x_t: Tensor, time: Tensor, of_time: Tensor, time_next: Tensor, coefficients: Tensor,
+        drawn: Tensor, scales: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        found = estimate(guided, x_t, time, of_time)
         x_next, x_start = ddim_step(
-            x_t, cond, uncond, cfg_scale, coefficients.to(x_t), from_xstart=predict == "x_start", clip=clip,
+            x_t, found.cond, found.uncond, cfg_scale, coefficients.to(x_t), from_xstart=found.from_xstart, clip=clip,
             seed=noise.seed if eta > 0 else None, offsets=noise.offsets(drawn),
         )  # fmt: skip
         x_next = torch.where(removed, x_next, known_at(time_next, drawn + 1))
@@ -204,7 +252,7 @@ def inpaint(
         return x_next, x_start
 
     x_T = torch.where(removed, noise.draw(0).to(x_known.dtype), known_at(tables[0][:1].to(x_known.device), 1))
-    step = _Step(move, tables, x_known.device, capture)
+    step = _Step(move, estimate.guided, tables, x_known.device, capture)
     return torch.where(removed, step.loop(x_T, callback), x_known)
 
 
@@ -225,16 +273,20 @@ def denoising_sequence(
     Returns (x_t, predicted x_start), each [n, B, C, H, W]. Raises UserError for a time outside 0..T.
     """
     _check_images("x_start", x_start, x_start.shape)
-    _check_request(len(x_start), 0.0, predict, labels, None, 1.0)
+    check_labels(labels, len(x_start), None)
     outside = [time for time in timesteps if not 0 <= time <= schedule.num_steps]
     if outside:
         raise UserError(f"time {outside[0]} is outside the noise schedule; expected 0 to {schedule.num_steps}")
-    eps = _Noise(seed, 0, x_start.shape, x_start.device).draw(0)
+    estimate = Estimator(
+        denoise, timesteps, schedule, predict=predict, labels=labels, null_label=None, cfg_scale=1.0,
+        channels=x_start.shape[1],
+    )  # fmt: skip
+    eps = Noise(seed, 0, x_start.shape, x_start.device).draw(0)
     noised, predicted = [], []
     for time in timesteps:
         t = torch.full((len(x_start),), time, device=x_start.device)
         x_t = schedule.q_sample(x_start, t, eps)
-        prediction, _ = _predict(denoise, x_t, t[:1], predict, labels, None, 1.0)
+        prediction = estimate(False, x_t, t[0], estimate.tables[1][0]).cond
         x_hat = prediction if predict == "x_start" else schedule.xstart_from_eps(x_t, t, prediction)
         noised.append(x_t)
         predicted.append(x_hat.clamp(-1, 1) if clip else x_hat)
@@ -242,35 +294,48 @@ def denoising_sequence(
 
 
 class _Step:
-    """One denoising step that can be replayed: what changes from step to step lies in its tensors, at one place."""
+    """One denoising step that can be replayed: what changes from step to step lies in its tensors, at one place.
+
+    Steps with guidance and steps without are two kinds, each recorded by itself.
+    """
 
     def __init__(
-        self, move: Callable[..., tuple[Tensor, Tensor]], tables: Sequence[Tensor], device: torch.device | str,
-        capture: Capture,
+        self, move: Callable[..., tuple[Tensor, Tensor]], guided: Sequence[bool], tables: Sequence[Tensor],
+        device: torch.device | str, capture: Capture,
     ):  # fmt: skip
-        """move: (x_t, a row of each table) to (x_next, x_start). tables: of n rows each, one a step.
+        """move: (guided, x_t, a row of each table) to (x_next, x_start). tables: of n rows each, one a step.
 
-        Captured, the first few steps run as they are, for kernels are chosen and caches filled then, on the stream that
-        the others are captured and replayed on.
+        Captured, the first few steps of a kind run as they are, for kernels are chosen and caches filled then, on the
+        stream that the others are captured and replayed on.
         """
         self.device = torch.device(device)
-        self.move, self.tables = move, [table.to(device) for table in tables]
+        self.move, self.guided, self.tables = move, list(guided), [table.to(device) for table in tables]
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         self.x_t: Tensor | None = None  # [B, C, H, W], as the next: made for the first loop
         self.x_start: Tensor | None = None
-        self.call = self.run
+        self.ran, self.recorded = {False: 0, True: 0}, dict[bool, Callable[[], None]]()
         on_gpu = self.device.type == "cuda"
         if capture == "on" and not on_gpu:
             raise UserError("--capture on needs a CUDA GPU; leave it at auto")
         self.captures = on_gpu and (capture == "on" or (capture == "auto" and len(tables[0]) > 3 * WARM_UP))
 
-    def run(self) -> None:
+    def run(self, guided: bool) -> None:
         """Take the step, and be at the next."""
         assert self.x_t is not None and self.x_start is not None, "loop comes first"
-        x_next, x_start = self.move(self.x_t, *(table.index_select(0, self.index)[0] for table in self.tables))
+        x_next, x_start = self.move(guided, self.x_t, *(table.index_select(0, self.index)[0] for table in self.tables))
         self.x_t.copy_(x_next)
         self.x_start.copy_(x_start)
         self.index += 1
+
+    def call(self, guided: bool) -> None:
+        """`run`, replayed once it is recorded."""
+        if self.captures and self.ran[guided] == WARM_UP and guided not in self.recorded:
+            self.recorded[guided] = _record(partial(self.run, guided))
+        if guided in self.recorded:
+            self.recorded[guided]()
+        else:
+            self.run(guided)
+            self.ran[guided] += 1
 
     def start(self, x_T: Tensor) -> None:
         """Be at the first step of the way from x_T."""
@@ -286,11 +351,9 @@ class _Step:
         assert self.x_t is not None and self.x_start is not None
         n = len(self.tables[0])
         with _side_stream(self.device) if self.captures else nullcontext():
-            for i in range(n):
-                if self.captures and i == WARM_UP and self.call == self.run:
-                    self.call = _record(self.run)
+            for i, guided in enumerate(self.guided):
                 x_t = None if callback is None else self.x_t.clone()
-                self.call()
+                self.call(guided)
                 if callback is not None and x_t is not None:
                     callback(i, n, x_t, self.x_start.clone())
         return self.x_t.clone()
@@ -322,32 +385,6 @@ def _side_stream(device: torch.device) -> Iterator[None]:
         before.wait_stream(stream)
 
 
-class _Noise:
-    """The noises of a batch of samples, by number: stretches of every sample's Philox stream that follow each other.
-
-    A counter's upper 32 bits are the index of the sample, its lower 32 the place in that sample's stream.
-    """
-
-    def __init__(self, seed: int, first_sample: int, shape: Sequence[int], device: torch.device | str):
-        self.seed = torch.tensor(seed, device=device)
-        self.shape = tuple(shape[1:])
-        self.first = torch.empty(shape[0], dtype=torch.int64, device=device)
-        self.start_at(first_sample)
-        self.size = math.ceil(math.prod(self.shape) / 4)  # counters of one noise
-
-    def start_at(self, first_sample: int) -> None:
-        """The noises are those of samples `first_sample` and after from now on."""
-        self.first.copy_(torch.arange(first_sample, first_sample + len(self.first)) << 32)
-
-    def offsets(self, drawn: int | Tensor) -> Tensor:
-        """The first counter of each sample's noise after `drawn` others: int64 [B]."""
-        return self.first + drawn * self.size
-
-    def draw(self, drawn: int | Tensor) -> Tensor:
-        """That noise: float32 [B, C, H, W]."""
-        return philox_randn_rows(self.seed, self.offsets(drawn), self.shape)
-
-
 def _step_coefficients(schedule: NoiseSchedule, times: list[int], eta: float) -> Tensor:
     """`ddim_step`'s coefficients for the moves between n model times: float64 [n - 1, 5]."""
     alpha, alpha_next = schedule.alphas_cumprod[times[:-1]], schedule.alphas_cumprod[times[1:]]
@@ -357,51 +394,21 @@ def _step_coefficients(schedule: NoiseSchedule, times: list[int], eta: float) ->
     return squares.clamp(min=0).sqrt()
 
 
-def _predict(
-    denoise: Denoise,
-    x_t: Tensor,
-    time: Tensor,
-    predict: Prediction,
-    labels: Tensor | None,
-    null_label: int | None,
-    cfg_scale: float,
-) -> tuple[Tensor, Tensor | None]:
-    """The leading prediction [B, C, H, W] with the labels and, for guidance, without them, from one call at a model
-    time, int64 [1]."""
-    B = len(x_t)
-    guided = cfg_scale != 1
-    if guided:
-        assert labels is not None and null_label is not None, "_check_request asks for both"
-        x_t, labels = x_t.repeat(2, 1, 1, 1), torch.cat([labels, torch.full_like(labels, null_label)])
-    x_start, eps = denoise(x_t, time.expand(len(x_t)), labels)
-    prediction = x_start if predict == "x_start" else eps
-    return (prediction[:B], prediction[B:]) if guided else (prediction, None)
+def _log_variances(schedule: NoiseSchedule, times: list[int]) -> Tensor:
+    """The logarithms of DDPM's least and largest variance of the moves between n model times: float64 [n - 1, 2].
+
+    The move to time 0 adds no noise: there they are so low that nothing is left.
+    """
+    alpha, alpha_next = schedule.alphas_cumprod[times[:-1]], schedule.alphas_cumprod[times[1:]]
+    beta = 1 - alpha / alpha_next
+    logs = torch.stack([beta * (1 - alpha_next) / (1 - alpha), beta], 1).log()
+    logs[torch.tensor(times[1:]) == 0] = -1e4
+    return logs
 
 
-def _check_request(
-    B: int, eta: float, predict: str, labels: Tensor | None, null_label: int | None, cfg_scale: float
-) -> None:
+def _check_eta(eta: float) -> None:
     if not 0 <= eta <= 1:
         raise UserError(f"eta is {eta}; expected 0 (no noise) to 1 (that of DDPM)")
-    if predict not in ("eps", "x_start"):
-        raise UserError(f"predict is {predict!r}; expected 'eps' or 'x_start', the network's two outputs")
-    if cfg_scale != 1 and (labels is None or null_label is None):
-        raise UserError(f"guidance (cfg_scale={cfg_scale:g}) needs labels and a model trained with them; else use 1")
-    _check_labels(labels, B, null_label)
-
-
-def _check_labels(labels: Tensor | None, B: int, null_label: int | None) -> None:
-    if labels is None:
-        return
-    if labels.shape != (B,) or labels.dtype != torch.int64:
-        raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; expected int64 [{B}], one for each image")
-    for label in (int(labels.min()), int(labels.max())):
-        if label < 0:
-            raise UserError(f"label {label} does not exist; labels count from 0")
-        if null_label is not None and label > null_label:
-            raise UserError(
-                f"label {label} does not exist; expected 0 to {null_label - 1}, or {null_label} for no class"
-            )
 
 
 def _check_images(name: str, x: Tensor, shape: Sequence[int]) -> None:

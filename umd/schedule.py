@@ -8,7 +8,21 @@ from torch import Tensor
 
 from umd.errors import UserError
 
-ScheduleName = Literal["cosine", "linear", "linear_rho"]
+ScheduleName = Literal["cosine", "linear", "linear_rho", "edm"]
+
+
+EDM_STEPS = 1000
+EDM_SIGMAS = 0.002, 80.0  # least and most noise
+
+
+def edm_sigma(timesteps: Tensor) -> Tensor:
+    """σ of EDM's process x_start + σ·ε at model times 0..1000: float64, of the shape of `timesteps`.
+
+    Karras et al. 2022, Eq. 5 with ρ = 7: n of these times at equal distances are its n-step sampler's. σ(0) = σ(1).
+    """
+    low, high = (sigma ** (1 / 7) for sigma in EDM_SIGMAS)
+    share = (timesteps.double() - 1).clamp(min=0) / (EDM_STEPS - 1)
+    return (low + share * (high - low)) ** 7
 
 
 class NoiseSchedule:
@@ -16,7 +30,8 @@ class NoiseSchedule:
 
     t = 0 is the noise-free image, ᾱ(0) = 1; t >= 1 is step t - 1 of the usual numbering. `cosine` (Nichol and
     Dhariwal 2021) is for pixels, `linear` (Ho et al. 2020) for latents; `linear_rho` (Wei et al. 2023,
-    DiffMAE) is the linear one with each β raised to the power `rho`, noisier for rho < 1.
+    DiffMAE) is the linear one with each β raised to the power `rho`, noisier for rho < 1. `edm` (Karras et al. 2022,
+    MaskDiT) has the noise levels of `edm_sigma`, with x_t divided by √(1 + σ²).
 
     betas: float64 [T]. alphas_cumprod: float64 [T + 1], indexed by model time. Both on the CPU.
 
@@ -36,6 +51,11 @@ class NoiseSchedule:
             u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
             f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             self.betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        elif name == "edm":
+            if num_steps != EDM_STEPS:
+                raise UserError(f"the edm schedule has {EDM_STEPS} steps; num_steps is {num_steps}")
+            alphas_cumprod = 1 / (1 + edm_sigma(torch.arange(1, num_steps + 1)) ** 2)
+            self.betas = 1 - alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
         else:
             scale = 1000 / num_steps
             self.betas = torch.linspace(1e-4 * scale, 0.02 * scale, num_steps, dtype=torch.float64)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from umd import ops
+from umd.blocks import Mlp
 from umd.kernels import epilogues
-from umd.model import Mlp
 
 GENERAL_GEMM = """
 import torch

@@ -29,7 +29,8 @@ from umd.train.data import DataConfig, center_view, open_dataset
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.optim import OptimConfig
-from umd.train.run import PRESETS, RunConfig, classify_config, load_model, read_config
+from umd.train.presets import PRESETS
+from umd.train.run import RunConfig, classify_config, load_model, read_config
 
 QUIET = Console(quiet=True)
 PLAIN = ClassifierObjectiveConfig(smoothing=0, mixup=0, cutmix=0, erase=0, drop_path=0)

@@ -319,6 +319,10 @@ def test_ranks_draw_and_score_together(folder):
                     for c in (config, alone)
                 )
                 assert ours.shape == theirs.shape and np.abs(ours - theirs).mean() < 0.5, (config.out, name)
+    theirs = json.loads(next(alone.out.glob("heads-*.json")).read_text())
+    for config in cases:
+        ours = json.loads(next(config.out.glob("heads-*.json")).read_text())
+        assert ours["pictures"] == theirs["pictures"] and ours["x_start"] == pytest.approx(theirs["x_start"], abs=0.02)
     (distance,) = {name for name in read_metrics(alone.out / "metrics.jsonl")[-1] if name.startswith(("FD", "FID"))}
     ours, theirs = (read_metrics(c.out / "metrics.jsonl")[-1] for c in (cases[0], alone))
     assert ours[distance] == pytest.approx(theirs[distance], rel=1e-2)

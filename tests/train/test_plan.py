@@ -36,7 +36,8 @@ from umd.train.plan import (
     states,
     stopping,
 )
-from umd.train.run import PRESETS, RunConfig, to_plain
+from umd.train.presets import PRESETS
+from umd.train.run import RunConfig, to_plain
 from umd.train.step_counts import Ledger, StepCounts, count_gpu_step, count_step
 
 ROOT = Path(__file__).parents[2]

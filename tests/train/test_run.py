@@ -12,8 +12,8 @@ from umd.checkpoint import save_checkpoint
 from umd.config import ModelConfig, ObjectiveConfig
 from umd.errors import UserError
 from umd.model import UMD
+from umd.train.presets import PRESETS
 from umd.train.run import (
-    PRESETS,
     RunConfig,
     classify_config,
     finetune_config,

@@ -16,7 +16,7 @@ from umd.errors import UserError
 from umd.sampler import ddim_sample
 from umd.train import evaluate
 from umd.train.run import read_config
-from umd.train.sample import Drawer, Sample, draw, drawn_labels
+from umd.train.sample import Drawer, Sample, draw, drawn_labels, in_calls_of
 
 QUIET = Console(quiet=True)
 
@@ -46,6 +46,32 @@ def test_the_same_bytes_on_any_number_of_ranks_and_at_any_batch(run, tmp_path):
         assert list(arrays) == ["arr_0", "arr_1"]
         assert arrays["arr_0"].shape == (150, 8, 8, 3) and arrays["arr_0"].dtype == np.uint8
         assert len(np.unique(arrays["arr_0"].reshape(150, -1), axis=0)) == 150
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(sampler=name) for name in ("ddpm", "dpm++", "heun", "unipc")]
+    + [dict(cfg_interval=(100, 600), cfg_schedule="linear", cfg_channels=2), dict(predict="x_start")],
+    ids=str,
+)
+def test_every_sampler_draws_the_same_bytes_by_anyone_and_after_an_interruption(run, tmp_path, monkeypatch, options):
+    if options.get("sampler", "ddpm") != "ddpm":
+        pytest.importorskip("diffusers")
+    options = dict(count=140, steps=3, cfg_scale=2.0) | options
+    one = sample(run, tmp_path / "one", **options)
+    assert sample(run, tmp_path / "two", ranks=2, batch=7, **options) == one
+    pictures = Drawer.pictures
+
+    def until_the_second(drawer, first, last, advance):
+        if first >= 64:
+            raise KeyboardInterrupt
+        return pictures(drawer, first, last, advance)
+
+    monkeypatch.setattr("umd.train.sample.Drawer.pictures", until_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        sample(run, tmp_path / "cut", **options)
+    monkeypatch.undo()
+    assert sample(run, tmp_path / "cut", **options) == one
 
 
 def test_samples_are_those_of_the_sampler(run, tmp_path):
@@ -104,8 +130,24 @@ def test_other_settings_are_other_samples(run, tmp_path):
     first = sample(run, tmp_path / "a", count=40, steps=2)
     for name, value in dict(seed=1, cfg_scale=1.0, eta=0.0, steps=3, balanced=True).items():
         assert sample(run, tmp_path / "a", **{"count": 40, "steps": 2, name: value}) != first
+    for changes in (
+        dict(sampler="ddpm"), dict(cfg_interval=(400, 700)), dict(cfg_schedule="cosine"), dict(cfg_channels=1),
+        dict(predict="x_start"),
+    ):  # fmt: skip
+        assert sample(run, tmp_path / "b", **{"count": 40, "steps": 2, **changes})[:2] != first[:2], changes
     settings = json.loads((tmp_path / "a.json").read_text())
     assert settings["labels"] == "in turn" and settings["weights"]["part"] == "model"
+
+
+def test_calls_of_few_rows_hand_on_all_outputs():
+    def denoise(x_t, timesteps, labels):
+        assert len(x_t) == len(timesteps) == len(labels) == 2
+        return x_t + 1, x_t * timesteps.view(-1, 1, 1, 1), x_t - labels.view(-1, 1, 1, 1)
+
+    x, t, y = torch.rand(6, 1, 2, 2), torch.arange(6), torch.arange(6) % 3
+    outputs = in_calls_of(2, denoise)(x, t, y)
+    expected = (x + 1, x * t.view(-1, 1, 1, 1), x - y.view(-1, 1, 1, 1))
+    assert len(outputs) == 3 and all(map(torch.equal, outputs, expected))
 
 
 def test_labels():
@@ -122,6 +164,15 @@ def test_requests_that_cannot_be(make_run, run, tmp_path):
     unlabelled = make_run(tmp_path / "unlabelled", num_classes=0)
     with pytest.raises(UserError, match="trained without labels, so there are none to balance"):
         sample(unlabelled, tmp_path / "a", count=10, balanced=True)
+    for options, said in (
+        (dict(cfg_interval=(700, 400)), "cfg_interval is 700 400; expected two model times, from and to, of 1 to 1000"),
+        (dict(cfg_channels=4), "cfg_channels is 4; these images have 3 channels"),
+        (dict(sampler="heun", steps=5000), "heun cannot sample in 5000 steps"),
+        (dict(sampler="heun", eta=0.0), "eta is 0, and it is DDIM's alone; leave it out with heun"),
+        (dict(sampler="unipc", capture="on"), "--capture on is for ddim and ddpm"),
+    ):
+        with pytest.raises(UserError, match=said):
+            sample(run, tmp_path / "a", **options)
     with pytest.raises(UserError, match="balanced goes with --count"):
         Sample(balanced=True)
     with pytest.raises(UserError, match="count must be 0"):

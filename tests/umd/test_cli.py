@@ -27,8 +27,9 @@ from umd.train.finetune import Finetune, default_finetune
 from umd.train.inpaint import Inpaint
 from umd.train.log import read_metrics
 from umd.train.pixels import EncodePixels
+from umd.train.presets import PRESETS
 from umd.train.probe import Probe
-from umd.train.run import PRESETS, RunConfig
+from umd.train.run import RunConfig
 from umd.train.sample import Sample
 from umd.train.score import Evaluate
 from umd.train.transfer import Transfer

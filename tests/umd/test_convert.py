@@ -6,12 +6,14 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from umd.checkpoint import load_checkpoint, load_model_state
 from umd.config import ModelConfig
-from umd.convert import from_small_vision, import_small_vision, load_small_vision, to_small_vision
+from umd.convert import from_small_vision, load_small_vision, to_small_vision
 from umd.errors import UserError
 from umd.model import UMD
+from umd.train.imports import Import, import_run
 
 TINY = dict(hidden_size=16, depth=2, decoder_depth=2, num_heads=2, embedding="released")
 
@@ -104,8 +106,8 @@ def test_import_writes_a_checkpoint(params, tmp_path):
     trainer = {f"params/{path}": a for path, a in params.items()}
     trainer |= {f"ema_params/{path}": a * 2 for path, a in params.items()}
     np.savez(tmp_path / "theirs.npz", **trainer, **{"opt/0/count": np.int32(7)})
-    folder = import_small_vision(tmp_path / "theirs.npz", tmp_path / "ours")
-    checkpoint = load_checkpoint(folder)
+    import_run(Import("small-vision", tmp_path / "theirs.npz", tmp_path / "ours"), Console(quiet=True))
+    checkpoint = load_checkpoint(tmp_path / "ours" / "checkpoints")
     model = UMD(ModelConfig(**checkpoint.state["config"]["model"]))
     load_model_state(model, checkpoint.tensors["model"])
     assert_same(to_small_vision(model), params)
@@ -117,8 +119,8 @@ def test_bare_names(params, tmp_path):
     np.savez(tmp_path / "bare.npz", **params)
     assert_same(load_small_vision(tmp_path / "bare.npz"), params)
     assert load_small_vision(tmp_path / "bare.npz", "ema_params") == {}
-    folder = import_small_vision(tmp_path / "bare.npz", tmp_path / "ours")
-    assert load_checkpoint(folder).tensors.keys() == {"model"}
+    import_run(Import("small-vision", tmp_path / "bare.npz", tmp_path / "ours"), Console(quiet=True))
+    assert load_checkpoint(tmp_path / "ours" / "checkpoints").tensors.keys() == {"model"}
 
 
 def test_tensorstore_folder(params, tmp_path):

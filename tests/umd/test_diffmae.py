@@ -95,7 +95,7 @@ def plain(model: DiffMAE, visible: Tensor, keep: Tensor, masked: Tensor, removed
         levels.append(x)
     levels[-1] = norm(x, "encoder.norm")
 
-    features = timestep_features(torch.tensor([time]), 256, False, torch.float64)
+    features = timestep_features(torch.tensor([time]), 256, "paper", torch.float64)
     e_t = linear(F.silu(linear(features, "decoder_t_embedder.mlp.0")), "decoder_t_embedder.mlp.2")
     x = linear(masked, "decoder_embed") + place(removed, "decoder_pos_embed") + e_t
     if config.decoder == "joint":

@@ -302,7 +302,7 @@ def test_time_features():
     ):
         angles = t[:, None] * torch.tensor(rates, dtype=torch.float64)
         first, second = (angles.sin(), angles.cos()) if released else (angles.cos(), angles.sin())
-        found = timestep_features(t, 8, released, torch.float64)
+        found = timestep_features(t, 8, "released" if released else "paper", torch.float64)
         torch.testing.assert_close(found, torch.cat([first, second], 1), rtol=1e-12, atol=1e-12)
 
 

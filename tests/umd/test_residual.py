@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from umd import ops
+from umd.blocks import ModulatedLayerNorm
 from umd.classifier import Classifier, classifier_config
 from umd.config import OBJECTIVES, ClassifierConfig, DiffMAEConfig, DiffMAEObjectiveConfig, ModelConfig
 from umd.kernels import backend
 from umd.methods import build_model, build_objective
-from umd.model import ModulatedLayerNorm
 from umd.schedule import NoiseSchedule
 from umd.train.run import from_plain, to_plain
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from umd.conditions import make_conditions
 from umd.config import ModelConfig
 from umd.errors import UserError
+from umd.guidance import Guidance
 from umd.model import UMD
 from umd.ops import ddim_step
 from umd.sampler import (
@@ -306,13 +307,16 @@ def draw(sampler: str, model: UMD, x: Tensor, **arguments) -> Tensor:
             return model.denoise(x_t, timesteps, labels, known)
 
     guidance = dict(labels=labels, null_label=5, cfg_scale=1.5, seed=3)
-    if sampler == "ddim_sample":
+    if sampler == "both heads":  # some steps guided, some not, each its own way
+        arguments |= dict(guidance=Guidance((300, 800), "linear", 2), predict="both")
+        arguments["head_weights"] = torch.linspace(0, 1, 1001)
+    if sampler != "inpaint":
         return ddim_sample(denoise, x.shape, COSINE, **guidance, **arguments)
     return inpaint(denoise, x, hole(*x.shape[::2], x.shape[3]), COSINE, resample=2, **guidance, **arguments)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sampler", ["ddim_sample", "inpaint"])
+@pytest.mark.parametrize("sampler", ["ddim_sample", "both heads", "inpaint"])
 def test_a_step_can_be_replayed(monkeypatch, sampler):
     """It writes to its own memory alone and waits for nothing; so often run, it is the sampler."""
     model, x = random_umd(UMDS["labels"], torch.float32), torch.rand(2, 3, 8, 8)
@@ -326,10 +330,10 @@ def test_a_step_can_be_replayed(monkeypatch, sampler):
         return {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in vars(step).items()}
 
     before = fixed()
-    step.run()  # caches fill
+    step.run(step.guided[0])  # caches fill
     with NothingWaits():
-        for _ in range(len(step.tables[0]) - 1):
-            step.run()
+        for guided in step.guided[1:]:
+            step.run(guided)
     assert fixed() == before
     if sampler == "inpaint":
         step.x_t = torch.where(hole(2, 8, 8).bool(), step.x_t, x)
@@ -356,7 +360,7 @@ def test_the_noise_to_start_from_is_left_as_it_is():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("sampler", ["ddim_sample", "inpaint"])
+@pytest.mark.parametrize("sampler", ["ddim_sample", "both heads", "inpaint"])
 def test_a_captured_step_has_the_bits_of_a_plain_one(eta, sampler):
     model, x = random_umd(UMDS["labels"], torch.float32).cuda(), torch.rand(3, 3, 8, 8, device="cuda")
 

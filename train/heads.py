@@ -1,0 +1,149 @@
+"""The weights of a run's two heads: measured on held-out pictures, kept with the run under the name of its weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from umd.errors import UserError
+from umd.files import write_whole
+from umd.heads import between, head_products, head_times, head_weights
+from umd.model import UMD
+from umd.objective import Objective
+from umd.schedule import NoiseSchedule
+from umd.train.data import center_view, open_dataset
+from umd.train.evaluate import denoiser, schedule_of
+from umd.train.log import NoLog, RunLog
+from umd.train.preview import share_of
+from umd.train.run import RunConfig, weights_identity
+
+if TYPE_CHECKING:
+    from umd.train.loop import Run
+
+PICTURES = 256
+CALL = 32  # pictures at a time
+
+
+@dataclass(frozen=True)
+class Heads:
+    """x̂0's weight at some model times."""
+
+    times: list[int]
+    weights: list[float]
+
+    @staticmethod
+    def of(products: Tensor, schedule: NoiseSchedule) -> "Heads":
+        """From `head_products`; to three digits, which are the same on every rank."""
+        return Heads(head_times(schedule.num_steps), [round(weight, 3) for weight in head_weights(products)])
+
+    def at_all_times(self, schedule: NoiseSchedule) -> Tensor:
+        """Float64 [T + 1]."""
+        return between(self.times, self.weights, schedule.num_steps)
+
+
+def heads_file(run: Path, weights: dict[str, Any]) -> Path:
+    """Where the heads of some weights (see `weights_identity`) are kept."""
+    return run / f"heads-{weights['sha256'][:12]}.json"
+
+
+def read_heads(file: Path) -> Heads | None:
+    """What was measured, or None. Raises UserError for a damaged file."""
+    try:
+        values = json.loads(file.read_text())
+        return Heads(list(map(int, values["times"])), list(map(float, values["x_start"])))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}); remove it, and the heads are measured again") from error
+
+
+def write_heads(file: Path, weights: dict[str, Any], heads: Heads, about: dict[str, Any]) -> None:
+    values = {"weights": weights, **about, "times": heads.times, "x_start": heads.weights}
+    write_whole(file, json.dumps(values, indent=1).encode())
+
+
+def measured(
+    network: UMD, config: RunConfig, schedule: NoiseSchedule, dtype: torch.dtype, rank: int = 0, size: int = 1
+) -> tuple[Tensor, dict[str, Any]]:
+    """One rank's share of `head_products` on up to 256 pictures (held-out ones, where there are any), and what they are
+    of. Raises UserError for pictures that cannot be read."""
+    dataset = open_dataset(config.data, "test")
+    if len(dataset) == 0:
+        dataset = open_dataset(config.data, "train")
+    device = next(network.parameters()).device
+    chosen = np.linspace(0, len(dataset) - 1, min(PICTURES, len(dataset))).astype(int)
+    known = dataset.labels if network.config.num_classes > 0 else None
+    times = head_times(schedule.num_steps)
+    share = share_of(len(chosen), rank, size)
+    products = torch.zeros(len(times), 3, dtype=torch.float64)
+    denoise = denoiser(network, dtype)
+    for first in range(share.start, share.stop, CALL):
+        indices = chosen[first : min(first + CALL, share.stop)]
+        x = center_view(dataset, indices, config.data).to(device)
+        labels = None if known is None else torch.from_numpy(known[indices]).long().to(device)
+        products += head_products(denoise, x, schedule, times, labels, first_sample=first)
+    return products, {"pictures": len(chosen), "split": dataset.split}
+
+
+def heads_of(config: RunConfig, weights: dict[str, Any], network: UMD, dtype: torch.dtype, console: Console) -> Heads:
+    """The heads of a finished run, measured now if they were not, or of other weights.
+
+    Raises UserError where they cannot be: no pictures, or a network of one head.
+    """
+    check_two_heads(network)
+    file = heads_file(config.out, weights)
+    if (heads := read_heads(file)) is not None:
+        return heads
+    schedule = schedule_of(config.schedule)
+    products, about = measured(network, config, schedule, dtype)
+    heads = Heads.of(products, schedule)
+    console.print(
+        f"the heads of these weights were not measured yet: done on {about['pictures']} pictures, kept in {file}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    write_heads(file, weights, heads, about)  # another rank writes the same
+    return heads
+
+
+def check_two_heads(network: UMD) -> None:
+    """Raise UserError for a network that does not predict x̂0 and ε̂ apart."""
+    if network.config.outputs != "x_start_eps":
+        raise UserError(f"this network predicts {network.config.outputs} alone; leave out --predict both")
+
+
+def keep_heads(run: "Run", log: RunLog | NoLog) -> None:
+    """Measure the heads of a run that ends, and keep them beside its checkpoint. All ranks call this together."""
+    config, world, objective = run.config, run.world, run.objective
+    if not isinstance(objective, Objective) or objective.config.no_noise_prob == 1:
+        return  # a classifier or DiffMAE, or a network that never saw noise
+    if objective.model.outputs != "x_start_eps":
+        return  # one head
+    reason, products = "", None
+    about: dict[str, Any] = {}
+    with run.parallel.averaged(run.ema) as network:
+        assert isinstance(network, UMD), "an Objective's network"
+        try:
+            products, about = measured(network, config, objective.schedule, run.dtype, world.rank, world.size)
+        except UserError as error:
+            reason = str(error)
+    if reasons := [reason for reason in world.agree(world.collect(reason)) if reason]:
+        log.say(f"the network's two heads are not weighed: {reasons[0]}")
+        return
+    assert products is not None, "there would be a reason"
+    products = world.sum(products)
+    if not world.main:
+        return
+    try:
+        heads = Heads.of(products, objective.schedule)
+    except UserError:
+        return  # of one head
+    weights = weights_identity(config.out)
+    file = heads_file(config.out, weights)
+    write_heads(file, weights, heads, about)
+    shown = ", ".join(f"{weight:.2f} at {time}" for time, weight in zip(heads.times, heads.weights, strict=True))
+    log.say(f"how much x̂0 counts beside ε̂, kept in {file}: {shown}")

@@ -1,0 +1,105 @@
+"""`umd import`: published weights as a run of ours, which sample, probe, evaluate and fine-tune like any other."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from umd.checkpoint import save_checkpoint
+from umd.config import (
+    ClassifierConfig,
+    ClassifierObjectiveConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ScheduleConfig,
+)
+from umd.convert import from_small_vision, load_small_vision
+from umd.errors import UserError
+from umd.published import load_published
+from umd.schedule import ScheduleName
+from umd.train.data import DataConfig
+from umd.train.optim import OptimConfig
+from umd.train.run import RunConfig, write_config
+
+
+@dataclass(frozen=True)
+class Import:
+    """Import published weights as a run of ours."""
+
+    kind: Annotated[Literal["dit", "mae", "maskdit", "small-vision"], Positional]
+    """dit: facebookresearch/DiT's .pt, or a folder of diffusers; mae: facebookresearch/mae's .pth, pre-trained or
+    fine-tuned, or a folder of transformers; maskdit: Anima-Lab/MaskDiT's .pt; small-vision: the UMD authors' JAX code,
+    its checkpoint folder or .npz."""
+    path: Annotated[Path, Positional]
+    """The file or folder."""
+    out: Path = Path("runs/imported")
+    """Folder of the new run."""
+    source: str = ""
+    """Pictures that the run is probed and evaluated with: a folder, or what else `--data.source` takes."""
+    num_heads: int = 0
+    """Attention heads, which weights do not tell; 0: those of the published network of this width."""
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 0:
+            raise UserError(f"num_heads must be 0 (as published) or more, got {self.num_heads}")
+
+
+def import_run(options: Import, console: Console) -> None:
+    """Write the run folder.
+
+    Raises:
+        UserError: the folder holds a run; or as `load_published` and `load_small_vision`.
+    """
+    out = options.out
+    if (out / "config.yaml").exists() or (out / "checkpoints").exists():
+        raise UserError(f"{out} holds a run already; give another --out")
+    model: ModelConfig | ClassifierConfig
+    norm_pix = False
+    if options.kind == "small-vision":
+        model, state = from_small_vision(load_small_vision(options.path))
+        tensors = {"model": state}
+        if ema := load_small_vision(options.path, "ema_params"):
+            tensors["ema"] = from_small_vision(ema)[1]
+    else:
+        model, tensors, norm_pix = load_published(options.kind, options.path, options.num_heads)
+    config = imported_config(model, out, norm_pix)
+    if options.source:
+        config = replace(config, data=replace(config.data, source=options.source))
+    written = save_checkpoint(out / "checkpoints", 0, tensors, {"config": {"model": asdict(model)}})
+    write_config(config)
+    weights = sum(tensor.numel() for tensor in tensors["model"].values())
+    what = f"{weights / 1e6:.1f} M weights{', and their EMA' if 'ema' in tensors else ''}"
+    console.print(f"written: {written}, {what}", highlight=False, soft_wrap=True)
+    console.print(what_next(config), highlight=False, soft_wrap=True)
+
+
+def imported_config(model: ModelConfig | ClassifierConfig, out: Path, norm_pix: bool = False) -> RunConfig:
+    """The run that such a network is of: its process and objective as published; optimiser and data are defaults."""
+    if isinstance(model, ClassifierConfig):
+        return RunConfig(out=out, model=model, objective=ClassifierObjectiveConfig())
+    kinds: dict[str, tuple[ObjectiveConfig, ScheduleName]] = {
+        "x_start_eps": (ObjectiveConfig(), "cosine" if model.channels in (1, 3) else "linear"),
+        "x_start": (ObjectiveConfig(no_noise_prob=1.0, norm_pix=norm_pix), "cosine"),
+        "eps": (ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.0), "linear"),
+        "eps_sigma": (ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.0), "linear"),
+        "edm": (ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.5), "edm"),
+    }
+    objective, schedule = kinds[model.outputs]
+    data = DataConfig() if model.channels in (1, 3) else DataConfig(source="latents/train")
+    settings: dict[str, Any] = dict(model=model, objective=objective, schedule=ScheduleConfig(schedule), data=data)
+    if model.outputs in ("eps", "eps_sigma", "edm"):  # DiT's and MaskDiT's optimiser
+        settings["optim"] = replace(OptimConfig(), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup=0.0)
+    return RunConfig(out=out, **settings)
+
+
+def what_next(config: RunConfig) -> str:
+    """Commands that make sense of the imported network."""
+    run, model = config.out, config.model
+    if not isinstance(model, ModelConfig):
+        return f"umd probe {run}"
+    if model.outputs == "x_start":
+        return f"umd probe {run}; umd finetune {run} --task classify"
+    vae = "" if model.channels in (1, 3) else " --vae stabilityai/sd-vae-ft-ema"
+    return f"umd sample {run}{vae}; umd finetune {run}; umd evaluate {run}"

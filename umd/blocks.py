@@ -1,0 +1,243 @@
+"""The blocks of every network here: pre-norm attention and MLP, adaLN-modulated where there is a condition.
+
+All samples of a batch lie in one packed stream `[N, D]`; linear layers run once on the stream, attention stays inside
+each sample. Letters as in `umd/model.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from umd import ops
+from umd.config import ViTConfig
+from umd.layers import GeluLinear, Linear
+from umd.ops import Packing
+
+# A branch not yet added to the residual stream: h [N, D], the bias in it that has yet to get its gradient, gate [R, D].
+Branch = tuple[Tensor, Tensor | None, Tensor | None] | None
+Tables = tuple[Tensor | None, ...]  # of a block: shift, scale, gate of both branches; of a final norm: shift, scale
+
+
+class ModulatedLayerNorm(nn.Module):
+    """Adds the pending branch to the residual stream and normalises it, in one op."""
+
+    def __init__(self, dim: int, affine: bool, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(
+        self,
+        x: Tensor,
+        branch: Branch,
+        packing: Packing,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(r, y): r = x + gate·h [N, D] in x's type, y = LN(r)·(1 + scale) + shift [N, D] in that of the products."""
+        if branch is None:
+            y = ops.modulated_layer_norm(
+                x, packing, shift, scale, self.weight, self.bias, self.eps, dtype=ops.products_dtype(x)
+            )
+            return x, y
+        h, h_bias, gate = branch
+        return ops.gated_residual_layer_norm(
+            x, h, packing, gate, shift, scale, self.weight, self.bias, self.eps, h_bias=h_bias
+        )
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
+        """(h [N, D], the bias in it that has yet to get its gradient)."""
+        N, D = x.shape
+        qkv, bias = self.qkv.split(x)
+        qkv = qkv.view(N, 3, self.num_heads, D // self.num_heads)
+        return self.proj.split(ops.varlen_attention(qkv, packing, bias=bias).view(N, D))
+
+
+class Memory(NamedTuple):
+    """What the queries of one cross-attention see."""
+
+    kv: Tensor  # [M, 2, H, d], keys and values
+    packing: Packing  # of the queries, as many samples as there are in kv
+    kv_packing: Packing
+
+
+class CrossAttention(nn.Module):
+    """Attention from a stream of width `dim` to one of width `context`."""
+
+    def __init__(self, dim: int, num_heads: int, context: int, norm_affine: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = Linear(dim, dim)
+        self.norm = ModulatedLayerNorm(context, norm_affine)
+        self.kv = Linear(context, 2 * dim)
+        self.proj = Linear(dim, dim)
+
+    def memory(self, context: Tensor, packing: Packing) -> Tensor:
+        """Keys and values [M, 2, H, d] of context [M, D']; they stay as they are while the queries change."""
+        _, y = self.norm(context, None, packing)
+        return self.kv(y).unflatten(1, (2, self.num_heads, -1))
+
+    def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
+        """As `Attention`."""
+        q = self.q(x).unflatten(1, (self.num_heads, -1))  # [N, H, d]
+        return self.proj.split(ops.varlen_cross_attention(q, *memory).flatten(1))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int, exact: bool = False):
+        """exact: GELU by the error function; else its tanh approximation, which runs inside the products' kernels."""
+        super().__init__()
+        self.exact = exact
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = GeluLinear(hidden, dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(h [N, D], the bias in it that has yet to get its gradient)."""
+        if self.exact:
+            return Linear.split(self.fc2, F.gelu(self.fc1(x)))
+        if ops.gelu_in_products():
+            h, a = self.fc1.with_gelu(x)
+            return self.fc2.split(h, gelu=a)
+        return self.fc2.split(*self.fc1.split(x))
+
+
+class Block(nn.Module):
+    """x += gate1·Attn(LN(x)·(1+scale1)+shift1);  x += gate2·MLP(LN(x)·(1+scale2)+shift2).
+
+    The second branch is handed on and added by the next norm, so that gate, residual, norm and modulation are one op.
+    `context`: width of the stream that Attn looks at, where it is another than x.
+    """
+
+    def __init__(self, config: ViTConfig, context: int | None = None):
+        super().__init__()
+        D, heads = config.hidden_size, config.num_heads
+        self.norm1 = ModulatedLayerNorm(D, config.norm_affine, config.norm_eps)
+        self.attn = Attention(D, heads) if context is None else CrossAttention(D, heads, context, config.norm_affine)
+        self.norm2 = ModulatedLayerNorm(D, config.norm_affine, config.norm_eps)
+        self.mlp = Mlp(D, int(D * config.mlp_ratio), exact=config.gelu == "exact")
+
+    def forward(
+        self,
+        x: Tensor,
+        branch: Branch,
+        packing: Packing,
+        modulation: Tables,
+        memory: Memory | None = None,
+    ) -> tuple[Tensor, Branch]:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # each [R, D] or None
+        x, y = self.norm1(x, branch, packing, shift_msa, scale_msa)  # [N, D]
+        attended = self.attn(y, packing if memory is None else memory)
+        x, y = self.norm2(x, (*attended, gate_msa), packing, shift_mlp, scale_mlp)  # [N, D]
+        return x, (*self.mlp(y), gate_mlp)
+
+
+class CrossSelfBlock(Block):
+    """x += CrossAttn(LN(x), memory), then a `Block`."""
+
+    def __init__(self, config: ViTConfig, context: int):
+        super().__init__(config)
+        self.norm_cross = ModulatedLayerNorm(config.hidden_size, config.norm_affine, config.norm_eps)
+        self.cross = CrossAttention(config.hidden_size, config.num_heads, context, config.norm_affine)
+
+    def forward(
+        self,
+        x: Tensor,
+        branch: Branch,
+        packing: Packing,
+        modulation: Tables,
+        memory: Memory | None = None,
+    ) -> tuple[Tensor, Branch]:
+        x, y = self.norm_cross(x, branch, packing)  # [N, D]
+        return super().forward(x, (*self.cross(y, memory), None), packing, modulation)
+
+
+class Blocks(nn.Module):
+    """A stack of blocks and its final norm."""
+
+    def __init__(self, config: ViTConfig, blocks: Sequence[Block]):
+        super().__init__()
+        self.layers = nn.ModuleList(blocks)
+        self.norm = ModulatedLayerNorm(config.hidden_size, config.norm_affine, config.norm_eps)
+        self.checkpointing = False
+
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing,
+        modulation: Iterator[Tables] | None = None,
+        cond: Tensor | None = None,
+        memories: Sequence[Memory] | None = None,
+        levels: list[Tensor] | None = None,
+        normed: bool = True,
+    ) -> Tensor:
+        """x [N, D]; modulation: the tables of each block, asked for as it comes, then the final norm's if it has any.
+
+        Without adaLN the condition [R, D] is a token in front of each sample, set anew before every block.
+        memories: what each block's cross-attention sees. levels: receives the stream behind each block.
+        normed: False: the stream behind the last block, without the final norm.
+        """
+        branch: Branch = None
+        modulation = iter(()) if modulation is None else modulation
+        if cond is not None:
+            rows = cond.index_select(0, packing.cond_index).to(x.dtype)  # [S, D]
+            x = ops.prepend_tokens(rows[:, None], x, packing)
+            first = packing.cu_seqlens[:-1].long()
+        for i, block in enumerate(self.layers):
+            if cond is not None and branch is not None:
+                x, branch = add_branch(x, branch, packing).index_copy(0, first, rows), None
+            tables = next(modulation, (None,) * 6)
+            memory = None if memories is None else memories[i]
+            if self.checkpointing and torch.is_grad_enabled():
+                args = block, x, branch, packing, tables, memory  # a block draws nothing: no random state to keep
+                x, branch = checkpoint(*args, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, branch = block(x, branch, packing, tables, memory)
+            if levels is not None:
+                levels.append(add_branch(x, branch, packing))
+        if normed:
+            _, y = self.norm(x, branch, packing, *next(modulation, ()))
+        else:
+            assert branch is not None
+            y = add_branch(x, branch, packing)
+        return y if cond is None else ops.split_tokens(y, 1, packing)[1]
+
+
+def add_branch(x: Tensor, branch: tuple[Tensor, Tensor | None, Tensor | None], packing: Packing) -> Tensor:
+    """x + gate·h [N, D], where no norm follows that would do it."""
+    h, h_bias, gate = branch
+    h = ops.bias_gradient(h, h_bias)
+    return x + h if gate is None else x + per_token(gate, packing).to(x.dtype) * h
+
+
+def per_token(rows: Tensor, packing: Packing) -> Tensor:
+    """Each token the row of its sample: rows [R, D] to [N, D]."""
+    lengths = packing.cu_seqlens.diff()
+    return rows.index_select(0, packing.cond_index.repeat_interleave(lengths, output_size=packing.num_tokens))
+
+
+def initialize_blocks(model: nn.Module) -> None:
+    """Attention and MLP weights Xavier-uniform, q, k and v as matrices of their own; biases 0 or nearly."""
+    for module in model.modules():
+        if isinstance(module, Attention | CrossAttention):
+            parts = (module.qkv,) if isinstance(module, Attention) else (module.q, module.kv)
+            for linear in (*parts, module.proj):
+                for matrix in linear.weight.split(module.proj.out_features):
+                    nn.init.xavier_uniform_(matrix)
+                nn.init.zeros_(linear.bias)
+        elif isinstance(module, Mlp):
+            for linear in (module.fc1, module.fc2):
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.normal_(linear.bias, std=1e-6)

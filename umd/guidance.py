@@ -1,0 +1,146 @@
+"""What samplers ask of a denoiser: one prediction at each time, guided, of one of its heads or of both.
+
+A denoiser is `denoise(x_t [B, C, H, W], timesteps int64 [B], labels int64 [B] or None) -> (x_start, eps)`, both shaped
+as x_t; timesteps are model times (see NoiseSchedule). One with learned variances gives a third, v in [-1, 1] of the
+same shape: at each pixel the place of DDPM's log variance between its least, v = -1, and its largest (Nichol and
+Dhariwal 2021).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from umd.errors import UserError
+from umd.schedule import NoiseSchedule
+
+Denoise = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
+Prediction = Literal["eps", "x_start", "both"]
+GuidanceSchedule = Literal["constant", "linear", "cosine"]
+
+# The strength at t/T, 1 in the mean over all times (Wang et al. 2024): weak in noise, strong near the picture.
+STRENGTH: dict[str, Callable[[float], float]] = {
+    "constant": lambda u: 1.0,
+    "linear": lambda u: 2 * (1 - u),
+    "cosine": lambda u: 1 + math.cos(math.pi * u),
+}
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """When and where a guidance of scale s acts: uncond + s(t)·(cond - uncond), s(t) = 1 + (s - 1)·strength(t/T)."""
+
+    interval: tuple[int, int] | None = None
+    """The model times with guidance, from and to, both included; None: all. Elsewhere the labelled prediction stands
+    alone, for half the calls (Kynkäänniemi et al. 2024)."""
+    schedule: GuidanceSchedule = "constant"
+    channels: int = 0
+    """Only the first so many channels are guided, 0: all. DiT's code guides 3 of its 4."""
+
+    def scales(self, cfg_scale: float, times: Sequence[int], T: int) -> list[float]:
+        """s(t) at model times 1..T; 1: no guidance. Raises UserError for an interval or schedule that cannot be."""
+        if self.schedule not in STRENGTH:
+            raise UserError(f"unknown cfg_schedule {self.schedule!r}; expected one of {', '.join(STRENGTH)}")
+        low, high = (1, T) if self.interval is None else self.interval
+        if not 1 <= low <= high <= T:
+            raise UserError(f"cfg_interval is {low} {high}; expected two model times, from and to, of 1 to {T}")
+        if self.schedule == "constant":
+            return [cfg_scale if low <= t <= high else 1.0 for t in times]
+        strength = STRENGTH[self.schedule]
+        return [1 + (cfg_scale - 1) * strength(t / T) if low <= t <= high else 1.0 for t in times]
+
+
+class Estimate(NamedTuple):
+    """Of x_t [B, C, H, W], each shaped as it: what `ops.ddim_step` takes as `pred_cond` and `pred_uncond`."""
+
+    cond: Tensor
+    uncond: Tensor | None
+    from_xstart: bool
+    variance: Tensor | None  # v of a denoiser that has it
+
+
+class Estimator:
+    """A denoiser asked at some model times: with guidance in one call on 2B images, without it on B.
+
+    `tables` hold what differs from time to time, a row each; `guided` says at which times there is guidance.
+    """
+
+    def __init__(
+        self, denoise: Denoise, times: Sequence[int], schedule: NoiseSchedule, *, predict: Prediction,
+        labels: Tensor | None, null_label: int | None, cfg_scale: float, channels: int,
+        guidance: Guidance | None = None, head_weights: Tensor | None = None,
+    ):  # fmt: skip
+        """labels: int64 [B], read at each call. channels: C. head_weights: float [T + 1], see `umd.heads`.
+
+        Raises UserError for guidance that cannot be had, and for both heads without their weights.
+        """
+        guidance = guidance or Guidance()
+        if predict not in ("eps", "x_start", "both"):
+            raise UserError(
+                f"predict is {predict!r}; expected 'eps' or 'x_start', the network's two outputs, or 'both'"
+            )
+        if predict == "both" and head_weights is None:
+            raise UserError("predict is 'both', and the weights of the two heads are not given; measure them first")
+        if cfg_scale != 1 and (labels is None or null_label is None):
+            raise UserError(
+                f"guidance (cfg_scale={cfg_scale:g}) needs labels and a model trained with them; else use 1"
+            )
+        if not 0 <= guidance.channels <= channels:
+            raise UserError(f"cfg_channels is {guidance.channels}; these images have {channels} channels, 0 is all")
+        scales = guidance.scales(cfg_scale, times, schedule.num_steps)
+        self.denoise, self.schedule, self.predict = denoise, schedule, predict
+        self.labels, self.null_label, self.cfg_scale = labels, null_label, cfg_scale
+        self.channels = guidance.channels if guidance.channels < channels else 0
+        self.guided = [scale != 1 for scale in scales]
+        # One number for all times is the step's own affair.
+        self.plain = predict != "both" and self.channels == 0 and guidance.schedule == "constant"
+        weights = torch.zeros(len(times)) if head_weights is None else head_weights.cpu()[list(times)]
+        self.tables = torch.tensor(times), torch.tensor([scales, weights.tolist()], dtype=torch.float64).T
+
+    def __call__(self, guided: bool, x_t: Tensor, time: Tensor, numbers: Tensor) -> Estimate:
+        """The estimate for x_t [B, C, H, W] at a time: `guided` and a row of each table, int64 [] and float64 [2]."""
+        B, x, labels = len(x_t), x_t, self.labels
+        if guided:
+            assert labels is not None and self.null_label is not None, "__init__ asks for both"
+            x, labels = x_t.repeat(2, 1, 1, 1), torch.cat([labels, torch.full_like(labels, self.null_label)])
+        x_start, eps, *variances = self.denoise(x, time.expand(len(x)), labels)
+        variance = variances[0][:B] if variances else None
+        if self.plain:
+            prediction = x_start if self.predict == "x_start" else eps
+            cond, uncond = (prediction[:B], prediction[B:]) if guided else (prediction, None)
+            return Estimate(cond, uncond, self.predict == "x_start", variance)
+        scale, weight = numbers.to(x_t)
+        if self.predict != "both":
+            prediction = self._guide(x_start if self.predict == "x_start" else eps, guided, x_t, scale)
+            return Estimate(prediction, None, self.predict == "x_start", variance)
+        a, b = self.schedule.coefficients(time[None], x_t.dtype)  # [1] each
+        from_eps = (x_t - b * self._guide(eps, guided, x_t, scale)) / a
+        combined = weight * self._guide(x_start, guided, x_t, scale) + (1 - weight) * from_eps
+        return Estimate(combined, None, True, variance)
+
+    def _guide(self, prediction: Tensor, guided: bool, x_t: Tensor, scale: Tensor) -> Tensor:
+        """[B, C, H, W] of a prediction, [2B, C, H, W] where it is guided."""
+        prediction = prediction.to(x_t)
+        if not guided:
+            return prediction
+        cond, uncond = prediction.chunk(2)
+        whole = uncond + scale * (cond - uncond)
+        return torch.cat([whole[:, : self.channels], cond[:, self.channels :]], 1) if self.channels else whole
+
+
+def check_labels(labels: Tensor | None, B: int, null_label: int | None) -> None:
+    """Raise for labels that are not int64 [B] of 0..null_label."""
+    if labels is None:
+        return
+    if labels.shape != (B,) or labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; expected int64 [{B}], one for each image")
+    for label in (int(labels.min()), int(labels.max())):
+        if label < 0:
+            raise UserError(f"label {label} does not exist; labels count from 0")
+        if null_label is not None and label > null_label:
+            raise UserError(
+                f"label {label} does not exist; expected 0 to {null_label - 1}, or {null_label} for no class"
+            )

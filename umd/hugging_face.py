@@ -1,0 +1,168 @@
+"""Folders of transformers and diffusers: their names for MAE's and DiT's tensors, to and from the authors'.
+
+transformers keeps names on disk that its modules no longer have; both are read, and the old ones, which every version
+reads, are written.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from umd.errors import UserError
+from umd.positions import sincos_positions
+
+State = dict[str, Tensor]
+
+# (theirs, the authors'), in the order of trial. Of several that mean the same the first is written.
+MAE_NAMES = [
+    (r"vit\.embeddings\.cls_token", "cls_token"),
+    (r"vit\.embeddings\.position_embeddings", "pos_embed"),
+    (r"vit\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"vit\.layernorm\.", "norm."),
+    (r"vit\.(?:encoder\.layer|layers)\.", "blocks."),
+    (r"decoder\.(?:decoder_layers|decoder_encoder\.layer|decoder_encoder\.layers)\.", "decoder_blocks."),
+    (r"decoder\.(?=decoder_|mask_token)", ""),
+]
+MAE_LAYERS = [
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.(?:intermediate\.dense|mlp\.up_proj|mlp\.fc1)\.", ".mlp.fc1."),
+    (r"(?<!attention)\.(?:output\.dense|mlp\.down_proj|mlp\.fc2)\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(?:attention\.query|q_proj)\.", ".attn.qkv@0."),
+    (r"\.attention\.(?:attention\.key|k_proj)\.", ".attn.qkv@1."),
+    (r"\.attention\.(?:attention\.value|v_proj)\.", ".attn.qkv@2."),
+]
+DIT_NAMES = [
+    (r"^pos_embed\.proj\.", "x_embedder.proj."),
+    (r"^pos_embed\.pos_embed$", "pos_embed"),
+    (r"^transformer_blocks\.", "blocks."),
+    (r"\.norm1\.linear\.", ".adaLN_modulation.1."),
+    (r"\.attn1\.to_q\.", ".attn.qkv@0."),
+    (r"\.attn1\.to_k\.", ".attn.qkv@1."),
+    (r"\.attn1\.to_v\.", ".attn.qkv@2."),
+    (r"\.attn1\.to_out\.0\.", ".attn.proj."),
+    (r"\.ff\.net\.0\.proj\.", ".mlp.fc1."),
+    (r"\.ff\.net\.2\.", ".mlp.fc2."),
+    (r"^proj_out_1\.", "final_layer.adaLN_modulation.1."),
+    (r"^proj_out_2\.", "final_layer.linear."),
+]
+DIT_EMBEDDERS = {
+    "timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "class_embedder.embedding_table": "y_embedder.embedding_table",
+}
+
+
+def read_config(folder: Path, class_name: str) -> dict[str, Any]:
+    """A folder's config.json. Raises UserError where there is none, or it is of another class."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"there is no {file}; expected a folder that save_pretrained wrote") from error
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON: {error}") from error
+    found = config.get("_class_name") or ", ".join(config.get("architectures") or []) or config.get("model_type", "")
+    if class_name not in str(found):
+        raise UserError(f"{folder} holds a {found or 'network of no name'}; expected a {class_name}")
+    return config
+
+
+def renamed(state: State, names: Sequence[tuple[str, str]]) -> State:
+    """By the authors' names, with q, k and v joined."""
+    found: State = {}
+    parts: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in state.items():
+        for pattern, ours in names:
+            name = re.sub(pattern, ours, name)
+        if match := re.fullmatch(r"(.*qkv)@(\d)(\..*)", name):
+            parts.setdefault(match[1] + match[3], {})[int(match[2])] = tensor
+        else:
+            found[name] = tensor
+    return found | {name: torch.cat([of[i] for i in sorted(of)]) for name, of in parts.items()}
+
+
+def mae_state(state: State) -> State:
+    """ViTMAE's tensors (or its encoder's alone) by the names of facebookresearch/mae."""
+    if not any(name.startswith("vit.") for name in state):
+        state = {f"vit.{name}": tensor for name, tensor in state.items()}
+    return renamed(state, MAE_NAMES + MAE_LAYERS)
+
+
+def dit_state(state: State, config: dict[str, Any]) -> State:
+    """DiTTransformer2DModel's tensors by the names of facebookresearch/DiT.
+
+    Raises UserError if its blocks have embeddings of their own, as those have that diffusers itself trained.
+    """
+    found: State = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(r"transformer_blocks\.(\d+)\.norm1\.emb\.(.*)\.(weight|bias)", name)
+        if match is None or match[2] not in DIT_EMBEDDERS:
+            found[name] = tensor
+            continue
+        ours = f"{DIT_EMBEDDERS[match[2]]}.{match[3]}"
+        if not torch.equal(found.setdefault(ours, tensor), tensor):
+            raise UserError(
+                f"{name} is another than the first block's: a DiT has one embedding of time and class for all blocks"
+            )
+    side = config["sample_size"] // config["patch_size"]
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    found.setdefault("pos_embed.pos_embed", sincos_positions((side, side), width)[None])  # diffusers makes it anew
+    return renamed(found, DIT_NAMES)
+
+
+def split_qkv(state: State, rename: Callable[[str], str]) -> State:
+    """By their names, from the authors': q, k and v apart."""
+    found: State = {}
+    for name, tensor in state.items():
+        if ".attn.qkv." in name:
+            for i, part in enumerate(tensor.chunk(3)):
+                found[rename(name.replace(".attn.qkv.", f".attn.qkv@{i}."))] = part.contiguous()
+        else:
+            found[rename(name)] = tensor
+    return found
+
+
+def to_vit_mae(state: State) -> State:
+    """The inverse of `mae_state`."""
+    layers = [
+        (".attn.qkv@0.", ".attention.attention.query."),
+        (".attn.qkv@1.", ".attention.attention.key."),
+        (".attn.qkv@2.", ".attention.attention.value."),
+        (".attn.proj.", ".attention.output.dense."),
+        (".mlp.fc1.", ".intermediate.dense."),
+        (".mlp.fc2.", ".output.dense."),
+        (".norm1.", ".layernorm_before."),
+        (".norm2.", ".layernorm_after."),
+    ]
+    starts = [
+        ("cls_token", "vit.embeddings.cls_token"),
+        ("pos_embed", "vit.embeddings.position_embeddings"),
+        ("patch_embed.proj.", "vit.embeddings.patch_embeddings.projection."),
+        ("norm.", "vit.layernorm."),
+        ("blocks.", "vit.encoder.layer."),
+        ("decoder_blocks.", "decoder.decoder_layers."),
+        ("decoder_", "decoder.decoder_"),
+        ("mask_token", "decoder.mask_token"),
+    ]
+
+    def rename(name: str) -> str:
+        for ours, theirs in layers:
+            name = name.replace(ours, theirs)
+        ours, theirs = next(pair for pair in starts if name.startswith(pair[0]))
+        return theirs + name.removeprefix(ours)
+
+    return split_qkv(state, rename)
+
+
+def to_vit(state: State) -> State:
+    """timm's names (an encoder whose CLS token has no position) as ViTModel's."""
+    positions = state["pos_embed"]
+    positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    return {name.removeprefix("vit."): value for name, value in to_vit_mae(state | {"pos_embed": positions}).items()}

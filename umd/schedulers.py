@@ -1,0 +1,151 @@
+"""Samplers by name: our DDIM and DDPM, and the fast solvers of the same process that diffusers has.
+
+Those take a predicted image at each time and decide where to go. They add no noise, so that a sample is a function of
+its first noise alone. Their state is the host's: a step of theirs is not recorded as a CUDA graph.
+"""
+
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from umd.errors import UserError
+from umd.guidance import Denoise, Estimator, Guidance, Prediction, check_labels
+from umd.noise import Noise
+from umd.ops import ddim_step
+from umd.sampler import DDIM, Callback, Capture, ddpm_times, first_noise, model_times
+from umd.schedule import NoiseSchedule
+
+SamplerName = Literal["ddim", "ddpm", "dpm++", "heun", "unipc"]
+FULL_NAMES: dict[SamplerName, str] = {
+    "ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM-Solver++ (2M)", "heun": "Heun", "unipc": "UniPC (2)"
+}  # fmt: skip
+CLASSES = {
+    "dpm++": "DPMSolverMultistepScheduler", "heun": "HeunDiscreteScheduler", "unipc": "UniPCMultistepScheduler"
+}  # fmt: skip
+LEAST_LOG_SNR = -5.1  # of log(√ᾱ/√(1-ᾱ)): where DPM-Solver's authors begin, for beyond it ε says nothing of the image
+
+
+def check_name(name: str) -> None:
+    if name not in get_args(SamplerName):
+        raise UserError(f"unknown sampler {name!r}; expected one of {', '.join(get_args(SamplerName))}")
+
+
+def sampler_times(name: SamplerName, num_steps: int, schedule: NoiseSchedule) -> list[int]:
+    """The model times of a sampler's calls, from the noisiest on. Heun calls twice at each time but the first.
+
+    Raises UserError for an unknown sampler, and for steps that it cannot have.
+    """
+    check_name(name)
+    if name == "ddim":
+        return model_times(num_steps, schedule.num_steps)
+    if name == "ddpm":
+        return ddpm_times(num_steps, schedule.num_steps)
+    most = _num_times(schedule) - 1
+    if not 1 <= num_steps <= most:
+        raise UserError(f"{name} cannot sample in {num_steps} steps; with this noise schedule it takes 1 to {most}")
+    times = [int(index) + 1 for index in np.linspace(0, most, num_steps + 1).round()[:0:-1]]
+    return times if name != "heun" else [times[0], *np.repeat(times[1:], 2).tolist()]
+
+
+def open_sampler(
+    name: SamplerName, denoise: Denoise, shape: tuple[int, int, int, int], schedule: NoiseSchedule, *, num_steps: int,
+    eta: float, capture: Capture, **arguments: Any,
+) -> "DDIM | Solver":  # fmt: skip
+    """The sampler of batches of a shape. arguments: those that `DDIM` and `Solver` share.
+
+    Raises UserError for what it cannot have.
+    """
+    check_name(name)
+    if name != "ddim" and eta != 1:
+        raise UserError(f"eta is {eta:g}, and it is DDIM's alone; leave it out with {name}")
+    if name in ("ddim", "ddpm"):
+        ancestral = name == "ddpm"
+        return DDIM(
+            denoise, shape, schedule, num_steps=num_steps, eta=eta, capture=capture, ancestral=ancestral, **arguments
+        )
+    if capture == "on":
+        raise UserError(f"--capture on is for ddim and ddpm; a step of {name} is decided on the host: leave it at auto")
+    return Solver(name, denoise, shape, schedule, num_steps=num_steps, **arguments)
+
+
+class Solver:
+    """DPM-Solver++ (Lu et al. 2022), Heun's method (Karras et al. 2022) or UniPC (Zhao et al. 2023), each of second
+    order, for one batch after another of the same shape. A sample is the image that the last call predicts."""
+
+    def __init__(
+        self, name: SamplerName, denoise: Denoise, shape: tuple[int, int, int, int], schedule: NoiseSchedule, *,
+        num_steps: int, clip: bool, predict: Prediction = "eps", labelled: bool, null_label: int | None,
+        cfg_scale: float, seed: int, device: torch.device | str, guidance: Guidance | None = None,
+        head_weights: Tensor | None = None,
+    ):  # fmt: skip
+        """The arguments are as for `DDIM`. Raises UserError without diffusers."""
+        self.name, self.shape, self.null_label, self.num_steps = name, shape, null_label, num_steps
+        self.cfg_scale, self.clip = cfg_scale, clip
+        self.times = sampler_times(name, num_steps, schedule)
+        self.labels = torch.zeros(shape[0], dtype=torch.int64, device=device) if labelled else None
+        self.noise = Noise(seed, 0, shape, device)
+        self.estimate = Estimator(
+            denoise, self.times, schedule, predict=predict, labels=self.labels, null_label=null_label,
+            cfg_scale=cfg_scale, channels=shape[1], guidance=guidance, head_weights=head_weights,
+        )  # fmt: skip
+        self.tables = [table.to(device) for table in self.estimate.tables]
+        alphas = schedule.alphas_cumprod[self.times]
+        zeros = torch.zeros_like(alphas)  # of `ddim_step` only the predicted image is used
+        self.coefficients = torch.stack([alphas.sqrt(), (1 - alphas).sqrt(), zeros, zeros, zeros], 1).to(device)
+        self.scheduler = _scheduler(name, schedule)
+
+    @torch.no_grad()
+    def __call__(
+        self, labels: Tensor | None = None, *, first_sample: int = 0, x_T: Tensor | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:  # fmt: skip
+        """A batch [B, C, H, W]: images `first_sample` and after of those of the seed."""
+        check_labels(labels, self.shape[0], self.null_label)
+        if self.labels is not None and labels is not None:
+            self.labels.copy_(labels)
+        self.noise.start_at(first_sample)
+        scheduler = self.scheduler
+        if self.name == "heun":
+            # its own times lie between ours
+            scheduler.set_timesteps(timesteps=[time - 1 for time in dict.fromkeys(self.times)])
+        else:
+            scheduler.set_timesteps(self.num_steps)
+        scheduler.set_begin_index(0)
+        x = first_noise(self.noise, x_T, self.shape) * scheduler.init_noise_sigma
+        x_start = x
+        for i, timestep in enumerate(scheduler.timesteps):
+            x_t = scheduler.scale_model_input(x, timestep)
+            x_start = self.x_start(x_t, i)
+            x = scheduler.step(x_start, timestep, x).prev_sample
+            if callback is not None:
+                callback(i, len(self.times), x_t, x_start)
+        return x_start
+
+    def x_start(self, x_t: Tensor, i: int) -> Tensor:
+        """The image [B, C, H, W] that call i predicts, guided and clipped."""
+        time, numbers = (table[i] for table in self.tables)
+        found = self.estimate(self.estimate.guided[i], x_t, time, numbers)
+        _, x_start = ddim_step(
+            x_t, found.cond, found.uncond, self.cfg_scale, self.coefficients[i].to(x_t), from_xstart=found.from_xstart,
+            clip=self.clip,
+        )  # fmt: skip
+        return x_start
+
+
+def _num_times(schedule: NoiseSchedule) -> int:
+    """How many times, from 1 on, have more of the image left than `LEAST_LOG_SNR`."""
+    alphas = schedule.alphas_cumprod[1:]
+    return int(((alphas / (1 - alphas)).log() / 2 >= LEAST_LOG_SNR).sum())
+
+
+def _scheduler(name: SamplerName, schedule: NoiseSchedule) -> Any:
+    """The scheduler of diffusers, of the times that are used, fed with predicted images."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UserError(f"the sampler {name} is diffusers': pip install diffusers") from error
+    T = _num_times(schedule)
+    betas = schedule.betas[:T].numpy()
+    return getattr(diffusers, CLASSES[name])(num_train_timesteps=T, trained_betas=betas, prediction_type="sample")
