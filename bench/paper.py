@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from umd.bench.paper_plan import Chain, Name, Plan, chains, ends, pieces, step_flops
+from umd.bench.paper_plan import Chain, Name, Plan, chains, ends, pieces, ship, step_flops
 from umd.bench.paper_report import write_report
 from umd.bench.reproduce import Reproduce
 from umd.device import own_cores, pick_device
@@ -153,7 +153,7 @@ def reproduce(options: Reproduce, console: Console) -> None:
 def carry_out(
     plan: Plan, names: tuple[Name, ...], out: Path, figures: Path, workers: int, console: Console
 ) -> None:  # fmt: skip
-    """Make what is missing in `out`, and write the report after each new piece of the measurements."""
+    """Make what is missing in `out`; the report is written anew whenever a piece is done."""
     todo = chains(plan, names)
     with alone_in(out):
         watch = Watch(plan, todo, out, workers, console)
@@ -189,4 +189,6 @@ def carry_out(
     ended = [process.exitcode for process in processes if process.exitcode]
     if ended:
         raise UserError(f"a process ended with {ended[0]}; the same command goes on with what is missing")
+    if "fashion" in names:
+        ship(plan, out, figures / "paper-umd")
     watch.say(f"written: {figures / 'paper.json'}, .md and .png")

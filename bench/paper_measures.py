@@ -70,7 +70,7 @@ def accuracies(extract: Any, name: str, config: RunConfig, sizes: Sizes) -> dict
     """100-shot, linear and k-NN accuracy of features; `extract` as of `umd.train.probe`."""
     zoom, found = published_zoom(config), []
     for split, count in (("train", sizes.train_images), ("test", sizes.test_images)):
-        x, labels = pictures(config.data, split, count, zoom)  # type: ignore[arg-type]
+        x, labels = pictures(config.data, split, count, zoom)
         parts = []
         for first in range(0, len(x), CALL):
             part = x[first : first + CALL]
@@ -149,7 +149,7 @@ def real_features(config: RunConfig, file: Path, sizes: Sizes) -> dict[str, Tens
     """Features of held-out pictures and of as many training pictures as there are samples; made once."""
     if not file.exists():
         parts = {"test": sizes.reference, "train": sizes.samples}
-        made = {split: features(pictures(config.data, split, count, 1.0)[0]) for split, count in parts.items()}  # type: ignore[arg-type]
+        made = {split: features(pictures(config.data, split, count, 1.0)[0]) for split, count in parts.items()}
         write_whole(file, save(made))
     return load_file(file)
 
@@ -171,5 +171,5 @@ def floors(config: RunConfig, reference: Path, sizes: Sizes) -> dict[str, Any]:
     counts = {
         split: len(pictures(config.data, split, count, published_zoom(config))[1])
         for split, count in (("train", sizes.train_images), ("test", sizes.test_images))
-    }  # type: ignore[arg-type]
+    }
     return found | {"counts": counts | {"reference": len(real["test"])}}
