@@ -155,6 +155,11 @@ def carry_out(
 ) -> None:  # fmt: skip
     """Make what is missing in `out`; the report is written anew whenever a piece is done."""
     todo = chains(plan, names)
+
+    def report() -> None:
+        write_report(gather(plan, todo, out), out, figures)
+        ship(plan, out, figures / "paper-umd")
+
     with alone_in(out):
         watch = Watch(plan, todo, out, workers, console)
         flops = sum(step_flops(plan, chain) * max(ends(plan, chain).values()) for chain in todo if chain.method)
@@ -175,7 +180,7 @@ def carry_out(
             while any(process.is_alive() for process in processes):
                 time.sleep(1)
                 if watch.look():
-                    write_report(gather(plan, todo, out), out, figures)
+                    report()
         finally:
             for process in processes:
                 if process.is_alive():
@@ -183,12 +188,10 @@ def carry_out(
             for process in processes:
                 process.join()
         watch.look()
-        write_report(gather(plan, todo, out), out, figures)
+        report()
     if failed := [str(file) for file in sorted(out.glob("*/failed.txt"))]:
         raise UserError(f"{len(failed)} chains failed, see {', '.join(failed)}; the same command tries them again")
     ended = [process.exitcode for process in processes if process.exitcode]
     if ended:
         raise UserError(f"a process ended with {ended[0]}; the same command goes on with what is missing")
-    if "fashion" in names:
-        ship(plan, out, figures / "paper-umd")
     watch.say(f"written: {figures / 'paper.json'}, .md and .png")

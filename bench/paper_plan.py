@@ -261,10 +261,10 @@ def tuning(plan: Plan, pretrained: RunConfig, classes: int, marks: list[int]) ->
 
 def ship(plan: Plan, out: Path, folder: Path) -> None:
     """The fine-tuned UMD of the first seed on Fashion-MNIST as a run folder of its averaged weights alone, for `umd
-    sample` and `umd probe`; once it is there, and again only if it became another."""
+    sample` and `umd probe`. Nothing where it is not trained yet, or is there."""
     chain = Chain("fashion", METHODS[-1], plan.seeds[0])
     pretrained, done = run_config(plan, chain, out), out / chain.id / f"finetune-{plan.steps}.json"
-    if not done.exists():
+    if not done.exists() or (folder / "config.yaml").exists():
         return
     tuned = tuning(plan, pretrained, plan.sizes.classes["fashion"], [])
     saved = load_checkpoint(tuned.checkpoints, parts=["ema"])

@@ -21,10 +21,13 @@ from umd.bench.paper import alone_in, carry_out, gather
 from umd.bench.paper_measures import Sizes
 from umd.bench.paper_plan import ABLATIONS, METHODS, Chain, OneHead, Plan, chains, ends, pieces, run_config, step_flops
 from umd.bench.paper_report import BEGIN, END, claims, mean_and_error, tuning_curve, verdict, write_report
+from umd.checkpoint import load_checkpoint, split
 from umd.config import ModelConfig, ObjectiveConfig
 from umd.errors import UserError
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
+from umd.train.log import read_metrics
+from umd.train.run import load_model, read_config
 
 SIZES = Sizes(
     train_images=60, test_images=40, shots=2, epochs=9, samples=24, reference=30, sampling_steps=2,
@@ -127,6 +130,22 @@ def test_of_one_head_the_other_has_no_gradient_in_noised_samples(head, silent):
     assert torch.equal(ours, expected)
 
 
+def test_a_training_goes_on_from_point_to_point_and_is_probed_there(tmp_path):
+    plan, chain = plan_on(tmp_path), Chain("fashion", METHODS[0])
+    steps = []
+    for piece in pieces(plan, chain, tmp_path)[:4]:
+        result = piece.make()
+        if piece.kind == "pretrain":
+            steps.append(result["steps"])
+            assert result["flops"] == result["steps"] * step_flops(plan, chain)
+            assert result["images"] == result["steps"] * plan.batch
+        else:
+            assert result.keys() == {"shots", "linear", "knn"} and all(0 <= v <= 1 for v in result.values())
+    assert steps == [3, 6]
+    rows = read_metrics(tmp_path / chain.id / "pretrain" / "metrics.jsonl")
+    assert max(row["step"] for row in rows) == 6 and rows[-1]["lr"] == pytest.approx(plan.lr * plan.batch / 256)
+
+
 # What is said of it
 
 
@@ -224,6 +243,12 @@ def test_a_killed_command_goes_on_and_tells_the_same(tmp_path):
             assert chain["results"][f"pretrain-{step}"]["flops"] == step * chain["step_flops"]
     text = (tmp_path / "whole" / "figures" / "paper.md").read_text()
     assert "### Methods at equal compute" in text and "training pictures as samples" in text and " – |" in text
+    folder = tmp_path / "whole" / "figures" / "paper-umd"
+    shipped = load_model(folder)
+    trained = load_checkpoint(tmp_path / "whole" / "fashion-umd-0" / f"finetune-{plan.steps}" / "checkpoints")
+    averaged = split(trained.tensors["ema"], shipped)
+    assert all(torch.equal(p, averaged[name]) for name, p in shipped.named_parameters())
+    assert read_config(folder).out == folder and len(list(folder.rglob("*.safetensors"))) == 1
     for name in ("paper.png", "paper-samples.png"):
         assert Image.open(tmp_path / "whole" / "figures" / name).size[0] > 300
 
