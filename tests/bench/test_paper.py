@@ -42,11 +42,11 @@ PLAN = Plan(
 def plan_on(folder) -> Plan:
     """Pictures and labels named and stored as Fashion-MNIST's."""
     rng = np.random.default_rng(0)
-    for split in ("train", "t10k"):
+    for part in ("train", "t10k"):
         images, labels = rng.integers(0, 256, (80, 28, 28), dtype=np.uint8), np.arange(80, dtype=np.uint8) % 10
         for name, array in (("images-idx3", images), ("labels-idx1", labels)):
             head = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
-            (folder / f"{split}-{name}-ubyte").write_bytes(head + array.tobytes())
+            (folder / f"{part}-{name}-ubyte").write_bytes(head + array.tobytes())
     return replace(PLAN, fashion=str(folder / "train-images-idx3-ubyte"))
 
 
