@@ -57,9 +57,9 @@ def make_chain(plan: Plan, chain: Chain, out: Path) -> None:
     for piece in pieces(plan, chain, out):
         file = folder / f"{piece.name}.json"
         if not file.exists():
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             result = piece.make()
-            result |= {"seconds": time.perf_counter() - began}
+            result |= {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}
             write_whole(file, json.dumps(result, indent=1).encode())
 
 
@@ -118,7 +118,7 @@ class Watch:
         for chain, piece, file in new:
             result = json.loads(file.read_text())
             self.seen[file] = result["seconds"]
-            shown = ", ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float) and k != "seconds")
+            shown = ", ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float) and "seconds" not in k)
             self.say(f"{chain.id} {piece.name}: {shown} ({result['seconds']:.0f} s)")
         if new:
             self.say(f"{len(self.seen)} of {len(self.files)} pieces, about {self.left() / 3600:.1f} hours left")

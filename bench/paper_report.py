@@ -106,18 +106,28 @@ def chains_of(record: Mapping[str, Any], data: str, method: str | None = None) -
     return [c for c in record["chains"] if c["data"] == data and (method is None or c["method"] == method)]
 
 
+def begun(record: Mapping[str, Any]) -> list[str]:
+    """Data sets of which something is known."""
+    return list(dict.fromkeys(c["data"] for c in record["chains"] if "ends" in c and c["results"]))
+
+
 def names(record: Mapping[str, Any], data: str, ablation: bool) -> list[str]:
     found = [c["method"] for c in chains_of(record, data) if c.get("ablation") == ablation]
     return list(dict.fromkeys(found))
 
 
 def cost_columns(record: Mapping[str, Any], data: str, method: str, end: str) -> list[str]:
-    """Steps, PFLOP and seconds of pre-training up to there."""
+    """Steps, TFLOP and seconds of one core of pre-training up to there."""
     chains = chains_of(record, data, method)
     step = chains[0]["ends"].get(end, chains[0]["ends"]["images"])
-    found = [c["results"].get(f"pretrain-{step}") for c in chains]
-    seconds = [f"{fmean(r['training_seconds'] for r in found if r):.0f}"] if any(found) else ["–"]
-    return [str(step), f"{step * chains[0]['step_flops'] / 1e15:.4f}", *seconds]
+    seconds = [cpu_seconds(chain, step) for chain in chains if f"pretrain-{step}" in chain["results"]]
+    return [str(step), f"{step * chains[0]['step_flops'] / 1e12:.1f}", f"{fmean(seconds):.0f}" if seconds else "–"]
+
+
+def cpu_seconds(chain: Mapping[str, Any], step: int) -> float:
+    """Of all pieces of a pre-training up to a step."""
+    parts = {name: result for name, result in chain["results"].items() if name.startswith("pretrain-")}
+    return sum(result["cpu_seconds"] for name, result in parts.items() if int(name.split("-")[1]) <= step)
 
 
 def floor_rows(record: Mapping[str, Any], data: str, keys: Sequence[str], pad: int) -> list[list[str]]:
@@ -137,7 +147,7 @@ def floor_rows(record: Mapping[str, Any], data: str, keys: Sequence[str], pad: i
 def markdown(record: Mapping[str, Any]) -> list[str]:
     lines = []
     keys = list(MEASURES)
-    for data in dict.fromkeys(c["data"] for c in record["chains"]):
+    for data in begun(record):
         lines += [f"## {TITLES[data]}", ""]
         for end, title in (("images", "equal images"), ("compute", "equal compute (FLOPs of pre-training)")):
             found = by_method(record, data, end)
@@ -145,7 +155,7 @@ def markdown(record: Mapping[str, Any]) -> list[str]:
                 [name, *cost_columns(record, data, name, end), *(shown(k, found.get(name, {}).get(k)) for k in keys)]
                 for name in names(record, data, False)
             ]
-            head = ["method", "steps", "PFLOP", "s", *(MEASURES[k][0] for k in keys)]
+            head = ["method", "steps", "TFLOP", "CPU s", *(MEASURES[k][0] for k in keys)]
             lines += [f"### Methods at {title}", "", *table(head, rows + floor_rows(record, data, keys, 3))]
             lines += [*claims(found, ORDER, f"Table 1's order at {title}"), ""]
         found = by_method(record, data, "images")
@@ -155,7 +165,7 @@ def markdown(record: Mapping[str, Any]) -> list[str]:
             for n in some
         ]
         lines += ["### Ablations at equal images", ""]
-        lines += table(["variant", "PFLOP", "s", *(MEASURES[k][0] for k in keys)], rows)
+        lines += table(["variant", "TFLOP", "CPU s", *(MEASURES[k][0] for k in keys)], rows)
         lines += [*claims(found, ABLATION_ORDER, "Table 2's order"), ""]
         lines += [*tuning_table(record, data), ""]
     return lines + spent(record)
@@ -163,7 +173,7 @@ def markdown(record: Mapping[str, Any]) -> list[str]:
 
 def claims(found: Mapping[str, Mapping[str, Values]], order: Sequence[tuple[str, str, str]], title: str) -> list[str]:
     """A line for each comparison that the paper makes."""
-    lines = [f"{title}:", ""]
+    lines = []
     for key, better, worse in order:
         a, b = (found.get(name, {}).get(key) for name in (better, worse))
         if not a or not b:
@@ -176,7 +186,7 @@ def claims(found: Mapping[str, Mapping[str, Values]], order: Sequence[tuple[str,
             f"- {MEASURES[key][0].removesuffix(', %')}: {better} better than {worse}: **{word}** "
             f"(by {scale * difference:.1f}{'' if many else ', one seed and no spread known'})"
         )
-    return lines
+    return [f"{title}:", "", *lines] if lines else []
 
 
 def tuning_curve(chain: Mapping[str, Any]) -> dict[int, dict[str, float]]:
@@ -220,10 +230,10 @@ def spent(record: Mapping[str, Any]) -> list[str]:
             kinds = {"-probe-": "probes", "-distance-": "samples and distances", "finetune-": "fine-tuning"}
             kinds |= {"pretrain-": "pre-training", "probe-": "probes", "floors": "floors"}
             kind = next(kind for part, kind in kinds.items() if part in name)
-            hours[kind] = hours.get(kind, 0.0) + result["seconds"] / 3600
+            hours[kind] = hours.get(kind, 0.0) + result["cpu_seconds"] / 3600
     total = sum(hours.values())
     parts = ", ".join(f"{kind} {value:.1f}" for kind, value in sorted(hours.items(), key=lambda e: -e[1]))
-    return [f"Hours of one core, on a machine that had other work too: {total:.1f} ({parts}).", ""]
+    return [f"CPU hours, one thread each, on a machine that had other work too: {total:.1f} ({parts}).", ""]
 
 
 def write_report(record: Mapping[str, Any], out: Path, figures: Path) -> None:
@@ -241,18 +251,20 @@ def write_report(record: Mapping[str, Any], out: Path, figures: Path) -> None:
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """A row a data set: probe against compute and against images, distance against compute, and fine-tuning."""
-    every = list(dict.fromkeys(c["data"] for c in record["chains"]))
+    every = begun(record)
+    if not every:
+        return
     with rc_context(STYLE):
         figure = Figure(figsize=(13, 3.1 * len(every)), layout="constrained", dpi=130)
         rows = figure.subplots(len(every), 5, squeeze=False)
         for data, axes in zip(every, rows, strict=True):
             for name in names(record, data, False):
                 draw_method(record, data, name, axes)
-            titles = ["100-shot accuracy, %", "100-shot accuracy, %", "FD after fine-tuning"]
-            titles += ["100-shot accuracy while fine-tuning, %", "FD while fine-tuning"]
-            units = ["PFLOP of pre-training", "thousand images", "PFLOP of pre-training", "steps", "steps"]
+            titles = [f"{TITLES[data]}: 100-shot, %", "100-shot, %", "FD after fine-tuning"]
+            titles += ["100-shot while fine-tuning, %", "FD while fine-tuning"]
+            units = ["TFLOP of pre-training", "thousand images", "TFLOP of pre-training", "steps", "steps"]
             for ax, title, unit in zip(axes, titles, units, strict=True):
-                ax.set_title(f"{TITLES[data]}: {title}", fontsize=8.5)
+                ax.set_title(title)
                 ax.set_xlabel(unit)
                 ax.grid(axis="y")
             axes[0].legend()
@@ -263,11 +275,11 @@ def draw_method(record: Mapping[str, Any], data: str, name: str, axes: Any) -> N
     chains, style = chains_of(record, data, name), dict(color=COLOUR.get(name, COLOURS["muted"]), marker="o", ms=3)
     flops, batch = chains[0]["step_flops"], record["plan"]["batch"]
     steps = sorted({int(p.split("-")[1]) for c in chains for p in c["results"] if p.startswith("probe-")})
-    for ax, unit in ((axes[0], flops / 1e15), (axes[1], batch / 1e3)):
+    for ax, unit in ((axes[0], flops / 1e12), (axes[1], batch / 1e3)):
         line(ax, [s * unit for s in steps], [[100 * v["shots"] for v in at(chains, s)] for s in steps], name, style)
     tuned = [s for s in steps if any("fd" in v for v in at(chains, s))]
     values = [[v["fd"] for v in at(chains, s) if "fd" in v] for s in tuned]
-    line(axes[2], [s * flops / 1e15 for s in tuned], values, name, style)
+    line(axes[2], [s * flops / 1e12 for s in tuned], values, name, style)
     curve = curves_of(record, data).get(name, {})
     for ax, key, scale in ((axes[3], "shots", 100), (axes[4], "fd", 1)):
         there = {s: scale * v[key] for s, v in curve.items() if key in v}
