@@ -30,7 +30,7 @@ Name = Literal["fashion", "emoji"]
 Head = Literal["both", "x0", "eps"]
 WARMUP = 0.5  # of the training up to the first mark
 # What a core of a Xeon with AMX did; only the first estimate of the time left is made of it.
-FLOPS, FEATURE_SECONDS, PROBE_SECONDS = 50e9, 0.03, 30.0
+FLOPS, FEATURE_SECONDS, PROBE_SECONDS = 1e11, 0.03, 30.0
 
 
 @dataclass(frozen=True)
