@@ -138,7 +138,7 @@ def floor_rows(record: Mapping[str, Any], data: str, keys: Sequence[str], pad: i
     real = {"fd": floors["real"]["fd"], "kd": 1000 * floors["real"]["kd"]}
     rows |= {"*training pictures as samples*": real | {f"{k}_guided": v for k, v in real.items()}}
     found = [[name, *[""] * pad, *(shown(k, [r[k]] if k in r else None) for k in keys)] for name, r in rows.items()]
-    # Two standard deviations of a binomial share: pictures that are scored on are the same for all.
+    # Of a binomial share at one half. The pictures are the same for all methods: differences have less of it.
     n = floors["counts"]["test"]
     noise = [f"± {100 * math.sqrt(0.25 / n):.1f} at most" if MEASURES[k][1] else "" for k in keys]
     return [*found, [f"*s.e. of a share of {n} pictures*", *[""] * pad, *noise]]
