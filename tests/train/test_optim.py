@@ -50,6 +50,10 @@ def test_without_warm_up_it_starts_at_the_top_and_past_the_end_it_stays_at_zero(
     assert lr_scale(1.2, 0.05) == pytest.approx(0, abs=1e-12)  # a clock may run over
 
 
+def test_without_decay_it_stays_at_the_top():
+    assert [lr_scale(p, 0.25, "none") for p in (0.0, 0.125, 0.25, 0.6, 1.0, 1.2)] == [0, 0.5, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize(("setting", "value"), [("lr", 0.0), ("lr", -1.0), ("warmup", 1.0), ("warmup", -0.1)])
 def test_impossible_settings_are_refused_by_name(setting, value):
     with pytest.raises(UserError, match=setting):

@@ -1,0 +1,197 @@
+"""`umd bench reproduce paper`: the paper's four methods and six ablations at a size for two cores.
+
+One training a method and seed, at a constant rate after a warm-up, with averaged weights: those at any step are a
+result, so the points of equal images and of equal compute lie on one curve. Fine-tuning with labels, as in the paper's
+Table 5, starts from both points.
+
+A chain is all that depends on one training, in pieces; a piece is done where its JSON file is. Processes of one thread
+take chain after chain. A training that was stopped goes on from its checkpoint, to the bit.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from umd.bench.paper_plan import Chain, Name, Plan, chains, ends, pieces, ship, step_flops
+from umd.bench.paper_report import write_report
+from umd.bench.reproduce import Reproduce
+from umd.device import own_cores, pick_device
+from umd.errors import UserError
+from umd.files import write_whole
+from umd.train.run import to_plain
+
+
+def work(plan: Plan, todo: list[Chain], out: Path, turn: Any, parent: int) -> None:
+    """Take chain after chain until none is left. `turn`: the number of the next, shared by all that work."""
+    torch.set_num_threads(1)
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    while True:
+        with turn.get_lock():
+            number, turn.value = turn.value, turn.value + 1
+        if number >= len(todo):
+            return
+        try:
+            make_chain(plan, todo[number], out)
+        except Exception:  # one that fails does not cost the others their night
+            (out / todo[number].id).mkdir(parents=True, exist_ok=True)
+            (out / todo[number].id / "failed.txt").write_text(traceback.format_exc())
+
+
+def make_chain(plan: Plan, chain: Chain, out: Path) -> None:
+    folder = out / chain.id
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "failed.txt").unlink(missing_ok=True)
+    for piece in pieces(plan, chain, out):
+        file = folder / f"{piece.name}.json"
+        if not file.exists():
+            began, used = time.perf_counter(), time.process_time()
+            result = piece.make()
+            result |= {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}
+            write_whole(file, json.dumps(result, indent=1).encode())
+
+
+def end_with(parent: int) -> None:
+    """End this process, as SIGTERM would, when the one that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Raises UserError if another command works in this folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError as error:
+            raise UserError(f"another command works in {out}; wait for it, or give another --out") from error
+        yield
+
+
+def gather(plan: Plan, todo: list[Chain], out: Path) -> dict[str, Any]:
+    """What is done so far, as docs/results/paper.json has it."""
+    record: dict[str, Any] = {"plan": asdict(plan) | {"fashion": Path(plan.fashion).name}, "chains": []}
+    for chain in todo:
+        results = {}
+        for piece in pieces(plan, chain, out):
+            file = out / chain.id / f"{piece.name}.json"
+            if file.exists():
+                results[piece.name] = json.loads(file.read_text())
+        entry = {"data": chain.data, "method": chain.method.name if chain.method else "floors", "seed": chain.seed}
+        if chain.method is not None:
+            entry |= {"ends": ends(plan, chain), "step_flops": step_flops(plan, chain)}
+            entry |= {"finetune_steps": plan.finetune_steps, "objective": to_plain(chain.method.objective)}
+            entry |= {"adaLN": chain.method.adaLN, "leads": chain.method.leads, "ablation": chain.method.ablation}
+        record["chains"].append(entry | {"results": results})
+    return record
+
+
+class Watch:
+    """Tells which pieces are done, and the time left: expected seconds, corrected by what each kind took."""
+
+    def __init__(self, plan: Plan, todo: list[Chain], out: Path, workers: int, console: Console):
+        self.files = [(c, p, out / c.id / f"{p.name}.json") for c in todo for p in pieces(plan, c, out)]
+        self.workers, self.console = workers, console
+        self.seen: dict[Path, float] = {}
+
+    def look(self) -> int:
+        """Print a line for each piece that is new; returns how many there were."""
+        new = [entry for entry in self.files if entry[2] not in self.seen and entry[2].exists()]
+        for chain, piece, file in new:
+            result = json.loads(file.read_text())
+            self.seen[file] = result["seconds"]
+            shown = ", ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float) and "seconds" not in k)
+            self.say(f"{chain.id} {piece.name}: {shown} ({result['seconds']:.0f} s)")
+        if new:
+            self.say(f"{len(self.seen)} of {len(self.files)} pieces, about {self.left() / 3600:.1f} hours left")
+        return len(new)
+
+    def left(self) -> float:
+        """Seconds."""
+        done: dict[str, list[float]] = {}
+        for _, piece, file in self.files:
+            if file in self.seen:
+                took, expected = done.get(piece.kind, [0.0, 0.0])
+                done[piece.kind] = [took + self.seen[file], expected + piece.expected]
+        ratio = {kind: took / expected for kind, (took, expected) in done.items()}
+        rest = sum(p.expected * ratio.get(p.kind, 1.0) for _, p, file in self.files if file not in self.seen)
+        return rest / self.workers
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+        sys.stdout.flush()
+
+
+def reproduce(options: Reproduce, console: Console) -> None:
+    device = str(pick_device(options.device))
+    plan = Plan(steps=options.steps or Plan.steps, device=device)
+    plan = replace(plan, seeds=tuple(options.seed + seed for seed in plan.seeds), ablation_seeds=(options.seed,))
+    names: tuple[Name, ...] = ("fashion", "emoji") if options.data == "all" else (options.data,)
+    if "fashion" in names and not Path(plan.fashion).exists():
+        raise UserError(f"there is no {plan.fashion}: apt-get install dataset-fashion-mnist (Debian, Ubuntu)")
+    carry_out(plan, names, options.out / "paper", options.figures, own_cores() if device == "cpu" else 1, console)
+
+
+def carry_out(
+    plan: Plan, names: tuple[Name, ...], out: Path, figures: Path, workers: int, console: Console
+) -> None:  # fmt: skip
+    """Make what is missing in `out`; the report is written anew whenever a piece is done."""
+    todo = chains(plan, names)
+
+    def report() -> None:
+        write_report(gather(plan, todo, out), out, figures)
+        ship(plan, out, figures / "paper-umd")
+
+    with alone_in(out):
+        watch = Watch(plan, todo, out, workers, console)
+        flops = sum(step_flops(plan, chain) * max(ends(plan, chain).values()) for chain in todo if chain.method)
+        expected = sum(piece.expected for _, piece, _ in watch.files) / workers / 3600
+        watch.say(
+            f"{len(todo)} chains of {len(watch.files)} pieces: {flops / 1e15:.1f} PFLOP of pre-training; "
+            f"about {expected:.1f} hours in {workers} processes of one thread"
+        )
+        context = multiprocessing.get_context("spawn")
+        turn = context.Value("i", 0)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that start now
+        processes = [
+            context.Process(target=work, args=(plan, todo, out, turn, os.getpid())) for _ in range(workers)
+        ]  # fmt: skip
+        try:
+            for process in processes:
+                process.start()
+            while any(process.is_alive() for process in processes):
+                time.sleep(1)
+                if watch.look():
+                    report()
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.terminate()  # a training saves first
+            for process in processes:
+                process.join()
+        watch.look()
+        report()
+    if failed := [str(file) for file in sorted(out.glob("*/failed.txt"))]:
+        raise UserError(f"{len(failed)} chains failed, see {', '.join(failed)}; the same command tries them again")
+    ended = [process.exitcode for process in processes if process.exitcode]
+    if ended:
+        raise UserError(f"a process ended with {ended[0]}; the same command goes on with what is missing")
+    watch.say(f"written: {figures / 'paper.json'}, .md and .png")

@@ -1,0 +1,270 @@
+"""What `umd bench reproduce paper` trains and measures: methods, sizes, and the pieces of each training."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from umd.bench.paper_measures import Sizes, distance, floors, probe
+from umd.checkpoint import load_checkpoint, save_checkpoint
+from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, ScheduleConfig
+from umd.flops import forward_flops
+from umd.methods import build_objective
+from umd.objective import Corruption, Objective
+from umd.sampler import Prediction
+from umd.schedule import NoiseSchedule
+from umd.train.data import DataConfig
+from umd.train.evaluate import schedule_of
+from umd.train.loop import train
+from umd.train.optim import OptimConfig
+from umd.train.run import RunConfig, finetune_config, to_plain, write_config
+
+FASHION = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
+Name = Literal["fashion", "emoji"]
+Head = Literal["both", "x0", "eps"]
+WARMUP = 0.5  # of the training up to the first mark
+# What a core of a Xeon with AMX did; only the first estimate of the time left is made of it.
+FLOPS, FEATURE_SECONDS, PROBE_SECONDS = 1e11, 0.03, 30.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of Table 1, or a column of Table 2."""
+
+    name: str
+    objective: ObjectiveConfig
+    adaLN: bool = True
+    head: Head = "both"  # of noised samples: what is learned, and what draws
+    ablation: bool = False
+
+    @property
+    def leads(self) -> Prediction:
+        """The output that samples are drawn from."""
+        return "x_start" if self.head == "x0" else "eps"
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+UMD_OBJECTIVE = OBJECTIVES["umd"]
+METHODS = (
+    Method("MAE", OBJECTIVES["mae"], adaLN=False),
+    Method("DiT", OBJECTIVES["dit"]),
+    Method("MaskDiT", OBJECTIVES["maskdit"]),
+    Method("UMD", UMD_OBJECTIVE),
+)
+# Table 2. The text at hand lost two numbers; the hours in its first row give them back: time is proportional to
+# (3 · visible + 256) tokens there, so 70 hours against 60 ask for a share of 0.2, and 48 for a ratio of 0.7.
+ABLATIONS = (
+    Method("UMD, only x0", UMD_OBJECTIVE, head="x0", ablation=True),
+    Method("UMD, only noise", UMD_OBJECTIVE, head="eps", ablation=True),
+    Method("UMD, fewer noise-free", replace(UMD_OBJECTIVE, no_noise_prob=0.2), ablation=True),
+    Method("UMD, noised 70 % masked", replace(UMD_OBJECTIVE, mask_ratio=0.7), ablation=True),
+    Method("UMD, noised not masked", replace(UMD_OBJECTIVE, mask_ratio=0.0), ablation=True),
+    Method("UMD, no adaLN", UMD_OBJECTIVE, adaLN=False, ablation=True),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, and how large."""
+
+    width: int = 128
+    depth: int = 4  # with one decoder block the methods' FLOPs are to each other about as the paper's hours
+    decoder_depth: int = 1
+    heads: int = 8
+    batch: int = 64
+    lr: float = 1e-2  # for a batch of 256, as of the preset umd-tiny
+    steps: int = 2000  # at equal images; UMD's FLOPs in them are the equal compute
+    marks: tuple[float, ...] = (1 / 8, 1 / 4, 1 / 2)  # shares of them at which a training is probed on the way
+    finetune_steps: int = 320
+    finetune_marks: tuple[float, ...] = (1 / 8, 1 / 4, 1 / 2)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    ablation_seeds: tuple[int, ...] = (0,)
+    cfg_scales: tuple[float, ...] = (1.0, 1.5)  # without guidance, and the paper's for scores
+    sizes: Sizes = field(default_factory=Sizes)
+    fashion: str = str(FASHION)
+    save_every: int = 100
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A training and what depends on it; without a method the noise floors of a data set."""
+
+    data: Name
+    method: Method | None
+    seed: int = 0
+
+    @property
+    def id(self) -> str:
+        return f"{self.data}-{self.method.slug if self.method else 'floors'}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    name: str
+    kind: str
+    expected: float  # seconds
+    make: Callable[[], dict[str, Any]]
+
+
+# What runs
+
+
+def run_config(plan: Plan, chain: Chain, out: Path) -> RunConfig:
+    method = chain.method or METHODS[-1]
+    fashion = chain.data == "fashion"
+    return RunConfig(
+        out=out / chain.id / "pretrain",
+        model=ModelConfig(
+            image_size=(28, 28) if fashion else (32, 32), channels=1 if fashion else 3, patch_size=4,
+            hidden_size=plan.width, depth=plan.depth, decoder_depth=plan.decoder_depth, num_heads=plan.heads,
+            num_cls=4, adaLN=method.adaLN,
+        ),
+        objective=method.objective,
+        schedule=ScheduleConfig("cosine"),
+        data=DataConfig(plan.fashion if fashion else "emoji", num_workers=0),
+        optim=OptimConfig(lr=plan.lr, warmup=WARMUP, decay="none", ema=1e-4),
+        batch_size=plan.batch,
+        steps=plan.steps,
+        seed=chain.seed,
+        save_minutes=0,
+        save_every=plan.save_every,
+        keep=1,
+        draw_every=0,
+        device=plan.device,
+    )  # fmt: skip
+
+
+def step_flops(plan: Plan, chain: Chain) -> int:
+    config = run_config(plan, chain, Path())
+    return build_objective(config.model, config.objective, schedule_of(config.schedule)).step_flops(plan.batch)
+
+
+def ends(plan: Plan, chain: Chain) -> dict[str, int]:
+    """Steps at which a method has seen as many images as UMD at the end, and at which it had as many FLOPs."""
+    ours = step_flops(plan, replace(chain, method=METHODS[-1]))
+    equal = {"images": plan.steps, "compute": round(plan.steps * ours / step_flops(plan, chain))}
+    return {"images": plan.steps} if chain.method and chain.method.ablation else equal
+
+
+def chains(plan: Plan, names: tuple[Name, ...]) -> list[Chain]:
+    """In the order in which they are made: a table that means something comes early."""
+    found = []
+    for name in names:
+        found.append(Chain(name, None))
+        found += [Chain(name, method, plan.seeds[0]) for method in METHODS]
+        found += [Chain(name, method, seed) for method in ABLATIONS for seed in plan.ablation_seeds]
+        found += [Chain(name, method, seed) for seed in plan.seeds[1:] for method in METHODS]
+    return found
+
+
+class OneHead(Objective):
+    """The loss of noised samples through one of the two outputs alone; the other learns from noise-free ones, if at
+    all. What the log calls loss has both parts; the gradient, half of the one as in the whole loss."""
+
+    def __init__(self, model: ModelConfig, config: ObjectiveConfig, schedule: NoiseSchedule, head: Head):
+        super().__init__(model, config, schedule)
+        self.head = head
+
+    def loss(self, prediction: Tensor, x_start: Tensor, c: Corruption) -> tuple[Tensor, Tensor]:
+        half = prediction.shape[1] // 2  # first x̂0, then ε̂
+        silent = torch.zeros_like(prediction, dtype=torch.bool)
+        silent[: c.num_noised * self.model.num_patches, slice(half) if self.head == "eps" else slice(half, None)] = True
+        return super().loss(torch.where(silent, prediction.detach(), prediction), x_start, c)
+
+
+def one_head(head: Head, model: Any, config: Any, schedule: NoiseSchedule, num_images: int | None = None) -> OneHead:
+    return OneHead(model, config, schedule, head)
+
+
+def trained(config: RunConfig, method: Method) -> dict[str, Any]:
+    build = build_objective if method.head == "both" else partial(one_head, method.head)
+    train(config, Console(quiet=True), build=build)
+    flops = build_objective(config.model, config.objective, schedule_of(config.schedule)).step_flops(config.batch_size)
+    return {"steps": config.steps, "images": config.steps * config.batch_size, "flops": config.steps * flops}
+
+
+def pieces(plan: Plan, chain: Chain, out: Path) -> list[Piece]:
+    """A chain's pieces, each after those that it needs.
+
+    A training keeps its last checkpoint alone, so what is made of one comes before the training goes on.
+    """
+    method, pretrain = chain.method, run_config(plan, chain, out)
+    sizes, reference = plan.sizes, out / f"{chain.data}-reference.safetensors"
+    features = FEATURE_SECONDS * sizes.samples
+    if method is None:
+        count = sizes.samples + sizes.reference
+        return [Piece("floors", "floors", FEATURE_SECONDS * count, partial(floors, pretrain, reference, sizes))]
+    cost = step_flops(plan, chain)
+    last, found, before = ends(plan, chain), [], 0
+    stops = {round(plan.steps * mark) for mark in plan.marks} | set(last.values())
+    for step in sorted(stops):
+        config = replace(pretrain, steps=step)
+        make: Callable[[], dict[str, Any]] = partial(trained, config, method)
+        found.append(Piece(f"pretrain-{step}", "pretrain", (step - before) * cost / FLOPS, make))
+        before = step
+        make = partial(probe, config, pretrain, step, sizes)
+        found.append(Piece(f"probe-{step}", "probe", PROBE_SECONDS, make))
+        if step not in last.values():
+            continue
+        curve = chain.seed == plan.seeds[0] and not method.ablation and step == last["images"]
+        marks = [round(plan.finetune_steps * mark) for mark in plan.finetune_marks] if curve else []
+        tuned = tuning(plan, config, sizes.classes[chain.data], marks)
+        flops = build_objective(tuned.model, tuned.objective, schedule_of(tuned.schedule)).step_flops(plan.batch)
+        make = partial(trained, tuned, method)
+        found.append(Piece(f"finetune-{step}", "finetune", tuned.steps * flops / FLOPS, make))
+        for mark in marks:
+            make = partial(probe, tuned, pretrain, mark, sizes)
+            found.append(Piece(f"finetune-{step}-probe-{mark}", "probe", PROBE_SECONDS, make))
+        if curve:
+            make = partial(probe, tuned, pretrain, tuned.steps, sizes)
+            found.append(Piece(f"finetune-{step}-probe-{tuned.steps}", "probe", PROBE_SECONDS, make))
+        calls = sizes.samples * (sizes.sampling_steps + 1)
+        assert isinstance(tuned.model, ModelConfig)
+        forward = forward_flops(tuned.model, (tuned.model.num_patches,), 0)
+        drawn: list[tuple[int, float, Prediction]] = [(mark, 1.0, method.leads) for mark in marks]
+        guided = not method.ablation and step == last["images"]  # twice the calls, so not everywhere
+        drawn += [(tuned.steps, scale, method.leads) for scale in plan.cfg_scales if scale == 1 or guided]
+        if step == last["images"] and method.objective.no_noise_prob not in (0, 1) and method.head == "both":
+            drawn.append((tuned.steps, 1.0, "x_start"))  # Table 2 has both
+        for at, scale, predict in drawn:
+            name = f"finetune-{step}-distance-{at}-guidance-{scale:g}-{predict}"
+            make = partial(
+                distance, tuned, at, scale, predict, chain.seed, reference, sizes, out / chain.id / f"{name}.npz"
+            )
+            seconds = features + calls * forward * (1 if scale == 1 else 2) / FLOPS
+            found.append(Piece(name, "distance", seconds, make))
+    return found
+
+
+def tuning(plan: Plan, pretrained: RunConfig, classes: int, marks: list[int]) -> RunConfig:
+    """The paper's fine-tuning with labels, from the weights as they are at the pre-training's last step."""
+    out = pretrained.out.with_name(f"finetune-{pretrained.steps}")
+    config = finetune_config(pretrained, pretrained.out, classes, out)
+    every = min(marks) if marks else plan.save_every
+    keep = -(-plan.finetune_steps // every) if marks else 1
+    return replace(config, steps=plan.finetune_steps, save_every=every, keep=keep)
+
+
+def ship(plan: Plan, out: Path, folder: Path) -> None:
+    """The fine-tuned UMD of the first seed on Fashion-MNIST as a run folder of its averaged weights alone, for `umd
+    sample` and `umd probe`. Nothing where it is not trained yet, or is there."""
+    chain = Chain("fashion", METHODS[-1], plan.seeds[0])
+    pretrained, done = run_config(plan, chain, out), out / chain.id / f"finetune-{plan.steps}.json"
+    if not done.exists() or (folder / "config.yaml").exists():
+        return
+    tuned = tuning(plan, pretrained, plan.sizes.classes["fashion"], [])
+    saved = load_checkpoint(tuned.checkpoints, parts=["ema"])
+    config = replace(tuned, out=Path(folder.name), init=None, data=replace(tuned.data, source=str(FASHION)))
+    state = {"config": to_plain(config), "images_seen": saved.state["images_seen"], "draws": saved.state["draws"]}
+    save_checkpoint(folder / "checkpoints", saved.step, {"model": saved.tensors["ema"]}, state, keep=1)
+    write_config(replace(config, out=folder))

