@@ -14,6 +14,7 @@ from torch import Tensor
 
 from umd.feature_networks import EffLite0Features
 from umd.files import write_whole
+from umd.guidance import Prediction
 from umd.images import to_uint8
 from umd.linear_probe import knn_accuracy, linear_probe
 from umd.methods import build_model
@@ -92,7 +93,7 @@ def accuracies(extract: Any, name: str, config: RunConfig, sizes: Sizes) -> dict
 
 @torch.no_grad()
 def draw(
-    config: RunConfig, step: int, cfg_scale: float, predict: Literal["x_start", "eps"], seed: int, sizes: Sizes
+    config: RunConfig, step: int, cfg_scale: float, predict: Prediction, seed: int, sizes: Sizes
 ) -> tuple[Tensor, Tensor]:
     """Samples [n, C, H, W] of the averaged weights by DDIM with η = 1, and their labels.
 
@@ -118,7 +119,7 @@ def draw(
 
 
 def distance(
-    config: RunConfig, step: int, cfg_scale: float, predict: Literal["x_start", "eps"], seed: int, reference: Path,
+    config: RunConfig, step: int, cfg_scale: float, predict: Prediction, seed: int, reference: Path,
     sizes: Sizes, shown: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Fréchet and kernel distance of samples to held-out pictures; some are kept at `shown`."""

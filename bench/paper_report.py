@@ -243,7 +243,11 @@ def write_report(record: Mapping[str, Any], out: Path, figures: Path) -> None:
     file = figures / "paper.md"
     text = file.read_text() if file.exists() else f"# The paper in small\n\n{BEGIN}\n{END}\n"
     before, after = text.split(BEGIN)[0], text.split(END)[-1]
-    numbers = "\n".join(["", *markdown(record)])
+    pictures = [
+        "![Accuracy and distance against compute and images; while fine-tuning](paper.png)",
+        "![Guided samples of MAE, DiT, MaskDiT and UMD, a class a column](paper-samples.png)",
+    ]
+    numbers = "\n\n".join(["", *pictures, "\n".join(markdown(record))])
     write_whole(file, f"{before}{BEGIN}\n{numbers}\n{END}{after}".encode())
     draw(record, figures / "paper.png")
     samples(record, out, figures / "paper-samples.png")

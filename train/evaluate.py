@@ -18,6 +18,7 @@ from umd.config import ScheduleConfig
 from umd.device import autocast, take_device
 from umd.errors import UserError
 from umd.feature_networks import default_features
+from umd.guidance import Denoise
 from umd.methods import AnyModel
 from umd.metrics import FeatureStatistics, feature_statistics
 from umd.model import UMD
@@ -28,7 +29,6 @@ from umd.train.run import RunConfig, load_model
 from umd.train.shards import own_device
 
 M = TypeVar("M", bound=AnyModel)
-Denoise = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def schedule_of(config: ScheduleConfig) -> NoiseSchedule:
@@ -73,7 +73,7 @@ def denoiser(model: UMD, dtype: torch.dtype, times: Sequence[int] = (), labels: 
     """`model.denoise` under autocast, for the samplers. times, labels: all that it will be asked for, if known."""
     conditions = make_conditions(model, times, labels) if times else None
 
-    def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
         with autocast(x_t.device, dtype):
             return model.denoise(x_t, timesteps, labels, conditions)
 
