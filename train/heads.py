@@ -25,7 +25,7 @@ from umd.train.run import RunConfig, weights_identity
 if TYPE_CHECKING:
     from umd.train.loop import Run
 
-PICTURES = 256
+PICTURES = 128
 CALL = 32  # pictures at a time
 
 
@@ -70,7 +70,7 @@ def write_heads(file: Path, weights: dict[str, Any], heads: Heads, about: dict[s
 def measured(
     network: UMD, config: RunConfig, schedule: NoiseSchedule, dtype: torch.dtype, rank: int = 0, size: int = 1
 ) -> tuple[Tensor, dict[str, Any]]:
-    """One rank's share of `head_products` on up to 256 pictures (held-out ones, where there are any), and what they are
+    """One rank's share of `head_products` on up to 128 pictures (held-out ones, where there are any), and what they are
     of. Raises UserError for pictures that cannot be read."""
     dataset = open_dataset(config.data, "test")
     if len(dataset) == 0:
