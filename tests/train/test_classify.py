@@ -116,8 +116,15 @@ def test_it_starts_from_a_run_and_a_linear_probe_leaves_its_encoder(tiny, model)
     assert before.represent(x).std() > 1e-3
     torch.testing.assert_close(after.features(x), before.represent(x), rtol=1e-4, atol=1e-5)
     assert after.batch_norm.running_mean.abs().max() > 0
-    with pytest.raises(UserError, match=r"has image_size \[8, 8\], not \[8, 16\]"):
-        train(replace(probe, out=first.out.with_name("wide"), model=replace(probe.model, image_size=(8, 16))), QUIET)
+    with pytest.raises(UserError, match="has num_heads 2, not 4"):
+        train(replace(probe, out=first.out.with_name("heads"), model=replace(probe.model, num_heads=4)), QUIET)
+    wide = replace(probe, out=first.out.with_name("wide"), model=replace(probe.model, image_size=(8, 16)))
+    if isinstance(model, DiffMAEConfig):
+        with pytest.raises(UserError, match=r"has image_size \[8, 8\], not \[8, 16\]"):
+            train(wide, QUIET)
+    else:
+        train(wide, QUIET)  # its positions are interpolated
+        assert load_model(wide.out).pos_embed.shape == (32, 32)
     with pytest.raises(UserError, match="holds a classifier"):
         train(replace(probe, out=first.out.with_name("twice"), init=probe.out), QUIET)
 
@@ -232,7 +239,7 @@ def test_mistakes_are_one_sentence(project, tmp_path):
     assert "plain.npz has no labels to classify by" in refused(f"{new} --data.source {tmp_path / 'plain.npz'}")
     np.savez(tmp_path / "one.npz", images=np.zeros((9, 8, 8, 3), np.uint8), labels=np.zeros(9, np.int64))
     assert "one.npz has 1 class; a classifier needs 2 or more" in refused(f"{new} --data.source {tmp_path / 'one.npz'}")
-    assert "has image_size [8, 8], not [16, 16]" in refused(f"{new} --model.image-size 16 16")
+    assert "has num_heads 2, not 4" in refused(f"{new} --model.num-heads 4")
     assert "has no held-out pictures to score on" in refused(f"{new} --data.holdout 0")
     assert "drop_path must be below 1" in refused(f"{new} --objective.drop-path 1")
     assert "needs 2 images or more" in refused(new.replace("classify", "linear") + " --accumulate 8")
