@@ -13,7 +13,7 @@ from umd.schedulers import open_sampler, sampler_times
 
 diffusers = pytest.importorskip("diffusers")
 
-SCHEDULES = {name: NoiseSchedule(name) for name in ("cosine", "linear")}
+SCHEDULES = {name: NoiseSchedule(name) for name in ("cosine", "linear", "edm")}
 SHAPE = (4, 3, 8, 8)
 SOLVERS = ("dpm++", "heun", "unipc")
 SAMPLERS = ("ddim", "ddpm", *SOLVERS)
