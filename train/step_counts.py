@@ -196,7 +196,7 @@ def run_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.d
         ledger.now_gradient(parameter.grad)  # type: ignore[arg-type]
         gradients.append((parameter.numel(), len(ledger.operations)))
 
-    for parameter in model.parameters():
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         parameter.register_post_accumulate_grad_hook(hook)
     with ledger, nullcontext() if step.cast is None else step.cast.fresh():
         x_start = torch.zeros(micro, config.model.channels, *config.model.image_size)

@@ -7,10 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from umd.cli import main
+from umd.config import ModelConfig
 from umd.errors import UserError
+from umd.peers import DIT, MASKDIT
 from umd.published import load_published
+from umd.train.imports import imported_config
+from umd.train.plan import Cluster, print_plan
 from umd.train.run import load_model, read_config
 
 WIDTH, SIDE, PATCH = 32, 8, 4
@@ -219,3 +224,10 @@ def test_at_another_size(pictures, tmp_path):
     assert load_model(tmp_path / "large").get_parameter("pos_embed").shape == (16, WIDTH)
     options += ["--task", "classify", "--out", f"{tmp_path / 'classifier'}"]
     main(["finetune", f"{run}", "--model.image-size", "16", "16", *options])
+
+
+@pytest.mark.parametrize("network", [DIT, MASKDIT | dict(decoder_depth=1, decoder_hidden_size=16, decoder_num_heads=2)])
+def test_a_run_of_it_is_planned(network, tmp_path):
+    """Its fixed positions have no gradient to wait for."""
+    model = ModelConfig(**network | dict(image_size=(8, 8), patch_size=4, hidden_size=32, depth=1, num_heads=2))
+    print_plan(imported_config(model, tmp_path), Cluster(), "dit", Console(quiet=True))
