@@ -164,7 +164,7 @@ def sample_lengths(layout: Iterable) -> Lengths:
 def make_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> TrainStep:
     """The step of one rank with `micro` of the batch's samples: autocast to `dtype`, parameters of type `weights`."""
     # Any schedule does: they differ in numbers alone, and one of them looks at its numbers.
-    objective = build_objective(config.model, config.objective, NoiseSchedule("cosine"))
+    objective = build_objective(config.model, config.objective, NoiseSchedule(config.schedule.name))
     torch.set_default_dtype(weights)  # fake parameters cannot be converted
     try:
         model = build_model(config.model)

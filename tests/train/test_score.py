@@ -117,7 +117,7 @@ def test_what_cannot_be_scored(make_run, run, tmp_path):
     np.savez(tmp_path / "plain.npz", images=np.zeros((30, 8, 8, 3), np.uint8))
     plain = make_run(tmp_path / "plain", data=DataConfig(source=str(tmp_path / "plain.npz")), num_classes=0)
     with pytest.raises(UserError, match="nothing is left to score"):
-        evaluate(plain, generation=False)
+        evaluate(plain, generation=False, errors=0)
     with pytest.raises(UserError, match="trained without labels, so there are none to balance"):
         evaluate(plain, balanced=True)
     with pytest.raises(UserError, match="--pictures is for runs on latents"):
