@@ -163,8 +163,9 @@ def sample_lengths(layout: Iterable) -> Lengths:
 
 def make_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> TrainStep:
     """The step of one rank with `micro` of the batch's samples: autocast to `dtype`, parameters of type `weights`."""
-    # Any schedule does: they differ in numbers alone, and one of them looks at its numbers.
-    objective = build_objective(config.model, config.objective, NoiseSchedule(config.schedule.name))
+    # Schedules differ in numbers alone, and the linear ones look at theirs; but EDM's goes with its own network.
+    schedule = NoiseSchedule("edm" if config.schedule.name == "edm" else "cosine")
+    objective = build_objective(config.model, config.objective, schedule)
     torch.set_default_dtype(weights)  # fake parameters cannot be converted
     try:
         model = build_model(config.model)
