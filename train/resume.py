@@ -76,7 +76,8 @@ def check_same_run(saved: Checkpoint, config: RunConfig, source: dict) -> None:
     trained_on, source_before = saved.state.get("source"), before.get("data", {}).get("source", "")
     if not same_path(source_before, config.data.source) and pictures_of(trained_on) != pictures_of(source):
         differ.append(f"data.source {source_before}, not {config.data.source}, which holds other pictures")
-    if config.data.shuffle == "blocks" and (trained_on or {}).get("shards", now_in := source.get("shards")) != now_in:
+    shards = source.get("shards"), (trained_on or {}).get("shards")
+    if config.data.shuffle == "blocks" and None not in shards and shards[0] != shards[1]:
         differ.append("data.source in shards of other sizes, which --data.shuffle blocks takes in another order")
     if config.init is not None and not same_path(before.get("init") or "", config.init):
         differ.append(f"init {before.get('init')}, not {config.init}")
@@ -109,7 +110,7 @@ def same_path(a: str | Path, b: str | Path) -> bool:
 
 def pictures_of(source: Mapping | None) -> dict[str, Any] | None:
     """A fingerprint without the files that the pictures lie in."""
-    return source and {name: value for name, value in source.items() if name != "shards"}
+    return None if source is None else {name: value for name, value in source.items() if name != "shards"}
 
 
 def fingerprint(dataset: ImageDataset | LatentDataset) -> dict[str, Any]:

@@ -183,14 +183,14 @@ def open_shards(folder: Path, entries: Sequence[Mapping], recipe: dict, command:
     for entry in entries:
         shard = read_shard(folder / entry["file"], command)
         path, size, found, own = shard.path, shard.path.stat().st_size, shard.sum(), shard.about.get("crc32")
-        if size != entry.get("bytes", size):
-            raise damaged(path, f"has {size} bytes where {entry['bytes']} were written", command)
         if own not in (None, found):
             raise damaged(path, "differs from its checksum", command)
         if differ := differences(shard.about["recipe"], recipe):
             raise damaged(path, f"is of another folder, made with another {', '.join(differ)}", command)
         if (shard.images, found) != (entry.get("images", shard.images), entry.get("crc32", found)):
             raise damaged(path, "is of another folder, or changed", command)
+        if size != entry.get("bytes", size):
+            raise damaged(path, f"has {size} bytes where {entry['bytes']} were written", command)
         indices = shard.array("indices")
         if (np.diff(indices, prepend=last) <= 0).any():
             raise damaged(path, "is in the place of another", command)
