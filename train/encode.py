@@ -340,7 +340,7 @@ def show(folder: Path, header: dict, console: Console) -> None:
     for split, entry in header["splits"].items():
         size = sum(shard["bytes"] for shard in entry["shards"]) / 2**30
         statistics = (" ".join(f"{value:.3f}" for value in entry[name]) for name in ("mean", "std"))
-        left_out = len(entry["left_out"]) + recipe["source"]["quarantined"][split]
+        left_out = len(entry["left_out"]) + recipe["source"].get("quarantined", {}).get(split, 0)
         counts = (entry["images"], left_out, len(entry["shards"]))
         table.add_row(split, *map(str, counts), f"{size:.3g}", *statistics)
     console.print(table)

@@ -50,11 +50,11 @@ CROP = {"kind": str, "views": int, "seed": int, "hflip": bool, "area_min": float
 VAE_FIELDS = {"name": str, "kind": str, "sha256": str, "channels": int, "factor": int} | dict.fromkeys(
     ("scale", "shift"), float | int
 )
-SOURCE = {"path": str, "holdout": float | int, "images": {"train": int, "test": int}}
+SOURCE = {"path": str, "holdout": float | int, "quarantined?": {"train": int, "test": int}}
 RECIPE = {"vae": VAE_FIELDS, "shape": [int], "dtype": str, "class_names": [str]}
 # What is asked of a header (`amiss`). Folders that were not encoded here may lack a crop and a source.
 PATTERN = {
-    "recipe": RECIPE | {"crop?": CROP | {"image_size": [int]}, "source?": SOURCE | {"quarantined": dict}},
+    "recipe": RECIPE | {"crop?": CROP | {"image_size": [int]}, "source?": SOURCE},
     "splits": {"train?": SPLIT, "test?": SPLIT},
     "quarantine?": str,
 }
