@@ -196,12 +196,22 @@ def open_shards(folder: Path, entries: Sequence[Mapping], recipe: dict, command:
             raise damaged(path, "is in the place of another", command)
         if recipe.get("class_names") and "labels" not in shard.tensors:
             raise damaged(path, "has no labels", command)
+        if own is None and "crc32" not in entry:
+            without_sum = True
+            if impossible(shard, len(recipe.get("class_names", ()))):
+                raise damaged(path, "has a label or a size that is none", command)
         last = int(indices[-1]) if len(indices) else last
-        without_sum |= own is None and "crc32" not in entry
         shards.append(shard)
     if without_sum:
         tell_without_sum(folder)
     return shards
+
+
+def impossible(shard: Shard, classes: int) -> bool:
+    """Whether a label is of no class, or a picture without height or width."""
+    labels = shard.array("labels") if classes else np.zeros(0)
+    sizes = shard.array("sizes") if "sizes" in shard.tensors else np.ones(1)
+    return bool((labels < 0).any() or (labels >= classes).any() or (sizes < 1).any())
 
 
 @lru_cache(None)
@@ -322,7 +332,10 @@ def amiss(value: object, pattern: Any, name: str = "") -> str:
     if isinstance(pattern, list):
         if not isinstance(value, list):
             return f"{name} is no list"
-        return next(filter(None, (amiss(item, pattern[0], f"an item of {name}") for item in value)), "")
+        (each,) = pattern
+        nested = isinstance(each, dict | list)
+        items = (item for item in value if nested or not isinstance(item, each))  # thousands of names pass here
+        return next((found for item in items if (found := amiss(item, each, f"an item of {name}"))), "")
     if not isinstance(pattern, dict):
         return "" if isinstance(value, pattern) else f"{name} is {value!r}"
     if not isinstance(value, dict):

@@ -151,9 +151,18 @@ def test_shards_of_earlier_versions_are_read_and_said_to_lack_a_sum(kind, folder
         assert content(folder) == before
         opened(folder, "test")
     assert [str(folder) in record.message for record in caplog.records] == [True]
-    again()  # it has a sum then, in the folder's header
     data = bytearray(shard(folder).read_bytes())
-    data[8 + int.from_bytes(data[:8], "little")] ^= 1
+    begin = 8 + int.from_bytes(data[:8], "little")
+    with safe_open(shard(folder), "np") as stored:
+        at = bytes(data).index(stored.get_tensor("labels").tobytes(), begin)
+    data[at + 7] ^= 128  # the sign
+    whole = shard(folder).read_bytes()
+    shard(folder).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{shard(folder).name} has a label or a size that is none; remove it and run"):
+        opened(folder)
+    shard(folder).write_bytes(whole)
+    again()  # it has a sum then, in the folder's header
+    data[begin] ^= 1
     assert content(folder) == before
     shard(folder).write_bytes(data)
     with pytest.raises(UserError, match="of another folder, or changed"):
