@@ -109,7 +109,7 @@ def same_path(a: str | Path, b: str | Path) -> bool:
 
 
 def pictures_of(source: Mapping | None) -> dict[str, Any] | None:
-    """A fingerprint without the files that the pictures lie in."""
+    """A fingerprint without what depends on how the pictures are spread over files."""
     return None if source is None else {name: value for name, value in source.items() if name != "shards"}
 
 
