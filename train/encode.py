@@ -31,22 +31,20 @@ from umd.train.data import DataConfig, as_model_input, derive_seed, open_dataset
 from umd.train.latents import (
     DTYPES,
     FORMAT,
-    SHARD,
     LatentDataset,
     check_vae,
-    damaged,
     finish,
     is_latents,
     open_latents,
     read_header,
-    read_shard,
     shard_bytes,
     shard_name,
 )
 from umd.train.pixels import inspect_pixels, is_pixels
-from umd.train.recipes import AREA_MIN
+from umd.train.recipes import AREA_MIN, encode_command
 from umd.train.shards import Advance, Job, others_work, own_device, share
 from umd.train.sources import ImageDataset, Rows
+from umd.train.store import check_folder, damaged
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 BATCH = 32  # pictures held at a time, each in all its views
@@ -109,6 +107,10 @@ def encode(options: EncodeLatents, console: Console) -> Path:
         raise UserError("pictures are encoded by a VAE: name one with --data.vae, a hub id or a folder")
     if is_latents(Path(options.data.source).expanduser()):
         raise UserError(f"{options.data.source} holds latents already; encode pictures")
+    if is_pixels(Path(options.data.source).expanduser()):
+        raise UserError(
+            f"{options.data.source} holds pictures that umd encode-pixels made small; give the files that they are of"
+        )
     device, _ = take_device(own_device(options.device), options.precision)
     tokenizer = load_tokenizer(options.data.vae, device)
     shape = tokenizer.latent_shape(*options.image_size)
@@ -135,11 +137,12 @@ def encode(options: EncodeLatents, console: Console) -> Path:
                 part = range(len(dataset))[number * options.shard_images : (number + 1) * options.shard_images]
                 path = options.out / shard_name(split, number, totals[split])
                 jobs.append(Job(path, len(part), partial(encoder.shard, part)))
-        check_folder(options.out, recipe, jobs)
+        about = {"format": FORMAT, "recipe": recipe}
+        check_folder(options.out, "latents", about, {job.path.name for job in jobs})
         complete = share(jobs, console, "encoding")
     if complete:
         say(console, f"all {len(jobs)} shards are there; checking them")
-        header = finish(options.out, recipe, totals)
+        header = finish(options.out, recipe, totals, given_list(config))
         images = header["splits"]["train"]["images"], header["splits"]["test"]["images"]
         say(console, f"{images[0]} training and {images[1]} held-out pictures as latents in {options.out}")
     else:
@@ -227,34 +230,6 @@ def in_order(pool: ThreadPoolExecutor, call: Callable, items: Iterable, ahead: i
             future.cancel()
 
 
-def check_folder(folder: Path, recipe: dict, jobs: list[Job]) -> None:
-    """Make the folder; raise UserError if shards of other settings, or damaged ones, are there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    expected = {job.path.name for job in jobs}
-    for path in sorted(file for file in folder.iterdir() if SHARD.fullmatch(file.name)):
-        about = read_shard(path).about
-        differ = differences({"format": about["format"], **about["recipe"]}, {"format": FORMAT, **recipe})
-        if path.name not in expected:
-            differ = differ or ["number of shards"]
-        if differ:
-            raise UserError(
-                f"{folder} holds latents made with another {', '.join(differ)}; give the settings they were made with, "
-                "or another --out"
-            )
-
-
-def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
-    """Names of the settings that differ, e.g. `crop.seed`."""
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        a, b = before.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(prefix + key)
-    return found
-
-
 def pictures(config: DataConfig, split: Literal["train", "test"]) -> ImageDataset:
     dataset = open_dataset(config, split)
     if not isinstance(dataset, ImageDataset):
@@ -286,6 +261,11 @@ def source_identity(config: DataConfig, datasets: dict[str, ImageDataset], names
         "quarantined": {split: len(dataset.quarantined) for split, dataset in datasets.items()},
         "sha256": digest.hexdigest(),
     }
+
+
+def given_list(config: DataConfig) -> str:
+    """The path of a list of pictures to leave out, wherever a later command is run; "" for the source's own."""
+    return str(Path(config.quarantine).expanduser().resolve()) if config.quarantine else ""
 
 
 # Inspecting
@@ -322,7 +302,7 @@ def inspect(folder: Path, options: Inspect, console: Console) -> None:
         entries = [entry for split in header["splits"].values() for entry in split["shards"]]
         for entry in entries:
             if sha256(folder / entry["file"]) != entry["sha256"]:
-                raise damaged(folder / entry["file"], "differs from its checksum")
+                raise damaged(folder / entry["file"], "differs from its checksum", encode_command(header, folder))
         say(console, f"{len(entries)} shards, all as they were written")
     dataset = datasets[options.split]
     count = min(options.decode, len(dataset))
@@ -360,7 +340,7 @@ def show(folder: Path, header: dict, console: Console) -> None:
     for split, entry in header["splits"].items():
         size = sum(shard["bytes"] for shard in entry["shards"]) / 2**30
         statistics = (" ".join(f"{value:.3f}" for value in entry[name]) for name in ("mean", "std"))
-        left_out = len(entry["left_out"]) + recipe["source"]["quarantined"][split]
+        left_out = len(entry["left_out"]) + recipe["source"].get("quarantined", {}).get(split, 0)
         counts = (entry["images"], left_out, len(entry["shards"]))
         table.add_row(split, *map(str, counts), f"{size:.3g}", *statistics)
     console.print(table)

@@ -12,32 +12,52 @@ Rows, of one view of one image, are read by `pread` alone, never mapped: a map's
 row from the disk, and what goes wrong there would end the process without a word.
 """
 
-import json
-import math
-import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from umd.errors import UserError
-from umd.files import OpenFile, sha256, write_whole
+from umd.files import OpenFile, sha256
 from umd.tokenizer import VAE, Tokenizer, load_tokenizer
+from umd.train import store
 from umd.train.recipes import encode_command
+from umd.train.store import (
+    Shard,
+    damaged,
+    finished,
+    is_store,
+    open_shards,
+    shard_file,
+    unreadable,
+    write_header,
+)
 
 if TYPE_CHECKING:
     from umd.train.data import DataConfig
 
 FORMAT = 2
 HEADER = "latents.json"
-SHARD = re.compile(r"(train|test)-(\d{5})-of-(\d{5})\.safetensors")
+SPLIT = {"images": int, "left_out": [str], "mean": [float | int], "std": [float | int]}
+SPLIT |= {"shards": [{"file": str, "images": int, "bytes": int, "sha256": str, "crc32?": int}]}
+CROP = {"kind": str, "views": int, "seed": int, "hflip": bool, "area_min": float | int, "area_max": float | int}
+VAE_FIELDS = {"name": str, "kind": str, "sha256": str, "channels": int, "factor": int} | dict.fromkeys(
+    ("scale", "shift"), float | int
+)
+SOURCE = {"path": str, "holdout": float | int, "quarantined?": {"train": int, "test": int}}
+RECIPE = {"vae": VAE_FIELDS, "shape": [int], "dtype": str, "class_names": [str]}
+# What is asked of a header (`amiss`). Folders that were not encoded here may lack a crop and a source.
+PATTERN = {
+    "recipe": RECIPE | {"crop?": CROP | {"image_size": [int]}, "source?": SOURCE},
+    "splits": {"train?": SPLIT, "test?": SPLIT},
+    "quarantine?": str,
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What they are read as: numpy has no bf16.
 BITS: dict[str, np.dtype] = {"bf16": np.dtype("<i2"), "fp16": np.dtype("<i2"), "fp32": np.dtype("<i4")}
@@ -79,91 +99,22 @@ def shard_bytes(
         "sum": values[:, :, 0].sum((0, 1, 3, 4)).tolist(),
         "sum_of_squares": second.sum((0, 1, 3, 4)).tolist(),
     }
-    # One entry: safetensors would write several in random order.
-    return save(tensors, metadata={"umd": json.dumps(about, sort_keys=True)})
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The header of a shard: where its tensors lie, and what it says of itself."""
-
-    path: Path
-    about: dict
-    tensors: dict[str, tuple[tuple[int, ...], int]]  # shape, first byte
-
-    @property
-    def images(self) -> int:
-        return self.tensors["indices"][0][0]
-
-    def array(self, name: str) -> np.ndarray:
-        """int64 values."""
-        shape, start = self.tensors[name]
-        try:
-            return np.fromfile(self.path, "<i8", math.prod(shape), offset=start).reshape(shape)
-        except OSError as error:
-            raise unreadable(self.path, error) from error
-
-    def crc32(self) -> np.ndarray:
-        """int64 [V, n]."""
-        found = self.array("crc32")
-        return found if self.about["format"] > 1 else found.T
-
-
-def read_shard(path: Path) -> Shard:
-    """Raises UserError if the file is not a whole shard."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        about = json.loads(header.pop("__metadata__")["umd"])
-        tensors = {name: (tuple(t["shape"]), 8 + length + t["data_offsets"][0]) for name, t in header.items()}
-        end = 8 + length + max(t["data_offsets"][1] for t in header.values())
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
-        raise damaged(path, "is not what was written") from error
-    if size != end:
-        raise damaged(path, f"has {size} bytes where {end} were written")
-    return Shard(path, about, tensors)
-
-
-def kind_of(path: Path | str) -> str:
-    """latents or pixels (`umd.train.pixels`): what a shard holds, by its name."""
-    return "pixels" if Path(path).name.startswith("pixels-") else "latents"
-
-
-def damaged(path: Path | str, what: str, command: str = "") -> UserError:
-    command = command or f"the same umd encode-{kind_of(path)} command again"
-    return UserError(f"{kind_of(path)} shard {path} {what}; remove it and run {command}")
-
-
-def unreadable(path: Path | str, error: OSError) -> UserError:
-    if isinstance(error, FileNotFoundError):
-        return damaged(path, "is not there")
-    return UserError(
-        f"cannot read {kind_of(path)} shard {path} ({error.strerror or error}); see to the disk that it lies on, then "
-        "run the same command again"
-    )
+    return shard_file(tensors, about)
 
 
 # The folder
 
 
-def finish(folder: Path, recipe: dict, shards: dict[str, int]) -> dict:
-    """Check every shard, byte for byte, and write the header. `shards`: how many each split has."""
+def finish(folder: Path, recipe: dict, shards: dict[str, int], quarantine: str = "") -> dict:
+    """Check every shard, byte for byte, and write the header. `shards`: how many each split has; quarantine: the list
+    that was given of pictures left out."""
     splits = {}
     for split, total in shards.items():
-        entries: list[dict[str, Any]] = []
+        found, entries = finished(folder, [shard_name(split, number, total) for number in range(total)], recipe)
         count, left_out = 0, []
         sums, squares = torch.zeros(2, recipe["shape"][0], dtype=torch.float64)
-        for number in range(total):
-            shard = read_shard(folder / shard_name(split, number, total))
-            check_rows(shard)
-            path = shard.path
-            entries.append(
-                {"file": path.name, "images": shard.images, "bytes": path.stat().st_size, "sha256": sha256(path)}
-            )
+        for shard, entry in zip(found, entries, strict=True):
+            entry |= {"bytes": shard.path.stat().st_size, "sha256": sha256(shard.path)}
             left_out += shard.about["left_out"]
             count += shard.about["values"]
             sums += torch.tensor(shard.about["sum"], dtype=torch.float64)
@@ -177,30 +128,13 @@ def finish(folder: Path, recipe: dict, shards: dict[str, int]) -> dict:
             "std": std.tolist(),
             "shards": entries,
         }
-    for leftover in folder.glob(".unfinished-*.safetensors-*"):  # of killed processes; all shards are there
-        leftover.unlink(missing_ok=True)
     header = {"format": FORMAT, "recipe": recipe, "splits": splits}
-    write_whole(folder / HEADER, json.dumps(header, indent=1).encode())
-    return header
-
-
-def check_rows(shard: Shard) -> None:
-    """Compare every view of a shard with its CRC-32."""
-    (*_, M, C, h, w), start = shard.tensors["moments"]
-    nbytes = M * C * h * w * BITS[shard.about["recipe"]["dtype"]].itemsize
-    try:
-        with shard.path.open("rb") as file:
-            file.seek(start)
-            for row, expected in enumerate(shard.array("crc32").flat):
-                if zlib.crc32(file.read(nbytes)) != expected:
-                    raise damaged(shard.path, f"differs from its checksums at row {row}")
-    except OSError as error:
-        raise unreadable(shard.path, error) from error
+    return write_header(folder / HEADER, header | ({"quarantine": quarantine} if quarantine else {}))
 
 
 def is_latents(path: Path) -> bool:
     """Whether a folder holds latents, or the beginnings of them."""
-    return path.is_dir() and ((path / HEADER).exists() or any(SHARD.fullmatch(f.name) for f in path.iterdir()))
+    return is_store(path, "latents")
 
 
 def read_header(folder: Path) -> dict:
@@ -209,17 +143,7 @@ def read_header(folder: Path) -> dict:
         raise UserError(f"there is no folder {folder}: expected one that umd encode-latents wrote")
     if not is_latents(folder):
         raise UserError(f"{folder} holds no latents: expected a folder that umd encode-latents wrote")
-    if not (folder / HEADER).exists():
-        raise UserError(f"the latents in {folder} are not finished: run the same umd encode-latents command again")
-    try:
-        header = json.loads((folder / HEADER).read_text())
-        if header["format"] in (1, FORMAT):
-            return header
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / HEADER} is damaged; remove it and run the same umd encode-latents command again"
-        ) from error
-    raise UserError(f"{folder} has format {header['format']!r}, and this version of umd reads formats 1 and {FORMAT}")
+    return store.read_header(folder / HEADER, PATTERN, (1, FORMAT))
 
 
 @dataclass
@@ -307,7 +231,7 @@ class LatentDataset:
                     name = f"{shard.about['names'][images[i]]} (row {(start - self.starts[number]) // nbytes})"
                     raise damaged(shard.path, f"{what} view {views[i]} of picture {name}", self.command)
         except OSError as error:
-            raise unreadable(self.shards[number].path, error) from error
+            raise unreadable(self.shards[number].path, error, self.command) from error
         return found
 
     @property
@@ -347,12 +271,9 @@ def open_latents(folder: Path, split: str, config: "DataConfig | None" = None) -
                 f"--model.image-size {shape[1]} {shape[2]}, with a patch size that divides them"
             )
         check_vae(recipe["vae"]["sha256"], config.vae_hash, f"the latents in {folder} are of")
-    shards = []
-    for entry in header["splits"][split]["shards"]:
-        shard = read_shard(folder / entry["file"])
-        if shard.path.stat().st_size != entry["bytes"]:
-            raise damaged(shard.path, f"has {shard.path.stat().st_size} bytes where {entry['bytes']} were written")
-        shards.append(shard)
+    if split not in header["splits"]:
+        raise UserError(f"{folder} holds no {split} split")
+    shards = open_shards(folder, header["splits"][split]["shards"], recipe, encode_command(header, folder))
     class_names = recipe["class_names"]
     labels = np.concatenate([s.array("labels") for s in shards] or [np.empty(0, np.int64)]) if class_names else None
     crc32 = np.concatenate([s.crc32() for s in shards] or [np.empty((1, 0))], axis=1).astype(np.uint32)

@@ -9,7 +9,6 @@ for that size, as from the file, and cut from the squeezed picture, which stretc
 would see of the files, with the resampling done in two steps.
 """
 
-import json
 import math
 import zlib
 from collections.abc import Sequence
@@ -23,37 +22,51 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save
 from torch.utils.data import Dataset
 from tyro.conf import arg
 
 from umd.errors import UserError
-from umd.files import write_whole
 from umd.images import grid, save_png
 from umd.train.crops import centered, draw_view, resized, shrink_for, view_rng
-from umd.train.latents import Shard, damaged, read_shard, shard_name, unreadable
+from umd.train.latents import is_latents, shard_name
+from umd.train.recipes import encode_command
 from umd.train.shards import Advance, Job, others_work, share
 from umd.train.sources import ImageDataset, Picture, Rows, opened
+from umd.train.store import (
+    Shard,
+    check_folder,
+    damaged,
+    finished,
+    is_store,
+    open_shards,
+    read_header,
+    shard_file,
+    unreadable,
+    write_header,
+)
 
 if TYPE_CHECKING:
     from umd.train.data import DataConfig
 
 FORMAT = 1
 HEADER = "pixels.json"
-SHARDS = "pixels-*-of-*.safetensors"
 Split = Literal["train", "test"]
+SPLIT = {"images": int, "left_out": int, "shards": [{"file": str, "images": int, "crc32?": int}]}
+SOURCE = {"path": str, "holdout": float | int}
+RECIPE = {"size": [int], "source": SOURCE, "class_names": [str], "shard_images": int}
+PATTERN = {"recipe": RECIPE, "splits": {"train": SPLIT, "test": SPLIT}, "quarantine?": str}  # of a header: see `amiss`
 
 
 def is_pixels(path: Path) -> bool:
     """Whether a folder holds stored pictures, or the beginnings of them."""
-    return path.is_dir() and ((path / HEADER).exists() or any(path.glob(SHARDS)))
+    return is_store(path, "pixels")
 
 
 class PixelRows(Rows):
     """The squeezed pictures of some shards, read where they are asked for. A sum is compared at the first reading."""
 
-    def __init__(self, shards: Sequence[Shard], size: Sequence[int]):
-        self.shards, self.shape = shards, (*size, 3)
+    def __init__(self, shards: Sequence[Shard], size: Sequence[int], command: str):
+        self.shards, self.shape, self.command = shards, (*size, 3), command
         self.ends = np.cumsum([shard.images for shard in shards], dtype=np.int64)
         self.files = [(str(shard.path), shard.tensors["pixels"][1]) for shard in shards]
         self.crc32 = np.concatenate([shard.array("crc32") for shard in shards] or [np.empty(0, np.int64)])
@@ -78,12 +91,12 @@ class PixelRows(Rows):
             picture = buffer[i * size : (i + 1) * size]
             try:
                 if not opened(path).read_into(picture, start + row * size):
-                    raise damaged(path, "has become shorter")
+                    raise damaged(path, "has become shorter", self.command)
             except OSError as error:
-                raise unreadable(path, error) from error
+                raise unreadable(path, error, self.command) from error
             if not self.checked[index]:
                 if zlib.crc32(picture) != self.crc32[index]:
-                    raise damaged(path, f"differs from its checksums in row {row}")
+                    raise damaged(path, f"differs from its checksums in row {row}", self.command)
                 self.checked[index] = 1
         return out
 
@@ -103,17 +116,8 @@ class PixelDataset(ImageDataset):
 
 def open_pixels(folder: Path, split: Split, config: "DataConfig") -> PixelDataset:
     """The stored pictures of a split. Raises UserError if they are damaged, or smaller than what the model sees."""
-    if not (folder / HEADER).exists():
-        raise UserError(f"the pictures in {folder} are not finished: run the same umd encode-pixels command again")
-    try:
-        header = json.loads((folder / HEADER).read_text())
-        size, entries = header["recipe"]["size"], header["splits"][split]["shards"]
-        if header["format"] != FORMAT:
-            raise ValueError(f"format {header['format']!r}, and this version of umd reads {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / HEADER} is damaged ({error}): run the same umd encode-pixels command again"
-        ) from error
+    header = read_header(folder / HEADER, PATTERN, (FORMAT,))
+    size, entries = header["recipe"]["size"], header["splits"][split]["shards"]
     if config.channels != 3:
         raise UserError(f"{folder} holds colour pictures, and the model sees {config.channels} channel: set 3")
     if not config.vae and any(stored < seen for stored, seen in zip(size, config.image_size, strict=True)):
@@ -122,12 +126,8 @@ def open_pixels(folder: Path, split: Split, config: "DataConfig") -> PixelDatase
             f"{config.image_size[0]}x{config.image_size[1]}: store them larger, umd encode-pixels --size "
             f"{3 * config.image_size[0] // 2} {3 * config.image_size[1] // 2}"
         )
-    shards = []
-    for entry in entries:
-        shard = read_shard(folder / entry["file"])
-        if shard.images != entry["images"]:
-            raise damaged(shard.path, "is of another folder")
-        shards.append(shard)
+    command = encode_command(header, folder)
+    shards = open_shards(folder, entries, header["recipe"], command)
     names = header["recipe"]["class_names"]
     arrays = {
         name: np.concatenate([shard.array(name) for shard in shards] or [np.empty(0, np.int64)])
@@ -137,7 +137,7 @@ def open_pixels(folder: Path, split: Split, config: "DataConfig") -> PixelDatase
     return PixelDataset(
         name=folder.resolve().name,
         split=split,
-        pictures=PixelRows(shards, size),
+        pictures=PixelRows(shards, size, command),
         labels=arrays.get("labels"),
         class_names=names,
         left_out=header["splits"][split]["left_out"],
@@ -204,7 +204,7 @@ def encode_pixels(options: EncodePixels, console: Console) -> None:
     """Make this rank's shards, and the header if those were the last. Raises UserError for a source that will not do, a
     folder of other shards, and a full disk."""
     from umd.train.data import DataConfig, open_dataset
-    from umd.train.encode import SPLITS, differences, picture_names, source_identity
+    from umd.train.encode import SPLITS, given_list, picture_names, say, source_identity
 
     config = DataConfig(
         options.source, options.size, holdout=options.holdout, skip_broken=options.skip_broken,
@@ -212,6 +212,8 @@ def encode_pixels(options: EncodePixels, console: Console) -> None:
     )  # fmt: skip
     if is_pixels(Path(options.source).expanduser()):
         raise UserError(f"{options.source} holds stored pictures already; give the files")
+    if is_latents(Path(options.source).expanduser()):
+        raise UserError(f"{options.source} holds latents; give the files that they are of")
     datasets: dict[str, ImageDataset] = {}
     for name in SPLITS:
         dataset = open_dataset(config, name)
@@ -232,35 +234,26 @@ def encode_pixels(options: EncodePixels, console: Console) -> None:
             ids = np.arange(number * options.shard_images, min((number + 1) * options.shard_images, len(dataset)))
             path = options.out / f"pixels-{shard_name(split, number, total)}"
             jobs.append(Job(path, len(ids), partial(shard_of, dataset, ids, config, recipe)))
-    expected = {job.path.name for job in jobs}
-    for path in sorted(options.out.glob(SHARDS)):
-        differ = differences(read_shard(path).about.get("recipe", {}), recipe)
-        if differ or path.name not in expected:
-            raise UserError(
-                f"{options.out} holds shards made with another {', '.join(differ) or 'number of shards'}; give the "
-                "settings they were made with, or another --out"
-            )
+    check_folder(options.out, "pixels", {"format": FORMAT, "recipe": recipe}, {job.path.name for job in jobs})
     if not share(jobs, console, "pictures stored"):
-        console.print(others_work(), highlight=False)
+        say(console, others_work())
         return
-    splits = {split: summary(options.out, split) for split in datasets}
+    say(console, f"all {len(jobs)} shards are there; checking them")
+    splits = {}
+    for split in datasets:
+        names_of = [job.path.name for job in jobs if job.path.name.startswith(f"pixels-{split}-")]
+        shards, entries = finished(options.out, names_of, recipe)
+        splits[split] = {
+            "images": sum(shard.images for shard in shards),
+            "left_out": sum(shard.about["left_out"] for shard in shards),
+            "shards": entries,
+        }
     header = {"format": FORMAT, "recipe": recipe, "splits": splits}
-    write_whole(options.out / HEADER, json.dumps(header, indent=1).encode())
+    quarantine = given_list(config)
+    write_header(options.out / HEADER, header | ({"quarantine": quarantine} if quarantine else {}))
     train, test = (splits[split]["images"] for split in datasets)
     size = f"{options.size[0]}x{options.size[1]}"
-    text = f"{train} training and {test} held-out pictures at {size} in {options.out}"
-    console.print(text, highlight=False, soft_wrap=True)
-
-
-def summary(folder: Path, split: str) -> dict[str, Any]:
-    """What the header says of a split."""
-    shards = [read_shard(path) for path in sorted(folder.glob(f"pixels-{split}-*-of-*.safetensors"))]
-    entries = [{"file": shard.path.name, "images": shard.images} for shard in shards]
-    return {
-        "images": sum(entry["images"] for entry in entries),
-        "left_out": sum(shard.about["left_out"] for shard in shards),
-        "shards": entries,
-    }
+    say(console, f"{train} training and {test} held-out pictures at {size} in {options.out}")
 
 
 def shard_of(
@@ -297,7 +290,7 @@ def shard_of(
     if dataset.labels is not None:
         tensors["labels"] = torch.from_numpy(dataset.labels[indices])
     about = {"format": FORMAT, "recipe": recipe, "left_out": len(ids) - len(found)}
-    return save(tensors, {"umd": json.dumps(about, sort_keys=True)})  # one entry: several would be in random order
+    return shard_file(tensors, about)
 
 
 # Inspecting

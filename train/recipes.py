@@ -31,12 +31,15 @@ def check_crops(header: dict, folder: Path, config: "DataConfig") -> None:
     stored, asked = crops_of(header["recipe"]), (config.area_min, config.area_max, config.hflip)
     if stored is None or stored == asked:
         return
-    name = next((name for name, area in AREA_MIN.items() if asked[:2] == (area, 1)), f"{asked[0]:g}-{asked[1]:g}")
-    out = folder.with_name(f"{folder.resolve().name}-{name}{'' if asked[2] else '-unmirrored'}")
+    areas = f"{exact(asked[0])}-{exact(asked[1])}"
+    name = next((name for name, area in AREA_MIN.items() if asked[:2] == (area, 1)), areas)
+    beside = folder.resolve() if folder.name in ("", "..") else folder  # these are no names
+    out = beside.with_name(f"{folder.resolve().name}-{name}{'' if asked[2] else '-unmirrored'}")
     crop = {**header["recipe"]["crop"], "kind": "random", "area_min": asked[0], "area_max": asked[1], "hflip": asked[2]}
     command = encode_command({**header, "recipe": {**header["recipe"], "crop": crop}}, out)
     as_they_are = (
-        f"--data.area-min {stored[0]:g} --data.area-max {stored[1]:g} --data.{'' if stored[2] else 'no-'}hflip"
+        f"--data.area-min {exact(stored[0])} --data.area-max {exact(stored[1])} "
+        f"--data.{'' if stored[2] else 'no-'}hflip"
     )
     raise UserError(
         f"the latents in {folder} are of {in_words(stored)}, and this run's recipe asks for {in_words(asked)}: make "
@@ -46,26 +49,35 @@ def check_crops(header: dict, folder: Path, config: "DataConfig") -> None:
 
 
 def in_words(crops: Crops) -> str:
-    return f"crops of {crops[0]:g} to {crops[1]:g} of the area, {'' if crops[2] else 'not '}mirrored"
+    areas = f"{exact(crops[0])} to {exact(crops[1])}"
+    return f"crops of {areas} of the area, {'' if crops[2] else 'not '}mirrored"
+
+
+def exact(number: float) -> str:
+    """The shortest digits that are read as this number again: 1, 0.8, 0.3333333333333333."""
+    return repr(float(number)).removesuffix(".0")
 
 
 def encode_command(header: dict, folder: Path) -> str:
-    """The `umd encode-latents` command that makes a folder with this header; of foreign headers as far as they say."""
+    """The `umd encode-latents` or `encode-pixels` command that makes a folder with this header; of foreign headers as
+    far as they say."""
     recipe = header["recipe"]
     crop, source = recipe.get("crop", {}), recipe.get("source", {})
-    words = ["umd", "encode-latents"]
+    words = ["umd", "encode-pixels" if "size" in recipe else "encode-latents"]
     finetune = (crop.get("area_min"), crop.get("area_max")) == (AREA_MIN["finetune"], 1)
     given = {
         "recipe": "finetune" if finetune else None,
         "data.source": source.get("path"),
         "data.vae": recipe.get("vae", {}).get("name"),
         "out": folder,
+        "size": recipe.get("size"),
         "image-size": crop.get("image_size"),
         "views": crop.get("views"),
         "crop": crop.get("kind"),
         "data.area-min": None if finetune else crop.get("area_min"),
         "data.area-max": None if finetune else crop.get("area_max"),
         "data.holdout": source.get("holdout"),
+        "data.quarantine": header.get("quarantine"),
         "dtype": recipe.get("dtype"),
         "precision": recipe.get("precision"),
         "shard-images": recipe.get("shard_images"),

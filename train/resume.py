@@ -76,8 +76,11 @@ def check_same_run(saved: Checkpoint, config: RunConfig, source: dict) -> None:
     check_run_vae(saved.state, config.data, config.out)
     differ = list(changes({name: before[name] for name in RUN if name in before}, now))
     trained_on, source_before = saved.state.get("source"), before.get("data", {}).get("source", "")
-    if not same_path(source_before, config.data.source) and trained_on != source:
+    if not same_path(source_before, config.data.source) and pictures_of(trained_on) != pictures_of(source):
         differ.append(f"data.source {source_before}, not {config.data.source}, which holds other pictures")
+    shards = source.get("shards"), (trained_on or {}).get("shards")
+    if config.data.shuffle == "blocks" and None not in shards and shards[0] != shards[1]:
+        differ.append("data.source in shards of other sizes, which --data.shuffle blocks takes in another order")
     if config.init is not None and not same_path(before.get("init") or "", config.init):
         differ.append(f"init {before.get('init')}, not {config.init}")
     if differ:
@@ -107,14 +110,23 @@ def same_path(a: str | Path, b: str | Path) -> bool:
     return str(a) == str(b) or Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
 
 
+def pictures_of(source: Mapping | None) -> dict[str, Any] | None:
+    """A fingerprint without what depends on how the pictures are spread over files."""
+    return None if source is None else {name: value for name, value in source.items() if name != "shards"}
+
+
 def fingerprint(dataset: ImageDataset | LatentDataset) -> dict[str, Any]:
-    """How many pictures there are, and a digest of their labels and of a few of them, wherever they lie."""
+    """How many pictures there are, and a digest of their labels and of a few of them, wherever they lie; of latents
+    also one of the sizes of their shards, which the order in blocks depends on."""
     digest = hashlib.sha256(repr(dataset.class_names).encode())
     if dataset.labels is not None:
         digest.update(np.ascontiguousarray(dataset.labels, dtype=np.int64).data)
     for index in np.linspace(0, len(dataset) - 1, min(8, len(dataset))).astype(int).tolist():
         digest.update(stored(dataset, index))
-    return {"images": len(dataset), "sha256": digest.hexdigest()}
+    found = {"images": len(dataset), "sha256": digest.hexdigest()}
+    if isinstance(dataset, LatentDataset):
+        found["shards"] = hashlib.sha256(dataset.sizes.tobytes()).hexdigest()
+    return found
 
 
 def stored(dataset: ImageDataset | LatentDataset, index: int) -> bytes:

@@ -4,6 +4,7 @@ Ranks need not talk. A killed command goes on with the files that are missing, o
 for another: whoever finds the last file made does what needs all of them.
 """
 
+import errno
 import os
 import sys
 import time
@@ -20,6 +21,7 @@ from umd.errors import UserError
 from umd.files import write_whole
 
 Advance = Callable[[float], None]  # takes the images that are done
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the largest file
 LINE_SECONDS = 30.0  # between lines of progress where there is no terminal
 
 
@@ -67,9 +69,10 @@ def share(jobs: Sequence[Job], console: Console, what: str) -> bool:
             except OSError as error:
                 if job.path in listed(jobs):  # another rank was faster, and cleared up
                     continue
+                mend = "make room there" if error.errno in FULL else "see to it that files can be made there"
                 raise UserError(
-                    f"could not write {job.path}: {error.strerror or error}; make room there and run the same command "
-                    "again, which keeps what is finished"
+                    f"could not write {job.path}: {error.strerror or error}; {mend} and run the same command again, "
+                    "which keeps what is finished"
                 ) from error
             made.add(job.path)
             if rank == 0:

@@ -65,6 +65,15 @@ def _write_whole(path: Path, data: bytes) -> None:
         raise
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it. Raises UserError where that cannot be, e.g. below a file."""
+    try:
+        again_if_stale(lambda: path.mkdir(parents=True, exist_ok=True), path)
+    except OSError as error:
+        reason = "it is a file" if path.is_file() else error.strerror or error
+        raise UserError(f"cannot make the folder {path} ({reason}); give another one to write to") from error
+
+
 def sha256(path: Path) -> str:
     return again_if_stale(lambda: _sha256(path), path)
 

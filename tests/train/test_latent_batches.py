@@ -195,12 +195,14 @@ def test_folders_of_format_1_are_read(folder, tmp_path):
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as shard:
             about = json.loads(shard.metadata()["umd"]) | {"format": 1}
+        del about["crc32"]
         tensors = load(file.read_bytes())
         tensors |= {name: tensors[name].transpose(0, 1).contiguous() for name in ("moments", "crc32")}
         (tmp_path / file.name).write_bytes(save(tensors, {"umd": json.dumps(about)}))
     splits = {"train": 302, "test": 0}
-    header = finish(tmp_path, json.loads((folder / HEADER).read_text())["recipe"], splits) | {"format": 1}
-    (tmp_path / HEADER).write_text(json.dumps(header))
+    header = finish(tmp_path, json.loads((folder / HEADER).read_text())["recipe"], splits)
+    del header["crc32"]  # as all sums that the shards do not have, it is of later versions
+    (tmp_path / HEADER).write_text(json.dumps(header | {"format": 1}))
     for shuffle in SHUFFLES:
         before, now = (take(each, 90, shuffle, batch_size=12) for each in (tmp_path, folder))
         assert all(torch.equal(a.x_start, b.x_start) for a, b in zip(before, now, strict=True))
@@ -241,7 +243,7 @@ def not_to_be_read(file: Path) -> None:
 DAMAGES = {
     flipped: r"differs from its checksum at view 1 of picture 15 \(row 25\); remove it and run umd encode-latents --",
     cut_off: r"ends before view [01] of picture 1\d \(row \d+\); remove it and run umd encode-latents --out ",
-    gone: "is not there; remove it and run the same umd encode-latents command",
+    gone: "is not there; run umd encode-latents --out",
     not_to_be_read: r"\(Is a directory\); see to the disk that it lies on",
 }
 

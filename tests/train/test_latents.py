@@ -380,7 +380,7 @@ def test_training_from_stored_latents_is_training_from_latents_encoded_in_the_st
 
 
 @pytest.mark.parametrize("shuffle", ["global", "blocks"])
-def test_a_run_goes_on_in_the_middle_of_an_epoch(shuffle, run):
+def test_a_run_goes_on_in_the_middle_of_an_epoch(shuffle, run, options):
     whole = run("whole", data={"shuffle": shuffle}, save_every=4)
     train(whole, QUIET)
     halves = replace(whole, out=whole.out.with_name("halves"))
@@ -392,6 +392,15 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(shuffle, run):
     if shuffle == "blocks":
         with pytest.raises(UserError, match=r"data.shuffle blocks, not global"):
             train(run("halves", steps=11, save_every=4), QUIET)
+    other = encode(replace(options, shard_images=9, out=whole.out.with_name("latents")), QUIET)
+    moved = replace(halves, steps=11, data=replace(halves.data, source=str(other)))
+    if shuffle == "blocks":
+        with pytest.raises(
+            UserError, match="shards of other sizes, which --data.shuffle blocks takes in another order"
+        ):
+            train(moved, QUIET)
+    else:
+        train(moved, QUIET)  # the order does not know of shards
 
 
 def test_a_run_keeps_to_its_vae(run, options, vaes, tmp_path):
@@ -477,10 +486,12 @@ def test_distances_of_a_run_on_latents_are_of_decoded_pictures_and_their_referen
     assert [(row["step"], row["samples"], row["cfg_scale"]) for row in rows] == [(1, 3, 1.0), (2, 3, 1.0)]
 
 
-def test_a_run_goes_on_without_its_vae_and_says_so(run, copy, vaes, tmp_path):
-    text = (copy / HEADER).read_text().replace(str(vaes["kl"]), str(tmp_path / "gone"))
-    (copy / HEADER).write_text(text)
-    config = replace(run("run", steps=1, draw_every=1), data=DataConfig(source=str(copy), num_workers=0))
+def test_a_run_goes_on_without_its_vae_and_says_so(run, options, vaes, tmp_path):
+    vae = shutil.copytree(vaes["kl"], tmp_path / "gone")
+    latents = encode(replace(options, data=replace(options.data, vae=str(vae)), out=tmp_path / "latents"), QUIET)
+    shutil.rmtree(vae)
+    load_tokenizer.cache_clear()
+    config = replace(run("run", steps=1, draw_every=1), data=DataConfig(source=str(latents), num_workers=0))
     console = Console(file=io.StringIO(), width=1000)
     train(config, console)
     assert "pictures show the first channel of latents: this run is of latents" in console.file.getvalue()
@@ -541,6 +552,39 @@ def test_which_crops_are_whose(stored, accepts, refuses, copy):
         check_crops(header, copy, DataConfig(**refuses))
     del header["recipe"]["crop"]  # not encoded here: nothing to compare with
     check_crops(header, copy, DataConfig(**refuses))
+
+
+def test_the_command_for_other_crops_makes_them(options, source, tmp_path, monkeypatch):
+    """From inside of the folder, with a list of pictures to leave out, and of areas that are no short decimals."""
+    pictures = tmp_path / "pictures"
+    for i in range(6):
+        path = pictures / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 22), (40 * i, 9, 200)).save(path)
+    (tmp_path / "list.json").write_text(json.dumps({"files": [{"path": "class0/2.png", "reason": "damaged"}]}))
+    data = replace(options.data, source=str(pictures), holdout=0, quarantine=str(tmp_path / "list.json"))
+    folder = encode(replace(options, data=data, out=tmp_path / "latents"), QUIET)
+    (folder / "within").mkdir()
+    for where, source in (("latents", "."), ("latents/within", ".."), ("", "latents")):
+        monkeypatch.chdir(tmp_path / where)
+        config = DataConfig(source, (8, 8), 4, num_workers=0, area_min=1 / 3, area_max=2 / 3)
+        dataset = open_dataset(config, "train")
+        with pytest.raises(UserError, match="crops of 0.3333333333333333 to 0.6666666666666666") as refused:
+            train_loader(dataset, config, batch_size=2, seed=0)
+        command, out = re.search(r"umd (encode-latents .*) and give --data.source (\S+),", str(refused.value)).groups()
+        assert Path(out).resolve().parent == tmp_path
+        code, _, err = umd(command)
+        assert code == 0, err
+        made = open_dataset(replace(config, source=out), "train")
+        assert len(made) == len(dataset) == 5
+        next(train_loader(made, replace(config, source=out), batch_size=2, seed=0))
+        purpose = re.search(r"--data.area-min (\S+) --data.area-max (\S+)", str(refused.value).partition("purpose")[2])
+        assert purpose.groups() == ("0.8", "1")
+    again = replace(config, area_min=0.5, area_max=1, source=out)
+    with pytest.raises(
+        UserError, match="purpose with --data.area-min 0.3333333333333333 --data.area-max 0.66666666666"
+    ):
+        train_loader(made, again, batch_size=2, seed=0)
 
 
 def test_what_trains_nothing_asks_for_no_crops(folder):
@@ -612,9 +656,8 @@ def test_a_damaged_shard_is_named_by_training_and_by_inspect(spoil, copy, run):
     spoil(copy)
     config = replace(run("run"), data=DataConfig(source=str(copy), num_workers=0))
     for use in (lambda: train(config, QUIET), lambda: inspect(copy, Inspect(decode=0), QUIET)):
-        with pytest.raises(
-            UserError, match=r"latents shard .*train-00003-of-00007.*; remove it and run (the same )?umd"
-        ):
+        mend = "run" if spoil is removed else "remove it and run"
+        with pytest.raises(UserError, match=rf"latents shard .*train-00003-of-00007.*; {mend} (the same )?umd encode-"):
             use()
 
 
@@ -676,7 +719,7 @@ def test_folders_that_are_none_of_latents(tmp_path, folder, copy):
         open_latents(tmp_path / "empty", "train")
     for text in ("{", "[]", "{}"):
         (copy / HEADER).write_text(text)
-        with pytest.raises(UserError, match=r"latents.json is damaged; remove it"):
+        with pytest.raises(UserError, match=r"latents.json is damaged \(.*\); remove it and run"):
             open_latents(copy, "train")
     (copy / HEADER).write_text(json.dumps({"format": 99}))
     with pytest.raises(UserError, match="has format 99, and this version of umd reads formats 1 and 2"):
