@@ -252,20 +252,21 @@ def test_a_crop_of_a_jpeg_decoded_smaller_is_the_same_crop(tmp_path):
         decode(file, lambda h, w: 8)
 
 
-def test_a_disk_that_stalls_is_told_and_waited_for(monkeypatch, caplog):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_stalls_is_told_and_waited_for(monkeypatch, caplog, workers):
     class Slow(ImageDataset):
         def picture(self, index, shrink=None):
             time.sleep(1.2 if index == stalls else 0)
             return super().picture(index, shrink)
 
-    dataset, config = tiny(8), replace(CONFIG, num_workers=1)
+    dataset, config = tiny(8), replace(CONFIG, num_workers=workers)
     expected, stalls = take(dataset, config, 3, batch_size=4, seed=0), 5
     dataset = Slow("slow", "train", dataset.pictures, dataset.labels, dataset.class_names)
-    monkeypatch.setattr("umd.train.data.STALL_SECONDS", 0.5)
+    monkeypatch.setattr("umd.train.waiting.STALL_SECONDS", 0.5)
     found = take(dataset, config, 3, batch_size=4, seed=0)
     assert all(same(a, b) for a, b in zip(found, expected, strict=True))
     assert "the disk of slow has stalled, the run waits" in caplog.text
-    monkeypatch.setattr("umd.train.data.STALLS", 1)
+    monkeypatch.setattr("umd.train.waiting.STALLS", 1)
     with pytest.raises(UserError, match="the disk of slow has stalled; check it"):
         take(dataset, config, 3, batch_size=4, seed=0)
 
