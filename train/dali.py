@@ -237,7 +237,13 @@ def read_encoded(file: Any) -> tuple[bytes, tuple[int, int]]:
             return encoded, size
         with Image.open(BytesIO(encoded)) as image:  # also what is no JPEG although it is called one
             width, height = image.size
-            return encoded, (width, height) if image.getexif().get(ORIENTATION, 1) >= 5 else (height, width)
+            orientation = image.getexif().get(ORIENTATION, 1)
+        if orientation != 1 and encoded[:2] == b"\xff\xd8":  # DALI knows of Exif alone, and XMP may say it
+            exif = Image.Exif()
+            exif[ORIENTATION] = orientation
+            segment = exif.tobytes()
+            encoded = b"\xff\xd8\xff\xe1" + (2 + len(segment)).to_bytes(2, "big") + segment + encoded[2:]
+        return encoded, (width, height) if orientation >= 5 else (height, width)
     except Exception as error:  # as in `decode`
         raise UserError(unreadable(file, error)) from error
 

@@ -183,13 +183,23 @@ def upright_jpeg(encoded: bytes) -> tuple[int, int] | None:
     if encoded[:2] != b"\xff\xd8":
         return None
     try:
-        if b"Exif\0\0" in encoded[:65536]:
+        if may_be_turned(encoded):
             with Image.open(BytesIO(encoded)) as image:
                 if image.getexif().get(ORIENTATION, 1) != 1:
                     return None
         return simplejpeg.decode_jpeg_header(encoded)[:2]
     except Exception:
         return None
+
+
+def may_be_turned(encoded: bytes) -> bool:
+    """Whether a JPEG has an APP1 segment before its pixels, where Exif or XMP say how it lies, or an odd layout."""
+    at = 2
+    while encoded[at] == 0xFF and 0xC0 <= encoded[at + 1] < 0xFF and not 0xD0 <= encoded[at + 1] <= 0xD9:
+        if (marker := encoded[at + 1]) in (0xDA, 0xE1):  # SOS, APP1
+            return marker == 0xE1
+        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+    return True
 
 
 def flatten(image: Image.Image) -> Image.Image:
