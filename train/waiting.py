@@ -6,9 +6,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -17,6 +18,7 @@ from umd.errors import UserError
 from umd.train.signals import StopRequest, heed_parent_alone
 
 log = logging.getLogger("umd")
+T, U = TypeVar("T"), TypeVar("U")
 
 POLL_SECONDS = 1.0  # between looks at whether the run is asked to stop
 STALL_SECONDS, STALLS = 60, 60  # how long a run waits for a batch before it says so, and how often it does
@@ -143,6 +145,14 @@ def without_handler(start: Callable[[], Any]) -> Any:
         return start()
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+def in_time(pool: ThreadPoolExecutor, work: Callable[[T], U], items: Iterable[T], source: object) -> Iterator[U]:
+    """`pool.map(work, items)`, that tells of a disk that stalls."""
+    for future in [pool.submit(work, item) for item in items]:
+        while not wait([future], STALL_SECONDS).done:
+            log.warning("no answer for %d s: the disk of %s has stalled, the start waits", STALL_SECONDS, source)
+        yield future.result()
 
 
 class ReadByThread:

@@ -635,7 +635,7 @@ def test_ranks_asked_to_stop_while_the_disk_stalls_end_all_and_one_tells(folder,
         picture = np.random.default_rng(number).integers(0, 256, (10, 10, 3), dtype=np.uint8)
         Image.fromarray(picture).save(tmp_path / "source" / f"{number}.png")
     data = DataConfig(source=str(tmp_path / "source"), num_workers=1)
-    config = replace(tiny(folder, "stalled", "ddp", 2, steps=100_000), data=data)
+    config = tiny(folder, "stalled", "ddp", data=data, model=TINY, optim=OptimConfig(), steps=100_000)
     ranks = start_ranks(["-m", "umd.cli", "pretrain", as_file(config)], 2)
     wait_for(lambda: len(read_metrics(config.out / "metrics.jsonl")) >= 3, ranks[0])
     for file in (tmp_path / "source").iterdir():
