@@ -1,9 +1,11 @@
 """Lists of many files: as they were listed, made anew when something changed; arrays and tars read where they lie."""
 
+import io
 import os
 import socket
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ as_root = pytest.mark.skipif(getattr(os, "geteuid", int)() != 0 or os.name != "p
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(index, "INDEXED_FROM", 1)
-    tars.samples.cache_clear()
+    tars.listed.cache_clear()
     return tmp_path / "cache" / "umd"
 
 
@@ -210,7 +212,7 @@ def test_a_tar_is_listed_once_and_one_that_shrank_is_told(tmp_path):
     age(tar)
     config = DataConfig(source=str(tar), holdout=0)
     first = open_dataset(config, "train")
-    tars.samples.cache_clear()
+    tars.listed.cache_clear()
     walked, tars.members = tars.members, None  # whoever lists it again fails
     try:
         again = open_dataset(config, "train")
@@ -241,3 +243,25 @@ def test_arrays_are_read_where_they_lie(tmp_path, write):
     for i, label in enumerate(labelled.labels):
         rows = np.flatnonzero((images == labelled.picture(i).pixels).all((1, 2, 3)))
         assert rows.tolist() != [] and rows[0] % 4 == label
+
+
+def test_an_array_that_is_mapped_is_the_one_that_was_stored(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 6, 7, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", images=images)
+    data = bytearray((tmp_path / "x.npz").read_bytes())
+    data[2000] ^= 8
+    (tmp_path / "x.npz").write_bytes(data)
+    with pytest.raises(UserError, match="cannot read .*x.npz .Bad CRC-32 for file 'images.npy'"):
+        open_dataset(DataConfig(source=str(tmp_path / "x.npz")), "train")
+
+    stored = io.BytesIO()
+    np.lib.format.write_array(stored, images, version=(3, 0))
+    with zipfile.ZipFile(tmp_path / "v3.npz", "w") as file:
+        file.writestr("images.npy", stored.getvalue())
+    assert np.array_equal(
+        open_dataset(DataConfig(source=str(tmp_path / "v3.npz"), holdout=0), "train").pictures, images
+    )
+
+    np.savez(tmp_path / "objects.npz", images=np.array([images[0], images[1][:4]], dtype=object))
+    with pytest.raises(UserError, match="Object arrays cannot be loaded .* expected .npy or .npz without pickled"):
+        open_dataset(DataConfig(source=str(tmp_path / "objects.npz")), "train")
