@@ -56,7 +56,7 @@ class Prepared(Iterator[Any]):
         self, dataset: Dataset, keys: Iterator[list[tuple[int, int]]], workers: int, collate_fn: Callable, source: str,
         device: torch.device | None = None, stop: StopRequest | None = None,
     ):  # fmt: skip
-        self.source, self.stop, self.waiting = source, stop or StopRequest(), False
+        self.source, self.stop = source, stop or StopRequest()
         # Forked workers share the pictures' memory; elsewhere than on Linux forking is not safe.
         fork = workers > 0 and sys.platform == "linux"
         loader = DataLoader(
@@ -76,13 +76,11 @@ class Prepared(Iterator[Any]):
     def __next__(self) -> Any:
         """Tells of a disk that stalls. Raises UserError if it does so for an hour, or if a process has died; `Stopped`
         where the run is asked to stop."""
-        self.waiting, began, told, asked = True, time.monotonic(), 0, 0.0
+        began, told, asked = time.monotonic(), 0, 0.0
         while True:
             self.check_alive()
             try:
-                item = self.take()
-                self.waiting = False
-                return item
+                return self.take()
             except NotYet:
                 now = time.monotonic()
             if self.stop.requested is not None:
@@ -128,11 +126,15 @@ class Prepared(Iterator[Any]):
         if not self.workers:
             self.items.close()
             return
-        kill = threading.Timer(0 if self.waiting else END_SECONDS, lambda: [worker.kill() for worker in self.workers])
-        kill.daemon = True
-        kill.start()
-        self.items._shutdown_workers()
-        kill.cancel()
+        if sys.is_finalizing():  # by a generator that nobody closed: the workers are gone, and no thread starts
+            return
+        # Torch asks them to end, by locks that one which died may hold: a thread may be left with that.
+        end = threading.Thread(target=self.items._shutdown_workers, name="end workers", daemon=True)
+        end.start()
+        end.join(END_SECONDS)
+        for worker in self.workers:
+            worker.kill()
+        end.join(END_SECONDS)
 
 
 def without_handler(start: Callable[[], Any]) -> Any:
