@@ -104,7 +104,7 @@ def kept(what: str, source: Path, make: Callable[[], tuple[Arrays, list[Path], i
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         flat = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # `save` takes it for granted
-        sums = {name: zlib.crc32(array) for name, array in flat.items()}
+        sums = {name: zlib.crc32(array.data) for name, array in flat.items()}
         about = {"source": str(source), "stamps": json.dumps(stamps), "crc32": json.dumps(sums)}
         write_whole(file, save(flat, about))
     except OSError as error:
@@ -132,7 +132,7 @@ def mapped(file: Path) -> Arrays | None:
         for name, about in header.items():
             dtype, shape, start = TYPES[about["dtype"]], tuple(about["shape"]), 8 + length + about["data_offsets"][0]
             found[name] = np.empty(shape, dtype) if 0 in shape else np.memmap(file, dtype, "r", start, shape)
-            if zlib.crc32(found[name]) != sums[name]:  # 40 ms for a million names
+            if zlib.crc32(found[name].data) != sums[name]:  # 40 ms for a million names
                 return None
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):

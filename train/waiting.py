@@ -18,7 +18,8 @@ from umd.errors import UserError
 from umd.train.signals import StopRequest, heed_parent_alone
 
 log = logging.getLogger("umd")
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 POLL_SECONDS = 1.0  # between looks at whether the run is asked to stop
 STALL_SECONDS, STALLS = 60, 60  # how long a run waits for a batch before it says so, and how often it does
@@ -70,8 +71,9 @@ class Prepared(Iterator[Any]):
             multiprocessing_context=multiprocessing.get_context("fork") if fork else None,
             generator=torch.Generator(),  # its own, so that the global one stays untouched
         )
-        self.items: Any = without_handler(lambda: iter(loader)) if workers else ReadByThread(iter(loader))
-        self.workers: list[Any] = self.items._workers if workers else []
+        self.items: Any
+        self.items = without_handler(lambda: iter(loader)) if workers else ReadByThread(iter(loader))
+        self.workers: list[Any] = getattr(self.items, "_workers", [])
 
     def __next__(self) -> Any:
         """Tells of a disk that stalls. Raises UserError if it does so for an hour, or if a process has died; `Stopped`
