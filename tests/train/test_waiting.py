@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from umd.train.data import DataConfig, has_dali
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.run import RunConfig
+from umd.train.waiting import in_time
 
 TINY = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)
 QUIET = Console(quiet=True)
@@ -111,3 +113,12 @@ def test_a_process_that_dies_is_told_and_the_last_step_saved(endless, number, hi
     thread.join()
     assert load_checkpoint(config.checkpoints).step == steps(config) >= 3
     assert signal.getsignal(signal.SIGCHLD) is handler and not multiprocessing.active_children()
+
+
+def test_a_disk_that_stalls_at_the_start_is_told(monkeypatch, caplog):
+    monkeypatch.setattr("umd.train.waiting.STALL_SECONDS", 0.05)
+    let_go = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        answers = in_time(pool, lambda i: (let_go.wait(0.3 * i), i)[1], range(3), "pictures")
+        assert list(answers) == [0, 1, 2]
+    assert "the disk of pictures has stalled, the start waits" in caplog.text
