@@ -21,9 +21,9 @@ from rich.table import Table
 
 from umd.errors import UserError
 from umd.files import write_whole
-from umd.train.folders import listing
+from umd.train.folders import files_below, listing
 from umd.train.quarantine import default_path
-from umd.train.sources import flatten, is_image
+from umd.train.sources import flatten
 from umd.train.tars import is_tars, samples, split_tars
 
 CHUNK = 32  # files a process takes at a time
@@ -125,9 +125,7 @@ def files_in(source: Path, split: str) -> tuple[list[tuple[str, Any]], dict[str,
     subfolders, loose = ([(root / name).relative_to(source) for name in names] for names in listing(root))
     classes: dict[str, list[str]] = {}
     for subfolder in subfolders:
-        walk = os.walk(source / subfolder, followlinks=True)
-        inside = (Path(folder, file) for folder, _, names in walk for file in names if is_image(file))
-        classes[f"{subfolder.as_posix()}/"] = sorted(file.relative_to(source).as_posix() for file in inside)
+        classes[f"{subfolder.as_posix()}/"] = files_below(source, subfolder.as_posix())[0]
     wrong = [Finding(folder, EMPTY) for folder, paths in classes.items() if not paths]
     paths = [path for inside in classes.values() for path in inside]
     outside = [path.as_posix() for path in loose]

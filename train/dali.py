@@ -7,7 +7,7 @@ rounding, for any number of threads and ranks, and `start` alone resumes in the 
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from itertools import chain
@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from umd.device import to_device
 from umd.errors import UserError
 from umd.train.crops import draw_view, view_rng
-from umd.train.data import Batch, Batches, DataConfig, end_workers, next_of, worker_loader
+from umd.train.data import Batch, Batches, DataConfig
 from umd.train.latent_batches import as_read
+from umd.train.signals import StopRequest
 from umd.train.sources import ORIENTATION, ImageDataset, unreadable, upright_jpeg
+from umd.train.waiting import Prepared
 
 READERS = 8  # threads of a reading process, that wait for the disk
 INPUTS = ("encoded", "corner", "shape", "roi_start", "roi_end", "mirror")
@@ -104,9 +106,12 @@ class Samples(Dataset):
         self.pool: ThreadPoolExecutor | None = None  # made by each process
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Encoded | UserError:
-        self.pool = self.pool or ThreadPoolExecutor(READERS, thread_name_prefix="read")
+        in_order: Callable = map  # in the training process, which could not end before threads that a disk holds
+        if get_worker_info() is not None:
+            self.pool = self.pool or ThreadPoolExecutor(READERS, thread_name_prefix="read")
+            in_order = self.pool.map
         try:
-            samples = list(self.pool.map(lambda key: read_sample(self.dataset, self.config, self.seed, *key), keys))
+            samples = list(in_order(lambda key: read_sample(self.dataset, self.config, self.seed, *key), keys))
         except UserError as error:
             return error
         numbers, encoded, *geometry = zip(*samples, strict=True)
@@ -119,28 +124,29 @@ class Samples(Dataset):
 
 
 def dali_batches(
-    dataset: ImageDataset, config: DataConfig, keys: Iterator[list[tuple[int, int]]], seed: int, device: torch.device
-) -> Batches:
+    dataset: ImageDataset, config: DataConfig, keys: Iterator[list[tuple[int, int]]], seed: int, device: torch.device,
+    stop: StopRequest | None = None,
+) -> Batches:  # fmt: skip
     """Batches of `keys`, (epoch, index) of each sample, as `umd.train.data.train_loader` promises them."""
     labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)
     waiting: deque[list[tuple[int, int]]] = deque()  # keys of what is not yet handed out
     decoding: list[int] = []  # indices of the one batch in the pipeline
     failed: UserError | None = None  # of the batch after it
     pipeline: Any = None
-    reading: Any = None
 
     def handed_over(keys: Iterator[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
         for batch in keys:
             waiting.append(batch)
             yield batch
 
-    def read(keys: Iterator[list[tuple[int, int]]]) -> Any:
+    def read(keys: Iterator[list[tuple[int, int]]]) -> Prepared:
         processes = -(-config.workers // 4)  # they wait for the disk and draw crops; decoding is DALI's
-        return iter(worker_loader(Samples(dataset, config, seed), handed_over(keys), processes, as_read))
+        samples = Samples(dataset, config, seed)
+        return Prepared(samples, handed_over(keys), processes, as_read, dataset.name, stop=stop)
 
     def decode_next() -> None:
         nonlocal decoding, pipeline, failed
-        batch = next_of(reading, dataset)
+        batch = next(reading)
         if isinstance(batch, UserError):
             failed = batch
             return
@@ -150,8 +156,8 @@ def dali_batches(
         pipeline.schedule_run()
         decoding = batch.numbers.tolist()
 
+    reading = read(keys)
     try:
-        reading = read(keys)
         while True:
             if failed is not None:
                 raise failed
@@ -164,7 +170,7 @@ def dali_batches(
                 leave_out_broken(dataset, decoding, error)
                 again = list(waiting)
                 waiting.clear()
-                end_workers(reading)
+                reading.close()
                 pipeline, decoding, reading = None, [], read(chain(again, keys))  # with a stand-in
                 continue
             x_start = to_torch(views, (len(decoding), config.channels, *config.image_size), device)
@@ -181,7 +187,7 @@ def dali_batches(
                 indices=to_device(indices, device),
             )
     finally:
-        end_workers(reading)
+        reading.close()
 
 
 def to_torch(views: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -231,7 +237,13 @@ def read_encoded(file: Any) -> tuple[bytes, tuple[int, int]]:
             return encoded, size
         with Image.open(BytesIO(encoded)) as image:  # also what is no JPEG although it is called one
             width, height = image.size
-            return encoded, (width, height) if image.getexif().get(ORIENTATION, 1) >= 5 else (height, width)
+            orientation = image.getexif().get(ORIENTATION, 1)
+        if orientation != 1 and encoded[:2] == b"\xff\xd8":  # DALI knows of Exif alone, and XMP may say it
+            exif = Image.Exif()
+            exif[ORIENTATION] = orientation
+            segment = exif.tobytes()
+            encoded = b"\xff\xd8\xff\xe1" + (2 + len(segment)).to_bytes(2, "big") + segment + encoded[2:]
+        return encoded, (width, height) if orientation >= 5 else (height, width)
     except Exception as error:  # as in `decode`
         raise UserError(unreadable(file, error)) from error
 

@@ -5,9 +5,6 @@ workers or ranks, and a run resumed at any sample goes on with the very batches 
 """
 
 import importlib.util
-import logging
-import multiprocessing
-import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tyro.conf import Suppress
 
 from umd.device import beside, own_cores, pick_device, to_device
@@ -34,7 +31,7 @@ from umd.train.latents import BLOCK, LatentDataset, is_latents, open_latents, pi
 from umd.train.pixels import PixelDataset, StoredCrops, is_pixels, open_pixels
 from umd.train.quarantine import read_quarantine
 from umd.train.recipes import check_crops
-from umd.train.signals import heed_parent_alone
+from umd.train.signals import StopRequest
 from umd.train.sources import (
     IDX_NAME,
     ImageDataset,
@@ -46,13 +43,11 @@ from umd.train.sources import (
     whole,
 )
 from umd.train.tars import Members, is_tars, open_tars
+from umd.train.waiting import Prepared
 
 __all__ = ["Batch", "DataConfig", "ImageDataset", "center_view", "centered_view_of_file"]
 __all__ += ["derive_seed", "describe", "open_dataset", "train_loader"]
 
-log = logging.getLogger("umd")
-
-STALL_SECONDS, STALLS = 60, 60  # how long a run waits for a batch before it says so, and how often it does
 GROUP = 256  # blocks of an epoch in blocks whose images are mixed: 16,384 images
 
 
@@ -304,14 +299,6 @@ def collate(items: list) -> tuple[Tensor, np.ndarray, np.ndarray] | UserError:
     return torch.from_numpy(np.stack(views)), np.array(asked, dtype=np.int64), np.array(used, dtype=np.int64)
 
 
-def start_worker(_: int) -> None:
-    """Leave signals and warnings to the training process."""
-    log.disabled = True  # what is left out, the training process tells
-    # The thread that hands batches over prints a stack trace if the training process leaves in mid-handshake.
-    sys.excepthook = lambda *_: None
-    heed_parent_alone()
-
-
 def train_loader(
     dataset: ImageDataset | LatentDataset,
     config: DataConfig,
@@ -321,6 +308,7 @@ def train_loader(
     start: int = 0,
     places: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
+    stop: StopRequest | None = None,
 ) -> Batches:
     """Training batches without end: one permutation of the dataset after another, batches across the seams.
 
@@ -329,6 +317,8 @@ def train_loader(
     places: which of these this rank gets, in this order; None: all.
     start: samples already seen by all ranks together; the batches go on from there.
     device: where the batch ends up; towards a GPU the pictures travel as bytes from pinned memory.
+    stop: while a batch is waited for, its `requested` ends that by `umd.train.waiting.Stopped`.
+    Batches raise UserError where a picture cannot be read, a process that reads dies, or the disk stalls for an hour.
     """
     places = range(batch_size) if places is None else places
     if batch_size < 1 or start < 0 or seed < 0:
@@ -340,7 +330,7 @@ def train_loader(
         raise ValueError(f"the {dataset.split} split of {dataset.name} is empty")
     place: dict[str, Any] = dict(batch_size=batch_size, seed=seed, start=start, places=places)
     if isinstance(dataset, ImageDataset) and (tokenizer := tokenizer_of(config, device)):
-        pictures = train_loader(dataset, pixel_config(config, tokenizer.vae), **place, device=device)
+        pictures = train_loader(dataset, pixel_config(config, tokenizer.vae), **place, device=device, stop=stop)
         return drawn_latents(pictures, tokenizer.moments, len(dataset), **place)
     device, blocks = torch.device(device), None
     if isinstance(dataset, LatentDataset):
@@ -349,71 +339,32 @@ def train_loader(
     elif config.shuffle == "blocks":
         raise UserError("--data.shuffle blocks is for stored latents; leave it at global for pictures")
     keys = sample_keys(len(dataset), **place, blocks=blocks)
+    rest = (dataset.name, device, stop)
     if isinstance(dataset, LatentDataset):
         views = StoredViews(dataset, 1 if blocks is None else BLOCK)
-        loader = worker_loader(views, keys, config.workers, as_read, device)
-        return drawn_latents(batches(loader, dataset, device, dataset.typed), lambda x: x, len(dataset), **place)
+        prepared = partial(Prepared, views, keys, config.workers, as_read, *rest)
+        return drawn_latents(batches(prepared, dataset, device, dataset.typed), lambda x: x, len(dataset), **place)
     if isinstance(dataset, PixelDataset):
-        loader = worker_loader(StoredCrops(dataset, config, seed), keys, config.workers, as_read, device)
-        return batches(loader, dataset, device, partial(crop_batch, size=config.image_size))
+        prepared = partial(Prepared, StoredCrops(dataset, config, seed), keys, config.workers, as_read, *rest)
+        return batches(prepared, dataset, device, partial(crop_batch, size=config.image_size))
     if choose_loader(dataset, config.loader) == "dali":
         from umd.train.dali import dali_batches  # which imports this file
 
-        return dali_batches(dataset, config, keys, seed, device)
-    loader = worker_loader(TrainViews(dataset, config, seed), keys, config.workers, collate, device)
-    return batches(loader, dataset, device, as_model_input)
-
-
-def worker_loader(
-    dataset: Dataset, keys: Iterator[list[tuple[int, int]]], workers: int, collate_fn: Callable,
-    device: torch.device | None = None,
-) -> DataLoader:  # fmt: skip
-    """Batches of a dataset by that many processes. Towards a GPU they come in pinned memory."""
-    # Forked workers share the pictures' memory; elsewhere than on Linux forking is not safe.
-    fork = workers > 0 and sys.platform == "linux"
-    return DataLoader(
-        dataset,
-        batch_sampler=keys,
-        collate_fn=collate_fn,
-        num_workers=workers,
-        pin_memory=device is not None and device.type == "cuda",
-        timeout=STALL_SECONDS if workers else 0,  # see `next_of`
-        worker_init_fn=start_worker,
-        multiprocessing_context=multiprocessing.get_context("fork") if fork else None,
-        generator=torch.Generator(),  # its own, so that the global one stays untouched
-    )
-
-
-def next_of(prepared: Any, dataset: ImageDataset | LatentDataset) -> Any:
-    """The next of what workers prepare. Tells of a disk that stalls; raises UserError if it does so for an hour."""
-    for stall in range(1, STALLS + 1):
-        try:
-            return next(prepared)
-        except RuntimeError as error:
-            if "timed out" not in str(error):
-                raise
-            log.warning(
-                "no batch for %d s: the disk of %s has stalled, the run waits", stall * STALL_SECONDS, dataset.name
-            )
-    raise UserError(f"no batch for {STALLS * STALL_SECONDS} s: the disk of {dataset.name} has stalled; check it")
-
-
-def end_workers(prepared: Any) -> None:
-    """Not left to the garbage collector: a traceback may hold the iterator, and its workers with it."""
-    if hasattr(prepared, "_shutdown_workers"):
-        prepared._shutdown_workers()
+        return dali_batches(dataset, config, keys, seed, device, stop)
+    prepared = partial(Prepared, TrainViews(dataset, config, seed), keys, config.workers, collate, *rest)
+    return batches(prepared, dataset, device, as_model_input)
 
 
 def batches(
-    loader: DataLoader, dataset: ImageDataset | LatentDataset, device: torch.device,
+    start: Callable[[], Prepared], dataset: ImageDataset | LatentDataset, device: torch.device,
     convert: Callable[..., Tensor],
 ) -> Batches:  # fmt: skip
-    """What the workers prepared, moved to `device` and put in the model's form."""
+    """What is prepared, from the first batch asked for on, moved to `device` and put in the model's form."""
     labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)
-    prepared = iter(loader)
+    prepared = start()
     try:
         while True:
-            item = next_of(prepared, dataset)
+            item = next(prepared)
             if isinstance(item, UserError):
                 raise item
             *views, asked, used = item
@@ -431,4 +382,4 @@ def batches(
                 sent(batch.x_start, batch.labels, batch.indices)
             yield batch
     finally:
-        end_workers(prepared)
+        prepared.close()

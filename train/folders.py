@@ -11,9 +11,11 @@ import numpy as np
 from PIL import Image
 
 from umd.errors import UserError
+from umd.files import again_if_stale
 from umd.train.index import Arrays, Names, kept
 from umd.train.quarantine import Quarantine
 from umd.train.sources import IMAGE_SUFFIXES, ImageDataset, choose_split, in_test_split, is_image, unreadable
+from umd.train.waiting import in_time
 
 log = logging.getLogger("umd")
 
@@ -69,12 +71,34 @@ def open_folder(root: Path, split: str, holdout: float, skip_broken: bool, quara
 
 def listing(folder: Path) -> tuple[list[str], list[str]]:
     """Sorted names of the subfolders and of the image files directly inside, without hidden ones."""
+    subfolders, files = entries(folder)
+    return sorted(name for name in subfolders if not name.startswith((".", "__"))), sorted(files)
+
+
+def entries(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the subfolders and of the image files directly inside. Raises UserError if it cannot be listed."""
     try:
-        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith((".", "__"))]
+        return again_if_stale(lambda: look_at(folder), folder)
     except OSError as error:
-        raise UserError(f"cannot list folder {folder} ({error.strerror}): check that it can be read.") from error
-    subfolders = sorted(entry.name for entry in entries if entry.is_dir())
-    return subfolders, sorted(entry.name for entry in entries if is_image(entry.name) and entry.is_file())
+        where = error.filename or folder
+        raise UserError(f"cannot list folder {where} ({error.strerror}): check that it can be read.") from error
+
+
+def look_at(folder: Path) -> tuple[list[str], list[str]]:
+    subfolders, files = [], []
+    with os.scandir(folder) as found:
+        for entry in found:
+            try:
+                if entry.is_dir():
+                    subfolders.append(entry.name)
+                # A link to nowhere is told when it is read; what opens a FIFO, a socket or a device may wait for ever.
+                elif is_image(entry.name) and (entry.is_file() or not os.path.exists(entry.path)):
+                    files.append(entry.name)
+            except OSError:  # of a link: whether to a folder is not to be known
+                if not is_image(entry.name):
+                    raise
+                files.append(entry.name)
+    return subfolders, files
 
 
 class Found(NamedTuple):
@@ -101,7 +125,7 @@ def walk(root: Path) -> tuple[Arrays, list[Path], int]:
     folders that were listed."""
     class_names, loose = listing(root)
     with ThreadPoolExecutor(LISTERS) as pool:
-        inside = list(pool.map(lambda name: files_below(root, name), class_names))
+        inside = list(in_time(pool, lambda name: files_below(root, name), class_names, root))
     files, classes = Names.of([*(file for listed, _ in inside for file in listed), *loose]), Names.of(class_names)
     arrays = {
         "files": files.data,
@@ -115,11 +139,13 @@ def walk(root: Path) -> tuple[Arrays, list[Path], int]:
 
 def files_below(root: Path, name: str) -> tuple[list[str], list[Path]]:
     """Images in a class folder and all folders in it, relative to `root`, by the parts of their paths; the folders."""
-    found, folders = [], []
-    for folder, _, names in os.walk(root / name, followlinks=True):
-        folders.append(Path(folder))
-        below = os.path.relpath(folder, root)
-        found += [f"{below}/{file}" for file in names if is_image(file)]
+    found, folders, left = [], [], [name]
+    while left:
+        below = left.pop()
+        folders.append(root / below)
+        subfolders, files = entries(root / below)
+        left += [f"{below}/{subfolder}" for subfolder in subfolders]
+        found += [f"{below}/{file}" for file in files]
     return sorted(found, key=lambda path: path.split("/")), folders
 
 
@@ -158,7 +184,7 @@ def check_headers(paths: Names, skip_broken: bool) -> np.ndarray:
     if len(paths) > HEADER_CHECK_LIMIT:
         return np.arange(len(paths))
     with ThreadPoolExecutor(LISTERS) as pool:
-        errors = list(pool.map(header_error, paths))
+        errors = list(in_time(pool, header_error, paths, paths.prefix))
     bad = [error for error in errors if error]
     if bad and not skip_broken:
         raise UserError(bad[0])

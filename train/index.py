@@ -9,8 +9,10 @@ import json
 import logging
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 import numpy as np
@@ -87,7 +89,10 @@ def kept(what: str, source: Path, make: Callable[[], tuple[Arrays, list[Path], i
     """What `make` finds out about a source: its arrays, the folders or files they were read from, and how many files
     they list. The next call maps the arrays from disk, unless one of the former has changed meanwhile."""
     name = hashlib.sha256(f"{what} {os.path.abspath(source)}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
-    file = cache_folder() / f"{name}.safetensors"
+    try:
+        file = cache_folder() / f"{name}.safetensors"
+    except RuntimeError:  # a user without a home
+        return make()[0]
     if (found := mapped(file)) is not None:
         return found
     began = time.time()
@@ -99,7 +104,9 @@ def kept(what: str, source: Path, make: Callable[[], tuple[Arrays, list[Path], i
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         flat = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # `save` takes it for granted
-        write_whole(file, save(flat, {"source": str(source), "stamps": json.dumps(stamps)}))
+        sums = {name: zlib.crc32(array.data) for name, array in flat.items()}
+        about = {"source": str(source), "stamps": json.dumps(stamps), "crc32": json.dumps(sums)}
+        write_whole(file, save(flat, about))
     except OSError as error:
         log.warning("the list of %d files is not kept (%s): each process lists them anew", count, error)
         return arrays
@@ -107,33 +114,38 @@ def kept(what: str, source: Path, make: Callable[[], tuple[Arrays, list[Path], i
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/umd, or ~/.cache/umd. Hosts that share it list a source once."""
+    """$XDG_CACHE_HOME/umd, or ~/.cache/umd. Hosts that share it list a source once. RuntimeError without a home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "umd"
 
 
 def mapped(file: Path) -> Arrays | None:
-    """The arrays of a list, memory-mapped; None if there is none, or what it was made of has changed."""
+    """The arrays of a list, memory-mapped; None if there is none, it is damaged, or what it was made of has changed."""
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
-        stamps = json.loads(header.pop("__metadata__")["stamps"])
+        kept_about = header.pop("__metadata__")
+        stamps, sums = json.loads(kept_about["stamps"]), json.loads(kept_about["crc32"])
         if any(stamp(path) != then for path, then in stamps.items()):
             return None
         found = {}
         for name, about in header.items():
             dtype, shape, start = TYPES[about["dtype"]], tuple(about["shape"]), 8 + length + about["data_offsets"][0]
             found[name] = np.empty(shape, dtype) if 0 in shape else np.memmap(file, dtype, "r", start, shape)
+            if zlib.crc32(found[name].data) != sums[name]:  # 40 ms for a million names
+                return None
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
         return None  # made anew
 
 
 def stamp(path: Path | str) -> list[int] | None:
-    """Time of change (ns) of a folder, and size of a file too; None if it is gone. Adding, removing and renaming an
-    entry change a folder's."""
+    """Of a folder or file: time (ns) its contents changed, size of a file, number, time (ns) anything changed; None if
+    it is gone. Adding, removing and renaming an entry change a folder's times. Not the device: hosts number a network
+    disk each in their own way."""
     try:
         status = os.stat(path)
     except OSError:
         return None
-    return [status.st_mtime_ns, 0 if os.path.isdir(path) else status.st_size]
+    size = 0 if S_ISDIR(status.st_mode) else status.st_size
+    return [status.st_mtime_ns, size, status.st_ino, status.st_ctime_ns]

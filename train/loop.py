@@ -29,7 +29,7 @@ from umd.spans import span
 from umd.train.classify import open_held_out
 from umd.train.curves import reference_of
 from umd.train.data import ImageDataset, derive_seed, describe, open_dataset, reader, train_loader
-from umd.train.distributed import World, join
+from umd.train.distributed import GO_ON, World, end_all, join
 from umd.train.heads import keep_heads
 from umd.train.latents import LatentDataset, with_vae
 from umd.train.log import NoLog, RunLog
@@ -44,10 +44,12 @@ from umd.train.run import RunConfig, to_plain, write_config
 from umd.train.signals import StopRequest, stop_signal
 from umd.train.spread import check_attention, check_gelu, spread
 from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type, side_stream
+from umd.train.waiting import Stopped
 from umd.train.zero import Zero
 
 BuildObjective = Callable[..., AnyObjective]  # `build_objective`, or one like it
 DRAWS = 2  # of the corruptions: 2 numbers them by (seed, step, sample), 1 had a generator a micro-batch
+PATIENCE = 15.0  # seconds that one of several ranks, asked to stop, still waits for its batch: the others need it
 
 
 class Diverged(UserError):
@@ -291,13 +293,14 @@ class Sent(NamedTuple):
 
 def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profiler | NoProfiler) -> bool:
     """Steps until the run is done or asked to stop; returns whether it was asked to. The last step is looked at."""
-    config, world, objective = run.config, run.world, run.objective
+    config, world, objective, before = run.config, run.world, run.objective, run.number
     labelled = config.model.num_classes > 0
     places = [place for part in run.step.parts for place in objective.places(run.step.micro, part)]
     loader = train_loader(
         run.dataset, config.data, batch_size=config.batch_size, seed=derive_seed(config.seed, 1),
-        start=run.number * config.batch_size, places=places, device=world.device,
+        start=run.number * config.batch_size, places=places, device=world.device, stop=stop,
     )  # fmt: skip
+    stop.patience = 0.0 if world.size == 1 else PATIENCE
     told = Told(world, len(run.step.metrics))
     rate = Rate(run)
     sent: Sent | None = None
@@ -329,8 +332,17 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
     try:
         while run.progress() < 1 and not stopping():
             started = time.perf_counter()
-            with span("data"):
-                batch = next(loader)
+            try:
+                with span("data"):
+                    batch = next(loader)
+            except Stopped as error:
+                if world.size > 1:
+                    give_up(run, stop, error)
+                break
+            except UserError:
+                settle()
+                keep_work(run, log, before)
+                raise
             lr = config.peak_lr * lr_scale(run.progress(), config.optim.warmup, config.optim.decay)
             metrics = run.step(batch.x_start, batch.labels if labelled else None, batch.indices, lr)
             turn = told.send(metrics, elapsed, stop.requested is not None)
@@ -389,6 +401,27 @@ def end(run: Run, log: RunLog | NoLog, stop: StopRequest, stopped: bool, before:
     log.progress(1.0)
     log.say(f"done: step {run.number}, {run.seconds / 60:.1f} min of training, saved {run.saved_path}")
     return run.saved_path
+
+
+def keep_work(run: Run, log: RunLog | NoLog, before: int) -> None:
+    """Save the last step where no batch comes any more. Of several ranks the others wait in a step, for this one."""
+    if run.world.size > 1 or run.number == before:
+        return
+    if run.saved_step != run.number:
+        run.save()
+    run.written()
+    log.say(f"step {run.number} is saved: {run.saved_path}; the same command goes on from there")
+
+
+def give_up(run: Run, stop: StopRequest, error: Stopped) -> None:
+    """End all ranks, unsaved: asked to stop, this one has no batch, and the others wait for it in a step."""
+    if run.background is not None:
+        run.background.wait()
+    reason = stop.requested or signal.SIGTERM
+    end_all(
+        f"rank {run.world.rank} was asked to stop by {reason.name}, and {error}; every rank stops where the last "
+        f"checkpoint is. {GO_ON}", 128 + reason,
+    )  # fmt: skip
 
 
 def check_finite(run: Run, step: Sent, values: list[float]) -> None:

@@ -13,6 +13,7 @@ if hasattr(signal, "SIGUSR1"):  # not on Windows
 
 class StopRequest:
     requested: signal.Signals | None = None
+    patience = 0.0  # seconds that a batch is still waited for
 
 
 @contextmanager

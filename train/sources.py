@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import logging
 import math
+import os
 import re
 import zipfile
 import zlib
@@ -14,7 +15,7 @@ from functools import lru_cache
 from io import SEEK_CUR, BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import simplejpeg
@@ -31,6 +32,8 @@ log = logging.getLogger("umd")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ORIENTATION = 0x0112  # EXIF tag; 1: as stored, from 5 on height and width change places
+MAX_CLASSES = 1_000_000  # each has a name: a label beyond is a mistake, and would fill the memory with them
+CHECKED = 512 << 20  # bytes: a mapped array's checksum is not looked at beyond, where that would hold up a start
 IDX_NAME = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
 
 
@@ -54,9 +57,16 @@ class Rows(Sequence[np.ndarray]):
 
 
 @lru_cache(maxsize=256)
-def opened(path: str) -> OpenFile:
-    """Each process opens a file once; forked workers share it."""
-    return OpenFile(Path(path))
+def opened(path: str, stamp: tuple[int, int] | None = None) -> OpenFile:
+    """Each process opens a file once; forked workers share it.
+
+    stamp: its size and time of change (ns). Raises OSError if it has others: what lies where would be another's.
+    """
+    file = OpenFile(Path(path))
+    status = os.fstat(file.descriptor)
+    if stamp and (status.st_size, status.st_mtime_ns) != stamp:
+        raise OSError("it was replaced or changed since it was listed: give the command again")
+    return file
 
 
 class Picture(NamedTuple):
@@ -183,13 +193,23 @@ def upright_jpeg(encoded: bytes) -> tuple[int, int] | None:
     if encoded[:2] != b"\xff\xd8":
         return None
     try:
-        if b"Exif\0\0" in encoded[:65536]:
+        if may_be_turned(encoded):
             with Image.open(BytesIO(encoded)) as image:
                 if image.getexif().get(ORIENTATION, 1) != 1:
                     return None
         return simplejpeg.decode_jpeg_header(encoded)[:2]
     except Exception:
         return None
+
+
+def may_be_turned(encoded: bytes) -> bool:
+    """Whether a JPEG has an APP1 segment before its pixels, where Exif or XMP say how it lies, or an odd layout."""
+    at = 2
+    while encoded[at] == 0xFF and 0xC0 <= encoded[at + 1] < 0xFF and not 0xD0 <= encoded[at + 1] <= 0xD9:
+        if (marker := encoded[at + 1]) in (0xDA, 0xE1):  # SOS, APP1
+            return marker == 0xE1
+        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+    return True
 
 
 def flatten(image: Image.Image) -> Image.Image:
@@ -267,6 +287,9 @@ class ArrayFile(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self.members)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.members
+
     def __getitem__(self, name: str) -> np.ndarray:
         member = self.members[name]
         if member.compress_type == zipfile.ZIP_STORED:
@@ -275,15 +298,28 @@ class ArrayFile(Mapping[str, np.ndarray]):
                 file.seek(sum(np.frombuffer(file.read(4), "<u2").tolist()), SEEK_CUR)
                 start = file.tell()
                 version = np.lib.format.read_magic(file)
-                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                shape, fortran, dtype = header[version](file)
-                size = math.prod(shape) * dtype.itemsize
-                if file.tell() - start + size != member.file_size:
-                    raise ValueError(f"{name} has {member.file_size} bytes and another shape")
-                if not (fortran or dtype.hasobject or size == 0):
-                    return np.memmap(self.path, dtype, "r", file.tell(), shape)
+                headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                if version in headers:
+                    shape, fortran, dtype = headers[version](file)
+                    size, first = math.prod(shape) * dtype.itemsize, file.tell()
+                    if not (fortran or dtype.hasobject or size == 0):
+                        if first - start + size != member.file_size:
+                            raise ValueError(f"{name} has {member.file_size} bytes and another shape")
+                        if member.file_size <= CHECKED:
+                            file.seek(start)
+                            check_sum(file, member)
+                        return np.memmap(self.path, dtype, "r", first, shape)
         with np.load(self.path, allow_pickle=False) as arrays:
             return arrays[name]
+
+
+def check_sum(file: BinaryIO, member: zipfile.ZipInfo) -> None:
+    """Raise BadZipFile unless the bytes from here on are those that were stored, as zipfile does where it reads."""
+    sum_of, left = 0, member.file_size
+    while left and (data := file.read(min(left, 1 << 20))):
+        sum_of, left = zlib.crc32(data, sum_of), left - len(data)
+    if sum_of != member.CRC:
+        raise zipfile.BadZipFile(f"Bad CRC-32 for file {member.filename!r}")
 
 
 def array_names(stored: Mapping[str, Any], split: str | None = None) -> tuple[str, str | None] | None:
@@ -361,6 +397,8 @@ def check_labels(labels: np.ndarray, what: str) -> np.ndarray:
         raise UserError(f"{what} has {kind}: expected one integer per image.")
     if labels.min(initial=0) < 0:
         raise UserError(f"{what} holds the label {labels.min()}: expected classes counted from 0.")
+    if labels.max(initial=0) >= MAX_CLASSES:
+        raise UserError(f"{what} holds the label {labels.max()}: expected classes below {MAX_CLASSES}.")
     return labels.astype(np.int64)
 
 

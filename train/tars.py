@@ -1,6 +1,7 @@
 """WebDataset tars: where each picture lies in its tar, so that any of them can be read in any order.
 
 A sample is a run of members with one key, the name up to its first dot: `000.jpg`, and `000.cls` with its class number.
+The same key further on is another sample: shards are appended to one another. Hidden members are no part of any.
 The index that DALI's `wds2idx` writes (`x.idx` beside `x.tar`) is used where it is; without, the tar is walked through.
 """
 
@@ -8,15 +9,16 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from umd.errors import UserError
-from umd.train.index import Arrays, Names, kept
+from umd.train.index import Arrays, Names, kept, stamp
 from umd.train.quarantine import Quarantine
-from umd.train.sources import ImageDataset, choose_split, is_image, opened
+from umd.train.sources import MAX_CLASSES, ImageDataset, choose_split, is_image, opened
 
 
 class TarMember(NamedTuple):
@@ -26,14 +28,15 @@ class TarMember(NamedTuple):
     name: str
     offset: int
     size: int
+    stamp: tuple[int, int]  # size and time of change (ns) of the tar as it was listed
 
     def __str__(self) -> str:
         return f"{self.tar}/{self.name}"
 
     def read(self) -> bytes:
-        """Raises OSError if the tar is gone, or shorter than it was."""
+        """Raises OSError if the tar is gone, another, or shorter than it was."""
         data = bytearray(self.size)
-        if not opened(self.tar).read_into(memoryview(data), self.offset):
+        if not opened(self.tar, self.stamp).read_into(memoryview(data), self.offset):
             raise OSError("the tar ends before: it has shrunk since it was listed")
         return bytes(data)
 
@@ -41,22 +44,26 @@ class TarMember(NamedTuple):
 class Members(Sequence[TarMember]):
     """Files in some tars, as a few arrays: see `Names`."""
 
-    def __init__(self, tars: Sequence[str], names: Names, tar: np.ndarray, offsets: np.ndarray, sizes: np.ndarray):
+    def __init__(
+        self, tars: Sequence[tuple[str, tuple[int, int]]], names: Names, tar: np.ndarray, offsets: np.ndarray,
+        sizes: np.ndarray,
+    ):  # fmt: skip
+        """tars: path and stamp of each. tar, offsets, sizes: int64 [N]."""
         self.tars, self.names, self.tar, self.offsets, self.sizes = tars, names, tar, offsets, sizes
 
     def __len__(self) -> int:
         return len(self.tar)
 
     def __getitem__(self, index):  # slices are not needed
-        where = int(self.tar[index]), int(self.offsets[index]), int(self.sizes[index])
-        return TarMember(self.tars[where[0]], self.names[index], *where[1:])
+        tar, stamp = self.tars[int(self.tar[index])]
+        return TarMember(tar, self.names[index], int(self.offsets[index]), int(self.sizes[index]), stamp)
 
     def take(self, rows: np.ndarray) -> "Members":
         return Members(self.tars, self.names.take(rows), self.tar[rows], self.offsets[rows], self.sizes[rows])
 
     def keys(self) -> Iterator[str]:
         """tar/name of each."""
-        bases = [os.path.basename(tar) for tar in self.tars]
+        bases = [os.path.basename(tar) for tar, _ in self.tars]
         return (f"{bases[tar]}/{name}" for tar, name in zip(self.tar.tolist(), self.names, strict=True))
 
 
@@ -88,17 +95,61 @@ def members(tar: Path) -> list[TarMember]:
     """Every file of a tar in its order. Raises UserError if the tar, or its index, is damaged."""
     index = tar.with_suffix(".idx")
     try:
+        status = tar.stat()
         entries = read_index(index) if index.exists() else None
-        if entries is None:
-            with tarfile.open(tar, "r:") as archive:
-                entries = [(m.name, m.offset_data, m.size) for m in archive if m.isfile()]
-        end, size = max((offset + length for _, offset, length in entries), default=0), tar.stat().st_size
+        entries = list(walked(tar)) if entries is None else entries
     except (OSError, tarfile.TarError, ValueError) as error:
         raise UserError(f"cannot read {tar} ({error}): write or download it again.") from error
-    if end > size:
+    if (end := max((offset + length for _, offset, length in entries), default=0)) > status.st_size:
         other = f", or {index} is of another tar" if index.exists() else ""
-        raise UserError(f"{tar} has {size} bytes where its members need {end}: it is cut off{other}.")
-    return [TarMember(str(tar), name, offset, length) for name, offset, length in entries]
+        raise UserError(f"{tar} has {status.st_size} bytes where its members need {end}: it is cut off{other}.")
+    return [TarMember(str(tar), *entry, (status.st_size, status.st_mtime_ns)) for entry in entries]
+
+
+def walked(tar: Path) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of each member, by the headers of a tar, or of several one after another (`cat`)."""
+    places: dict[str, tuple[int, int]] = {}
+    with tar.open("rb") as file:
+        start: int | None = 0
+        while start is not None:
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for member in archive:
+                    name, place = member.name, (member.offset_data, member.size)
+                    if member.islnk() and member.linkname in places:  # so tar writes the second name of a file
+                        place = places[member.linkname]
+                    elif part_of_sample(name) and (member.issparse() or not (member.isfile() or member.isdir())):
+                        kind = "a link or a device: write the tar with the files themselves (`tar -ch`)."
+                        kind = "sparse: write the tar without --sparse." if member.issparse() else kind
+                        raise UserError(f"{tar}/{name} is {kind}")
+                    elif not member.isfile():
+                        continue
+                    places[name] = place
+                    yield name, *place
+                end = archive.offset  # where tarfile ends without a word, whatever it met there
+            start = after_end(file, end)
+
+
+def after_end(file: BinaryIO, end: int) -> int | None:
+    """Where another tar begins behind the empty blocks at `end`; None if nothing does. Raises ValueError if none are
+    there: what stands there is damaged, or cut off."""
+    file.seek(end)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        whole = "" if block else "; if it is whole, `head -c 1024 /dev/zero >> TAR` adds them"
+        raise ValueError(f"it ends at byte {end} without the empty blocks that end a tar: it is cut off{whole}")
+    if any(block):
+        raise ValueError(f"the header at byte {end} is damaged")
+    while data := file.read(1 << 20):
+        if rest := data.lstrip(b"\0"):
+            return (file.tell() - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    return None
+
+
+def part_of_sample(name: str) -> bool:
+    """Whether a member is a picture or a class."""
+    base = os.path.basename(name)
+    return is_image(base) or (base.partition(".")[2] == "cls" and not base.startswith("."))
 
 
 def read_index(index: Path) -> list[tuple[str, int, int]] | None:
@@ -115,50 +166,76 @@ class TarSamples(NamedTuple):
     labels: np.ndarray | None  # int64 [N]
 
 
-@lru_cache(maxsize=2)  # opening a split reads both
 def samples(tars: tuple[Path, ...]) -> TarSamples:
     """Pictures of some tars, with their classes where every one has one; listed, or as they were listed before."""
+    return listed(tars, tuple(str(stamp(path)) for tar in tars for path in (tar, tar.with_suffix(".idx"))))
+
+
+@lru_cache(maxsize=2)  # opening a split reads both
+def listed(tars: tuple[Path, ...], _stamps: tuple[str, ...]) -> TarSamples:
     arrays = kept(f"tars {[str(tar) for tar in tars]}", tars[0].parent, lambda: walk(tars))
     names = Names(arrays["names"], arrays["ends"])
-    pictures = Members([str(tar) for tar in tars], names, arrays["tar"], arrays["offsets"], arrays["sizes"])
+    stamps = map(tuple, arrays["stamps"].tolist())
+    stamped = list(zip(map(str, tars), stamps, strict=True))
+    pictures = Members(stamped, names, arrays["tar"], arrays["offsets"], arrays["sizes"])
     return TarSamples(pictures, np.array(arrays["labels"]) if len(arrays["labels"]) else None)
 
 
 def walk(tars: Sequence[Path]) -> tuple[Arrays, list[Path], int]:
-    """Names, places and classes (none, if they have none) of the pictures in some tars; the tars and their indices."""
+    """Names, places and classes (none, if they have none) of the pictures in some tars, and the tars' stamps; the tars
+    and their indices."""
     names: list[str] = []
     places: list[tuple[int, int, int]] = []
     labels: list[int] = []
+    stamps: list[tuple[int, int]] = []
     for number, tar in enumerate(tars):
-        classes: dict[str, TarMember] = {}
-        found: list[tuple[str, TarMember]] = []
-        for member in members(tar):
-            key, _, extension = os.path.basename(member.name).partition(".")
-            key = f"{os.path.dirname(member.name)}/{key}"
-            if extension == "cls":
-                classes[key] = member
-            elif is_image(os.path.basename(member.name)) and not (found and found[-1][0] == key):
-                found.append((key, member))  # a sample's second picture, a mask or a depth, is not read
-        names += [member.name for _, member in found]
-        places += [(number, member.offset, member.size) for _, member in found]
-        labels += [read_class(classes[key]) for key, _ in found if key in classes]
+        alone: TarMember | None = None  # a class without a picture
+        before = len(names) - len(labels)
+        every = members(tar)
+        for _, sample in groupby((member for member in every if not is_hidden(member)), sample_key):
+            parts = [member for member in sample if part_of_sample(member.name)]
+            pictures = [member for member in parts if is_image(os.path.basename(member.name))]
+            classes = [member for member in parts if member not in pictures]
+            if pictures:  # a sample's second picture, a mask or a depth, is not read
+                names.append(pictures[0].name)
+                places.append((number, pictures[0].offset, pictures[0].size))
+                labels += [read_class(member) for member in classes[:1]]
+            elif classes:
+                alone = classes[0]
+        if alone and len(names) - len(labels) > before:
+            raise UserError(
+                f"{alone} does not follow its picture: expected the members of a sample one after another, as "
+                "`tar --sort=name` writes them."
+            )
+        stamps.append(every[0].stamp if every else (0, 0))
     if not names:
         raise UserError(f"{tars[0]} has no images: expected a WebDataset tar with .jpg and .cls members.")
     if labels and len(labels) != len(names):
         raise UserError(f"{len(labels)} of the {len(names)} samples of {tars[0].parent} have a .cls: give all one.")
-    listed, (tar, offsets, sizes) = Names.of(names), np.array(places, dtype=np.int64).T
-    arrays = {"names": listed.data, "ends": listed.ends, "tar": tar, "offsets": offsets, "sizes": sizes}
+    texts, (tar, offsets, sizes) = Names.of(names), np.array(places, dtype=np.int64).T
+    arrays = {"names": texts.data, "ends": texts.ends, "tar": tar, "offsets": offsets, "sizes": sizes}
+    arrays |= {"labels": np.array(labels, dtype=np.int64), "stamps": np.array(stamps, dtype=np.int64)}
     indices = [index for tar in tars if (index := tar.with_suffix(".idx")).exists()]
-    return arrays | {"labels": np.array(labels, dtype=np.int64)}, [*tars, *indices], len(names)
+    return arrays, [*tars, *indices], len(names)
+
+
+def is_hidden(member: TarMember) -> bool:
+    return os.path.basename(member.name).startswith(".")
+
+
+def sample_key(member: TarMember) -> str:
+    """Folder and name up to the first dot."""
+    folder, base = os.path.split(member.name)
+    return f"{folder}/{base.partition('.')[0]}"
 
 
 def read_class(member: TarMember) -> int:
     try:
-        label = int(member.read())
+        label = int(member.read()) if member.size < 64 else -1
     except (ValueError, OSError):
         label = -1
-    if label < 0:
-        raise UserError(f"{member} holds no class: expected a number from 0.")
+    if not 0 <= label < MAX_CLASSES:
+        raise UserError(f"{member} holds no class: expected a number from 0 to {MAX_CLASSES - 1}.")
     return label
 
 

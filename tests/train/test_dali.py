@@ -46,6 +46,10 @@ def folder(tmp_path_factory):
         (root / "ab"[i % 2]).mkdir(exist_ok=True)
         path = root / "ab"[i % 2] / f"{i:02d}.JPEG"
         picture(i).convert(mode).save(path, "PNG" if i == 13 else "JPEG", quality=92, **({} if i == 13 else options))
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="8"/>'
+    turned = root / "b" / "09.JPEG"
+    jpeg = turned.read_bytes()
+    turned.write_bytes(jpeg[:2] + b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp + jpeg[2:])
     return root
 
 

@@ -252,20 +252,41 @@ def test_a_crop_of_a_jpeg_decoded_smaller_is_the_same_crop(tmp_path):
         decode(file, lambda h, w: 8)
 
 
-def test_a_disk_that_stalls_is_told_and_waited_for(monkeypatch, caplog):
+def segment(marker: int, payload: bytes) -> bytes:
+    return bytes((0xFF, marker)) + (len(payload) + 2).to_bytes(2, "big") + payload
+
+
+def test_a_fraction_of_a_jpeg_lies_as_the_whole_does(tmp_path):
+    """Wherever Exif lies, and where XMP alone says it."""
+    ramp = np.add.outer(np.arange(48), 3 * np.arange(64))[..., None].repeat(3, -1).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "plain.jpg", quality=95)
+    plain, exif = (tmp_path / "plain.jpg").read_bytes(), Image.Exif()
+    exif[0x0112] = 6
+    far = segment(0xE2, bytes(60_000)) * 2 + segment(0xE1, exif.tobytes())
+    xmp = segment(0xE1, b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>')
+    both = segment(0xE1, exif.tobytes().replace(b"\x01\x12", b"\x01\x0f")) + xmp  # an Exif that does not say
+    for inserted, turned in ((b"", False), (far, True), (xmp, True), (both, True), (b"\xff\xff", False)):
+        file = tmp_path / "file.jpg"
+        file.write_bytes(plain[:2] + inserted + plain[2:])
+        whole, part = decode(file), decode(file, lambda h, w: 2)
+        assert whole.size == part.size == ((64, 48) if turned else (48, 64)), inserted[:20]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_stalls_is_told_and_waited_for(monkeypatch, caplog, workers):
     class Slow(ImageDataset):
         def picture(self, index, shrink=None):
             time.sleep(1.2 if index == stalls else 0)
             return super().picture(index, shrink)
 
-    dataset, config = tiny(8), replace(CONFIG, num_workers=1)
+    dataset, config = tiny(8), replace(CONFIG, num_workers=workers)
     expected, stalls = take(dataset, config, 3, batch_size=4, seed=0), 5
     dataset = Slow("slow", "train", dataset.pictures, dataset.labels, dataset.class_names)
-    monkeypatch.setattr("umd.train.data.STALL_SECONDS", 0.5)
+    monkeypatch.setattr("umd.train.waiting.STALL_SECONDS", 0.5)
     found = take(dataset, config, 3, batch_size=4, seed=0)
     assert all(same(a, b) for a, b in zip(found, expected, strict=True))
     assert "the disk of slow has stalled, the run waits" in caplog.text
-    monkeypatch.setattr("umd.train.data.STALLS", 1)
+    monkeypatch.setattr("umd.train.waiting.STALLS", 1)
     with pytest.raises(UserError, match="the disk of slow has stalled; check it"):
         take(dataset, config, 3, batch_size=4, seed=0)
 

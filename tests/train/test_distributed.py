@@ -630,6 +630,30 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(folder):
     assert out[1] == "" and errors == ["", ""]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="FIFOs")
+def test_ranks_asked_to_stop_while_the_disk_stalls_end_all_and_one_tells(folder, tmp_path):
+    """The one that is told to waits for a batch, or in a step for the other."""
+    (tmp_path / "source").mkdir()
+    for number in range(64):
+        picture = np.random.default_rng(number).integers(0, 256, (10, 10, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / "source" / f"{number}.png")
+    data = DataConfig(source=str(tmp_path / "source"), num_workers=1)
+    config = tiny(folder, "stalled", "ddp", data=data, model=TINY, optim=OptimConfig(), steps=100_000)
+    ranks = start_ranks(["-m", "umd.cli", "pretrain", as_file(config)], 2)
+    wait_for(lambda: len(read_metrics(config.out / "metrics.jsonl")) >= 3, ranks[0])
+    for file in (tmp_path / "source").iterdir():
+        os.mkfifo(file.with_suffix(".fifo"))
+        file.with_suffix(".fifo").rename(file)
+    time.sleep(5)
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
+    codes, _, errors = ends(ranks, timeout=60)
+    assert max(codes) == 143 and min(codes) > 0
+    assert errors[0] + errors[1] != "" and (errors[0] + errors[1]).count("umd:") == 1
+    assert "was asked to stop by SIGTERM, and no batch for" in errors[0] + errors[1]
+
+
 def test_a_loss_that_is_not_finite_is_told_once_with_the_whole_batch(folder):
     config = tiny(folder, "diverged", optim=OptimConfig(lr=1e30, warmup=0.0), steps=50)
     codes, _, errors = ends(start_ranks(["-m", "umd.cli", "pretrain", as_file(config)], 2))

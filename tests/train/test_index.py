@@ -1,7 +1,12 @@
 """Lists of many files: as they were listed, made anew when something changed; arrays and tars read where they lie."""
 
+import io
 import os
+import socket
 import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +22,14 @@ from umd.train.sources import Rows
 
 ODD = ["a/1.jpg", "", "ein Wort/größer.png", b"\xff\xfe.jpg".decode("utf-8", "surrogateescape"), "z"]
 
+as_root = pytest.mark.skipif(getattr(os, "geteuid", int)() != 0 or os.name != "posix", reason="who may be another user")
+
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(index, "INDEXED_FROM", 1)
-    tars.samples.cache_clear()
+    tars.listed.cache_clear()
     return tmp_path / "cache" / "umd"
 
 
@@ -79,10 +86,78 @@ def test_a_list_is_kept_until_what_it_was_made_of_changes(tmp_path, cache):
         file.write_bytes(file.read_bytes()[:-4])
     assert kept("x", source, make)["n"].item() == 5, "damaged"
     for file in cache.iterdir():
+        file.write_bytes(file.read_bytes()[:-8] + b"\x03" + bytes(7))
+    assert [kept("x", source, make)["n"].item() for _ in range(2)] == [6, 6], "a flipped bit"
+    source.rename(tmp_path / "other")
+    source.mkdir()
+    times = os.stat(tmp_path / "other")
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert [kept("x", source, make)["n"].item() for _ in range(2)] == [7, 7], "another folder of the same time"
+    for file in cache.iterdir():
         file.unlink()
     cache.rmdir()
     cache.touch()
-    assert [kept("x", source, make)["n"].item() for _ in range(2)] == [6, 7], "nowhere to keep it"
+    assert [kept("x", source, make)["n"].item() for _ in range(2)] == [8, 9], "nowhere to keep it"
+
+
+@as_root
+def test_a_user_without_a_home_lists_anew(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    before = os.getuid()
+    os.setresuid(2**31 - 7, -1, before)
+    try:
+        found = kept("x", tmp_path, lambda: ({"n": np.array([1])}, [], 10))
+    finally:
+        os.setresuid(before, before, before)
+    assert found["n"].item() == 1
+
+
+def test_what_cannot_be_listed_is_told_and_never_kept(tmp_path, cache):
+    """Neither read as empty, nor as if it were not there."""
+    for name in ("a/1.png", "b/1.png"):
+        picture(tmp_path / "source" / name)
+    age(tmp_path / "source", tmp_path / "source" / "a", tmp_path / "source" / "b")
+    loop = tmp_path / "source" / "b" / "deep"
+    loop.symlink_to(loop)
+    config = DataConfig(source=str(tmp_path / "source"), holdout=0)
+    with pytest.raises(UserError, match="cannot list folder .*source/b/deep .*check that it can be read"):
+        open_dataset(config, "train")
+    assert not cache.exists()
+    loop.unlink()
+    assert len(open_dataset(config, "train")) == 2
+
+
+@as_root
+def test_a_folder_that_may_not_be_read_is_told():
+    with tempfile.TemporaryDirectory() as root:
+        os.chmod(root, 0o755)
+        for name in ("a/1.png", "b/deep/1.png"):
+            picture(Path(root) / name)
+        for closed in ("b/deep", "b"):
+            os.chmod(Path(root) / closed, 0o700)
+            os.seteuid(65534)
+            try:
+                with pytest.raises(UserError, match=f"cannot list folder {root}/{closed} .Permission denied"):
+                    open_dataset(DataConfig(source=root, holdout=0), "train")
+            finally:
+                os.seteuid(0)
+
+
+@pytest.mark.parametrize("place", ["", "a/"])
+def test_only_files_are_pictures(tmp_path, place):
+    """Who opened the others would wait for ever."""
+    picture(tmp_path / place / "1.jpg")
+    os.mkfifo(tmp_path / place / "2.jpg")
+    (tmp_path / place / "3.jpg").symlink_to(tmp_path / place / "2.jpg")
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(str(tmp_path / place / "4.jpg"))
+    (tmp_path / place / "5.jpg").symlink_to(tmp_path / place / "1.jpg")
+    config = DataConfig(source=str(tmp_path), holdout=0)
+    assert [os.path.basename(path) for path in open_dataset(config, "train").pictures] == ["1.jpg", "5.jpg"]
+    (tmp_path / place / "6.jpg").symlink_to("nowhere")
+    with pytest.raises(UserError, match="cannot read image .*6.jpg .*No such file"):
+        open_dataset(config, "train")
 
 
 def test_a_folder_listed_before_is_what_it_is_now(tmp_path):
@@ -137,7 +212,7 @@ def test_a_tar_is_listed_once_and_one_that_shrank_is_told(tmp_path):
     age(tar)
     config = DataConfig(source=str(tar), holdout=0)
     first = open_dataset(config, "train")
-    tars.samples.cache_clear()
+    tars.listed.cache_clear()
     walked, tars.members = tars.members, None  # whoever lists it again fails
     try:
         again = open_dataset(config, "train")
@@ -168,3 +243,25 @@ def test_arrays_are_read_where_they_lie(tmp_path, write):
     for i, label in enumerate(labelled.labels):
         rows = np.flatnonzero((images == labelled.picture(i).pixels).all((1, 2, 3)))
         assert rows.tolist() != [] and rows[0] % 4 == label
+
+
+def test_an_array_that_is_mapped_is_the_one_that_was_stored(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 6, 7, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", images=images)
+    data = bytearray((tmp_path / "x.npz").read_bytes())
+    data[2000] ^= 8
+    (tmp_path / "x.npz").write_bytes(data)
+    with pytest.raises(UserError, match="cannot read .*x.npz .Bad CRC-32 for file 'images.npy'"):
+        open_dataset(DataConfig(source=str(tmp_path / "x.npz")), "train")
+
+    stored = io.BytesIO()
+    np.lib.format.write_array(stored, images, version=(3, 0))
+    with zipfile.ZipFile(tmp_path / "v3.npz", "w") as file:
+        file.writestr("images.npy", stored.getvalue())
+    assert np.array_equal(
+        open_dataset(DataConfig(source=str(tmp_path / "v3.npz"), holdout=0), "train").pictures, images
+    )
+
+    np.savez(tmp_path / "objects.npz", images=np.array([images[0], images[1][:4]], dtype=object))
+    with pytest.raises(UserError, match="Object arrays cannot be loaded .* expected .npy or .npz without pickled"):
+        open_dataset(DataConfig(source=str(tmp_path / "objects.npz")), "train")
