@@ -3,12 +3,10 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from umd.train.folders import files_below, listing
 from umd.train.quarantine import default_path
 from umd.train.sources import flatten
 from umd.train.tars import is_tars, samples, split_tars
+from umd.train.waiting import in_order
 
 CHUNK = 32  # files a process takes at a time
 OUTSIDE, EMPTY = "outside a class folder", "empty class"
@@ -144,7 +143,7 @@ def check_data(source: Path, options: CheckData, console: Console) -> Path:
     jobs = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         done = track(
-            in_order(pool, partial(examine_files, min_side=options.min_side), jobs, 4 * options.workers),
+            in_order(pool, partial(examine_files, min_side=options.min_side), jobs, source, 4 * options.workers),
             description=f"reading {len(files)} images", total=len(jobs), console=console, transient=True,
         )  # fmt: skip
         for found in done:
@@ -170,15 +169,6 @@ def check_data(source: Path, options: CheckData, console: Console) -> Path:
     write_whole(out, json.dumps(report, indent=1).encode())
     print_findings(report, out, console)
     return out
-
-
-def in_order(pool: ProcessPoolExecutor, work: Any, jobs: list, ahead: int) -> Iterator[list[Finding]]:
-    """Results in the order of the jobs, only so many of them handed out: a million files are not copied at once."""
-    waiting = [pool.submit(work, job) for job in islice(jobs, ahead)]
-    for number in range(len(jobs)):
-        yield waiting.pop(0).result()
-        if number + ahead < len(jobs):
-            waiting.append(pool.submit(work, jobs[number + ahead]))
 
 
 def print_findings(report: dict, out: Path, console: Console) -> None:

@@ -6,9 +6,7 @@ A shard is encoded by one process and depends on nothing but its number and the 
 
 import hashlib
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -45,6 +43,7 @@ from umd.train.recipes import AREA_MIN, encode_command
 from umd.train.shards import Advance, Job, others_work, own_device, share
 from umd.train.sources import ImageDataset, Rows
 from umd.train.store import check_folder, damaged
+from umd.train.waiting import in_order
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 BATCH = 32  # pictures held at a time, each in all its views
@@ -169,7 +168,7 @@ class Encoder:
         parts: list[Tensor] = []
         indices: list[int] = []
         left_out: list[str] = []
-        loaded = in_order(self.pool, self.load, pictures, ahead=2 * BATCH)
+        loaded = in_order(self.pool, self.load, pictures, self.dataset.name, ahead=2 * BATCH)
         while batch := list(islice(loaded, BATCH)):
             good = [(index, views) for index, views in batch if views is not None]
             left_out += [self.names[index] for index, views in batch if views is None]
@@ -213,21 +212,6 @@ class Encoder:
                 "store them with --dtype bf16 or fp32"
             )
         return stored
-
-
-def in_order(pool: ThreadPoolExecutor, call: Callable, items: Iterable, ahead: int) -> Iterator:
-    """`call` of each item, in order; the next `ahead` are worked on meanwhile."""
-    waiting: deque[Future] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(call, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def pictures(config: DataConfig, split: Literal["train", "test"]) -> ImageDataset:

@@ -15,7 +15,7 @@ from umd.files import again_if_stale
 from umd.train.index import Arrays, Names, kept
 from umd.train.quarantine import Quarantine
 from umd.train.sources import IMAGE_SUFFIXES, ImageDataset, choose_split, in_test_split, is_image, unreadable
-from umd.train.waiting import in_time
+from umd.train.waiting import in_order
 
 log = logging.getLogger("umd")
 
@@ -125,7 +125,7 @@ def walk(root: Path) -> tuple[Arrays, list[Path], int]:
     folders that were listed."""
     class_names, loose = listing(root)
     with ThreadPoolExecutor(LISTERS) as pool:
-        inside = list(in_time(pool, lambda name: files_below(root, name), class_names, root))
+        inside = list(in_order(pool, lambda name: files_below(root, name), class_names, root))
     files, classes = Names.of([*(file for listed, _ in inside for file in listed), *loose]), Names.of(class_names)
     arrays = {
         "files": files.data,
@@ -184,7 +184,7 @@ def check_headers(paths: Names, skip_broken: bool) -> np.ndarray:
     if len(paths) > HEADER_CHECK_LIMIT:
         return np.arange(len(paths))
     with ThreadPoolExecutor(LISTERS) as pool:
-        errors = list(in_time(pool, header_error, paths, paths.prefix))
+        errors = list(in_order(pool, header_error, paths, paths.prefix))
     bad = [error for error in errors if error]
     if bad and not skip_broken:
         raise UserError(bad[0])

@@ -1,6 +1,5 @@
 """A training run: set up, steps, end. The step itself is `umd/train/step.py`."""
 
-import json
 import math
 import signal
 import time
@@ -30,6 +29,7 @@ from umd.train.classify import open_held_out
 from umd.train.curves import reference_of
 from umd.train.data import ImageDataset, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import GO_ON, World, end_all, join
+from umd.train.diverged import check_finite
 from umd.train.heads import keep_heads
 from umd.train.latents import LatentDataset, with_vae
 from umd.train.log import NoLog, RunLog
@@ -50,10 +50,6 @@ from umd.train.zero import Zero
 BuildObjective = Callable[..., AnyObjective]  # `build_objective`, or one like it
 DRAWS = 2  # of the corruptions: 2 numbers them by (seed, step, sample), 1 had a generator a micro-batch
 PATIENCE = 15.0  # seconds that one of several ranks, asked to stop, still waits for its batch: the others need it
-
-
-class Diverged(UserError):
-    """The loss became NaN or infinite."""
 
 
 def train(
@@ -422,32 +418,6 @@ def give_up(run: Run, stop: StopRequest, error: Stopped) -> None:
         f"rank {run.world.rank} was asked to stop by {reason.name}, and {error}; every rank stops where the last "
         f"checkpoint is. {GO_ON}", 128 + reason,
     )  # fmt: skip
-
-
-def check_finite(run: Run, step: Sent, values: list[float]) -> None:
-    """Stop the run if the loss of a finished step, or its gradient, is not a number; its weights are never saved."""
-    *numbers, norm, _, _ = values
-    if all(map(math.isfinite, values)):
-        return
-    indices = run.world.gather(step.indices)
-    dump = run.config.out / "nan-dump.json"
-    names = zip(run.objective.part_names(), numbers[1:], strict=True)
-    record = {
-        "step": step.number,
-        "grad_norm": str(norm),
-        "loss": str(numbers[0]),
-        **{name: str(value) for name, value in names if name},
-        "batch_indices": indices.tolist(),
-        "draws": {"seed": run.step.seed, "step": step.number - 1, "parts": run.micro_batches},
-        "last_good_checkpoint": run.saved_path and str(run.saved_path),
-    }
-    if run.world.main:
-        dump.write_text(json.dumps(record, indent=1))
-    raise Diverged(
-        f"the loss or its gradient is not finite at step {step.number} (loss {numbers[0]}, gradient norm {norm}; "
-        f"images {indices[:8].tolist()}...); {dump} has the batch, last good checkpoint: {run.saved_path or 'none'}; "
-        "go on with --precision fp32, or start another run from its weights (--init) with a lower lr"
-    )
 
 
 @contextmanager

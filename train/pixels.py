@@ -44,6 +44,7 @@ from umd.train.store import (
     unreadable,
     write_header,
 )
+from umd.train.waiting import in_order
 
 if TYPE_CHECKING:
     from umd.train.data import DataConfig
@@ -260,7 +261,6 @@ def shard_of(
     dataset: ImageDataset, ids: np.ndarray, config: "DataConfig", recipe: dict[str, Any], advance: Advance
 ) -> bytes:
     """A shard: a function of the pictures and the recipe alone, so that whoever makes it writes the same bytes."""
-    from umd.train.encode import in_order
 
     def load(index: int) -> tuple[int, np.ndarray, tuple[int, int]] | None:
         try:
@@ -274,7 +274,7 @@ def shard_of(
 
     found: list[tuple[int, np.ndarray, tuple[int, int]]] = []
     with ThreadPoolExecutor(max(1, config.workers)) as pool:
-        loaded = in_order(pool, load, ids.tolist(), ahead=64)
+        loaded = in_order(pool, load, ids.tolist(), dataset.name, ahead=64)
         for done, one in enumerate(loaded, 1):
             found += [one] if one is not None else []
             if done % 64 == 0:

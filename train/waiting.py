@@ -6,8 +6,9 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -151,12 +152,27 @@ def without_handler(start: Callable[[], Any]) -> Any:
         signal.signal(signal.SIGCHLD, before)
 
 
-def in_time(pool: ThreadPoolExecutor, work: Callable[[T], U], items: Iterable[T], source: object) -> Iterator[U]:
-    """`pool.map(work, items)`, that tells of a disk that stalls."""
-    for future in [pool.submit(work, item) for item in items]:
-        while not wait([future], STALL_SECONDS).done:
-            log.warning("no answer for %d s: the disk of %s has stalled, the start waits", STALL_SECONDS, source)
-        yield future.result()
+def in_order(
+    pool: Executor, work: Callable[[T], U], items: Iterable[T], source: object, ahead: int | None = None
+) -> Iterator[U]:
+    """`pool.map(work, items)`, that tells of a disk that stalls. ahead: so many are worked on meanwhile; None: all."""
+    waiting: deque[Future[U]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if ahead is not None and len(waiting) > ahead:
+                yield awaited(waiting.popleft(), source)
+        while waiting:
+            yield awaited(waiting.popleft(), source)
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def awaited(future: "Future[U]", source: object) -> U:
+    while not wait([future], STALL_SECONDS).done:
+        log.warning("no answer for %d s: the disk of %s has stalled, this waits", STALL_SECONDS, source)
+    return future.result()
 
 
 class ReadByThread:

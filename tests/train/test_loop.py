@@ -28,8 +28,9 @@ from umd.ops import attention_backend
 from umd.schedule import NoiseSchedule
 from umd.train.data import DataConfig, open_dataset, train_loader
 from umd.train.distributed import ParallelConfig
+from umd.train.diverged import Diverged
 from umd.train.log import read_metrics
-from umd.train.loop import Diverged, derive_seed, train
+from umd.train.loop import derive_seed, train
 from umd.train.optim import OptimConfig, lr_scale
 from umd.train.resume import check_same_run
 from umd.train.run import RunConfig, load_model, to_plain

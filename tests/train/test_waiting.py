@@ -22,7 +22,7 @@ from umd.train.data import DataConfig, has_dali
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.run import RunConfig
-from umd.train.waiting import in_time
+from umd.train.waiting import in_order
 
 TINY = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)
 QUIET = Console(quiet=True)
@@ -119,6 +119,6 @@ def test_a_disk_that_stalls_at_the_start_is_told(monkeypatch, caplog):
     monkeypatch.setattr("umd.train.waiting.STALL_SECONDS", 0.05)
     let_go = threading.Event()
     with ThreadPoolExecutor(2) as pool:
-        answers = in_time(pool, lambda i: (let_go.wait(0.3 * i), i)[1], range(3), "pictures")
+        answers = in_order(pool, lambda i: (let_go.wait(0.3 * i), i)[1], range(3), "pictures")
         assert list(answers) == [0, 1, 2]
-    assert "the disk of pictures has stalled, the start waits" in caplog.text
+    assert "the disk of pictures has stalled, this waits" in caplog.text

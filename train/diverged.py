@@ -1,0 +1,40 @@
+"""A loss that is not a number ends a run, before its weights are saved."""
+
+import json
+import math
+from typing import TYPE_CHECKING
+
+from umd.errors import UserError
+
+if TYPE_CHECKING:
+    from umd.train.loop import Run, Sent
+
+
+class Diverged(UserError):
+    """The loss became NaN or infinite."""
+
+
+def check_finite(run: "Run", step: "Sent", values: list[float]) -> None:
+    """Stop the run if the loss of a finished step, or its gradient, is not a number; its weights are never saved."""
+    *numbers, norm, _, _ = values
+    if all(map(math.isfinite, values)):
+        return
+    indices = run.world.gather(step.indices)
+    dump = run.config.out / "nan-dump.json"
+    names = zip(run.objective.part_names(), numbers[1:], strict=True)
+    record = {
+        "step": step.number,
+        "grad_norm": str(norm),
+        "loss": str(numbers[0]),
+        **{name: str(value) for name, value in names if name},
+        "batch_indices": indices.tolist(),
+        "draws": {"seed": run.step.seed, "step": step.number - 1, "parts": run.micro_batches},
+        "last_good_checkpoint": run.saved_path and str(run.saved_path),
+    }
+    if run.world.main:
+        dump.write_text(json.dumps(record, indent=1))
+    raise Diverged(
+        f"the loss or its gradient is not finite at step {step.number} (loss {numbers[0]}, gradient norm {norm}; "
+        f"images {indices[:8].tolist()}...); {dump} has the batch, last good checkpoint: {run.saved_path or 'none'}; "
+        "go on with --precision fp32, or start another run from its weights (--init) with a lower lr"
+    )
