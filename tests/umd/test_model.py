@@ -286,7 +286,13 @@ def test_impossible_networks_are_refused():
         (dict(image_size=(30, 32), patch_size=4), "30x32 is not divisible by patch size 4; use 28x32"),
         (dict(hidden_size=20, num_heads=3), "width 20"),
         (dict(hidden_size=15, num_heads=3), "width 15 must be even"),
-        (dict(num_cls=0), "num_cls must be at least 1"),
+        (dict(num_cls=-1), "num_cls must be at least 0"),
+        (dict(decoder_depth=0, decoder_hidden_size=16), "decoder_depth 0 is no decoder"),
+        (dict(decoder="cross", num_cls=0), "the cross decoder"),
+        (dict(embedding="none"), "adaLN off"),
+        (dict(decoder_hidden_size=16, adaLN_projection="single"), "adaLN single"),
+        (dict(positions="sincos", hidden_size=18, num_heads=3), "divisible by 4"),
+        (dict(decoder_hidden_size=20, decoder_num_heads=3), "width 20"),
         (dict(num_classes=-1), "num_classes"),
     ):
         with pytest.raises(UserError, match=words):
