@@ -147,6 +147,8 @@ class ModelConfig(ViTConfig):
             raise UserError("the cross decoder is as wide as the encoder, and needs CLS tokens and a time embedding")
         if self.embedding == "none" and (self.adaLN or self.num_classes):
             raise UserError("embedding none tells neither time nor class: use adaLN off and no classes")
+        if self.cond_tokens and self.decoder_width != self.hidden_size:
+            raise UserError("without adaLN the condition is a token of every block: the decoder must be as wide")
         if self.adaLN_projection == "single" and self.decoder_hidden_size:
             raise UserError("one projection for all blocks (adaLN single) needs a decoder as wide as the encoder")
         if self.positions == "sincos" and (self.hidden_size % 4 or self.decoder_width % 4):

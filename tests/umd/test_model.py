@@ -290,6 +290,7 @@ def test_impossible_networks_are_refused():
         (dict(decoder_depth=0, decoder_hidden_size=16), "decoder_depth 0 is no decoder"),
         (dict(decoder="cross", num_cls=0), "the cross decoder"),
         (dict(embedding="none"), "adaLN off"),
+        (dict(decoder_hidden_size=8, adaLN=False), "the decoder must be as wide"),
         (dict(decoder_hidden_size=16, adaLN_projection="single"), "adaLN single"),
         (dict(positions="sincos", hidden_size=18, num_heads=3), "divisible by 4"),
         (dict(decoder_hidden_size=20, decoder_num_heads=3), "width 20"),
