@@ -22,8 +22,11 @@ from umd import cli
 from umd.checkpoint import list_checkpoints
 from umd.cli import COMMANDS, main
 from umd.train.demo import Demo
+from umd.train.embed import Embed
 from umd.train.encode import EncodeLatents, Inspect
+from umd.train.export import Export
 from umd.train.finetune import Finetune, default_finetune
+from umd.train.imports import Import
 from umd.train.inpaint import Inpaint
 from umd.train.log import read_metrics
 from umd.train.pixels import EncodePixels
@@ -159,7 +162,7 @@ def readme_commands() -> list[str]:
 def test_a_command_of_the_readme_parses(command):
     _, name, *rest = command.split()
     assert name in COMMANDS
-    if "--help" in rest or name in ("doctor", "import", "report"):
+    if "--help" in rest or name in ("doctor", "report"):
         done(" ".join([name, *rest, *([] if "--help" in rest else ["--help"])]))
     elif name == "pretrain":
         default = PRESETS[rest[0]][1]
@@ -170,12 +173,16 @@ def test_a_command_of_the_readme_parses(command):
     elif name in ("sample", "inpaint", "probe", "evaluate"):
         options = {"sample": Sample, "inpaint": Inpaint, "probe": Probe, "evaluate": Evaluate}[name]
         cli.parse(options, name, rest[1:])
-    elif name == "transfer":
-        cli.parse(Transfer, name, rest[2:])
+    elif name in ("transfer", "embed"):
+        cli.parse({"transfer": Transfer, "embed": Embed}[name], name, rest[2:])
+    elif name == "export":
+        cli.parse(Export, name, rest)
     elif name == "encode-latents":
         assert cli.parse(EncodeLatents, name, rest).data.vae
     elif name == "encode-pixels":
         assert cli.parse(EncodePixels, name, rest).source == "imagenet"
+    elif name == "import":
+        cli.parse(Import, name, rest)
     elif name == "inspect":
         cli.parse(Inspect, name, rest[1:])
     elif name == "bench":
