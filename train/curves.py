@@ -22,7 +22,7 @@ def recipe_of(config: RunConfig) -> dict[str, Any]:
     plain = to_plain(config)
     whole = ("model", "objective", "schedule", "batch_size", "epochs", "minutes", "steps", "init")
     data = ("source", "area_min", "area_max", "hflip", "holdout", "frame_stride")
-    optim = ("lr", "betas", "weight_decay", "warmup", "clip", "layer_decay")
+    optim = ("lr", "betas", "weight_decay", "warmup", "decay", "clip", "layer_decay")
     return (
         {name: plain[name] for name in whole}
         | {f"data.{name}": plain["data"][name] for name in data}

@@ -1,17 +1,17 @@
 """`umd embed RUN SOURCE`: the representation of pictures, as .npz and Parquet."""
 
-import io
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from umd.errors import UserError
-from umd.files import write_whole
 from umd.train.data import open_dataset
 from umd.train.evaluate import open_run
 from umd.train.features import Dataset, Features, pictures_of
@@ -62,11 +62,12 @@ def embed(run: Path, source: Path, options: Embed, config: RunConfig, console: C
     if not share(jobs, console, "pictures read"):
         console.print(others_work(), highlight=False)
         return
-    x = torch.cat([part.read(names_of(config)[0]) for part in features]).numpy()  # [N, D]
     names = [name for part in found for name in names_in(part, len(found) > 1)]
     labels = None if any(part.labels is None for part in found) else np.concatenate([p.labels for p in found])
-    write_features(out, x, names, labels, found[0].class_names)
-    console.print(f"{len(x)} pictures, {x.shape[1]} numbers each: {out}.npz and {out}.parquet", highlight=False)
+    parts = lambda: (x.numpy() for part in features for _, x in part.parts(names_of(config)[0]))  # noqa: E731
+    write_npz(out.with_name(f"{out.name}.npz"), parts(), names, labels, found[0].class_names)
+    D = write_parquet(out.with_name(f"{out.name}.parquet"), parts(), names, labels, found[0].class_names)
+    console.print(f"{len(names)} pictures, {D} numbers each: {out}.npz and {out}.parquet", highlight=False)
 
 
 def all_of(dataset: Dataset) -> np.ndarray:
@@ -81,22 +82,55 @@ def names_in(dataset: Dataset, splits: bool) -> list[str]:
     return [f"{dataset.split}/{name}" for name in names] if splits and numbered else list(names)
 
 
-def write_features(
-    out: Path, features: np.ndarray, names: Sequence[str], labels: np.ndarray | None, classes: Sequence[str]
+def write_npz(
+    path: Path, parts: Iterator[np.ndarray], names: Sequence[str], labels: np.ndarray | None, classes: Sequence[str]
 ) -> None:
-    """OUT.npz and OUT.parquet, each whole or not at all. features fp32 [N, D], labels int64 [N]."""
+    """features fp32 [N, D] a part [n, D] in memory at a time, names, labels int64 [N], classes; whole or not at all."""
+    first = next(parts)
+    others = {"names": np.array(names)}
+    if labels is not None:
+        others |= {"labels": labels.astype(np.int64), "classes": np.array(classes)}
+    with unfinished(path) as made, zipfile.ZipFile(made, "w") as archive:
+        with archive.open("features.npy", "w", force_zip64=True) as member:
+            shape = (len(names), first.shape[1])
+            np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": shape})  # type: ignore[arg-type]
+            for part in chain([first], parts):
+                member.write(np.ascontiguousarray(part, "<f4").data)
+        for name, array in others.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def write_parquet(
+    path: Path, parts: Iterator[np.ndarray], names: Sequence[str], labels: np.ndarray | None, classes: Sequence[str]
+) -> int:
+    """A row a picture: name, features, and with labels label and class; whole or not at all. Returns D."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    arrays: dict[str, np.ndarray] = {"features": features, "names": np.array(names)}
-    values = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
-    columns = {"name": pa.array(names), "features": values}
-    if labels is not None:
-        arrays |= {"labels": labels.astype(np.int64), "classes": np.array(classes)}
-        columns |= {"label": pa.array(labels), "class": pa.array([classes[label] for label in labels])}
-    raw = io.BytesIO()
-    np.savez(raw, **arrays)  # type: ignore[arg-type]
-    write_whole(out.with_name(f"{out.name}.npz"), raw.getvalue())
-    raw = io.BytesIO()
-    pq.write_table(pa.table(columns), raw, row_group_size=8192)
-    write_whole(out.with_name(f"{out.name}.parquet"), raw.getvalue())
+    writer, done, D = None, 0, 0
+    with unfinished(path) as made:
+        for part in parts:
+            here, D = slice(done, done + len(part)), part.shape[1]
+            done += len(part)
+            values = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), D)
+            columns = {"name": pa.array(names[here]), "features": values}
+            if labels is not None:
+                columns |= {"label": pa.array(labels[here]), "class": pa.array([classes[k] for k in labels[here]])}
+            table = pa.table(columns)
+            writer = writer or pq.ParquetWriter(made, table.schema)
+            writer.write_table(table)
+        assert writer is not None, "features are of some pictures"
+        writer.close()
+    return D
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """Where a file is written until it is whole."""
+    made = path.with_name(f".{path.name}.tmp")
+    try:
+        yield made
+        made.replace(path)
+    finally:
+        made.unlink(missing_ok=True)
