@@ -93,7 +93,7 @@ def write_npz(
     with unfinished(path) as made, zipfile.ZipFile(made, "w") as archive:
         with archive.open("features.npy", "w", force_zip64=True) as member:
             shape = (len(names), first.shape[1])
-            np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": shape})  # type: ignore[arg-type]
+            np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": shape})
             for part in chain([first], parts):
                 member.write(np.ascontiguousarray(part, "<f4").data)
         for name, array in others.items():
