@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import runs_triton, stands_for_gpu
+from .backend import runs_triton, stands_for_gpu, untraced
 from .checks import check_devices, check_tensor
 from .cpu.attention import BatchedAttentionFunction
 from .linear import bias_gradient
@@ -245,12 +245,12 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int,
 
 
 # Facts about the machine: torch.compile asks once and keeps the answer; what takes a driver's time has a cache as well.
-@torch.compiler.assume_constant_result
+@untraced
 def _flash_attn_missing(device: torch.device) -> str:
     return _flash_attn_refusal() or _device_refusal("flash_attn::_flash_attn_varlen_forward", device)
 
 
-@torch.compiler.assume_constant_result
+@untraced
 def _varlen_attn_missing(device: torch.device) -> str:
     return _varlen_attn_refusal() or _device_refusal("torch_attn::_varlen_attn", device)
 

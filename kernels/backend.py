@@ -98,7 +98,16 @@ def stands_for_gpu() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
-@torch.compiler.assume_constant_result
+def untraced(function):
+    """Make torch.compile call a function of constants, and take what it returns for a constant.
+
+    As `torch.compiler.assume_constant_result`, which imports Dynamo for it: seconds of a start.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@untraced
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors a GPU has; for what stands for one, those of an H100."""
     return _multiprocessors(device)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import stands_for_gpu
+from .backend import stands_for_gpu, untraced
 from .linear import Cast, bias_sum, product, with_casts
 from .triton.op import opaque_op
 
@@ -69,7 +69,7 @@ def epilogues_refusal(device: torch.device, dtype: torch.dtype, *widths: int) ->
 
 
 # A fact about the machine: torch.compile asks once and keeps the answer.
-@torch.compiler.assume_constant_result
+@untraced
 def _missing(device: torch.device) -> str:
     return _package_refusal() or ("" if device.type == "cuda" else f"needs a CUDA GPU, not {device.type}")
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import multiprocessors, sees_dispatch
+from .backend import multiprocessors, sees_dispatch, untraced
 
 # Of a norm's backward, which has the most to do: programs that run on a multiprocessor at the same time, and those that
 # keep its share of the memory's speed busy.
@@ -105,7 +105,7 @@ def equal_lengths(samples: int, length: int, device: torch.device) -> Packing:
     return Packing(*_equal_lengths(hash(samples), hash(length), device))
 
 
-@torch.compiler.assume_constant_result  # of tensors in a plain tuple
+@untraced  # of tensors in a plain tuple
 def _equal_lengths(samples: int, length: int, device: torch.device) -> tuple:
     return tuple(_pack_once(samples, length, device))
 

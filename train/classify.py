@@ -13,7 +13,6 @@ from umd.checkpoint import load_checkpoint, load_model_state
 from umd.classifier import Classifier, classifier_config, encoder_weights
 from umd.device import autocast
 from umd.errors import UserError
-from umd.figures import confusion_sheet
 from umd.probe import confusion
 from umd.train.data import DataConfig, ImageDataset, center_view, open_dataset
 from umd.train.distributed import World
@@ -107,6 +106,8 @@ def show_scores(
     scores = score(model, held_out, config.data, dtype, world=world)
     if not world.main:
         return
+    from umd.figures import confusion_sheet  # here: matplotlib takes a second of every start
+
     log.scores({"step": step, "top-1": scores.top1, "top-5": scores.top5, "held_out_loss": scores.loss})
     log.picture("confusion", confusion_sheet(scores.confusion.numpy(), held_out.class_names), step)
     record = {

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from umd.device import autocast
 from umd.errors import UserError
-from umd.figures import layer_curves
 from umd.files import write_whole
 from umd.model import UMD
 from umd.probe import fewshot_accuracy
@@ -97,6 +96,8 @@ def probe_layers(run: Path, options: Probe, config: RunConfig, console: Console)
     console.print(table)
     record: dict[str, Any] = {"settings": layers.probe.held_out.settings, "shots": options.shots}
     record |= {"accuracy": {str(time): row for time, row in found.items()}}
+    from umd.figures import layer_curves  # here: matplotlib takes a second of every start
+
     write_whole(run / "layers.json", json.dumps(record, indent=1).encode())
     layer_curves({str(run): found}, run / "layers.png", options.shots)
     console.print(f"written: {run / 'layers.json'} and {run / 'layers.png'}", highlight=False, soft_wrap=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import INTERPRET, sees_dispatch
+from ..backend import INTERPRET, sees_dispatch, untraced
 
 OPS: dict[str, "Op"] = {}  # by the name that modes see: umd::layer_norm_fwd
 
@@ -22,24 +22,45 @@ class Op:
     """
 
     def __init__(self, name: str, function, fake=None):
-        # Interpreted kernels, and what another library does, cannot be traced: to a compiler they are opaque.
-        register = torch.library.custom_op if INTERPRET or fake is not None else torch.library.triton_op
-        self.library = register(f"umd::{name}", mutates_args=())(function)
-        self.library.register_fake(_telling(function, lambda *launch: None) if fake is None else fake)
+        self.name, self.fake = f"umd::{name}", fake
         self.eager = self.launch = function
+        self.autograd: tuple[Any, dict[str, Any]] | None = None
+        self.registered: Any = None
         self.__doc__ = function.__doc__
-        if fake is None:
-            OPS[f"umd::{name}"] = self
+        OPS[self.name] = self
+
+    @property
+    def library(self):
+        """As torch.library has it, registered when first asked for."""
+        register(self.name)
+        return self.registered
 
     def register_autograd(self, backward, *, setup_context) -> None:
-        self.library.register_autograd(backward, setup_context=setup_context)
         methods = dict(forward=self.eager, setup_context=setup_context, backward=backward)
+        self.autograd = backward, dict(setup_context=setup_context)
         name = f"{self.eager.__name__}_function"
         function: Any = type(name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
         self.eager = function.apply
 
     def __call__(self, *args):
-        return (self.library if sees_dispatch() else self.eager)(*args)
+        if not sees_dispatch():
+            return self.eager(*args)
+        register(self.name)
+        return self.registered(*args)
+
+
+@untraced
+def register(name: str) -> bool:
+    """Register an `Op` with torch.library, once. Not at import: `triton_op` brings in Inductor, seconds of a start."""
+    op = OPS[name]
+    if op.registered is None:
+        # Interpreted kernels, and what another library does, cannot be traced: to a compiler they are opaque.
+        kind = torch.library.custom_op if INTERPRET or op.fake is not None else torch.library.triton_op
+        op.registered = kind(name, mutates_args=())(op.launch)
+        op.registered.register_fake(_telling(op.launch, lambda *launch: None) if op.fake is None else op.fake)
+        if op.autograd is not None:
+            op.registered.register_autograd(op.autograd[0], **op.autograd[1])
+    return True
 
 
 def triton_op(name: str):
@@ -60,7 +81,7 @@ def launches(func, tell: Tell) -> Callable | None:
     """The function of the `Op` that modes see as `func`, to be called with the same arguments: it launches nothing, and
     `tell` gets the name of each kernel, the tensors that it was to get, and its grid. None: func is no such op."""
     op = OPS.get(func._schema.name)
-    return None if op is None else _telling(op.launch, tell)
+    return None if op is None or op.fake is not None else _telling(op.launch, tell)
 
 
 def _telling(function: Callable, tell: Tell) -> Callable:
