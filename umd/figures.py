@@ -26,7 +26,7 @@ COLOURS = {
     "green": "#3c7a50",
     "bar": "#b3b9c0",
 }
-LINES = ("blue", "orange", "green")
+LINES = ("blue", "orange", "green", "ink")
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -83,7 +83,7 @@ def curves(rows: Sequence[dict], keys: dict[str, str], *, name: str, title: str,
 
     Args:
         rows: logged rows, each with `step`; values that are missing or not finite are left out.
-        keys: column → its name in the legend (at most three; no legend for a single one).
+        keys: column → its name in the legend (at most four; no legend for a single one).
         name: makes the ids inside this SVG unique on the page.
         title, unit: above the plot, and along the vertical axis.
         smoothed: a bold moving average (5 % of the rows) over pale raw values; else only the raw values.
@@ -96,7 +96,7 @@ def curves(rows: Sequence[dict], keys: dict[str, str], *, name: str, title: str,
     if not data:
         return ""
     with rc_context(STYLE):
-        figure, ax = _axes(4.7, 2.7)
+        figure, ax = _axes(3.9, 2.5)
         lowest, highest, end = math.inf, -math.inf, 1.0
         for colour, (label, (x, y)) in zip(LINES, data.items(), strict=False):
             marker = "o" if len(x) == 1 else ""

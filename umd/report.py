@@ -29,7 +29,14 @@ LOSS_PARTS = {
     "loss_noised_eps": "noise ε̂ (noised half)",
     "loss_noised_x0": "picture x̂₀ (noised half)",
     "loss_clean": "picture x̂₀ (clean half)",
+    "loss": "loss",
 }
+NEXT = (
+    "umd pretrain umd-tiny --data.source path/to/images --out runs/mine --minutes 30",
+    "umd probe runs/mine --shots 10",
+    "umd finetune runs/mine --out runs/mine-labels --minutes 30",
+    "umd sample runs/mine-labels --cfg-scale 4",
+)
 
 
 @dataclass
@@ -78,6 +85,8 @@ class DemoRecord:
     class_names: list[str] = field(default_factory=list)
     # "guidance 1.0" → uint8 [num_classes, n, H, W, 3].
     samples: dict[str, np.ndarray] = field(default_factory=dict)
+    # Of a model that was trained for longer: what they are → uint8 [n, H, W, 3].
+    longer_samples: dict[str, np.ndarray] = field(default_factory=dict)
     # Each row holds the views of one picture, named by the columns: given, samples, original.
     inpainting_columns: list[str] = field(default_factory=list)
     inpainting: list[list[np.ndarray]] = field(default_factory=list)
@@ -184,6 +193,7 @@ def write_report(record: DemoRecord, path: Path) -> Path:
         inpainting=_evenly(record.inpainting, MAX_STACKS),
         probes=_probes(record.probe),
         frechet=[row for row in record.frechet if math.isfinite(row[2])],
+        next_commands=NEXT,
     )
     return write_atomically(Path(path), page.encode())
 
@@ -247,7 +257,7 @@ def _in_words(model: ProbeRow, floor: ProbeRow, difference: float, deviation: fl
 
 
 def _run(name: str, rows: list[dict]) -> dict:
-    """The plots of one run, and the numbers of its row in the throughput table."""
+    """The plot of one run's loss, and the numbers of its row in the throughput table."""
 
     def column(key: str) -> np.ndarray:
         return figures.series(rows, key)[1]
@@ -256,11 +266,8 @@ def _run(name: str, rows: list[dict]) -> dict:
     step_times = [dt / n for dt, n in zip(np.diff(seconds), np.diff(steps), strict=True) if n > 0 and dt > 0]
     loss = column("loss")
     tail = loss[-max(1, len(loss) // 20) :]
-
-    def plot(keys: dict[str, str], title: str, unit: str, smoothed: bool) -> Markup:
-        slug = f"run-{hashlib.sha256(f'{name} {title}'.encode()).hexdigest()[:8]}"
-        return Markup(figures.curves(rows, keys, name=slug, title=title, unit=unit, smoothed=smoothed))
-
+    slug = f"run-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    plot = figures.curves(rows, LOSS_PARTS, name=slug, title=name, unit="mean squared error", smoothed=True)
     return {
         "name": name,
         "steps": int(max(column("step"), default=0)),
@@ -271,13 +278,7 @@ def _run(name: str, rows: list[dict]) -> dict:
         "mfu": _median(column("mfu")),
         "first_loss": loss[0] if len(loss) else None,
         "last_loss": tail.mean() if len(tail) else None,
-        "plots": [
-            plot({"loss": "loss"}, "Training loss", "mean squared error", True),
-            plot(LOSS_PARTS, "Parts of the loss", "mean squared error", True),
-            plot({"lr": "learning rate"}, "Learning rate", "learning rate", False),
-            plot({"grad_norm": "gradient norm"}, "Gradient norm, before clipping", "norm", True),
-        ],
-        "speed": plot({"images_per_second": "images/s"}, f"Speed, {name}", "images per second", False),
+        "plot": Markup(plot),
     }
 
 

@@ -26,8 +26,8 @@ from umd.report import (
     write_report,
 )
 
-SECTIONS = ["parts", "curves", "reconstruction", "probe", "denoising", "samples", "inpainting"]
-SECTIONS += ["frechet", "throughput", "repeat"]
+RESULTS = ["reconstruction", "samples", "inpainting", "probe", "denoising", "frechet"]
+SECTIONS = [*RESULTS, "next", "run", "repeat"]
 ABSENT = "not reached within the time budget"
 VOID = {"meta", "link", "img", "br", "input", "hr"}
 
@@ -163,6 +163,7 @@ def full_record() -> DemoRecord:
             )
             for scale, size in (("1.0", 11), ("4.0", 18))
         },
+        longer_samples={"By a model that was trained for hours": pictures[50:54]},
         inpainting_columns=["given", "MAE", "UMD", "DiffMAE", "the original"],
         inpainting=[
             [masked_view(image, hole, 4), *(blurred(image, size) for size in (12, 16, 20)), image]
@@ -258,14 +259,12 @@ def test_every_section_shows_its_data(text, record):
     page = Page(text)
     assert list(page.sections) == SECTIONS
     assert ABSENT not in text
-    pictures = 3 * 8 * 2 + 2 * 9 + 2 * 9 * 8 + 5 * 6
+    pictures = 3 * 8 * 2 + 2 * 9 + 2 * 9 * 8 + 5 * 6 + 4
     assert len(page.images) == pictures
-    assert (
-        page.tags.count("svg") == 2 * 5 + 1
-    )  # loss, its parts, lr, gradient norm and speed of two runs, and the probe
+    assert page.tags.count("svg") == 2 + 1  # the losses of two runs, and the probe
     assert "make demo MINUTES=15 SEED=0" in page.sections["repeat"]
     assert all(part.command in page.sections["repeat"] for part in record.parts)
-    assert all(name in page.sections["samples"] for name in record.class_names)
+    assert all(name in page.sections["samples"] for name in record.class_names + list(record.longer_samples))
     assert "FD-EffLite0" in page.sections["frechet"]
     assert "From the top: given; MAE; UMD; DiffMAE; the original." in page.sections["inpainting"]
 
@@ -274,17 +273,17 @@ def test_a_section_without_data_says_so_in_one_sentence(tmp_path):
     text = write_report(empty_record(), tmp_path / "report.html").read_text()
     page = Page(text)
     assert list(page.sections) == SECTIONS
-    for name in SECTIONS[:-1]:
+    for name in (*RESULTS, "run"):
         assert page.sections[name].count(ABSENT) == 1, name
     assert "img" not in page.tags and "svg" not in page.tags
 
 
-@pytest.mark.parametrize("field", ["metrics", "triplets", "denoising", "samples", "inpainting", "probe", "frechet"])
+@pytest.mark.parametrize("field", ["metrics", "parts", "triplets", "denoising", "samples", "inpainting", "probe", "frechet"])
 def test_one_missing_part_leaves_the_others(small, tmp_path, field):
     without = dataclasses.replace(small, noised_triplets=[], **{field: type(getattr(small, field))()})
     page = Page(write_report(without, tmp_path / "report.html").read_text())
     missing = [name for name, content in page.sections.items() if ABSENT in content]
-    expected = {"metrics": ["curves", "throughput"], "triplets": ["reconstruction"]}
+    expected = {"metrics": [], "parts": ["run"], "triplets": ["reconstruction"]}
     assert missing == expected.get(field, [field])
 
 
@@ -403,8 +402,8 @@ def test_values_that_are_not_finite_do_not_break_the_plots(record, tmp_path):
     text = write_report(odd, tmp_path / "report.html").read_text()
     page = Page(text)
     assert not re.search(r'd="[^"]*(nan|inf)', text)
-    assert ABSENT in page.sections["frechet"] and ABSENT not in page.sections["curves"]
-    assert page.tags.count("svg") == 2 * 5 + 1
+    assert ABSENT in page.sections["frechet"] and ABSENT not in page.sections["run"]
+    assert page.tags.count("svg") == 2 + 1
     steps, values = figures.series(rows, "loss")
     assert len(steps) == len(values) == len(rows) - 3 and np.isfinite(values).all()
 
