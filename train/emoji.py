@@ -11,7 +11,6 @@ import importlib.util
 import logging
 import os
 import sys
-import tempfile
 import zipfile
 import zlib
 from importlib.metadata import version
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from umd.errors import UserError
+from umd.files import written_whole
 from umd.train.sources import ImageDataset, choose_split, decode
 
 log = logging.getLogger("umd")
@@ -196,14 +196,8 @@ def cache_folder() -> Path:
 
 
 def write_cache(path: Path, arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    """Write to a temporary file and rename it, so that a reader or a second process never sees half of it."""
+    """An .npz that a second process never sees half of."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            images, labels, bases = arrays
-            np.savez_compressed(file, images=images, labels=labels, bases=bases)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    images, labels, bases = arrays
+    with written_whole(path) as unfinished, unfinished.open("wb") as file:
+        np.savez_compressed(file, images=images, labels=labels, bases=bases)

@@ -5,8 +5,6 @@ or feature network (Parmar et al. 2022, "On Aliased Resizing and Surprising Subt
 """
 
 import json
-import os
-import socket
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from umd.errors import UserError
 from umd.feature_networks import FeatureNetwork, identity, metric_names
-from umd.files import flush, sha256
+from umd.files import sha256, written_whole
 from umd.images import from_uint8, to_uint8
 from umd.metrics import FeatureStatistics, frechet_distance, inception_score, kernel_distance, precision_recall
 from umd.tokenizer import Tokenizer
@@ -58,13 +56,8 @@ class Reference:
         if self.features is not None:
             arrays["features"] = self.features.numpy()
         arrays |= {"settings": np.array(json.dumps(self.settings)), "floor": np.array(json.dumps(self.floor))}
-        unfinished = path.with_name(f".unfinished-{path.stem}-{socket.gethostname()}-{os.getpid()}.npz")
-        try:
-            np.savez(unfinished, **arrays)  # type: ignore[arg-type]  # numpy's stubs take any array for its one option
-            flush(unfinished)
-            unfinished.rename(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with written_whole(path) as unfinished, unfinished.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stubs take any array for its one option
 
 
 def outputs_of(network: FeatureNetwork) -> Extract:

@@ -6,8 +6,8 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,10 +53,18 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
+    with written_whole(path) as unfinished:
+        unfinished.write_bytes(data)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write a file beside `path`, whose place it takes, flushed, when the block ends; of a block that fails
+    nothing is left. Raises OSError."""
     # Ranks of several hosts may write one file, and have one number there.
     unfinished = path.with_name(f".unfinished-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        unfinished.write_bytes(data)
+        yield unfinished
         flush(unfinished)
         unfinished.rename(path)
         flush(path.parent)

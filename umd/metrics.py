@@ -4,7 +4,6 @@ Fréchet distances of different networks do not compare, nor do those of differe
 the estimate is biased upwards. The kernel distance has no such bias.
 """
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from umd.errors import UserError
+from umd.files import written_whole
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
@@ -180,10 +180,9 @@ class FeatureStatistics:
         """Write a safetensors file; it replaces an older one only once complete."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         metadata = {"name": self.name, "count": str(self.count)}
-        save_file({"mean": self.mean, "scatter": self.scatter}, partial, metadata)
-        partial.replace(path)
+        with written_whole(path) as unfinished:
+            save_file({"mean": self.mean, "scatter": self.scatter}, unfinished, metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> "FeatureStatistics":

@@ -1,12 +1,10 @@
 """What a run learned, as one self-contained HTML page, and the record it is made from."""
 
 import base64
-import contextlib
 import hashlib
 import io
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -20,6 +18,7 @@ from PIL import Image
 
 from umd import figures
 from umd.errors import UserError
+from umd.files import make_folder, write_whole
 from umd.images import grid
 
 NBSP = "\N{NO-BREAK SPACE}"  # a number and its unit stay on one line
@@ -140,8 +139,8 @@ def save_record(record: DemoRecord, folder: Path) -> Path:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     packed["arrays_sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
-    write_atomically(Path(folder) / "record.npz", buffer.getvalue())
-    return write_atomically(Path(folder) / "record.json", json.dumps(packed, indent=1).encode())
+    write(Path(folder) / "record.npz", buffer.getvalue())
+    return write(Path(folder) / "record.json", json.dumps(packed, indent=1).encode())
 
 
 def load_record(folder: Path) -> DemoRecord:
@@ -195,25 +194,17 @@ def write_report(record: DemoRecord, path: Path) -> Path:
         frechet=[row for row in record.frechet if math.isfinite(row[2])],
         next_commands=NEXT,
     )
-    return write_atomically(Path(path), page.encode())
+    return write(Path(path), page.encode())
 
 
-def write_atomically(path: Path, data: bytes) -> Path:
-    """Write a file so that a crash leaves the old one or the new one, never a part; else UserError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write(path: Path, data: bytes) -> Path:
+    """`write_whole`, whose errors become UserErrors."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        make_folder(path.parent)
+        write_whole(path, data)
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"{path} cannot be written: {why}; free space or choose another folder.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     return path
 
 

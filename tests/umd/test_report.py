@@ -22,7 +22,7 @@ from umd.report import (
     probe_margins,
     reconstruction_sheet,
     save_record,
-    write_atomically,
+    write,
     write_report,
 )
 
@@ -278,7 +278,9 @@ def test_a_section_without_data_says_so_in_one_sentence(tmp_path):
     assert "img" not in page.tags and "svg" not in page.tags
 
 
-@pytest.mark.parametrize("field", ["metrics", "parts", "triplets", "denoising", "samples", "inpainting", "probe", "frechet"])
+@pytest.mark.parametrize(
+    "field", ["metrics", "parts", "triplets", "denoising", "samples", "inpainting", "probe", "frechet"]
+)
 def test_one_missing_part_leaves_the_others(small, tmp_path, field):
     without = dataclasses.replace(small, noised_triplets=[], **{field: type(getattr(small, field))()})
     page = Page(write_report(without, tmp_path / "report.html").read_text())
@@ -441,14 +443,14 @@ def test_reconstruction_sheet_puts_a_picture_in_a_column():
 
 
 def test_writing_is_all_or_nothing(tmp_path):
-    target = write_atomically(tmp_path / "new" / "file", b"one")
-    write_atomically(target, b"two")
+    target = write(tmp_path / "new" / "file", b"one")
+    write(target, b"two")
     assert target.read_bytes() == b"two"
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="cannot be written"):
-        write_atomically(tmp_path / "folder", b"three")
-    with pytest.raises(UserError, match="cannot be written"):
-        write_atomically(target / "below a file", b"four")
+        write(tmp_path / "folder", b"three")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        write(target / "below a file", b"four")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder", "new"]
 
 
