@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich import box
@@ -35,6 +36,7 @@ from umd.device import keep_freed_memory, take_device
 from umd.diffmae import DiffMAE
 from umd.errors import UserError
 from umd.objective import DiffMAEObjective
+from umd.ranges import Count, InnerShare, check_ranges
 from umd.schedule import NoiseSchedule
 
 
@@ -44,20 +46,23 @@ class DiffMAEBench:
 
     model: str = "DiffMAE-B/4"
     """Size and patch size; MAE and UMD take its encoder."""
-    image_size: int = 64
+    image_size: Count = 64
     """Side of the images."""
-    batch: int = 16
+    batch: Count = 16
     """Images a step."""
-    mask_ratio: float = 0.75
+    mask_ratio: InnerShare = 0.75
     """Share of patches that DiffMAE and MAE predict; UMD keeps its own two."""
-    dtype: str = "bf16"
+    dtype: Literal["bf16", "fp32"] = "bf16"
     """bf16 (autocast) or fp32."""
-    repeats: int = 5
+    repeats: Count = 5
     """Measured rounds; each runs every row once."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where."""
     json: Path | None = None
     """Write the rows here."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def config(self) -> DiffMAEConfig:
         return diffmae_config(self.model, image_size=(self.image_size, self.image_size))

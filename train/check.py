@@ -19,6 +19,7 @@ from rich.table import Table
 
 from umd.errors import UserError
 from umd.files import write_whole
+from umd.ranges import Count, Processes, check_ranges
 from umd.train.folders import files_below, listing
 from umd.train.quarantine import default_path
 from umd.train.sources import flatten
@@ -33,17 +34,15 @@ OUTSIDE, EMPTY = "outside a class folder", "empty class"
 class CheckData:
     """Read every image of a source once; list those that no reader shall use, with the reason."""
 
-    min_side: int = 16
+    min_side: Count = 16
     """Fewest pixels that the shorter side of a picture must have."""
-    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers: Processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     """Processes that read."""
     out: Path | None = None
     """Where the list goes; default: quarantine.json in the source, where runs find it by themselves."""
 
     def __post_init__(self) -> None:
-        for name in ("min_side", "workers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)

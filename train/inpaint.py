@@ -21,6 +21,7 @@ from umd.images import grid, save_png
 from umd.masking import layout
 from umd.methods import AnyModel
 from umd.model import UMD
+from umd.ranges import Count, InnerShare, Seed, check_ranges
 from umd.sampler import Capture, inpaint, model_times
 from umd.schedule import NoiseSchedule
 from umd.train.data import center_view, centered_view_of_file, open_dataset
@@ -40,17 +41,17 @@ class Inpaint:
     """Picture files; default: held-out images of the run's data."""
     mask: str = "center"
     """center, left, random (patches), frames (the middle half of a clip), or a PNG: white is filled, black is kept."""
-    mask_ratio: float = 0.5
+    mask_ratio: InnerShare = 0.5
     """Share of patches that the random mask hides, about."""
-    samples: int = 3
+    samples: Count = 3
     """Samples an image; an MAE has one answer."""
-    steps: int = 50
+    steps: Count = 50
     """Denoising steps."""
     sampler: Literal["ddpm", "ddim"] = "ddpm"
     """ddpm: fresh noise at each step; ddim: none but the first."""
-    resample: int = 2
+    resample: Count = 2
     """Times a UMD repeats each step to harmonise hole and surroundings (RePaint); a DiffMAE has no need to."""
-    seed: int = 0
+    seed: Seed = 0
     """Of noise and random masks."""
     capture: Capture = "auto"
     """Replay a denoising step as one CUDA graph; auto: on a GPU, of more than a few steps."""
@@ -60,10 +61,7 @@ class Inpaint:
     """Write clips as MP4 too, beside the GIF; needs PyAV (pip install av)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise UserError(f"mask_ratio is the share of hidden patches, 0 < m < 1; got {self.mask_ratio}")
-        if self.samples < 1:
-            raise UserError(f"samples must be at least 1, got {self.samples}")
+        check_ranges(self)
 
 
 class Fillings(NamedTuple):

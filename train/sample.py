@@ -6,7 +6,6 @@ sees the same `GROUP` images in one call, because the rounding of a product depe
 
 import io
 import json
-import math
 import os
 import shutil
 import socket
@@ -29,6 +28,7 @@ from umd.files import flush
 from umd.guidance import Denoise, Guidance, Prediction
 from umd.images import grid, save_png, to_uint8
 from umd.model import UMD
+from umd.ranges import Count, CountOrZero, Real, Seed
 from umd.sampler import Capture
 from umd.schedule import NoiseSchedule
 from umd.schedulers import SamplerName, open_sampler, sampler_times
@@ -50,19 +50,19 @@ class Sample(Sampling):
     arr_1: labels [N]) and a .json of all settings. The same command goes on after a stop; under torchrun each rank
     draws its share."""
 
-    classes: tuple[int, ...] = ()
+    classes: tuple[str, ...] = ()
     """Which classes; default: all. A run without labels is sampled unconditionally."""
-    per_class: int = 8
+    per_class: Count = 8
     """Samples of each class (of all, without labels)."""
-    count: int = 0
+    count: CountOrZero = 0
     """Samples in all instead, each of a class drawn at random."""
     balanced: bool = False
     """With count: as many of each class, in turn."""
-    cfg_scale: float = 4.0
+    cfg_scale: Real = 4.0
     """Guidance; 1: none. The paper uses 1.5 for scores, 4.0 for pictures."""
-    seed: int = 0
+    seed: Seed = 0
     """Sample i of a seed is the same picture, byte for byte, on any number of ranks and at any batch."""
-    batch: int = 64
+    batch: Count = 64
     """Images of one denoising loop, rounded up to groups of 32, which the network always sees together; up to 64."""
     ema: bool = True
     """Averaged weights, where the run has them."""
@@ -72,15 +72,7 @@ class Sample(Sampling):
     """Where the PNG goes, .npz and .json beside it; default: RUN/samples.png."""
 
     def __post_init__(self) -> None:
-        for name in ("per_class", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not math.isfinite(self.cfg_scale):
-            raise UserError(f"cfg_scale must be a finite number, 1: no guidance; got {self.cfg_scale}")
-        if self.seed < 0:
-            raise UserError(f"seed must be 0 or more, got {self.seed}")
-        if self.count < 0:
-            raise UserError(f"count must be 0 (per_class of each class) or more, got {self.count}")
+        super().__post_init__()
         if self.balanced and not self.count:
             raise UserError("balanced goes with --count N; without it there are as many of each class anyway")
 

@@ -178,7 +178,7 @@ def test_what_cannot_be_checked_is_a_sentence(tmp_path):
         check_data(tmp_path / "nothing", CheckData(), Console(quiet=True))
     with pytest.raises(UserError, match="has no images"):
         check_data(tmp_path, CheckData(), Console(quiet=True))
-    with pytest.raises(UserError, match="min_side must be at least 1"):
+    with pytest.raises(UserError, match="min_side 0: must be at least 1"):
         CheckData(min_side=0)
     (tmp_path / "1.jpg").write_bytes(jpeg(1))
     for text in ("", "[]", '{"files": [{}]}'):
