@@ -127,7 +127,9 @@ def decode_video(path: Path) -> list[np.ndarray]:
             return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read video {path} ({reason}): replace or remove it, or set skip_broken") from error
+        raise UserError(
+            f"cannot read video {path} ({reason}): replace or remove it; training leaves it out with --data.skip-broken"
+        ) from error
 
 
 def take_frames(clip: np.ndarray, num_frames: int, stride: int, rng: np.random.Generator | None = None) -> np.ndarray:

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -24,6 +24,7 @@ from umd.config import (
     ScheduleConfig,
 )
 from umd.errors import UserError
+from umd.files import write_whole
 from umd.methods import AnyModel, AnyModelConfig, AnyObjectiveConfig, build_model, check_match
 from umd.positions import resized_state
 from umd.ranges import Count, CountOrZero, NonNegative, OutOfRange, Seed, check_ranges, number
@@ -341,6 +342,25 @@ def read_config(path: Path) -> RunConfig:
         )
     config = from_plain(RunConfig, values, str(file))
     return replace(config, out=path) if path.is_dir() else config
+
+
+CLASSES = "classes.json"
+
+
+def write_classes(names: Sequence[str], out: Path) -> None:
+    """Keep the names of a run's classes in its folder, in the order of their numbers; those of its first start stay."""
+    if names and not (out / CLASSES).exists():
+        write_whole(out / CLASSES, json.dumps(list(names), indent=1, ensure_ascii=False).encode())
+
+
+def class_names(config: RunConfig) -> list[str]:
+    """The names of a run's classes, by their numbers; [] where it kept none."""
+    try:
+        names = json.loads((config.out / CLASSES).read_bytes())
+    except (OSError, ValueError):
+        return []
+    whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if whole and len(names) == getattr(config.model, "num_classes", 0) else []
 
 
 def saved_weights(path: Path, ema: bool = True) -> tuple[Checkpoint, str]:

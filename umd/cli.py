@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import json
 import os
 import signal
 import sys
@@ -320,7 +321,9 @@ def check_data(arguments: list[str]) -> None:
     from umd.train.check import CheckData, check_data
 
     source, rest = take_path(arguments, "check-data", "SOURCE")
-    check_data(source, parse(CheckData, f"check-data {source}", rest), console)
+    listed = check_data(source, parse(CheckData, f"check-data {source}", rest), console)
+    if json.loads(listed.read_bytes())["files"]:
+        sys.exit(1)
 
 
 def plan(arguments: list[str]) -> None:

@@ -48,26 +48,22 @@ class Range(PrimitiveConstructorSpec[Any]):
         return " and ".join(finite) or "a finite number"
 
 
-def number(kind: type, at_least: float | None = None, at_most: float | None = None, *, above: float | None = None,
-           below: float | None = None) -> Range:  # fmt: skip
-    """The range of numbers of a kind, int or float, for `Annotated`: None is no bound. Whole numbers end at MOST."""
-    after = f"≤{at_most:g}" if at_most is not None and at_most < MOST else f"<{below:g}" if below is not None else ""
-    metavar = kind.__name__.upper() + after  # 0≤FLOAT<1, but FLOAT≥0
-    if at_least is not None:
-        metavar = f"{at_least:g}≤{metavar}" if after else f"{metavar}≥{at_least:g}"
-    if above is not None:
-        metavar = f"{above:g}<{metavar}" if after else f"{metavar}>{above:g}"
-    if kind is int and at_most is None:
-        at_most = MOST
-    bounds = dict(at_least=at_least, above=above, at_most=at_most, below=below)
+def number(
+    kind: type, at_least: float = -math.inf, at_most: float = math.inf, *, above: float = -math.inf,
+    below: float = math.inf,
+) -> Range:  # fmt: skip
+    """The range of numbers of a kind, int or float, for `Annotated`. Whole numbers without a limit end at MOST."""
+    after = f"≤{at_most:g}" if at_most < MOST else f"<{below:g}" if below < MOST else ""
+    shown = kind.__name__.upper() + after  # 0≤FLOAT<1, but FLOAT≥0
+    for bound, behind, before in ((at_least, "≥", "≤"), (above, ">", "<")):
+        if math.isfinite(bound):
+            shown = f"{bound:g}{before}{shown}" if after else f"{shown}{behind}{bound:g}"
     return Range(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=lambda words: kind(words[0]),
+        nargs=1, metavar=shown, instance_from_str=lambda words: kind(words[0]),
         is_instance=lambda x: isinstance(x, (int, kind)) and not isinstance(x, bool),
-        str_from_instance=lambda x: [str(x)],
-        **{name: bound for name, bound in bounds.items() if bound is not None},
-    )
+        str_from_instance=lambda x: [str(x)], at_least=at_least,
+        at_most=MOST if kind is int and at_most == math.inf else at_most, above=above, below=below,
+    )  # fmt: skip
 
 
 Count = Annotated[int, number(int, 1)]

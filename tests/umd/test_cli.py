@@ -285,6 +285,14 @@ def test_sampling_without_labels_and_by_default(run, labelled):
     assert np.load(labelled / "samples.npz")["arr_1"].tolist() == [0, 1, 2]
 
 
+def test_classes_are_asked_for_by_name_and_named_in_the_npz(labelled, tmp_path):
+    """ADM's layout stays: its evaluator reads arr_0 and arr_1 by these names."""
+    done(f"sample {labelled} --classes red 0 --per-class 1 --steps 2 --out {tmp_path / 'a'}")
+    stored = np.load(tmp_path / "a.npz")
+    assert stored.files == ["arr_0", "arr_1", "classes"]
+    assert [stored["classes"][label] for label in stored["arr_1"]] == ["red", "blue"]
+
+
 def test_inpainting_with_a_drawn_mask(project, run, tmp_path):
     mask = np.zeros((8, 8), np.uint8)
     mask[2:5, 1:7] = 255
@@ -342,7 +350,7 @@ def test_sources_that_cannot_be_trained_on(pictures, tmp_path):
     (pictures / "b").rmdir()
     (pictures / "a" / "2.png").write_bytes(whole[: len(whole) // 2])
     sentence = refused(f"{train} {pictures} --data.holdout 0")
-    assert f"cannot read image {pictures / 'a' / '2.png'}" in sentence and "skip_broken" in sentence
+    assert f"cannot read image {pictures / 'a' / '2.png'}" in sentence and "umd check-data" in sentence
     assert not list_checkpoints(tmp_path / "run" / "checkpoints")
 
 
@@ -409,6 +417,8 @@ def test_labels_where_there_are_none(project, run, tmp_path):
     [
         ("--classes 7", "class 7 is unknown: this run has 3 classes, 0 to 2"),
         ("--classes -1", "class -1 is unknown"),
+        ("--classes rde", "this run has 3 classes, 0 to 2 (blue, green, red); did you mean red?"),
+        ("--classes 0 blue", "class 0 is given twice"),
         ("--per-class 0", "--per-class 0: must be at least 1"),
         ("--batch 0", "--batch 0: must be at least 1"),
         ("--steps 0", "--steps 0: must be at least 1"),
@@ -438,7 +448,10 @@ def test_masks_that_do_not_fit(project, run, tmp_path):
         Image.new("L", (size, size), value).save(tmp_path / f"{name}.png")
     (tmp_path / "text.png").write_text("no picture")
     line = f"inpaint {run} --steps 1 --samples 1 --mask"
-    assert "is 7x7; this model's pictures are 8x8" in refused(f"{line} {tmp_path / 'small.png'}")
+    photo = project / "pictures" / "red" / "0.png"
+    assert f"is 7x7; give it the size of {photo}, 11x9, or of the model's pictures, 8x8" in refused(
+        f"{line} {tmp_path / 'small.png'} --image {photo}"
+    )
     assert "hides everything" in refused(f"{line} {tmp_path / 'white.png'}")
     assert "hides nothing" in refused(f"{line} {tmp_path / 'black.png'}")
     for mask in ("centre", tmp_path / "text.png"):
