@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from umd.device import keep_freed_memory, pick_device, pick_dtype, take_device
 from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Objective
-from umd.ranges import Count, check_ranges
+from umd.ranges import Count, check_ranges, number
 from umd.schedule import NoiseSchedule
 from umd.train import step as training
 from umd.train.optim import clipped_step
@@ -54,8 +54,8 @@ class StepBench:
     """Size and patch size; baselines take its width, encoder depth and heads."""
     image_size: Count = 64
     """Side of the images."""
-    batch: Count = 16
-    """Images a step."""
+    batch: Annotated[int, number(int, 2)] = 16
+    """Images a step: a noised and a noise-free one at least."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """bf16 (autocast) or fp32."""
     repeats: Count = 5
@@ -376,11 +376,6 @@ def measure(bench: StepBench, console: Console) -> list[Row]:
 
 def run(bench: StepBench, console: Console) -> list[Row]:
     """Measure, print the table and the ratios, write the JSON. Returns the rows."""
-    if bench.dtype not in ("bf16", "fp32"):
-        raise UserError(f"dtype must be bf16 or fp32, got {bench.dtype!r}")
-    for name, least in (("batch", 2), ("repeats", 1)):  # of a batch, a noised image and a noise-free one
-        if getattr(bench, name) < least:
-            raise UserError(f"{name} must be at least {least}, got {getattr(bench, name)}")
     device = pick_device(bench.device)
     bench = replace(bench, device="cpu" if device.type == "cpu" else str(device))
     bench.config()

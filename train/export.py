@@ -172,7 +172,7 @@ def write_diffusers(model: UMD, folder: Path, config: RunConfig) -> str:
         raise UserError(f"exporting a pipeline needs diffusers ({error}); pip install diffusers") from error
     if model.config.outputs in ("x_start", "edm"):
         raise UserError(
-            "an MAE draws no samples" if model.config.outputs == "x_start" else
+            "an MAE draws no samples: export it to timm or transformers" if model.config.outputs == "x_start" else
             "diffusers' schedulers add noise of variance 1 - ᾱ; MaskDiT's process is EDM's: sample it with umd sample"
         )  # fmt: skip
     schedule = schedule_of(config.schedule)

@@ -189,7 +189,10 @@ def labelled(config: RunConfig) -> tuple[Dataset, Dataset]:
     """Training and held-out pictures. Raises UserError where none are held out, or without labels."""
     train, test = open_dataset(config.data, "train"), open_dataset(config.data, "test")
     if len(test) == 0:
-        raise UserError("a probe needs held-out images and data.holdout is 0; train with a share held out, e.g. 0.2")
+        raise UserError(
+            f"a probe needs held-out images, and of {train.name} none is held out (data.holdout is "
+            f"{config.data.holdout:g}); give it a test/ folder beside train/, or train with a larger --data.holdout"
+        )
     if train.labels is None or test.labels is None:
         raise UserError(f"a probe needs labels, and {train.name} has none; use one subfolder a class")
     return train, test

@@ -174,7 +174,7 @@ def at_size(config: RunConfig, image_size: tuple[int, int] | None) -> RunConfig:
     if image_size is None or tuple(image_size) == config.model.image_size:
         return config
     if not isinstance(config.model, ModelConfig):
-        raise UserError("another image size is for a UMD; leave it out")
+        raise UserError("another --image-size is for a UMD; leave it out, to read pictures at the run's size")
     return replace(config, model=replace(config.model, image_size=image_size))
 
 
