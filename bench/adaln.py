@@ -15,9 +15,9 @@ from umd.bench.step import WARMUP, machine
 from umd.bench.training import Step, on_batch, timed, train_step
 from umd.config import AdaLNProjection, ModelConfig, ObjectiveConfig, model_config
 from umd.device import keep_freed_memory, take_device
-from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Objective
+from umd.ranges import Count, CountOrZero, check_ranges
 from umd.schedule import NoiseSchedule
 
 PROJECTIONS: tuple[AdaLNProjection, ...] = get_args(AdaLNProjection)
@@ -29,19 +29,19 @@ class AdaLNBench:
 
     model: str = "UMD-B/4"
     """Size and patch size."""
-    image_size: int = 64
+    image_size: Count = 64
     """Side of the images or latents."""
-    channels: int = 3
+    channels: Count = 3
     """Of the images; 4 for latents."""
-    shallower: int = 1
+    shallower: Count = 1
     """Divide the depths by this: the same ratios from less memory."""
-    rank: int = 64
+    rank: Count = 64
     """Of low_rank."""
-    batch: int = 16
+    batch: Count = 16
     """Images a step."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Autocast type."""
-    repeats: int = 5
+    repeats: CountOrZero = 5
     """Measured rounds; each runs every row once. 0: count weights and FLOPs only."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where."""
@@ -49,9 +49,7 @@ class AdaLNBench:
     """Write the rows here."""
 
     def __post_init__(self) -> None:
-        for name, least in (("shallower", 1), ("batch", 1), ("repeats", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_ranges(self)
 
     def config(self, projection: AdaLNProjection) -> ModelConfig:
         whole = model_config(self.model, image_size=(self.image_size, self.image_size), channels=self.channels)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from rich.console import Console
@@ -26,6 +27,7 @@ from umd.bench import audit_step, liger_cases
 from umd.bench.count_bytes import Launch, TorchBytes, interpreted, record
 from umd.bench.op_cases import DTYPES, OPS, SHAPES, Inputs, dtype_name
 from umd.errors import UserError
+from umd.ranges import check_ranges, number
 
 # GPU and its memory's bytes a second, from NVIDIA's data sheets.
 GPUS = {
@@ -44,13 +46,13 @@ class Audit:
     models: tuple[str, ...] = ()
     """Whose shapes: UMD-B/4 (D = 768), UMD-L/2 (1024), UMD-XL/2 (1152); default: the first two. Whose steps: UMD-B/4,
     UMD-L/2, DiT-L/2, "eager DiT-L/2" (diffusers'); default: all."""
-    batch: int = 128
-    """Images a step, with --step."""
+    batch: Annotated[int, number(int, 2)] = 128
+    """Images a step, with --step: a noised and a noise-free one at least."""
     ops: tuple[str, ...] = ()
     """Which ops; default: all, and liger-kernel's norms where it is installed."""
     dtype: str = "bf16"
     """Of tokens and predictions: bf16, fp16 or fp32. Images and modulation tables are fp32, as in training."""
-    samples: int = 16
+    samples: Annotated[int, number(int, 2)] = 16
     """Images in the batch, an even number."""
     arch: tuple[str, ...] = tuple(GPUS)
     """sm_80, sm_90, sm_100."""
@@ -64,6 +66,7 @@ class Audit:
     """Write the bar chart here, a PNG."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         networks = audit_step.NETWORKS if self.step else SHAPES
         for name, known in (("models", networks), ("ops", CASES), ("arch", GPUS)):
             if unknown := [x for x in getattr(self, name) if x not in known]:
@@ -73,12 +76,10 @@ class Audit:
             if getattr(self, name) != getattr(Audit, name):
                 with_or_without = "without" if self.step else "with"
                 raise UserError(f"--{name} goes {with_or_without} --step: leave out one of them")
-        if self.batch < 2:
-            raise UserError(f"batch must be at least 2, a noised and a noise-free image; got {self.batch}")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.samples < 2 or self.samples % 2:
-            raise UserError(f"samples must be even and at least 2, got {self.samples}")
+        if self.samples % 2:
+            raise UserError(f"samples must be even, got {self.samples}")
         if bool(self.kernel) != bool(self.call):
             raise UserError("kernel and call go together: the function, and an expression that launches it")
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from rich import box
@@ -33,8 +34,8 @@ from umd.bench.training import Step, on_batch, timed, train_step
 from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, diffmae_config
 from umd.device import keep_freed_memory, take_device
 from umd.diffmae import DiffMAE
-from umd.errors import UserError
 from umd.objective import DiffMAEObjective
+from umd.ranges import Count, InnerShare, check_ranges, number
 from umd.schedule import NoiseSchedule
 
 
@@ -44,20 +45,23 @@ class DiffMAEBench:
 
     model: str = "DiffMAE-B/4"
     """Size and patch size; MAE and UMD take its encoder."""
-    image_size: int = 64
+    image_size: Count = 64
     """Side of the images."""
-    batch: int = 16
-    """Images a step."""
-    mask_ratio: float = 0.75
+    batch: Annotated[int, number(int, 2)] = 16
+    """Images a step: for UMD, a noised and a noise-free one at least."""
+    mask_ratio: InnerShare = 0.75
     """Share of patches that DiffMAE and MAE predict; UMD keeps its own two."""
-    dtype: str = "bf16"
+    dtype: Literal["bf16", "fp32"] = "bf16"
     """bf16 (autocast) or fp32."""
-    repeats: int = 5
+    repeats: Count = 5
     """Measured rounds; each runs every row once."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where."""
     json: Path | None = None
     """Write the rows here."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def config(self) -> DiffMAEConfig:
         return diffmae_config(self.model, image_size=(self.image_size, self.image_size))
@@ -194,11 +198,6 @@ def rows_of(part: str, seconds: dict[str, list[float]], flops: dict[str, int], b
 
 def run(bench: DiffMAEBench, console: Console) -> list[Row]:
     """Measure, print the table and the ratios, write the JSON. Returns the rows."""
-    if bench.dtype not in ("bf16", "fp32"):
-        raise UserError(f"dtype must be bf16 or fp32, got {bench.dtype!r}")
-    for name in ("batch", "repeats"):
-        if getattr(bench, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(bench, name)}")
     keep_freed_memory()
     take_device(bench.device, bench.dtype)
     rows = filling_rows(bench, console) + training_rows(bench, console)

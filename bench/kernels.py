@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor
 from umd.bench.count_bytes import interpreted, tensor_bytes
 from umd.bench.device_time import Timing, copies_beyond, time_calls
 from umd.errors import UserError
+from umd.ranges import check_ranges, number
 
 with interpreted(not torch.cuda.is_available()):  # Triton asks when a kernel is defined
     from umd import ops
@@ -49,7 +50,7 @@ class KernelBench:
     """Which ops; default: all, both attentions, and mlp."""
     dtype: str = "bf16"
     """Of tokens and predictions: bf16, fp16 or fp32."""
-    samples: int = 256 if torch.cuda.is_available() else 2
+    samples: Annotated[int, number(int, 2)] = 256 if torch.cuda.is_available() else 2
     """Images in the batch."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cuda, or cpu for a smoke run."""
@@ -57,14 +58,15 @@ class KernelBench:
     """Write the rows here."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         names = [*OPS, *ATTENTION, "mlp"]
         for name, known in (("models", SHAPES), ("streams", STREAMS), ("ops", names)):
             if unknown := [x for x in getattr(self, name) if x not in known]:
                 raise UserError(f"{name} must be of {', '.join(known)}; got {unknown[0]!r}")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.samples < 2 or self.samples % 2:
-            raise UserError(f"samples must be even and at least 2, got {self.samples}")
+        if self.samples % 2:
+            raise UserError(f"samples must be even, got {self.samples}")
         if self.device not in ("cuda", "cpu") or (self.device == "cuda" and not torch.cuda.is_available()):
             raise UserError(f"device must be cuda, where there is a GPU, or cpu; got {self.device!r}")
 

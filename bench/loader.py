@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Objective
 from umd.ops import sample_posterior
+from umd.ranges import Count, ProcessesOrZero, check_ranges
 from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer, identity
 from umd.train import data
@@ -52,21 +54,21 @@ class LoaderBench:
     reader: CPU time an image)."""
     model: str = "UMD-L/2"
     """Size and patch size of the network that trains."""
-    shallower: int = 4
+    shallower: Count = 4
     """Divide its depths by this: the same ratios of steps from less memory."""
-    latent_size: int = 32
+    latent_size: Count = 32
     """Side of the latents; pictures are 8 times as large."""
-    batch: int = 16
+    batch: Count = 16
     """Samples a step."""
-    vae_channels: tuple[int, int, int, int] = (128, 256, 512, 512)
+    vae_channels: tuple[Count, Count, Count, Count] = (128, 256, 512, 512)
     """Widths of the autoencoder; Stable Diffusion's."""
-    stored: int = 512
+    stored: Count = 512
     """Latents in the folder that is read."""
-    num_workers: int = 2
+    num_workers: ProcessesOrZero = 2
     """Processes that read."""
-    dtype: str = "bf16"
+    dtype: Literal["bf16", "fp32"] = "bf16"
     """bf16 (autocast) or fp32."""
-    repeats: int = 5
+    repeats: Count = 5
     """Measured rounds."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where."""
@@ -74,11 +76,7 @@ class LoaderBench:
     """Write rows and ratios here."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("bf16", "fp32"):
-            raise UserError(f"dtype must be bf16 or fp32, got {self.dtype!r}")
-        for name in ("shallower", "latent_size", "batch", "stored", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self)
         if unknown := set(self.groups) - set(GROUPS):
             raise UserError(f"unknown group {unknown.pop()!r}; expected of {', '.join(GROUPS)}")
 

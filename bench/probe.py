@@ -22,6 +22,7 @@ from umd.config import model_config
 from umd.device import peak_memory
 from umd.errors import UserError
 from umd.methods import build_model
+from umd.ranges import Count, check_ranges
 from umd.train.data import DataConfig
 from umd.train.probe import Probe, Recognition, print_rows
 from umd.train.run import RunConfig, read_config, to_plain, write_config
@@ -32,15 +33,15 @@ from umd.train.shards import share
 class ProbeBench:
     """What is measured."""
 
-    train: int = 250_000
+    train: Count = 250_000
     """Training pictures."""
-    test: int = 50_000
+    test: Count = 50_000
     """Held-out pictures."""
-    classes: int = 1000
+    classes: Count = 1000
     """Classes; both splits have as many pictures of each."""
-    side: int = 64
+    side: Count = 64
     """Height and width of the JPEGs."""
-    shots: int = 100
+    shots: Count = 100
     """Labelled training images a class."""
     model: str = "UMD-Ti/4"
     """Size and patch size of the network, at 32x32."""
@@ -48,9 +49,7 @@ class ProbeBench:
     """Write the figures here."""
 
     def __post_init__(self) -> None:
-        for name in ("train", "test", "classes", "side", "shots"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self)
         if min(self.train, self.test) < self.classes:
             raise UserError(f"each of {self.classes} classes needs a picture in either split")
 

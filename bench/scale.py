@@ -24,6 +24,7 @@ from rich.table import Table
 from umd.bench.probe import ProbeBench, link_pictures
 from umd.bench.step import machine
 from umd.errors import UserError
+from umd.ranges import Count
 
 TINY = "--model.hidden-size 32 --model.depth 1 --model.decoder-depth 1 --model.num-heads 2 --model.image-size 32 32"
 TINY += " --batch-size 64 --save-every 1 --draw-every 0 --device cpu --data.num-workers 2"
@@ -33,13 +34,13 @@ TINY += " --batch-size 64 --save-every 1 --draw-every 0 --device cpu --data.num-
 class ScaleBench:
     """What is measured."""
 
-    train: int = 1_281_000
+    train: Count = 1_281_000
     """Training pictures."""
-    test: int = 50_000
+    test: Count = 50_000
     """Held-out pictures."""
-    classes: int = 1000
+    classes: Count = 1000
     """Classes."""
-    side: int = 64
+    side: Count = 64
     """Height and width of the JPEGs."""
     folder: Path | None = None
     """Where the pictures are made, and removed; default: a temporary folder."""

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from umd.device import keep_freed_memory, pick_device, pick_dtype, take_device
 from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Objective
+from umd.ranges import Count, check_ranges, number
 from umd.schedule import NoiseSchedule
 from umd.train import step as training
 from umd.train.optim import clipped_step
@@ -50,18 +52,21 @@ class StepBench:
 
     model: str = "UMD-B/4"
     """Size and patch size; baselines take its width, encoder depth and heads."""
-    image_size: int = 64
+    image_size: Count = 64
     """Side of the images."""
-    batch: int = 16
-    """Images a step."""
-    dtype: str = "bf16"
+    batch: Annotated[int, number(int, 2)] = 16
+    """Images a step: a noised and a noise-free one at least."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
     """bf16 (autocast) or fp32."""
-    repeats: int = 5
+    repeats: Count = 5
     """Rounds of each pair, a row and UMD; of one step each, on a GPU of 20 that are queued without a wait."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where."""
     json: Path | None = None
     """Write the rows here."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def config(self) -> ModelConfig:
         return model_config(self.model, image_size=(self.image_size, self.image_size))
@@ -371,11 +376,6 @@ def measure(bench: StepBench, console: Console) -> list[Row]:
 
 def run(bench: StepBench, console: Console) -> list[Row]:
     """Measure, print the table and the ratios, write the JSON. Returns the rows."""
-    if bench.dtype not in ("bf16", "fp32"):
-        raise UserError(f"dtype must be bf16 or fp32, got {bench.dtype!r}")
-    for name, least in (("batch", 2), ("repeats", 1)):  # of a batch, a noised image and a noise-free one
-        if getattr(bench, name) < least:
-            raise UserError(f"{name} must be at least {least}, got {getattr(bench, name)}")
     device = pick_device(bench.device)
     bench = replace(bench, device="cpu" if device.type == "cpu" else str(device))
     bench.config()

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from umd.errors import UserError
+from umd.ranges import Count, check_ranges
 from umd.train.trace import Trace, read_trace, readable
 
 TOTAL, IDLE, LAUNCHING, STEP = WHOLE = ("total", "GPU idle", "host, launching", "step")  # groups of one row
@@ -49,14 +50,13 @@ class TraceBench:
     """A .json or .json.gz that torch.profiler wrote, or the folder of a run made with --profile."""
     b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
     """Another."""
-    steps: int = 1
+    steps: Count = 1
     """Steps in a trace that does not mark them (ProfilerStep#)."""
     json: Path | None = None
     """Write the rows here."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"steps must be at least 1, got {self.steps}")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from rich.table import Table
 
 from umd.errors import UserError
 from umd.files import write_whole
+from umd.ranges import Count, Processes, check_ranges
 from umd.train.folders import files_below, listing
 from umd.train.quarantine import default_path
-from umd.train.sources import flatten
+from umd.train.sources import FLOATS, flatten
 from umd.train.tars import is_tars, samples, split_tars
 from umd.train.waiting import in_order
 
@@ -31,19 +32,18 @@ OUTSIDE, EMPTY = "outside a class folder", "empty class"
 
 @dataclass(frozen=True)
 class CheckData:
-    """Read every image of a source once; list those that no reader shall use, with the reason."""
+    """Read every image of a source once; list those that no reader shall use, with the reason. Exits with 0 if all
+    are usable, with 1 if some are listed (runs then leave these out), and with 2 if there is nothing to read."""
 
-    min_side: int = 16
+    min_side: Count = 16
     """Fewest pixels that the shorter side of a picture must have."""
-    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers: Processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     """Processes that read."""
     out: Path | None = None
     """Where the list goes; default: quarantine.json in the source, where runs find it by themselves."""
 
     def __post_init__(self) -> None:
-        for name in ("min_side", "workers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def examine(encoded: bytes, min_side: int) -> tuple[str, str] | None:
     try:
         with Image.open(BytesIO(encoded)) as image:
             size, kind = image.size, image.format
+            if image.mode == "F":
+                return "floating-point pixels", FLOATS
             if min(size) < min_side:
                 return "too small", f"{size[0]}x{size[1]}"
             if kind in ("JPEG", "MPO"):

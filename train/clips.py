@@ -127,7 +127,9 @@ def decode_video(path: Path) -> list[np.ndarray]:
             return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read video {path} ({reason}): replace or remove it, or set skip_broken") from error
+        raise UserError(
+            f"cannot read video {path} ({reason}): replace or remove it; training leaves it out with --data.skip-broken"
+        ) from error
 
 
 def take_frames(clip: np.ndarray, num_frames: int, stride: int, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -146,6 +148,7 @@ def check_length(frames: int, num_frames: int, stride: int, what: str) -> None:
     if frames < (num_frames - 1) * stride + 1:
         every = f", every {stride}" if stride > 1 else ""
         raise UserError(
-            f"{what} has {frames} frame{'' if frames == 1 else 's'}, and the model takes {num_frames}{every}: leave "
-            "short clips out (--data.skip-broken does), or lower --data.frame-stride or --model.num-frames"
+            f"{what} has {frames} frame{'' if frames == 1 else 's'}, and the model takes {num_frames}{every}: take it out "
+            "or give a longer one; in training --data.skip-broken leaves it out, and a lower --data.frame-stride or "
+            "--model.num-frames needs fewer"
         )

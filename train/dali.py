@@ -26,7 +26,7 @@ from umd.train.crops import draw_view, view_rng
 from umd.train.data import Batch, Batches, DataConfig
 from umd.train.latent_batches import as_read
 from umd.train.signals import StopRequest
-from umd.train.sources import ORIENTATION, ImageDataset, unreadable, upright_jpeg
+from umd.train.sources import LEAVE_OUT, ORIENTATION, ImageDataset, unreadable, upright_jpeg
 from umd.train.waiting import Prepared
 
 READERS = 8  # threads of a reading process, that wait for the disk
@@ -245,7 +245,7 @@ def read_encoded(file: Any) -> tuple[bytes, tuple[int, int]]:
             encoded = b"\xff\xd8\xff\xe1" + (2 + len(segment)).to_bytes(2, "big") + segment + encoded[2:]
         return encoded, (width, height) if orientation >= 5 else (height, width)
     except Exception as error:  # as in `decode`
-        raise UserError(unreadable(file, error)) from error
+        raise UserError(f"{unreadable(file, error)}. {LEAVE_OUT}") from error
 
 
 def leave_out_broken(dataset: ImageDataset, indices: list[int], error: RuntimeError) -> None:

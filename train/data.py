@@ -21,6 +21,7 @@ from tyro.conf import Suppress
 
 from umd.device import beside, own_cores, pick_device, to_device
 from umd.errors import UserError
+from umd.ranges import Count, ProcessesOrZero, Share, ShareAboveZero, check_ranges
 from umd.train.clips import ClipDataset, check_length, decode_clip, open_clips
 from umd.train.crops import centered, crop_batch, draw_view, shrink_for, train_view, view_rng
 from umd.train.emoji import open_emoji
@@ -57,25 +58,25 @@ class DataConfig:
 
     source: str = "emoji"
     """`emoji`, a folder of images or of latents, a `.npz` or `.npy` file, or an `*-images-idx3-ubyte(.gz)` file"""
-    image_size: Suppress[tuple[int, int]] = (32, 32)  # not an option: a run takes it from its model
+    image_size: Suppress[tuple[Count, Count]] = (32, 32)  # not an option: a run takes it from its model
     """height and width the model sees"""
-    channels: Suppress[int] = 3
+    channels: Suppress[Count] = 3
     """3 for colour (grey pictures are repeated), 1 for grey; those of latents"""
-    num_frames: Suppress[int] = 1
+    num_frames: Suppress[Count] = 1
     """frames of a clip that the model sees; 1: pictures"""
-    frame_stride: int = 1
+    frame_stride: Count = 1
     """of a clip's frames every n-th is taken"""
     vae: str = ""
     """hub id or folder of a diffusers AutoencoderKL or VQModel: pictures are encoded in each training step, which is
     slow (umd encode-latents does it once); for stored latents where their VAE lies, by default where it lay"""
     vae_hash: Suppress[str] = ""  # not an option: a run takes it from its VAE or latents, and keeps to it
-    area_min: float = 0.8
+    area_min: ShareAboveZero = 0.8
     """smallest share of a picture's area that a training crop covers"""
-    area_max: float = 1.0
+    area_max: ShareAboveZero = 1.0
     """largest share of a picture's area that a training crop covers"""
     hflip: bool = True
     """mirror every second training picture; turn off where that changes the meaning (digits, text)"""
-    holdout: float = 0.2
+    holdout: Share = 0.2
     """share kept for the test split where the source has no split of its own"""
     skip_broken: bool = False
     """leave unreadable images out, with a count, instead of stopping"""
@@ -86,24 +87,15 @@ class DataConfig:
     shuffle: Literal["global", "blocks"] = "global"
     """order of stored latents. global: any of all may be next, each a read of its own. blocks, for slow disks: 64
     neighbours in a shard are one read, and 256 such blocks, taken in a random order, are mixed"""
-    num_workers: int | None = None
+    num_workers: ProcessesOrZero | None = None
     """processes (with DALI: threads) that prepare batches; None: this rank's share of the host's cores, 16 at most; 0:
     the training process itself"""
 
     def __post_init__(self) -> None:
-        if min(self.image_size) < 1:
-            raise UserError(f"image_size is {self.image_size}: expected a height and a width of at least 1.")
-        if self.channels < 1:
-            raise UserError(f"channels is {self.channels}: expected 3 (colour), 1 (grey), or those of latents.")
-        if not 0 < self.area_min <= self.area_max <= 1:
+        check_ranges(self)
+        if self.area_min > self.area_max:
             areas = f"area_min is {self.area_min} and area_max {self.area_max}"
             raise UserError(f"{areas}: expected 0 < area_min <= area_max <= 1.")
-        if not 0 <= self.holdout <= 1:
-            raise UserError(f"holdout is {self.holdout}: expected a share between 0 and 1.")
-        if self.frame_stride < 1:
-            raise UserError(f"frame_stride is {self.frame_stride}: expected 1 or more.")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise UserError(f"num_workers is {self.num_workers}: expected 0 or more.")
 
     @property
     def workers(self) -> int:

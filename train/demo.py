@@ -18,6 +18,7 @@ from umd.errors import UserError
 from umd.methods import AnyModel
 from umd.model import UMD
 from umd.objective import Objective
+from umd.ranges import Count, Positive, Seed, check_ranges
 from umd.report import DemoRecord, Part, ProbeRow, save_record, write_report
 from umd.sampler import denoising_sequence
 from umd.schedule import NoiseSchedule
@@ -47,16 +48,19 @@ class Demo:
     """Pretrain, probe, fine-tune with labels, sample and inpaint beside MAE and DiffMAE, on real images, within a time
     budget."""
 
-    minutes: float = 15.0
+    minutes: Positive = 15.0
     """Time budget of the whole."""
     out: Path = Path("runs/demo")
     """Folder of the runs and of report.html; an earlier demo there is replaced."""
     data: DataConfig = DataConfig()
     """Default: colour emoji from a pip package."""
-    size: int = 32
+    size: Count = 32
     """Side of the images."""
-    seed: int = 0
+    seed: Seed = 0
     """Of everything."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 class Clock:
@@ -82,8 +86,6 @@ class Clock:
 
 def run_demo(demo: Demo, console: Console) -> Path:
     """Run it; returns the path of the page. Raises UserError for data without labels or a folder of something else."""
-    if demo.minutes <= 0:
-        raise UserError(f"minutes must be above 0, got {demo.minutes}")
     clock = Clock(demo.minutes)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     prepare_folder(demo.out)

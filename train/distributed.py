@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from umd.device import pick_device
 from umd.errors import UserError
+from umd.ranges import check_ranges, number
 
 BEAT_SECONDS = 2.0  # between signs of life
 CONTROL_SECONDS = 7200.0  # that ranks wait for what one of them does alone; `Watch` tells sooner of one that is gone
@@ -41,12 +42,11 @@ class ParallelConfig:
     """What ZeRO shares out: 1 optimiser, 2 and gradients, 3 and weights; 0 nothing, which is ddp."""
     wire: Literal["fp32", "bf16"] = "fp32"
     """Type in which ddp sends gradients between GPUs: bf16 halves the bytes, and leaves their mean 8 bits."""
-    timeout: float = 600
+    timeout: Annotated[float, number(float, above=0, at_most=1e6)] = 600
     """Seconds to wait for other ranks, at the start and in an exchange, before the run stops with a message."""
 
     def __post_init__(self) -> None:
-        if self.timeout <= 0:
-            raise UserError(f"timeout must be above 0 seconds, got {self.timeout}")
+        check_ranges(self)
 
 
 class World:

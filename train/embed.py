@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from umd.errors import UserError
+from umd.ranges import Count, check_ranges
 from umd.train.data import open_dataset
 from umd.train.evaluate import open_run
 from umd.train.features import Dataset, Features, pictures_of
@@ -29,10 +30,13 @@ class Embed:
 
     out: Path | None = None
     """The files without their suffix; default: RUN/features-SOURCE."""
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[Count, Count] | None = None
     """Height and width at which the pictures are read, and the network's positions interpolated; None: the run's."""
     ema: bool = True
     """Averaged weights, where the run has them."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 def embed(run: Path, source: Path, options: Embed, config: RunConfig, console: Console) -> None:

@@ -23,6 +23,7 @@ from umd.device import autocast, pick_dtype, take_device
 from umd.errors import UserError
 from umd.files import sha256
 from umd.images import grid, save_png, to_uint8
+from umd.ranges import Count, CountOrZero, Seed, check_ranges
 from umd.tokenizer import Tokenizer, load_tokenizer
 from umd.train.crops import centered, train_view, view_rng
 from umd.train.data import DataConfig, as_model_input, derive_seed, open_dataset
@@ -60,9 +61,9 @@ class EncodeLatents:
     finetune 0.95. A run refuses latents of other crops than its own."""
     out: Path = Path("latents/train")
     """Folder to write."""
-    image_size: tuple[int, int] = (256, 256)
+    image_size: tuple[Count, Count] = (256, 256)
     """Height and width at which pictures are encoded."""
-    views: int = 4
+    views: Count = 4
     """Views stored of each training picture; epoch e learns from view e modulo this."""
     crop: Literal["random", "center"] = "random"
     """random: view v is what a run on pixels with this seed would see in epoch v. center: the middle, and its mirror
@@ -71,21 +72,15 @@ class EncodeLatents:
     """Type of the stored means and standard deviations."""
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
     """Autocast type of the encoder."""
-    shard_images: int = 4096
+    shard_images: Count = 4096
     """Pictures a shard."""
-    seed: int = 0
+    seed: Seed = 0
     """Of crops and flips."""
     device: str = "auto"
     """auto (under torchrun each rank takes its GPU), cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        for name in ("views", "shard_images"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise UserError(f"seed must be 0 or more, got {self.seed}")
-        if min(self.image_size) < 1:
-            raise UserError(f"image_size is {self.image_size}: expected a height and a width of at least 1")
+        check_ranges(self)
         if self.recipe:
             area = AREA_MIN[self.recipe]
             if self.data.area_min not in (DataConfig.area_min, area) or self.data.area_max != 1:
@@ -259,7 +254,7 @@ def given_list(config: DataConfig) -> str:
 class Inspect:
     """Print what a folder of latents or of stored pictures holds, compare it with its checksums, and draw a few."""
 
-    decode: int = 16
+    decode: CountOrZero = 16
     """Latents decoded, spread over the split; 0: none, and no VAE is needed."""
     split: Literal["train", "test"] = "train"
     """Which are decoded."""
@@ -271,6 +266,9 @@ class Inspect:
     """Where to decode."""
     out: Path | None = None
     """Where the PNG goes; default: FOLDER/decoded.png."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 def inspect(folder: Path, options: Inspect, console: Console) -> None:

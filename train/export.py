@@ -30,6 +30,7 @@ from umd.hugging_face import to_vit, to_vit_mae
 from umd.methods import kind_of
 from umd.model import UMD
 from umd.published import give, mae_links, vit_links
+from umd.ranges import Count, check_ranges
 from umd.train.evaluate import schedule_of
 from umd.train.run import RunConfig, load_model, to_plain, weights_identity
 
@@ -47,12 +48,15 @@ class Export:
     """The run."""
     out: Path | None = None
     """Folder to write, new or empty; default: RUN/KIND."""
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[Count, Count] | None = None
     """Height and width of the exported network, its positions interpolated; None: the run's."""
     ema: bool = True
     """Averaged weights, where the run has them."""
     push: str = ""
     """Also upload the folder as this repository (USER/NAME) of the Hugging Face hub; log in with `hf auth login`."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 def export(options: Export, config: RunConfig, console: Console) -> None:
@@ -168,7 +172,7 @@ def write_diffusers(model: UMD, folder: Path, config: RunConfig) -> str:
         raise UserError(f"exporting a pipeline needs diffusers ({error}); pip install diffusers") from error
     if model.config.outputs in ("x_start", "edm"):
         raise UserError(
-            "an MAE draws no samples" if model.config.outputs == "x_start" else
+            "an MAE draws no samples: export it to timm or transformers" if model.config.outputs == "x_start" else
             "diffusers' schedulers add noise of variance 1 - ᾱ; MaskDiT's process is EDM's: sample it with umd sample"
         )  # fmt: skip
     schedule = schedule_of(config.schedule)

@@ -117,7 +117,9 @@ def extracted(ids: np.ndarray, pictures: Pictures, extract: Extract, advance: Ad
     tensors = {name: torch.cat(parts).contiguous() for name, parts in found.items()}
     bad = [name for name, features in tensors.items() if not features.isfinite().all()]
     if bad:
-        raise UserError(f"features ({bad[0]}) hold NaN or infinity: check the weights, or give --precision fp32")
+        raise UserError(
+            f"features ({bad[0]}) hold NaN or infinity: check the weights, or write precision: fp32 into its config.yaml"
+        )
     return save(tensors)
 
 

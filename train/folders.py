@@ -14,7 +14,7 @@ from umd.errors import UserError
 from umd.files import again_if_stale
 from umd.train.index import Arrays, Names, kept
 from umd.train.quarantine import Quarantine
-from umd.train.sources import IMAGE_SUFFIXES, ImageDataset, choose_split, in_test_split, is_image, unreadable
+from umd.train.sources import IMAGE_SUFFIXES, LEAVE_OUT, ImageDataset, choose_split, in_test_split, is_image, unreadable
 from umd.train.waiting import in_order
 
 log = logging.getLogger("umd")
@@ -65,7 +65,8 @@ def open_folder(root: Path, split: str, holdout: float, skip_broken: bool, quara
         left_out=len(paths) - len(good),
     )
     if len(paths) and not len(dataset):
-        raise UserError(f"none of the {len(paths)} images of {folder} can be read: replace them.")
+        kind = "training" if split == "train" else "held-out"
+        raise UserError(f"none of the {len(paths)} {kind} images of {folder} can be read: replace or remove them.")
     return dataset
 
 
@@ -187,7 +188,7 @@ def check_headers(paths: Names, skip_broken: bool) -> np.ndarray:
         errors = list(in_order(pool, header_error, paths, paths.prefix))
     bad = [error for error in errors if error]
     if bad and not skip_broken:
-        raise UserError(bad[0])
+        raise UserError(f"{bad[0]}. {LEAVE_OUT}")
     for error in bad:
         log.warning(error)
     return np.flatnonzero([error is None for error in errors])

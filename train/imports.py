@@ -18,6 +18,7 @@ from umd.config import (
 from umd.convert import from_small_vision, load_small_vision
 from umd.errors import UserError
 from umd.published import load_published
+from umd.ranges import CountOrZero, check_ranges
 from umd.schedule import ScheduleName
 from umd.train.data import DataConfig
 from umd.train.optim import OptimConfig
@@ -38,12 +39,11 @@ class Import:
     """Folder of the new run."""
     source: str = ""
     """Pictures that the run is probed and evaluated with: a folder, or what else `--data.source` takes."""
-    num_heads: int = 0
+    num_heads: CountOrZero = 0
     """Attention heads, which weights do not tell; 0: those of the published network of this width."""
 
     def __post_init__(self) -> None:
-        if self.num_heads < 0:
-            raise UserError(f"num_heads must be 0 (as published) or more, got {self.num_heads}")
+        check_ranges(self)
 
 
 def import_run(options: Import, console: Console) -> None:

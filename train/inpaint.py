@@ -1,6 +1,6 @@
 """Inpainting with a trained network: which pictures, which hole, and the rows of the picture sheet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from torch import Tensor
 
@@ -21,12 +21,15 @@ from umd.images import grid, save_png
 from umd.masking import layout
 from umd.methods import AnyModel
 from umd.model import UMD
+from umd.ranges import Count, InnerShare, Seed, check_ranges
 from umd.sampler import Capture, inpaint, model_times
 from umd.schedule import NoiseSchedule
+from umd.train.crops import centered_box
 from umd.train.data import center_view, centered_view_of_file, open_dataset
 from umd.train.evaluate import denoiser, sampling_progress, schedule_of
 from umd.train.preview import rgb
 from umd.train.run import RunConfig
+from umd.train.sources import flatten
 
 DEFAULT_IMAGES = 6
 VIEWS = 6  # of a sample on its way
@@ -39,18 +42,19 @@ class Inpaint:
     image: tuple[Path, ...] = ()
     """Picture files; default: held-out images of the run's data."""
     mask: str = "center"
-    """center, left, random (patches), frames (the middle half of a clip), or a PNG: white is filled, black is kept."""
-    mask_ratio: float = 0.5
+    """center, left, random (patches), frames (the middle half of a clip), or a PNG: white is filled, black is kept. It
+    has the size of the pictures and is cut and resized with them, or that of the model."""
+    mask_ratio: InnerShare = 0.5
     """Share of patches that the random mask hides, about."""
-    samples: int = 3
+    samples: Count = 3
     """Samples an image; an MAE has one answer."""
-    steps: int = 50
+    steps: Count = 50
     """Denoising steps."""
     sampler: Literal["ddpm", "ddim"] = "ddpm"
     """ddpm: fresh noise at each step; ddim: none but the first."""
-    resample: int = 2
+    resample: Count = 2
     """Times a UMD repeats each step to harmonise hole and surroundings (RePaint); a DiffMAE has no need to."""
-    seed: int = 0
+    seed: Seed = 0
     """Of noise and random masks."""
     capture: Capture = "auto"
     """Replay a denoising step as one CUDA graph; auto: on a GPU, of more than a few steps."""
@@ -60,10 +64,7 @@ class Inpaint:
     """Write clips as MP4 too, beside the GIF; needs PyAV (pip install av)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise UserError(f"mask_ratio is the share of hidden patches, 0 < m < 1; got {self.mask_ratio}")
-        if self.samples < 1:
-            raise UserError(f"samples must be at least 1, got {self.samples}")
+        check_ranges(self)
 
 
 class Fillings(NamedTuple):
@@ -86,7 +87,8 @@ def pictures_and_mask(
         if len(dataset) == 0:
             raise UserError(f"{dataset.name} has no held-out images to inpaint; name pictures with --image")
         x = center_view(dataset, np.linspace(0, len(dataset) - 1, DEFAULT_IMAGES).astype(int), config.data)
-    return x, hole_mask(mask, x, config.model.patch_size, seed, mask_ratio, getattr(config.model, "tubelet_size", 1))
+    tubelet_size = getattr(config.model, "tubelet_size", 1)
+    return x, hole_mask(mask, x, config.model.patch_size, seed, mask_ratio, tubelet_size, images if x.ndim == 4 else ())
 
 
 def check_predicts_pixels(config: RunConfig) -> None:
@@ -105,10 +107,14 @@ def check_mp4(config: RunConfig) -> None:
 
 
 def hole_mask(
-    mask: str, x: Tensor, patch_size: int, seed: int = 0, mask_ratio: float = 0.5, tubelet_size: int = 1
-) -> Tensor:
+    mask: str, x: Tensor, patch_size: int, seed: int = 0, mask_ratio: float = 0.5, tubelet_size: int = 1,
+    photos: Sequence[Path] = (),
+) -> Tensor:  # fmt: skip
     """The hole [B, 1, H, W], or of clips [B, 1, F, H, W], 1 where pixels are removed: `center`, `left`, `random`
-    patches, `frames` (the middle half of a clip), or a PNG's white part in every frame."""
+    patches, `frames` (the middle half of a clip), or a PNG's white part in every frame.
+
+    photos: the files that x was read from, for `drawn_mask`.
+    """
     B, _, *frames, H, W = x.shape
     hole = torch.zeros(B, 1, *frames, H, W)
     if mask == "center":
@@ -129,18 +135,36 @@ def hole_mask(
             raise UserError(f"the mask frames needs clips of at least 4 tubelets; this model's have {F}")
     else:
         try:
-            drawn = np.asarray(Image.open(mask).convert("L"))
+            with Image.open(mask) as image:
+                drawn = ImageOps.exif_transpose(flatten(image) if image.mode.startswith("I") else image).convert("L")
         except (OSError, ValueError) as error:
             known = "center, left, random, " + ("frames, " if frames else "")
             raise UserError(f"mask {mask!r} cannot be read; expected {known}or a black and white PNG") from error
-        if drawn.shape != (H, W):
-            raise UserError(f"mask {mask!r} is {drawn.shape[0]}x{drawn.shape[1]}; this model's pictures are {H}x{W}")
-        hole[:] = torch.from_numpy(drawn > 127)
+        hole[:] = torch.from_numpy(np.asarray(drawn_mask(mask, drawn, (H, W), photos)) > 127)
         if hole.min() == hole.max():
             raise UserError(
                 f"mask {mask!r} hides {'everything' if hole.max() else 'nothing'}; white is filled, black is kept"
             )
     return hole
+
+
+def drawn_mask(name: str, drawn: Image.Image, size: tuple[int, int], photos: Sequence[Path]) -> Image.Image:
+    """A mask at the model's H and W: cut and resized as photos are, by the nearest pixel, where it is of another size.
+
+    Raises UserError for one that has neither the model's size nor that of each photo.
+    """
+    H, W = size
+    if drawn.size == (W, H):
+        return drawn
+    for photo in photos:
+        with Image.open(photo) as image:
+            width, height = ImageOps.exif_transpose(image).size
+        if drawn.size != (width, height):
+            raise UserError(
+                f"mask {name!r} is {drawn.height}x{drawn.width}; give it the size of {photo}, {height}x{width}, or of "
+                f"the model's pictures, {H}x{W}"
+            )
+    return drawn.resize((W, H), Image.Resampling.NEAREST, box=centered_box(drawn.height, drawn.width, W / H))
 
 
 def fill_with(

@@ -320,7 +320,10 @@ def tokenizer_of(config: "DataConfig", device: torch.device | str = "cpu") -> To
     try:
         tokenizer = load_tokenizer(config.vae, device)
     except UserError as error:
-        raise UserError(f"this run is of latents, and its VAE is missing: {error}") from error
+        raise UserError(
+            f"this run is of latents, and its VAE is missing: {error}; say where it lies by --vae or "
+            "--data.vae, or for commands that have neither in the run's config.yaml (vae, under data)"
+        ) from error
     check_vae(tokenizer.vae.sha256, config.vae_hash, f"{config.vae} is")
     return tokenizer
 

@@ -27,6 +27,7 @@ from tyro.conf import arg
 
 from umd.errors import UserError
 from umd.images import grid, save_png
+from umd.ranges import Count, Share, check_ranges
 from umd.train.crops import centered, draw_view, resized, shrink_for, view_rng
 from umd.train.latents import is_latents, shard_name
 from umd.train.recipes import encode_command
@@ -183,12 +184,12 @@ class EncodePixels:
     """A folder of images, .tar files, or what else pretrain reads."""
     out: Path = Path("pixels/train")
     """Folder to write."""
-    size: tuple[int, int] = (96, 96)
+    size: tuple[Count, Count] = (96, 96)
     """Height and width that each picture is squeezed to: 1.5 times what the model sees, so that the narrowest crop (2/3
     of a side, of four fifths of the area) has as many pixels as the model."""
-    shard_images: int = 4096
+    shard_images: Count = 4096
     """Pictures a shard."""
-    holdout: Annotated[float, arg(name="data.holdout")] = 0.2
+    holdout: Annotated[Share, arg(name="data.holdout")] = 0.2
     """Share kept for the test split where the source has no split of its own."""
     skip_broken: Annotated[bool, arg(name="data.skip-broken")] = False
     """Leave unreadable images out, with a count, instead of stopping."""
@@ -196,9 +197,7 @@ class EncodePixels:
     """List of files to leave out, as umd check-data writes it; default: quarantine.json in the source."""
 
     def __post_init__(self) -> None:
-        if min(self.size) < 1 or self.shard_images < 1:
-            what = "shard_images" if self.shard_images < 1 else "size"
-            raise UserError(f"{what} must be at least 1, got {getattr(self, what)}")
+        check_ranges(self)
 
 
 def encode_pixels(options: EncodePixels, console: Console) -> None:

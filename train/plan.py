@@ -22,6 +22,7 @@ from umd.errors import UserError
 from umd.files import write_safetensors
 from umd.methods import build_objective
 from umd.objective import Part
+from umd.ranges import Count, NonNegative, Positive, check_ranges, number
 from umd.schedule import NoiseSchedule
 from umd.train.distributed import World
 from umd.train.parallel import strategy
@@ -65,24 +66,20 @@ class Cluster:
 
     gpu: Literal["a100-40", "a100-80", "h100", "h200", "l40s"] = "a100-80"
     """Type of the GPUs."""
-    gpus: int = 8
+    gpus: Count = 8
     """How many, of all nodes."""
-    gpus_per_node: int = 8
+    gpus_per_node: Count = 8
     """How many in one node."""
-    network: float = 200
+    network: Positive = 200
     """Gbit/s of the network for each GPU, between nodes."""
-    images: int = IMAGENET
+    images: Annotated[int, number(int, 1, 10**12)] = IMAGENET
     """Pictures in the training set; default: ImageNet."""
-    disk: float = 1.0
+    disk: NonNegative = 1.0
     """GB/s at which one process hashes, writes and flushes a checkpoint; 0: measured in the run's folder, with a file
     as large as a checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "gpus_per_node", "network", "images"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.disk < 0:
-            raise UserError(f"disk must be above 0 GB/s, or 0 to measure it, got {self.disk}")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)

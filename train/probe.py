@@ -24,6 +24,7 @@ from umd.methods import AnyModel, build_model, kind_of
 from umd.model import UMD
 from umd.ops import philox_randn_rows
 from umd.probe import ProbeResult, draw_shots, fewshot_accuracy
+from umd.ranges import Count, CountOrZero, Positive, Seed, check_ranges
 from umd.schedule import NoiseSchedule
 from umd.train.data import open_dataset
 from umd.train.evaluate import open_run, schedule_of
@@ -41,35 +42,30 @@ class Probe:
     """Few-shot probe on the held-out split, beside raw pixels and an untrained network. The same command goes on after
     a stop; under torchrun each rank reads its share of the pictures."""
 
-    shots: int = 100
+    shots: Count = 100
     """Labelled training images a class."""
-    pool: int = 100_000
+    pool: CountOrZero = 100_000
     """Shots are drawn from so many training images, a random part, as published; a class gives what the part has of it.
     0: from all."""
     allow_fewer: bool = False
     """Let a class with fewer images give all it has."""
-    l2: tuple[float, ...] = (1024.0,)
+    l2: tuple[Positive, ...] = (1024.0,)
     """Ridge penalty; of several, one is chosen on a part of the shots."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Draws of the shots."""
     linear: bool = False
     """Also MAE's linear probe and nearest neighbours, on every training picture."""
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[Count, Count] | None = None
     """Height and width at which the pictures are read, and the network's positions interpolated; None: the run's."""
     layers: bool = False
     """Instead: of every block, at the model times below, as a table and a curve."""
-    times: tuple[int, ...] = (0, 1, 10, 25, 50, 100, 200, 400, 700)
+    times: tuple[CountOrZero, ...] = (0, 1, 10, 25, 50, 100, 200, 400, 700)
     """Model times of --layers; 0: noise-free."""
     ema: bool = False
     """Averaged weights, where the run has them."""
 
     def __post_init__(self) -> None:
-        if not self.seeds or min(self.seeds) < 0:
-            raise UserError(f"seeds must be one or more numbers from 0, got {list(self.seeds)}")
-        if not self.l2 or min(self.l2) <= 0:
-            raise UserError(f"l2 must be one or more numbers above 0, got {list(self.l2)}")
-        if self.pool < 0:
-            raise UserError(f"pool must be 0 (all training images) or more, got {self.pool}")
+        check_ranges(self, "l2", "seeds", "times")
 
 
 def probe(run: Path, options: Probe, config: RunConfig, console: Console) -> None:
@@ -193,7 +189,10 @@ def labelled(config: RunConfig) -> tuple[Dataset, Dataset]:
     """Training and held-out pictures. Raises UserError where none are held out, or without labels."""
     train, test = open_dataset(config.data, "train"), open_dataset(config.data, "test")
     if len(test) == 0:
-        raise UserError("a probe needs held-out images and data.holdout is 0; train with a share held out, e.g. 0.2")
+        raise UserError(
+            f"a probe needs held-out images, and of {train.name} none is held out (data.holdout is "
+            f"{config.data.holdout:g}); give it a test/ folder beside train/, or train with a larger --data.holdout"
+        )
     if train.labels is None or test.labels is None:
         raise UserError(f"a probe needs labels, and {train.name} has none; use one subfolder a class")
     return train, test

@@ -1,12 +1,13 @@
 """What a run is: its configuration, the presets, and where its files lie."""
 
 import dataclasses
+import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -23,8 +24,10 @@ from umd.config import (
     ScheduleConfig,
 )
 from umd.errors import UserError
+from umd.files import write_whole
 from umd.methods import AnyModel, AnyModelConfig, AnyObjectiveConfig, build_model, check_match
 from umd.positions import resized_state
+from umd.ranges import Count, CountOrZero, NonNegative, OutOfRange, Seed, check_ranges, number
 from umd.train.data import DataConfig
 from umd.train.distributed import ParallelConfig
 from umd.train.optim import OptimConfig
@@ -48,17 +51,17 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     init: Path | None = None
     """Start from the weights of this run or checkpoint (fine-tuning)."""
-    batch_size: int = 1024
+    batch_size: Count = 1024
     """Images a step, of all ranks together."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Micro-batches a step on each rank; ranks times this divides the batch."""
-    epochs: float = 800
+    epochs: NonNegative = 800
     """Length of the run, where neither steps nor minutes are given."""
-    minutes: float = 0
+    minutes: NonNegative = 0
     """Length in minutes of training instead; the learning rate then follows the clock."""
-    steps: int = 0
+    steps: CountOrZero = 0
     """Length in steps instead, before minutes and epochs."""
-    seed: int = 0
+    seed: Seed = 0
     """Of weights, data order, crops, masks and noise."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast type; auto is bf16 where the hardware multiplies it. Beside bf16 a GPU makes the products left
@@ -78,38 +81,31 @@ class RunConfig:
     recompute_gelu: bool = False
     """On a GPU, make GELU's output again in the backward pass instead of keeping it: less memory, a few more bytes to
     move, the same bits. `umd plan` has the figures of both; with checkpointing it changes nothing."""
-    save_minutes: float = 15
+    save_minutes: NonNegative = 15
     """Minutes of training between checkpoints; 0: none on the way. The last step is always saved."""
-    save_every: int | None = None
+    save_every: Count | None = None
     """Steps between checkpoints, instead of minutes."""
-    keep: int = 3
+    keep: Count = 3
     """Checkpoints kept."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between log lines."""
     wandb: str = ""
     """Log to this project of Weights & Biases as well (pip install wandb)."""
     profile: bool = False
     """Record 3 steps after the first 12: where their time goes, to profile/ in the folder of the run."""
-    draw_minutes: float = 60
+    draw_minutes: NonNegative = 60
     """Minutes of training between pictures of reconstructions (and samples, with labels), or for a classifier between
     its scores on the held-out pictures; the last step always has them, and a UMD's two heads weighed. 0: never."""
-    draw_every: int | None = None
+    draw_every: CountOrZero | None = None
     """Steps between pictures, instead of minutes; 0: never."""
-    evaluate_minutes: float = 0
+    evaluate_minutes: NonNegative = 0
     """Minutes of training between Fréchet distances of samples to the held-out pictures, which the last step then has
     too; 0: never. A curve to watch: `umd evaluate` has the scores to publish."""
-    evaluate_count: int = 2048
+    evaluate_count: Annotated[int, number(int, 2)] = 2048
     """Samples of such a distance."""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("accumulate", 1), ("keep", 1), ("log_every", 1), ("evaluate_count", 2)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("save_minutes", "draw_minutes", "evaluate_minutes", "draw_every"):
-            if not (getattr(self, name) or 0) >= 0:
-                raise UserError(f"{name} must be 0 (never) or more, got {getattr(self, name)}")
-        if self.save_every is not None and self.save_every < 1:
-            raise UserError(f"save_every must be at least 1, got {self.save_every}")
+        check_ranges(self)
         if self.evaluate_minutes and not isinstance(self.model, ModelConfig):
             raise UserError("evaluate_minutes is for networks that draw samples: a UMD; leave it at 0")
         if self.batch_size % self.accumulate:
@@ -118,9 +114,7 @@ class RunConfig:
             )
         if self.recompute_gelu and self.gelu != "ours":
             raise UserError(f"recompute_gelu goes with gelu ours; {self.gelu} keeps what GELU gives")
-        if self.seed < 0:
-            raise UserError(f"seed must be 0 or more, got {self.seed}")
-        if min(self.epochs, self.steps, self.minutes) < 0 or max(self.epochs, self.steps, self.minutes) == 0:
+        if max(self.epochs, self.steps, self.minutes) == 0:
             raise UserError("the length of a run (epochs, steps or minutes) must be above 0")
         check_match(self.model, self.objective)
         if self.optim.layer_decay != 1 and not isinstance(self.model, ClassifierConfig):
@@ -180,7 +174,7 @@ def at_size(config: RunConfig, image_size: tuple[int, int] | None) -> RunConfig:
     if image_size is None or tuple(image_size) == config.model.image_size:
         return config
     if not isinstance(config.model, ModelConfig):
-        raise UserError("another image size is for a UMD; leave it out")
+        raise UserError("another --image-size is for a UMD; leave it out, to read pictures at the run's size")
     return replace(config, model=replace(config.model, image_size=image_size))
 
 
@@ -252,24 +246,30 @@ def to_plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def from_plain(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """The dataclass that `to_plain` was given. Raises UserError naming an unknown field."""
+def from_plain(cls: type, values: Mapping[str, Any], where: str, within: str = "") -> Any:
+    """The dataclass that `to_plain` was given.
+
+    where: the file. within: the name of these settings in it, `optim.`.
+    Raises UserError naming file and setting: one that is not known, of another type, or outside its range.
+    """
     hints = get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     for name in values:
         if name not in known:
-            raise UserError(f"{where}: unknown setting {name!r} in {cls.__name__}; it has {', '.join(sorted(known))}")
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {within}{near[0]}?" if near else f"{cls.__name__} has {', '.join(sorted(known))}"
+            raise UserError(f"{where}: unknown setting {within}{name}; {hint}")
 
-    def convert(hint: Any, value: Any) -> Any:
+    def convert(name: str, hint: Any, value: Any) -> Any:
         args = get_args(hint)
         configs = [
             choice for choice in args or (hint,) if isinstance(choice, type) and dataclasses.is_dataclass(choice)
         ]
         if configs and isinstance(value, Mapping):
             same = [choice for choice in configs if getattr(choice, "kind", None) == value.get("kind")]
-            return from_plain((same or configs)[0], value, where)
+            return from_plain((same or configs)[0], value, where, f"{within}{name}.")
         if get_origin(hint) is tuple and isinstance(value, list | tuple) and len(value) == len(args):
-            return tuple(map(convert, args, value))
+            return tuple(convert(name, arg, item) for arg, item in zip(args, value, strict=True))
         if get_origin(hint) is Literal and value in args:
             return value
         if value is None and type(None) in args:
@@ -284,17 +284,30 @@ def from_plain(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
     def checked(name: str, value: Any) -> Any:
         try:
-            return convert(hints[name], value)
+            return convert(name, hints[name], value)
         except (TypeError, ValueError) as error:
-            hint = hints[name]
-            expected = getattr(hint, "__name__", hint)
-            if any(map(dataclasses.is_dataclass, get_args(hint) or (hint,))):
-                expected = "settings of its own"
-            elif get_origin(hint) in (Literal, tuple):
-                expected = str(hint).removeprefix("typing.")
-            raise UserError(f"{where}: {name} is {value!r}; expected {expected}") from error
+            raise UserError(f"{where}: {within}{name} is {value!r}; expected {in_words(hints[name])}") from error
 
-    return cls(**{name: checked(name, value) for name, value in values.items()})
+    settings = {name: checked(name, value) for name, value in values.items()}
+    try:
+        return cls(**settings)
+    except OutOfRange as error:
+        raise UserError(f"{where}: {error.of(within + error.name)}") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def in_words(hint: Any) -> str:
+    """What a setting of this type is: `a number`, `2 whole numbers`, `one of auto, bf16`."""
+    args = get_args(hint) or (hint,)
+    if get_origin(hint) is tuple:
+        return f"{len(args)} of these: {in_words(args[0])}"
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if any(map(dataclasses.is_dataclass, args)):
+        return "settings of its own"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+    return " or ".join(words.get(arg, "null" if arg is type(None) else str(arg)) for arg in args)
 
 
 def write_config(config: RunConfig) -> None:
@@ -312,17 +325,42 @@ def read_config(path: Path) -> RunConfig:
     """
     file = path / "config.yaml" if path.is_dir() else path
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_bytes())  # bytes: YAML itself tells UTF-8 from UTF-16
     except OSError as error:
         raise UserError(
             f"no run configuration at {file}; expected a run folder with config.yaml, or a YAML file"
         ) from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date with a 13th month
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f" in line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{file} is not valid YAML{line}: {problem}; mend it, or copy that of another run") from error
     if not isinstance(values, dict):
-        raise UserError(f"{file} holds no settings; expected the config.yaml of a run")
+        found = "it is empty" if values is None else f"a {type(values).__name__}"
+        raise UserError(
+            f"{file} holds no settings ({found}); expected the config.yaml of a run, lines of `name: value`"
+        )
     config = from_plain(RunConfig, values, str(file))
     return replace(config, out=path) if path.is_dir() else config
+
+
+CLASSES = "classes.json"
+
+
+def write_classes(names: Sequence[str], out: Path) -> None:
+    """Keep the names of a run's classes in its folder, in the order of their numbers; those of its first start stay."""
+    if names and not (out / CLASSES).exists():
+        write_whole(out / CLASSES, json.dumps(list(names), indent=1, ensure_ascii=False).encode())
+
+
+def class_names(config: RunConfig) -> list[str]:
+    """The names of a run's classes, by their numbers; [] where it kept none."""
+    try:
+        names = json.loads((config.out / CLASSES).read_bytes())
+    except (OSError, ValueError):
+        return []
+    whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if whole and len(names) == getattr(config.model, "num_classes", 0) else []
 
 
 def saved_weights(path: Path, ema: bool = True) -> tuple[Checkpoint, str]:

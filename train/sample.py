@@ -4,9 +4,9 @@ No bit of an image depends on who draws it when. Its noise is a function of (see
 sees the same `GROUP` images in one call, because the rounding of a product depends on its size.
 """
 
+import difflib
 import io
 import json
-import math
 import os
 import shutil
 import socket
@@ -29,6 +29,7 @@ from umd.files import flush
 from umd.guidance import Denoise, Guidance, Prediction
 from umd.images import grid, save_png, to_uint8
 from umd.model import UMD
+from umd.ranges import Count, CountOrZero, Real, Seed
 from umd.sampler import Capture
 from umd.schedule import NoiseSchedule
 from umd.schedulers import SamplerName, open_sampler, sampler_times
@@ -36,7 +37,7 @@ from umd.tokenizer import Tokenizer
 from umd.train import evaluate
 from umd.train.features import name_of, spans
 from umd.train.heads import Heads
-from umd.train.run import RunConfig, weights_identity
+from umd.train.run import RunConfig, class_names, weights_identity
 from umd.train.sampling import GROUP, Sampling, clips, draw_recipe
 from umd.train.shards import Advance, Job, others_work, share
 
@@ -47,22 +48,22 @@ MOST_SHOWN = 256  # images in the grid
 @dataclass(frozen=True)
 class Sample(Sampling):
     """Draw samples from a run: a PNG grid, an .npz as ADM's evaluator reads it (arr_0: uint8 images [N, H, W, C],
-    arr_1: labels [N]) and a .json of all settings. The same command goes on after a stop; under torchrun each rank
-    draws its share."""
+    arr_1: labels [N]; classes: the name of each label) and a .json of all settings. The same command goes on after a
+    stop; under torchrun each rank draws its share."""
 
-    classes: tuple[int, ...] = ()
-    """Which classes; default: all. A run without labels is sampled unconditionally."""
-    per_class: int = 8
+    classes: tuple[str, ...] = ()
+    """Which classes, by name or number; default: all. A run without labels is sampled unconditionally."""
+    per_class: Count = 8
     """Samples of each class (of all, without labels)."""
-    count: int = 0
+    count: CountOrZero = 0
     """Samples in all instead, each of a class drawn at random."""
     balanced: bool = False
     """With count: as many of each class, in turn."""
-    cfg_scale: float = 4.0
+    cfg_scale: Real = 4.0
     """Guidance; 1: none. The paper uses 1.5 for scores, 4.0 for pictures."""
-    seed: int = 0
+    seed: Seed = 0
     """Sample i of a seed is the same picture, byte for byte, on any number of ranks and at any batch."""
-    batch: int = 64
+    batch: Count = 64
     """Images of one denoising loop, rounded up to groups of 32, which the network always sees together; up to 64."""
     ema: bool = True
     """Averaged weights, where the run has them."""
@@ -72,15 +73,7 @@ class Sample(Sampling):
     """Where the PNG goes, .npz and .json beside it; default: RUN/samples.png."""
 
     def __post_init__(self) -> None:
-        for name in ("per_class", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not math.isfinite(self.cfg_scale):
-            raise UserError(f"cfg_scale must be a finite number, 1: no guidance; got {self.cfg_scale}")
-        if self.seed < 0:
-            raise UserError(f"seed must be 0 or more, got {self.seed}")
-        if self.count < 0:
-            raise UserError(f"count must be 0 (per_class of each class) or more, got {self.count}")
+        super().__post_init__()
         if self.balanced and not self.count:
             raise UserError("balanced goes with --count N; without it there are as many of each class anyway")
 
@@ -214,8 +207,9 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
             return
         try:
             put_together(
-                [job.path for job in jobs], count, labels, 16 if options.count else options.per_class, files, recipe
-            )
+                [job.path for job in jobs], count, labels, 16 if options.count else options.per_class, files, recipe,
+                class_names(config) if classes else [],
+            )  # fmt: skip
         except FileNotFoundError:  # another rank that found the last part too was faster
             if not is_there(files, recipe):
                 raise
@@ -224,16 +218,30 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
     console.print(f"{count} samples in {where}", highlight=False, markup=False, soft_wrap=True)
 
 
-def check_classes(config: RunConfig, asked: Sequence[int], balanced: bool) -> tuple[int, ...]:
-    """The classes to draw, () of a run without labels."""
+def check_classes(config: RunConfig, asked: Sequence[str], balanced: bool) -> tuple[int, ...]:
+    """The numbers of the classes to draw, () of a run without labels.
+
+    asked: names or numbers; what is both is a name. Raises UserError for those that are unknown, or given twice.
+    """
     known = getattr(config.model, "num_classes", 0)
     if balanced and not known:
         raise UserError("this run was trained without labels, so there are none to balance; leave out --balanced")
-    classes = tuple(asked) or tuple(range(known))
-    if bad := [c for c in classes if not 0 <= c < known]:
-        has = f"this run has {known} classes, 0 to {known - 1}" if known else "this run was trained without labels"
+    names = class_names(config)
+    numbers = {str(number): number for number in range(known)} | {name: number for number, name in enumerate(names)}
+    if bad := [word for word in asked if word not in numbers]:
+        has = "this run was trained without labels"
+        if known:
+            shown = f" ({', '.join(names[:8])}{', ...' if known > 8 else ''})" if names else ""
+            has = f"this run has {known} classes, 0 to {known - 1}{shown}"
+            if near := difflib.get_close_matches(bad[0], names, n=1):
+                has += f"; did you mean {near[0]}?"
         raise UserError(f"class {bad[0]} is unknown: {has}; choose others, or leave out --classes")
-    return classes
+    classes = tuple(numbers[word] for word in asked)
+    if twice := [number for number in classes if classes.count(number) > 1]:
+        raise UserError(
+            f"class {asked[classes.index(twice[0])]} is given twice: name each once; --per-class draws more"
+        )
+    return classes or tuple(range(known))
 
 
 def is_there(files: Sequence[Path], recipe: dict[str, Any]) -> bool:
@@ -248,14 +256,14 @@ def is_there(files: Sequence[Path], recipe: dict[str, Any]) -> bool:
 
 def put_together(
     parts: Sequence[Path], count: int, labels: Tensor | None, columns: int, files: Sequence[Path],
-    recipe: dict[str, Any],
+    recipe: dict[str, Any], names: Sequence[str],
 ) -> None:  # fmt: skip
     """Grid, .npz and .json of the parts, in memory one part at a time. The .json comes last: with it all is there."""
     png, npz, settings = files
     shown = np.concatenate([read_part(part) for part in parts[: -(-MOST_SHOWN // SHARD)]])[:MOST_SHOWN]
     settings.unlink(missing_ok=True)
     class_ids = np.full(count, -1) if labels is None else labels.numpy()  # -1: unconditional
-    write_npz(npz, (count, *shown.shape[1:]), map(read_part, parts), class_ids)
+    write_npz(npz, (count, *shown.shape[1:]), map(read_part, parts), class_ids, names)
     save_png(grid(shown, columns=min(columns, len(shown))), png, scale=max(1, 128 // shown.shape[1]))
     settings.write_text(json.dumps(recipe, indent=1))
 
@@ -273,8 +281,11 @@ def read_part(part: Path) -> np.ndarray:
         ) from error
 
 
-def write_npz(path: Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], labels: np.ndarray) -> None:
-    """What `np.savez(path, images, labels)` writes, from parts of the images: uint8 `shape` (arr_0), int64 (arr_1)."""
+def write_npz(
+    path: Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], labels: np.ndarray, names: Sequence[str] = ()
+) -> None:
+    """What `np.savez(path, images, labels, classes=names)` writes, from parts of the images: uint8 `shape` (arr_0),
+    int64 (arr_1), and where there are names the one of each label."""
     unfinished = path.with_name(f".unfinished-{path.name}-{socket.gethostname()}-{os.getpid()}")
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     try:
@@ -283,8 +294,9 @@ def write_npz(path: Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], l
                 np.lib.format.write_array_header_1_0(member, header)
                 for part in parts:
                     member.write(np.ascontiguousarray(part).data)
-            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, labels, allow_pickle=False)
+            for name, array in {"arr_1": labels, **({"classes": np.array(names)} if names else {})}.items():
+                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
         flush(unfinished)
         unfinished.rename(path)
     finally:

@@ -11,6 +11,7 @@ from rich.console import Console
 from umd.errors import UserError
 from umd.guidance import Guidance, GuidanceSchedule, Prediction
 from umd.model import UMD
+from umd.ranges import Count, CountOrZero, Share, check_ranges
 from umd.sampler import Capture
 from umd.schedulers import CLASSES, FULL_NAMES, SamplerName, sampler_times
 from umd.tokenizer import Tokenizer
@@ -28,21 +29,24 @@ class Sampling:
 
     sampler: SamplerName = "ddim"
     """ddim, ddpm, or a solver of diffusers, for few steps and without noise: dpm++, heun (two calls a step), unipc."""
-    steps: int | None = None
+    steps: Count | None = None
     """Steps; default of ddim and ddpm the paper's, 125 for pixels and 250 for latents; of the others 25."""
-    eta: float = 1.0
+    eta: Share = 1.0
     """Noise of DDIM: 1 as in the paper, 0 deterministic."""
     predict: Literal["auto", "eps", "x_start", "both"] = "auto"
     """Which of the network's predictions leads: the noise, the image, or both, weighted at each time as held-out
     pictures tell; auto: both where that was measured when the run ended, else eps."""
-    cfg_interval: tuple[int, int] | None = None
+    cfg_interval: tuple[Count, Count] | None = None
     """Guidance at these model times alone, from and to (1: least noise, 1000: most); default: at all."""
     cfg_schedule: GuidanceSchedule = "constant"
     """Guidance over time: constant, or growing towards the picture (linear, cosine) with the same mean."""
-    cfg_channels: int = 0
+    cfg_channels: CountOrZero = 0
     """Guide only so many channels, the first ones; 0: all. DiT's code guides 3 of its latents' 4."""
     capture: Capture = "auto"
     """Replay a denoising step as one CUDA graph; auto: on a GPU, of more than a few steps."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     @property
     def guidance(self) -> Guidance:

@@ -5,7 +5,6 @@ with those that are missing, and the rank that finds all of them there computes 
 """
 
 import json
-import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from umd.feature_networks import identity, open_features
 from umd.files import write_whole
 from umd.images import from_uint8
 from umd.model import UMD
+from umd.ranges import Count, CountOrZero, Real, Seed, check_ranges
 from umd.train import evaluate
 from umd.train.data import open_dataset
 from umd.train.errors import NAMES, Errors, draw_errors
@@ -56,17 +56,17 @@ class Evaluate(Sampling):
     the defaults are the paper's, but for --predict. The same command goes on after a stop; under torchrun each rank
     does its share."""
 
-    count: int = 50_000
+    count: Count = 50_000
     """Samples."""
-    cfg_scale: tuple[float, ...] = (1.0, 1.5)
+    cfg_scale: tuple[Real, ...] = (1.0, 1.5)
     """Guidance, scored one by one; 1: none. Of a run without labels only 1."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the samples."""
     balanced: bool = False
     """As many samples of each class, in turn, instead of classes drawn at random."""
     ema: bool = True
     """Averaged weights for the samples, where the run has them; the representation is read without."""
-    batch: int = 64
+    batch: Count = 64
     """Images of one denoising loop; no score depends on it."""
     vae: str = ""
     """Of a run on latents, its VAE where it no longer lies where it lay: hub id or folder."""
@@ -88,24 +88,17 @@ class Evaluate(Sampling):
     """Score samples."""
     recognition: bool = True
     """Score the representation."""
-    shots: int = 100
+    shots: Count = 100
     """Labelled training images a class of the few-shot probe."""
     allow_fewer: bool = False
     """Let a class with fewer images give all it has."""
     linear: bool = True
     """Also the linear probe and nearest neighbours, which read every training picture."""
-    errors: int = 512
+    errors: CountOrZero = 512
     """Held-out pictures of the error curves by model time; 0: no curves."""
 
     def __post_init__(self) -> None:
-        for name in ("count", "batch", "shots"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.cfg_scale or not all(map(math.isfinite, self.cfg_scale)):
-            raise UserError(f"cfg_scale must be one or more finite numbers, 1: no guidance; got {list(self.cfg_scale)}")
-        for name in ("seed", "errors"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        check_ranges(self, "cfg_scale")
 
 
 def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Console) -> None:

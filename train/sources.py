@@ -33,6 +33,10 @@ log = logging.getLogger("umd")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ORIENTATION = 0x0112  # EXIF tag; 1: as stored, from 5 on height and width change places
 MAX_CLASSES = 1_000_000  # each has a name: a label beyond is a mistake, and would fill the memory with them
+FLOATS = "its pixels are floating-point numbers, with no word on which is black or white: convert it to 8 or 16 bits"
+LEAVE_OUT = (
+    "`umd check-data` lists such files, which all commands then leave out; training, with --data.skip-broken, too"
+)
 CHECKED = 512 << 20  # bytes: a mapped array's checksum is not looked at beyond, where that would hold up a start
 IDX_NAME = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
 
@@ -109,7 +113,12 @@ class ImageDataset:
     def picture(self, index: int, shrink: Shrink | None = None) -> Picture:
         """A picture. `shrink` allows a fraction of its size. Raises UserError naming the file if it cannot be read."""
         picture = self.pictures[index]
-        return whole(picture) if isinstance(picture, np.ndarray) else decode(picture, shrink)
+        if isinstance(picture, np.ndarray):
+            return whole(picture)
+        try:
+            return decode(picture, shrink)
+        except UserError as error:
+            raise UserError(f"{error}. {LEAVE_OUT}") from error
 
     def read(self, index: int, shrink: Shrink | None = None) -> tuple[int, Picture]:
         """(index, picture); with `skip_broken`, the next of its class in place of an unreadable one."""
@@ -217,7 +226,7 @@ def flatten(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
         return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point, expected 8 or 16 bits")
+        raise ValueError(FLOATS)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))
@@ -239,7 +248,7 @@ def unreadable(file: str | Path | Stored, error: Exception) -> str:
     reason = str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         reason = "it is not an image"
-    return f"cannot read image {file} ({reason}): replace or remove it, or set skip_broken to leave such out."
+    return f"cannot read image {file} ({reason}): replace or remove it"
 
 
 # Arrays

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from umd.errors import UserError
 from umd.files import write_whole
+from umd.ranges import Count, Seed, check_ranges
 from umd.train.folders import listing
 from umd.train.probe import Probe, Recognition, print_rows
 from umd.train.run import RunConfig
@@ -29,14 +30,17 @@ class Transfer:
     folder a class, in train/ and test/ or not. The same command goes on after a stop; under torchrun each rank reads
     its share of the pictures."""
 
-    shots: int = 10
+    shots: Count = 10
     """Labelled training images a class."""
     allow_fewer: bool = False
     """Let a class with fewer images give all it has."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Draws of the shots."""
     ema: bool = False
     """Averaged weights, where the run has them."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "seeds")
 
 
 def transfer(run: Path, folder: Path, options: Transfer, config: RunConfig, console: Console) -> None:

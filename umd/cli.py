@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import json
 import os
 import signal
 import sys
@@ -111,11 +112,16 @@ def parse(cls_or_function, name: str, arguments: list[str], default=None):
     """tyro with our program name; its own messages for wrong options suggest the nearest ones and exit with 2."""
     import tyro
 
+    from umd.ranges import OutOfRange, named
+
     kwargs = {} if default is None else {"default": default}
-    if silent(name.split()[0]):
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+    with contextlib.ExitStack() as quiet:
+        if silent(name.split()[0]):
+            quiet.enter_context(contextlib.redirect_stderr(quiet.enter_context(open(os.devnull, "w"))))
+        try:
             return tyro.cli(cls_or_function, prog=f"umd {name}", args=arguments, **kwargs)
-    return tyro.cli(cls_or_function, prog=f"umd {name}", args=arguments, **kwargs)
+        except OutOfRange as error:
+            raise named(error, arguments) from None
 
 
 def with_length(default: "RunConfig", arguments: list[str]) -> "RunConfig":
@@ -129,12 +135,6 @@ def with_length(default: "RunConfig", arguments: list[str]) -> "RunConfig":
 
 def png_path(path: Path) -> Path:
     return path if path.suffix.lower() == ".png" else path.with_name(f"{path.name}.png")
-
-
-def at_least_one(options: object, *names: str) -> None:
-    for name in names:
-        if getattr(options, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(options, name)}")
 
 
 def take_path(arguments: list[str], command: str, what: str) -> tuple[Path, list[str]]:
@@ -321,7 +321,9 @@ def check_data(arguments: list[str]) -> None:
     from umd.train.check import CheckData, check_data
 
     source, rest = take_path(arguments, "check-data", "SOURCE")
-    check_data(source, parse(CheckData, f"check-data {source}", rest), console)
+    listed = check_data(source, parse(CheckData, f"check-data {source}", rest), console)
+    if json.loads(listed.read_bytes())["files"]:
+        sys.exit(1)
 
 
 def plan(arguments: list[str]) -> None:

@@ -10,6 +10,17 @@ from typing import Literal
 from tyro.conf import Suppress
 
 from umd.errors import UserError
+from umd.ranges import (
+    Count,
+    CountOrZero,
+    InnerShare,
+    NonNegative,
+    Positive,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+    check_ranges,
+)
 
 AdaLNProjection = Literal["per_block", "single", "low_rank"]
 Embedding = Literal["paper", "released", "diffusers", "none"]
@@ -19,21 +30,21 @@ Embedding = Literal["paper", "released", "diffusers", "none"]
 class ViTConfig:
     """What every network here has: pictures cut into patches, and an encoder over the visible ones."""
 
-    image_size: tuple[int, int] = (64, 64)
+    image_size: tuple[Count, Count] = (64, 64)
     """Height and width of images or latents; both divisible by the patch size."""
-    channels: int = 3
+    channels: Count = 3
     """Channels of images (3, 1) or latents (4)."""
-    patch_size: int = 4
+    patch_size: Count = 4
     """Side of a square patch."""
-    hidden_size: int = 768
+    hidden_size: Count = 768
     """Width D."""
-    depth: int = 12
+    depth: Count = 12
     """Encoder blocks."""
-    num_heads: int = 12
+    num_heads: Count = 12
     """Attention heads; divides the width."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: Positive = 4.0
     """Hidden width of the MLP over D."""
-    num_cls: int = 1
+    num_cls: CountOrZero = 1
     """CLS tokens, averaged into the representation (paper 1, released code 4; DiT and MaskDiT 0: averaged patches)."""
     norm_affine: bool = True
     """LayerNorm's own scale and bias, which the released UMD code keeps under adaLN and DiT does not."""
@@ -42,7 +53,7 @@ class ViTConfig:
     DiT's with other frequencies; none: neither (MAE)."""
     gelu: Literal["tanh", "exact"] = "tanh"
     """tanh: the approximation, as UMD, DiT and MaskDiT; exact: as MAE, and without kernels of our own."""
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     """Added to the variance in LayerNorm (transformers' ViTMAE 1e-12)."""
     residual_in_fp32: bool = False
     """Keep the residual stream in fp32 where the products are in bf16, as autocast does in DiT and MAE."""
@@ -58,10 +69,7 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", tuple(self.image_size))
-        for name in ("channels", "patch_size", "hidden_size", "depth", "num_heads", "num_cls"):
-            least = 0 if name == "num_cls" and not isinstance(self, DiffMAEConfig) else 1
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_ranges(self)
         H, W = self.image_size
         if H % self.patch_size or W % self.patch_size:
             raise UserError(
@@ -76,11 +84,11 @@ class ViTConfig:
 class ModelConfig(ViTConfig):
     """The UMD network. Other settings make it DiT, MAE or MaskDiT as published (see `umd/peers.py`)."""
 
-    decoder_depth: int = 4
+    decoder_depth: CountOrZero = 4
     """Decoder blocks; 0: none, the head reads the encoder (DiT)."""
-    decoder_hidden_size: int = 0
+    decoder_hidden_size: CountOrZero = 0
     """Width of the decoder; 0: the encoder's. Any other has a linear layer in between (MAE, MaskDiT)."""
-    decoder_num_heads: int = 0
+    decoder_num_heads: CountOrZero = 0
     """Attention heads of the decoder; 0: as many as the encoder's."""
     decoder: Literal["self", "cross"] = "self"
     """self: all patches attend to each other, as published; cross: the patches to predict attend to the encoder's
@@ -90,11 +98,11 @@ class ModelConfig(ViTConfig):
     adaLN_projection: AdaLNProjection = "per_block"
     """Weights of adaLN: each block's own; one projection shared, with offsets a block (PixArt's adaLN-single); or
     each block's own as a product of low rank."""
-    adaLN_rank: int = 64
+    adaLN_rank: Count = 64
     """Rank of low_rank."""
     positions: Literal["learned", "sincos"] = "learned"
     """sincos: fixed tables of sines and cosines, as MAE, DiT and MaskDiT."""
-    num_classes: int = 0
+    num_classes: CountOrZero = 0
     """Classes of the label embedding; 0: no labels, as in pre-training."""
     outputs: Literal["x_start_eps", "x_start", "eps", "eps_sigma", "edm"] = "x_start_eps"
     """What is predicted of each value of a patch: the image and the noise (UMD); the image (MAE); the noise, or with it
@@ -138,9 +146,6 @@ class ModelConfig(ViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("decoder_depth", "decoder_hidden_size", "decoder_num_heads"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not self.decoder_depth and (self.decoder_hidden_size or self.decoder == "cross"):
             raise UserError("decoder_depth 0 is no decoder: leave decoder_hidden_size at 0 and decoder at self")
         if self.decoder == "cross" and (self.decoder_hidden_size or not self.num_cls or self.embedding == "none"):
@@ -156,10 +161,6 @@ class ModelConfig(ViTConfig):
                 f"widths {self.hidden_size} and {self.decoder_width} must be divisible by 4 for sines and cosines"
             )
         self.decoder_vit  # noqa: B018 (its width and heads are checked)
-        if self.adaLN_rank < 1:
-            raise UserError(f"adaLN_rank must be at least 1, got {self.adaLN_rank}")
-        if self.num_classes < 0:
-            raise UserError(f"num_classes must be 0 (no labels) or more, got {self.num_classes}")
 
 
 @dataclass(frozen=True)
@@ -167,21 +168,21 @@ class DiffMAEConfig(ViTConfig):
     """The DiffMAE network: an encoder of clean visible patches, a decoder of noised masked ones."""
 
     kind: Suppress[Literal["diffmae"]] = "diffmae"  # tells the configurations apart in files
-    num_frames: int = 1
+    num_frames: Count = 1
     """Frames of a clip; 1: images."""
-    tubelet_size: int = 1
+    tubelet_size: Count = 1
     """Frames of a patch (2 for video); divides the frames."""
     decoder: Literal["joint", "cross", "cross_self"] = "cross_self"
     """Noised tokens attend to themselves and the visible ones together; to the visible ones only; or in turn."""
-    decoder_hidden_size: int = 512
+    decoder_hidden_size: Count = 512
     """Width of the decoder."""
-    decoder_depth: int = 8
+    decoder_depth: Count = 8
     """Decoder blocks."""
-    decoder_num_heads: int = 16
+    decoder_num_heads: Count = 16
     """Attention heads of the decoder; divides its width."""
     links: bool = True
     """U-shaped: block i of a cross or cross_self decoder reads encoder level depth-1-i; off: all read the last."""
-    target_size: int = 0
+    target_size: CountOrZero = 0
     """Values a patch of a feature target; 0: the target is pixels."""
 
     num_classes = 0  # no label embedding
@@ -198,17 +199,14 @@ class DiffMAEConfig(ViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_frames", "tubelet_size", "decoder_hidden_size", "decoder_depth", "decoder_num_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.num_cls:
+            raise UserError("a DiffMAE has at least one CLS token; num_cls is 0")
         if self.num_frames % self.tubelet_size:
             raise UserError(f"num_frames {self.num_frames} is not divisible by tubelet_size {self.tubelet_size}")
         if self.decoder_hidden_size % self.decoder_num_heads or self.decoder_hidden_size % 2:
             raise UserError(
                 f"decoder width {self.decoder_hidden_size} must be even and divisible by {self.decoder_num_heads} heads"
             )
-        if self.target_size < 0:
-            raise UserError(f"target_size must be 0 (pixels) or more, got {self.target_size}")
 
 
 @dataclass(frozen=True)
@@ -216,11 +214,11 @@ class ClassifierConfig(ViTConfig):
     """A ViT with a linear layer behind it, of the size of the encoder it starts from."""
 
     kind: Suppress[Literal["classifier"]] = "classifier"
-    num_frames: int = 1
+    num_frames: Count = 1
     """Frames of a clip; 1: images."""
-    tubelet_size: int = 1
+    tubelet_size: Count = 1
     """Frames of a patch; divides the frames."""
-    num_classes: Suppress[int] = 0  # not an option: a run takes it from its data
+    num_classes: Suppress[CountOrZero] = 0  # not an option: a run takes it from its data
     """Classes."""
     pool: Literal["cls", "mean", "mean_norm"] = "cls"
     """What the linear layer sees behind the final norm: the averaged CLS tokens, or the averaged patch tokens;
@@ -244,7 +242,7 @@ class ClassifierConfig(ViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.num_frames, self.tubelet_size) < 1 or self.num_frames % self.tubelet_size:
+        if self.num_frames % self.tubelet_size:
             raise UserError(f"num_frames {self.num_frames} is not divisible by tubelet_size {self.tubelet_size}")
         if self.pool == "cls" and not self.num_cls:
             raise UserError("there are no CLS tokens to classify by; use --model.pool mean")
@@ -295,25 +293,21 @@ def diffmae_config(name: str, **changes) -> DiffMAEConfig:
 class ObjectiveConfig:
     """Corruption and loss. These three numbers turn UMD into MAE, MaskDiT or DiT."""
 
-    no_noise_prob: float = 0.5
+    no_noise_prob: Share = 0.5
     """r0: share of the batch trained noise-free at t = 0. MAE 1, MaskDiT and DiT 0."""
-    mask_ratio: float = 0.375
+    mask_ratio: ShareBelowOne = 0.375
     """mt: share of patches hidden from the encoder in noised samples. MaskDiT 0.5, DiT 0."""
-    mask_ratio_no_noise: float = 0.75
+    mask_ratio_no_noise: ShareBelowOne = 0.75
     """m0: share of patches hidden in noise-free samples."""
-    class_dropout_prob: float = 0.1
+    class_dropout_prob: Share = 0.1
     """Share of labels replaced by the null class in fine-tuning, for guidance."""
     norm_pix: bool = False
     """The target is each patch by its own mean and deviation; for a network whose output is x_start (MAE)."""
-    predict_ratio: float = 1.0
+    predict_ratio: ShareAboveZero = 1.0
     """Share of a sample's hidden patches that are predicted, drawn at random; below 1 needs the cross decoder."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.predict_ratio <= 1:
-            raise UserError(f"predict_ratio is a share of the hidden patches, 0 < p <= 1; got {self.predict_ratio}")
-        for name in ("no_noise_prob", "class_dropout_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is a share of the batch, 0 to 1; got {getattr(self, name)}")
+        check_ranges(self)
 
 
 OBJECTIVES: dict[str, ObjectiveConfig] = {
@@ -329,18 +323,15 @@ class DiffMAEObjectiveConfig:
     """Corruption and loss of DiffMAE."""
 
     kind: Suppress[Literal["diffmae"]] = "diffmae"
-    mask_ratio: float = 0.75
+    mask_ratio: InnerShare = 0.75
     """Share of patches that are noised and predicted; the others are seen clean. Video 0.9."""
-    min_time: int = 1
+    min_time: Count = 1
     """Smallest model time drawn, the largest is T. T itself: MAE, with noise for mask tokens."""
     target: str = "pixels"
     """pixels; normalized (by the mean and deviation of each patch); or a .npy of features [images, L, target_size]."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise UserError(f"mask_ratio is the share of patches to predict, 0 < m < 1; got {self.mask_ratio}")
-        if self.min_time < 1:
-            raise UserError(f"min_time must be at least 1, got {self.min_time}")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -348,25 +339,19 @@ class ClassifierObjectiveConfig:
     """How pictures and labels are changed in training. The defaults are MAE's fine-tuning recipe."""
 
     kind: Suppress[Literal["classifier"]] = "classifier"
-    smoothing: float = 0.1
+    smoothing: Share = 0.1
     """Share of each target spread over all classes."""
-    mixup: float = 0.8
+    mixup: NonNegative = 0.8
     """Both shape parameters of the Beta law of mixup's share; 0: no mixup."""
-    cutmix: float = 1.0
+    cutmix: NonNegative = 1.0
     """The same of cutmix; with both, each batch has one or the other, at even odds. 0: no cutmix."""
-    erase: float = 0.25
+    erase: Share = 0.25
     """Share of pictures in which a rectangle becomes noise."""
-    drop_path: float = 0.1
+    drop_path: ShareBelowOne = 0.1
     """Share of pictures that skip a branch of the last block; towards the first block it falls linearly to 0."""
 
     def __post_init__(self) -> None:
-        for name in ("smoothing", "erase", "drop_path"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is a share, 0 to 1; got {getattr(self, name)}")
-        if self.drop_path == 1:
-            raise UserError("drop_path must be below 1: nothing would be left of the last block")
-        if min(self.mixup, self.cutmix) < 0:
-            raise UserError(f"mixup and cutmix must be 0 (off) or more, got {self.mixup} and {self.cutmix}")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -375,7 +360,10 @@ class ScheduleConfig:
 
     name: Literal["cosine", "linear", "linear_rho", "edm"] = "cosine"
     """cosine for pixels, linear for latents, linear_rho for DiffMAE, edm for MaskDiT as published."""
-    num_steps: int = 1000
+    num_steps: Count = 1000
     """T."""
-    rho: float = 0.8
+    rho: Positive = 0.8
     """Exponent of linear_rho; below 1 is noisier."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)

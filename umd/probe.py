@@ -211,10 +211,10 @@ def draw_shots(
     available = torch.bincount(labels, minlength=num_classes)
     if not allow_fewer and (available < shots).any():
         least = int(available.argmin())
-        mend = f"ask for at most {int(available.min())}, or allow" if available[least] else "add some, or allow"
+        mend = f"ask for at most {int(available[least])}" if available[least] else "add some, or take the class out"
         raise UserError(
             f"{shots} shots a class were asked for, but class {names[least]} has {int(available[least])} training "
-            f"images: {mend} fewer where a class has fewer."
+            f"images: {mend}, or let a class with fewer give all it has (--allow-fewer)"
         )
     in_pool = torch.ones(len(labels), dtype=torch.bool)
     if 0 < pool < len(labels):
@@ -224,7 +224,7 @@ def draw_shots(
         if (empty := (left == 0) & (available > 0)).any():
             raise UserError(
                 f"the pool of {pool} training images has none of class {names[int(empty.int().argmax())]}: draw from a "
-                "larger one, or from all (0)"
+                "larger one, or from all (umd probe --pool 0)"
             )
     draws = []
     for seed in seeds:

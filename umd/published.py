@@ -37,7 +37,7 @@ def read_weights(path: Path) -> dict[str, Any]:
         UserError: no such file, half a file, or one that holds more than tensors, numbers and text.
     """
     if not path.is_file():
-        raise UserError(f"there is no file {path}")
+        raise UserError(f"there is no file {path}; give the checkpoint as it was published")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))

@@ -290,7 +290,7 @@ def test_the_command_writes_table_rows_and_chart(tmp_path, capsys):
 def test_wrong_options_are_a_sentence(capsys):
     for wrong, told in (
         (["--models", "UMD-B4"], "models must be of UMD-B/4, UMD-L/2, DiT-L/2, eager DiT-L/2; got 'UMD-B4'"),
-        (["--batch", "1"], "batch must be at least 2"),
+        (["--batch", "1"], "batch 1: must be at least 2"),
     ):
         with pytest.raises(SystemExit) as exit_:
             main(["bench", "audit", "--step", *wrong])

@@ -172,5 +172,5 @@ def test_a_file_that_is_none_ends_in_a_sentence(tmp_path, capsys):
 
 
 def test_steps_must_be_some():
-    with pytest.raises(UserError, match="steps must be at least 1, got 0"):
+    with pytest.raises(UserError, match="steps 0: must be at least 1"):
         TraceBench("a", "b", steps=0)

@@ -15,6 +15,7 @@ from umd.cli import main
 from umd.errors import UserError
 from umd.train.check import CheckData, check_data, examine
 from umd.train.data import DataConfig, describe, has_dali, open_dataset, train_loader
+from umd.train.sources import decode
 
 LOADERS = ["python", pytest.param("dali", marks=pytest.mark.skipif(not has_dali(), reason="DALI is not installed"))]
 
@@ -166,11 +167,37 @@ def test_splits_are_checked_and_left_out_apart(tmp_path):
     for i in range(3):
         (tmp_path / "train" / "b" / f"{i}.jpg").write_bytes(b"")
     (tmp_path / "val" / "a" / "2.jpg").write_bytes(jpeg(2)[:500])
-    main(["check-data", str(tmp_path), "--workers", "1"])
+    with pytest.raises(SystemExit) as ended:
+        main(["check-data", str(tmp_path), "--workers", "1"])
+    assert ended.value.code == 1
     train, test = (open_dataset(config(tmp_path), split) for split in ("train", "test"))
     assert (len(train), len(test), train.class_names) == (2, 2, ["a"])  # b has no image left
     assert train.quarantined == {f"{f}.jpg": "zero bytes" for f in ("a/1", "b/0", "b/1", "b/2")} | {"b/": "empty class"}
     assert test.quarantined == {"a/2.jpg": "truncated"}
+
+
+def test_the_exit_code_tells_whether_files_are_listed(tmp_path):
+    """As of `md5sum -c` and `grep`: scripts tell clean data from data with something wrong, and both from a mistake."""
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes(jpeg(1))
+    main(["check-data", str(tmp_path), "--workers", "1"])  # all usable: it returns, which is 0
+    for left in ("1.jpg", "2.jpg"):  # some of the files bad, then all
+        (tmp_path / left).write_bytes(b"")
+        with pytest.raises(SystemExit) as ended:
+            main(["check-data", str(tmp_path), "--workers", "1"])
+        assert ended.value.code == 1
+    assert json.loads((tmp_path / "quarantine.json").read_bytes())["left_out"] == 2
+
+
+def test_floating_point_pixels_are_no_damage(tmp_path):
+    """A sound TIFF of an astronomer's camera: what it is and what to do is told, by check-data and by readers."""
+    Image.fromarray(np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)).save(tmp_path / "a.tif")
+    (tmp_path / "b.jpg").write_bytes(jpeg(1))
+    check_data(tmp_path, CheckData(workers=1), Console(quiet=True))
+    listed = json.loads((tmp_path / "quarantine.json").read_bytes())
+    assert listed["counts"] == {"floating-point pixels": 1} and "8 or 16 bits" in listed["files"][0]["detail"]
+    with pytest.raises(UserError, match="floating-point numbers.*convert it to 8 or 16 bits"):
+        decode(tmp_path / "a.tif")
 
 
 def test_what_cannot_be_checked_is_a_sentence(tmp_path):
@@ -178,7 +205,7 @@ def test_what_cannot_be_checked_is_a_sentence(tmp_path):
         check_data(tmp_path / "nothing", CheckData(), Console(quiet=True))
     with pytest.raises(UserError, match="has no images"):
         check_data(tmp_path, CheckData(), Console(quiet=True))
-    with pytest.raises(UserError, match="min_side must be at least 1"):
+    with pytest.raises(UserError, match="min_side 0: must be at least 1"):
         CheckData(min_side=0)
     (tmp_path / "1.jpg").write_bytes(jpeg(1))
     for text in ("", "[]", '{"files": [{}]}'):

@@ -241,7 +241,7 @@ def test_mistakes_are_one_sentence(project, tmp_path):
     assert "one.npz has 1 class; a classifier needs 2 or more" in refused(f"{new} --data.source {tmp_path / 'one.npz'}")
     assert "has num_heads 2, not 4" in refused(f"{new} --model.num-heads 4")
     assert "has no held-out pictures to score on" in refused(f"{new} --data.holdout 0")
-    assert "drop_path must be below 1" in refused(f"{new} --objective.drop-path 1")
+    assert "--objective.drop-path 1: must be at least 0 and below 1" in refused(f"{new} --objective.drop-path 1")
     assert "needs 2 images or more" in refused(new.replace("classify", "linear") + " --accumulate 8")
     assert "is a classifier already" in refused(f"finetune {classifier} --task classify")
     assert "is a classifier and draws nothing" in refused(f"sample {classifier}")

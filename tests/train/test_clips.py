@@ -114,7 +114,7 @@ def test_short_clips_are_named_or_left_out(tmp_path):
         write_frames(tmp_path / str(i), moving_square(i, frames))
     config = DataConfig(str(tmp_path), image_size=(12, 12), num_frames=4, frame_stride=2, holdout=0, num_workers=0)
     dataset = open_dataset(config, "train")
-    with pytest.raises(UserError, match="clip .*/0 has 3 frames, and the model takes 4, every 2: leave short"):
+    with pytest.raises(UserError, match="clip .*/0 has 3 frames, and the model takes 4, every 2: take it out"):
         center_view(dataset, [0], config)
     lenient = open_dataset(replace(config, skip_broken=True), "train")
     assert torch.equal(center_view(lenient, [0], config), center_view(dataset, [1], config))
@@ -236,7 +236,7 @@ def test_mistakes_are_one_sentence(npz, tmp_path):
     (tmp_path / "damaged" / "a.mp4").write_bytes(bytes(range(256)) * 20)
     for source, message in (
         (npz, "clips.npz has 8 frames, and the model takes 8, every 2"),
-        (tmp_path / "short", "short/a has 3 frames, and the model takes 8: leave short clips out"),
+        (tmp_path / "short", "short/a has 3 frames, and the model takes 8: take it out or give a longer one"),
         (tmp_path / "nowhere", "holds no clips"),
         (tmp_path / "none", "holds no clips"),
         (tmp_path / "other.npz", "expected an array `clips`"),

@@ -548,7 +548,7 @@ def test_file_that_is_no_image_is_named_when_opened(tmp_path):
     assert len(dataset) == 1 and dataset.num_broken == 1
     assert describe(dataset).endswith("train: 1 images, 1 classes, 1 unreadable left out")
     (tmp_path / "a" / "x.png").unlink()
-    with pytest.raises(UserError, match="none of the 1 images"):
+    with pytest.raises(UserError, match="none of the 1 training images"):
         opened(tmp_path, holdout=0, skip_broken=True)
 
 

@@ -68,7 +68,7 @@ def tiny(folder: Path, out: str, strategy="auto", stage=2, **changes) -> RunConf
             "out": folder / out,
             "model": replace(TINY, num_classes=3),
             "data": DataConfig(source=str(folder / "tiny.npz"), num_workers=0),
-            "optim": OptimConfig(lr=0.03, ema=1.6),
+            "optim": OptimConfig(lr=0.03, ema=0.9),
             "parallel": ParallelConfig(strategy, stage),
             "batch_size": 16,
             "accumulate": 2,

@@ -3,8 +3,10 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from umd.config import OBJECTIVES, ModelConfig
@@ -12,7 +14,7 @@ from umd.errors import UserError
 from umd.masking import layout
 from umd.model import UMD
 from umd.ops import patchify
-from umd.train.inpaint import Inpaint, fill_with, reconstruct
+from umd.train.inpaint import Inpaint, fill_with, hole_mask, reconstruct
 from umd.train.run import RunConfig
 
 CONFIG = ModelConfig(
@@ -62,3 +64,22 @@ def test_a_hole_that_touches_every_patch_is_refused():
     hole[..., ::2] = 1
     with pytest.raises(UserError, match="touches every 4x4 patch of a picture"):
         reconstruct(UMD(CONFIG), torch.zeros(1, 2, 8, 12), hole, torch.float32)
+
+
+def test_a_mask_of_the_photo_is_cut_and_resized_with_it(tmp_path):
+    """A photo 16 high and 24 wide is seen by its middle 16x16 at half the size: columns 4 to 20."""
+    Image.new("RGB", (24, 16)).save(tmp_path / "photo.png")
+    drawn = np.zeros((16, 24), np.uint8)
+    drawn[:6, :12] = 255
+    Image.fromarray(drawn).save(tmp_path / "mask.png")
+    x, expected = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
+    expected[..., :3, :4] = 1
+    for photos in ((tmp_path / "photo.png",), ()):
+        assert torch.equal(hole_mask(str(tmp_path / "mask.png"), x, 2, photos=photos), expected)
+    turned = Image.new("RGB", (16, 24))
+    turned.getexif()[0x0112] = 6  # stored on its side: 16 high and 24 wide as it is shown
+    turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
+    assert torch.equal(hole_mask(str(tmp_path / "mask.png"), x, 2, photos=[tmp_path / "turned.jpg"]), expected)
+    Image.new("RGB", (24, 17)).save(tmp_path / "other.png")
+    with pytest.raises(UserError, match="is 16x24; give it the size of .*other.png, 17x24"):
+        hole_mask(str(tmp_path / "mask.png"), x, 2, photos=[tmp_path / "photo.png", tmp_path / "other.png"])

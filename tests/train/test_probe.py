@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +101,15 @@ def test_shots_come_from_a_pool_and_classes_give_what_it_has(run, folder):
     recognition = Recognition(read_config(run), Probe(shots=30, pool=60))
     counts = [len(ids) for ids in recognition.draws[0]]
     assert sum(counts) <= 60 and min(counts) < 30 and len(recognition.shots.ids) <= 60
-    with pytest.raises(UserError, match="30 shots a class were asked for, but class blue has 10"):
+    with pytest.raises(UserError, match="class blue has 10 training images: ask for at most 10, or .*--allow-fewer"):
         Recognition(read_config(run), Probe(shots=30), candidates=np.r_[0:10, 40:150])
+    with pytest.raises(
+        UserError, match="class blue has 0 training images: add some, or take the class out, or .*--allow"
+    ):
+        Recognition(read_config(run), Probe(shots=3), candidates=np.arange(40, 150))
+    config = read_config(run)
+    with pytest.raises(UserError, match="of .* none is held out .data.holdout is 0.; give it a test/ folder"):
+        Recognition(replace(config, data=replace(config.data, holdout=0)), Probe(shots=3))
     labels = torch.from_numpy(open_dataset(DataConfig(source=str(folder)), "train").labels)
     with pytest.raises(UserError, match="the pool of 1 training images has none of class"):
         draw_shots(labels, 1, 3, pool=1)

@@ -106,10 +106,10 @@ def test_distances_are_for_networks_that_draw_samples():
     with pytest.raises(UserError, match="evaluate_minutes is for networks that draw samples"):
         replace(PRESETS["diffmae-tiny"][1], evaluate_minutes=5)
     for changes, said in (
-        ({"evaluate_count": 1}, "evaluate_count must be at least 2"),
-        ({"save_minutes": -1}, "save_minutes must be 0"),
-        ({"draw_minutes": float("nan")}, "draw_minutes must be 0"),
-        ({"save_every": 0}, "save_every must be at least 1"),
+        ({"evaluate_count": 1}, "evaluate_count 1: must be at least 2"),
+        ({"save_minutes": -1}, "save_minutes -1: must be at least 0"),
+        ({"draw_minutes": float("nan")}, "draw_minutes nan: must be at least 0"),
+        ({"save_every": 0}, "save_every 0: must be at least 1"),
     ):
         with pytest.raises(UserError, match=said):
             RunConfig(**changes)
@@ -137,26 +137,33 @@ def test_the_fine_tuning_recipe_keeps_the_network_and_the_data():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("bach_size: 3", "unknown setting 'bach_size' in RunConfig; it has .*batch_size"),
-        ("model: {dept: 3}", "unknown setting 'dept' in ModelConfig; it has .*depth"),
-        ("out: [", "is not valid YAML"),
-        ("- 1", "holds no settings"),
-        ("", "holds no settings"),
-        ("batch_size: many", "batch_size is 'many'; expected int"),
-        ("batch_size: 1.5", "batch_size is 1.5; expected int"),
-        ("batch_size: true", "batch_size is True; expected int"),
-        ("optim: {lr: fast}", "lr is 'fast'; expected float"),
-        ("compile: 1", "compile is 1; expected bool"),
+        ("bach_size: 3", "unknown setting bach_size; did you mean batch_size"),
+        ("model: {dept: 3}", "unknown setting model.dept; did you mean model.depth"),
+        ("model: {xyz: 1}", "unknown setting model.xyz; ModelConfig has .*depth"),
+        ("3: 4", "unknown setting 3"),
+        ("out: [", "is not valid YAML in line 1"),
+        ("seed: 0\nbatch_size:\t\t- 3", "is not valid YAML in line 2"),
+        ("out: 2020-13-01", "is not valid YAML"),
+        ("- 1", "holds no settings .a list"),
+        ("", "holds no settings .it is empty"),
+        ("batch_size: many", "batch_size is 'many'; expected a whole number"),
+        ("batch_size: 1.5", "batch_size is 1.5; expected a whole number"),
+        ("batch_size: true", "batch_size is True; expected a whole number"),
+        ("optim: {lr: fast}", "optim.lr is 'fast'; expected a number"),
+        ("compile: 1", "compile is 1; expected true or false"),
         ("model: 3", "model is 3; expected settings"),
-        ("model: {image_size: 32}", "image_size is 32; expected tuple"),
-        ("model: {image_size: [32]}", "image_size is .32.; expected tuple"),
-        ("schedule: {name: cosin}", "name is 'cosin'; expected .*'cosine'"),
-        ("precision: fp16", "precision is 'fp16'; expected .*'bf16'"),
-        ("batch_size: 0", "batch_size must be at least 1"),
+        ("model: {image_size: 32}", "model.image_size is 32; expected 2 of these: a whole number"),
+        ("model: {image_size: [32]}", "model.image_size is .32.; expected 2 of these"),
+        ("schedule: {name: cosin}", "schedule.name is 'cosin'; expected one of cosine, "),
+        ("precision: fp16", "precision is 'fp16'; expected one of auto, bf16, fp32"),
+        ("batch_size: 0", "batch_size 0: must be at least 1"),
         ("{batch_size: 10, accumulate: 3}", "batch_size 10 is not divisible by accumulate 3"),
         ("{epochs: 0}", "length of a run"),
-        ("{steps: -1}", "length of a run"),
-        ("seed: -1", "seed must be 0 or more"),
+        ("{steps: -1}", "steps -1: must be at least 0"),
+        ("optim: {ema: 2}", "optim.ema 2: must be at least 0 and below 1"),
+        ("optim: {betas: [2, .nan]}", "optim.betas 2 nan: each must be at least 0 and below 1"),
+        ("model: {depth: twelve}", "model.depth is 'twelve'; expected a whole number"),
+        ("seed: -1", "seed -1: must be at least 0"),
         ("model: {image_size: [30, 30]}", "30x30 is not divisible by patch size 4; use 28x28"),
     ],
 )
@@ -164,7 +171,16 @@ def test_what_is_wrong_in_a_file_is_named(text, said, tmp_path):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=said) as caught:
         read_config(tmp_path)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(tmp_path / "config.yaml") in str(caught.value)
+
+
+def test_yaml_in_utf_16_is_read(tmp_path):
+    """Windows' Notepad and PowerShell write it; YAML allows it."""
+    (tmp_path / "config.yaml").write_text("batch_size: 8\nout: läufe", encoding="utf-16")
+    assert (read_config(tmp_path).batch_size, read_config(tmp_path / "config.yaml").out) == (8, Path("läufe"))
+    (tmp_path / "config.yaml").write_text("batch_size: 8", encoding="utf-16-le")  # without a mark it could be anything
+    with pytest.raises(UserError, match="config.yaml is not valid YAML"):
+        read_config(tmp_path)
 
 
 def test_a_file_or_folder_without_settings(tmp_path):

@@ -175,7 +175,7 @@ def test_requests_that_cannot_be(make_run, run, tmp_path):
             sample(run, tmp_path / "a", **options)
     with pytest.raises(UserError, match="balanced goes with --count"):
         Sample(balanced=True)
-    with pytest.raises(UserError, match="count must be 0"):
+    with pytest.raises(UserError, match="count -1: must be at least 0"):
         Sample(count=-1)
 
 

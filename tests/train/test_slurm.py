@@ -60,7 +60,7 @@ PartitionName=urgent Nodes=one PriorityTier=2 MaxTime=INFINITE
 """
 RUN = "--model.image-size 16 16 --model.hidden-size 64 --model.depth 2 --model.decoder-depth 1 --model.num-heads 2 "
 RUN += "--batch-size 64 --draw-every 0 --precision fp32 --device cpu --data.num-workers 1 --log-every 1 "
-RUN += "--save-minutes 60 --optim.ema 1"
+RUN += "--save-minutes 60 --optim.ema 0.9"
 
 
 class Cluster:

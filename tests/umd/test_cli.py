@@ -211,7 +211,7 @@ def project(tmp_path_factory):
         done(f"pretrain umd-tiny --data.source {source} --out {run} --steps 4 {TINY}")
     )
     root.joinpath("finetune.txt").write_text(
-        done(f"finetune {run} --steps 4 --batch-size 20 --optim.lr 0.01 --optim.ema 8")
+        done(f"finetune {run} --steps 4 --batch-size 20 --optim.lr 0.01 --optim.ema 0.9")
     )
     return root
 
@@ -285,6 +285,14 @@ def test_sampling_without_labels_and_by_default(run, labelled):
     assert np.load(labelled / "samples.npz")["arr_1"].tolist() == [0, 1, 2]
 
 
+def test_classes_are_asked_for_by_name_and_named_in_the_npz(labelled, tmp_path):
+    """ADM's layout stays: its evaluator reads arr_0 and arr_1 by these names."""
+    done(f"sample {labelled} --classes red 0 --per-class 1 --steps 2 --out {tmp_path / 'a'}")
+    stored = np.load(tmp_path / "a.npz")
+    assert stored.files == ["arr_0", "arr_1", "classes"]
+    assert [stored["classes"][label] for label in stored["arr_1"]] == ["red", "blue"]
+
+
 def test_inpainting_with_a_drawn_mask(project, run, tmp_path):
     mask = np.zeros((8, 8), np.uint8)
     mask[2:5, 1:7] = 255
@@ -342,7 +350,7 @@ def test_sources_that_cannot_be_trained_on(pictures, tmp_path):
     (pictures / "b").rmdir()
     (pictures / "a" / "2.png").write_bytes(whole[: len(whole) // 2])
     sentence = refused(f"{train} {pictures} --data.holdout 0")
-    assert f"cannot read image {pictures / 'a' / '2.png'}" in sentence and "skip_broken" in sentence
+    assert f"cannot read image {pictures / 'a' / '2.png'}" in sentence and "umd check-data" in sentence
     assert not list_checkpoints(tmp_path / "run" / "checkpoints")
 
 
@@ -354,16 +362,16 @@ def test_sources_that_cannot_be_trained_on(pictures, tmp_path):
             "image size 30x30 is not divisible by patch size 4; use 28x28",
         ),
         ("--objective.mask-ratio 0.99", "mask ratio 0.99 leaves no patch of 16 visible"),
-        ("--objective.mask-ratio 1", "a mask ratio is the share of hidden patches, 0 <= m < 1; got 1.0"),
+        ("--objective.mask-ratio 1", "--objective.mask-ratio 1: must be at least 0 and below 1"),
         ("--objective.mask-ratio-no-noise 0.95", "mask ratio 0.95 leaves no patch of 16 visible"),
         ("--objective.mask-ratio-no-noise 0", "noise-free samples would have nothing to predict"),
-        ("--objective.no-noise-prob 1.5", "no_noise_prob is a share of the batch, 0 to 1; got 1.5"),
+        ("--objective.no-noise-prob 1.5", "--objective.no-noise-prob 1.5: must be at least 0 and at most 1"),
         ("--accumulate 3", "batch_size 8 is not divisible by accumulate 3"),
         ("--device cuda:99", "device 'cuda:99' is not here"),
         ("--device gpu", "unknown device 'gpu'; expected auto, cpu, cuda or cuda:N"),
         ("--init nowhere", "no folder nowhere"),
-        ("--seed -1", "seed must be 0 or more"),
-        ("--optim.lr 0", "lr must be above 0"),
+        ("--seed -1", "--seed -1: must be at least 0"),
+        ("--optim.lr 0", "--optim.lr 0: must be above 0"),
     ],
 )
 def test_settings_that_cannot_be(project, tmp_path, options, said):
@@ -409,11 +417,13 @@ def test_labels_where_there_are_none(project, run, tmp_path):
     [
         ("--classes 7", "class 7 is unknown: this run has 3 classes, 0 to 2"),
         ("--classes -1", "class -1 is unknown"),
-        ("--per-class 0", "per_class must be at least 1, got 0"),
-        ("--batch 0", "batch must be at least 1, got 0"),
-        ("--steps 0", "cannot sample in 0 steps; the noise schedule allows 1 to 1000"),
+        ("--classes rde", "this run has 3 classes, 0 to 2 (blue, green, red); did you mean red?"),
+        ("--classes 0 blue", "class 0 is given twice"),
+        ("--per-class 0", "--per-class 0: must be at least 1"),
+        ("--batch 0", "--batch 0: must be at least 1"),
+        ("--steps 0", "--steps 0: must be at least 1"),
         ("--steps 1001", "cannot sample in 1001 steps"),
-        ("--eta 2 --steps 1", "eta is 2.0; expected 0"),
+        ("--eta 2 --steps 1", "--eta 2: must be at least 0 and at most 1"),
     ],
 )
 def test_samples_that_cannot_be(labelled, options, said):
@@ -424,9 +434,9 @@ def test_samples_that_cannot_be(labelled, options, said):
     ("options", "said"),
     [
         ("", "100 shots a class were asked for, but class "),
-        ("--shots 0", "0 shots a class were asked for"),
-        ("--shots 2 --seeds", "seeds must be one or more"),
-        ("--shots 2 --l2 0", "l2 must be one or more numbers above 0"),
+        ("--shots 0", "--shots 0: must be at least 1"),
+        ("--shots 2 --seeds", "--seeds (nothing): must be one or more"),
+        ("--shots 2 --l2 0", "--l2 0: must be above 0"),
     ],
 )
 def test_probes_that_cannot_be(run, options, said):
@@ -438,13 +448,16 @@ def test_masks_that_do_not_fit(project, run, tmp_path):
         Image.new("L", (size, size), value).save(tmp_path / f"{name}.png")
     (tmp_path / "text.png").write_text("no picture")
     line = f"inpaint {run} --steps 1 --samples 1 --mask"
-    assert "is 7x7; this model's pictures are 8x8" in refused(f"{line} {tmp_path / 'small.png'}")
+    photo = project / "pictures" / "red" / "0.png"
+    assert f"is 7x7; give it the size of {photo}, 11x9, or of the model's pictures, 8x8" in refused(
+        f"{line} {tmp_path / 'small.png'} --image {photo}"
+    )
     assert "hides everything" in refused(f"{line} {tmp_path / 'white.png'}")
     assert "hides nothing" in refused(f"{line} {tmp_path / 'black.png'}")
     for mask in ("centre", tmp_path / "text.png"):
         assert "cannot be read; expected center, left, random, or a black and white PNG" in refused(f"{line} {mask}")
     assert "cannot read image" in refused(f"{line} left --image {tmp_path / 'text.png'}")
-    assert "samples must be at least 1" in refused(f"inpaint {run} --samples 0")
+    assert "--samples 0: must be at least 1" in refused(f"inpaint {run} --samples 0")
 
 
 def test_runs_that_are_not_there(tmp_path):

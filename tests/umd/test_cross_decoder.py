@@ -272,7 +272,7 @@ def test_what_cannot_be_is_refused():
         with pytest.raises(UserError, match=words):
             Objective(config, ObjectiveConfig(**settings), COSINE)
     for ratio in (0.0, -1.0, 1.1):
-        with pytest.raises(UserError, match="predict_ratio is a share of the hidden patches"):
+        with pytest.raises(UserError, match="must be above 0 and at most 1"):
             ObjectiveConfig(predict_ratio=ratio)
     with pytest.raises(UserError, match="no counterpart of the cross decoder"):
         to_small_vision(UMD(ModelConfig(**TINY, embedding="released")))

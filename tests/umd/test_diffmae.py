@@ -519,8 +519,8 @@ def test_holes_that_do_not_fit_are_one_sentence():
     [
         ({"num_frames": 3, "tubelet_size": 2}, "num_frames 3 is not divisible by tubelet_size 2"),
         ({"decoder_num_heads": 3}, "decoder width 16 must be even and divisible by 3 heads"),
-        ({"decoder_depth": 0}, "decoder_depth must be at least 1, got 0"),
-        ({"target_size": -1}, "target_size must be 0"),
+        ({"decoder_depth": 0}, "decoder_depth 0: must be at least 1"),
+        ({"target_size": -1}, "target_size -1: must be at least 0"),
         ({"image_size": (8, 10)}, "image size 8x10 is not divisible by patch size 4"),
     ],
 )

@@ -286,7 +286,7 @@ def test_impossible_networks_are_refused():
         (dict(image_size=(30, 32), patch_size=4), "30x32 is not divisible by patch size 4; use 28x32"),
         (dict(hidden_size=20, num_heads=3), "width 20"),
         (dict(hidden_size=15, num_heads=3), "width 15 must be even"),
-        (dict(num_cls=-1), "num_cls must be at least 0"),
+        (dict(num_cls=-1), "num_cls -1: must be at least 0"),
         (dict(decoder_depth=0, decoder_hidden_size=16), "decoder_depth 0 is no decoder"),
         (dict(decoder="cross", num_cls=0), "the cross decoder"),
         (dict(embedding="none"), "adaLN off"),

@@ -152,5 +152,5 @@ def test_another_depth_is_refused_with_the_shapes_of_the_file():
 
 
 def test_wrong_settings_are_a_sentence():
-    with pytest.raises(UserError, match="adaLN_rank must be at least 1"):
+    with pytest.raises(UserError, match="adaLN_rank 0: must be at least 1"):
         replace(BASE, adaLN_rank=0)
