@@ -39,10 +39,10 @@ class Names(Sequence[str]):
         self.data, self.ends, self.rows, self.prefix = data, ends, rows, prefix
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> "Names":
+    def of(cls, texts: Iterable[str], prefix: str = "") -> "Names":
         encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        return cls(np.frombuffer(b"".join(encoded), np.uint8), lengths.cumsum())
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), lengths.cumsum(), prefix=prefix)
 
     def __len__(self) -> int:
         return len(self.ends if self.rows is None else self.rows)

@@ -251,6 +251,8 @@ def announce(run: Run, log: RunLog | NoLog) -> None:
     """What is trained on what, and in what a run that goes on is another than it was."""
     config, dataset, device = run.config, run.dataset, run.world.device
     log.say(f"{describe(dataset)}; {reader(dataset, config.data)}")
+    for note in getattr(dataset, "notes", ()):
+        log.say(note)
     weights = sum(p.numel() for p in run.model.parameters())
     log.say(
         f"{weights / 1e6:.1f} M parameters on {run.parallel.place(device)}, "
