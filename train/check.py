@@ -136,7 +136,7 @@ def files_in(source: Path, split: str) -> Listed:
     root, prefix = source / split, f"{split}/" if split else ""
     found = scan(root)
     classes: dict[str, list[str]] = {f"{prefix}{name}/": [] for name in found.class_names}
-    folders, outside = list(classes), []
+    folders, outside = list(classes), list[str]()
     for path, label in zip(found.files, found.labels.tolist(), strict=True):
         (outside if label < 0 else classes[folders[label]]).append(prefix + path)
     wrong = [Finding(folder, EMPTY) for folder, paths in classes.items() if not paths]

@@ -12,7 +12,7 @@ import numpy as np
 from umd.errors import UserError
 from umd.train.folders import Found, level_note
 from umd.train.index import Names
-from umd.train.listing import above, entries, files_below, notes_of
+from umd.train.listing import above, entries, files_below, is_hidden, is_image, notes_of
 from umd.train.sources import (
     ImageDataset,
     Picture,
@@ -20,8 +20,6 @@ from umd.train.sources import (
     check_labels,
     choose_split,
     decode,
-    is_hidden,
-    is_image,
     whole,
 )
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from umd.errors import UserError
 from umd.train.index import Arrays, Names, kept
-from umd.train.listing import above, entries, files_below, listing, named, no_pictures, notes_of
+from umd.train.listing import COMMON_SUFFIXES, above, entries, files_below, listing, named, no_pictures, notes_of
 from umd.train.quarantine import Quarantine
-from umd.train.sources import COMMON_SUFFIXES, ImageDataset, choose_split, in_test_split, unreadable
+from umd.train.sources import ImageDataset, choose_split, in_test_split, unreadable
 from umd.train.waiting import in_order
 
 log = logging.getLogger("umd")

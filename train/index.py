@@ -63,6 +63,14 @@ class Names(Sequence[str]):
             yield self.prefix + data[start:end].decode("utf-8", "surrogateescape")
             start = end
 
+    def sums(self) -> np.ndarray:
+        """CRC-32 of each, without the prefix: uint32 [N]."""
+        rows = np.arange(len(self.ends)) if self.rows is None else self.rows
+        ends, data = self.ends[rows], memoryview(self.data.tobytes())
+        starts = np.where(rows > 0, self.ends[rows - 1], 0)
+        places = zip(starts.tolist(), ends.tolist(), strict=True)
+        return np.fromiter((zlib.crc32(data[start:end]) for start, end in places), np.uint32, len(rows))
+
     def first_without(self, *suffixes: str) -> str | None:
         """The first that ends with none of these, in capitals or not; None if there is none."""
         rows = np.arange(len(self)) if self.rows is None else self.rows

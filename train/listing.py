@@ -8,18 +8,53 @@ import heapq
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from umd.errors import UserError
 from umd.files import again_if_stale
-from umd.train.sources import COMMON_SUFFIXES, is_hidden, is_image
 
+COMMON_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # known to Pillow, and decoded by another program or none
+# Folders that file servers, archives and programs keep beside what is stored, in small letters.
+SERVICE = {
+    "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "__macosx",
+    "__pycache__", "lost+found",
+}  # fmt: skip
 UNTOLD = {"thumbs.db", "desktop.ini", "quarantine.json"}  # files that nobody misses
 HEIF = {".heic", ".heif", ".hif"}
 NAMED = 5  # suffixes, or folders, that a line names
 
 Identity = tuple[int, int]  # device and inode
+
+
+# Which names are read
+
+
+@lru_cache(None)
+def image_suffixes() -> frozenset[str]:
+    """Of all files that Pillow reads here, in small letters; .heic among them where pillow-heif is installed."""
+    formats = Image.registered_extensions()
+    return frozenset(s for s, kind in formats.items() if kind in Image.OPEN and kind not in NO_PICTURES)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is read as a picture, by its name."""
+    small = name.lower()
+    # Pillow loads all its readers to tell its suffixes; most folders need the common ones only.
+    known = small.endswith(COMMON_SUFFIXES) or small[small.rfind(".") :] in image_suffixes()
+    return known and name[0] != "."
+
+
+def is_hidden(name: str) -> bool:
+    """Whether the name of a file or folder is of what programs keep for themselves, and no part of a source."""
+    return name[:1] == "." or name.lower() in SERVICE
+
+
+# What lies where
 
 
 class Entries(NamedTuple):

@@ -35,13 +35,6 @@ with contextlib.suppress(ImportError):  # in every process that decodes
 
 log = logging.getLogger("umd")
 
-COMMON_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # known to Pillow, and decoded by another program or none
-# Folders that file servers, archives and programs keep beside what is stored, in small letters.
-SERVICE = {
-    "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "__macosx",
-    "__pycache__", "lost+found",
-}  # fmt: skip
 ORIENTATION = 0x0112  # EXIF tag; 1: as stored, from 5 on height and width change places
 MAX_CLASSES = 1_000_000  # each has a name: a label beyond is a mistake, and would fill the memory with them
 CHECKED = 512 << 20  # bytes: a mapped array's checksum is not looked at beyond, where that would hold up a start
@@ -241,26 +234,6 @@ def pixels(image: Image.Image) -> np.ndarray:
     """Mode L or RGB to uint8 [h, w, 1 or 3]."""
     array = np.asarray(image)
     return array if array.ndim == 3 else array[..., None]
-
-
-@lru_cache(None)
-def image_suffixes() -> frozenset[str]:
-    """Of all files that Pillow reads here, in small letters; .heic among them where pillow-heif is installed."""
-    formats = Image.registered_extensions()
-    return frozenset(s for s, kind in formats.items() if kind in Image.OPEN and kind not in NO_PICTURES)
-
-
-def is_image(name: str) -> bool:
-    """Whether a file is read as a picture, by its name."""
-    small = name.lower()
-    # Pillow loads all its readers to tell its suffixes; most folders need the common ones only.
-    known = small.endswith(COMMON_SUFFIXES) or small[small.rfind(".") :] in image_suffixes()
-    return known and name[0] != "."
-
-
-def is_hidden(name: str) -> bool:
-    """Whether the name of a file or folder is of what programs keep for themselves, and no part of a source."""
-    return name[:1] == "." or name.lower() in SERVICE
 
 
 def unreadable(file: str | Path | Stored, error: Exception) -> str:

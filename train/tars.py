@@ -18,9 +18,9 @@ import numpy as np
 
 from umd.errors import UserError
 from umd.train.index import Arrays, Names, kept, stamp
-from umd.train.listing import no_pictures, suffix_of, unread
+from umd.train.listing import is_hidden, is_image, no_pictures, suffix_of, unread
 from umd.train.quarantine import Quarantine
-from umd.train.sources import MAX_CLASSES, ImageDataset, choose_split, is_hidden, is_image, opened
+from umd.train.sources import MAX_CLASSES, ImageDataset, choose_split, opened
 
 
 class TarMember(NamedTuple):

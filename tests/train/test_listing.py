@@ -12,8 +12,7 @@ from rich.console import Console
 from umd.errors import UserError
 from umd.train.check import CheckData, check_data, files_of
 from umd.train.data import DataConfig, open_dataset
-from umd.train.listing import suffix_of
-from umd.train.sources import SERVICE, image_suffixes, is_image
+from umd.train.listing import SERVICE, image_suffixes, is_image, suffix_of
 
 
 def picture(path, shade=0):
