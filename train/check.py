@@ -9,7 +9,7 @@ from functools import partial
 from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
@@ -20,7 +20,8 @@ from rich.table import Table
 from umd.errors import UserError
 from umd.files import write_whole
 from umd.ranges import Count, Processes, check_ranges
-from umd.train.folders import files_below, listing
+from umd.train.folders import level_note, scan
+from umd.train.listing import listing
 from umd.train.quarantine import default_path
 from umd.train.sources import FLOATS, flatten
 from umd.train.tars import is_tars, samples, split_tars
@@ -97,51 +98,66 @@ def examine_files(files: list[tuple[str, Any]], min_side: int) -> list[Finding]:
     return findings
 
 
-def files_of(source: Path) -> tuple[list[tuple[str, Any]], dict[str, list[str]], list[Finding]]:
-    """(path in the source, file) of every image that readers would use; those paths by class folder; what lies wrong.
+class Listed(NamedTuple):
+    """What a source holds. Paths are relative to it."""
 
-    Raises UserError if the source is no folder of images or tars.
-    """
+    files: list[tuple[str, Any]]  # path and file of every image that readers would use
+    classes: dict[str, list[str]]  # those paths by class folder
+    wrong: list[Finding]
+    notes: list[str]  # what is told of the rest
+
+    def __add__(self, other: "Listed") -> "Listed":  # type: ignore[override]
+        return Listed(
+            self.files + other.files, self.classes | other.classes, self.wrong + other.wrong, self.notes + other.notes
+        )
+
+
+def files_of(source: Path) -> Listed:
+    """What is to be read of a source. Raises UserError if it is no folder of images or tars."""
     if not source.exists() or not (source.is_dir() or source.suffix == ".tar"):
         raise UserError(f"{source} is no folder of images and no .tar: umd check-data reads these.")
     if is_tars(source):
-        files = []
+        files, notes = [], []
         for tars in split_tars(source).values():
             prefix = "" if source.suffix == ".tar" or tars[0].parent == source else f"{tars[0].parent.name}/"
-            listed = samples(tuple(tars)).pictures
-            files += [(prefix + key, member) for key, member in zip(listed.keys(), listed, strict=True)]
-        return files, {}, []
-    subfolders, _ = listing(source)
+            found = samples(tuple(tars))
+            keys = found.pictures.keys()
+            files += [(prefix + key, member) for key, member in zip(keys, found.pictures, strict=True)]
+            notes += found.notes
+        return Listed(files, {}, [], notes)
+    subfolders, loose = listing(source)
     tests = [name for name in ("test", "val") if name in subfolders]
     if "train" not in subfolders or not tests:
         return files_in(source, "")
-    outside = [Finding(name, OUTSIDE) for name in listing(source)[1]]
-    (files, classes, wrong), test = files_in(source, "train"), files_in(source, tests[0])
-    return files + test[0], classes | test[1], outside + wrong + test[2]
+    outside = Listed([], {}, [Finding(name, OUTSIDE) for name in loose], [])
+    return outside + files_in(source, "train") + files_in(source, tests[0])
 
 
-def files_in(source: Path, split: str) -> tuple[list[tuple[str, Any]], dict[str, list[str]], list[Finding]]:
+def files_in(source: Path, split: str) -> Listed:
     """`files_of` one folder of classes, or of images: the source, or its subfolder `split`."""
-    root = source / split
-    subfolders, loose = ([(root / name).relative_to(source) for name in names] for names in listing(root))
-    classes: dict[str, list[str]] = {}
-    for subfolder in subfolders:
-        classes[f"{subfolder.as_posix()}/"] = files_below(source, subfolder.as_posix())[0]
+    root, prefix = source / split, f"{split}/" if split else ""
+    found = scan(root)
+    classes: dict[str, list[str]] = {f"{prefix}{name}/": [] for name in found.class_names}
+    folders, outside = list(classes), list[str]()
+    for path, label in zip(found.files, found.labels.tolist(), strict=True):
+        (outside if label < 0 else classes[folders[label]]).append(prefix + path)
     wrong = [Finding(folder, EMPTY) for folder, paths in classes.items() if not paths]
     paths = [path for inside in classes.values() for path in inside]
-    outside = [path.as_posix() for path in loose]
     if paths:
         wrong += [Finding(path, OUTSIDE) for path in outside]
     elif not outside:
-        raise UserError(f"{root} has no images.")
+        raise UserError(f"{root} has no images{'. '.join(['', *found.notes])}.")
     files = [(path, str(source / path)) for path in paths or outside]
-    return files, {folder: inside for folder, inside in classes.items() if inside}, wrong
+    notes = [*found.notes, *filter(None, [level_note(root, found, bool(split))])]
+    return Listed(files, {folder: inside for folder, inside in classes.items() if inside}, wrong, notes)
 
 
 def check_data(source: Path, options: CheckData, console: Console) -> Path:
     """Examine a source, print what was found, and write the list. Returns its path."""
     source = source.expanduser()
-    files, classes, findings = files_of(source)
+    files, classes, findings, notes = files_of(source)
+    for note in notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     jobs = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         done = track(

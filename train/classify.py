@@ -37,7 +37,8 @@ def check_classes(dataset: Dataset) -> int:
             f"{dataset.name} has no labels to classify by; use one subfolder a class, or labels in the .npz"
         )
     if len(dataset.class_names) < 2:
-        raise UserError(f"{dataset.name} has 1 class; a classifier needs 2 or more, a subfolder each")
+        notes = "".join(f"; {note}" for note in getattr(dataset, "notes", ()))
+        raise UserError(f"{dataset.name} has 1 class; a classifier needs 2 or more, a subfolder each{notes}")
     return len(dataset.class_names)
 
 

@@ -3,13 +3,25 @@
 A clip is decoded whole, then F frames are taken from it (`take_frames`): cut long videos into clips first.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from umd.errors import UserError
-from umd.train.sources import IMAGE_SUFFIXES, ImageDataset, Picture, Shrink, check_labels, choose_split, decode, whole
+from umd.train.folders import Found, level_note
+from umd.train.index import Names
+from umd.train.listing import above, entries, files_below, is_hidden, is_image, notes_of
+from umd.train.sources import (
+    ImageDataset,
+    Picture,
+    Shrink,
+    check_labels,
+    choose_split,
+    decode,
+    whole,
+)
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif", ".mpg", ".m4v")
 
@@ -48,30 +60,40 @@ def open_clips(
         raise UserError(
             f"data source {source} holds no clips: expected a folder of video files or of folders of frames, or a .npz"
         )
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+    here, outside = entries(path, is_frame_or_video), above(path)
+    below = [files_below(path, name, outside, is_frame_or_video) for name in sorted(here.folders + here.links)]
+    files = [Path(file) for file in (*here.files, *(file for part in below for file in part.files))]
     videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
-    folders = {file.parent for file in files if file.suffix.lower() not in VIDEO_SUFFIXES and file.parent != path}
-    clips = sorted({*videos, *folders})
-    if not clips:
+    folders = {file.parent for file in files if file.suffix.lower() not in VIDEO_SUFFIXES and file.parent != Path()}
+    names = sorted({*videos, *folders})
+    notes = notes_of(below, here.others)
+    if not names:
+        told = f" ({'; '.join(notes)})" if notes else ""
         raise UserError(
-            f"{path} holds no clips: expected video files ({', '.join(VIDEO_SUFFIXES)}) or folders of frames"
+            f"{path} holds no clips{told}: expected video files ({', '.join(VIDEO_SUFFIXES)}) or folders of frames"
         )
-    names = [clip.relative_to(path) for clip in clips]
     labels, class_names = None, []
     if all(len(name.parts) > 1 for name in names):  # class/clip
         class_names = sorted({name.parts[0] for name in names})
         labels = np.array([class_names.index(name.parts[0]) for name in names], dtype=np.int64)
+        found = Found(Names.of(map(str, names)), labels, class_names, notes)
+        notes += filter(None, [level_note(path, found, splits=False)])
     rows = choose_split(map(str, names), split, holdout, str(path))
     return ClipDataset(
         name=path.name,
         split=split,
-        pictures=[str(clips[row]) for row in rows],
+        pictures=Names.of(map(str, names), f"{path}{os.sep}").take(rows),
         labels=None if labels is None else labels[rows],
         class_names=class_names,
         skip_broken=skip_broken,
         num_frames=num_frames,
         frame_stride=frame_stride,
+        notes=notes,
     )
+
+
+def is_frame_or_video(name: str) -> bool:
+    return is_image(name) or (name.lower().endswith(VIDEO_SUFFIXES) and not is_hidden(name))
 
 
 def open_clip_arrays(path: Path, split: str, holdout: float) -> ClipDataset:
@@ -107,7 +129,7 @@ def open_clip_arrays(path: Path, split: str, holdout: float) -> ClipDataset:
 def decode_clip(path: Path) -> np.ndarray:
     """All frames of a video file or a folder of frames: uint8 [F', h, w, 1 or 3]. Raises UserError naming it."""
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(file for file in path.iterdir() if is_image(file.name))
         frames = [decode(file).pixels for file in files]
     else:
         frames = decode_video(path)
@@ -148,7 +170,7 @@ def check_length(frames: int, num_frames: int, stride: int, what: str) -> None:
     if frames < (num_frames - 1) * stride + 1:
         every = f", every {stride}" if stride > 1 else ""
         raise UserError(
-            f"{what} has {frames} frame{'' if frames == 1 else 's'}, and the model takes {num_frames}{every}: take it out "
-            "or give a longer one; in training --data.skip-broken leaves it out, and a lower --data.frame-stride or "
+            f"{what} has {frames} frame{'' if frames == 1 else 's'}, and the model takes {num_frames}{every}: take it "
+            "out or give a longer one; in training --data.skip-broken leaves it out, and a lower --data.frame-stride or "
             "--model.num-frames needs fewer"
         )

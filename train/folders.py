@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from umd.errors import UserError
-from umd.files import again_if_stale
 from umd.train.index import Arrays, Names, kept
+from umd.train.listing import COMMON_SUFFIXES, above, entries, files_below, listing, named, no_pictures, notes_of
 from umd.train.quarantine import Quarantine
-from umd.train.sources import IMAGE_SUFFIXES, LEAVE_OUT, ImageDataset, choose_split, in_test_split, is_image, unreadable
+from umd.train.sources import LEAVE_OUT, ImageDataset, choose_split, in_test_split, unreadable
 from umd.train.waiting import in_order
 
 log = logging.getLogger("umd")
@@ -26,7 +27,7 @@ LISTERS = 16  # threads that wait for the disk
 
 def open_folder(root: Path, split: str, holdout: float, skip_broken: bool, quarantine: Quarantine) -> ImageDataset:
     """The images of one split. Raises UserError if the folder has none, or is laid out in no known way."""
-    subfolders, _ = listing(root)
+    subfolders, beside = listing(root)
     tests = [name for name in ("test", "val") if name in subfolders]
     if ("train" in subfolders) != bool(tests):
         raise UserError(
@@ -36,7 +37,12 @@ def open_folder(root: Path, split: str, holdout: float, skip_broken: bool, quara
     folder = root / ("train" if split == "train" else tests[0]) if tests else root
     reasons = quarantine.under(folder.name if tests else "")
     found = without(scan(folder), folder, reasons)
-    if not tests:
+    notes = [*found.notes, *filter(None, [level_note(folder, found, bool(tests))])]
+    if tests:
+        others = [f"{name}/" for name in subfolders if name not in ("train", tests[0])]
+        others += [f"{len(beside):,} images"] if beside else []
+        notes += [f"not read, beside train/ and {tests[0]}/ in {root}: {named(others)}"] if others else []
+    else:
         found = found.take(choose_split(found.files, split, holdout, str(root)))
     class_names = found.class_names
     labels = found.labels if class_names else None
@@ -63,43 +69,12 @@ def open_folder(root: Path, split: str, holdout: float, skip_broken: bool, quara
             if tests or path.endswith("/") or in_test_split(path, holdout) == (split == "test")
         },
         left_out=len(paths) - len(good),
+        notes=notes,
     )
     if len(paths) and not len(dataset):
         kind = "training" if split == "train" else "held-out"
         raise UserError(f"none of the {len(paths)} {kind} images of {folder} can be read: replace or remove them.")
     return dataset
-
-
-def listing(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorted names of the subfolders and of the image files directly inside, without hidden ones."""
-    subfolders, files = entries(folder)
-    return sorted(name for name in subfolders if not name.startswith((".", "__"))), sorted(files)
-
-
-def entries(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the subfolders and of the image files directly inside. Raises UserError if it cannot be listed."""
-    try:
-        return again_if_stale(lambda: look_at(folder), folder)
-    except OSError as error:
-        where = error.filename or folder
-        raise UserError(f"cannot list folder {where} ({error.strerror}): check that it can be read.") from error
-
-
-def look_at(folder: Path) -> tuple[list[str], list[str]]:
-    subfolders, files = [], []
-    with os.scandir(folder) as found:
-        for entry in found:
-            try:
-                if entry.is_dir():
-                    subfolders.append(entry.name)
-                # A link to nowhere is told when it is read; what opens a FIFO, a socket or a device may wait for ever.
-                elif is_image(entry.name) and (entry.is_file() or not os.path.exists(entry.path)):
-                    files.append(entry.name)
-            except OSError:  # of a link: whether to a folder is not to be known
-                if not is_image(entry.name):
-                    raise
-                files.append(entry.name)
-    return subfolders, files
 
 
 class Found(NamedTuple):
@@ -108,46 +83,42 @@ class Found(NamedTuple):
     files: Names  # relative to it: those in its class folders, then those directly inside
     labels: np.ndarray  # int64 [N]; -1 directly inside
     class_names: list[str]
+    notes: list[str]  # what is told of the rest
 
     def take(self, rows: np.ndarray) -> "Found":
-        return Found(self.files.take(rows), self.labels[rows], self.class_names)
+        return Found(self.files.take(rows), self.labels[rows], self.class_names, self.notes)
 
 
 def scan(root: Path) -> Found:
     """The image files of a folder, listed or as they were listed before. Classes may be empty."""
-    arrays = kept("folder", root, lambda: walk(root))
+    arrays = kept("folder, notes", root, lambda: walk(root))
     class_names = list(Names(arrays["classes"], arrays["class_ends"]))
     labels = np.repeat(np.arange(-1, len(class_names)), arrays["counts"])
-    return Found(Names(arrays["files"], arrays["ends"]), np.roll(labels, -int(arrays["counts"][0])), class_names)
+    labels, notes = np.roll(labels, -int(arrays["counts"][0])), list(Names(arrays["notes"], arrays["note_ends"]))
+    return Found(Names(arrays["files"], arrays["ends"]), labels, class_names, notes)
 
 
 def walk(root: Path) -> tuple[Arrays, list[Path], int]:
-    """Names of the image files and of the class folders; how many files lie directly inside, and in each class; and all
-    folders that were listed."""
-    class_names, loose = listing(root)
+    """Names of the image files and of the class folders; how many files lie directly inside, and in each class; what is
+    told of the rest; and all folders that were listed."""
+    here, outside = entries(root), above(root)
+    subfolders, loose = sorted(here.folders + here.links), sorted(here.files)
     with ThreadPoolExecutor(LISTERS) as pool:
-        inside = list(in_order(pool, lambda name: files_below(root, name), class_names, root))
-    files, classes = Names.of([*(file for listed, _ in inside for file in listed), *loose]), Names.of(class_names)
+        inside = list(in_order(pool, lambda name: files_below(root, name, outside), subfolders, root))
+    notes = Names.of(notes_of(inside, here.others))
+    inside = [below for below in inside if below.folders]  # a link to the root itself is no class
+    classes = Names.of(next(iter(below.folders)) for below in inside)
+    files = Names.of([*(file for below in inside for file in below.files), *loose])
     arrays = {
         "files": files.data,
         "ends": files.ends,
         "classes": classes.data,
         "class_ends": classes.ends,
-        "counts": np.array([len(loose), *(len(listed) for listed, _ in inside)], dtype=np.int64),
+        "counts": np.array([len(loose), *(len(below.files) for below in inside)], dtype=np.int64),
+        "notes": notes.data,
+        "note_ends": notes.ends,
     }
-    return arrays, [root, *(folder for _, folders in inside for folder in folders)], len(files)
-
-
-def files_below(root: Path, name: str) -> tuple[list[str], list[Path]]:
-    """Images in a class folder and all folders in it, relative to `root`, by the parts of their paths; the folders."""
-    found, folders, left = [], [], [name]
-    while left:
-        below = left.pop()
-        folders.append(root / below)
-        subfolders, files = entries(root / below)
-        left += [f"{below}/{subfolder}" for subfolder in subfolders]
-        found += [f"{below}/{file}" for file in files]
-    return sorted(found, key=lambda path: path.split("/")), folders
+    return arrays, [root, *(root / folder for below in inside for folder in below.folders)], len(files)
 
 
 def without(found: Found, root: Path, left_out: Collection[str]) -> Found:
@@ -155,17 +126,17 @@ def without(found: Found, root: Path, left_out: Collection[str]) -> Found:
 
     Raises UserError if nothing is left of all, or of a class, or if images lie beside class folders.
     """
-    files, labels, class_names = found
+    files, labels, class_names, notes = found
     if left_out:
         in_use = np.array([f"{name}/" not in left_out for name in class_names], dtype=bool)
         keep = np.array([file not in left_out for file in files], dtype=bool) & np.append(in_use, True)[labels]
         labels = np.append(in_use.cumsum() - 1, -1)[labels]
         class_names = [name for name, used in zip(class_names, in_use, strict=True) if used]
-        files, labels, class_names = Found(files, labels, class_names).take(np.flatnonzero(keep))
+        files, labels, class_names, _ = Found(files, labels, class_names, notes).take(np.flatnonzero(keep))
     if not class_names and not len(files):
         raise UserError(
-            f"{root} has no images: expected one subfolder per class, or images directly inside "
-            f"({' '.join(IMAGE_SUFFIXES)})."
+            f"{no_pictures(root, entries(root).others)}: expected one subfolder per class, or images directly inside "
+            f"({' '.join(COMMON_SUFFIXES)} ...)."
         )
     if class_names and len(files) and labels[-1] < 0:
         first = files[int((labels < 0).argmax())]
@@ -175,9 +146,35 @@ def without(found: Found, root: Path, left_out: Collection[str]) -> Found:
         )
     there = np.bincount(labels[labels >= 0], minlength=len(class_names))
     if class_names and there.min() == 0:
-        empty = root / class_names[int(there.argmin())]
-        raise UserError(f"class folder {empty} has no images: add some or remove the folder.")
-    return Found(files, labels, class_names)
+        empty = [class_names[int(there.argmin())]] if there.any() else class_names
+        others = sum((files_below(root, name, above(root)).others for name in empty), Counter[str]())
+        where = f"class folder {root / empty[0]}" if there.any() or len(empty) == 1 else f"{root}"
+        raise UserError(f"{no_pictures(where, others)}: add some or remove the folder.")
+    return Found(files, labels, class_names, notes)
+
+
+def level_note(root: Path, found: Found, splits: bool) -> str:
+    """What to give in the place of a folder whose class folders hold no pictures themselves, but the folders that look
+    like the classes; "" if they hold some. splits: whether it is a split of the source."""
+    files, class_names = found.files, found.class_names
+    if not class_names or not len(files) or any(name.count("/") < 2 for name in files):
+        return ""
+    if len(class_names) > 1:
+        name, inner, *_ = files[0].split("/")
+        return (
+            f"the {len(class_names):,} class folders of {root} hold no pictures themselves, only folders of them "
+            f"({name}/{inner}/ ...): if these are the classes, give {root / name}"
+        )
+    shared = os.path.commonpath(
+        [os.path.dirname(name) for name in (files[0], files[len(files) - 1])]
+    )  # they are sorted
+    if len(inner := listing(root / shared)[0]) < 2:
+        return ""
+    way = f"move them up into {root}" if splits else f"give {root / shared}"
+    return (
+        f"{root} has one class folder, {class_names[0]}/, so that all pictures are of one class; if the {len(inner):,} "
+        f"folders in {root / shared} ({inner[0]}/ ...) are the classes, {way}"
+    )
 
 
 def check_headers(paths: Names, skip_broken: bool) -> np.ndarray:

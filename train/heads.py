@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 from umd.train.data import center_view, open_dataset
 from umd.train.evaluate import denoiser, schedule_of
+from umd.train.fingerprint import check_trained_on
 from umd.train.log import NoLog, RunLog
 from umd.train.preview import share_of
 from umd.train.run import RunConfig, weights_identity
@@ -99,6 +101,7 @@ def heads_of(config: RunConfig, weights: dict[str, Any], network: UMD, dtype: to
     file = heads_file(config.out, weights)
     if (heads := read_heads(file)) is not None:
         return heads
+    check_trained_on(config.out, config, "leave out --predict both", partial(console.print, highlight=False))
     schedule = schedule_of(config.schedule)
     products, about = measured(network, config, schedule, dtype)
     heads = Heads.of(products, schedule)

@@ -39,10 +39,10 @@ class Names(Sequence[str]):
         self.data, self.ends, self.rows, self.prefix = data, ends, rows, prefix
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> "Names":
+    def of(cls, texts: Iterable[str], prefix: str = "") -> "Names":
         encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        return cls(np.frombuffer(b"".join(encoded), np.uint8), lengths.cumsum())
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), lengths.cumsum(), prefix=prefix)
 
     def __len__(self) -> int:
         return len(self.ends if self.rows is None else self.rows)
@@ -62,6 +62,14 @@ class Names(Sequence[str]):
         for end in self.ends.tolist():
             yield self.prefix + data[start:end].decode("utf-8", "surrogateescape")
             start = end
+
+    def sums(self) -> np.ndarray:
+        """CRC-32 of each, without the prefix: uint32 [N]."""
+        rows = np.arange(len(self.ends)) if self.rows is None else self.rows
+        ends, data = self.ends[rows], memoryview(self.data.tobytes())
+        starts = np.where(rows > 0, self.ends[rows - 1], 0)
+        places = zip(starts.tolist(), ends.tolist(), strict=True)
+        return np.fromiter((zlib.crc32(data[start:end]) for start, end in places), np.uint32, len(rows))
 
     def first_without(self, *suffixes: str) -> str | None:
         """The first that ends with none of these, in capitals or not; None if there is none."""

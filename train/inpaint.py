@@ -1,5 +1,6 @@
 """Inpainting with a trained network: which pictures, which hole, and the rows of the picture sheet."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,12 @@ from umd.schedule import NoiseSchedule
 from umd.train.crops import centered_box
 from umd.train.data import center_view, centered_view_of_file, open_dataset
 from umd.train.evaluate import denoiser, sampling_progress, schedule_of
+from umd.train.fingerprint import check_trained_on
 from umd.train.preview import rgb
 from umd.train.run import RunConfig
 from umd.train.sources import flatten
+
+log = logging.getLogger("umd")
 
 DEFAULT_IMAGES = 6
 VIEWS = 6  # of a sample on its way
@@ -86,6 +90,8 @@ def pictures_and_mask(
         dataset = open_dataset(config.data, "test")
         if len(dataset) == 0:
             raise UserError(f"{dataset.name} has no held-out images to inpaint; name pictures with --image")
+        if (config.out / "checkpoints").is_dir():
+            check_trained_on(config.out, config, "name pictures with --image", log.warning)
         x = center_view(dataset, np.linspace(0, len(dataset) - 1, DEFAULT_IMAGES).astype(int), config.data)
     tubelet_size = getattr(config.model, "tubelet_size", 1)
     return x, hole_mask(mask, x, config.model.patch_size, seed, mask_ratio, tubelet_size, images if x.ndim == 4 else ())

@@ -17,7 +17,7 @@ from umd.probe import fewshot_accuracy
 from umd.representation import layer_features, layer_names
 from umd.train.evaluate import schedule_of
 from umd.train.features import Extract, Features, pictures_of
-from umd.train.probe import Probe, Recognition, noised, published_zoom
+from umd.train.probe import Probe, Recognition, noised, own_pictures, published_zoom, tell_notes
 from umd.train.run import RunConfig
 from umd.train.shards import Job, others_work, share
 
@@ -82,7 +82,8 @@ class Layers:
 
 def probe_layers(run: Path, options: Probe, config: RunConfig, console: Console) -> None:
     """Print the table, write RUN/layers.json and RUN/layers.png; or do this rank's share of the work."""
-    layers = Layers(config, options)
+    layers = Layers(own_pictures(run, config, options.source, console), options)
+    tell_notes(console, layers.probe.train, layers.probe.test)
     if not share(layers.jobs(), console, "pictures read"):
         console.print(others_work(), highlight=False)
         return

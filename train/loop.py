@@ -30,6 +30,7 @@ from umd.train.curves import reference_of
 from umd.train.data import ImageDataset, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import GO_ON, World, end_all, join
 from umd.train.diverged import check_finite
+from umd.train.fingerprint import agreed_fingerprint, difference
 from umd.train.heads import keep_heads
 from umd.train.latents import LatentDataset, with_vae
 from umd.train.log import NoLog, RunLog
@@ -39,8 +40,8 @@ from umd.train.parallel import DDP, Alone
 from umd.train.preview import preview_images, rgb
 from umd.train.profile import NoProfiler, Profiler, profiled
 from umd.train.quarantine import record_quarantine
-from umd.train.resume import fingerprint, load_pretrained, newest_checkpoint, with_ema_of
-from umd.train.run import RunConfig, to_plain, write_classes, write_config
+from umd.train.resume import load_pretrained, newest_checkpoint, with_ema_of
+from umd.train.run import RunConfig, absolute, to_plain, write_classes, write_config
 from umd.train.signals import StopRequest, stop_signal
 from umd.train.spread import check_attention, check_gelu, spread
 from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type, side_stream
@@ -69,7 +70,7 @@ def train(
         Diverged: NaN or infinite loss; the last good checkpoint is kept and the batch is described in `nan-dump.json`.
         KeyboardInterrupt, SystemExit(143), SystemExit(138): after saving, on Ctrl-C, SIGTERM or SIGUSR1.
     """
-    config = with_ema_of(config)
+    config = with_ema_of(absolute(config))
     world = join(config.device, config.parallel, config.out)
     with world.explained(), side_stream(world.device):
         return train_rank(config, world, console or Console(), name, build)
@@ -209,7 +210,7 @@ def set_up(config: RunConfig, world: World, build: BuildObjective = build_object
     run.model = model = build_model(config.model)
     model.set_checkpointing(config.checkpointing)
     set_recompute_gelu(model, config.recompute_gelu and not config.checkpointing)
-    run.source = fingerprint(dataset)
+    run.source = agreed_fingerprint(dataset, world)
     run.saved_path, saved = newest_checkpoint(config, world, run.source)
     world.barrier()  # rank 0 reads the files twice, to check them
     if saved is not None:
@@ -252,6 +253,8 @@ def announce(run: Run, log: RunLog | NoLog) -> None:
     """What is trained on what, and in what a run that goes on is another than it was."""
     config, dataset, device = run.config, run.dataset, run.world.device
     log.say(f"{describe(dataset)}; {reader(dataset, config.data)}")
+    for note in getattr(dataset, "notes", ()):
+        log.say(note)
     weights = sum(p.numel() for p in run.model.parameters())
     log.say(
         f"{weights / 1e6:.1f} M parameters on {run.parallel.place(device)}, "
@@ -272,10 +275,11 @@ def announce(run: Run, log: RunLog | NoLog) -> None:
             f"the run had {before} micro-batches a step and now has {run.micro_batches} (ranks x accumulate): it goes "
             "on with other mixtures of pictures than it would have had"
         )
-    if run.saved["source"] != run.source:
+    if (found := difference(run.saved["source"], run.source)) is not None:
         log.say(
             f"{config.data.source} changed: the run had {run.saved['source']['images']} pictures there and now has "
-            f"{len(dataset)}; it goes on with them in another order than it would have had"
+            f"{len(dataset)} ({found.said}); it goes on with them in another order than it would have had. For a run "
+            f"on these from its first step, from the weights so far: --init {config.out}, and another --out"
         )
 
 

@@ -6,6 +6,7 @@ Shots are drawn first, from the labels alone; only their pictures and the held-o
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from umd.schedule import NoiseSchedule
 from umd.train.data import open_dataset
 from umd.train.evaluate import open_run, schedule_of
 from umd.train.features import Dataset, Extract, Features, identity_of, name_of, pictures_of
+from umd.train.fingerprint import check_trained_on, with_source
 from umd.train.latents import LatentDataset
 from umd.train.run import RunConfig, weights_identity
 from umd.train.shards import Job, others_work, share
@@ -63,6 +65,8 @@ class Probe:
     """Model times of --layers; 0: noise-free."""
     ema: bool = False
     """Averaged weights, where the run has them."""
+    source: str = ""
+    """Pictures to probe on, as in --data.source; default: those that the run was trained on."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "l2", "seeds", "times")
@@ -70,13 +74,28 @@ class Probe:
 
 def probe(run: Path, options: Probe, config: RunConfig, console: Console) -> None:
     """Probe a run, print the table and write RUN/probe.json; or do this rank's share of the work."""
-    recognition = Recognition(config, options)
+    recognition = Recognition(own_pictures(run, config, options.source, console), options)
+    tell_notes(console, recognition.train, recognition.test)
     if not share(recognition.jobs(), console, "pictures read"):
         console.print(others_work(), highlight=False)
         return
     entry = recognition.entry()
     print_rows(entry["rows"], f"{config.out}: probes on {entry['test_images']} held-out pictures", console)
     write_whole(run / "probe.json", json.dumps(entry["results"], indent=1).encode())
+
+
+def tell_notes(console: Console, *datasets: Dataset) -> None:
+    """What is odd about the pictures, each once."""
+    for note in dict.fromkeys(note for dataset in datasets for note in getattr(dataset, "notes", ())):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+def own_pictures(run: Path, config: RunConfig, source: str, console: Console) -> RunConfig:
+    """The run with the pictures that its representation is scored on; told, or refused, where they are others."""
+    config = with_source(config, source)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    check_trained_on(run, config, f"give --source {config.data.source} to take these", say, bool(source))
+    return config
 
 
 def print_rows(rows: Sequence[dict[str, Any]], title: str, console: Console) -> None:
@@ -175,7 +194,8 @@ class Recognition:
                     "spread": None,
                 },
             ]
-        settings = self.held_out.settings | {"shots": asdict(options), "train": self.whole.settings["data"]}
+        shots = {name: value for name, value in asdict(options).items() if name != "source"}  # the pictures say it
+        settings = self.held_out.settings | {"shots": shots, "train": self.whole.settings["data"]}
         return {
             "key": name_of(settings),
             "settings": settings,
@@ -193,9 +213,21 @@ def labelled(config: RunConfig) -> tuple[Dataset, Dataset]:
             f"a probe needs held-out images, and of {train.name} none is held out (data.holdout is "
             f"{config.data.holdout:g}); give it a test/ folder beside train/, or train with a larger --data.holdout"
         )
-    if train.labels is None or test.labels is None:
-        raise UserError(f"a probe needs labels, and {train.name} has none; use one subfolder a class")
+    for part, what in ((train, ""), (test, ", held out,")):
+        if part.labels is None:
+            raise UserError(f"a probe needs labels, and {part.name}{what} has none; use one subfolder a class")
+    if len(train.class_names) == 1:
+        raise UserError(f"{one_class(train)}: a probe of them is always right; {several(train)}")
     return train, test
+
+
+def one_class(dataset: Dataset) -> str:
+    return f"all pictures of {dataset.name} are of one class ({dataset.class_names[0]})"
+
+
+def several(dataset: Dataset) -> str:
+    """What to do about a source of one class."""
+    return "; ".join(getattr(dataset, "notes", [])) or "use one subfolder a class"
 
 
 def published_zoom(config: RunConfig) -> float:

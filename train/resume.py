@@ -1,12 +1,8 @@
 """What a run starts from: its own newest checkpoint, if it is still the same run, or the weights of another."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from umd.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint, load_model_state
 from umd.classifier import Classifier
@@ -15,9 +11,10 @@ from umd.errors import UserError
 from umd.methods import AnyModel
 from umd.positions import resized_state
 from umd.train.classify import load_encoder
-from umd.train.data import DataConfig, ImageDataset
+from umd.train.data import DataConfig
 from umd.train.distributed import World
-from umd.train.latents import LatentDataset, check_run_vae
+from umd.train.fingerprint import Difference, difference, same_source
+from umd.train.latents import check_run_vae
 from umd.train.run import RunConfig, to_plain
 
 # What a run is. The rest (its length, what is saved and shown, where and how it computes) may change on the way.
@@ -75,13 +72,17 @@ def check_same_run(saved: Checkpoint, config: RunConfig, source: dict) -> None:
     check_kind(before.get("model", {}), now["model"], config.out)
     check_run_vae(saved.state, config.data, config.out)
     differ = list(changes({name: before[name] for name in RUN if name in before}, now))
-    trained_on, source_before = saved.state.get("source"), before.get("data", {}).get("source", "")
-    if not same_path(source_before, config.data.source) and pictures_of(trained_on) != pictures_of(source):
-        differ.append(f"data.source {source_before}, not {config.data.source}, which holds other pictures")
-    shards = source.get("shards"), (trained_on or {}).get("shards")
+    trained_on, source_before = saved.state.get("source") or {}, before.get("data", {}).get("source", "")
+    found = difference(trained_on, source) if trained_on else Difference("nothing is known of the others", False)
+    if found and not same_source(source_before, config.data.source):
+        said = f"which holds other pictures ({found.said})"
+        differ.append(f"data.source {source_before}, not {config.data.source}, {said}")
+    elif found and found.others:
+        differ.append(f"other pictures than {config.data.source} has now ({found.said}; put them back as they were)")
+    shards = source.get("shards"), trained_on.get("shards")
     if config.data.shuffle == "blocks" and None not in shards and shards[0] != shards[1]:
         differ.append("data.source in shards of other sizes, which --data.shuffle blocks takes in another order")
-    if config.init is not None and not same_path(before.get("init") or "", config.init):
+    if config.init is not None and not same_source(before.get("init") or "", config.init):
         differ.append(f"init {before.get('init')}, not {config.init}")
     if differ:
         raise UserError(
@@ -104,45 +105,6 @@ def changes(before: Mapping, now: Mapping, section: str = "") -> Iterator[str]:
             yield from changes(a, b, name)
         elif a != b:
             yield f"{section}.{name} {a}, not {b}" if section else f"{name} {a}, not {b}"
-
-
-def same_path(a: str | Path, b: str | Path) -> bool:
-    return str(a) == str(b) or Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
-
-
-def pictures_of(source: Mapping | None) -> dict[str, Any] | None:
-    """A fingerprint without what depends on how the pictures are spread over files."""
-    return None if source is None else {name: value for name, value in source.items() if name != "shards"}
-
-
-def fingerprint(dataset: ImageDataset | LatentDataset) -> dict[str, Any]:
-    """How many pictures there are, and a digest of their labels and of a few of them, wherever they lie; of latents
-    also one of the sizes of their shards, which the order in blocks depends on."""
-    digest = hashlib.sha256(repr(dataset.class_names).encode())
-    if dataset.labels is not None:
-        digest.update(np.ascontiguousarray(dataset.labels, dtype=np.int64).data)
-    for index in np.linspace(0, len(dataset) - 1, min(8, len(dataset))).astype(int).tolist():
-        digest.update(stored(dataset, index))
-    found = {"images": len(dataset), "sha256": digest.hexdigest()}
-    if isinstance(dataset, LatentDataset):
-        found["shards"] = hashlib.sha256(dataset.sizes.tobytes()).hexdigest()
-    return found
-
-
-def stored(dataset: ImageDataset | LatentDataset, index: int) -> bytes:
-    """A picture's bytes as they lie; of a folder of frames, the names; nothing of a file that went away."""
-    if isinstance(dataset, LatentDataset):
-        return dataset.bits(index).tobytes()
-    picture = dataset.pictures[index]
-    if isinstance(picture, np.ndarray):
-        return picture.tobytes()
-    try:
-        if not isinstance(picture, str | Path):
-            return picture.read()
-        path = Path(picture)
-        return repr(sorted(p.name for p in path.iterdir())).encode() if path.is_dir() else path.read_bytes()
-    except OSError:
-        return b""
 
 
 def load_pretrained(model: AnyModel, init: Path, data: DataConfig) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -160,6 +161,18 @@ class RunConfig:
     @property
     def checkpoints(self) -> Path:
         return self.out / "checkpoints"
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The run with the places it reads named from the root, so that it is the same run from any folder. Names that are
+    no paths here (`emoji`, a source of another machine) stay."""
+
+    def whole(path: str) -> str:
+        there = path not in ("", "emoji") and Path(path).expanduser().exists()
+        return os.path.abspath(Path(path).expanduser()) if there else path
+
+    data = replace(config.data, source=whole(config.data.source), quarantine=whole(config.data.quarantine))
+    return replace(config, data=data, init=None if config.init is None else Path(whole(str(config.init))))
 
 
 def with_classes(config: RunConfig, num_classes: int) -> RunConfig:

@@ -30,8 +30,9 @@ from umd.train import evaluate
 from umd.train.data import open_dataset
 from umd.train.errors import NAMES, Errors, draw_errors
 from umd.train.features import CALL, Features, name_of, spans
+from umd.train.fingerprint import with_source
 from umd.train.latents import pixel_config
-from umd.train.probe import Probe, Recognition
+from umd.train.probe import Probe, Recognition, own_pictures, tell_notes
 from umd.train.reference import (
     DECODED,
     RESIZE,
@@ -80,6 +81,8 @@ class Evaluate(Sampling):
     once, and kept in the run as reference-NAME.npz."""
     split: Literal["test", "train"] = "test"
     """Which of the run's pictures are the real ones; test: the held-out."""
+    source: str = ""
+    """Pictures in the place of the run's, as in --data.source; default: those that it was trained on."""
     pictures: str = ""
     """Of a run on latents, the source of its real pictures; default: its stored latents, as the VAE decodes them."""
     few: bool = False
@@ -103,14 +106,19 @@ class Evaluate(Sampling):
 
 def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Console) -> None:
     """Do this rank's share of the work; the rank that finds all of it done writes and prints the scores."""
+    config = with_source(config, options.source)
     left_out = reasons(run, config, options)
     for what, reason in left_out.items():
         console.print(f"{what} is left out: {reason}", highlight=False)
     if len(left_out) == 3:
         raise UserError(f"nothing is left to score in {run}")
+    if not {"recognition", "errors"} <= left_out.keys() or not (options.reference or options.pictures):
+        own_pictures(run, config, options.source, console)
     generation = None if "generation" in left_out else Generation(config, options, console)
     probe = Probe(shots=options.shots, allow_fewer=options.allow_fewer, linear=options.linear)
     recognition = None if "recognition" in left_out else Recognition(config, probe)
+    if recognition is not None:
+        tell_notes(console, recognition.train, recognition.test)
     errors = None if "errors" in left_out else Errors(config, options.errors, options.ema)
     jobs = [job for part in (generation, recognition, errors) if part is not None for job in part.jobs()]
     if not share(jobs, console, "images"):
@@ -148,8 +156,8 @@ def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
         found["generation"] = "the network never saw noise"
     if not options.recognition:
         found["recognition"] = "it was not asked for"
-    elif not open_dataset(config.data, "train").class_names:
-        found["recognition"] = "the pictures have no labels"
+    elif len(classes := open_dataset(config.data, "train").class_names) < 2:
+        found["recognition"] = f"the pictures have {'one class, ' + classes[0] if classes else 'no labels'}"
     if not options.errors:
         found["errors"] = "they were not asked for"
     elif config.is_diffmae:

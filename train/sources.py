@@ -28,9 +28,13 @@ from umd.train.quarantine import summary
 if TYPE_CHECKING:
     from umd.train.latents import LatentDataset
 
+with contextlib.suppress(ImportError):  # in every process that decodes
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
 log = logging.getLogger("umd")
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ORIENTATION = 0x0112  # EXIF tag; 1: as stored, from 5 on height and width change places
 MAX_CLASSES = 1_000_000  # each has a name: a label beyond is a mistake, and would fill the memory with them
 FLOATS = "its pixels are floating-point numbers, with no word on which is black or white: convert it to 8 or 16 bits"
@@ -102,6 +106,7 @@ class ImageDataset:
     quarantined: dict[str, str] = field(default_factory=dict)  # reasons by file: what `umd check-data` left out
     left_out: int = 0  # unreadable files left out when the dataset was opened
     broken: set[int] = field(default_factory=set)  # indices found unreadable since
+    notes: list[str] = field(default_factory=list)  # what is told of the source where a command begins
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -238,10 +243,6 @@ def pixels(image: Image.Image) -> np.ndarray:
     """Mode L or RGB to uint8 [h, w, 1 or 3]."""
     array = np.asarray(image)
     return array if array.ndim == 3 else array[..., None]
-
-
-def is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def unreadable(file: str | Path | Stored, error: Exception) -> str:

@@ -7,6 +7,7 @@ The index that DALI's `wds2idx` writes (`x.idx` beside `x.tar`) is used where it
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
@@ -17,8 +18,9 @@ import numpy as np
 
 from umd.errors import UserError
 from umd.train.index import Arrays, Names, kept, stamp
+from umd.train.listing import is_hidden, is_image, no_pictures, suffix_of, unread
 from umd.train.quarantine import Quarantine
-from umd.train.sources import MAX_CLASSES, ImageDataset, choose_split, is_image, opened
+from umd.train.sources import MAX_CLASSES, ImageDataset, choose_split, opened
 
 
 class TarMember(NamedTuple):
@@ -164,6 +166,7 @@ def read_index(index: Path) -> list[tuple[str, int, int]] | None:
 class TarSamples(NamedTuple):
     pictures: Members
     labels: np.ndarray | None  # int64 [N]
+    notes: list[str]  # what is told of the rest
 
 
 def samples(tars: tuple[Path, ...]) -> TarSamples:
@@ -173,35 +176,39 @@ def samples(tars: tuple[Path, ...]) -> TarSamples:
 
 @lru_cache(maxsize=2)  # opening a split reads both
 def listed(tars: tuple[Path, ...], _stamps: tuple[str, ...]) -> TarSamples:
-    arrays = kept(f"tars {[str(tar) for tar in tars]}", tars[0].parent, lambda: walk(tars))
+    arrays = kept(f"tars, notes {[str(tar) for tar in tars]}", tars[0].parent, lambda: walk(tars))
     names = Names(arrays["names"], arrays["ends"])
     stamps = map(tuple, arrays["stamps"].tolist())
     stamped = list(zip(map(str, tars), stamps, strict=True))
     pictures = Members(stamped, names, arrays["tar"], arrays["offsets"], arrays["sizes"])
-    return TarSamples(pictures, np.array(arrays["labels"]) if len(arrays["labels"]) else None)
+    notes = list(Names(arrays["notes"], arrays["note_ends"]))
+    return TarSamples(pictures, np.array(arrays["labels"]) if len(arrays["labels"]) else None, notes)
 
 
 def walk(tars: Sequence[Path]) -> tuple[Arrays, list[Path], int]:
-    """Names, places and classes (none, if they have none) of the pictures in some tars, and the tars' stamps; the tars
-    and their indices."""
+    """Names, places and classes (none, if they have none) of the pictures in some tars, the tars' stamps, and what is
+    told of samples without a picture; the tars and their indices."""
     names: list[str] = []
     places: list[tuple[int, int, int]] = []
     labels: list[int] = []
     stamps: list[tuple[int, int]] = []
+    others: Counter[str] = Counter()
     for number, tar in enumerate(tars):
         alone: TarMember | None = None  # a class without a picture
         before = len(names) - len(labels)
         every = members(tar)
-        for _, sample in groupby((member for member in every if not is_hidden(member)), sample_key):
-            parts = [member for member in sample if part_of_sample(member.name)]
+        for _, sample in groupby((member for member in every if not in_hidden(member)), sample_key):
+            whole = list(sample)
+            parts = [member for member in whole if part_of_sample(member.name)]
             pictures = [member for member in parts if is_image(os.path.basename(member.name))]
             classes = [member for member in parts if member not in pictures]
             if pictures:  # a sample's second picture, a mask or a depth, is not read
                 names.append(pictures[0].name)
                 places.append((number, pictures[0].offset, pictures[0].size))
                 labels += [read_class(member) for member in classes[:1]]
-            elif classes:
-                alone = classes[0]
+            else:
+                alone = classes[0] if classes else alone
+                others.update(suffix_of(member.name) for member in whole if member not in classes)
         if alone and len(names) - len(labels) > before:
             raise UserError(
                 f"{alone} does not follow its picture: expected the members of a sample one after another, as "
@@ -209,18 +216,21 @@ def walk(tars: Sequence[Path]) -> tuple[Arrays, list[Path], int]:
             )
         stamps.append(every[0].stamp if every else (0, 0))
     if not names:
-        raise UserError(f"{tars[0]} has no images: expected a WebDataset tar with .jpg and .cls members.")
+        raise UserError(f"{no_pictures(tars[0], others)}: expected a WebDataset tar with .jpg and .cls members.")
     if labels and len(labels) != len(names):
         raise UserError(f"{len(labels)} of the {len(names)} samples of {tars[0].parent} have a .cls: give all one.")
     texts, (tar, offsets, sizes) = Names.of(names), np.array(places, dtype=np.int64).T
     arrays = {"names": texts.data, "ends": texts.ends, "tar": tar, "offsets": offsets, "sizes": sizes}
     arrays |= {"labels": np.array(labels, dtype=np.int64), "stamps": np.array(stamps, dtype=np.int64)}
+    notes = Names.of([unread(others)] if others else [])
+    arrays |= {"notes": notes.data, "note_ends": notes.ends}
     indices = [index for tar in tars if (index := tar.with_suffix(".idx")).exists()]
     return arrays, [*tars, *indices], len(names)
 
 
-def is_hidden(member: TarMember) -> bool:
-    return os.path.basename(member.name).startswith(".")
+def in_hidden(member: TarMember) -> bool:
+    """Whether a member, or a folder that it lies in, is hidden."""
+    return any(is_hidden(part) for part in member.name.split("/") if part not in (".", ".."))
 
 
 def sample_key(member: TarMember) -> str:
@@ -242,7 +252,7 @@ def read_class(member: TarMember) -> int:
 def open_tars(source: Path, split: str, holdout: float, skip_broken: bool, quarantine: Quarantine) -> ImageDataset:
     """The pictures of one split of a tar or a folder of tars. Raises UserError as `open_folder` does."""
     splits = split_tars(source)
-    pictures, labels = samples(tuple(splits.get(split) or splits[""]))
+    pictures, labels, notes = samples(tuple(splits.get(split) or splits[""]))
     every = [samples(tuple(tars)).labels for tars in splits.values()]
     if len({labels is None for labels in every}) > 1:
         raise UserError(f"one split of {source} has .cls members and the other has none: give both.")
@@ -266,4 +276,5 @@ def open_tars(source: Path, split: str, holdout: float, skip_broken: bool, quara
         class_names=[str(label) for label in range(num_classes)],
         skip_broken=skip_broken,
         quarantined=quarantined,
+        notes=notes,
     )

@@ -16,7 +16,7 @@ from rich.console import Console
 from umd.errors import UserError
 from umd.files import write_whole
 from umd.ranges import Count, Seed, check_ranges
-from umd.train.folders import listing
+from umd.train.listing import listing
 from umd.train.probe import Probe, Recognition, print_rows
 from umd.train.run import RunConfig
 from umd.train.shards import others_work, share

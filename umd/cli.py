@@ -184,6 +184,7 @@ def finetune(arguments: list[str]) -> None:
     from umd.train.classify import check_classes
     from umd.train.data import open_dataset
     from umd.train.finetune import Finetune, default_finetune
+    from umd.train.fingerprint import check_trained_on
     from umd.train.loop import train
     from umd.train.run import read_config, with_classes
 
@@ -192,6 +193,9 @@ def finetune(arguments: list[str]) -> None:
     options: Finetune = parse(Finetune, f"finetune {init}", rest, replace(default, run=with_length(default.run, rest)))
     config = options.run
     dataset = open_dataset(config.data, "train")
+    named = any(argument.partition("=")[0] == "--data.source" for argument in rest)
+    mend = f"give --data.source {config.data.source} to fine-tune on these"
+    check_trained_on(init, config, mend, say, named, dataset)
     if options.task != "generate":
         classes = check_classes(dataset)
         train(with_classes(config, classes), console, options.task)

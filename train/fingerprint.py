@@ -1,0 +1,241 @@
+"""What a run was trained on, known again: by its classes, and by names and pictures, wherever they lie.
+
+The fingerprint is part of each checkpoint's state, under `source`.
+"""
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from umd.errors import UserError
+from umd.train.data import ImageDataset, open_dataset
+from umd.train.distributed import World
+from umd.train.index import Names
+from umd.train.latents import LatentDataset
+from umd.train.pixels import PixelRows
+from umd.train.run import RunConfig, absolute, saved_weights
+from umd.train.sources import Rows
+from umd.train.tars import TarMember
+
+SAMPLE = 256  # pictures that are looked at one by one: those whose names have the smallest sums
+HEAD = 4096  # bytes that are read of each
+READERS = 16  # threads that wait for the disk
+NAMED = 3  # classes that a message names
+
+Dataset = ImageDataset | LatentDataset
+
+
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """What is known again, as JSON holds it:
+
+    images: how many pictures. classes: names in order, [] without labels.
+    labels, names: digests of the labels and of all names, in order.
+    sample: by name of up to `SAMPLE` pictures a CRC-32: of a file's size and first bytes, or of a stored row.
+    sha256: of classes, labels and the bytes of 8 pictures (all that earlier versions kept, beside the number).
+    shards: of latents, a digest of the sizes of their shards, which the order in blocks depends on.
+    """
+    names, sums, head = contents(dataset)
+    rows = np.sort(np.argsort(sums, kind="stable")[:SAMPLE]).tolist()
+    with ThreadPoolExecutor(READERS) as pool:
+        heads = list(pool.map(head, rows))
+    labels = b"" if dataset.labels is None else np.ascontiguousarray(dataset.labels, dtype=np.int64).data
+    digest = hashlib.sha256(repr(dataset.class_names).encode("utf-8", "surrogateescape"))
+    digest.update(labels)
+    for index in np.linspace(0, len(dataset) - 1, min(8, len(dataset))).astype(int).tolist():
+        digest.update(stored(dataset, index))
+    found = {
+        "images": len(dataset),
+        "classes": list(dataset.class_names),
+        "labels": hashlib.sha256(labels).hexdigest(),
+        "names": hashlib.sha256(sums.tobytes()).hexdigest(),
+        "sample": {names(row): value for row, value in zip(rows, heads, strict=True)},
+        "sha256": digest.hexdigest(),
+    }
+    if isinstance(dataset, LatentDataset):
+        found["shards"] = hashlib.sha256(dataset.sizes.tobytes()).hexdigest()
+    return found
+
+
+def agreed_fingerprint(dataset: Dataset, world: World) -> dict[str, Any]:
+    """Rank 0's fingerprint, on every rank. Raises UserError on a rank that sees others, e.g. on a disk of its host."""
+    found = world.agree(fingerprint(dataset) if world.main else None)
+    here = len(dataset), list(dataset.class_names)
+    if here != (found["images"], found["classes"]):
+        raise UserError(
+            f"rank {world.rank} sees {in_words(here[0], here[1])} in {dataset.name}, and rank 0 "
+            f"{in_words(found['images'], found['classes'])}: give all hosts the same pictures"
+        )
+    return found
+
+
+def contents(dataset: Dataset) -> tuple[Callable[[int], str], np.ndarray, Callable[[int], int]]:
+    """Of each picture its name, relative to the source; the CRC-32 of that, uint32 [N]; and a CRC-32 that tells it from
+    another picture of this name."""
+    if isinstance(dataset, LatentDataset):
+        names = list(chain.from_iterable(shard.about["names"] for shard in dataset.shards))
+        return names.__getitem__, sums_of(names), lambda row: int(dataset.crc32[0, row])
+    pictures = dataset.pictures
+    if isinstance(pictures, np.ndarray | Rows):
+        sums = sums_of(map(str, range(len(pictures))))
+        if isinstance(pictures, PixelRows):
+            return str, sums, lambda row: int(pictures.crc32[row])
+        return str, sums, lambda row: zlib.crc32(np.ascontiguousarray(pictures[row]).data)
+    if isinstance(pictures, Names):
+        relative = Names(pictures.data, pictures.ends, pictures.rows)
+        return relative.__getitem__, relative.sums(), lambda row: head_of(pictures[row])
+    keys = list(pictures.keys()) if hasattr(pictures, "keys") else list(map(str, pictures))
+    return keys.__getitem__, sums_of(keys), lambda row: head_of(pictures[row])
+
+
+def sums_of(names: Iterable[str]) -> np.ndarray:
+    """CRC-32 of each: uint32 [N]."""
+    return np.fromiter((zlib.crc32(name.encode("utf-8", "surrogateescape")) for name in names), np.uint32)
+
+
+def head_of(picture: str | TarMember) -> int:
+    """Of the size and first bytes of a file; of a folder of frames, of their names; -1 where it cannot be read."""
+    try:
+        if isinstance(picture, TarMember):
+            return zlib.crc32(picture.read()[:HEAD], picture.size & 0xFFFFFFFF)
+        if os.path.isdir(picture):
+            return zlib.crc32(repr(sorted(os.listdir(picture))).encode())
+        with open(picture, "rb", buffering=0) as file:
+            return zlib.crc32(file.read(HEAD), os.fstat(file.fileno()).st_size & 0xFFFFFFFF)
+    except OSError:
+        return -1
+
+
+def stored(dataset: Dataset, index: int) -> bytes:
+    """A picture's bytes as they lie; of a folder of frames, the names; nothing of a file that went away."""
+    if isinstance(dataset, LatentDataset):
+        return dataset.bits(index).tobytes()
+    picture = dataset.pictures[index]
+    if isinstance(picture, np.ndarray):
+        return picture.tobytes()
+    try:
+        if not isinstance(picture, str | Path):
+            return picture.read()
+        path = Path(picture)
+        return repr(sorted(p.name for p in path.iterdir())).encode() if path.is_dir() else path.read_bytes()
+    except OSError:
+        return b""
+
+
+# Compared
+
+
+class Difference(NamedTuple):
+    said: str  # what differs, in words
+    others: bool  # whether classes or pictures are others; False: some came or went
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> Difference | None:
+    """What differs between two fingerprints; None if nothing does. One of an earlier version tells less."""
+    if all(before[name] == now[name] for name in before.keys() & now.keys() if name != "shards"):
+        return None
+    more = now["images"] - before["images"]
+    count = f"{abs(more):,} picture{'s' if abs(more) != 1 else ''} {'more' if more > 0 else 'fewer'}" if more else ""
+    if "classes" not in before:
+        return Difference(count or "other classes, labels or pictures", False)
+    if renamed := classes_differ(before["classes"], now["classes"]):
+        return Difference("; ".join(filter(None, [renamed, count])), True)
+    gone, new, changed, stayed = compared(before["sample"], now["sample"])
+    both = stayed + len(changed) + min(len(gone), len(new))  # would be in both, if some only came, or only went
+    said = [count] if count else []
+    said += [f"{names[0]} is {what}" for what, names in (("gone", gone), ("new", new)) if names]
+    said += [f"{len(changed)} of {both} looked at are others, e.g. {changed[0]}"] if changed else []
+    labels = not more and before["names"] == now["names"] and before["labels"] != now["labels"]
+    said += ["other labels"] if labels else []
+    return Difference(", ".join(said) or "some are other pictures", labels or 2 * stayed < max(both, 1))
+
+
+def classes_differ(before: list[str], now: list[str]) -> str:
+    """ "class 'cat' became 'kitty'": how the classes are others; "" if they are the same."""
+    if before == now:
+        return ""
+    if not before or not now:
+        return f"labels of {len(now)} classes and not none" if now else f"no labels, and not {len(before)} classes"
+    gone, new = ([name for name in a if name not in set(b)] for a, b in ((before, now), (now, before)))
+    if len(gone) == len(new) == 1:
+        return f"class {gone[0]!r} became {new[0]!r}"
+    parts = [
+        f"class{'es' if len(names) > 1 else ''} {', '.join(map(repr, names[:NAMED]))}"
+        f"{f' and {len(names) - NAMED} more' if len(names) > NAMED else ''} {'are' if len(names) > 1 else 'is'} {what}"
+        for names, what in ((gone, "gone"), (new, "new"))
+        if names
+    ]
+    return ", ".join(parts) or "the classes are in another order"
+
+
+def compared(before: Mapping[str, int], now: Mapping[str, int]) -> tuple[list[str], list[str], list[str], int]:
+    """Of the pictures that both samples would hold: names that are gone, new, of another picture; and how many stayed.
+
+    A whole sample holds all names whose sums are below its largest.
+    """
+    sums = [dict(zip(sample, sums_of(sample).tolist(), strict=True)) for sample in (before, now)]
+    limit = min((max(found.values()) for found in sums if len(found) >= SAMPLE), default=1 << 32)
+    a, b = ([name for name, value in found.items() if value <= limit] for found in sums)
+    changed = [name for name in a if name in now and before[name] != now[name]]
+    gone, new = [name for name in a if name not in now], [name for name in b if name not in before]
+    return gone, new, changed, len(a) - len(gone) - len(changed)
+
+
+def in_words(images: int, classes: list[str]) -> str:
+    of = f"{len(classes):,} class{'es' if len(classes) > 1 else ''}" if classes else "no classes"
+    return f"{images:,} pictures in {of}"
+
+
+# Of finished runs
+
+
+def trained_on(run: Path) -> tuple[str, dict[str, Any]] | None:
+    """The source of a run, and its fingerprint; None of imported weights."""
+    state = saved_weights(run)[0].state
+    if not state.get("source"):
+        return None
+    return state["config"]["data"]["source"], state["source"]
+
+
+def with_source(config: RunConfig, source: str) -> RunConfig:
+    """The run with other pictures, where some are named."""
+    if not source:
+        return config
+    return absolute(replace(config, data=replace(config.data, source=source, quarantine="")))
+
+
+def check_trained_on(
+    run: Path, config: RunConfig, mend: str, say: Callable[[str], object], wanted: bool = False,
+    dataset: Dataset | None = None,
+) -> None:  # fmt: skip
+    """Compare the pictures that a command reads with those that a run was trained on, before it works on them.
+
+    mend: what to do where others are wanted. wanted: they are; so they are where config.yaml names another source.
+    dataset: the training split of `config`, where it is open already.
+    Says what differs; raises UserError where the classes or the pictures are others, and nobody asked for them.
+    """
+    if (known := trained_on(run)) is None:
+        return
+    source, before = known
+    now = fingerprint(open_dataset(config.data, "train") if dataset is None else dataset)
+    if (found := difference(before, now)) is None:
+        return
+    told = (
+        f"{run} was trained on {in_words(before['images'], before['classes'])} in {source}; {config.data.source} has "
+        if "classes" in before
+        else f"{run} was trained on {before['images']:,} pictures in {source}; {config.data.source} has "
+    ) + f"{in_words(now['images'], now['classes'])}: {found.said}"
+    if found.others and not wanted and same_source(source, config.data.source):
+        raise UserError(f"{told}. Which are held out may differ too: put them back as they were, or {mend}")
+    say(told)
+
+
+def same_source(a: str | Path, b: str | Path) -> bool:
+    return str(a) == str(b) or Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
