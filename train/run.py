@@ -23,6 +23,7 @@ from umd.config import (
     ScheduleConfig,
 )
 from umd.errors import UserError
+from umd.files import write_whole
 from umd.methods import AnyModel, AnyModelConfig, AnyObjectiveConfig, build_model, check_match
 from umd.positions import resized_state
 from umd.train.data import DataConfig
@@ -300,9 +301,7 @@ def from_plain(cls: type, values: Mapping[str, Any], where: str) -> Any:
 def write_config(config: RunConfig) -> None:
     """Write `config.yaml` into the run folder, whole or not at all."""
     config.out.mkdir(parents=True, exist_ok=True)
-    temporary = config.out / "config.yaml.tmp"
-    temporary.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
-    temporary.replace(config.out / "config.yaml")
+    write_whole(config.out / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False).encode())
 
 
 def read_config(path: Path) -> RunConfig:
