@@ -13,8 +13,8 @@ from umd.checkpoint import load_checkpoint, load_model_state
 from umd.classifier import Classifier, classifier_config, encoder_weights
 from umd.device import autocast
 from umd.errors import UserError
-from umd.files import write_whole
 from umd.figures import confusion_sheet
+from umd.files import write_whole
 from umd.probe import confusion
 from umd.train.data import DataConfig, ImageDataset, center_view, open_dataset
 from umd.train.distributed import World

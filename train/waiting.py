@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import BrokenExecutor, Executor, Future, wait
 from functools import partial
 from multiprocessing.queues import Queue
 from queue import Empty, SimpleQueue
@@ -36,7 +36,7 @@ DEATHS = {
     "SIGKILL": "most likely the host had no memory left (`dmesg` tells); fewer --data.num-workers need less",
     "SIGBUS": "a file that was read through memory has shrunk, its disk failed, or /dev/shm is full",
 }
-MORE_SHM = "give more (docker run --shm-size 8g, or --ipc host), or set fewer --data.num-workers; 0 needs none"
+MORE_SHM = "A container has more with docker run --shm-size 8g or --ipc host; --data.num-workers 0 needs none"
 
 
 class Stopped(Exception):
@@ -104,12 +104,12 @@ class Prepared(Iterator[Any]):
         )
         try:
             if workers:
-                multiprocessing.Lock()  # as torch makes first, and prints a stack trace where it cannot
+                multiprocessing.Queue()  # as torch makes first, and prints a stack trace where it cannot
             self.loading = without_handler(lambda: iter(loader))
         except OSError as error:  # of their locks, pipes or processes
             raise UserError(
-                f"cannot start the {workers} processes that read {source} ({error.strerror or error}): /dev/shm, or the "
-                f"processes or files that you may have (ulimit -u, -n), are used up. Of shared memory {MORE_SHM}"
+                f"cannot start the {workers} processes that read {source} ({error.strerror or error}): shared memory "
+                f"(/dev/shm), or your processes or open files (ulimit -u, -n), are used up. {MORE_SHM}"
             ) from error
         self.workers: list[Any] = getattr(self.loading, "_workers", [])
         # A worker that is killed in the middle of a message leaves who reads it waiting: that is a thread, always.
@@ -159,7 +159,7 @@ class Prepared(Iterator[Any]):
             return batch
         if not self.piped:
             self.piped = True
-            log.warning("/dev/shm has no room for batches; they come through pipes, which is slower: %s", MORE_SHM)
+            log.warning("/dev/shm has no room for batches: they come through pipes, which is slower. %s", MORE_SHM)
         return pickle.loads(batch)
 
     def check_alive(self) -> None:
@@ -203,7 +203,9 @@ def without_handler(start: Callable[[], Any]) -> Any:
 def in_order(
     pool: Executor, work: Callable[[T], U], items: Iterable[T], source: object, ahead: int | None = None
 ) -> Iterator[U]:
-    """`pool.map(work, items)`, that tells of a disk that stalls. ahead: so many are worked on meanwhile; None: all."""
+    """`pool.map(work, items)`, that tells of a disk that stalls. ahead: so many are worked on meanwhile; None: all.
+
+    Raises UserError if a process of the pool has died."""
     waiting: deque[Future[U]] = deque()
     try:
         for item in items:
@@ -212,6 +214,10 @@ def in_order(
                 yield awaited(waiting.popleft(), source)
         while waiting:
             yield awaited(waiting.popleft(), source)
+    except BrokenExecutor as error:
+        raise UserError(
+            f"a process that reads {source} was ended: {DEATHS['SIGKILL'].partition(';')[0]}; try fewer --workers"
+        ) from error
     finally:
         for future in waiting:
             future.cancel()

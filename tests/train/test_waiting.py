@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -179,3 +179,11 @@ def test_processes_that_cannot_start_are_told():
             prepared(lambda number: number)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, files)
+
+
+def test_a_process_of_a_pool_that_dies_is_told():
+    with (
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
+        pytest.raises(UserError, match="a process that reads pictures was ended.*fewer --workers"),
+    ):
+        list(in_order(pool, signal.raise_signal, [signal.SIGKILL] * 3, "pictures", ahead=1))
