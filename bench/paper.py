@@ -16,8 +16,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from umd.bench.reproduce import Reproduce
 from umd.device import own_cores, pick_device
 from umd.errors import UserError
 from umd.files import write_whole
+from umd.train.lock import alone_in
 from umd.train.run import to_plain
 
 
@@ -68,22 +67,6 @@ def end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextmanager
-def alone_in(out: Path) -> Iterator[None]:
-    """Raises UserError if another command works in this folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except OSError as error:
-            raise UserError(f"another command works in {out}; wait for it, or give another --out") from error
-        yield
 
 
 def gather(plan: Plan, todo: list[Chain], out: Path) -> dict[str, Any]:
@@ -160,7 +143,7 @@ def carry_out(
         write_report(gather(plan, todo, out), out, figures)
         ship(plan, out, figures / "paper-umd")
 
-    with alone_in(out):
+    with alone_in(out, "bench reproduce paper"):
         watch = Watch(plan, todo, out, workers, console)
         flops = sum(step_flops(plan, chain) * max(ends(plan, chain).values()) for chain in todo if chain.method)
         expected = sum(piece.expected for _, piece, _ in watch.files) / workers / 3600

@@ -13,6 +13,7 @@ from umd.checkpoint import load_checkpoint, load_model_state
 from umd.classifier import Classifier, classifier_config, encoder_weights
 from umd.device import autocast
 from umd.errors import UserError
+from umd.files import write_whole
 from umd.probe import confusion
 from umd.train.data import DataConfig, ImageDataset, center_view, open_dataset
 from umd.train.distributed import World
@@ -115,5 +116,5 @@ def show_scores(
         "step": step, "top-1": scores.top1, "top-5": scores.top5, "images": len(held_out),
         "classes": list(held_out.class_names), "confusion": scores.confusion.tolist(),
     }  # fmt: skip
-    (config.out / "scores.json").write_text(json.dumps(record))
+    write_whole(config.out / "scores.json", json.dumps(record).encode())
     log.say(f"step {step}: top-1 {scores.top1:.3f}, top-5 {scores.top5:.3f} on {len(held_out)} held-out pictures")

@@ -25,6 +25,7 @@ from umd.schedule import NoiseSchedule
 from umd.train import evaluate
 from umd.train.data import DataConfig, center_view, describe, open_dataset
 from umd.train.inpaint import fillings, hole_mask, reconstruct
+from umd.train.lock import LOCK_FILE, alone_in
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.optim import OptimConfig
@@ -86,9 +87,17 @@ class Clock:
 
 def run_demo(demo: Demo, console: Console) -> Path:
     """Run it; returns the path of the page. Raises UserError for data without labels or a folder of something else."""
+    check_folder(demo.out)
+    with alone_in(demo.out, "demo"):
+        return make_demo(demo, console)
+
+
+def make_demo(demo: Demo, console: Console) -> Path:
+    """`run_demo` in a folder that is its own; an earlier demo there is removed."""
     clock = Clock(demo.minutes)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    prepare_folder(demo.out)
+    for name in ("pretrain", "finetune", "mae", "diffmae"):
+        shutil.rmtree(demo.out / name, ignore_errors=True)
     pre = pretrain_config(demo)
     train_set, test_set = open_dataset(pre.data, "train"), open_dataset(pre.data, "test")
     if train_set.labels is None or test_set.labels is None:
@@ -315,17 +324,11 @@ def fill_holes(
     return rows, f"2 fillings of {len(x)} pictures by UMD and DiffMAE, {num_steps} steps; MAE's one answer"
 
 
-def prepare_folder(out: Path) -> None:
-    """Make room for a demo: an earlier one is removed, anything else is left alone with an error."""
-    if out.exists() and any(out.iterdir()):
-        if not {path.name for path in out.iterdir()} & {"pretrain", "record.json", "report.html"}:
-            raise UserError(f"{out} is not empty and holds no demo; choose another folder with --out")
-        for name in ("pretrain", "finetune", "mae", "diffmae"):
-            shutil.rmtree(out / name, ignore_errors=True)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
+def check_folder(out: Path) -> None:
+    """Raise UserError for a folder of anything else than a demo."""
+    found = {path.name for path in out.iterdir()} - {LOCK_FILE} if out.is_dir() else set()
+    if found and not found & {"pretrain", "record.json", "report.html"}:
+        raise UserError(f"{out} is not empty and holds no demo; choose another folder with --out")
 
 
 def spread(labels: np.ndarray, count: int) -> np.ndarray:

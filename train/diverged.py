@@ -5,6 +5,7 @@ import math
 from typing import TYPE_CHECKING
 
 from umd.errors import UserError
+from umd.files import write_whole
 
 if TYPE_CHECKING:
     from umd.train.loop import Run, Sent
@@ -32,7 +33,7 @@ def check_finite(run: "Run", step: "Sent", values: list[float]) -> None:
         "last_good_checkpoint": run.saved_path and str(run.saved_path),
     }
     if run.world.main:
-        dump.write_text(json.dumps(record, indent=1))
+        write_whole(dump, json.dumps(record, indent=1).encode())
     raise Diverged(
         f"the loss or its gradient is not finite at step {step.number} (loss {numbers[0]}, gradient norm {norm}; "
         f"images {indices[:8].tolist()}...); {dump} has the batch, last good checkpoint: {run.saved_path or 'none'}; "

@@ -1,10 +1,11 @@
 """What a run writes while it trains: metrics.jsonl, scalars and pictures for TensorBoard or W&B, a progress bar."""
 
 import json
-import os
 import secrets
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch.utils.tensorboard import SummaryWriter
 
 from umd.errors import UserError
+from umd.files import write_whole
 from umd.images import save_png
 from umd.train.curves import WINDOW, Comparison, Curve
 
@@ -33,9 +35,10 @@ class RunLog:
     ):  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.console, self.name = out, console, name
-        self._drop_rows_after(start)
-        self._rows = (out / "metrics.jsonl").open("a")
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1 if start else None)
+        with self._writes():
+            self._drop_rows_after(start)
+            self._rows = (out / "metrics.jsonl").open("a")
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1 if start else None)
         self._wandb = open_wandb(out, project, settings) if project else None
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -56,13 +59,29 @@ class RunLog:
         self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-        self._rows.close()
-        self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        threading.excepthook = threading.__excepthook__
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Close all. What cannot be written any more is told unless something else ended the run."""
+        try:
+            with self._writes(), ExitStack() as last_first:
+                last_first.callback(setattr, threading, "excepthook", threading.__excepthook__)
+                if self._wandb is not None:
+                    last_first.callback(self._wandb.finish)
+                for close in (self._board.close, self._rows.close, self._bar.stop):
+                    last_first.callback(close)
+        except UserError:
+            if kind is None:
+                raise
+
+    @contextmanager
+    def _writes(self) -> Iterator[None]:
+        """A full disk, or one that went away, becomes a UserError; TensorBoard's thread meets it a little earlier."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {error.filename or self.out} ({error.strerror or error}): make room there, or mount "
+                "it again; then the same command goes on from the last checkpoint"
+            ) from error
 
     def row(self, row: dict) -> None:
         """One logged step, also on disk if the process is killed right after."""
@@ -78,11 +97,12 @@ class RunLog:
 
     def scores(self, row: dict, **settings: float) -> None:
         """Values of a step, without a line about it. settings: what they were made with, which is no curve."""
-        self._rows.write(json.dumps(row | settings) + "\n")
-        self._rows.flush()
-        for key, value in row.items():
-            if key not in ("step", "seconds"):
-                self._board.add_scalar(key, value, row["step"])
+        with self._writes():
+            self._rows.write(json.dumps(row | settings) + "\n")
+            self._rows.flush()
+            for key, value in row.items():
+                if key not in ("step", "seconds"):
+                    self._board.add_scalar(key, value, row["step"])
         if self._wandb is not None:
             self._wandb.log(row, step=row["step"])
 
@@ -91,8 +111,9 @@ class RunLog:
 
     def picture(self, name: str, sheet: np.ndarray, step: int) -> None:
         """uint8 [H, W, 3] to images/NAME-STEP.png and to TensorBoard."""
-        save_png(sheet, self.out / "images" / f"{name}-{step:08d}.png")
-        self._board.add_image(name, sheet, step, dataformats="HWC")
+        with self._writes():
+            save_png(sheet, self.out / "images" / f"{name}-{step:08d}.png")
+            self._board.add_image(name, sheet, step, dataformats="HWC")
         if self._wandb is not None:
             import wandb
 
@@ -105,9 +126,7 @@ class RunLog:
     def _drop_rows_after(self, start: int) -> None:
         file = self.out / "metrics.jsonl"
         kept = [row for row in read_metrics(file) if row["step"] <= start]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, file)
+        write_whole(file, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
 class NoLog:
@@ -143,7 +162,7 @@ def open_wandb(out: Path, project: str, settings: dict | None):
         raise UserError("wandb is not installed: pip install wandb, or leave out --wandb") from error
     file = out / "wandb-id"
     if not file.exists():
-        file.write_text(secrets.token_hex(4))
+        write_whole(file, secrets.token_hex(4).encode())
     try:
         return wandb.init(
             project=project, id=file.read_text(), name=out.name, dir=out, config=settings, resume="allow",

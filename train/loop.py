@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,7 @@ from umd.train.diverged import check_finite
 from umd.train.fingerprint import agreed_fingerprint, difference
 from umd.train.heads import keep_heads
 from umd.train.latents import LatentDataset, with_vae
+from umd.train.lock import alone_in
 from umd.train.log import NoLog, RunLog
 from umd.train.monitor import Distance, Rate, draw, evaluate, shower
 from umd.train.optim import lr_scale
@@ -66,14 +67,14 @@ def train(
     rounding. Classifiers mix pictures within a micro-batch: there ranks times micro-batches must stay as they were.
 
     Raises:
-        UserError: settings that do not fit together, data that cannot be read, another run in `config.out`.
+        UserError: settings that do not fit together, data that cannot be read, another run in `config.out`, or one that
+            is at work there.
         Diverged: NaN or infinite loss; the last good checkpoint is kept and the batch is described in `nan-dump.json`.
         KeyboardInterrupt, SystemExit(143), SystemExit(138): after saving, on Ctrl-C, SIGTERM or SIGUSR1.
     """
-    config = with_ema_of(absolute(config))
     world = join(config.device, config.parallel, config.out)
-    with world.explained(), side_stream(world.device):
-        return train_rank(config, world, console or Console(), name, build)
+    with world.explained(), alone_in(config.out, name) if world.main else nullcontext(), side_stream(world.device):
+        return train_rank(with_ema_of(absolute(config)), world, console or Console(), name, build)
 
 
 def train_rank(config: RunConfig, world: World, console: Console, name: str, build: BuildObjective) -> Path:

@@ -326,9 +326,7 @@ def in_words(hint: Any) -> str:
 def write_config(config: RunConfig) -> None:
     """Write `config.yaml` into the run folder, whole or not at all."""
     config.out.mkdir(parents=True, exist_ok=True)
-    temporary = config.out / "config.yaml.tmp"
-    temporary.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
-    temporary.replace(config.out / "config.yaml")
+    write_whole(config.out / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False).encode())
 
 
 def read_config(path: Path) -> RunConfig:

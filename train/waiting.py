@@ -1,18 +1,25 @@
 """Who prepares batches, and how a run waits for them: a disk that stalls and a process that dies hold nobody up."""
 
+import errno
 import logging
 import multiprocessing
+import os
+import pickle
 import signal
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import BrokenExecutor, Executor, Future, wait
+from functools import partial
+from multiprocessing.queues import Queue
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
 from umd.errors import UserError
@@ -29,6 +36,7 @@ DEATHS = {
     "SIGKILL": "most likely the host had no memory left (`dmesg` tells); fewer --data.num-workers need less",
     "SIGBUS": "a file that was read through memory has shrunk, its disk failed, or /dev/shm is full",
 }
+MORE_SHM = "A container has more with docker run --shm-size 8g or --ipc host; --data.num-workers 0 needs none"
 
 
 class Stopped(Exception):
@@ -44,7 +52,29 @@ def start_worker(_: int) -> None:
     log.disabled = True  # what is left out, the training process tells
     # The thread that hands batches over prints a stack trace if the training process leaves in mid-handshake.
     sys.excepthook = lambda *_: None
+    # A batch that cannot be handed over would be waited for without end.
+    Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[method-assign]
     heed_parent_alone()
+
+
+def end_worker(error: BaseException, _: object) -> None:
+    print(f"umd: a process cannot hand its batch over: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def handed_over(collate: Callable[[list], Any], items: list) -> Any:
+    """In a worker: a batch with its tensors in shared memory; pickled, to go through a pipe, where that has no room.
+
+    Torch would move them there in a thread of the worker that can tell nobody of its failure.
+    """
+    batch = collate(items)
+    try:
+        for leaf in tree_leaves(batch):
+            if isinstance(leaf, Tensor):
+                leaf.share_memory_()
+    except RuntimeError:
+        return pickle.dumps(batch)
+    return batch
 
 
 class Prepared(Iterator[Any]):
@@ -61,20 +91,29 @@ class Prepared(Iterator[Any]):
         self.source, self.stop = source, stop or StopRequest()
         # Forked workers share the pictures' memory; elsewhere than on Linux forking is not safe.
         fork = workers > 0 and sys.platform == "linux"
+        self.piped = False  # whether it was told that batches come through pipes
         loader = DataLoader(
             dataset,
             batch_sampler=keys,
-            collate_fn=collate_fn,
+            collate_fn=partial(handed_over, collate_fn) if workers else collate_fn,
             num_workers=workers,
             pin_memory=workers > 0 and device is not None and device.type == "cuda",
-            timeout=min(POLL_SECONDS, STALL_SECONDS) if workers else 0,
             worker_init_fn=start_worker,
             multiprocessing_context=multiprocessing.get_context("fork") if fork else None,
             generator=torch.Generator(),  # its own, so that the global one stays untouched
         )
-        self.items: Any
-        self.items = without_handler(lambda: iter(loader)) if workers else ReadByThread(iter(loader))
-        self.workers: list[Any] = getattr(self.items, "_workers", [])
+        try:
+            if workers:
+                multiprocessing.Queue()  # as torch makes first, and prints a stack trace where it cannot
+            self.loading = without_handler(lambda: iter(loader))
+        except OSError as error:  # of their locks, pipes or processes
+            raise UserError(
+                f"cannot start the {workers} processes that read {source} ({error.strerror or error}): shared memory "
+                f"(/dev/shm), or your processes or open files (ulimit -u, -n), are used up. {MORE_SHM}"
+            ) from error
+        self.workers: list[Any] = getattr(self.loading, "_workers", [])
+        # A worker that is killed in the middle of a message leaves who reads it waiting: that is a thread, always.
+        self.items = ReadByThread(self.loading)
 
     def __next__(self) -> Any:
         """Tells of a disk that stalls. Raises UserError if it does so for an hour, or if a process has died; `Stopped`
@@ -103,16 +142,25 @@ class Prepared(Iterator[Any]):
     def take(self) -> Any:
         """The next batch. Raises NotYet if there is none within a second."""
         try:
-            return next(self.items)
+            batch = next(self.items)
         except NotYet:
             raise
         except Exception as error:
-            if str(error).startswith("DataLoader timed out"):
-                raise NotYet from None
+            if "Too many open files" in str(error) or getattr(error, "errno", 0) == errno.EMFILE:
+                raise UserError(
+                    f"too many open files: {len(self.workers)} processes hand over batches of {self.source}; raise the "
+                    "limit (`ulimit -n 65536`) or set fewer --data.num-workers"
+                ) from error
             for _ in range(20 if self.workers else 0):  # torch tells of a dead process in many ways, perhaps before it
                 self.check_alive()
                 time.sleep(0.05)
             raise
+        if not isinstance(batch, bytes):
+            return batch
+        if not self.piped:
+            self.piped = True
+            log.warning("/dev/shm has no room for batches: they come through pipes, which is slower. %s", MORE_SHM)
+        return pickle.loads(batch)
 
     def check_alive(self) -> None:
         dead = next((worker for worker in self.workers if worker.exitcode is not None), None)
@@ -126,13 +174,13 @@ class Prepared(Iterator[Any]):
 
     def close(self) -> None:
         """End the workers. Not left to the garbage collector: a traceback may hold them."""
+        self.items.close()
         if not self.workers:
-            self.items.close()
             return
         if sys.is_finalizing():  # by a generator that nobody closed: the workers are gone, and no thread starts
             return
         # Torch asks them to end, by locks that one which died may hold: a thread may be left with that.
-        end = threading.Thread(target=self.items._shutdown_workers, name="end workers", daemon=True)
+        end = threading.Thread(target=self.loading._shutdown_workers, name="end workers", daemon=True)
         end.start()
         end.join(END_SECONDS)
         for worker in self.workers:
@@ -155,7 +203,9 @@ def without_handler(start: Callable[[], Any]) -> Any:
 def in_order(
     pool: Executor, work: Callable[[T], U], items: Iterable[T], source: object, ahead: int | None = None
 ) -> Iterator[U]:
-    """`pool.map(work, items)`, that tells of a disk that stalls. ahead: so many are worked on meanwhile; None: all."""
+    """`pool.map(work, items)`, that tells of a disk that stalls. ahead: so many are worked on meanwhile; None: all.
+
+    Raises UserError if a process of the pool has died."""
     waiting: deque[Future[U]] = deque()
     try:
         for item in items:
@@ -164,6 +214,10 @@ def in_order(
                 yield awaited(waiting.popleft(), source)
         while waiting:
             yield awaited(waiting.popleft(), source)
+    except BrokenExecutor as error:
+        raise UserError(
+            f"a process that reads {source} was ended: {DEATHS['SIGKILL'].partition(';')[0]}; try fewer --workers"
+        ) from error
     finally:
         for future in waiting:
             future.cancel()

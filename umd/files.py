@@ -47,9 +47,13 @@ def again_if_stale(call: Callable[[], T], path: Path) -> T:
 def write_whole(path: Path, data: bytes) -> None:
     """Put `data` at `path` so that whoever looks, and whatever kills this process, finds all of it or what was there.
 
-    Raises OSError, e.g. for a full disk; nothing is left behind then.
+    Raises OSError with that path, e.g. for a full disk; nothing is left behind then.
     """
-    again_if_stale(lambda: _write_whole(path, data), path)
+    try:
+        again_if_stale(lambda: _write_whole(path, data), path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def _write_whole(path: Path, data: bytes) -> None:
@@ -69,17 +73,38 @@ def written_whole(path: Path) -> Iterator[Path]:
         unfinished.rename(path)
         flush(path.parent)
     except BaseException:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that is not there, or cannot be written, has none
+            unfinished.unlink(missing_ok=True)
         raise
 
 
-def make_folder(path: Path) -> None:
+def check_place(*files: Path, instead: str = "give another --out") -> None:
+    """Raise UserError where a file could not be written: before the work, whose result would be lost after it.
+
+    A folder in the way, a parent that is a file, no permission and a full disk are found; a file that is there is left
+    as it is. instead: what to do, in words.
+    """
+    for file in files:
+        make_folder(file.parent, instead)
+        if file.is_dir():
+            raise UserError(f"{file} is a folder, and a file is to be written there; {instead}")
+        trial = file.with_name(f".unfinished-trial-{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            try:
+                trial.write_bytes(bytes(4096))  # a full disk still makes empty files
+            finally:
+                trial.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {file} ({error.strerror or error}); {instead}") from error
+
+
+def make_folder(path: Path, instead: str = "give another one to write to") -> None:
     """Make a folder and those above it. Raises UserError where that cannot be, e.g. below a file."""
     try:
         again_if_stale(lambda: path.mkdir(parents=True, exist_ok=True), path)
     except OSError as error:
         reason = "it is a file" if path.is_file() else error.strerror or error
-        raise UserError(f"cannot make the folder {path} ({reason}); give another one to write to") from error
+        raise UserError(f"cannot make the folder {path} ({reason}); {instead}") from error
 
 
 def sha256(path: Path) -> str:

@@ -1,11 +1,14 @@
 """Between model tensors ([B, C, H, W] in [-1, 1]) and pictures (uint8 [B, H, W, C])."""
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from umd.files import write_whole
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
@@ -32,7 +35,8 @@ def grid(images: np.ndarray, columns: int, pad: int = 2) -> np.ndarray:
 
 def save_png(image: np.ndarray, path: Path | str, scale: int = 1) -> Path:
     """Write uint8 [H, W, 3] as a PNG, each pixel repeated `scale` times. Returns the path."""
-    path = Path(path)
+    path, encoded = Path(path), BytesIO()
+    Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)).save(encoded, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)).save(path)
+    write_whole(path, encoded.getvalue())
     return path

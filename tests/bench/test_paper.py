@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from umd.bench.paper import alone_in, carry_out, gather
+from umd.bench.paper import carry_out, gather
 from umd.bench.paper_measures import Sizes
 from umd.bench.paper_plan import ABLATIONS, METHODS, Chain, OneHead, Plan, chains, ends, pieces, run_config, step_flops
 from umd.bench.paper_report import BEGIN, END, claims, mean_and_error, tuning_curve, verdict, write_report
@@ -185,13 +185,6 @@ def test_words_around_the_numbers_stay(tmp_path):
 
 
 # Who does it
-
-
-def test_a_second_command_in_the_folder_is_refused(tmp_path):
-    with alone_in(tmp_path), pytest.raises(UserError, match="another command works in"), alone_in(tmp_path):
-        pass
-    with alone_in(tmp_path):
-        pass
 
 
 COMMAND = """

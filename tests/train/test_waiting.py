@@ -1,17 +1,20 @@
 """A disk that stalls and a process that dies end a run with its last step saved."""
 
 import contextlib
+import itertools
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -22,7 +25,7 @@ from umd.train.data import DataConfig, has_dali
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.run import RunConfig
-from umd.train.waiting import in_order
+from umd.train.waiting import Prepared, in_order
 
 TINY = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)
 QUIET = Console(quiet=True)
@@ -122,3 +125,65 @@ def test_a_disk_that_stalls_at_the_start_is_told(monkeypatch, caplog):
         answers = in_order(pool, lambda i: (let_go.wait(0.3 * i), i)[1], range(3), "pictures")
         assert list(answers) == [0, 1, 2]
     assert "the disk of pictures has stalled, this waits" in caplog.text
+
+
+class Batches(torch.utils.data.Dataset):
+    """[number] of a batch -> what `make` says, made in the process that reads."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __getitems__(self, numbers):
+        return self.make(numbers[0])
+
+
+def prepared(make) -> Prepared:
+    return Prepared(Batches(make), ([number] for number in itertools.count()), 1, lambda batch: batch, "pictures")
+
+
+def test_batches_for_which_shared_memory_has_no_room_come_through_pipes(caplog):
+    def make(number: int):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))  # of shared memory too, not of pipes
+        return torch.full((1000,), number), np.array([number])
+
+    reading = prepared(make)
+    for number in range(5):
+        values, index = next(reading)
+        assert values.tolist() == [number] * 1000 and index == number
+    reading.close()
+    assert caplog.text.count("--shm-size") == 1
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_the_run():
+    reading = prepared(lambda number: threading.Lock())  # cannot be pickled
+    with pytest.raises(UserError, match="a process that reads pictures .* was ended with exit code 1"):
+        next(reading)
+    reading.close()
+
+
+def test_a_process_killed_in_the_middle_of_a_batch_ends_the_run():
+    reading = prepared(lambda number: bytes(10**6))  # more than a pipe holds: the process waits within it
+    pipe = reading.loading._worker_result_queue._reader
+    assert pipe.poll(60)
+    os.kill(reading.workers[0].pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="was ended by SIGKILL: most likely the host had no memory left"):
+        next(reading)
+    reading.close()
+
+
+def test_processes_that_cannot_start_are_told():
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), files[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot start the 1 processes that read pictures .*--data.num-workers"):
+            prepared(lambda number: number)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, files)
+
+
+def test_a_process_of_a_pool_that_dies_is_told():
+    with (
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
+        pytest.raises(UserError, match="a process that reads pictures was ended.*fewer --workers"),
+    ):
+        list(in_order(pool, signal.raise_signal, [signal.SIGKILL] * 3, "pictures", ahead=1))
