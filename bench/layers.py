@@ -10,13 +10,12 @@ from umd.bench.reproduce import Reproduce
 from umd.config import OBJECTIVES, model_config
 from umd.errors import UserError
 from umd.figures import layer_curves
-from umd.train.data import DataConfig
 from umd.train.layers import Layers
 from umd.train.loop import train
-from umd.train.optim import OptimConfig
+from umd.train.options import Probe
 from umd.train.presets import PRESETS
-from umd.train.probe import Probe
 from umd.train.run import RunConfig
+from umd.train.settings import DataConfig, OptimConfig
 from umd.train.shards import share
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")

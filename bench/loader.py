@@ -37,12 +37,14 @@ from umd.ranges import Count, ProcessesOrZero, check_ranges
 from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer, identity
 from umd.train import data
-from umd.train.data import DataConfig, has_dali, open_dataset, sample_keys, train_loader
+from umd.train.data import has_dali, open_dataset, sample_keys, train_loader
 from umd.train.latent_batches import StoredViews
 from umd.train.latents import LatentDataset, finish, shard_bytes, shard_name
 from umd.train.loader_rate import cpu_seconds, photographs, rates
 from umd.train.optim import clipped_step
-from umd.train.pixels import EncodePixels, StoredCrops, encode_pixels
+from umd.train.options import EncodePixels
+from umd.train.pixels import StoredCrops, encode_pixels
+from umd.train.settings import DataConfig
 
 
 @dataclass(frozen=True)

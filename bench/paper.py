@@ -26,7 +26,8 @@ from rich.console import Console
 from umd.bench.paper_plan import Chain, Name, Plan, chains, ends, pieces, ship, step_flops
 from umd.bench.paper_report import write_report
 from umd.bench.reproduce import Reproduce
-from umd.device import own_cores, pick_device
+from umd.device import pick_device
+from umd.environment import own_cores
 from umd.errors import UserError
 from umd.files import write_whole
 from umd.train.lock import alone_in

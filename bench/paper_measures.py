@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from umd.config import Prediction
 from umd.feature_networks import EffLite0Features
 from umd.files import write_whole
-from umd.guidance import Prediction
 from umd.images import to_uint8
 from umd.linear_probe import knn_accuracy, linear_probe
 from umd.methods import build_model
@@ -22,12 +22,13 @@ from umd.metrics import frechet_distance, squared_mmd
 from umd.model import UMD
 from umd.probe import fewshot_accuracy
 from umd.sampler import ddim_sample, model_times
-from umd.train.data import DataConfig, center_view, open_dataset
+from umd.train.data import center_view, open_dataset
 from umd.train.evaluate import denoiser, open_run_of, schedule_of
 from umd.train.features import CALL
 from umd.train.probe import names_of, open_gates, published_zoom, representation
 from umd.train.reference import moments
 from umd.train.run import RunConfig
+from umd.train.settings import DataConfig
 
 L2 = (1.0, 32.0, 1024.0)  # each draw of the shots chooses on a fifth of them; 1024 is the paper's
 BATCH = 64  # samples of one denoising loop

@@ -13,17 +13,15 @@ from torch import Tensor
 
 from umd.bench.paper_measures import Sizes, distance, floors, probe
 from umd.checkpoint import load_checkpoint, save_checkpoint
-from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, ScheduleConfig
+from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, Prediction, ScheduleConfig
 from umd.flops import forward_flops
 from umd.methods import build_objective
 from umd.objective import Corruption, Objective
-from umd.sampler import Prediction
 from umd.schedule import NoiseSchedule
-from umd.train.data import DataConfig
 from umd.train.evaluate import schedule_of
 from umd.train.loop import train
-from umd.train.optim import OptimConfig
 from umd.train.run import RunConfig, finetune_config, to_plain, write_config
+from umd.train.settings import DataConfig, OptimConfig
 
 FASHION = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
 Name = Literal["fashion", "emoji"]

@@ -23,9 +23,10 @@ from umd.device import peak_memory
 from umd.errors import UserError
 from umd.methods import build_model
 from umd.ranges import Count, check_ranges
-from umd.train.data import DataConfig
-from umd.train.probe import Probe, Recognition, print_rows
+from umd.train.options import Probe
+from umd.train.probe import Recognition, print_rows
 from umd.train.run import RunConfig, read_config, to_plain, write_config
+from umd.train.settings import DataConfig
 from umd.train.shards import share
 
 

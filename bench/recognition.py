@@ -20,12 +20,12 @@ from rich.table import Table
 from umd.bench.reproduce import Reproduce
 from umd.config import OBJECTIVES, ClassifierConfig, ClassifierObjectiveConfig, ModelConfig, model_config
 from umd.figures import COLOURS, STYLE
-from umd.train.data import DataConfig
 from umd.train.emoji import GROUPS, load
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.presets import PRESETS
 from umd.train.run import RunConfig, classify_config
+from umd.train.settings import DataConfig
 from umd.train.sources import in_test_split
 
 HOLDOUT = 0.2  # of DataConfig: the pre-training has seen the others

@@ -11,8 +11,9 @@ from umd.device import pick_dtype
 from umd.methods import AnyModel, AnyObjective
 from umd.model import UMD
 from umd.train.distributed import World
-from umd.train.optim import OptimConfig, adamw, narrow_gradients
+from umd.train.optim import adamw, narrow_gradients
 from umd.train.parallel import Alone, LossStep, static_compile
+from umd.train.settings import OptimConfig
 from umd.train.step import TrainStep, cast_type
 
 Step = Callable[[], object]

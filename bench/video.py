@@ -25,15 +25,15 @@ from umd.diffmae import DiffMAE, fill
 from umd.errors import UserError
 from umd.images import grid, save_png, to_uint8
 from umd.train.clips import decode_clip
-from umd.train.data import DataConfig, center_view, open_dataset
+from umd.train.data import center_view, open_dataset
 from umd.train.emoji import open_emoji
 from umd.train.evaluate import open_run_of, schedule_of
 from umd.train.inpaint import hole_mask, save_gif, save_mp4
 from umd.train.log import read_metrics
 from umd.train.loop import train
-from umd.train.optim import OptimConfig
 from umd.train.presets import PRESETS
 from umd.train.run import RunConfig
+from umd.train.settings import DataConfig, OptimConfig
 
 Split = Literal["train", "test"]
 

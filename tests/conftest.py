@@ -88,8 +88,8 @@ def make_run():
     from umd.checkpoint import save_checkpoint
     from umd.config import ModelConfig
     from umd.methods import build_model
-    from umd.train.data import DataConfig
     from umd.train.run import RunConfig, to_plain, write_config
+    from umd.train.settings import DataConfig
 
     tiny = ModelConfig(
         image_size=(8, 8), patch_size=4, hidden_size=16, depth=1, num_heads=2, decoder_depth=1, num_classes=3

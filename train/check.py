@@ -1,7 +1,6 @@
 """`umd check-data`: every file of a source is read and decoded once, on all cores; the unusable go into quarantine."""
 
 import json
-import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from rich.table import Table
 
 from umd.errors import UserError
 from umd.files import write_whole
-from umd.ranges import Count, Processes, check_ranges
 from umd.train.folders import level_note, scan
 from umd.train.listing import listing
+from umd.train.options import CheckData
 from umd.train.quarantine import default_path
 from umd.train.sources import FLOATS, flatten
 from umd.train.tars import is_tars, samples, split_tars
@@ -29,22 +28,6 @@ from umd.train.waiting import in_order
 
 CHUNK = 32  # files a process takes at a time
 OUTSIDE, EMPTY = "outside a class folder", "empty class"
-
-
-@dataclass(frozen=True)
-class CheckData:
-    """Read every image of a source once; list those that no reader shall use, with the reason. Exits with 0 if all
-    are usable, with 1 if some are listed (runs then leave these out), and with 2 if there is nothing to read."""
-
-    min_side: Count = 16
-    """Fewest pixels that the shorter side of a picture must have."""
-    workers: Processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    """Processes that read."""
-    out: Path | None = None
-    """Where the list goes; default: quarantine.json in the source, where runs find it by themselves."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 @dataclass(frozen=True)

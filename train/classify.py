@@ -10,16 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from umd.checkpoint import load_checkpoint, load_model_state
-from umd.classifier import Classifier, classifier_config, encoder_weights
+from umd.classifier import Classifier, encoder_weights
+from umd.config import classifier_config
 from umd.device import autocast
 from umd.errors import UserError
 from umd.files import write_whole
 from umd.probe import confusion
-from umd.train.data import DataConfig, ImageDataset, center_view, open_dataset
+from umd.train.data import ImageDataset, center_view, open_dataset
 from umd.train.distributed import World
 from umd.train.latents import LatentDataset, check_run_vae
 from umd.train.log import NoLog, RunLog
-from umd.train.run import RunConfig, load_model, to_plain
+from umd.train.run import RunConfig, to_plain
+from umd.train.settings import DataConfig
+from umd.train.weights import load_model
 
 Dataset = ImageDataset | LatentDataset
 

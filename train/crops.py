@@ -12,7 +12,7 @@ from umd.train.clips import take_frames
 from umd.train.sources import Picture, flatten, pixels
 
 if TYPE_CHECKING:
-    from umd.train.data import DataConfig
+    from umd.train.settings import DataConfig
 
 ASPECT_MIN, ASPECT_MAX = 3 / 4, 4 / 3  # of the crop, as in the Inception papers
 LOG_ASPECT = math.log(ASPECT_MIN), math.log(ASPECT_MAX)

@@ -23,8 +23,9 @@ from torch.utils.data import Dataset, get_worker_info
 from umd.device import to_device
 from umd.errors import UserError
 from umd.train.crops import draw_view, view_rng
-from umd.train.data import Batch, Batches, DataConfig
+from umd.train.data import Batch, Batches
 from umd.train.latent_batches import as_read
+from umd.train.settings import DataConfig
 from umd.train.signals import StopRequest
 from umd.train.sources import LEAVE_OUT, ORIENTATION, ImageDataset, unreadable, upright_jpeg
 from umd.train.waiting import Prepared

@@ -17,11 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tyro.conf import Suppress
 
-from umd.device import beside, own_cores, pick_device, to_device
+from umd.device import beside, pick_device, to_device
 from umd.errors import UserError
-from umd.ranges import Count, ProcessesOrZero, Share, ShareAboveZero, check_ranges
 from umd.train.clips import ClipDataset, check_length, decode_clip, open_clips
 from umd.train.crops import centered, crop_batch, draw_view, shrink_for, train_view, view_rng
 from umd.train.emoji import open_emoji
@@ -32,6 +30,7 @@ from umd.train.latents import BLOCK, LatentDataset, is_latents, open_latents, pi
 from umd.train.pixels import PixelDataset, StoredCrops, is_pixels, open_pixels
 from umd.train.quarantine import read_quarantine
 from umd.train.recipes import check_crops
+from umd.train.settings import DataConfig
 from umd.train.signals import StopRequest
 from umd.train.sources import (
     IDX_NAME,
@@ -50,56 +49,6 @@ __all__ = ["Batch", "DataConfig", "ImageDataset", "center_view", "centered_view_
 __all__ += ["derive_seed", "describe", "open_dataset", "train_loader"]
 
 GROUP = 256  # blocks of an epoch in blocks whose images are mixed: 16,384 images
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Pictures and how they are cropped."""
-
-    source: str = "emoji"
-    """`emoji`, a folder of images or of latents, a `.npz` or `.npy` file, or an `*-images-idx3-ubyte(.gz)` file"""
-    image_size: Suppress[tuple[Count, Count]] = (32, 32)  # not an option: a run takes it from its model
-    """height and width the model sees"""
-    channels: Suppress[Count] = 3
-    """3 for colour (grey pictures are repeated), 1 for grey; those of latents"""
-    num_frames: Suppress[Count] = 1
-    """frames of a clip that the model sees; 1: pictures"""
-    frame_stride: Count = 1
-    """of a clip's frames every n-th is taken"""
-    vae: str = ""
-    """hub id or folder of a diffusers AutoencoderKL or VQModel: pictures are encoded in each training step, which is
-    slow (umd encode-latents does it once); for stored latents where their VAE lies, by default where it lay"""
-    vae_hash: Suppress[str] = ""  # not an option: a run takes it from its VAE or latents, and keeps to it
-    area_min: ShareAboveZero = 0.8
-    """smallest share of a picture's area that a training crop covers"""
-    area_max: ShareAboveZero = 1.0
-    """largest share of a picture's area that a training crop covers"""
-    hflip: bool = True
-    """mirror every second training picture; turn off where that changes the meaning (digits, text)"""
-    holdout: Share = 0.2
-    """share kept for the test split where the source has no split of its own"""
-    skip_broken: bool = False
-    """leave unreadable images out, with a count, instead of stopping"""
-    quarantine: str = ""
-    """list of files to leave out, as `umd check-data` writes it; default: quarantine.json in the source, if there"""
-    loader: Literal["auto", "dali", "python"] = "auto"
-    """who reads and crops training pictures; auto is DALI for JPEG files where it is installed"""
-    shuffle: Literal["global", "blocks"] = "global"
-    """order of stored latents. global: any of all may be next, each a read of its own. blocks, for slow disks: 64
-    neighbours in a shard are one read, and 256 such blocks, taken in a random order, are mixed"""
-    num_workers: ProcessesOrZero | None = None
-    """processes (with DALI: threads) that prepare batches; None: this rank's share of the host's cores, 16 at most; 0:
-    the training process itself"""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if self.area_min > self.area_max:
-            areas = f"area_min is {self.area_min} and area_max {self.area_max}"
-            raise UserError(f"{areas}: expected 0 < area_min <= area_max <= 1.")
-
-    @property
-    def workers(self) -> int:
-        return min(own_cores(), 16) if self.num_workers is None else self.num_workers
 
 
 @dataclass

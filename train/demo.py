@@ -3,7 +3,7 @@
 import platform
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +18,22 @@ from umd.errors import UserError
 from umd.methods import AnyModel
 from umd.model import UMD
 from umd.objective import Objective
-from umd.ranges import Count, Positive, Seed, check_ranges
 from umd.report import DemoRecord, Part, ProbeRow, save_record, write_report
 from umd.sampler import denoising_sequence
 from umd.schedule import NoiseSchedule
 from umd.train import evaluate
-from umd.train.data import DataConfig, center_view, describe, open_dataset
+from umd.train.data import center_view, describe, open_dataset
 from umd.train.inpaint import fillings, hole_mask, reconstruct
 from umd.train.lock import LOCK_FILE, alone_in
 from umd.train.log import read_metrics
 from umd.train.loop import train
-from umd.train.optim import OptimConfig
+from umd.train.options import Demo, Probe
 from umd.train.presets import PRESETS
 from umd.train.preview import reconstructions, rgb
-from umd.train.probe import Probe, Recognition, first_of_each
+from umd.train.probe import Recognition, first_of_each
 from umd.train.run import RunConfig, finetune_config
 from umd.train.sample import Drawer
+from umd.train.settings import OptimConfig
 from umd.train.shards import progress, share
 
 # Shares of the time budget, in the order of the parts. The rest is for starting, reading data and writing the page.
@@ -42,26 +42,6 @@ SHARES = {
     "frechet": 0.03,
 }  # fmt: skip
 SHOWN = 8  # pictures of each kind on the page
-
-
-@dataclass(frozen=True)
-class Demo:
-    """Pretrain, probe, fine-tune with labels, sample and inpaint beside MAE and DiffMAE, on real images, within a time
-    budget."""
-
-    minutes: Positive = 15.0
-    """Time budget of the whole."""
-    out: Path = Path("runs/demo")
-    """Folder of the runs and of report.html; an earlier demo there is replaced."""
-    data: DataConfig = DataConfig()
-    """Default: colour emoji from a pip package."""
-    size: Count = 32
-    """Side of the images."""
-    seed: Seed = 0
-    """Of everything."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 class Clock:

@@ -14,10 +14,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,28 +24,11 @@ from torch import Tensor
 
 from umd.device import pick_device
 from umd.errors import UserError
-from umd.ranges import check_ranges, number
+from umd.train.settings import ParallelConfig
 
 BEAT_SECONDS = 2.0  # between signs of life
 CONTROL_SECONDS = 7200.0  # that ranks wait for what one of them does alone; `Watch` tells sooner of one that is gone
 GONE_SECONDS = 20.0  # without one: longer than anything that keeps the interpreter lock, shorter than torchrun's kill
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """Several processes (torchrun, deepspeed or srun starts them); one process ignores this."""
-
-    strategy: Literal["auto", "ddp", "zero"] = "auto"
-    """ddp keeps weights and optimiser on every rank, zero (DeepSpeed) shares them out; auto: ddp below 1e9 weights."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """What ZeRO shares out: 1 optimiser, 2 and gradients, 3 and weights; 0 nothing, which is ddp."""
-    wire: Literal["fp32", "bf16"] = "fp32"
-    """Type in which ddp sends gradients between GPUs: bf16 halves the bytes, and leaves their mean 8 bits."""
-    timeout: Annotated[float, number(float, above=0, at_most=1e6)] = 600
-    """Seconds to wait for other ranks, at the start and in an exchange, before the run stops with a message."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 class World:

@@ -3,7 +3,7 @@
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,31 +12,15 @@ import numpy as np
 from rich.console import Console
 
 from umd.errors import UserError
-from umd.ranges import Count, check_ranges
 from umd.train.data import open_dataset
 from umd.train.evaluate import open_run
 from umd.train.features import Dataset, Features, pictures_of
+from umd.train.options import Embed
 from umd.train.probe import names_of, of, probe_recipe, published_zoom, representation
-from umd.train.run import RunConfig, weights_identity
+from umd.train.run import RunConfig, at_size
 from umd.train.shards import others_work, share
 from umd.train.sources import Rows
-
-
-@dataclass(frozen=True)
-class Embed:
-    """Write the representation of pictures: features.npz (features fp32 [N, D], names, labels, classes) and
-    features.parquet (a row a picture). The same command goes on after a stop; under torchrun each rank reads its
-    share."""
-
-    out: Path | None = None
-    """The files without their suffix; default: RUN/features-SOURCE."""
-    image_size: tuple[Count, Count] | None = None
-    """Height and width at which the pictures are read, and the network's positions interpolated; None: the run's."""
-    ema: bool = True
-    """Averaged weights, where the run has them."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
+from umd.train.weights import weights_identity
 
 
 def embed(run: Path, source: Path, options: Embed, config: RunConfig, console: Console) -> None:
@@ -48,6 +32,7 @@ def embed(run: Path, source: Path, options: Embed, config: RunConfig, console: C
         import pyarrow  # noqa: F401 (asked for before the work begins)
     except ImportError:
         raise UserError("Parquet is written by pyarrow: pip install pyarrow") from None
+    config = at_size(config, options.image_size)
     out = options.out or run / f"features-{source.stem}"
     out = out.with_suffix("") if out.suffix in (".npz", ".parquet") else out
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ A shard is encoded by one process and depends on nothing but its number and the 
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,10 +23,9 @@ from umd.device import autocast, pick_dtype, take_device
 from umd.errors import UserError
 from umd.files import sha256
 from umd.images import grid, save_png, to_uint8
-from umd.ranges import Count, CountOrZero, Seed, check_ranges
 from umd.tokenizer import Tokenizer, load_tokenizer
 from umd.train.crops import centered, train_view, view_rng
-from umd.train.data import DataConfig, as_model_input, derive_seed, open_dataset
+from umd.train.data import as_model_input, derive_seed, open_dataset
 from umd.train.latents import (
     DTYPES,
     FORMAT,
@@ -39,8 +38,10 @@ from umd.train.latents import (
     shard_bytes,
     shard_name,
 )
+from umd.train.options import EncodeLatents, Inspect
 from umd.train.pixels import inspect_pixels, is_pixels
-from umd.train.recipes import AREA_MIN, encode_command
+from umd.train.recipes import encode_command
+from umd.train.settings import DataConfig
 from umd.train.shards import Advance, Job, others_work, own_device, share
 from umd.train.sources import ImageDataset, Rows
 from umd.train.store import check_folder, damaged
@@ -48,48 +49,6 @@ from umd.train.waiting import in_order
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 BATCH = 32  # pictures held at a time, each in all its views
-
-
-@dataclass(frozen=True)
-class EncodeLatents:
-    """Encode pictures once, for every epoch of runs on latents. The same command goes on after a stop; under torchrun
-    each rank takes its share."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    recipe: Literal["pretrain", "finetune"] | None = None
-    """Crops of one of the paper's recipes, in the place of --data.area-min: pretrain covers 0.8 of a picture or more,
-    finetune 0.95. A run refuses latents of other crops than its own."""
-    out: Path = Path("latents/train")
-    """Folder to write."""
-    image_size: tuple[Count, Count] = (256, 256)
-    """Height and width at which pictures are encoded."""
-    views: Count = 4
-    """Views stored of each training picture; epoch e learns from view e modulo this."""
-    crop: Literal["random", "center"] = "random"
-    """random: view v is what a run on pixels with this seed would see in epoch v. center: the middle, and its mirror
-    image as the second view. Held-out pictures have one view, their middle."""
-    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """Type of the stored means and standard deviations."""
-    precision: Literal["auto", "bf16", "fp32"] = "fp32"
-    """Autocast type of the encoder."""
-    shard_images: Count = 4096
-    """Pictures a shard."""
-    seed: Seed = 0
-    """Of crops and flips."""
-    device: str = "auto"
-    """auto (under torchrun each rank takes its GPU), cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if self.recipe:
-            area = AREA_MIN[self.recipe]
-            if self.data.area_min not in (DataConfig.area_min, area) or self.data.area_max != 1:
-                areas = f"{self.data.area_min:g} to {self.data.area_max:g}"
-                raise UserError(f"--recipe {self.recipe} has crops of {area:g} to 1 of the area, not {areas}; give one")
-            object.__setattr__(self, "data", replace(self.data, area_min=area))
-        most = 1 + self.data.hflip
-        if self.crop == "center" and self.views > most:
-            raise UserError(f"of the middle there are {most} views at most, got {self.views}; set --views {most}")
 
 
 def encode(options: EncodeLatents, console: Console) -> Path:
@@ -248,27 +207,6 @@ def given_list(config: DataConfig) -> str:
 
 
 # Inspecting
-
-
-@dataclass(frozen=True)
-class Inspect:
-    """Print what a folder of latents or of stored pictures holds, compare it with its checksums, and draw a few."""
-
-    decode: CountOrZero = 16
-    """Latents decoded, spread over the split; 0: none, and no VAE is needed."""
-    split: Literal["train", "test"] = "train"
-    """Which are decoded."""
-    check: bool = True
-    """Read every shard and compare it with its checksum."""
-    vae: str = ""
-    """The VAE, where it no longer lies where it lay."""
-    device: str = "auto"
-    """Where to decode."""
-    out: Path | None = None
-    """Where the PNG goes; default: FOLDER/decoded.png."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 def inspect(folder: Path, options: Inspect, console: Console) -> None:

@@ -26,8 +26,9 @@ from umd.peers import normalized
 from umd.train.data import open_dataset
 from umd.train.evaluate import open_run, schedule_of
 from umd.train.features import Extract, Features, identity_of, name_of, pictures_of
-from umd.train.run import RunConfig, weights_identity
+from umd.train.run import RunConfig
 from umd.train.shards import Job
+from umd.train.weights import weights_identity
 
 NAMES = {"eps": "ε̂", "x_start": "x̂0", "hidden": "x̂0 of hidden patches"}
 

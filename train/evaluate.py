@@ -25,8 +25,9 @@ from umd.model import UMD
 from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer, load_tokenizer
 from umd.train.latents import tokenizer_of
-from umd.train.run import RunConfig, load_model
+from umd.train.run import RunConfig
 from umd.train.shards import own_device
+from umd.train.weights import load_model
 
 M = TypeVar("M", bound=AnyModel)
 

@@ -10,53 +10,27 @@ small-vision   the UMD authors' names, .npz
 import json
 import shutil
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jinja2
 import numpy as np
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
-from tyro.conf import Positional
 
 import umd
 from umd.classifier import encoder_weights
-from umd.config import ModelConfig
+from umd.config import ModelConfig, kind_of
 from umd.convert import to_small_vision
 from umd.errors import UserError
 from umd.hugging_face import to_vit, to_vit_mae
-from umd.methods import kind_of
 from umd.model import UMD
 from umd.published import give, mae_links, vit_links
-from umd.ranges import Count, check_ranges
 from umd.train.evaluate import schedule_of
-from umd.train.run import RunConfig, load_model, to_plain, weights_identity
-
-Kind = Literal["timm", "transformers", "diffusers", "hub", "small-vision"]
-
-
-@dataclass(frozen=True)
-class Export:
-    """Write a run's network for another tool."""
-
-    kind: Annotated[Kind, Positional]
-    """timm: the encoder as a ViT; transformers: the same as ViTModel, or an MAE as ViTMAE; diffusers: the generator as
-    a pipeline; hub: the whole network, for from_pretrained; small-vision: the UMD authors' .npz."""
-    run: Annotated[Path, Positional]
-    """The run."""
-    out: Path | None = None
-    """Folder to write, new or empty; default: RUN/KIND."""
-    image_size: tuple[Count, Count] | None = None
-    """Height and width of the exported network, its positions interpolated; None: the run's."""
-    ema: bool = True
-    """Averaged weights, where the run has them."""
-    push: str = ""
-    """Also upload the folder as this repository (USER/NAME) of the Hugging Face hub; log in with `hf auth login`."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
+from umd.train.options import Export
+from umd.train.run import RunConfig, to_plain
+from umd.train.weights import load_model, weights_identity
 
 
 def export(options: Export, config: RunConfig, console: Console) -> None:

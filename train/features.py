@@ -22,12 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from umd.device import own_cores
+from umd.environment import own_cores
 from umd.errors import UserError
 from umd.files import write_whole
-from umd.train.data import DataConfig, ImageDataset, center_view
+from umd.train.data import ImageDataset, center_view
 from umd.train.latents import LatentDataset
 from umd.train.pixels import PixelDataset
+from umd.train.settings import DataConfig
 from umd.train.shards import Advance, Job
 from umd.train.sources import Rows
 

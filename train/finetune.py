@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
+from rich.console import Console
 from tyro.conf import arg
 
 from umd.errors import UserError
-from umd.train.run import RunConfig, classify_config, finetune_config
+from umd.train.run import RunConfig, classify_config, finetune_config, with_classes
 
 Task = Literal["generate", "classify", "linear"]
 
@@ -50,3 +51,32 @@ def task_of(arguments: list[str]) -> Task:
                     return task
             raise UserError(f"unknown task {value!r}; it is one of {', '.join(tasks)}")
     return "generate"
+
+
+def finetune(init: Path, options: Finetune, named: bool, console: Console) -> None:
+    """Train it. named: the pictures were named on the command line, so that others than the run's are wanted.
+
+    Raises UserError for pictures without labels, and for others than those that the run was trained on.
+    """
+    from umd.train.classify import check_classes  # here: help and a mistyped option do not wait for torch
+    from umd.train.data import open_dataset
+    from umd.train.fingerprint import check_trained_on
+    from umd.train.loop import train
+
+    config = options.run
+    dataset = open_dataset(config.data, "train")
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    check_trained_on(
+        init, config, f"give --data.source {config.data.source} to fine-tune on these", say, named, dataset
+    )
+    if options.task != "generate":
+        train(with_classes(config, check_classes(dataset)), console, options.task)
+        return
+    if not dataset.class_names:
+        raise UserError(
+            f"{dataset.name} has no labels to fine-tune with; use one subfolder a class, or labels in the .npz"
+        )
+    train(with_classes(config, len(dataset.class_names)), console, "finetune")

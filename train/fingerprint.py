@@ -21,9 +21,10 @@ from umd.train.distributed import World
 from umd.train.index import Names
 from umd.train.latents import LatentDataset
 from umd.train.pixels import PixelRows
-from umd.train.run import RunConfig, absolute, saved_weights
+from umd.train.run import RunConfig, absolute
 from umd.train.sources import Rows
 from umd.train.tars import TarMember
+from umd.train.weights import saved_weights
 
 SAMPLE = 256  # pictures that are looked at one by one: those whose names have the smallest sums
 HEAD = 4096  # bytes that are read of each

@@ -22,7 +22,8 @@ from umd.train.evaluate import denoiser, schedule_of
 from umd.train.fingerprint import check_trained_on
 from umd.train.log import NoLog, RunLog
 from umd.train.preview import share_of
-from umd.train.run import RunConfig, weights_identity
+from umd.train.run import RunConfig
+from umd.train.weights import weights_identity
 
 if TYPE_CHECKING:
     from umd.train.loop import Run

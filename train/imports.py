@@ -1,11 +1,10 @@
 """`umd import`: published weights as a run of ours, which sample, probe, evaluate and fine-tune like any other."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from rich.console import Console
-from tyro.conf import Positional
 
 from umd.checkpoint import save_checkpoint
 from umd.config import (
@@ -18,32 +17,10 @@ from umd.config import (
 from umd.convert import from_small_vision, load_small_vision
 from umd.errors import UserError
 from umd.published import load_published
-from umd.ranges import CountOrZero, check_ranges
 from umd.schedule import ScheduleName
-from umd.train.data import DataConfig
-from umd.train.optim import OptimConfig
+from umd.train.options import Import
 from umd.train.run import RunConfig, write_config
-
-
-@dataclass(frozen=True)
-class Import:
-    """Import published weights as a run of ours."""
-
-    kind: Annotated[Literal["dit", "mae", "maskdit", "small-vision"], Positional]
-    """dit: facebookresearch/DiT's .pt, or a folder of diffusers; mae: facebookresearch/mae's .pth, pre-trained or
-    fine-tuned, or a folder of transformers; maskdit: Anima-Lab/MaskDiT's .pt; small-vision: the UMD authors' JAX code,
-    its checkpoint folder or .npz."""
-    path: Annotated[Path, Positional]
-    """The file or folder."""
-    out: Path = Path("runs/imported")
-    """Folder of the new run."""
-    source: str = ""
-    """Pictures that the run is probed and evaluated with: a folder, or what else `--data.source` takes."""
-    num_heads: CountOrZero = 0
-    """Attention heads, which weights do not tell; 0: those of the published network of this width."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
+from umd.train.settings import DataConfig, OptimConfig
 
 
 def import_run(options: Import, console: Console) -> None:

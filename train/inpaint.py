@@ -2,10 +2,9 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from umd import ops
 from umd.classifier import Classifier
+from umd.config import Capture
 from umd.device import autocast
 from umd.diffmae import DiffMAE, fill
 from umd.errors import UserError
@@ -22,14 +22,14 @@ from umd.images import grid, save_png
 from umd.masking import layout
 from umd.methods import AnyModel
 from umd.model import UMD
-from umd.ranges import Count, InnerShare, Seed, check_ranges
-from umd.sampler import Capture, inpaint, model_times
+from umd.sampler import inpaint, model_times
 from umd.schedule import NoiseSchedule
 from umd.train.crops import centered_box
 from umd.train.data import center_view, centered_view_of_file, open_dataset
-from umd.train.evaluate import denoiser, sampling_progress, schedule_of
+from umd.train.evaluate import denoiser, open_run, sampling_progress, schedule_of
 from umd.train.fingerprint import check_trained_on
-from umd.train.preview import rgb
+from umd.train.options import Inpaint
+from umd.train.preview import picture_maker, rgb
 from umd.train.run import RunConfig
 from umd.train.sources import flatten
 
@@ -39,36 +39,22 @@ DEFAULT_IMAGES = 6
 VIEWS = 6  # of a sample on its way
 
 
-@dataclass(frozen=True)
-class Inpaint:
-    """Fill a hole in images with a run: PNG grids of masked input, samples and original, and single files."""
-
-    image: tuple[Path, ...] = ()
-    """Picture files; default: held-out images of the run's data."""
-    mask: str = "center"
-    """center, left, random (patches), frames (the middle half of a clip), or a PNG: white is filled, black is kept. It
-    has the size of the pictures and is cut and resized with them, or that of the model."""
-    mask_ratio: InnerShare = 0.5
-    """Share of patches that the random mask hides, about."""
-    samples: Count = 3
-    """Samples an image; an MAE has one answer."""
-    steps: Count = 50
-    """Denoising steps."""
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
-    """ddpm: fresh noise at each step; ddim: none but the first."""
-    resample: Count = 2
-    """Times a UMD repeats each step to harmonise hole and surroundings (RePaint); a DiffMAE has no need to."""
-    seed: Seed = 0
-    """Of noise and random masks."""
-    capture: Capture = "auto"
-    """Replay a denoising step as one CUDA graph; auto: on a GPU, of more than a few steps."""
-    out: Path | None = None
-    """Where the PNG goes; default: RUN/inpainting.png. Beside it NAME-steps.png, and the folder NAME of files."""
-    mp4: bool = False
-    """Write clips as MP4 too, beside the GIF; needs PyAV (pip install av)."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
+def inpaint_run(run: Path, options: Inpaint, config: RunConfig, console: Console) -> None:
+    """Fill holes in the pictures that the options name, or in held-out ones, and write them."""
+    check_predicts_pixels(config)
+    if options.mp4:
+        check_mp4(config)
+    out = options.out or run / "inpainting.png"
+    out = out if out.suffix.lower() == ".png" else out.with_name(f"{out.name}.png")
+    model, device, dtype = open_run(config)
+    x, hole = pictures_and_mask(config, options.image, options.mask, options.seed, options.mask_ratio)
+    filled = fill_with(config, model, x.to(device), hole.to(device), options, dtype, console)
+    write_fillings(filled, out, picture_maker(config.data, device), options.mp4)
+    for line in (
+        f"masked, {filled.samples.shape[1]} samples, original, a row an image: {out}",
+        f"the samples on their way: {out.with_name(f'{out.stem}-steps.png')}; one by one: {out.with_suffix('')}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class Fillings(NamedTuple):

@@ -40,7 +40,7 @@ from umd.train.store import (
 )
 
 if TYPE_CHECKING:
-    from umd.train.data import DataConfig
+    from umd.train.settings import DataConfig
 
 FORMAT = 2
 HEADER = "latents.json"

@@ -17,7 +17,8 @@ from umd.probe import fewshot_accuracy
 from umd.representation import layer_features, layer_names
 from umd.train.evaluate import schedule_of
 from umd.train.features import Extract, Features, pictures_of
-from umd.train.probe import Probe, Recognition, noised, own_pictures, published_zoom, tell_notes
+from umd.train.options import Probe
+from umd.train.probe import Recognition, noised, own_pictures, published_zoom, tell_notes
 from umd.train.run import RunConfig
 from umd.train.shards import Job, others_work, share
 

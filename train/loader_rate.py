@@ -14,7 +14,8 @@ from PIL import Image
 
 from umd.device import pick_device
 from umd.doctor import Row
-from umd.train.data import DataConfig, has_dali, open_dataset, train_loader
+from umd.train.data import has_dali, open_dataset, train_loader
+from umd.train.settings import DataConfig
 
 BATCH = 32
 

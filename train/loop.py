@@ -42,7 +42,7 @@ from umd.train.preview import preview_images, rgb
 from umd.train.profile import NoProfiler, Profiler, profiled
 from umd.train.quarantine import record_quarantine
 from umd.train.resume import load_pretrained, newest_checkpoint, with_ema_of
-from umd.train.run import RunConfig, absolute, to_plain, write_classes, write_config
+from umd.train.run import RunConfig, absolute, to_plain, write_config
 from umd.train.signals import StopRequest, stop_signal
 from umd.train.spread import check_attention, check_gelu, spread
 from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type, side_stream
@@ -235,7 +235,6 @@ def set_up(config: RunConfig, world: World, build: BuildObjective = build_object
     )  # fmt: skip
     if world.main:
         write_config(config)
-        write_classes(dataset.class_names if getattr(config.model, "num_classes", 0) else (), config.out)
         if quarantined := getattr(dataset, "quarantined", None):
             record_quarantine(quarantined, len(dataset), config.out)
     classifies = isinstance(model, Classifier)

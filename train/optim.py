@@ -1,7 +1,6 @@
 """AdamW with UMD's decay mask, and the learning-rate curve of its recipes."""
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,38 +13,7 @@ from umd.errors import UserError
 from umd.layers import Linear
 from umd.methods import AnyModel
 from umd.modulation import BlockModulation
-from umd.ranges import NonNegative, Positive, ShareAboveZero, ShareBelowOne, check_ranges
 from umd.spans import span
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW. The defaults are the pre-training recipe of the paper (its Table 4)."""
-
-    lr: Positive = 1.5e-4
-    """Learning rate for a batch of 256; the peak is lr·batch/256."""
-    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
-    """AdamW's betas."""
-    weight_decay: NonNegative = 0.05
-    """Decoupled weight decay; never on biases, CLS tokens and mask token."""
-    warmup: ShareBelowOne = 0.05
-    """Share of the run in which the learning rate rises linearly."""
-    decay: Literal["cosine", "none"] = "cosine"
-    """After the warm-up: half a cosine to 0 at the end of the run; or none, the peak rate for good. Such a run has no
-    end, and its averaged weights (ema) at any step are a result."""
-    clip: NonNegative = 1.0
-    """Largest global norm of the gradient; 0: no clipping."""
-    ema: ShareBelowOne | None = None
-    """EMA rate of a step at batch 256, scaled with the batch; 0: no EMA. None: the released code's rule, 1e-4 for a
-    generator that trains with labels, else 0. (Table 5 of the paper has 2.5e-4.)"""
-    layer_decay: ShareAboveZero = 1.0
-    """Of a classifier: learning rate of each layer over that of the next; 1: one rate for all."""
-    fused: Literal["auto", "torch", "apex"] = "auto"
-    """Whose fused AdamW makes the step: torch's, or FusedAdam of NVIDIA's apex on a GPU. auto is torch's, which is the
-    same formula in one kernel too; a run may change from one to the other."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 def lr_scale(progress: float, warmup: float, decay: Literal["cosine", "none"] = "cosine") -> float:

@@ -19,8 +19,9 @@ from umd.device import autocast
 from umd.ema import EMA, HasParameters
 from umd.methods import AnyCorruption, AnyModel
 from umd.spans import span
-from umd.train.distributed import ParallelConfig, World
+from umd.train.distributed import World
 from umd.train.optim import clipped_step
+from umd.train.settings import ParallelConfig
 
 DDP_BELOW = 1_000_000_000  # weights: 16 bytes each fit beside the activations, and DDP sends least and waits least
 

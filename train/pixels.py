@@ -16,20 +16,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import Dataset
-from tyro.conf import arg
 
 from umd.errors import UserError
 from umd.images import grid, save_png
-from umd.ranges import Count, Share, check_ranges
 from umd.train.crops import centered, draw_view, resized, shrink_for, view_rng
 from umd.train.latents import is_latents, shard_name
+from umd.train.options import EncodePixels
 from umd.train.recipes import encode_command
 from umd.train.shards import Advance, Job, others_work, share
 from umd.train.sources import ImageDataset, Picture, Rows, opened
@@ -48,7 +47,7 @@ from umd.train.store import (
 from umd.train.waiting import in_order
 
 if TYPE_CHECKING:
-    from umd.train.data import DataConfig
+    from umd.train.settings import DataConfig
 
 FORMAT = 1
 HEADER = "pixels.json"
@@ -175,36 +174,12 @@ class StoredCrops(Dataset):
 # Encoding
 
 
-@dataclass(frozen=True)
-class EncodePixels:
-    """Store pictures small, once, for every epoch of runs at 64x64 and its like. The same command goes on after a stop;
-    under torchrun each rank makes its share."""
-
-    source: Annotated[str, arg(name="data.source")] = "emoji"
-    """A folder of images, .tar files, or what else pretrain reads."""
-    out: Path = Path("pixels/train")
-    """Folder to write."""
-    size: tuple[Count, Count] = (96, 96)
-    """Height and width that each picture is squeezed to: 1.5 times what the model sees, so that the narrowest crop (2/3
-    of a side, of four fifths of the area) has as many pixels as the model."""
-    shard_images: Count = 4096
-    """Pictures a shard."""
-    holdout: Annotated[Share, arg(name="data.holdout")] = 0.2
-    """Share kept for the test split where the source has no split of its own."""
-    skip_broken: Annotated[bool, arg(name="data.skip-broken")] = False
-    """Leave unreadable images out, with a count, instead of stopping."""
-    quarantine: Annotated[str, arg(name="data.quarantine")] = ""
-    """List of files to leave out, as umd check-data writes it; default: quarantine.json in the source."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-
 def encode_pixels(options: EncodePixels, console: Console) -> None:
     """Make this rank's shards, and the header if those were the last. Raises UserError for a source that will not do, a
     folder of other shards, and a full disk."""
-    from umd.train.data import DataConfig, open_dataset
+    from umd.train.data import open_dataset
     from umd.train.encode import SPLITS, given_list, picture_names, say, source_identity
+    from umd.train.settings import DataConfig
 
     config = DataConfig(
         options.source, options.size, holdout=options.holdout, skip_broken=options.skip_broken,
@@ -297,8 +272,8 @@ def shard_of(
 
 def inspect_pixels(folder: Path, split: Split, count: int, check: bool, out: Path, console: Console) -> None:
     """Print what a folder holds, compare every picture with its sum, and draw a few as they are tested."""
-    from umd.train.data import DataConfig
     from umd.train.encode import SPLITS
+    from umd.train.settings import DataConfig
 
     config = DataConfig(str(folder), (1, 1))
     datasets = {name: open_pixels(folder, name, config) for name in SPLITS}

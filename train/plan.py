@@ -8,23 +8,22 @@ Gradients are sent as they come, bucket after bucket; what the link has to do be
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import arg
 
 from umd.errors import UserError
-from umd.files import write_safetensors
 from umd.methods import build_objective
 from umd.objective import Part
-from umd.ranges import Count, NonNegative, Positive, check_ranges, number
 from umd.schedule import NoiseSchedule
+from umd.tensor_files import write_safetensors
 from umd.train.distributed import World
+from umd.train.options import Cluster
 from umd.train.parallel import strategy
 from umd.train.run import RunConfig
 from umd.train.spread import check_gelu, check_strategy
@@ -32,7 +31,6 @@ from umd.train.step_counts import StepCounts, as_on_gpu, count_gpu_step
 from umd.train.zero import deepspeed_config
 
 GiB = 2**30
-IMAGENET = 1_281_167
 DDP_BUCKET = 25 * 2**20 // 4  # weights of a bucket, torch's default
 # From one kernel to the next: replayed as a CUDA graph; launched one by one, by a quick host and by one measured beside
 # an H200 (bench/results/gpu). torch.compile has fewer.
@@ -58,36 +56,6 @@ GPUS = {  # NVIDIA's data sheets
 }
 # Shares of the data sheet's FLOP/s and bandwidth: what large operations reach, and what these often do.
 BEST, USUAL = (0.75, 0.85), (0.45, 0.65)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Where and how the run of a preset would go."""
-
-    gpu: Literal["a100-40", "a100-80", "h100", "h200", "l40s"] = "a100-80"
-    """Type of the GPUs."""
-    gpus: Count = 8
-    """How many, of all nodes."""
-    gpus_per_node: Count = 8
-    """How many in one node."""
-    network: Positive = 200
-    """Gbit/s of the network for each GPU, between nodes."""
-    images: Annotated[int, number(int, 1, 10**12)] = IMAGENET
-    """Pictures in the training set; default: ImageNet."""
-    disk: NonNegative = 1.0
-    """GB/s at which one process hashes, writes and flushes a checkpoint; 0: measured in the run's folder, with a file
-    as large as a checkpoint."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What a run would need: memory, time and communication, counted and by roofline, without the GPUs."""
-
-    cluster: Annotated[Cluster, arg(name="")] = field(default_factory=Cluster)
-    run: Annotated[RunConfig, arg(name="")] = field(default_factory=RunConfig)
 
 
 @dataclass(frozen=True)

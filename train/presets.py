@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from umd.config import OBJECTIVES, DiffMAEObjectiveConfig, ScheduleConfig, diffmae_config, model_config
-from umd.train.data import DataConfig
-from umd.train.optim import OptimConfig
 from umd.train.run import RunConfig
+from umd.train.settings import DataConfig, OptimConfig
 
 
 def _pixels(name: str, objective: str, out: str, side: int = 64, num_cls: int = 1, **changes: Any) -> RunConfig:

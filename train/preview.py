@@ -17,9 +17,10 @@ from umd.model import UMD
 from umd.objective import DiffMAEObjective, Objective
 from umd.report import masked_view
 from umd.sampler import ddim_sample, model_times
-from umd.train.data import DataConfig, center_view, open_dataset
+from umd.train.data import center_view, open_dataset
 from umd.train.latents import tokenizer_of
 from umd.train.run import RunConfig
+from umd.train.settings import DataConfig
 
 PREVIEW_IMAGES = 8
 MOST_CLASSES = 16  # of which samples are shown

@@ -5,7 +5,7 @@ Shots are drawn first, from the labels alone; only their pictures and the held-o
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,63 +17,39 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from umd.config import kind_of
 from umd.device import autocast
 from umd.errors import UserError
 from umd.files import write_whole
 from umd.linear_probe import knn_accuracy, linear_probe
-from umd.methods import AnyModel, build_model, kind_of
+from umd.methods import AnyModel, build_model
 from umd.model import UMD
 from umd.ops import philox_randn_rows
 from umd.probe import ProbeResult, draw_shots, fewshot_accuracy
-from umd.ranges import Count, CountOrZero, Positive, Seed, check_ranges
 from umd.schedule import NoiseSchedule
 from umd.train.data import open_dataset
 from umd.train.evaluate import open_run, schedule_of
 from umd.train.features import Dataset, Extract, Features, identity_of, name_of, pictures_of
 from umd.train.fingerprint import check_trained_on, with_source
 from umd.train.latents import LatentDataset
-from umd.train.run import RunConfig, weights_identity
+from umd.train.options import Probe
+from umd.train.run import RunConfig, at_size
 from umd.train.shards import Job, others_work, share
+from umd.train.weights import weights_identity
 
 NOISED_PROBE_INDEX = 50  # schedule index at which networks that never saw a noise-free image are read
 MOST_PIXELS = 3072  # of a picture as features; larger ones are averaged down
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Few-shot probe on the held-out split, beside raw pixels and an untrained network. The same command goes on after
-    a stop; under torchrun each rank reads its share of the pictures."""
-
-    shots: Count = 100
-    """Labelled training images a class."""
-    pool: CountOrZero = 100_000
-    """Shots are drawn from so many training images, a random part, as published; a class gives what the part has of it.
-    0: from all."""
-    allow_fewer: bool = False
-    """Let a class with fewer images give all it has."""
-    l2: tuple[Positive, ...] = (1024.0,)
-    """Ridge penalty; of several, one is chosen on a part of the shots."""
-    seeds: tuple[Seed, ...] = (0, 1, 2)
-    """Draws of the shots."""
-    linear: bool = False
-    """Also MAE's linear probe and nearest neighbours, on every training picture."""
-    image_size: tuple[Count, Count] | None = None
-    """Height and width at which the pictures are read, and the network's positions interpolated; None: the run's."""
-    layers: bool = False
-    """Instead: of every block, at the model times below, as a table and a curve."""
-    times: tuple[CountOrZero, ...] = (0, 1, 10, 25, 50, 100, 200, 400, 700)
-    """Model times of --layers; 0: noise-free."""
-    ema: bool = False
-    """Averaged weights, where the run has them."""
-    source: str = ""
-    """Pictures to probe on, as in --data.source; default: those that the run was trained on."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "l2", "seeds", "times")
-
-
 def probe(run: Path, options: Probe, config: RunConfig, console: Console) -> None:
-    """Probe a run, print the table and write RUN/probe.json; or do this rank's share of the work."""
+    """Probe a run, print the table and write RUN/probe.json; or do this rank's share of the work. With --layers see
+    `probe_layers`."""
+    config = at_size(config, options.image_size)
+    if options.layers:
+        from umd.train.layers import probe_layers
+
+        probe_layers(run, options, config, console)
+        return
     recognition = Recognition(own_pictures(run, config, options.source, console), options)
     tell_notes(console, recognition.train, recognition.test)
     if not share(recognition.jobs(), console, "pictures read"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from umd.errors import UserError
 
 if TYPE_CHECKING:
-    from umd.train.data import DataConfig
+    from umd.train.settings import DataConfig
 
 AREA_MIN = {"pretrain": 0.8, "finetune": 0.95}  # smallest share of a picture that a crop covers, in the paper's recipes
 Crops = tuple[float, float, bool]  # smallest and largest share, whether mirrored half of the time

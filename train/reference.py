@@ -21,9 +21,9 @@ from umd.files import sha256, written_whole
 from umd.images import from_uint8, to_uint8
 from umd.metrics import FeatureStatistics, frechet_distance, inception_score, kernel_distance, precision_recall
 from umd.tokenizer import Tokenizer
-from umd.train.data import DataConfig
 from umd.train.features import Dataset, Extract, Features, Pictures, identity_of, name_of, pictures_of
 from umd.train.latents import LatentDataset
+from umd.train.settings import DataConfig
 
 MOST_KEPT = 10_000  # pictures whose features a reference keeps, for precision, recall and kernel distances
 MOST_SCORED = 50_000  # pictures of the noise floor, as many as published scores are of

@@ -11,11 +11,11 @@ from umd.errors import UserError
 from umd.methods import AnyModel
 from umd.positions import resized_state
 from umd.train.classify import load_encoder
-from umd.train.data import DataConfig
 from umd.train.distributed import World
 from umd.train.fingerprint import Difference, difference, same_source
 from umd.train.latents import check_run_vae
 from umd.train.run import RunConfig, to_plain
+from umd.train.settings import DataConfig
 
 # What a run is. The rest (its length, what is saved and shown, where and how it computes) may change on the way.
 RUN = ("model", "objective", "schedule", "data", "optim", "batch_size", "seed")

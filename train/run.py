@@ -2,37 +2,33 @@
 
 import dataclasses
 import difflib
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import torch
 import yaml
 from tyro.conf import AvoidSubcommands
 
-from umd.checkpoint import STATE, Checkpoint, load_checkpoint, load_model_state
-from umd.classifier import classifier_config
 from umd.config import (
+    AnyModelConfig,
+    AnyObjectiveConfig,
     ClassifierConfig,
     ClassifierObjectiveConfig,
     DiffMAEConfig,
     ModelConfig,
     ObjectiveConfig,
     ScheduleConfig,
+    check_match,
+    classifier_config,
 )
 from umd.errors import UserError
 from umd.files import write_whole
-from umd.methods import AnyModel, AnyModelConfig, AnyObjectiveConfig, build_model, check_match
-from umd.positions import resized_state
 from umd.ranges import Count, CountOrZero, NonNegative, OutOfRange, Seed, check_ranges, number
-from umd.train.data import DataConfig
-from umd.train.distributed import ParallelConfig
-from umd.train.optim import OptimConfig
 from umd.train.recipes import AREA_MIN
+from umd.train.settings import DataConfig, OptimConfig, ParallelConfig
 
 Model = TypeVar("Model", bound=AnyModelConfig)
 Objective = TypeVar("Objective", bound=AnyObjectiveConfig)
@@ -353,63 +349,3 @@ def read_config(path: Path) -> RunConfig:
         )
     config = from_plain(RunConfig, values, str(file))
     return replace(config, out=path) if path.is_dir() else config
-
-
-CLASSES = "classes.json"
-
-
-def write_classes(names: Sequence[str], out: Path) -> None:
-    """Keep the names of a run's classes in its folder, in the order of their numbers; those of its first start stay."""
-    if names and not (out / CLASSES).exists():
-        write_whole(out / CLASSES, json.dumps(list(names), indent=1, ensure_ascii=False).encode())
-
-
-def class_names(config: RunConfig) -> list[str]:
-    """The names of a run's classes, by their numbers; [] where it kept none."""
-    try:
-        names = json.loads((config.out / CLASSES).read_bytes())
-    except (OSError, ValueError):
-        return []
-    whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names if whole and len(names) == getattr(config.model, "num_classes", 0) else []
-
-
-def saved_weights(path: Path, ema: bool = True) -> tuple[Checkpoint, str]:
-    """The checkpoint of a run folder, a folder of checkpoints, or one checkpoint, without its tensors; and the part
-    with the weights: `ema`, if that is asked for and there, or `model`. Raises UserError as `load_model` does."""
-    path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    saved = load_checkpoint(path, parts=[])
-    if "model" not in saved.state.get("config", {}):
-        raise UserError(f"checkpoint {saved.path} does not say which network it is of; expected one written by umd")
-    return saved, "ema" if ema and (saved.path / "ema.safetensors").exists() else "model"
-
-
-def weights_identity(path: Path, ema: bool = True) -> dict[str, Any]:
-    """Which weights `load_model` takes: {step, part, sha256}."""
-    saved, part = saved_weights(path, ema)
-    files = json.loads((saved.path / STATE).read_text())["files"]
-    return {"step": saved.step, "part": part, "sha256": files[f"{part}.safetensors"]["sha256"]}
-
-
-def load_model(
-    path: Path, ema: bool = True, device: torch.device | str = "cpu", image_size: tuple[int, int] | None = None
-) -> AnyModel:
-    """The network of a run folder, a folder of checkpoints, or one checkpoint, in eval mode.
-
-    ema: take the averaged weights where the checkpoint has them.
-    image_size: of a UMD, height and width to read it at: its positions are interpolated.
-
-    Raises:
-        UserError: nothing there, damaged, or not a checkpoint of this network.
-    """
-    saved, part = saved_weights(path, ema)
-    values = saved.state["config"]["model"]
-    kinds = {"diffmae": DiffMAEConfig, "classifier": ClassifierConfig}
-    config = from_plain(kinds.get(values.get("kind"), ModelConfig), values, str(saved.path))
-    weights = load_checkpoint(saved.path, parts=[part]).tensors[part]
-    if image_size is not None and image_size != config.image_size and isinstance(config, ModelConfig):
-        resized = replace(config, image_size=image_size)
-        config, weights = resized, resized_state(weights, config.grid_size, resized.grid_size)
-    model = build_model(config)
-    load_model_state(model, weights)
-    return model.to(device).eval().requires_grad_(False)

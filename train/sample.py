@@ -12,7 +12,6 @@ import shutil
 import socket
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,59 +22,27 @@ from rich.console import Console
 from torch import Tensor
 
 from umd.conditions import make_conditions
+from umd.config import Capture, Prediction, SamplerName
 from umd.device import autocast
 from umd.errors import UserError
 from umd.files import flush
-from umd.guidance import Denoise, Guidance, Prediction
+from umd.guidance import Denoise, Guidance
 from umd.images import grid, save_png, to_uint8
 from umd.model import UMD
-from umd.ranges import Count, CountOrZero, Real, Seed
-from umd.sampler import Capture
 from umd.schedule import NoiseSchedule
-from umd.schedulers import SamplerName, open_sampler, sampler_times
+from umd.schedulers import open_sampler, sampler_times
 from umd.tokenizer import Tokenizer
 from umd.train import evaluate
 from umd.train.features import name_of, spans
 from umd.train.heads import Heads
-from umd.train.run import RunConfig, class_names, weights_identity
-from umd.train.sampling import GROUP, Sampling, clips, draw_recipe
+from umd.train.options import Sample
+from umd.train.run import RunConfig
+from umd.train.sampling import GROUP, chosen_guidance, clips, draw_recipe, prediction_of
 from umd.train.shards import Advance, Job, others_work, share
+from umd.train.weights import class_names, weights_identity
 
 SHARD = 64  # images a file while they are drawn
 MOST_SHOWN = 256  # images in the grid
-
-
-@dataclass(frozen=True)
-class Sample(Sampling):
-    """Draw samples from a run: a PNG grid, an .npz as ADM's evaluator reads it (arr_0: uint8 images [N, H, W, C],
-    arr_1: labels [N]; classes: the name of each label) and a .json of all settings. The same command goes on after a
-    stop; under torchrun each rank draws its share."""
-
-    classes: tuple[str, ...] = ()
-    """Which classes, by name or number; default: all. A run without labels is sampled unconditionally."""
-    per_class: Count = 8
-    """Samples of each class (of all, without labels)."""
-    count: CountOrZero = 0
-    """Samples in all instead, each of a class drawn at random."""
-    balanced: bool = False
-    """With count: as many of each class, in turn."""
-    cfg_scale: Real = 4.0
-    """Guidance; 1: none. The paper uses 1.5 for scores, 4.0 for pictures."""
-    seed: Seed = 0
-    """Sample i of a seed is the same picture, byte for byte, on any number of ranks and at any batch."""
-    batch: Count = 64
-    """Images of one denoising loop, rounded up to groups of 32, which the network always sees together; up to 64."""
-    ema: bool = True
-    """Averaged weights, where the run has them."""
-    vae: str = ""
-    """Of a run on latents, its VAE where it no longer lies where it lay: hub id or folder."""
-    out: Path | None = None
-    """Where the PNG goes, .npz and .json beside it; default: RUN/samples.png."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.balanced and not self.count:
-            raise UserError("balanced goes with --count N; without it there are as many of each class anyway")
 
 
 def drawn_labels(classes: Sequence[int], count: int, balanced: bool, seed: int) -> Tensor:
@@ -173,7 +140,7 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
     model, device, dtype = evaluate.open_run_of(UMD, config, options.ema, weights["step"])
     tokenizer = evaluate.open_tokenizer(config, options.vae, device)
     cfg_scale = options.cfg_scale if classes else 1.0
-    predict, heads = options.prediction(config, weights, model, dtype, console)
+    predict, heads = prediction_of(options, config, weights, model, dtype, console)
     if not classes:
         labels, order = None, "none"
     elif options.count:
@@ -194,7 +161,7 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
             model, evaluate.schedule_of(config.schedule), labels, count, num_steps=recipe["steps"],
             cfg_scale=cfg_scale, eta=options.eta, seed=options.seed, clip=clips(config, tokenizer), dtype=dtype,
             batch=options.batch, capture=options.capture, tokenizer=tokenizer, sampler=options.sampler,
-            predict=predict, heads=heads, guidance=options.guidance,
+            predict=predict, heads=heads, guidance=chosen_guidance(options),
         )  # fmt: skip
         folder = png.with_name(f".{png.stem}-{name_of(recipe)}")
         folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is found before the work

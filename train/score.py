@@ -7,10 +7,10 @@ with those that are missing, and the rank that finds all of them there computes 
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +25,14 @@ from umd.feature_networks import identity, open_features
 from umd.files import write_whole
 from umd.images import from_uint8
 from umd.model import UMD
-from umd.ranges import Count, CountOrZero, Real, Seed, check_ranges
 from umd.train import evaluate
 from umd.train.data import open_dataset
 from umd.train.errors import NAMES, Errors, draw_errors
 from umd.train.features import CALL, Features, name_of, spans
 from umd.train.fingerprint import with_source
 from umd.train.latents import pixel_config
-from umd.train.probe import Probe, Recognition, own_pictures, tell_notes
+from umd.train.options import Evaluate, Probe
+from umd.train.probe import Recognition, own_pictures, tell_notes
 from umd.train.reference import (
     DECODED,
     RESIZE,
@@ -44,64 +44,11 @@ from umd.train.reference import (
     scores,
     stored_pictures,
 )
-from umd.train.run import RunConfig, weights_identity
+from umd.train.run import RunConfig
 from umd.train.sample import Drawer, check_classes, drawn_labels
-from umd.train.sampling import Sampling, clips, draw_recipe
+from umd.train.sampling import chosen_guidance, clips, draw_recipe, prediction_of
 from umd.train.shards import Advance, Job, others_work, share
-
-
-@dataclass(frozen=True)
-class Evaluate(Sampling):
-    """Score a run: samples against real pictures (Fréchet and kernel distances, Inception Score, precision, recall) and
-    the representation (few-shot and linear probe, nearest neighbours). Writes scores.json and scores.md into the run;
-    the defaults are the paper's, but for --predict. The same command goes on after a stop; under torchrun each rank
-    does its share."""
-
-    count: Count = 50_000
-    """Samples."""
-    cfg_scale: tuple[Real, ...] = (1.0, 1.5)
-    """Guidance, scored one by one; 1: none. Of a run without labels only 1."""
-    seed: Seed = 0
-    """Of the samples."""
-    balanced: bool = False
-    """As many samples of each class, in turn, instead of classes drawn at random."""
-    ema: bool = True
-    """Averaged weights for the samples, where the run has them; the representation is read without."""
-    batch: Count = 64
-    """Images of one denoising loop; no score depends on it."""
-    vae: str = ""
-    """Of a run on latents, its VAE where it no longer lies where it lay: hub id or folder."""
-    features: Literal["auto", "inception", "dinov2", "efficientnet"] = "auto"
-    """Feature network of the distances, which are named after it: FID only with InceptionV3. auto: InceptionV3 where
-    its weights are, else EfficientNet-Lite0."""
-    weights: Path | None = None
-    """InceptionV3's weights (a file) or DINOv2's (a folder as transformers saves it)."""
-    reference: Path | None = None
-    """Statistics to measure against: an .npz of this command or of ADM's evaluator; default: made of the real pictures,
-    once, and kept in the run as reference-NAME.npz."""
-    split: Literal["test", "train"] = "test"
-    """Which of the run's pictures are the real ones; test: the held-out."""
-    source: str = ""
-    """Pictures in the place of the run's, as in --data.source; default: those that it was trained on."""
-    pictures: str = ""
-    """Of a run on latents, the source of its real pictures; default: its stored latents, as the VAE decodes them."""
-    few: bool = False
-    """Take distances of fewer pictures than there are features too: they compare at equal counts only."""
-    generation: bool = True
-    """Score samples."""
-    recognition: bool = True
-    """Score the representation."""
-    shots: Count = 100
-    """Labelled training images a class of the few-shot probe."""
-    allow_fewer: bool = False
-    """Let a class with fewer images give all it has."""
-    linear: bool = True
-    """Also the linear probe and nearest neighbours, which read every training picture."""
-    errors: CountOrZero = 512
-    """Held-out pictures of the error curves by model time; 0: no curves."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "cfg_scale")
+from umd.train.weights import weights_identity
 
 
 def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Console) -> None:
@@ -178,7 +125,7 @@ class Generation:
         self.check_count(options.count, "samples", f"give --count {self.network.num_features} or more")
         factor = 1 if self.tokenizer is None else self.tokenizer.vae.factor
         self.size = [side * factor for side in config.model.image_size]
-        self.predict, self.heads = options.prediction(config, weights, self.model, self.dtype, console)
+        self.predict, self.heads = prediction_of(options, config, weights, self.model, self.dtype, console)
         self.root = config.out / "features"
         self.labels = drawn_labels(classes, options.count, options.balanced, options.seed) if classes else None
         order = "none" if not classes else "in turn" if options.balanced else "at random"
@@ -260,7 +207,7 @@ class Generation:
             num_steps=options.steps_of(self.config), cfg_scale=cfg_scale, eta=options.eta, seed=options.seed,
             clip=clips(self.config, self.tokenizer), dtype=self.dtype, batch=options.batch, capture=options.capture,
             tokenizer=self.tokenizer, sampler=options.sampler, predict=self.predict, heads=self.heads,
-            guidance=options.guidance,
+            guidance=chosen_guidance(options),
         )  # fmt: skip
 
     def drawn(self, drawer: Any, first: int, last: int, advance: Advance) -> bytes:

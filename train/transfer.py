@@ -7,7 +7,7 @@ The paper's sets: cifar100, stl10, dtd, pets, flowers102, food101, dogs, imagene
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,13 @@ from rich.console import Console
 
 from umd.errors import UserError
 from umd.files import write_whole
-from umd.ranges import Count, Seed, check_ranges
 from umd.train.listing import listing
-from umd.train.probe import Probe, Recognition, print_rows
+from umd.train.options import Probe, Transfer
+from umd.train.probe import Recognition, print_rows
 from umd.train.run import RunConfig
 from umd.train.shards import others_work, share
 
 PAPER = ("cifar100", "stl10", "dtd", "pets", "flowers102", "food101", "dogs", "imagenet-v2", "ucmerced")
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """Few-shot probe of a run's representation on other sets of pictures: each subfolder of FOLDER is one, with a
-    folder a class, in train/ and test/ or not. The same command goes on after a stop; under torchrun each rank reads
-    its share of the pictures."""
-
-    shots: Count = 10
-    """Labelled training images a class."""
-    allow_fewer: bool = False
-    """Let a class with fewer images give all it has."""
-    seeds: tuple[Seed, ...] = (0, 1, 2)
-    """Draws of the shots."""
-    ema: bool = False
-    """Averaged weights, where the run has them."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "seeds")
 
 
 def transfer(run: Path, folder: Path, options: Transfer, config: RunConfig, console: Console) -> None:

@@ -27,7 +27,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from umd.errors import UserError
-from umd.files import again_if_stale, flush, sha256, write_safetensors
+from umd.files import again_if_stale, flush, sha256
+from umd.tensor_files import write_safetensors
 
 FORMAT = 1
 STATE = "state.json"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from umd import ops
 from umd.blocks import Block, Blocks, Tables, initialize_blocks
-from umd.config import ClassifierConfig, DiffMAEConfig, ViTConfig
+from umd.config import ClassifierConfig
 from umd.diffmae import DiffMAE, to_images
 from umd.embedders import lecun_normal
 from umd.errors import UserError
@@ -135,20 +135,6 @@ class Classifier(nn.Module):
     def represent(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """The features; timesteps are not used, there is no time here."""
         return self.features(x)
-
-
-def classifier_config(source: ViTConfig, **changes) -> ClassifierConfig:
-    """The classifier on the encoder of a UMD or DiffMAE of this configuration."""
-    same = (
-        "image_size", "channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_cls",
-        "gelu", "norm_eps", "residual_in_fp32",
-    )  # fmt: skip
-    values = {name: getattr(source, name) for name in same if name not in changes}
-    if isinstance(source, DiffMAEConfig):
-        values |= {"num_frames": source.num_frames, "tubelet_size": source.tubelet_size}
-    if not source.num_cls:
-        changes.setdefault("pool", "mean")
-    return ClassifierConfig(**values, cond_token=bool(getattr(source, "cond_tokens", 0)), **changes)
 
 
 @torch.no_grad()

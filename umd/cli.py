@@ -8,11 +8,11 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean `umd {near[0]}`?" if near else "`umd --help` lists the commands"
             raise UserError(f"unknown command {name!r}; {hint}")
-        COMMANDS[name][0](arguments[1:])
+        run(name, arguments[1:])
     except UserError as error:
         fail(str(error), name)
     except KeyboardInterrupt:
@@ -95,8 +95,8 @@ def say(text: str) -> None:
 def print_help() -> None:
     console.print("[bold]umd[/]: unified masked diffusion. One masked autoencoder that recognises and generates.\n")
     table = Table(box=None, show_header=False, padding=(0, 2))
-    for name, (_, what) in COMMANDS.items():
-        table.add_row(f"  [bold]{name}[/]", what)
+    for name, command in COMMANDS.items():
+        table.add_row(f"  [bold]{name}[/]", command.what)
     console.print(table)
     console.print("\n[bold]umd COMMAND --help[/] lists a command's options. First steps:\n")
     for line in (
@@ -133,28 +133,39 @@ def with_length(default: "RunConfig", arguments: list[str]) -> "RunConfig":
     return replace(default, epochs=epochs, steps=steps, minutes=minutes) if given else default
 
 
-def png_path(path: Path) -> Path:
-    return path if path.suffix.lower() == ".png" else path.with_name(f"{path.name}.png")
+def wants_help(arguments: list[str]) -> bool:
+    return bool({"-h", "--help"} & set(arguments))
 
 
-def take_path(arguments: list[str], command: str, what: str) -> tuple[Path, list[str]]:
-    """The first argument as a path, which decides the defaults of the options behind it."""
-    if not arguments or arguments[0].startswith("-"):
-        if {"-h", "--help"} & set(arguments):
-            say(f"usage: umd {command} {what} [options]; `umd {command} {what} --help` lists the options of a run")
-            sys.exit(0)
-        raise UserError(f"umd {command} needs {what} first, e.g. `umd {command} runs/umd-tiny`")
-    return Path(arguments[0]), arguments[1:]
+def take_paths(arguments: list[str], name: str, paths: str) -> tuple[list[Path], list[str]]:
+    """The first arguments, as paths of these names, and the others. With --help names stand in for what is missing."""
+    found: list[Path] = []
+    for path in paths.split():
+        if len(found) < len(arguments) and not arguments[len(found)].startswith("-"):
+            found.append(Path(arguments[len(found)]))
+        elif wants_help(arguments):
+            return [*found, *map(Path, paths.split()[len(found) :])], ["--help"]
+        else:
+            example = {"RUN": "runs/umd-tiny", "SOURCE": "path/to/images", "FOLDER": "path/to/folder"}
+            line = " ".join(["umd", name, *map(str, found), *(example[p] for p in paths.split()[len(found) :])])
+            raise UserError(f"umd {name} needs {path}{' first' * (not found)}, e.g. `{line}`")
+    return found, arguments[len(found) :]
 
 
-def preset_or_config(arguments: list[str], command: str) -> tuple[str, "RunConfig", list[str]]:
-    """The first argument as the run it names, and the others. Without one, prints which there are."""
+def preset_or_config(arguments: list[str], command: str, show: Callable[["RunConfig"], object]):
+    """The first argument as the run it names, and the others. Without one, prints which there are; for --help also the
+    options (`show`)."""
     from umd.train.curves import curves
     from umd.train.presets import PRESETS
     from umd.train.run import read_config
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        say(f"usage: umd {command} PRESET|CONFIG.yaml [options]; `umd {command} PRESET --help` lists the options\n")
+        if arguments:
+            with contextlib.suppress(SystemExit):
+                show(PRESETS["umd-b4"][1])
+            say("\nThe defaults above are those of umd-b4. The presets:\n")
+        else:
+            say(f"usage: umd {command} PRESET|CONFIG.yaml [options]; `umd {command} --help` lists the options\n")
         table = Table(box=None, show_header=False, padding=(0, 2))
         for name, (what, _) in PRESETS.items():
             table.add_row(f"  [bold]{name}[/]", what)
@@ -173,188 +184,88 @@ def preset_or_config(arguments: list[str], command: str) -> tuple[str, "RunConfi
 
 
 def pretrain(arguments: list[str]) -> None:
-    from umd.train.loop import train
     from umd.train.run import RunConfig
 
-    name, default, rest = preset_or_config(arguments, "pretrain")
-    train(parse(RunConfig, f"pretrain {name}", rest, with_length(default, rest)), console, "pretrain")
+    def options(default: RunConfig, name: str = "PRESET", rest: Sequence[str] = ("--help",)) -> RunConfig:
+        return parse(RunConfig, f"pretrain {name}", list(rest), with_length(default, list(rest)))
+
+    name, default, rest = preset_or_config(arguments, "pretrain", options)
+    config = options(default, name, rest)
+    from umd.train.loop import train
+
+    train(config, console, "pretrain")
+
+
+def plan(arguments: list[str]) -> None:
+    from umd.train.options import Planned
+    from umd.train.run import RunConfig
+
+    def options(default: RunConfig, name: str = "PRESET", rest: Sequence[str] = ("--help",)) -> Planned:
+        return parse(Planned, f"plan {name}", list(rest), Planned(run=with_length(default, list(rest))))
+
+    name, default, rest = preset_or_config(arguments, "plan", options)
+    if default.is_classifier:
+        raise UserError("umd plan counts pre-training runs; give the run that this classifier started from")
+    planned = options(default, name, rest)
+    from umd.train.plan import print_plan
+
+    print_plan(planned.run, planned.cluster, name, console)
 
 
 def finetune(arguments: list[str]) -> None:
-    from umd.train.classify import check_classes
-    from umd.train.data import open_dataset
-    from umd.train.finetune import Finetune, default_finetune
-    from umd.train.fingerprint import check_trained_on
-    from umd.train.loop import train
-    from umd.train.run import read_config, with_classes
+    from umd.train.finetune import Finetune, default_finetune, finetune
+    from umd.train.run import RunConfig, read_config
 
-    init, rest = take_path(arguments, "finetune", "RUN")
-    default = default_finetune(read_config(init), init, rest)
+    (init,), rest = take_paths(arguments, "finetune", "RUN")
+    default = default_finetune(RunConfig() if wants_help(rest) and not init.exists() else read_config(init), init, rest)
     options: Finetune = parse(Finetune, f"finetune {init}", rest, replace(default, run=with_length(default.run, rest)))
-    config = options.run
-    dataset = open_dataset(config.data, "train")
-    named = any(argument.partition("=")[0] == "--data.source" for argument in rest)
-    mend = f"give --data.source {config.data.source} to fine-tune on these"
-    check_trained_on(init, config, mend, say, named, dataset)
-    if options.task != "generate":
-        classes = check_classes(dataset)
-        train(with_classes(config, classes), console, options.task)
-        return
-    if not dataset.class_names:
-        raise UserError(
-            f"{dataset.name} has no labels to fine-tune with; use one subfolder a class, or labels in the .npz"
-        )
-    train(with_classes(config, len(dataset.class_names)), console, "finetune")
-
-
-def sample(arguments: list[str]) -> None:
-    from umd.train.run import read_config
-    from umd.train.sample import Sample, draw
-
-    run, rest = take_path(arguments, "sample", "RUN")
-    draw(run, parse(Sample, f"sample {run}", rest), read_config(run), console)
-
-
-def inpaint(arguments: list[str]) -> None:
-    from umd.train import evaluate
-    from umd.train import inpaint as filling
-    from umd.train.preview import picture_maker
-    from umd.train.run import read_config
-
-    run, rest = take_path(arguments, "inpaint", "RUN")
-    options: filling.Inpaint = parse(filling.Inpaint, f"inpaint {run}", rest)
-    config = read_config(run)
-    filling.check_predicts_pixels(config)
-    if options.mp4:
-        filling.check_mp4(config)
-    model, device, dtype = evaluate.open_run(config)
-    x, hole = filling.pictures_and_mask(config, options.image, options.mask, options.seed, options.mask_ratio)
-    filled = filling.fill_with(config, model, x.to(device), hole.to(device), options, dtype, console)
-    out = png_path(options.out or run / "inpainting.png")
-    filling.write_fillings(filled, out, picture_maker(config.data, device), options.mp4)
-    say(f"masked, {filled.samples.shape[1]} samples, original, a row an image: {out}")
-    say(f"the samples on their way: {out.with_name(f'{out.stem}-steps.png')}; one by one: {out.with_suffix('')}")
-
-
-def probe(arguments: list[str]) -> None:
-    from umd.train.probe import Probe
-    from umd.train.probe import probe as probe_run
-    from umd.train.run import at_size, read_config
-
-    run, rest = take_path(arguments, "probe", "RUN")
-    options: Probe = parse(Probe, f"probe {run}", rest)
-    if options.layers:
-        from umd.train.layers import probe_layers as probe_run
-    probe_run(run, options, at_size(read_config(run), options.image_size), console)
-
-
-def evaluate(arguments: list[str]) -> None:
-    from umd.train.run import read_config
-    from umd.train.score import Evaluate, run_evaluation
-
-    run, rest = take_path(arguments, "evaluate", "RUN")
-    run_evaluation(run, parse(Evaluate, f"evaluate {run}", rest), read_config(run), console)
-
-
-def transfer(arguments: list[str]) -> None:
-    from umd.train.run import read_config
-    from umd.train.transfer import Transfer
-    from umd.train.transfer import transfer as transfer_run
-
-    run, rest = take_path(arguments, "transfer", "RUN")
-    folder, rest = take_path(rest, f"transfer {run}", "FOLDER")
-    transfer_run(run, folder, parse(Transfer, f"transfer {run} {folder}", rest), read_config(run), console)
-
-
-def embed(arguments: list[str]) -> None:
-    from umd.train.embed import Embed
-    from umd.train.embed import embed as embed_run
-    from umd.train.run import at_size, read_config
-
-    run, rest = take_path(arguments, "embed", "RUN")
-    source, rest = take_path(rest, f"embed {run}", "SOURCE")
-    options: Embed = parse(Embed, f"embed {run} {source}", rest)
-    embed_run(run, source, options, at_size(read_config(run), options.image_size), console)
+    finetune(init, options, any(a.partition("=")[0] == "--data.source" for a in rest), console)
 
 
 def export(arguments: list[str]) -> None:
-    from umd.train.export import Export
-    from umd.train.export import export as export_run
+    from umd.train.options import Export
     from umd.train.run import read_config
 
     options: Export = parse(Export, "export", arguments)
-    export_run(options, read_config(options.run), console)
+    config = read_config(options.run)
+    from umd.train.export import export
 
-
-def encode_latents(arguments: list[str]) -> None:
-    from umd.train.encode import EncodeLatents, encode
-
-    encode(parse(EncodeLatents, "encode-latents", arguments), console)
-
-
-def encode_pixels(arguments: list[str]) -> None:
-    from umd.train.pixels import EncodePixels
-    from umd.train.pixels import encode_pixels as encode
-
-    encode(parse(EncodePixels, "encode-pixels", arguments), console)
-
-
-def inspect(arguments: list[str]) -> None:
-    from umd.train import encode
-
-    folder, rest = take_path(arguments, "inspect", "FOLDER")
-    encode.inspect(folder, parse(encode.Inspect, f"inspect {folder}", rest), console)
-
-
-def demo(arguments: list[str]) -> None:
-    from umd.train.demo import Demo, run_demo
-
-    run_demo(parse(Demo, "demo", arguments), console)
-
-
-def report(arguments: list[str]) -> None:
-    from umd.report import load_record, write_report
-
-    run, rest = take_path(arguments, "report", "RUN")
-    if rest:
-        raise UserError(f"umd report takes one folder, e.g. `umd report runs/demo`; got also {' '.join(rest)}")
-    say(f"written: {write_report(load_record(run), run / 'report.html')}")
+    export(options, config, console)
 
 
 def check_data(arguments: list[str]) -> None:
-    from umd.train.check import CheckData, check_data
+    from umd.train.options import CheckData
 
-    source, rest = take_path(arguments, "check-data", "SOURCE")
-    listed = check_data(source, parse(CheckData, f"check-data {source}", rest), console)
+    (source,), rest = take_paths(arguments, "check-data", "SOURCE")
+    options: CheckData = parse(CheckData, f"check-data {source}", rest)
+    from umd.train.check import check_data
+
+    listed = check_data(source, options, console)
     if json.loads(listed.read_bytes())["files"]:
         sys.exit(1)
 
 
-def plan(arguments: list[str]) -> None:
-    from umd.train.plan import Planned, print_plan
+def report(arguments: list[str]) -> None:
+    if wants_help(arguments):
+        say("usage: umd report RUN: write the report page of a demo again")
+        return
+    (run,), rest = take_paths(arguments, "report", "RUN")
+    if rest:
+        raise UserError(f"umd report takes one folder, e.g. `umd report runs/demo`; got also {' '.join(rest)}")
+    from umd.report import load_record, write_report
 
-    name, default, rest = preset_or_config(arguments, "plan")
-    if default.is_classifier:
-        raise UserError("umd plan counts pre-training runs; give the run that this classifier started from")
-    options: Planned = parse(Planned, f"plan {name}", rest, Planned(run=with_length(default, rest)))
-    print_plan(options.run, options.cluster, name, console)
+    say(f"written: {write_report(load_record(run), run / 'report.html')}")
 
 
 def doctor(arguments: list[str]) -> None:
+    if arguments:
+        console.print("usage: umd doctor: what this machine will really use, and how to get what is missing")
+        sys.exit(0 if arguments[0] in ("-h", "--help") else 2)
     from umd.doctor import print_report
     from umd.train.loader_rate import loader_row
     from umd.train.step import capture_row
 
-    if arguments:
-        console.print("usage: umd doctor: what this machine will really use, and how to get what is missing")
-        sys.exit(0 if arguments[0] in ("-h", "--help") else 2)
     print_report(console, [capture_row, loader_row])
-
-
-def import_weights(arguments: list[str]) -> None:
-    from umd.train.imports import Import, import_run
-
-    import_run(parse(Import, "import", arguments), console)
 
 
 BENCHES = {  # module and options of each, and what it measures
@@ -386,27 +297,80 @@ def bench(arguments: list[str]) -> None:
     module.run(parse(getattr(module, BENCHES[name][1]), f"bench {name}", rest), console)
 
 
-COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
-    "demo": (demo, "pretrain, probe, fine-tune, sample and inpaint real images; writes a report page"),
-    "pretrain": (pretrain, "train without labels: umd-b4, mae-b4, ... or a config.yaml"),
-    "check-data": (check_data, "read every image once; list the unusable ones, which runs then leave out"),
-    "plan": (plan, "memory, time and communication of a run on a cluster that need not be there"),
-    "finetune": (finetune, "go on with labels: class-conditional generation, or --task classify or linear"),
-    "encode-latents": (encode_latents, "encode pictures with a VAE, once for all epochs"),
-    "encode-pixels": (encode_pixels, "store pictures small, once for all epochs of runs at 64x64 and its like"),
-    "inspect": (inspect, "what a folder of latents or stored pictures holds; checks it"),
-    "sample": (sample, "draw samples: PNG grid and .npz"),
-    "inpaint": (inpaint, "fill a hole in pictures"),
-    "probe": (probe, "few-shot accuracy of the representation, beside its floors"),
-    "evaluate": (evaluate, "FID and its kin of samples, and probes of the representation, in one table"),
-    "embed": (embed, "the representation of pictures as .npz and Parquet"),
-    "transfer": (transfer, "few-shot accuracy on other sets of pictures, a folder each"),
-    "report": (report, "write the report page of a demo again"),
-    "import": (import_weights, "published weights of DiT, MAE, MaskDiT, or the UMD authors' (small-vision)"),
-    "export": (export, "a run for timm, transformers, diffusers, the Hugging Face hub, or small-vision"),
-    "bench": (bench, "measure a training step or its data; audit kernels without a GPU"),
-    "doctor": (doctor, "what this machine will really use, and how to get what is missing"),
-}
+class Command(NamedTuple):
+    """What a command does, and how: a function of its arguments; or the place of a function of its paths, options, the
+    configuration of a RUN, and the console."""
+
+    what: str
+    run: Callable[[list[str]], None] | str
+    options: str = ""  # a class of umd.train.options
+    paths: str = ""
+
+
+COMMANDS = {
+    "demo": Command(
+        "pretrain, probe, fine-tune, sample and inpaint real images; writes a report page",
+        "umd.train.demo:run_demo", "Demo",
+    ),
+    "pretrain": Command("train without labels: umd-b4, mae-b4, ... or a config.yaml", pretrain),
+    "check-data": Command("read every image once; list the unusable ones, which runs then leave out", check_data),
+    "plan": Command("memory, time and communication of a run on a cluster that need not be there", plan),
+    "finetune": Command(
+        "go on with labels: class-conditional generation, or --task classify or linear", finetune
+    ),
+    "encode-latents": Command(
+        "encode pictures with a VAE, once for all epochs", "umd.train.encode:encode", "EncodeLatents"
+    ),
+    "encode-pixels": Command(
+        "store pictures small, once for all epochs of runs at 64x64 and its like",
+        "umd.train.pixels:encode_pixels", "EncodePixels",
+    ),
+    "inspect": Command(
+        "what a folder of latents or stored pictures holds; checks it", "umd.train.encode:inspect", "Inspect", "FOLDER"
+    ),
+    "sample": Command("draw samples: PNG grid and .npz", "umd.train.sample:draw", "Sample", "RUN"),
+    "inpaint": Command("fill a hole in pictures", "umd.train.inpaint:inpaint_run", "Inpaint", "RUN"),
+    "probe": Command(
+        "few-shot accuracy of the representation, beside its floors", "umd.train.probe:probe", "Probe", "RUN"
+    ),
+    "evaluate": Command(
+        "FID and its kin of samples, and probes of the representation, in one table",
+        "umd.train.score:run_evaluation", "Evaluate", "RUN",
+    ),
+    "embed": Command(
+        "the representation of pictures as .npz and Parquet", "umd.train.embed:embed", "Embed", "RUN SOURCE"
+    ),
+    "transfer": Command(
+        "few-shot accuracy on other sets of pictures, a folder each", "umd.train.transfer:transfer", "Transfer",
+        "RUN FOLDER",
+    ),
+    "report": Command("write the report page of a demo again", report),
+    "import": Command(
+        "published weights of DiT, MAE, MaskDiT, or the UMD authors' (small-vision)", "umd.train.imports:import_run",
+        "Import",
+    ),
+    "export": Command(
+        "a run for timm, transformers, diffusers, the Hugging Face hub, or small-vision", export
+    ),
+    "bench": Command("measure a training step or its data; audit kernels without a GPU", bench),
+    "doctor": Command("what this machine will really use, and how to get what is missing", doctor),
+}  # fmt: skip
+
+
+def run(name: str, arguments: list[str]) -> None:
+    command = COMMANDS[name]
+    if callable(command.run):
+        command.run(arguments)
+        return
+    from umd.train import options as classes
+    from umd.train.run import read_config
+
+    paths, rest = take_paths(arguments, name, command.paths)
+    options = parse(getattr(classes, command.options), " ".join([name, *map(str, paths)]), rest)
+    config = [read_config(paths[0])] if command.paths.startswith("RUN") else []
+    module, _, function = command.run.partition(":")
+    getattr(import_module(module), function)(*paths, options, *config, console)
+
 
 if __name__ == "__main__":
     main()

@@ -5,7 +5,7 @@ The command line is made from these classes, and each run writes its resolved va
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from tyro.conf import Suppress
 
@@ -24,6 +24,10 @@ from umd.ranges import (
 
 AdaLNProjection = Literal["per_block", "single", "low_rank"]
 Embedding = Literal["paper", "released", "diffusers", "none"]
+SamplerName = Literal["ddim", "ddpm", "dpm++", "heun", "unipc"]
+Prediction = Literal["eps", "x_start", "both"]
+GuidanceSchedule = Literal["constant", "linear", "cosine"]
+Capture = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -367,3 +371,32 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+
+AnyModelConfig: TypeAlias = ModelConfig | DiffMAEConfig | ClassifierConfig
+AnyObjectiveConfig: TypeAlias = ObjectiveConfig | DiffMAEObjectiveConfig | ClassifierObjectiveConfig
+
+
+def classifier_config(source: ViTConfig, **changes) -> ClassifierConfig:
+    """The classifier on the encoder of a UMD or DiffMAE of this configuration."""
+    same = (
+        "image_size", "channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_cls",
+        "gelu", "norm_eps", "residual_in_fp32",
+    )  # fmt: skip
+    values = {name: getattr(source, name) for name in same if name not in changes}
+    if isinstance(source, DiffMAEConfig):
+        values |= {"num_frames": source.num_frames, "tubelet_size": source.tubelet_size}
+    if not source.num_cls:
+        changes.setdefault("pool", "mean")
+    return ClassifierConfig(**values, cond_token=bool(getattr(source, "cond_tokens", 0)), **changes)
+
+
+def check_match(model: AnyModelConfig, objective: AnyObjectiveConfig) -> None:
+    kinds = [getattr(part, "kind", "umd") for part in (model, objective)]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"a {kinds[0]} network cannot be trained with a {kinds[1]} objective; give both the same kind")
+
+
+def kind_of(config: AnyModelConfig) -> str:
+    """What the method is called in messages and tables."""
+    return {"diffmae": "DiffMAE", "classifier": "classifier"}.get(getattr(config, "kind", ""), "UMD")

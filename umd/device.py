@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib.util
-import os
 import resource
 import statistics
 import sys
@@ -97,15 +96,6 @@ def beside(device: torch.device) -> Iterator[Callable]:
 @lru_cache
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def own_cores() -> int:
-    """Cores of this host that are this rank's share."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks, tasks = os.environ.get("WORLD_SIZE"), os.environ.get("SLURM_STEP_NUM_TASKS")
-    if ranks and ranks == tasks and "SLURM_CPUS_PER_TASK" in os.environ:
-        return min(cores, int(os.environ["SLURM_CPUS_PER_TASK"]))  # srun's tasks are the ranks, bound to their cores
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

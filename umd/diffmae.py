@@ -27,13 +27,13 @@ from umd.blocks import (
     initialize_blocks,
     per_token,
 )
-from umd.config import ClassifierConfig, DiffMAEConfig
+from umd.config import Capture, ClassifierConfig, DiffMAEConfig
 from umd.device import autocast
 from umd.embedders import TimestepEmbedder, lecun_normal
 from umd.errors import UserError
 from umd.layers import Linear, residual
 from umd.ops import Packing, pack
-from umd.sampler import Callback, Capture, Denoise, ddim_sample
+from umd.sampler import Callback, Denoise, ddim_sample
 from umd.schedule import NoiseSchedule
 from umd.spans import span
 

@@ -78,3 +78,12 @@ def first_host(nodes: str) -> str:
     """`"node[03-07,9],login"`, as Slurm lists nodes, to node03."""
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+
+
+def own_cores() -> int:
+    """Cores of this host that are this rank's share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks, tasks = os.environ.get("WORLD_SIZE"), os.environ.get("SLURM_STEP_NUM_TASKS")
+    if ranks and ranks == tasks and "SLURM_CPUS_PER_TASK" in os.environ:
+        return min(cores, int(os.environ["SLURM_CPUS_PER_TASK"]))  # srun's tasks are the ranks, bound to their cores
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -9,17 +9,16 @@ Dhariwal 2021).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from umd.config import GuidanceSchedule, Prediction
 from umd.errors import UserError
 from umd.schedule import NoiseSchedule
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
-Prediction = Literal["eps", "x_start", "both"]
-GuidanceSchedule = Literal["constant", "linear", "cosine"]
 
 # The strength at t/T, 1 in the mean over all times (Wang et al. 2024): weak in noise, strong near the picture.
 STRENGTH: dict[str, Callable[[float], float]] = {

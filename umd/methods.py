@@ -5,22 +5,21 @@ from typing import TypeAlias
 from umd.augment import Augmentation, ClassifierObjective
 from umd.classifier import Classifier
 from umd.config import (
+    AnyModelConfig,
+    AnyObjectiveConfig,
     ClassifierConfig,
     ClassifierObjectiveConfig,
     DiffMAEConfig,
     DiffMAEObjectiveConfig,
     ModelConfig,
-    ObjectiveConfig,
+    check_match,
 )
 from umd.diffmae import DiffMAE
-from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Corruption, DiffMAECorruption, DiffMAEObjective, Objective
 from umd.peers import PeerObjective
 from umd.schedule import NoiseSchedule
 
-AnyModelConfig: TypeAlias = ModelConfig | DiffMAEConfig | ClassifierConfig
-AnyObjectiveConfig: TypeAlias = ObjectiveConfig | DiffMAEObjectiveConfig | ClassifierObjectiveConfig
 AnyModel: TypeAlias = UMD | DiffMAE | Classifier
 AnyObjective: TypeAlias = Objective | DiffMAEObjective | ClassifierObjective
 AnyCorruption: TypeAlias = Corruption | DiffMAECorruption | Augmentation
@@ -47,14 +46,3 @@ def build_objective(
     if model.outputs != "x_start_eps":
         return PeerObjective(model, config, schedule)
     return Objective(model, config, schedule)
-
-
-def check_match(model: AnyModelConfig, objective: AnyObjectiveConfig) -> None:
-    kinds = [getattr(part, "kind", "umd") for part in (model, objective)]
-    if kinds[0] != kinds[1]:
-        raise UserError(f"a {kinds[0]} network cannot be trained with a {kinds[1]} objective; give both the same kind")
-
-
-def kind_of(config: AnyModelConfig) -> str:
-    """What the method is called in messages and tables."""
-    return {"diffmae": "DiffMAE", "classifier": "classifier"}.get(getattr(config, "kind", ""), "UMD")

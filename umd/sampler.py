@@ -9,20 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from umd.config import Capture, Prediction
 from umd.errors import UserError
-from umd.guidance import Denoise, Estimator, Guidance, Prediction, check_labels
+from umd.guidance import Denoise, Estimator, Guidance, check_labels
 from umd.noise import Noise
 from umd.ops import ddim_step
 from umd.schedule import NoiseSchedule
 
 Callback = Callable[[int, int, Tensor, Tensor], None]
-Capture = Literal["auto", "on", "off"]
 WARM_UP = 3  # steps before one is captured, as PyTorch's own recipe takes
 
 

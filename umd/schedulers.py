@@ -4,20 +4,20 @@ Those take a predicted image at each time and decide where to go. They add no no
 its first noise alone. Their state is the host's: a step of theirs is not recorded as a CUDA graph.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from umd.config import Capture, Prediction, SamplerName
 from umd.errors import UserError
-from umd.guidance import Denoise, Estimator, Guidance, Prediction, check_labels
+from umd.guidance import Denoise, Estimator, Guidance, check_labels
 from umd.noise import Noise
 from umd.ops import ddim_step
-from umd.sampler import DDIM, Callback, Capture, ddpm_times, first_noise, model_times
+from umd.sampler import DDIM, Callback, ddpm_times, first_noise, model_times
 from umd.schedule import NoiseSchedule
 
-SamplerName = Literal["ddim", "ddpm", "dpm++", "heun", "unipc"]
 FULL_NAMES: dict[SamplerName, str] = {
     "ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM-Solver++ (2M)", "heun": "Heun", "unipc": "UniPC (2)"
 }  # fmt: skip

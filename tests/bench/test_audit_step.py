@@ -26,8 +26,8 @@ from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, ModelC
 from umd.methods import build_objective  # noqa: E402
 from umd.objective import Objective  # noqa: E402
 from umd.schedule import NoiseSchedule  # noqa: E402
-from umd.train.optim import OptimConfig  # noqa: E402
 from umd.train.run import RunConfig  # noqa: E402
+from umd.train.settings import OptimConfig
 from umd.train.step_counts import as_on_gpu, labels_of, make_step  # noqa: E402
 
 B = 8

@@ -27,7 +27,8 @@ from umd.errors import UserError
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 from umd.train.log import read_metrics
-from umd.train.run import load_model, read_config
+from umd.train.run import read_config
+from umd.train.weights import load_model
 
 SIZES = Sizes(
     train_images=60, test_images=40, shots=2, epochs=9, samples=24, reference=30, sampling_steps=2,

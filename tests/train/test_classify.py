@@ -13,7 +13,6 @@ from PIL import Image
 from rich.console import Console
 
 from umd import cli
-from umd.classifier import classifier_config
 from umd.config import (
     ClassifierConfig,
     ClassifierObjectiveConfig,
@@ -21,16 +20,18 @@ from umd.config import (
     DiffMAEObjectiveConfig,
     ModelConfig,
     ObjectiveConfig,
+    classifier_config,
 )
 from umd.errors import UserError
 from umd.figures import confusion_sheet
 from umd.train.classify import score
-from umd.train.data import DataConfig, center_view, open_dataset
+from umd.train.data import center_view, open_dataset
 from umd.train.log import read_metrics
 from umd.train.loop import train
-from umd.train.optim import OptimConfig
 from umd.train.presets import PRESETS
-from umd.train.run import RunConfig, classify_config, load_model, read_config
+from umd.train.run import RunConfig, classify_config, read_config
+from umd.train.settings import DataConfig, OptimConfig
+from umd.train.weights import load_model
 
 QUIET = Console(quiet=True)
 PLAIN = ClassifierObjectiveConfig(smoothing=0, mixup=0, cutmix=0, erase=0, drop_path=0)

@@ -16,9 +16,10 @@ from umd import cli
 from umd.config import DiffMAEConfig, DiffMAEObjectiveConfig
 from umd.errors import UserError
 from umd.train.clips import decode_clip, open_clips, take_frames
-from umd.train.data import DataConfig, center_view, centered_view_of_file, open_dataset, train_loader
+from umd.train.data import center_view, centered_view_of_file, open_dataset, train_loader
 from umd.train.inpaint import check_mp4, hole_mask, save_mp4
 from umd.train.run import RunConfig
+from umd.train.settings import DataConfig
 
 
 def moving_square(seed: int, frames: int = 8, side: int = 12) -> np.ndarray:

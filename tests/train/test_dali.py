@@ -18,10 +18,12 @@ from rich.console import Console
 
 from umd.config import model_config
 from umd.errors import UserError
-from umd.train.check import CheckData, check_data
-from umd.train.data import DataConfig, choose_loader, has_dali, open_dataset, reader, train_loader
+from umd.train.check import check_data
+from umd.train.data import choose_loader, has_dali, open_dataset, reader, train_loader
 from umd.train.loop import train
+from umd.train.options import CheckData
 from umd.train.run import RunConfig
+from umd.train.settings import DataConfig
 from umd.train.tars import members
 
 needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")

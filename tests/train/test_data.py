@@ -24,7 +24,6 @@ from scipy import stats
 from umd.errors import UserError
 from umd.train.crops import CROP_TRIES, crop_box, resized, shrink_for, train_view
 from umd.train.data import (
-    DataConfig,
     ImageDataset,
     center_view,
     centered_view_of_file,
@@ -33,6 +32,7 @@ from umd.train.data import (
     sample_keys,
     train_loader,
 )
+from umd.train.settings import DataConfig
 from umd.train.sources import decode, in_test_split
 
 

@@ -7,8 +7,9 @@ from rich.console import Console
 
 from umd.errors import UserError
 from umd.report import load_record
-from umd.train.data import DataConfig
-from umd.train.demo import SHARES, Demo, run_demo
+from umd.train.demo import SHARES, run_demo
+from umd.train.options import Demo
+from umd.train.settings import DataConfig
 
 
 def test_the_parts_leave_time_for_the_page():

@@ -25,13 +25,13 @@ from umd.config import ClassifierConfig, ClassifierObjectiveConfig, ModelConfig
 from umd.errors import UserError
 from umd.methods import build_model
 from umd.metrics import FeatureStatistics
-from umd.train.data import DataConfig, open_dataset
-from umd.train.distributed import ParallelConfig, Watch, World, trace_exchanges
+from umd.train.data import open_dataset
+from umd.train.distributed import Watch, World, trace_exchanges
 from umd.train.log import read_metrics
 from umd.train.loop import train
-from umd.train.optim import OptimConfig
 from umd.train.parallel import DDP, strategy
 from umd.train.run import RunConfig, to_plain
+from umd.train.settings import DataConfig, OptimConfig, ParallelConfig
 from umd.train.spread import spread
 
 ROOT = Path(__file__).parents[2]

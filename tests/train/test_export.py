@@ -19,9 +19,11 @@ from umd.hub import UMDModel
 from umd.model import UMD
 from umd.peers import DIT, MAE
 from umd.published import load_published
-from umd.train.export import Export, export
-from umd.train.imports import Import, import_run, imported_config
-from umd.train.run import load_model, read_config, write_config
+from umd.train.export import export
+from umd.train.imports import import_run, imported_config
+from umd.train.options import Export, Import
+from umd.train.run import read_config, write_config
+from umd.train.weights import load_model
 
 SMALL = dict(image_size=(8, 8), patch_size=4, hidden_size=32, depth=2, decoder_depth=1, num_heads=2)
 QUIET = Console(quiet=True)

@@ -14,12 +14,12 @@ from umd import cli
 from umd.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from umd.config import ModelConfig
 from umd.errors import UserError
-from umd.train.data import DataConfig, open_dataset
+from umd.train.data import open_dataset
 from umd.train.distributed import World
 from umd.train.fingerprint import SAMPLE, agreed_fingerprint, compared, difference, fingerprint, sums_of
 from umd.train.loop import train
-from umd.train.optim import OptimConfig
 from umd.train.run import RunConfig, absolute, read_config, to_plain
+from umd.train.settings import DataConfig, OptimConfig
 
 QUIET = Console(quiet=True)
 TINY = ModelConfig(image_size=(8, 8), patch_size=4, hidden_size=16, depth=1, decoder_depth=1, num_heads=2)

@@ -14,11 +14,14 @@ from umd.config import ModelConfig, ObjectiveConfig
 from umd.errors import UserError
 from umd.heads import head_products, head_times, head_weights
 from umd.train import evaluate
-from umd.train.data import DataConfig, center_view, open_dataset
+from umd.train.data import center_view, open_dataset
 from umd.train.heads import heads_file, heads_of, measured, read_heads
 from umd.train.loop import train
-from umd.train.run import RunConfig, load_model, read_config, to_plain, weights_identity
-from umd.train.sample import Sample, draw
+from umd.train.options import Sample
+from umd.train.run import RunConfig, read_config, to_plain
+from umd.train.sample import draw
+from umd.train.settings import DataConfig
+from umd.train.weights import load_model, weights_identity
 
 QUIET = Console(quiet=True)
 TINY = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)

@@ -15,8 +15,10 @@ from umd.errors import UserError
 from umd.peers import DIT, MASKDIT
 from umd.published import load_published
 from umd.train.imports import imported_config
-from umd.train.plan import Cluster, print_plan
-from umd.train.run import load_model, read_config
+from umd.train.options import Cluster
+from umd.train.plan import print_plan
+from umd.train.run import read_config
+from umd.train.weights import load_model
 
 WIDTH, SIDE, PATCH = 32, 8, 4
 

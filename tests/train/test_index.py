@@ -16,8 +16,9 @@ from PIL import Image
 from umd.bench.probe import ProbeBench, link_pictures
 from umd.errors import UserError
 from umd.train import index, tars
-from umd.train.data import DataConfig, open_dataset, train_loader
+from umd.train.data import open_dataset, train_loader
 from umd.train.index import Names, kept
+from umd.train.settings import DataConfig
 from umd.train.sources import Rows
 
 ODD = ["a/1.jpg", "", "ein Wort/größer.png", b"\xff\xfe.jpg".decode("utf-8", "surrogateescape"), "z"]

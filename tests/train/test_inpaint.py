@@ -14,7 +14,8 @@ from umd.errors import UserError
 from umd.masking import layout
 from umd.model import UMD
 from umd.ops import patchify
-from umd.train.inpaint import Inpaint, fill_with, hole_mask, reconstruct
+from umd.train.inpaint import fill_with, hole_mask, reconstruct
+from umd.train.options import Inpaint
 from umd.train.run import RunConfig
 
 CONFIG = ModelConfig(

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 
 from umd.errors import UserError
-from umd.train.data import GROUP, DataConfig, epoch_order, open_dataset, train_loader
+from umd.train.data import GROUP, epoch_order, open_dataset, train_loader
 from umd.train.latents import BLOCK, HEADER, finish, shard_bytes, shard_name
+from umd.train.settings import DataConfig
 
 SHUFFLES = ["global", "blocks"]
 

@@ -34,15 +34,16 @@ from umd.metrics import FeatureStatistics
 from umd.ops import philox_randn, sample_posterior
 from umd.tokenizer import load_tokenizer
 from umd.train.crops import train_view, view_rng
-from umd.train.data import DataConfig, as_model_input, center_view, derive_seed, open_dataset, train_loader
-from umd.train.encode import EncodeLatents, Inspect, encode, inspect
+from umd.train.data import as_model_input, center_view, derive_seed, open_dataset, train_loader
+from umd.train.encode import encode, inspect
 from umd.train.latents import HEADER, open_latents, shard_name
 from umd.train.log import read_metrics
 from umd.train.loop import train
-from umd.train.optim import OptimConfig
+from umd.train.options import EncodeLatents, Inspect
 from umd.train.recipes import AREA_MIN, check_crops
 from umd.train.reference import DECODED, RESIZE
 from umd.train.run import RunConfig, finetune_config
+from umd.train.settings import DataConfig, OptimConfig
 
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)

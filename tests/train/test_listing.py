@@ -10,9 +10,11 @@ from PIL import Image, features
 from rich.console import Console
 
 from umd.errors import UserError
-from umd.train.check import CheckData, check_data, files_of
-from umd.train.data import DataConfig, open_dataset
+from umd.train.check import check_data, files_of
+from umd.train.data import open_dataset
 from umd.train.listing import SERVICE, image_suffixes, is_image, suffix_of
+from umd.train.options import CheckData
+from umd.train.settings import DataConfig
 
 
 def picture(path, shade=0):

@@ -14,10 +14,10 @@ from rich.console import Console
 
 from umd.errors import UserError
 from umd.train import lock
-from umd.train.data import DataConfig
 from umd.train.lock import LOCK_FILE, alone_in, describe
 from umd.train.loop import train
 from umd.train.run import RunConfig
+from umd.train.settings import DataConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes as Linux tells of them")
 HOLDS = """

@@ -26,14 +26,15 @@ from umd.model import UMD
 from umd.objective import Objective
 from umd.ops import attention_backend
 from umd.schedule import NoiseSchedule
-from umd.train.data import DataConfig, open_dataset, train_loader
-from umd.train.distributed import ParallelConfig
+from umd.train.data import open_dataset, train_loader
 from umd.train.diverged import Diverged
 from umd.train.log import read_metrics
 from umd.train.loop import derive_seed, train
-from umd.train.optim import OptimConfig, lr_scale
+from umd.train.optim import lr_scale
 from umd.train.resume import check_same_run
-from umd.train.run import RunConfig, load_model, to_plain
+from umd.train.run import RunConfig, to_plain
+from umd.train.settings import DataConfig, OptimConfig, ParallelConfig
+from umd.train.weights import load_model
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)

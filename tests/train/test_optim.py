@@ -14,15 +14,8 @@ from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
-from umd.train.optim import (
-    OptimConfig,
-    adamw,
-    clipped_step,
-    global_norm,
-    lr_scale,
-    narrow_gradients,
-    runs_compiled,
-)
+from umd.train.optim import adamw, clipped_step, global_norm, lr_scale, narrow_gradients, runs_compiled
+from umd.train.settings import OptimConfig
 
 MODEL = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)
 

@@ -21,12 +21,10 @@ from umd.config import OBJECTIVES, ModelConfig
 from umd.errors import UserError
 from umd.methods import build_model, build_objective
 from umd.schedule import NoiseSchedule
-from umd.train.data import DataConfig
-from umd.train.distributed import ParallelConfig
 from umd.train.loop import train
+from umd.train.options import Cluster
 from umd.train.plan import (
     GPUS,
-    Cluster,
     checkpoint_line,
     communication,
     disk_rate,
@@ -38,6 +36,7 @@ from umd.train.plan import (
 )
 from umd.train.presets import PRESETS
 from umd.train.run import RunConfig, to_plain
+from umd.train.settings import DataConfig, ParallelConfig
 from umd.train.step_counts import Ledger, StepCounts, count_gpu_step, count_step
 
 ROOT = Path(__file__).parents[2]

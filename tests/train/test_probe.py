@@ -14,11 +14,13 @@ from rich.console import Console
 from umd.errors import UserError
 from umd.probe import draw_shots
 from umd.train import sources
-from umd.train.data import DataConfig, center_view, open_dataset
+from umd.train.data import center_view, open_dataset
 from umd.train.layers import probe_layers
-from umd.train.probe import Probe, Recognition, noised, probe, published_zoom
+from umd.train.options import Probe, Transfer
+from umd.train.probe import Recognition, noised, probe, published_zoom
 from umd.train.run import read_config
-from umd.train.transfer import Transfer, transfer
+from umd.train.settings import DataConfig
+from umd.train.transfer import transfer
 
 QUIET = Console(quiet=True)
 

@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 
 from umd.config import ModelConfig
-from umd.train.data import DataConfig
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.profile import Profiler, profiled
 from umd.train.run import RunConfig, finetune_config
+from umd.train.settings import DataConfig
 from umd.train.trace import read_trace
 
 TINY = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)

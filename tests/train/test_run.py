@@ -13,16 +13,8 @@ from umd.config import ModelConfig, ObjectiveConfig
 from umd.errors import UserError
 from umd.model import UMD
 from umd.train.presets import PRESETS
-from umd.train.run import (
-    RunConfig,
-    classify_config,
-    finetune_config,
-    from_plain,
-    load_model,
-    read_config,
-    to_plain,
-    write_config,
-)
+from umd.train.run import RunConfig, classify_config, finetune_config, from_plain, read_config, to_plain, write_config
+from umd.train.weights import load_model
 
 TINY = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)
 

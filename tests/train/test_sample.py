@@ -15,8 +15,9 @@ from rich.console import Console
 from umd.errors import UserError
 from umd.sampler import ddim_sample
 from umd.train import evaluate
+from umd.train.options import Sample
 from umd.train.run import read_config
-from umd.train.sample import Drawer, Sample, draw, drawn_labels, in_calls_of
+from umd.train.sample import Drawer, draw, drawn_labels, in_calls_of
 
 QUIET = Console(quiet=True)
 

@@ -81,7 +81,8 @@ def gradients(step: TrainStep) -> dict[str, Tensor]:
 
 def rank_steps(out: str) -> None:
     """What each of several ranks does: the first step of every setting, on its places of the batch."""
-    from umd.train.distributed import ParallelConfig, join
+    from umd.train.distributed import join
+    from umd.train.settings import ParallelConfig
 
     world, results = join("cpu", ParallelConfig(), Path(out).parent), {}
     for dtype, r0 in SETTINGS:

@@ -12,10 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 
 from umd.errors import UserError
-from umd.train.data import DataConfig, open_dataset
-from umd.train.encode import EncodeLatents, encode
+from umd.train.data import open_dataset
+from umd.train.encode import encode
 from umd.train.latents import LatentDataset
-from umd.train.pixels import EncodePixels, encode_pixels
+from umd.train.options import EncodeLatents, EncodePixels
+from umd.train.pixels import encode_pixels
+from umd.train.settings import DataConfig
 
 QUIET = Console(quiet=True)
 KINDS = ["pixels", "latents"]

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from umd.errors import UserError
-from umd.train.data import DataConfig, open_dataset
+from umd.train.data import open_dataset
+from umd.train.settings import DataConfig
 from umd.train.sources import opened
 
 

@@ -21,10 +21,11 @@ from rich.console import Console
 from umd.checkpoint import load_checkpoint
 from umd.config import ModelConfig
 from umd.errors import UserError
-from umd.train.data import DataConfig, has_dali
+from umd.train.data import has_dali
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.run import RunConfig
+from umd.train.settings import DataConfig
 from umd.train.waiting import Prepared, in_order
 
 TINY = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)

@@ -28,7 +28,8 @@ from umd.checkpoint import (
     save_checkpoint,
 )
 from umd.errors import UserError
-from umd.files import SAFETENSORS_TYPES, again_if_stale, sha256, write_safetensors
+from umd.files import again_if_stale, sha256
+from umd.tensor_files import SAFETENSORS_TYPES, write_safetensors
 
 ROOT = Path(__file__).parents[2]
 

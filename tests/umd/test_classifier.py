@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from umd.classifier import Classifier, classifier_config, encoder_weights
-from umd.config import ClassifierConfig, DiffMAEConfig, ModelConfig
+from umd.classifier import Classifier, encoder_weights
+from umd.config import ClassifierConfig, DiffMAEConfig, ModelConfig, classifier_config
 from umd.errors import UserError
 from umd.flops import classifier_flops
 from umd.methods import build_model

@@ -21,21 +21,25 @@ import umd as package
 from umd import cli
 from umd.checkpoint import list_checkpoints
 from umd.cli import COMMANDS, main
-from umd.train.demo import Demo
-from umd.train.embed import Embed
-from umd.train.encode import EncodeLatents, Inspect
-from umd.train.export import Export
-from umd.train.finetune import Finetune, default_finetune
-from umd.train.imports import Import
-from umd.train.inpaint import Inpaint
+from umd.train.finetune import default_finetune
 from umd.train.log import read_metrics
-from umd.train.pixels import EncodePixels
+from umd.train.options import (
+    Demo,
+    Embed,
+    EncodeLatents,
+    EncodePixels,
+    Evaluate,
+    Export,
+    Finetune,
+    Import,
+    Inpaint,
+    Inspect,
+    Probe,
+    Sample,
+    Transfer,
+)
 from umd.train.presets import PRESETS
-from umd.train.probe import Probe
 from umd.train.run import RunConfig
-from umd.train.sample import Sample
-from umd.train.score import Evaluate
-from umd.train.transfer import Transfer
 
 ROOT = Path(__file__).parents[2]
 TINY = "--model.image-size 8 8 --model.patch-size 2 --model.hidden-size 32 --model.depth 1 --model.decoder-depth 1"

@@ -126,7 +126,8 @@ def test_mistakes_are_one_sentence(project, tmp_path):
 
 
 def test_a_feature_target_trains_and_says_that_it_fills_no_holes(project, tmp_path):
-    from umd.train.data import DataConfig, open_dataset
+    from umd.train.data import open_dataset
+    from umd.train.settings import DataConfig
 
     count = len(open_dataset(DataConfig(source=str(project / "pictures"), image_size=(8, 8)), "train"))
     features = np.random.default_rng(0).standard_normal((count, 16, 4), dtype=np.float32)

@@ -13,7 +13,8 @@ from umd.config import ModelConfig
 from umd.convert import from_small_vision, load_small_vision, to_small_vision
 from umd.errors import UserError
 from umd.model import UMD
-from umd.train.imports import Import, import_run
+from umd.train.imports import import_run
+from umd.train.options import Import
 
 TINY = dict(hidden_size=16, depth=2, decoder_depth=2, num_heads=2, embedding="released")
 

@@ -14,21 +14,24 @@ from umd import cli
 from umd.config import ClassifierConfig, ClassifierObjectiveConfig, DiffMAEConfig, DiffMAEObjectiveConfig
 from umd.errors import UserError
 from umd.ranges import OutOfRange, named, number, ranges_in, ranges_of
-from umd.train.check import CheckData
-from umd.train.demo import Demo
-from umd.train.embed import Embed
-from umd.train.encode import EncodeLatents, Inspect
-from umd.train.export import Export
-from umd.train.finetune import Finetune
-from umd.train.imports import Import
-from umd.train.inpaint import Inpaint
-from umd.train.pixels import EncodePixels
-from umd.train.plan import Planned
-from umd.train.probe import Probe
+from umd.train.options import (
+    CheckData,
+    Demo,
+    Embed,
+    EncodeLatents,
+    EncodePixels,
+    Evaluate,
+    Export,
+    Finetune,
+    Import,
+    Inpaint,
+    Inspect,
+    Planned,
+    Probe,
+    Sample,
+    Transfer,
+)
 from umd.train.run import RunConfig
-from umd.train.sample import Sample
-from umd.train.score import Evaluate
-from umd.train.transfer import Transfer
 
 COMMANDS: dict[type, list[str]] = {  # options of each command, and the arguments that it must have
     RunConfig: [], Finetune: [], Planned: [], Sample: [], Inpaint: [], Probe: [], Evaluate: [], Transfer: [], Embed: [],

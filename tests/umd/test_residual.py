@@ -7,8 +7,15 @@ import torch
 
 from umd import ops
 from umd.blocks import ModulatedLayerNorm
-from umd.classifier import Classifier, classifier_config
-from umd.config import OBJECTIVES, ClassifierConfig, DiffMAEConfig, DiffMAEObjectiveConfig, ModelConfig
+from umd.classifier import Classifier
+from umd.config import (
+    OBJECTIVES,
+    ClassifierConfig,
+    DiffMAEConfig,
+    DiffMAEObjectiveConfig,
+    ModelConfig,
+    classifier_config,
+)
 from umd.kernels import backend
 from umd.methods import build_model, build_objective
 from umd.schedule import NoiseSchedule

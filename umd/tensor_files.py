@@ -1,0 +1,51 @@
+"""Files of tensors, written with their checksum."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Names of types in safetensors files, in the order in which its library puts tensors: wide ones first, so that each
+# begins at a multiple of its width.
+SAFETENSORS_TYPES = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write the file that `safetensors.torch.save_file` would write, flushed to the disk, and return its sha256.
+
+    The sum is made of the bytes on their way, so that nobody reads gigabytes back. Tensors may have any device and
+    strides and share memory; no more than one is copied at a time. Raises OSError, e.g. for a full disk.
+    """
+    rank = list(SAFETENSORS_TYPES).index
+    order = sorted(tensors, key=lambda name: (rank(tensors[name].dtype), name.encode()))
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": SAFETENSORS_TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
+        }  # fmt: skip
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for part in (len(head).to_bytes(8, "little"), head):
+            digest.update(part)
+            file.write(part)
+        for name in order:
+            values = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            for first in range(0, len(values), 1 << 24):
+                block = values[first : first + (1 << 24)]
+                digest.update(block)
+                while len(block):  # a write may take less than it is given
+                    block = block[file.write(block) :]
+        os.fsync(file.fileno())
+    return digest.hexdigest()
