@@ -18,6 +18,7 @@ def test_every_command_on_a_folder_and_a_tar(tmp_path, train):
     line = f"bench scale --train {train} --test {classes} --classes {classes} --side 32 --folder {tmp_path}"
     main([*line.split(), "--json", str(tmp_path / "scale.json")])
     rows = json.loads((tmp_path / "scale.json").read_text())["rows"]
-    assert [row["command"] for row in rows] == [f"{name}, {kind}" for kind in ("folder", "tar") for name in COMMANDS]
+    expected = [f"{name}, {kind}" for kind in ("folder", "tar") for name in COMMANDS]
+    assert [row["command"] for row in rows] == ["pretrain, one step, 256 pictures", *expected]
     assert all(row["gigabytes"] < 3 for row in rows), "of the largest process, torch and all"
     assert [path.name for path in tmp_path.iterdir()] == ["scale.json"]

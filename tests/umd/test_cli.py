@@ -21,7 +21,7 @@ import umd as package
 from umd import cli
 from umd.checkpoint import list_checkpoints
 from umd.cli import COMMANDS, main
-from umd.train.finetune import default_finetune
+from umd.train.finetune import Finetune, default_finetune
 from umd.train.log import read_metrics
 from umd.train.options import (
     Demo,
@@ -30,7 +30,6 @@ from umd.train.options import (
     EncodePixels,
     Evaluate,
     Export,
-    Finetune,
     Import,
     Inpaint,
     Inspect,

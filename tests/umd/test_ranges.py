@@ -14,6 +14,7 @@ from umd import cli
 from umd.config import ClassifierConfig, ClassifierObjectiveConfig, DiffMAEConfig, DiffMAEObjectiveConfig
 from umd.errors import UserError
 from umd.ranges import OutOfRange, named, number, ranges_in, ranges_of
+from umd.train.finetune import Finetune
 from umd.train.options import (
     CheckData,
     Demo,
@@ -22,7 +23,6 @@ from umd.train.options import (
     EncodePixels,
     Evaluate,
     Export,
-    Finetune,
     Import,
     Inpaint,
     Inspect,
