@@ -171,6 +171,6 @@ def check_length(frames: int, num_frames: int, stride: int, what: str) -> None:
         every = f", every {stride}" if stride > 1 else ""
         raise UserError(
             f"{what} has {frames} frame{'' if frames == 1 else 's'}, and the model takes {num_frames}{every}: take it "
-            "out or give a longer one; in training --data.skip-broken leaves it out, and a lower --data.frame-stride "
-            "or --model.num-frames needs fewer"
+            "out or give a longer one; in training --data.skip-broken leaves it out, and --data.frame-stride or "
+            "--model.num-frames can be lower"
         )

@@ -119,8 +119,7 @@ def extracted(ids: np.ndarray, pictures: Pictures, extract: Extract, advance: Ad
     bad = [name for name, features in tensors.items() if not features.isfinite().all()]
     if bad:
         raise UserError(
-            f"features ({bad[0]}) hold NaN or infinity: check the weights, or write precision: fp32 into its "
-            "config.yaml"
+            f"features ({bad[0]}) hold NaN or infinity: check the weights, or set precision: fp32 in its config.yaml"
         )
     return save(tensors)
 

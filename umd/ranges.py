@@ -42,10 +42,16 @@ class Range(PrimitiveConstructorSpec[Any]):
     def holds(self, x: float) -> bool:
         return self.at_least <= x <= self.at_most and self.above < x < self.below  # no NaN, and with < no infinity
 
-    def __repr__(self) -> str:  # tyro prints it too, where a word is no number
-        bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
-        finite = [f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)]
-        return " and ".join(finite) or "a finite number"
+    def says(self, *values: float) -> str:
+        """Which numbers are right, as told of these that are not: a limit of all counts where they are beyond it."""
+        told = self.at_most < MOST or any(x > self.at_most for x in values)
+        bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most if told else math.inf}
+        words = [f"{word} {bound}" for word, bound in {**bounds, "below": self.below}.items() if abs(bound) < math.inf]
+        finite = all(-math.inf < x < math.inf for x in values)
+        return " and ".join(words if words and finite else ["a finite number", *words])
+
+    def __repr__(self) -> str:  # tyro prints it where a word is no number
+        return self.says()
 
 
 def number(
@@ -107,7 +113,7 @@ def check_ranges(settings: Any, *listed: str) -> None:
         value = getattr(settings, name)
         values = value if isinstance(value, tuple | list) else () if value is None else (value,)
         if not all(map(range_.holds, values)):
-            raise OutOfRange(name, value, str(range_))
+            raise OutOfRange(name, value, range_.says(*values))
     for name in listed:
         value = getattr(settings, name)
         if not value or len(set(value)) < len(value):

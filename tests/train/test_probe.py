@@ -111,7 +111,7 @@ def test_shots_come_from_a_pool_and_classes_give_what_it_has(run, folder):
         Recognition(read_config(run), Probe(shots=3), candidates=np.arange(40, 150))
     config = read_config(run)
     with pytest.raises(UserError, match="of .* none is held out .data.holdout is 0.; give it a test/ folder"):
-        Recognition(replace(config, data=replace(config.data, holdout=0)), Probe(shots=3))
+        Recognition(replace(config, data=DataConfig(source=str(folder / "train"), holdout=0)), Probe(shots=3))
     labels = torch.from_numpy(open_dataset(DataConfig(source=str(folder)), "train").labels)
     with pytest.raises(UserError, match="the pool of 1 training images has none of class"):
         draw_shots(labels, 1, 3, pool=1)

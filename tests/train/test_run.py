@@ -100,7 +100,7 @@ def test_distances_are_for_networks_that_draw_samples():
     for changes, said in (
         ({"evaluate_count": 1}, "evaluate_count 1: must be at least 2"),
         ({"save_minutes": -1}, "save_minutes -1: must be at least 0"),
-        ({"draw_minutes": float("nan")}, "draw_minutes nan: must be at least 0"),
+        ({"draw_minutes": float("nan")}, "draw_minutes nan: must be a finite number and at least 0"),
         ({"save_every": 0}, "save_every 0: must be at least 1"),
     ):
         with pytest.raises(UserError, match=said):
@@ -153,7 +153,7 @@ def test_the_fine_tuning_recipe_keeps_the_network_and_the_data():
         ("{epochs: 0}", "length of a run"),
         ("{steps: -1}", "steps -1: must be at least 0"),
         ("optim: {ema: 2}", "optim.ema 2: must be at least 0 and below 1"),
-        ("optim: {betas: [2, .nan]}", "optim.betas 2 nan: each must be at least 0 and below 1"),
+        ("optim: {betas: [2, .nan]}", "optim.betas 2 nan: each must be a finite number and at least 0 and below 1"),
         ("model: {depth: twelve}", "model.depth is 'twelve'; expected a whole number"),
         ("seed: -1", "seed -1: must be at least 0"),
         ("model: {image_size: [30, 30]}", "30x30 is not divisible by patch size 4; use 28x28"),

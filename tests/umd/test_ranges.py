@@ -137,9 +137,13 @@ def test_ranges():
         (number(float, 0, below=1), (0, 0.5), (-1e-9, 1, math.nan), "at least 0 and below 1"),
         (number(float, above=0, at_most=1), (1e-9, 1), (0, 1.1, math.nan), "above 0 and at most 1"),
         (number(float), (-1e300, 0), (math.inf, -math.inf, math.nan), "a finite number"),
-        (number(int, 2), (2, 2**31 - 1), (1, 2**31, 10**400), "at least 2 and at most 2147483647"),
+        (number(int, 2), (2, 2**31 - 1), (1, 2**31, 10**400), "at least 2"),
     ):
         assert all(map(range_.holds, inside)) and not any(map(range_.holds, beyond)) and str(range_) == says
+    assert (
+        number(int, 2).says(10**400) == "at least 2 and at most 2147483647" and number(int, 2).says(1) == "at least 2"
+    )
+    assert number(float, 0).says(math.nan) == "a finite number and at least 0"
 
 
 def test_the_option_is_named_as_it_was_written():
