@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from umd.errors import UserError
-from umd.files import write_whole
+from umd.files import check_place, write_whole
 from umd.train.folders import files_below, listing
 from umd.train.quarantine import default_path
 from umd.train.sources import flatten
@@ -139,6 +139,11 @@ def files_in(source: Path, split: str) -> tuple[list[tuple[str, Any]], dict[str,
 def check_data(source: Path, options: CheckData, console: Console) -> Path:
     """Examine a source, print what was found, and write the list. Returns its path."""
     source = source.expanduser()
+    out = options.out or default_path(source)
+    if source.exists():
+        check_place(
+            out, instead=f"give another place, e.g. --out {source.stem}.json; runs read it by --data.quarantine"
+        )
     files, classes, findings = files_of(source)
     jobs = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
@@ -154,7 +159,6 @@ def check_data(source: Path, options: CheckData, console: Console) -> Path:
         for folder, paths in classes.items()
         if unusable.issuperset(paths)
     ]
-    out = options.out or default_path(source)
     pictures = [finding for finding in findings if not finding.path.endswith("/")]
     read = len(files) + sum(finding.reason == OUTSIDE for finding in findings)
     counts = Counter(finding.reason for finding in findings)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from umd.device import autocast
 from umd.errors import UserError
-from umd.files import write_whole
+from umd.files import check_place, write_whole
 from umd.linear_probe import knn_accuracy, linear_probe
 from umd.methods import AnyModel, build_model, kind_of
 from umd.model import UMD
@@ -62,6 +62,8 @@ class Probe:
     """Model times of --layers; 0: noise-free."""
     ema: bool = False
     """Averaged weights, where the run has them."""
+    out: Path | None = None
+    """Folder of what is written, e.g. of a run that is only to be read; default: RUN."""
 
     def __post_init__(self) -> None:
         if not self.seeds or min(self.seeds) < 0:
@@ -74,13 +76,15 @@ class Probe:
 
 def probe(run: Path, options: Probe, config: RunConfig, console: Console) -> None:
     """Probe a run, print the table and write RUN/probe.json; or do this rank's share of the work."""
+    file = (options.out or run) / "probe.json"
+    check_place(file)
     recognition = Recognition(config, options)
     if not share(recognition.jobs(), console, "pictures read"):
         console.print(others_work(), highlight=False)
         return
     entry = recognition.entry()
     print_rows(entry["rows"], f"{config.out}: probes on {entry['test_images']} held-out pictures", console)
-    write_whole(run / "probe.json", json.dumps(entry["results"], indent=1).encode())
+    write_whole(file, json.dumps(entry["results"], indent=1).encode())
 
 
 def print_rows(rows: Sequence[dict[str, Any]], title: str, console: Console) -> None:
@@ -121,7 +125,7 @@ class Recognition:
         weights = weights_identity(config.out, options.ema)  # a run that still trains may save others meanwhile
         self.model, self.device, self.dtype = open_run(config, options.ema, weights["step"])
         recipe = probe_recipe(config, weights, self.device, self.dtype)
-        root = config.out / "features"
+        root = (options.out or config.out) / "features"
         self.shots = Features(root, recipe | of(self.train, chosen) | {"floors": True}, chosen)
         self.held_out = Features(root, recipe | of(self.test, test_ids) | {"floors": True}, test_ids)
         whole = np.arange(len(self.train)) if options.linear else chosen

@@ -23,7 +23,7 @@ from torch import Tensor
 import umd
 from umd.errors import UserError
 from umd.feature_networks import identity, open_features
-from umd.files import write_whole
+from umd.files import check_place, write_whole
 from umd.images import from_uint8
 from umd.model import UMD
 from umd.train import evaluate
@@ -96,6 +96,8 @@ class Evaluate(Sampling):
     """Also the linear probe and nearest neighbours, which read every training picture."""
     errors: int = 512
     """Held-out pictures of the error curves by model time; 0: no curves."""
+    out: Path | None = None
+    """Folder of what is written, e.g. of a run that is only to be read; default: RUN."""
 
     def __post_init__(self) -> None:
         for name in ("count", "batch", "shots"):
@@ -110,20 +112,22 @@ class Evaluate(Sampling):
 
 def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Console) -> None:
     """Do this rank's share of the work; the rank that finds all of it done writes and prints the scores."""
+    out = options.out or run
+    file, table, curves = out / "scores.json", out / "scores.md", out / "errors.png"
+    check_place(file, table, curves)
     left_out = reasons(run, config, options)
     for what, reason in left_out.items():
         console.print(f"{what} is left out: {reason}", highlight=False)
     if len(left_out) == 3:
         raise UserError(f"nothing is left to score in {run}")
     generation = None if "generation" in left_out else Generation(config, options, console)
-    probe = Probe(shots=options.shots, allow_fewer=options.allow_fewer, linear=options.linear)
+    probe = Probe(shots=options.shots, allow_fewer=options.allow_fewer, linear=options.linear, out=options.out)
     recognition = None if "recognition" in left_out else Recognition(config, probe)
-    errors = None if "errors" in left_out else Errors(config, options.errors, options.ema)
+    errors = None if "errors" in left_out else Errors(config, options.errors, options.ema, options.out)
     jobs = [job for part in (generation, recognition, errors) if part is not None for job in part.jobs()]
     if not share(jobs, console, "images"):
         console.print(others_work(), highlight=False)
         return
-    file = run / "scores.json"
     record = read_record(file)
     record["environment"] = environment()
     if generation is not None:
@@ -132,12 +136,12 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
         put(record["recognition"], [recognition.entry()])
     if errors is not None:
         put(record.setdefault("errors", []), [errors.entry()])
-        draw_errors(record["errors"], run / "errors.png")
+        draw_errors(record["errors"], curves)
     write_whole(file, json.dumps(record, indent=1).encode())
     text = markdown(record)
-    write_whole(run / "scores.md", text.encode())
+    write_whole(table, text.encode())
     console.print(Markdown(text))
-    console.print(f"written: {file} and {run / 'scores.md'}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written: {file} and {table}", highlight=False, markup=False, soft_wrap=True)
 
 
 def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
@@ -178,7 +182,8 @@ class Generation:
         factor = 1 if self.tokenizer is None else self.tokenizer.vae.factor
         self.size = [side * factor for side in config.model.image_size]
         self.predict, self.heads = options.prediction(config, weights, self.model, self.dtype, console)
-        self.root = config.out / "features"
+        self.out = options.out or config.out
+        self.root = self.out / "features"
         self.labels = drawn_labels(classes, options.count, options.balanced, options.seed) if classes else None
         order = "none" if not classes else "in turn" if options.balanced else "at random"
         self.recipes = [
@@ -235,7 +240,7 @@ class Generation:
 
     def kept(self, made: Features) -> Path:
         """The file of a reference that was made here."""
-        return self.config.out / f"reference-{name_of(made.settings)}.npz"
+        return self.out / f"reference-{name_of(made.settings)}.npz"
 
     def samples(self, recipe: Mapping[str, Any]) -> Features:
         return Features(self.root, {**recipe, "features": identity(self.network)}, np.arange(self.options.count), CALL)

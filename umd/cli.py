@@ -219,14 +219,14 @@ def inpaint(arguments: list[str]) -> None:
 
     run, rest = take_path(arguments, "inpaint", "RUN")
     options: filling.Inpaint = parse(filling.Inpaint, f"inpaint {run}", rest)
-    config = read_config(run)
+    config, out = read_config(run), png_path(options.out or run / "inpainting.png")
+    filling.check_out(out, options, console)
     filling.check_predicts_pixels(config)
     if options.mp4:
         filling.check_mp4(config)
     model, device, dtype = evaluate.open_run(config)
     x, hole = filling.pictures_and_mask(config, options.image, options.mask, options.seed, options.mask_ratio)
     filled = filling.fill_with(config, model, x.to(device), hole.to(device), options, dtype, console)
-    out = png_path(options.out or run / "inpainting.png")
     filling.write_fillings(filled, out, picture_maker(config.data, device), options.mp4)
     say(f"masked, {filled.samples.shape[1]} samples, original, a row an image: {out}")
     say(f"the samples on their way: {out.with_name(f'{out.stem}-steps.png')}; one by one: {out.with_suffix('')}")
