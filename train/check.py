@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from umd.errors import UserError
-from umd.files import write_whole
+from umd.files import check_place, write_whole
 from umd.train.folders import level_note, scan
 from umd.train.listing import listing
 from umd.train.options import CheckData
@@ -138,6 +138,11 @@ def files_in(source: Path, split: str) -> Listed:
 def check_data(source: Path, options: CheckData, console: Console) -> Path:
     """Examine a source, print what was found, and write the list. Returns its path."""
     source = source.expanduser()
+    out = options.out or default_path(source)
+    if source.exists():
+        check_place(
+            out, instead=f"give another place, e.g. --out {source.stem}.json; runs read it by --data.quarantine"
+        )
     files, classes, findings, notes = files_of(source)
     for note in notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
@@ -155,7 +160,6 @@ def check_data(source: Path, options: CheckData, console: Console) -> Path:
         for folder, paths in classes.items()
         if unusable.issuperset(paths)
     ]
-    out = options.out or default_path(source)
     pictures = [finding for finding in findings if not finding.path.endswith("/")]
     read = len(files) + sum(finding.reason == OUTSIDE for finding in findings)
     counts = Counter(finding.reason for finding in findings)

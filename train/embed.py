@@ -1,5 +1,6 @@
 """`umd embed RUN SOURCE`: the representation of pictures, as .npz and Parquet."""
 
+import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,13 +13,14 @@ import numpy as np
 from rich.console import Console
 
 from umd.errors import UserError
+from umd.files import check_place
 from umd.train.data import open_dataset
 from umd.train.evaluate import open_run
 from umd.train.features import Dataset, Features, pictures_of
 from umd.train.options import Embed
 from umd.train.probe import names_of, of, probe_recipe, published_zoom, representation
 from umd.train.run import RunConfig, at_size
-from umd.train.shards import others_work, share
+from umd.train.shards import others_work, rank_and_size, share
 from umd.train.sources import Rows
 from umd.train.weights import weights_identity
 
@@ -35,13 +37,17 @@ def embed(run: Path, source: Path, options: Embed, config: RunConfig, console: C
     config = at_size(config, options.image_size)
     out = options.out or run / f"features-{source.stem}"
     out = out.with_suffix("") if out.suffix in (".npz", ".parquet") else out
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files = out.with_name(f"{out.name}.npz"), out.with_name(f"{out.name}.parquet")
+    check_place(*files)
+    if rank_and_size()[0] == 0 and (there := [str(file) for file in files if file.exists()]):
+        console.print(f"{' and '.join(there)} will be replaced", highlight=False, markup=False, soft_wrap=True)
+    kept = run if os.access(run, os.W_OK) else out.parent  # a run that is only to be read
     config = replace(config, data=replace(config.data, source=str(source), holdout=0.0))
     found = [part for part in (open_dataset(config.data, "train"), open_dataset(config.data, "test")) if len(part)]
     weights = weights_identity(run, options.ema)
     model, device, dtype = open_run(config, options.ema, weights["step"])
     recipe, zoom = probe_recipe(config, weights, device, dtype), published_zoom(config)
-    features = [Features(config.out / "features", recipe | of(part, all_of(part)), all_of(part)) for part in found]
+    features = [Features(kept / "features", recipe | of(part, all_of(part)), all_of(part)) for part in found]
     extract = representation(config, model, dtype)
     jobs = [
         job
@@ -54,9 +60,9 @@ def embed(run: Path, source: Path, options: Embed, config: RunConfig, console: C
     names = [name for part in found for name in names_in(part, len(found) > 1)]
     labels = None if any(part.labels is None for part in found) else np.concatenate([p.labels for p in found])
     parts = lambda: (x.numpy() for part in features for _, x in part.parts(names_of(config)[0]))  # noqa: E731
-    write_npz(out.with_name(f"{out.name}.npz"), parts(), names, labels, found[0].class_names)
-    D = write_parquet(out.with_name(f"{out.name}.parquet"), parts(), names, labels, found[0].class_names)
-    console.print(f"{len(names)} pictures, {D} numbers each: {out}.npz and {out}.parquet", highlight=False)
+    write_npz(files[0], parts(), names, labels, found[0].class_names)
+    D = write_parquet(files[1], parts(), names, labels, found[0].class_names)
+    console.print(f"{len(names)} pictures, {D} numbers each: {files[0]} and {files[1]}", highlight=False)
 
 
 def all_of(dataset: Dataset) -> np.ndarray:
@@ -117,7 +123,7 @@ def write_parquet(
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
     """Where a file is written until it is whole."""
-    made = path.with_name(f".{path.name}.tmp")
+    made = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield made
         made.replace(path)

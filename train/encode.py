@@ -21,7 +21,7 @@ from torch import Tensor
 
 from umd.device import autocast, pick_dtype, take_device
 from umd.errors import UserError
-from umd.files import sha256
+from umd.files import check_place, sha256
 from umd.images import grid, save_png, to_uint8
 from umd.tokenizer import Tokenizer, load_tokenizer
 from umd.train.crops import centered, train_view, view_rng
@@ -48,6 +48,7 @@ from umd.train.store import check_folder, damaged
 from umd.train.waiting import in_order
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
+NO_PICTURE = "give another --out, or --decode 0 for none"
 BATCH = 32  # pictures held at a time, each in all its views
 
 
@@ -213,8 +214,11 @@ def inspect(folder: Path, options: Inspect, console: Console) -> None:
     """Raises UserError if the folder is not whole, or the VAE is another."""
     if is_pixels(folder):
         out = options.out or folder / "pictures.png"
+        check_place(*([out] if options.decode else []), instead=NO_PICTURE)
         inspect_pixels(folder, options.split, options.decode, options.check, out, console)
         return
+    out = options.out or folder / "decoded.png"
+    check_place(*([out] if options.decode else []), instead=NO_PICTURE)
     header = read_header(folder)
     datasets = {split: open_latents(folder, split) for split in SPLITS}
     show(folder, header, console)
@@ -230,7 +234,6 @@ def inspect(folder: Path, options: Inspect, console: Console) -> None:
         device, _ = take_device(options.device, "fp32")
         tokenizer = load_tokenizer(options.vae or dataset.vae.name, device)
         check_vae(tokenizer.vae.sha256, dataset.vae.sha256, f"{options.vae or dataset.vae.name} is")
-        out = options.out or folder / "decoded.png"
         save_png(decoded(dataset, tokenizer, count), out)
         say(console, f"{count} of them decoded: {out}")
 

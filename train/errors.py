@@ -41,7 +41,7 @@ def error_times(T: int) -> list[int]:
 class Errors:
     """Errors of a run on up to `count` held-out pictures (training ones where nothing is held out)."""
 
-    def __init__(self, config: RunConfig, count: int, ema: bool):
+    def __init__(self, config: RunConfig, count: int, ema: bool, out: Path | None = None):
         dataset = open_dataset(config.data, "test")
         self.dataset = dataset if len(dataset) else open_dataset(config.data, "train")
         weights = weights_identity(config.out, ema)
@@ -58,7 +58,7 @@ class Errors:
             "mask_ratios": [objective.config.mask_ratio_no_noise, objective.config.mask_ratio],
             "precision": "bf16" if self.dtype == torch.bfloat16 else "fp32", "device": self.device.type,
         }  # fmt: skip
-        self.features = Features(config.out / "features", recipe, ids)
+        self.features = Features((out or config.out) / "features", recipe, ids)
 
     def jobs(self) -> list[Job]:
         return self.features.jobs(pictures_of(self.dataset, self.config.data), self.extract())

@@ -106,11 +106,15 @@ def heads_of(config: RunConfig, weights: dict[str, Any], network: UMD, dtype: to
     schedule = schedule_of(config.schedule)
     products, about = measured(network, config, schedule, dtype)
     heads = Heads.of(products, schedule)
+    try:
+        write_heads(file, weights, heads, about)  # another rank writes the same
+        where = f"kept in {file}"
+    except OSError as error:  # a run that is only to be read
+        where = f"not kept ({error.strerror or error})"
     console.print(
-        f"the heads of these weights were not measured yet: done on {about['pictures']} pictures, kept in {file}",
+        f"the heads of these weights were not measured yet: done on {about['pictures']} pictures, {where}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
-    write_heads(file, weights, heads, about)  # another rank writes the same
     return heads
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from umd.config import Capture
 from umd.device import autocast
 from umd.diffmae import DiffMAE, fill
 from umd.errors import UserError
+from umd.files import check_place, write_whole
 from umd.images import grid, save_png
 from umd.masking import layout
 from umd.methods import AnyModel
@@ -41,11 +43,12 @@ VIEWS = 6  # of a sample on its way
 
 def inpaint_run(run: Path, options: Inpaint, config: RunConfig, console: Console) -> None:
     """Fill holes in the pictures that the options name, or in held-out ones, and write them."""
+    out = options.out or run / "inpainting.png"
+    out = out if out.suffix.lower() == ".png" else out.with_name(f"{out.name}.png")
+    check_out(out, options, console)
     check_predicts_pixels(config)
     if options.mp4:
         check_mp4(config)
-    out = options.out or run / "inpainting.png"
-    out = out if out.suffix.lower() == ".png" else out.with_name(f"{out.name}.png")
     model, device, dtype = open_run(config)
     x, hole = pictures_and_mask(config, options.image, options.mask, options.seed, options.mask_ratio)
     filled = fill_with(config, model, x.to(device), hole.to(device), options, dtype, console)
@@ -89,6 +92,18 @@ def check_predicts_pixels(config: RunConfig) -> None:
     target = getattr(config.objective, "target", "pixels")
     if target != "pixels":
         raise UserError(f"{config.out} predicts another target than pixels ({target}) and cannot fill a hole")
+
+
+def check_out(out: Path, options: Inpaint, console: Console) -> None:
+    """Says, before the sampling, that earlier fillings are replaced. Raises UserError where `write_fillings` would
+    fail, or write over what it was given."""
+    folder, steps = out.with_suffix(""), out.with_name(f"{out.stem}-steps.png")
+    check_place(out, steps, folder / "1-masked.png")
+    given = {path.resolve() for path in (*options.image, Path(options.mask))}
+    if found := next((path for path in (out, steps) if path.resolve() in given), None):
+        raise UserError(f"{found} is a picture that is given, and would be written over; give another --out")
+    if out.exists():
+        console.print(f"{out} is there, and will be replaced", highlight=False, markup=False, soft_wrap=True)
 
 
 def check_mp4(config: RunConfig) -> None:
@@ -277,8 +292,9 @@ def write_fillings(filled: Fillings, out: Path, show: Callable[[Tensor], np.ndar
 def save_gif(frames: np.ndarray, path: Path, seconds_a_frame: float = 0.1) -> None:
     """Write uint8 [F, H, W, 3] as a GIF that plays again and again."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    first, *rest = [Image.fromarray(frame) for frame in frames]
-    first.save(path, save_all=True, append_images=rest, duration=int(1000 * seconds_a_frame), loop=0)
+    (first, *rest), encoded = [Image.fromarray(frame) for frame in frames], BytesIO()
+    first.save(encoded, "GIF", save_all=True, append_images=rest, duration=int(1000 * seconds_a_frame), loop=0)
+    write_whole(path, encoded.getvalue())
 
 
 def save_mp4(frames: np.ndarray, path: Path, frames_a_second: int = 10) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from umd.device import autocast
 from umd.errors import UserError
-from umd.files import write_whole
+from umd.files import check_place, write_whole
 from umd.model import UMD
 from umd.probe import fewshot_accuracy
 from umd.representation import layer_features, layer_names
@@ -83,6 +83,8 @@ class Layers:
 
 def probe_layers(run: Path, options: Probe, config: RunConfig, console: Console) -> None:
     """Print the table, write RUN/layers.json and RUN/layers.png; or do this rank's share of the work."""
+    record_file, curves = ((options.out or run) / f"layers.{kind}" for kind in ("json", "png"))
+    check_place(record_file, curves)
     layers = Layers(own_pictures(run, config, options.source, console), options)
     tell_notes(console, layers.probe.train, layers.probe.test)
     if not share(layers.jobs(), console, "pictures read"):
@@ -100,6 +102,6 @@ def probe_layers(run: Path, options: Probe, config: RunConfig, console: Console)
     record |= {"accuracy": {str(time): row for time, row in found.items()}}
     from umd.figures import layer_curves  # here: matplotlib takes a second of every start
 
-    write_whole(run / "layers.json", json.dumps(record, indent=1).encode())
-    layer_curves({str(run): found}, run / "layers.png", options.shots)
-    console.print(f"written: {run / 'layers.json'} and {run / 'layers.png'}", highlight=False, soft_wrap=True)
+    write_whole(record_file, json.dumps(record, indent=1).encode())
+    layer_curves({str(run): found}, curves, options.shots)
+    console.print(f"written: {record_file} and {curves}", highlight=False, soft_wrap=True)

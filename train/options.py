@@ -27,7 +27,6 @@ from umd.train.run import RunConfig
 from umd.train.settings import DataConfig
 
 IMAGENET = 1_281_167
-FAST_STEPS = 25  # of the solvers of diffusers
 Kind = Literal["timm", "transformers", "diffusers", "hub", "small-vision"]
 
 
@@ -210,13 +209,6 @@ class Sampling:
     def __post_init__(self) -> None:
         check_ranges(self)
 
-    def steps_of(self, config: RunConfig) -> int:
-        if self.steps is not None:
-            return self.steps
-        if self.sampler not in ("ddim", "ddpm"):
-            return FAST_STEPS
-        return 125 if config.model.channels in (1, 3) else 250
-
 
 @dataclass(frozen=True)
 class Sample(Sampling):
@@ -311,6 +303,8 @@ class Probe:
     """Averaged weights, where the run has them."""
     source: str = ""
     """Pictures to probe on, as in --data.source; default: those that the run was trained on."""
+    out: Path | None = None
+    """Folder of what is written, e.g. of a run that is only to be read; default: RUN."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "l2", "seeds", "times")
@@ -365,6 +359,8 @@ class Evaluate(Sampling):
     """Also the linear probe and nearest neighbours, which read every training picture."""
     errors: CountOrZero = 512
     """Held-out pictures of the error curves by model time; 0: no curves."""
+    out: Path | None = None
+    """Folder of what is written, e.g. of a run that is only to be read; default: RUN."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "cfg_scale")
@@ -401,6 +397,8 @@ class Transfer:
     """Draws of the shots."""
     ema: bool = False
     """Averaged weights, where the run has them."""
+    out: Path | None = None
+    """Folder of what is written, e.g. of a run that is only to be read; default: RUN."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "seeds")

@@ -20,7 +20,7 @@ from torch import Tensor
 from umd.config import kind_of
 from umd.device import autocast
 from umd.errors import UserError
-from umd.files import write_whole
+from umd.files import check_place, write_whole
 from umd.linear_probe import knn_accuracy, linear_probe
 from umd.methods import AnyModel, build_model
 from umd.model import UMD
@@ -50,6 +50,8 @@ def probe(run: Path, options: Probe, config: RunConfig, console: Console) -> Non
 
         probe_layers(run, options, config, console)
         return
+    file = (options.out or run) / "probe.json"
+    check_place(file)
     recognition = Recognition(own_pictures(run, config, options.source, console), options)
     tell_notes(console, recognition.train, recognition.test)
     if not share(recognition.jobs(), console, "pictures read"):
@@ -57,7 +59,7 @@ def probe(run: Path, options: Probe, config: RunConfig, console: Console) -> Non
         return
     entry = recognition.entry()
     print_rows(entry["rows"], f"{config.out}: probes on {entry['test_images']} held-out pictures", console)
-    write_whole(run / "probe.json", json.dumps(entry["results"], indent=1).encode())
+    write_whole(file, json.dumps(entry["results"], indent=1).encode())
 
 
 def tell_notes(console: Console, *datasets: Dataset) -> None:
@@ -112,7 +114,7 @@ class Recognition:
         weights = weights_identity(config.out, options.ema)  # a run that still trains may save others meanwhile
         self.model, self.device, self.dtype = open_run(config, options.ema, weights["step"])
         recipe = probe_recipe(config, weights, self.device, self.dtype)
-        root = config.out / "features"
+        root = (options.out or config.out) / "features"
         self.shots = Features(root, recipe | of(self.train, chosen) | {"floors": True}, chosen)
         self.held_out = Features(root, recipe | of(self.test, test_ids) | {"floors": True}, test_ids)
         whole = np.arange(len(self.train)) if options.linear else chosen

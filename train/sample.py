@@ -13,6 +13,7 @@ import socket
 import zipfile
 from collections.abc import Iterable, Sequence
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from umd.conditions import make_conditions
 from umd.config import Capture, Prediction, SamplerName
 from umd.device import autocast
 from umd.errors import UserError
-from umd.files import flush
+from umd.files import check_place, flush, write_whole
 from umd.guidance import Denoise, Guidance
 from umd.images import grid, save_png, to_uint8
 from umd.model import UMD
@@ -38,7 +39,8 @@ from umd.train.heads import Heads
 from umd.train.options import Sample
 from umd.train.run import RunConfig
 from umd.train.sampling import GROUP, chosen_guidance, clips, draw_recipe, prediction_of
-from umd.train.shards import Advance, Job, others_work, share
+from umd.train.shards import Advance, Job, others_work, rank_and_size, share
+from umd.train.store import differences
 from umd.train.weights import class_names, weights_identity
 
 SHARD = 64  # images a file while they are drawn
@@ -132,6 +134,7 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
     """Draw what `options` ask for and write it, or go on with what is there of it."""
     if config.is_classifier:
         raise UserError(f"{run} is a classifier and draws nothing; sample the run that it started from")
+    files = places(run, options)
     if config.is_diffmae:
         raise UserError("a DiffMAE fills holes in pictures and draws none without: use `umd inpaint`")
     classes = check_classes(config, options.classes, options.balanced)
@@ -152,11 +155,9 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
         config, weights, device, dtype, tokenizer, count, options, classes=classes, order=order, cfg_scale=cfg_scale,
         seed=options.seed, predict=predict, heads=heads,
     )  # fmt: skip
-    png = options.out or run / "samples.png"
-    known = png.suffix.lower() in (".png", ".npz", ".json")
-    png = png.with_suffix(".png") if known else png.with_name(f"{png.name}.png")
-    files = png, png.with_suffix(".npz"), png.with_suffix(".json")
+    png = files[0]
     if not is_there(files, recipe):
+        tell_replaced(files, recipe, console)
         drawer = Drawer(
             model, evaluate.schedule_of(config.schedule), labels, count, num_steps=recipe["steps"],
             cfg_scale=cfg_scale, eta=options.eta, seed=options.seed, clip=clips(config, tokenizer), dtype=dtype,
@@ -164,7 +165,6 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
             predict=predict, heads=heads, guidance=chosen_guidance(options),
         )  # fmt: skip
         folder = png.with_name(f".{png.stem}-{name_of(recipe)}")
-        folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is found before the work
         jobs = [
             Job(folder / f"{first:08d}.npy", last - first, partial(picture_bytes, drawer, first, last))
             for first, last in spans(count, SHARD)
@@ -183,6 +183,38 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
         shutil.rmtree(folder, ignore_errors=True)
     where = f"{files[0]} and {files[1]}"
     console.print(f"{count} samples in {where}", highlight=False, markup=False, soft_wrap=True)
+
+
+def places(run: Path, options: Sample) -> tuple[Path, Path, Path]:
+    """Where grid, samples and settings go. Raises UserError, before the work, where they cannot be written, or where
+    a file lies that no `umd sample` has written."""
+    png = options.out or run / "samples.png"
+    known = png.suffix.lower() in (".png", ".npz", ".json")
+    png = png.with_suffix(".png") if known else png.with_name(f"{png.name}.png")
+    files = png, png.with_suffix(".npz"), png.with_suffix(".json")
+    check_place(*files)
+    there = next((file for file in files if file.exists()), None)
+    parts = png.parent.glob(f".{escape(png.stem)}-*")  # of a command that was stopped, perhaps while it wrote these
+    if there and not settings_in(files[-1]) and not any(parts):
+        raise UserError(f"{there} is there and is no result of umd sample; give another --out, or remove it")
+    return files
+
+
+def settings_in(file: Path) -> dict[str, Any]:
+    """What samples beside this .json were drawn with; {} if it says nothing of samples."""
+    try:
+        found = json.loads(file.read_text())
+        return found if isinstance(found, dict) and "weights" in found else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def tell_replaced(files: Sequence[Path], recipe: dict[str, Any], console: Console) -> None:
+    """Say which samples the new ones will replace, while there is time to stop."""
+    if rank_and_size()[0] == 0 and (before := settings_in(files[-1])):
+        differ = ", ".join(differences(before, json.loads(json.dumps(recipe)))) or "nothing"
+        text = f"{files[1]} holds other samples, and will be replaced; what differs: {differ}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def check_classes(config: RunConfig, asked: Sequence[str], balanced: bool) -> tuple[int, ...]:
@@ -232,7 +264,7 @@ def put_together(
     class_ids = np.full(count, -1) if labels is None else labels.numpy()  # -1: unconditional
     write_npz(npz, (count, *shown.shape[1:]), map(read_part, parts), class_ids, names)
     save_png(grid(shown, columns=min(columns, len(shown))), png, scale=max(1, 128 // shown.shape[1]))
-    settings.write_text(json.dumps(recipe, indent=1))
+    write_whole(settings, json.dumps(recipe, indent=1).encode())
 
 
 def read_part(part: Path) -> np.ndarray:

@@ -19,6 +19,15 @@ from umd.train.options import Sampling
 from umd.train.run import RunConfig
 
 GROUP = 32  # images of every call of the network
+FAST_STEPS = 25  # of the solvers of diffusers
+
+
+def steps_of(options: Sampling, config: RunConfig) -> int:
+    if options.steps is not None:
+        return options.steps
+    if options.sampler not in ("ddim", "ddpm"):
+        return FAST_STEPS
+    return 125 if config.model.channels in (1, 3) else 250
 
 
 def chosen_guidance(options: Sampling) -> Guidance:
@@ -53,7 +62,7 @@ def draw_recipe(
 
     Raises UserError for steps and guidance that cannot be had.
     """
-    schedule, steps = schedule_of(config.schedule), options.steps_of(config)
+    schedule, steps = schedule_of(config.schedule), steps_of(options, config)
     times = sampler_times(options.sampler, steps, schedule)
     guided = cfg_scale != 1
     chosen_guidance(options).scales(cfg_scale, times, schedule.num_steps)

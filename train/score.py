@@ -22,7 +22,7 @@ from torch import Tensor
 import umd
 from umd.errors import UserError
 from umd.feature_networks import identity, open_features
-from umd.files import write_whole
+from umd.files import check_place, write_whole
 from umd.images import from_uint8
 from umd.model import UMD
 from umd.train import evaluate
@@ -46,7 +46,7 @@ from umd.train.reference import (
 )
 from umd.train.run import RunConfig
 from umd.train.sample import Drawer, check_classes, drawn_labels
-from umd.train.sampling import chosen_guidance, clips, draw_recipe, prediction_of
+from umd.train.sampling import chosen_guidance, clips, draw_recipe, prediction_of, steps_of
 from umd.train.shards import Advance, Job, others_work, share
 from umd.train.weights import weights_identity
 
@@ -54,6 +54,9 @@ from umd.train.weights import weights_identity
 def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Console) -> None:
     """Do this rank's share of the work; the rank that finds all of it done writes and prints the scores."""
     config = with_source(config, options.source)
+    out = options.out or run
+    file, table, curves = out / "scores.json", out / "scores.md", out / "errors.png"
+    check_place(file, table, curves)
     left_out = reasons(run, config, options)
     for what, reason in left_out.items():
         console.print(f"{what} is left out: {reason}", highlight=False)
@@ -62,16 +65,15 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
     if not {"recognition", "errors"} <= left_out.keys() or not (options.reference or options.pictures):
         own_pictures(run, config, options.source, console)
     generation = None if "generation" in left_out else Generation(config, options, console)
-    probe = Probe(shots=options.shots, allow_fewer=options.allow_fewer, linear=options.linear)
+    probe = Probe(shots=options.shots, allow_fewer=options.allow_fewer, linear=options.linear, out=options.out)
     recognition = None if "recognition" in left_out else Recognition(config, probe)
     if recognition is not None:
         tell_notes(console, recognition.train, recognition.test)
-    errors = None if "errors" in left_out else Errors(config, options.errors, options.ema)
+    errors = None if "errors" in left_out else Errors(config, options.errors, options.ema, options.out)
     jobs = [job for part in (generation, recognition, errors) if part is not None for job in part.jobs()]
     if not share(jobs, console, "images"):
         console.print(others_work(), highlight=False)
         return
-    file = run / "scores.json"
     record = read_record(file)
     record["environment"] = environment()
     if generation is not None:
@@ -80,12 +82,12 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
         put(record["recognition"], [recognition.entry()])
     if errors is not None:
         put(record.setdefault("errors", []), [errors.entry()])
-        draw_errors(record["errors"], run / "errors.png")
+        draw_errors(record["errors"], curves)
     write_whole(file, json.dumps(record, indent=1).encode())
     text = markdown(record)
-    write_whole(run / "scores.md", text.encode())
+    write_whole(table, text.encode())
     console.print(Markdown(text))
-    console.print(f"written: {file} and {run / 'scores.md'}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written: {file} and {table}", highlight=False, markup=False, soft_wrap=True)
 
 
 def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
@@ -126,7 +128,8 @@ class Generation:
         factor = 1 if self.tokenizer is None else self.tokenizer.vae.factor
         self.size = [side * factor for side in config.model.image_size]
         self.predict, self.heads = prediction_of(options, config, weights, self.model, self.dtype, console)
-        self.root = config.out / "features"
+        self.out = options.out or config.out
+        self.root = self.out / "features"
         self.labels = drawn_labels(classes, options.count, options.balanced, options.seed) if classes else None
         order = "none" if not classes else "in turn" if options.balanced else "at random"
         self.recipes = [
@@ -183,7 +186,7 @@ class Generation:
 
     def kept(self, made: Features) -> Path:
         """The file of a reference that was made here."""
-        return self.config.out / f"reference-{name_of(made.settings)}.npz"
+        return self.out / f"reference-{name_of(made.settings)}.npz"
 
     def samples(self, recipe: Mapping[str, Any]) -> Features:
         return Features(self.root, {**recipe, "features": identity(self.network)}, np.arange(self.options.count), CALL)
@@ -204,7 +207,7 @@ class Generation:
         options = self.options
         return Drawer(
             self.model, evaluate.schedule_of(self.config.schedule), self.labels, options.count,
-            num_steps=options.steps_of(self.config), cfg_scale=cfg_scale, eta=options.eta, seed=options.seed,
+            num_steps=steps_of(options, self.config), cfg_scale=cfg_scale, eta=options.eta, seed=options.seed,
             clip=clips(self.config, self.tokenizer), dtype=self.dtype, batch=options.batch, capture=options.capture,
             tokenizer=self.tokenizer, sampler=options.sampler, predict=self.predict, heads=self.heads,
             guidance=chosen_guidance(options),

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from umd.errors import UserError
-from umd.files import make_folder, write_whole
+from umd.files import check_place, write_whole
 
 log = logging.getLogger("umd")
 
@@ -247,7 +247,7 @@ def check_folder(folder: Path, kind: str, about: dict[str, Any], names: Collecti
 
     about: `format` and `recipe` of the shards to be written. names: of these.
     """
-    make_folder(folder)
+    check_place(folder / "shard")
     other = next(each for each in ROWS if each != kind)
     if is_store(folder, other):
         raise UserError(f"{folder} holds {'latents' if other == 'latents' else 'stored pictures'}; give another --out")

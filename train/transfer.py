@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from umd.errors import UserError
-from umd.files import write_whole
+from umd.files import check_place, write_whole
 from umd.train.listing import listing
 from umd.train.options import Probe, Transfer
 from umd.train.probe import Recognition, print_rows
@@ -32,13 +32,17 @@ def transfer(run: Path, folder: Path, options: Transfer, config: RunConfig, cons
     """
     if config.is_classifier:
         raise UserError(f"{run} is a classifier; probe the run that it started from")
+    file = (options.out or run) / "transfer.json"
+    check_place(file)
     names = listing(folder)[0]
     if not names:
         raise UserError(
             f"{folder} has no subfolders: expected one a set, e.g. {folder}/cifar100/train/<class>/ and "
             f"{folder}/cifar100/test/<class>/"
         )
-    probe = Probe(options.shots, pool=0, allow_fewer=options.allow_fewer, seeds=options.seeds, ema=options.ema)
+    probe = Probe(
+        options.shots, pool=0, allow_fewer=options.allow_fewer, seeds=options.seeds, ema=options.ema, out=options.out
+    )
     sets: dict[str, Recognition] = {}
     refused: dict[str, str] = {}
     for name in names:
@@ -62,5 +66,5 @@ def transfer(run: Path, folder: Path, options: Transfer, config: RunConfig, cons
     if missing := [name for name in PAPER if name not in entries]:
         console.print(f"of the paper's sets not there: {', '.join(missing)}", highlight=False)
     record = {"sets": entries, "refused": refused}
-    write_whole(run / "transfer.json", json.dumps(record, indent=1).encode())
-    console.print(f"written: {run / 'transfer.json'}", highlight=False, markup=False, soft_wrap=True)
+    write_whole(file, json.dumps(record, indent=1).encode())
+    console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
