@@ -10,12 +10,11 @@ from umd import ops
 from umd.conditions import make_conditions
 from umd.device import autocast
 from umd.diffmae import DiffMAE, fill, pixel_mask
-from umd.images import grid, to_uint8
+from umd.images import grid, masked_view, to_uint8
 from umd.masking import random_ids_keep
 from umd.methods import AnyModel, AnyObjective
 from umd.model import UMD
 from umd.objective import DiffMAEObjective, Objective
-from umd.report import masked_view
 from umd.sampler import ddim_sample, model_times
 from umd.train.data import center_view, open_dataset
 from umd.train.latents import tokenizer_of

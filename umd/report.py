@@ -19,10 +19,8 @@ from PIL import Image
 from umd import figures
 from umd.errors import UserError
 from umd.files import make_folder, write_whole
-from umd.images import grid
 
 NBSP = "\N{NO-BREAK SPACE}"  # a number and its unit stay on one line
-HIDDEN = 168  # the grey of a removed patch
 MAX_STACKS = 12  # pictures side by side before a figure gets too small to read
 LOSS_PARTS = {
     "loss_noised_eps": "noise ε̂ (noised half)",
@@ -95,30 +93,6 @@ class DemoRecord:
     frechet: list[tuple[str, str, float]] = field(default_factory=list)
     mask_ratio_no_noise: float = 0.75  # of `triplets`
     mask_ratio: float = 0.375  # of `noised_triplets`
-
-
-def masked_view(image: np.ndarray, mask: np.ndarray, patch_size: int) -> np.ndarray:
-    """Grey out the removed patches of a picture.
-
-    Args:
-        image: uint8 [H, W, C].
-        mask: [L] or [H/P, W/P], patches in row-major order; 0 keep, 1 remove.
-        patch_size: P, divides H and W.
-
-    Returns:
-        A new uint8 [H, W, C].
-    """
-    h, w, _ = image.shape
-    rows, columns = h // patch_size, w // patch_size
-    if (rows * patch_size, columns * patch_size) != (h, w) or mask.size != rows * columns:
-        raise ValueError(f"A mask of {mask.size} does not fit {h}x{w} pixels in {patch_size}x{patch_size} patches.")
-    hidden = np.asarray(mask).reshape(rows, columns).astype(bool).repeat(patch_size, 0).repeat(patch_size, 1)
-    return np.where(hidden[..., None], np.uint8(HIDDEN), image)
-
-
-def reconstruction_sheet(originals: np.ndarray, masked: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Masked inputs over reconstructions over originals, each uint8 [N, H, W, C], as uint8 [H', W', 3]."""
-    return grid(np.concatenate([masked, reconstructions, originals]), columns=len(originals))
 
 
 def save_record(record: DemoRecord, folder: Path) -> Path:

@@ -22,7 +22,7 @@ import umd as package
 from umd import cli
 from umd.checkpoint import list_checkpoints
 from umd.cli import COMMANDS, main
-from umd.train import options as classes
+from umd.train import options as option_classes
 from umd.train.finetune import Finetune, default_finetune
 from umd.train.log import read_metrics
 from umd.train.options import (
@@ -88,7 +88,7 @@ def test_every_command_has_a_help_of_its_own():
     for name, command in COMMANDS.items():
         shown = done(f"{name} --help")
         assert f"umd {name}" in shown
-        for field in dataclasses.fields(getattr(classes, command.options)) if command.options else ():
+        for field in dataclasses.fields(getattr(option_classes, command.options)) if command.options else ():
             assert field.name.replace("_", "-") in shown or field.name == "kind"  # its choices are
     assert all("--data.source" in done(f"{name} --help") for name in ("pretrain", "finetune", "plan"))
     assert all(name in done("pretrain --help") for name in PRESETS)

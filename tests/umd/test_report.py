@@ -13,18 +13,8 @@ from PIL import Image
 
 from umd import figures
 from umd.errors import UserError
-from umd.report import (
-    DemoRecord,
-    Part,
-    ProbeRow,
-    load_record,
-    masked_view,
-    probe_margins,
-    reconstruction_sheet,
-    save_record,
-    write,
-    write_report,
-)
+from umd.images import masked_view, reconstruction_sheet
+from umd.report import DemoRecord, Part, ProbeRow, load_record, probe_margins, save_record, write, write_report
 
 RESULTS = ["reconstruction", "samples", "inpainting", "probe", "denoising", "frechet"]
 SECTIONS = [*RESULTS, "next", "run", "repeat"]

@@ -1,0 +1,31 @@
+"""What a start does not wait for."""
+
+import subprocess
+import sys
+
+import pytest
+
+LINES = [
+    ["--help"], ["pretrain", "--help"], ["pretrain", "umd-tiny", "--optim.lrr", "1"], ["pretrain", "umd-tinyy"],
+    ["plan", "umd-l2", "--help"], ["finetune", "--help"], ["finetune", "nowhere"], ["sample", "--help"], ["sample"],
+    ["inpaint", "--help"], ["probe", "nowhere"], ["evaluate", "--help"], ["embed", "nowhere", "x"],
+    ["transfer", "--help"], ["encode-latents", "--help"], ["encode-pixels", "--help"], ["inspect", "--help"],
+    ["import", "--help"], ["export", "timm", "nowhere"], ["check-data", "--help"], ["demo", "--help"], ["sampel"],
+]  # fmt: skip
+
+
+def loaded(code: str) -> set[str]:
+    """Modules of a process of its own after this code."""
+    code = f"import sys\n{code}\nprint('\\n' + ' '.join(sys.modules), file=sys.__stdout__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split("\n")[-2].split())
+
+
+def test_help_and_mistakes_are_answered_without_torch():
+    code = f"from umd import cli\nfor line in {LINES}:\n    try: cli.main(line)\n    except SystemExit: pass"
+    assert not {"torch", "matplotlib"} & loaded(code)
+
+
+@pytest.mark.parametrize("module", ["umd.train.loop", "umd.train.sample"])
+def test_a_run_starts_without_compilers_and_plots(module):
+    assert not {"torch._dynamo", "torch._inductor", "sympy", "matplotlib", "diffusers"} & loaded(f"import {module}")
