@@ -43,7 +43,7 @@ from umd.train.sources import (
     whole,
 )
 from umd.train.tars import Members, is_tars, open_tars
-from umd.train.waiting import Prepared
+from umd.train.waiting import Prepared, in_order
 
 __all__ = ["Batch", "DataConfig", "ImageDataset", "center_view", "centered_view_of_file"]
 __all__ += ["derive_seed", "describe", "open_dataset", "train_loader"]
@@ -119,10 +119,15 @@ def center_view(
         x = center_view(dataset, indices, pixel_config(config, tokenizer.vae), zoom)
         return tokenizer.moments(x)[:, 0].cpu()
     with ThreadPoolExecutor(max(1, config.workers)) as pool:  # Pillow lets go of the interpreter lock
-        views = list(pool.map(lambda index: centered(dataset.read(int(index))[1], config, zoom), indices))
+        read = partial(read_centered, dataset, config, zoom)
+        views = list(in_order(pool, read, indices, config.source))
     if not views:
         return torch.empty(0, config.channels, *config.image_size)
     return as_model_input(torch.from_numpy(np.stack(views)))
+
+
+def read_centered(dataset: ImageDataset, config: DataConfig, zoom: float, index: int) -> np.ndarray:
+    return centered(dataset.read(int(index))[1], config, zoom)
 
 
 def centered_view_of_file(path: Path | str, config: DataConfig) -> Tensor:
