@@ -1,5 +1,8 @@
-"""The book of docs/ as a site: `make docs` writes it to site/. Sphinx with MyST, which is CommonMark, so that a page reads
-the same on GitHub; furo loads nothing from another host, and its search works without a server."""
+"""The book of docs/ as a site: `make docs` writes it to site/.
+
+Sphinx with MyST, which is CommonMark, so that a page reads the same on GitHub. furo loads nothing from another host, and
+its search works without a server.
+"""
 
 import sys
 from pathlib import Path

@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from umd.train.data import DataConfig
 from umd.train.demo import Demo
 from umd.train.presets import PRESETS
 from umd.train.run import RunConfig
+from umd.train.score import Evaluate
 
 ROOT = Path(__file__).parents[1]
 SHORT = [ROOT / name for name in ("kernels/README.md", "launch/README.md", "bench/results/gpu/README.md")]
@@ -32,8 +32,9 @@ BOOK = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *SHORT, *BOOK]
 
 # Options appended to a command, by its name; later ones win. Of a run: 8x8 pictures, 16 wide, two steps.
-NETWORK = "--model.image-size 8 8 --model.patch-size 4 --model.hidden-size 16 --model.depth 1 --model.num-heads 2 "
-NETWORK += "--model.decoder-depth 1 --model.decoder-num-heads 2"
+NETWORK = "--model.image-size 8 8 --model.patch-size 2 --model.hidden-size 16 --model.depth 1 --model.num-heads 2 "
+NETWORK += "--model.decoder-depth 1 --evaluate-count 16"
+DIFFMAE = "--model.decoder-hidden-size 8 --model.decoder-num-heads 2"
 LENGTH = "--steps 2 --batch-size 20 --accumulate 1 --data.num-workers 0 --device cpu --precision fp32 --out {out}"
 SMALL = {
     "pretrain": f"{NETWORK} {LENGTH}",
@@ -45,20 +46,25 @@ SMALL = {
     "transfer": "--shots 2 --seeds 0",
     "evaluate": "--steps 2 --count 8 --few --shots 2 --errors 0",
     "encode-latents": "--image-size 16 16 --out {out}",
-    "encode-pixels": "--side 12 --out {out}",
+    "encode-pixels": "--size 12 12 --out {out}",
     "export": "--image-size 8 8 --out {out}",
     "import": "--out {out}",
+    "check-data": "--workers 1 --min-side 8 --out {out}",
     "embed": "--out {out}",
 }  # fmt: skip
 STAND_FOR = {"PRESET": "umd-b4", "RUN": "runs/umd-b4-labels", "OTHER": "runs/umd-b4-labels", "FOLDER": "sets"}
 
 # What a command needs that another makes first.
-BEFORE = {
-    "latents/imagenet": "umd encode-latents --data.source imagenet --data.vae stabilityai/sd-vae-ft-ema "
-    "--image-size 16 16 --recipe pretrain --out latents/imagenet",
-    "latents/imagenet-finetune": "umd encode-latents --data.source imagenet --data.vae stabilityai/sd-vae-ft-ema "
-    "--image-size 16 16 --recipe finetune --out latents/imagenet-finetune",
-    "pixels/imagenet": "umd encode-pixels --data.source imagenet --side 12 --out pixels/imagenet",
+VAE = "--data.source imagenet --data.vae stabilityai/sd-vae-ft-ema"
+MADE_BY = {
+    "latents/imagenet": f"umd encode-latents {VAE}",
+    "latents/imagenet-finetune": f"umd encode-latents --recipe finetune {VAE}",
+    "pixels/imagenet": "umd encode-pixels --data.source imagenet",
+    "runs/umd-l2": "umd pretrain umd-l2 --data.source latents/imagenet",
+    "runs/umd-l2-labels": "umd finetune runs/umd-l2 --data.source latents/imagenet-finetune",
+    "runs/dit-xl2": "umd import dit DiT-XL-2-256x256.pt",
+    "runs/diffmae-tiny": "umd pretrain diffmae-tiny --data.source path/to/images",
+    "runs/diffmae-video-l": "umd pretrain diffmae-video-l",
 }
 
 # What is not run: the beginning of the command, and why. Each must match one; `umd` ones are parsed, others by bash.
@@ -76,12 +82,14 @@ NOT_RUN = {
     "torchfrtrace ": "hang",
     "PYTHONPATH=. python bench/first_light.py": "GPU",
     "umd demo": "minutes",
+    "umd doctor": "seconds",
+    "umd evaluate RUN --features ": "weights",
     "umd bench ": "minutes",
 }
 
 
 def blocks(text: str, *languages: str) -> list[str]:
-    """The fenced blocks of some languages, and for sh the indented ones too, as the README has them."""
+    """The fenced blocks of some languages, and for sh the indented ones too."""
     fenced = re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", text, re.M | re.S)
     plain = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     if "sh" in languages:
@@ -142,11 +150,9 @@ def sandbox(tmp_path_factory, vaes, make_run):
         published_weights()
         data = DataConfig(source="path/to/images")
         for name, classes in {"mine": 0, "demo/pretrain": 0, "umd-tiny": 0, "umd-b4": 0, "mae-b4": 0}.items():
-            make_run(Path("runs") / name, data, num_classes=classes)
+            make_run(Path("runs") / name, data, num_classes=classes, patch_size=2)
         for name in ("mine-labels", "umd-b4-labels"):
-            make_run(Path("runs") / name, data)
-        for preset, options in {"diffmae-tiny": "--data.source path/to/images", "diffmae-video-l": ""}.items():
-            umd(shlex.split(f"umd pretrain {preset} {options} {small('pretrain')} --out runs/{preset}"))
+            make_run(Path("runs") / name, data, patch_size=2)
     return root
 
 
@@ -164,8 +170,18 @@ def published_weights() -> None:
     Path("weights.npz").symlink_to(data / "umd_adaln.npz")
 
 
-def small(name: str, out: str = "made") -> str:
-    return SMALL.get(name, "").format(out=out)
+def small(words: list[str], out: str) -> list[str]:
+    """The command with the options that make it small."""
+    options = f"{SMALL.get(words[1], '')} {DIFFMAE if words[1] == 'pretrain' and 'diffmae' in words[2] else ''}"
+    return [*words, *shlex.split(options.format(out=out))]
+
+
+def make(words: list[str], out: str) -> None:
+    """Run a command in its small form, after those that make what it needs."""
+    for name in words[2:]:
+        if name in MADE_BY and name != out and not Path(name).exists():
+            make(shlex.split(MADE_BY[name]), name)
+    umd(small(words, out))
 
 
 def umd(words: list[str]) -> str:
@@ -187,6 +203,8 @@ def parse(words: list[str]) -> None:
         cli.parse(getattr(import_module(module), options), "bench", rest[1:])
     elif name == "demo":
         cli.parse(Demo, name, rest)
+    elif name == "evaluate":
+        cli.parse(Evaluate, name, rest[1:])
     elif name == "pretrain":
         cli.parse(RunConfig, name, rest[1:], cli.with_length(PRESETS[rest[0]][1], rest))
     else:
@@ -198,13 +216,10 @@ def test_a_command_runs(command, sandbox, tmp_path, monkeypatch):
     monkeypatch.chdir(sandbox)
     words = words_of(command)
     assert words[0] == "umd", f"{command}: neither a umd command nor listed in NOT_RUN"
-    if len(words) == 2 and words[1] not in ("doctor",):
+    if len(words) == 2 or "--help" in words:
         umd([*words, "--help"])
-        return
-    for what, before in BEFORE.items():
-        if what in words[2:] and not Path(what).exists():
-            umd(shlex.split(before))
-    umd([*words, *([] if "--help" in words else shlex.split(small(words[1], str(tmp_path / "out"))))])
+    else:
+        make(words, str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(tuple(NOT_RUN))])

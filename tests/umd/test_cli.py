@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +20,9 @@ import umd as package
 from umd import cli
 from umd.checkpoint import list_checkpoints
 from umd.cli import COMMANDS, main
-from umd.train.demo import Demo
-from umd.train.embed import Embed
-from umd.train.encode import EncodeLatents, Inspect
-from umd.train.export import Export
-from umd.train.finetune import Finetune, default_finetune
-from umd.train.imports import Import
-from umd.train.inpaint import Inpaint
 from umd.train.log import read_metrics
-from umd.train.pixels import EncodePixels
 from umd.train.presets import PRESETS
-from umd.train.probe import Probe
 from umd.train.run import RunConfig
-from umd.train.sample import Sample
-from umd.train.score import Evaluate
-from umd.train.transfer import Transfer
 
 ROOT = Path(__file__).parents[2]
 TINY = "--model.image-size 8 8 --model.patch-size 2 --model.hidden-size 32 --model.depth 1 --model.decoder-depth 1"
@@ -144,52 +131,6 @@ def test_a_length_replaces_that_of_the_preset_whatever_its_unit():
     ):
         config = cli.parse(RunConfig, "pretrain", options, cli.with_length(default, options))
         assert (config.epochs, config.steps, config.minutes) == length
-
-
-# The README's commands
-
-
-def readme_commands() -> list[str]:
-    """Every `umd …` of the README: lines of code blocks, and in the text between backticks."""
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^    (umd .*)$", text, re.M)
-    inline = re.findall(r"`(umd [^`]+)`", " ".join(line for line in text.splitlines() if not line.startswith("    ")))
-    assert len(blocks) >= 5
-    return list(dict.fromkeys(" ".join(shlex.split(command, comments=True)) for command in blocks + inline))
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_a_command_of_the_readme_parses(command):
-    _, name, *rest = command.split()
-    assert name in COMMANDS
-    if "--help" in rest or name in ("doctor", "report"):
-        done(" ".join([name, *rest, *([] if "--help" in rest else ["--help"])]))
-    elif name == "pretrain":
-        default = PRESETS[rest[0]][1]
-        assert cli.parse(RunConfig, name, rest[1:], default) != default or not rest[1:]
-    elif name == "finetune":
-        preset = "diffmae-tiny" if "diffmae" in rest[0] else "umd-tiny"
-        cli.parse(Finetune, name, rest[1:], default_finetune(PRESETS[preset][1], Path(rest[0]), rest[1:]))
-    elif name in ("sample", "inpaint", "probe", "evaluate"):
-        options = {"sample": Sample, "inpaint": Inpaint, "probe": Probe, "evaluate": Evaluate}[name]
-        cli.parse(options, name, rest[1:])
-    elif name in ("transfer", "embed"):
-        cli.parse({"transfer": Transfer, "embed": Embed}[name], name, rest[2:])
-    elif name == "export":
-        cli.parse(Export, name, rest)
-    elif name == "encode-latents":
-        assert cli.parse(EncodeLatents, name, rest).data.vae
-    elif name == "encode-pixels":
-        assert cli.parse(EncodePixels, name, rest).source == "imagenet"
-    elif name == "import":
-        cli.parse(Import, name, rest)
-    elif name == "inspect":
-        cli.parse(Inspect, name, rest[1:])
-    elif name == "bench":
-        module, options, _ = cli.BENCHES[rest[0]]
-        cli.parse(getattr(import_module(module), options), name, rest[1:])
-    else:
-        cli.parse(Demo, name, rest)
 
 
 # A whole project
