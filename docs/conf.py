@@ -1,7 +1,7 @@
 """The book of docs/ as a site: `make docs` writes it to site/.
 
-Sphinx with MyST, which is CommonMark, so that a page reads the same on GitHub. furo loads nothing from another host, and
-its search works without a server.
+Sphinx with MyST, which is CommonMark, so that a page reads the same on GitHub. furo loads nothing from another host,
+and its search works without a server.
 """
 
 import sys
