@@ -5,7 +5,7 @@ MINUTES ?= 15
 RUN     ?= runs/demo
 PYTEST  := .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo test test-slow test-gpu lint clean
+.PHONY: help demo test test-slow test-gpu lint docs clean
 
 help:
 	@echo 'make demo       pretrain, probe, fine-tune, sample and inpaint on emoji; writes $(RUN)/report.html'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test-slow  the slow ones'
 	@echo 'make test-gpu   those for a GPU'
 	@echo 'make lint       ruff and mypy'
+	@echo 'make docs       the book of docs/ as a site: site/index.html'
 	@echo 'make clean      remove .venv and what tools left (runs/ stays)'
 	@echo
 	@echo 'The first of these sets up .venv (PYTHON=$(PYTHON)). For the small build of PyTorch without CUDA put before it'
@@ -37,6 +38,11 @@ lint: .venv/installed umd/kernels umd/train umd/bench
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
+# A dead link or anchor fails.
+docs: .venv/installed
+	.venv/bin/python -m sphinx -b html -n -W --keep-going -q docs site
+	@echo 'written: site/index.html'
+
 # Links that show mypy and editors what umd/__init__.py does when Python runs; git ignores them.
 umd/kernels umd/train umd/bench:
 	ln -s ../$(@F) $@
@@ -58,5 +64,5 @@ umd/kernels umd/train umd/bench:
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info umd/kernels umd/train umd/bench .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv site build dist *.egg-info umd/kernels umd/train umd/bench .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

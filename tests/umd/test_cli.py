@@ -10,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +22,7 @@ from umd import cli
 from umd.checkpoint import list_checkpoints
 from umd.cli import COMMANDS, main
 from umd.train import options as option_classes
-from umd.train.finetune import Finetune, default_finetune
 from umd.train.log import read_metrics
-from umd.train.options import (
-    Demo,
-    Embed,
-    EncodeLatents,
-    EncodePixels,
-    Evaluate,
-    Export,
-    Import,
-    Inpaint,
-    Inspect,
-    Probe,
-    Sample,
-    Transfer,
-)
 from umd.train.presets import PRESETS
 from umd.train.run import RunConfig
 
@@ -153,52 +137,6 @@ def test_a_length_replaces_that_of_the_preset_whatever_its_unit():
     ):
         config = cli.parse(RunConfig, "pretrain", options, cli.with_length(default, options))
         assert (config.epochs, config.steps, config.minutes) == length
-
-
-# The README's commands
-
-
-def readme_commands() -> list[str]:
-    """Every `umd …` of the README: lines of code blocks, and in the text between backticks."""
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^    (umd .*)$", text, re.M)
-    inline = re.findall(r"`(umd [^`]+)`", " ".join(line for line in text.splitlines() if not line.startswith("    ")))
-    assert len(blocks) >= 5
-    return list(dict.fromkeys(" ".join(shlex.split(command, comments=True)) for command in blocks + inline))
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_a_command_of_the_readme_parses(command):
-    _, name, *rest = command.split()
-    assert name in COMMANDS
-    if "--help" in rest or name in ("doctor", "report"):
-        done(" ".join([name, *rest, *([] if "--help" in rest else ["--help"])]))
-    elif name == "pretrain":
-        default = PRESETS[rest[0]][1]
-        assert cli.parse(RunConfig, name, rest[1:], default) != default or not rest[1:]
-    elif name == "finetune":
-        preset = "diffmae-tiny" if "diffmae" in rest[0] else "umd-tiny"
-        cli.parse(Finetune, name, rest[1:], default_finetune(PRESETS[preset][1], Path(rest[0]), rest[1:]))
-    elif name in ("sample", "inpaint", "probe", "evaluate"):
-        options = {"sample": Sample, "inpaint": Inpaint, "probe": Probe, "evaluate": Evaluate}[name]
-        cli.parse(options, name, rest[1:])
-    elif name in ("transfer", "embed"):
-        cli.parse({"transfer": Transfer, "embed": Embed}[name], name, rest[2:])
-    elif name == "export":
-        cli.parse(Export, name, rest)
-    elif name == "encode-latents":
-        assert cli.parse(EncodeLatents, name, rest).data.vae
-    elif name == "encode-pixels":
-        assert cli.parse(EncodePixels, name, rest).source == "imagenet"
-    elif name == "import":
-        cli.parse(Import, name, rest)
-    elif name == "inspect":
-        cli.parse(Inspect, name, rest[1:])
-    elif name == "bench":
-        module, options, _ = cli.BENCHES[rest[0]]
-        cli.parse(getattr(import_module(module), options), name, rest[1:])
-    else:
-        cli.parse(Demo, name, rest)
 
 
 # A whole project
