@@ -21,11 +21,10 @@ import torch
 from PIL import Image
 
 from umd import cli
-from umd.train.settings import DataConfig
-from umd.train.options import Demo
+from umd.train.options import Demo, Evaluate
 from umd.train.presets import PRESETS
 from umd.train.run import RunConfig
-from umd.train.options import Evaluate
+from umd.train.settings import DataConfig
 
 ROOT = Path(__file__).parents[1]
 SHORT = [ROOT / name for name in ("kernels/README.md", "launch/README.md", "bench/results/gpu/README.md")]

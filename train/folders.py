@@ -51,7 +51,9 @@ def open_folder(root: Path, split: str, holdout: float, skip_broken: bool, quara
         train_names = [name for name in listing(root / "train")[0] if f"{name}/" not in left_out]
         unknown = sorted(set(class_names) - set(train_names))
         if unknown:
-            raise UserError(f"class folder {folder / unknown[0]} has no counterpart in {root / 'train'}: add one.")
+            deeper = next((name.split("/")[1] for name in found.files if name.count("/") > 1), "")
+            mend = f"move what is in it up into {folder}" if deeper in train_names else "add one"
+            raise UserError(f"class folder {folder / unknown[0]} has no counterpart in {root / 'train'}: {mend}.")
         labels = np.array([train_names.index(name) for name in class_names])[labels]
         class_names = train_names
     paths = Names(found.files.data, found.files.ends, found.files.rows, f"{folder}{os.sep}")

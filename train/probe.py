@@ -71,6 +71,8 @@ def tell_notes(console: Console, *datasets: Dataset) -> None:
 def own_pictures(run: Path, config: RunConfig, source: str, console: Console) -> RunConfig:
     """The run with the pictures that its representation is scored on; told, or refused, where they are others."""
     config = with_source(config, source)
+    if not (source or config.data.source == "emoji" or Path(config.data.source).expanduser().exists()):
+        raise UserError(f"the pictures of {run} are not at {config.data.source}: give --source with where they lie now")
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     check_trained_on(run, config, f"give --source {config.data.source} to take these", say, bool(source))
     return config

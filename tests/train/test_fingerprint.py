@@ -18,6 +18,8 @@ from umd.train.data import open_dataset
 from umd.train.distributed import World
 from umd.train.fingerprint import SAMPLE, agreed_fingerprint, compared, difference, fingerprint, sums_of
 from umd.train.loop import train
+from umd.train.options import EncodePixels
+from umd.train.pixels import encode_pixels
 from umd.train.run import RunConfig, absolute, read_config, to_plain
 from umd.train.settings import DataConfig, OptimConfig
 
@@ -152,6 +154,17 @@ def test_tars_and_clips_have_one_too(tmp_path, photos):
     assert difference(before, found(photos, holdout=0, num_frames=2)).said.endswith("are others, e.g. dog")
 
 
+def test_stored_pictures_are_known_by_their_checksums(photos, tmp_path):
+    def of(out):
+        encode_pixels(EncodePixels(str(photos), out, (12, 12)), QUIET)
+        return found(out)
+
+    before = of(tmp_path / "a")
+    assert difference(before, of(tmp_path / "b")) is None
+    pictures(photos, "bird", "cat", "dog", seed=1)
+    assert difference(before, of(tmp_path / "c")).others
+
+
 def test_a_fingerprint_of_an_earlier_version_is_compared_as_far_as_it_goes(photos):
     now = found(photos)
     old = {"images": now["images"], "sha256": now["sha256"]}
@@ -274,6 +287,7 @@ def test_weights_without_pictures_of_their_own_are_probed_on_any(make_run, tmp_p
 
 def test_a_run_of_pictures_that_are_not_here_still_samples(run, photos, capsys):
     shutil.rmtree(photos)
+    assert f"the pictures of {run.out} are not at {photos}: give --source" in refused(f"probe {run.out}", capsys)
     cli.main(f"sample {run.out} --per-class 2 --steps 2".split())
     assert os.path.exists(run.out / "samples.png")
     assert to_plain(read_config(run.out))["data"]["source"] == str(photos)

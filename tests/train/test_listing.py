@@ -211,6 +211,14 @@ def test_one_level_too_deep_is_told_with_the_path_to_give(tmp_path):
     assert opened(tmp_path / "fine").notes == []
 
 
+def test_a_held_out_split_one_level_too_deep_is_refused_with_what_to_move(tmp_path):
+    classes(tmp_path, "train/cat", "train/dog", "test/images/cat")
+    with pytest.raises(
+        UserError, match="test/images has no counterpart in .*train: move what is in it up into .*test."
+    ):
+        opened(tmp_path, "test")
+
+
 def test_what_lies_beside_the_splits_is_told(tmp_path):
     classes(tmp_path, "train/a", "test/a", "val/a", "unlabeled")
     picture(tmp_path / "x.jpg")
