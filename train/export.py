@@ -8,6 +8,7 @@ small-vision   the UMD authors' names, .npz
 """
 
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from umd.classifier import encoder_weights
 from umd.config import ModelConfig
 from umd.convert import to_small_vision
 from umd.errors import UserError
+from umd.files import check_place
 from umd.hugging_face import to_vit, to_vit_mae
 from umd.methods import kind_of
 from umd.model import UMD
@@ -64,12 +66,12 @@ def export(options: Export, config: RunConfig, console: Console) -> None:
     folder = options.out or options.run / options.kind
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already; give another --out, or remove it")
+    made = folder.with_name(f".unfinished-{folder.name}-{os.getpid()}")
+    check_place(made)
     model = load_model(options.run, options.ema, image_size=options.image_size)
     if not isinstance(model, UMD):
         raise UserError(f"{options.run} holds a {kind_of(config.model)}; a UMD, DiT, MAE or MaskDiT can be exported")
-    made = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
+    made.mkdir()
     try:
         usage = WRITERS[options.kind](model, made, config)
         (made / "README.md").write_text(model_card(options, model, config, usage))

@@ -1,12 +1,10 @@
 """What a run learned, as one self-contained HTML page, and the record it is made from."""
 
 import base64
-import contextlib
 import hashlib
 import io
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -20,6 +18,7 @@ from PIL import Image
 
 from umd import figures
 from umd.errors import UserError
+from umd.files import write_whole
 from umd.images import grid
 
 NBSP = "\N{NO-BREAK SPACE}"  # a number and its unit stay on one line
@@ -190,20 +189,12 @@ def write_report(record: DemoRecord, path: Path) -> Path:
 
 def write_atomically(path: Path, data: bytes) -> Path:
     """Write a file so that a crash leaves the old one or the new one, never a part; else UserError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, data)
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"{path} cannot be written: {why}; free space or choose another folder.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     return path
 
 

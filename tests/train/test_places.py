@@ -90,3 +90,20 @@ def test_samples_of_other_settings_are_replaced_with_notice_and_other_files_neve
     assert "replaced" not in draw_with(0)
     assert "replaced" not in draw_with(0)  # the same
     assert "holds other samples, and will be replaced; what differs: seed" in draw_with(1)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "bench adaln --json folder.png",
+        "bench reproduce layers --figures file",
+        "import dit pictures --out file",
+        "export hub run --out file/x",
+    ],
+)
+def test_results_of_other_commands_too(place, monkeypatch, capsys, command):
+    monkeypatch.chdir(place)
+    with pytest.raises(SystemExit) as ended:
+        main(command.split())
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and f"give another --{command.split(' --')[1].split()[0]}" in said, said
