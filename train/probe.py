@@ -183,7 +183,8 @@ class Recognition:
                     "spread": None,
                 },
             ]
-        settings = self.held_out.settings | {"shots": asdict(options), "train": self.whole.settings["data"]}
+        shots = {name: value for name, value in asdict(options).items() if name != "out"}  # no result depends on it
+        settings = self.held_out.settings | {"shots": shots, "train": self.whole.settings["data"]}
         return {
             "key": name_of(settings),
             "settings": settings,

@@ -1,5 +1,6 @@
 """Where output goes is looked at before the work: no command first reads, draws or trains and then cannot write."""
 
+import json
 import resource
 import sys
 
@@ -107,3 +108,18 @@ def test_results_of_other_commands_too(place, monkeypatch, capsys, command):
         main(command.split())
     said = capsys.readouterr().err
     assert ended.value.code == 2 and f"give another --{command.split(' --')[1].split()[0]}" in said, said
+
+
+def test_a_run_that_is_only_read_is_probed_elsewhere(tmp_path, make_run):
+    for split, count in (("train", 4), ("test", 2)):
+        for name in "abc":
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                picture = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(picture).save(tmp_path / "data" / split / name / f"{i}.png")
+    run = make_run(tmp_path / "run", DataConfig(source=str(tmp_path / "data"), image_size=(8, 8), num_workers=1))
+    before = sorted(run.rglob("*"))
+    main(["probe", str(run), "--shots", "4", "--out", str(tmp_path / "elsewhere")])
+    assert sorted(run.rglob("*")) == before
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"features", "probe.json"}
+    assert set(json.loads((tmp_path / "elsewhere" / "probe.json").read_text()))
