@@ -53,7 +53,7 @@ def start_worker(_: int) -> None:
     # The thread that hands batches over prints a stack trace if the training process leaves in mid-handshake.
     sys.excepthook = lambda *_: None
     # A batch that cannot be handed over would be waited for without end.
-    Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[method-assign]
+    Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
     heed_parent_alone()
 
 
