@@ -8,6 +8,7 @@ small-vision   the UMD authors' names, .npz
 """
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -24,6 +25,7 @@ from umd.classifier import encoder_weights
 from umd.config import ModelConfig, kind_of
 from umd.convert import to_small_vision
 from umd.errors import UserError
+from umd.files import check_place
 from umd.hugging_face import to_vit, to_vit_mae
 from umd.model import UMD
 from umd.published import give, mae_links, vit_links
@@ -42,12 +44,12 @@ def export(options: Export, config: RunConfig, console: Console) -> None:
     folder = options.out or options.run / options.kind
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already; give another --out, or remove it")
+    made = folder.with_name(f".unfinished-{folder.name}-{os.getpid()}")
+    check_place(made)
     model = load_model(options.run, options.ema, image_size=options.image_size)
     if not isinstance(model, UMD):
         raise UserError(f"{options.run} holds a {kind_of(config.model)}; a UMD, DiT, MAE or MaskDiT can be exported")
-    made = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
+    made.mkdir()
     try:
         usage = WRITERS[options.kind](model, made, config)
         (made / "README.md").write_text(model_card(options, model, config, usage))

@@ -16,6 +16,7 @@ from umd.config import (
 )
 from umd.convert import from_small_vision, load_small_vision
 from umd.errors import UserError
+from umd.files import check_place
 from umd.published import load_published
 from umd.schedule import ScheduleName
 from umd.train.options import Import
@@ -32,6 +33,7 @@ def import_run(options: Import, console: Console) -> None:
     out = options.out
     if (out / "config.yaml").exists() or (out / "checkpoints").exists():
         raise UserError(f"{out} holds a run already; give another --out")
+    check_place(out / "config.yaml")
     model: ModelConfig | ClassifierConfig
     norm_pix = False
     if options.kind == "small-vision":

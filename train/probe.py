@@ -174,7 +174,8 @@ class Recognition:
                     "spread": None,
                 },
             ]
-        shots = {name: value for name, value in asdict(options).items() if name != "source"}  # the pictures say it
+        # The pictures say what the source is, and no result depends on where it is written.
+        shots = {name: value for name, value in asdict(options).items() if name not in ("source", "out")}
         settings = self.held_out.settings | {"shots": shots, "train": self.whole.settings["data"]}
         return {
             "key": name_of(settings),

@@ -294,7 +294,18 @@ def bench(arguments: list[str]) -> None:
         sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
     name, rest = arguments[0], arguments[1:]
     module = import_module(BENCHES[name][0])
-    module.run(parse(getattr(module, BENCHES[name][1]), f"bench {name}", rest), console)
+    options = parse(getattr(module, BENCHES[name][1]), f"bench {name}", rest)
+    check_results(options)
+    module.run(options, console)
+
+
+def check_results(options: object) -> None:
+    """Raise UserError where a benchmark's results could not be written, before they are measured."""
+    from umd.files import check_place
+
+    for option, inside in (("json", ""), ("chart", ""), ("figures", "results.json")):
+        if (path := getattr(options, option, None)) is not None:
+            check_place(path / inside, instead=f"give another --{option}")
 
 
 class Command(NamedTuple):

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
+from umd.files import write_whole
+
 # In the SVG each colour becomes var(--name), which the page defines for light and for dark.
 COLOURS = {
     "ink": "#1d2126",
@@ -193,7 +195,7 @@ def layer_curves(runs: Mapping[str, Mapping[int, Mapping[str, Mapping[str, float
             ax.set_ylabel(f"{shots}-shot accuracy, %")
         for ax in axes[:, -1]:
             ax.legend(bbox_to_anchor=(1, 1), loc="upper left")  # beside the last run, for all
-        figure.savefig(path, facecolor="white")
+        write_figure(figure, path)
 
 
 def error_curves(
@@ -220,7 +222,14 @@ def error_curves(
             ax.grid(axis="y")
             if len(runs) > 1:
                 ax.legend()
-        figure.savefig(path, facecolor="white")
+        write_figure(figure, path)
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """A PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white")
+    write_whole(path, buffer.getvalue())
 
 
 def _finite(value: object) -> bool:

@@ -1,5 +1,6 @@
 """Where output goes is looked at before the work: no command first reads, draws or trains and then cannot write."""
 
+import json
 import resource
 import sys
 
@@ -91,3 +92,35 @@ def test_samples_of_other_settings_are_replaced_with_notice_and_other_files_neve
     assert "replaced" not in draw_with(0)
     assert "replaced" not in draw_with(0)  # the same
     assert "holds other samples, and will be replaced; what differs: seed" in draw_with(1)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "bench adaln --json folder.png",
+        "bench reproduce layers --figures file",
+        "import dit pictures --out file",
+        "export hub run --out file/x",
+    ],
+)
+def test_results_of_other_commands_too(place, monkeypatch, capsys, command):
+    monkeypatch.chdir(place)
+    with pytest.raises(SystemExit) as ended:
+        main(command.split())
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and f"give another --{command.split(' --')[1].split()[0]}" in said, said
+
+
+def test_a_run_that_is_only_read_is_probed_elsewhere(tmp_path, make_run):
+    for split, count in (("train", 4), ("test", 2)):
+        for name in "abc":
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                picture = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(picture).save(tmp_path / "data" / split / name / f"{i}.png")
+    run = make_run(tmp_path / "run", DataConfig(source=str(tmp_path / "data"), image_size=(8, 8), num_workers=1))
+    before = sorted(run.rglob("*"))
+    main(["probe", str(run), "--shots", "4", "--out", str(tmp_path / "elsewhere")])
+    assert sorted(run.rglob("*")) == before
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"features", "probe.json"}
+    assert set(json.loads((tmp_path / "elsewhere" / "probe.json").read_text()))
