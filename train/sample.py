@@ -29,7 +29,7 @@ from umd.files import flush
 from umd.guidance import Denoise, Guidance, Prediction
 from umd.images import grid, save_png, to_uint8
 from umd.model import UMD
-from umd.ranges import Count, CountOrZero, Real, Seed
+from umd.ranges import Count, CountOrZero, Scale, Seed
 from umd.sampler import Capture
 from umd.schedule import NoiseSchedule
 from umd.schedulers import SamplerName, open_sampler, sampler_times
@@ -59,7 +59,7 @@ class Sample(Sampling):
     """Samples in all instead, each of a class drawn at random."""
     balanced: bool = False
     """With count: as many of each class, in turn."""
-    cfg_scale: Real = 4.0
+    cfg_scale: Scale = 4.0
     """Guidance; 1: none. The paper uses 1.5 for scores, 4.0 for pictures."""
     seed: Seed = 0
     """Sample i of a seed is the same picture, byte for byte, on any number of ranks and at any batch."""

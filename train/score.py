@@ -25,7 +25,7 @@ from umd.feature_networks import identity, open_features
 from umd.files import write_whole
 from umd.images import from_uint8
 from umd.model import UMD
-from umd.ranges import Count, CountOrZero, Real, Seed, check_ranges
+from umd.ranges import Count, CountOrZero, Scale, Seed, check_ranges
 from umd.train import evaluate
 from umd.train.data import open_dataset
 from umd.train.errors import NAMES, Errors, draw_errors
@@ -58,7 +58,7 @@ class Evaluate(Sampling):
 
     count: Count = 50_000
     """Samples."""
-    cfg_scale: tuple[Real, ...] = (1.0, 1.5)
+    cfg_scale: tuple[Scale, ...] = (1.0, 1.5)
     """Guidance, scored one by one; 1: none. Of a run without labels only 1."""
     seed: Seed = 0
     """Of the samples."""

@@ -82,7 +82,7 @@ CountOrZero = Annotated[int, number(int, 0)]
 Processes = Annotated[int, number(int, 1, 1024)]
 ProcessesOrZero = Annotated[int, number(int, 0, 1024)]
 Seed = Annotated[int, number(int, 0, 2**62)]  # kernels take 63 bits; some commands count on from it
-Real = Annotated[float, number(float)]
+Scale = Annotated[float, number(float, -1000, 1000)]  # far beyond what leaves a picture
 Positive = Annotated[float, number(float, above=0)]
 NonNegative = Annotated[float, number(float, 0)]
 Share = Annotated[float, number(float, 0, 1)]
