@@ -133,6 +133,11 @@ def hole_mask(
         hole = (torch.rand(B, 1, *shape, generator=torch.Generator().manual_seed(seed)) < mask_ratio).float()
         for axis, size in ((-1, patch_size), (-2, patch_size), *((2, tubelet_size) for _ in frames)):
             hole = hole.repeat_interleave(size, axis)
+        if (share := hole.flatten(1).mean(1)).min() == 0 or share.max() == 1:
+            what = "nothing" if share.min() == 0 else "everything"
+            raise UserError(
+                f"the random mask hides {what} of a picture; give a --mask-ratio nearer 0.5, or another seed"
+            )
     elif mask == "frames":
         if not frames:
             raise UserError("the mask frames is for clips, and this run is on images: center, left, random, or a PNG")

@@ -16,7 +16,7 @@ from umd.ranges import (
     NonNegative,
     Positive,
     Processes,
-    Real,
+    Scale,
     Seed,
     Share,
     check_ranges,
@@ -224,7 +224,7 @@ class Sample(Sampling):
     """Samples in all instead, each of a class drawn at random."""
     balanced: bool = False
     """With count: as many of each class, in turn."""
-    cfg_scale: Real = 4.0
+    cfg_scale: Scale = 4.0
     """Guidance; 1: none. The paper uses 1.5 for scores, 4.0 for pictures."""
     seed: Seed = 0
     """Sample i of a seed is the same picture, byte for byte, on any number of ranks and at any batch."""
@@ -319,7 +319,7 @@ class Evaluate(Sampling):
 
     count: Count = 50_000
     """Samples."""
-    cfg_scale: tuple[Real, ...] = (1.0, 1.5)
+    cfg_scale: tuple[Scale, ...] = (1.0, 1.5)
     """Guidance, scored one by one; 1: none. Of a run without labels only 1."""
     seed: Seed = 0
     """Of the samples."""

@@ -228,13 +228,13 @@ def check_classes(config: RunConfig, asked: Sequence[str], balanced: bool) -> tu
     names = class_names(config)
     numbers = {str(number): number for number in range(known)} | {name: number for number, name in enumerate(names)}
     if bad := [word for word in asked if word not in numbers]:
-        has = "this run was trained without labels"
+        has = "this run was trained without labels: leave out --classes"
         if known:
             shown = f" ({', '.join(names[:8])}{', ...' if known > 8 else ''})" if names else ""
             has = f"this run has {known} classes, 0 to {known - 1}{shown}"
-            if near := difflib.get_close_matches(bad[0], names, n=1):
-                has += f"; did you mean {near[0]}?"
-        raise UserError(f"class {bad[0]} is unknown: {has}; choose others, or leave out --classes")
+            near = difflib.get_close_matches(bad[0], names, n=1)
+            has += f"; did you mean {near[0]}?" if near else "; choose others, or leave out --classes for all"
+        raise UserError(f"class {bad[0]} is unknown: {has}")
     classes = tuple(numbers[word] for word in asked)
     if twice := [number for number in classes if classes.count(number) > 1]:
         raise UserError(

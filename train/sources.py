@@ -246,10 +246,11 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def unreadable(file: str | Path | Stored, error: Exception) -> str:
-    reason = str(error) or type(error).__name__
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         reason = "it is not an image"
-    return f"cannot read image {file} ({reason}): replace or remove it"
+    mend = "check its path" if isinstance(error, FileNotFoundError) else "replace or remove it"
+    return f"cannot read image {file} ({reason}): {mend}"
 
 
 # Arrays

@@ -5,6 +5,7 @@ import difflib
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import warnings
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from umd.train.run import RunConfig
 
 console = Console()
+# What torch says where memory is short, or a size is beyond any.
+OUT_OF_MEMORY = re.compile(r"(out of|not enough) memory|(can't|unable to) allocate|calculation overflowed", re.I)
 TOGETHER = ("pretrain", "finetune")  # commands whose ranks do one thing, of which rank 0 tells
 
 
@@ -54,6 +57,11 @@ def main(arguments: list[str] | None = None) -> None:
         run(name, arguments[1:])
     except UserError as error:
         fail(str(error), name)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
+            raise
+        what = (str(error).splitlines() or [""])[0][:200]
+        fail(f"there is not enough memory ({what}); use smaller batches or pictures, or a smaller network", name)
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(128 + signal.SIGINT)

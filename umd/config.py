@@ -5,7 +5,7 @@ The command line is made from these classes, and each run writes its resolved va
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from tyro.conf import Suppress
 
@@ -20,6 +20,7 @@ from umd.ranges import (
     ShareAboveZero,
     ShareBelowOne,
     check_ranges,
+    number,
 )
 
 AdaLNProjection = Literal["per_block", "single", "low_rank"]
@@ -46,7 +47,7 @@ class ViTConfig:
     """Encoder blocks."""
     num_heads: Count = 12
     """Attention heads; divides the width."""
-    mlp_ratio: Positive = 4.0
+    mlp_ratio: Annotated[float, number(float, above=0, at_most=1024)] = 4.0
     """Hidden width of the MLP over D."""
     num_cls: CountOrZero = 1
     """CLS tokens, averaged into the representation (paper 1, released code 4; DiT and MaskDiT 0: averaged patches)."""
@@ -80,6 +81,8 @@ class ViTConfig:
                 f"image size {H}x{W} is not divisible by patch size {self.patch_size}; "
                 f"use {H - H % self.patch_size}x{W - W % self.patch_size} or another patch size"
             )
+        if int(self.hidden_size * self.mlp_ratio) < 1:
+            raise UserError(f"mlp_ratio {self.mlp_ratio} of width {self.hidden_size} leaves no MLP; use e.g. 4")
         if self.hidden_size % self.num_heads or self.hidden_size % 2:
             raise UserError(f"width {self.hidden_size} must be even and divisible by {self.num_heads} heads")
 

@@ -17,6 +17,10 @@ from umd.errors import UserError
 MOST = 2**31 - 1  # of a whole number that has no limit of its own
 
 
+def plain(value: Any) -> str:
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
 class OutOfRange(UserError):
     """A setting that may not have this value; `option` names it as the user did."""
 
@@ -26,7 +30,7 @@ class OutOfRange(UserError):
 
     def of(self, option: str) -> str:
         values = self.value if isinstance(self.value, tuple | list) else [self.value]
-        given = " ".join(f"{v:.12g}" if isinstance(v, float) else str(v) for v in values) or "(nothing)"
+        given = " ".join(map(plain, values)) or "(nothing)"
         return f"{option} {given}: {'each ' * (len(values) > 1)}must be {self.says}"
 
 
@@ -46,7 +50,8 @@ class Range(PrimitiveConstructorSpec[Any]):
         """Which numbers are right, as told of these that are not: a limit of all counts where they are beyond it."""
         told = self.at_most < MOST or any(x > self.at_most for x in values)
         bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most if told else math.inf}
-        words = [f"{word} {bound}" for word, bound in {**bounds, "below": self.below}.items() if abs(bound) < math.inf]
+        bounds["below"] = self.below
+        words = [f"{word} {plain(bound)}" for word, bound in bounds.items() if abs(bound) < math.inf]
         finite = all(-math.inf < x < math.inf for x in values)
         return " and ".join(words if words and finite else ["a finite number", *words])
 
@@ -77,7 +82,7 @@ CountOrZero = Annotated[int, number(int, 0)]
 Processes = Annotated[int, number(int, 1, 1024)]
 ProcessesOrZero = Annotated[int, number(int, 0, 1024)]
 Seed = Annotated[int, number(int, 0, 2**62)]  # kernels take 63 bits; some commands count on from it
-Real = Annotated[float, number(float)]
+Scale = Annotated[float, number(float, -1000, 1000)]  # far beyond what leaves a picture
 Positive = Annotated[float, number(float, above=0)]
 NonNegative = Annotated[float, number(float, 0)]
 Share = Annotated[float, number(float, 0, 1)]
@@ -117,7 +122,7 @@ def check_ranges(settings: Any, *listed: str) -> None:
     for name in listed:
         value = getattr(settings, name)
         if not value or len(set(value)) < len(value):
-            raise OutOfRange(name, value, "one or more" if not value else "another")
+            raise OutOfRange(name, value, "one or more" if not value else "different from the others")
 
 
 def named(error: OutOfRange, arguments: list[str]) -> UserError:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -344,6 +345,16 @@ def test_folders_that_cannot_be_written(project, run, tmp_path):
     )
 
 
+def test_memory_that_cannot_be_had_is_a_sentence(monkeypatch):
+    """Sizes beyond the address space, so that no machine has them."""
+    for make in (lambda: torch.empty(2**62), lambda: torch.empty(2**50), lambda: np.empty(2**50)):
+        monkeypatch.setitem(COMMANDS, "doctor", (lambda arguments, make=make: make(), ""))
+        assert "there is not enough memory (" in refused("doctor")
+    with pytest.raises(RuntimeError, match="must match"):  # any other is a fault of ours, and shows where
+        monkeypatch.setitem(COMMANDS, "doctor", (lambda arguments: torch.ones(2) + torch.ones(3), ""))
+        umd("doctor")
+
+
 def test_divergence(project, tmp_path):
     out = tmp_path / "run"
     line = f"pretrain umd-tiny --data.source {project / 'pictures'} --out {out} --steps 9 {TINY}"
@@ -403,6 +414,8 @@ def test_masks_that_do_not_fit(project, run, tmp_path):
     )
     assert "hides everything" in refused(f"{line} {tmp_path / 'white.png'}")
     assert "hides nothing" in refused(f"{line} {tmp_path / 'black.png'}")
+    for ratio, hides in ((1e-9, "nothing"), (1 - 1e-9, "everything")):
+        assert f"the random mask hides {hides}" in refused(f"{line} random --mask-ratio {ratio}")
     for mask in ("centre", tmp_path / "text.png"):
         assert "cannot be read; expected center, left, random, or a black and white PNG" in refused(f"{line} {mask}")
     assert "cannot read image" in refused(f"{line} left --image {tmp_path / 'text.png'}")

@@ -147,6 +147,12 @@ def test_ranges():
     assert number(float, 0).says(math.nan) == "a finite number and at least 0"
 
 
+def test_lists_have_each_value_once():
+    for seeds, says in (((), r"seeds .nothing.: must be one or more"), ((1, 1), "seeds 1 1: each must be different")):
+        with pytest.raises(OutOfRange, match=says):
+            Probe(seeds=seeds)
+
+
 def test_the_option_is_named_as_it_was_written():
     error = OutOfRange("seed", -1, "at least 0")
     for arguments in (["--run.seed", "-1"], ["--run.seed=-1"], ["--seeds", "1", "--run.seed", "-1"]):
