@@ -21,10 +21,11 @@ from umd import ops
 from umd.bench.record_step import KINDS, Call, record
 from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, model_config
 from umd.errors import UserError
+from umd.gpus import GPUS, Gpu
 from umd.methods import build_objective
 from umd.schedule import NoiseSchedule
 from umd.spans import PARTS, span
-from umd.train.plan import GPUS, LAUNCHED, Gpu
+from umd.train.plan import LAUNCHED
 from umd.train.run import RunConfig
 from umd.train.step_counts import as_on_gpu, labels_of, make_step, sample_lengths
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from umd.bench.step import WARMUP, count_flops, machine, own_process
 from umd.bench.training import LR, Step, train_step, with_modulation
 from umd.config import ModelConfig, ObjectiveConfig, model_config
-from umd.device import keep_freed_memory, take_device
+from umd.device import keep_freed_memory, seconds_of, take_device
 from umd.errors import UserError
 from umd.model import UMD
 from umd.objective import Objective
@@ -95,14 +95,6 @@ class Case:
     flops: dict[str, Callable[[], Step]] = field(default_factory=dict)  # of a row, what makes a step to count
 
 
-def timed(bench: LoaderBench, call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    if bench.device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 # Cases
 
 
@@ -111,14 +103,14 @@ def encoding(bench: LoaderBench) -> Iterator[Case]:
     """A picture through a VAE of Stable Diffusion's size."""
     tokenizer, x = sd_vae(bench), pictures(bench, 1)
     with autocast(bench):
-        yield Case(lambda: {"encode with the VAE": timed(bench, lambda: tokenizer.moments(x))}, 1)
+        yield Case(lambda: {"encode with the VAE": seconds_of(lambda: tokenizer.moments(x), bench.device)}, 1)
 
 
 @contextmanager
 def reading(bench: LoaderBench) -> Iterator[Case]:
     """Stored latents, in this process."""
     with stored_batches(bench, num_workers=0, batch=64) as batches:
-        yield Case(lambda: {"read stored latents": timed(bench, lambda: next(batches))}, 64)
+        yield Case(lambda: {"read stored latents": seconds_of(lambda: next(batches), bench.device)}, 64)
 
 
 @contextmanager
@@ -131,7 +123,10 @@ def step_on_stored(bench: LoaderBench) -> Iterator[Case]:
             start = time.perf_counter()
             latents = next(batches).x_start
             wait = time.perf_counter() - start
-            return {"umd, stored latents": wait + timed(bench, lambda: umd(latents)), "waiting for them": wait}
+            return {
+                "umd, stored latents": wait + seconds_of(lambda: umd(latents), bench.device),
+                "waiting for them": wait,
+            }
 
         yield Case(measure, bench.batch, {"umd, stored latents": lambda: partial(umd_step(bench), latents(bench))})
 
@@ -146,7 +141,7 @@ def step_with_vae(bench: LoaderBench) -> Iterator[Case]:
             moments = tokenizer.moments(x)
         umd(sample_posterior(moments, 0, torch.arange(bench.batch, device=x.device)))
 
-    yield Case(lambda: {"umd, VAE in the step": timed(bench, step)}, bench.batch)
+    yield Case(lambda: {"umd, VAE in the step": seconds_of(step, bench.device)}, bench.batch)
 
 
 @contextmanager
@@ -159,7 +154,7 @@ def dit_on_stored(bench: LoaderBench) -> Iterator[Case]:
             dit(next(batches).x_start)
 
         name = "dit, stored latents"
-        yield Case(lambda: {name: timed(bench, step)}, bench.batch, {name: lambda: step})
+        yield Case(lambda: {name: seconds_of(step, bench.device)}, bench.batch, {name: lambda: step})
 
 
 # CPU time, all threads together, of making crops of 64x64 (of latents: of reading them)

@@ -20,7 +20,7 @@ from umd.train.data import ImageDataset, center_view, open_dataset
 from umd.train.distributed import World
 from umd.train.latents import LatentDataset, check_run_vae
 from umd.train.log import NoLog, RunLog
-from umd.train.run import RunConfig, to_plain
+from umd.train.run import RunConfig, differences, to_plain
 from umd.train.settings import DataConfig
 from umd.train.weights import load_model
 
@@ -67,7 +67,7 @@ def load_encoder(model: Classifier, path: Path, data: DataConfig) -> None:
         raise UserError(f"{path} holds a classifier; start from the run whose encoder it took")
     free = {name: getattr(model.config, name) for name in ("num_classes", "pool", "linear", "residual_in_fp32")}
     before, now = (to_plain(c) for c in (classifier_config(source.config, **free), model.config))
-    if differ := [f"{name} {before[name]}, not {now[name]}" for name in now if before[name] != now[name]]:
+    if differ := [f"{name} {a}, not {b}" for name, a, b in differences(before, now)]:
         raise UserError(f"the encoder in {path} has {'; '.join(differ)}: leave them as they are, or start from scratch")
     load_model_state(model, encoder_weights(source), allow_missing=("head.", "batch_norm."))
 

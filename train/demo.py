@@ -111,7 +111,7 @@ def make_demo(demo: Demo, console: Console) -> Path:
     seconds = clock.share("probe")
     x = held_out.repeat(8, 1, 1, 1)
     with torch.no_grad(), autocast(device, dtype):
-        rate = len(x) / evaluate.timed(lambda: model.represent(x))
+        rate = len(x) / evaluate.timed(lambda: model.represent(x), device)
     most = int(seconds * rate / 3)  # two networks read each image; the rest is for the probe itself
     candidates = first_of_each(train_set.labels, 2 * shots)  # more than the shots, so that their draws differ
     test_ids = first_of_each(test_set.labels, len(test_set))[: max(most - len(candidates), 400)]

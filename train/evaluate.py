@@ -1,6 +1,6 @@
 """What commands on a finished run begin with: its network, schedule, VAE and denoiser; and what a call costs."""
 
-import time
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +15,7 @@ from torch import Tensor
 from umd.checkpoint import checkpoint_path
 from umd.conditions import make_conditions
 from umd.config import ScheduleConfig
-from umd.device import autocast, take_device
+from umd.device import autocast, seconds_of, take_device
 from umd.errors import UserError
 from umd.feature_networks import default_features
 from umd.guidance import Denoise
@@ -89,16 +89,9 @@ def sampling_progress(console: Console | None, what: str) -> Iterator[Callable[[
         yield lambda i, n, x_t, x_start: bar.update(task, completed=i + 1, total=n)
 
 
-def timed(call: Callable[[], object], repeats: int = 3) -> float:
-    """Median seconds of a call, on a GPU too."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[repeats // 2]
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Median seconds of three calls."""
+    return statistics.median(seconds_of(call, device) for _ in range(3))
 
 
 def seconds_a_call(model: UMD, batch: int, dtype: torch.dtype, labelled: bool) -> float:
@@ -108,7 +101,7 @@ def seconds_a_call(model: UMD, batch: int, dtype: torch.dtype, labelled: bool) -
     t = torch.ones(batch, dtype=torch.int64, device=device)
     labels = torch.zeros(batch, dtype=torch.int64, device=device) if labelled else None
     with torch.no_grad():
-        return timed(lambda: denoiser(model, dtype)(x, t, labels))
+        return timed(lambda: denoiser(model, dtype)(x, t, labels), x.device)
 
 
 def show_done(bar: Progress, task: TaskID, done: int) -> None:

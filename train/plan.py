@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from umd.errors import UserError
+from umd.gpus import GPUS, GiB
 from umd.methods import build_objective
 from umd.objective import Part
 from umd.schedule import NoiseSchedule
@@ -30,7 +30,6 @@ from umd.train.spread import check_gelu, check_strategy
 from umd.train.step_counts import StepCounts, as_on_gpu, count_gpu_step
 from umd.train.zero import deepspeed_config
 
-GiB = 2**30
 DDP_BUCKET = 25 * 2**20 // 4  # weights of a bucket, torch's default
 # From one kernel to the next: replayed as a CUDA graph; launched one by one, by a quick host and by one measured beside
 # an H200 (bench/results/gpu). torch.compile has fewer.
@@ -39,21 +38,6 @@ TERM_SECONDS = 25.0  # for a save: torchrun, and Slurm unless it is set otherwis
 SIGNAL_SECONDS = 300  # before the end of its time, that launch/slurm.sbatch asks for the signal
 
 
-class Gpu(NamedTuple):
-    memory: float  # bytes
-    bf16: float  # dense FLOP/s
-    fp32: float  # FLOP/s, TF32 off
-    bandwidth: float  # bytes/s of its memory
-    link: float  # bytes/s to another GPU of the node, one way
-
-
-GPUS = {  # NVIDIA's data sheets
-    "a100-40": Gpu(40 * GiB, 312e12, 19.5e12, 1.555e12, 300e9),
-    "a100-80": Gpu(80 * GiB, 312e12, 19.5e12, 2.039e12, 300e9),
-    "h100": Gpu(80 * GiB, 989e12, 67e12, 3.35e12, 450e9),
-    "h200": Gpu(141e9, 989e12, 67e12, 4.8e12, 450e9),
-    "l40s": Gpu(48 * GiB, 362e12, 91.6e12, 0.864e12, 32e9),
-}
 # Shares of the data sheet's FLOP/s and bandwidth: what large operations reach, and what these often do.
 BEST, USUAL = (0.75, 0.85), (0.45, 0.65)
 

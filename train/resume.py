@@ -1,6 +1,6 @@
 """What a run starts from: its own newest checkpoint, if it is still the same run, or the weights of another."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from umd.train.classify import load_encoder
 from umd.train.distributed import World
 from umd.train.fingerprint import Difference, difference, same_source
 from umd.train.latents import check_run_vae
-from umd.train.run import RunConfig, to_plain
+from umd.train.run import RunConfig, differences, to_plain
 from umd.train.settings import DataConfig
 
 # What a run is. The rest (its length, what is saved and shown, where and how it computes) may change on the way.
@@ -71,7 +71,11 @@ def check_same_run(saved: Checkpoint, config: RunConfig, source: dict) -> None:
         before = before | {"objective": before["objective"] | {"no_noise_prob": 0.0}}
     check_kind(before.get("model", {}), now["model"], config.out)
     check_run_vae(saved.state, config.data, config.out)
-    differ = list(changes({name: before[name] for name in RUN if name in before}, now))
+    differ = [  # None: a setting that one of the two versions does not have
+        f"{name} {a}, not {b}"
+        for name, a, b in differences({name: before.get(name) for name in RUN}, {name: now[name] for name in RUN})
+        if None not in (a, b) and name.partition(".")[2] not in FREE.get(name.partition(".")[0], ())
+    ]
     trained_on, source_before = saved.state.get("source") or {}, before.get("data", {}).get("source", "")
     found = difference(trained_on, source) if trained_on else Difference("nothing is known of the others", False)
     if found and not same_source(source_before, config.data.source):
@@ -95,16 +99,6 @@ def had_no_clean_samples(config: Mapping) -> bool:
     """Whether no sample of the run's batches was ever noise-free, which is a share of 0 and is refused as any other."""
     share = config.get("objective", {}).get("no_noise_prob", 0)
     return share > 0 and int(config.get("batch_size", 0) * share) == 0
-
-
-def changes(before: Mapping, now: Mapping, section: str = "") -> Iterator[str]:
-    """ "optim.lr 0.1, not 0.2" for each setting that both have and that is part of what a run is."""
-    for name in (name for name in now if name in before and name not in FREE.get(section, ())):
-        a, b = before[name], now[name]
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            yield from changes(a, b, name)
-        elif a != b:
-            yield f"{section}.{name} {a}, not {b}" if section else f"{name} {a}, not {b}"
 
 
 def load_pretrained(model: AnyModel, init: Path, data: DataConfig) -> None:

@@ -319,6 +319,18 @@ def in_words(hint: Any) -> str:
     return " or ".join(words.get(arg, "null" if arg is type(None) else str(arg)) for arg in args)
 
 
+def differences(before: Mapping, now: Mapping, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(name, before, now) of each setting that differs, e.g. ("optim.lr", 0.1, 0.2); None where there is none."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", a, b))
+    return found
+
+
 def write_config(config: RunConfig) -> None:
     """Write `config.yaml` into the run folder, whole or not at all."""
     config.out.mkdir(parents=True, exist_ok=True)

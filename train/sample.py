@@ -37,10 +37,9 @@ from umd.train import evaluate
 from umd.train.features import name_of, spans
 from umd.train.heads import Heads
 from umd.train.options import Sample
-from umd.train.run import RunConfig
+from umd.train.run import RunConfig, differences
 from umd.train.sampling import GROUP, chosen_guidance, clips, draw_recipe, prediction_of
 from umd.train.shards import Advance, Job, others_work, rank_and_size, share
-from umd.train.store import differences
 from umd.train.weights import class_names, weights_identity
 
 SHARD = 64  # images a file while they are drawn
@@ -212,7 +211,7 @@ def settings_in(file: Path) -> dict[str, Any]:
 def tell_replaced(files: Sequence[Path], recipe: dict[str, Any], console: Console) -> None:
     """Say which samples the new ones will replace, while there is time to stop."""
     if rank_and_size()[0] == 0 and (before := settings_in(files[-1])):
-        differ = ", ".join(differences(before, json.loads(json.dumps(recipe)))) or "nothing"
+        differ = ", ".join(name for name, *_ in differences(before, json.loads(json.dumps(recipe)))) or "nothing"
         text = f"{files[1]} holds other samples, and will be replaced; what differs: {differ}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 

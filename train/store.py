@@ -24,6 +24,7 @@ from torch import Tensor
 
 from umd.errors import UserError
 from umd.files import check_place, write_whole
+from umd.train.run import differences
 
 log = logging.getLogger("umd")
 
@@ -185,7 +186,7 @@ def open_shards(folder: Path, entries: Sequence[Mapping], recipe: dict, command:
         path, size, found, own = shard.path, shard.path.stat().st_size, shard.sum(), shard.about.get("crc32")
         if own not in (None, found):
             raise damaged(path, "differs from its checksum", command)
-        if differ := differences(shard.about["recipe"], recipe):
+        if differ := [name for name, *_ in differences(shard.about["recipe"], recipe)]:
             raise damaged(path, f"is of another folder, made with another {', '.join(differ)}", command)
         if (shard.images, found) != (entry.get("images", shard.images), entry.get("crc32", found)):
             raise damaged(path, "is of another folder, or changed", command)
@@ -253,9 +254,8 @@ def check_folder(folder: Path, kind: str, about: dict[str, Any], names: Collecti
         raise UserError(f"{folder} holds {'latents' if other == 'latents' else 'stored pictures'}; give another --out")
     for path in shards_in(folder, kind):
         before = read_shard(path).about
-        differ = differences(
-            {"format": before["format"], **before["recipe"]}, {"format": about["format"], **about["recipe"]}
-        )
+        was, will = ({"format": found["format"], **found["recipe"]} for found in (before, about))
+        differ = [name for name, *_ in differences(was, will)]
         if path.name not in names:
             differ = differ or ["number of shards"]
         if differ:
@@ -263,18 +263,6 @@ def check_folder(folder: Path, kind: str, about: dict[str, Any], names: Collecti
                 f"{folder} holds {'latents' if kind == 'latents' else 'shards'} made with another {', '.join(differ)}; "
                 "give the settings they were made with, or another --out"
             )
-
-
-def differences(before: Mapping, now: Mapping, prefix: str = "") -> list[str]:
-    """Names of the settings that differ, e.g. `crop.seed`."""
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        a, b = before.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(prefix + key)
-    return found
 
 
 def finished(folder: Path, names: Sequence[str], recipe: dict) -> tuple[list[Shard], list[dict[str, Any]]]:

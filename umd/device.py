@@ -15,20 +15,9 @@ import torch
 from torch import Tensor
 
 from umd.errors import UserError
+from umd.gpus import sheet_flops
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
-
-# Dense bf16 tensor-core TFLOP/s from NVIDIA's data sheets, by a part of the device name.
-_GPU_PEAK_TFLOPS = {
-    "H200": 989,
-    "H100": 989,
-    "GH200": 989,
-    "B200": 2250,
-    "A100": 312,
-    "A40": 150,
-    "L40": 181,
-    "4090": 165,
-}
 
 
 def take_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
@@ -132,20 +121,22 @@ def apex_lacks() -> str:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that MFU is measured against: the data sheet's for a known GPU, else the best of a few large products."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        for name, tflops in _GPU_PEAK_TFLOPS.items():
-            if name in torch.cuda.get_device_name(device):
-                return tflops * 1e12
+    known = device.type == "cuda" and dtype == torch.bfloat16
+    if known and (flops := sheet_flops(torch.cuda.get_device_name(device))):
+        return flops
     n = 8192 if device.type == "cuda" else 1024
     a = torch.ones(n, n, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
+    seconds = [seconds_of(lambda: a @ a, device) for _ in range(8)]
     return 2 * n**3 / statistics.median(sorted(seconds)[:4])
+
+
+def seconds_of(call: Callable[[], object], device: torch.device | str) -> float:
+    """Seconds of a call, until the device has done its work."""
+    start = time.perf_counter()
+    call()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,0 +1,30 @@
+"""NVIDIA's data sheets."""
+
+from typing import NamedTuple
+
+GiB = 2**30
+
+
+class Gpu(NamedTuple):
+    memory: float  # bytes
+    bf16: float  # dense FLOP/s
+    fp32: float  # FLOP/s, TF32 off
+    bandwidth: float  # bytes/s of its memory
+    link: float  # bytes/s to another GPU of the node, one way
+
+
+GPUS = {
+    "a100-40": Gpu(40 * GiB, 312e12, 19.5e12, 1.555e12, 300e9),
+    "a100-80": Gpu(80 * GiB, 312e12, 19.5e12, 2.039e12, 300e9),
+    "h100": Gpu(80 * GiB, 989e12, 67e12, 3.35e12, 450e9),
+    "h200": Gpu(141e9, 989e12, 67e12, 4.8e12, 450e9),
+    "l40s": Gpu(48 * GiB, 362e12, 91.6e12, 0.864e12, 32e9),
+}
+# Of GPUs that are not planned for, the dense bf16 FLOP/s.
+OTHERS = {"B200": 2250e12, "A40": 150e12, "L40": 181e12, "4090": 165e12}
+
+
+def sheet_flops(name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its name in the driver, e.g. "NVIDIA H100 80GB HBM3"; None where it is unknown."""
+    sheets = {kind.partition("-")[0].upper(): gpu.bf16 for kind, gpu in GPUS.items()} | {"GH200": 989e12} | OTHERS
+    return next((sheets[kind] for kind in sorted(sheets, key=len, reverse=True) if kind in name), None)
