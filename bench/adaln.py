@@ -14,7 +14,7 @@ from rich.table import Table
 from umd.bench.step import WARMUP, machine
 from umd.bench.training import Step, on_batch, timed, train_step
 from umd.config import AdaLNProjection, ModelConfig, ObjectiveConfig, model_config
-from umd.device import keep_freed_memory, take_device
+from umd.machine.device import keep_freed_memory, take_device
 from umd.model import UMD
 from umd.objective import Objective
 from umd.ranges import Count, CountOrZero, check_ranges

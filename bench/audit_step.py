@@ -21,7 +21,7 @@ from umd import ops
 from umd.bench.record_step import KINDS, Call, record
 from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, model_config
 from umd.errors import UserError
-from umd.gpus import GPUS, Gpu
+from umd.machine.gpus import GPUS, Gpu
 from umd.methods import build_objective
 from umd.schedule import NoiseSchedule
 from umd.spans import PARTS, span

@@ -32,8 +32,8 @@ from umd.bench.step import (
 )
 from umd.bench.training import Step, on_batch, timed, train_step
 from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, diffmae_config
-from umd.device import keep_freed_memory, take_device
 from umd.diffmae import DiffMAE
+from umd.machine.device import keep_freed_memory, take_device
 from umd.objective import DiffMAEObjective
 from umd.ranges import Count, InnerShare, check_ranges, number
 from umd.schedule import NoiseSchedule

@@ -27,12 +27,12 @@ from umd.bench.reproduce import Reproduce
 from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, ScheduleConfig, model_config
 from umd.diffmae import DiffMAE, fill, pixel_mask
 from umd.errors import UserError
-from umd.figures import COLOURS, STYLE
 from umd.flops import diffmae_encoder_flops
 from umd.images import grid
 from umd.methods import build_objective
 from umd.model import UMD
 from umd.objective import DiffMAEObjective
+from umd.report.figures import COLOURS, STYLE
 from umd.train import evaluate
 from umd.train.data import center_view, open_dataset
 from umd.train.inpaint import reconstruct

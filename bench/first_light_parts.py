@@ -30,7 +30,7 @@ from umd.bench.plain_dit import plain_dit_step
 from umd.bench.step import StepBench, count_flops, dit_step, images, network, umd_step
 from umd.bench.training import Step, host_time, on_batch, timed, train_step, with_modulation
 from umd.config import OBJECTIVES, Capture, ModelConfig
-from umd.device import peak_flops, take_device
+from umd.machine.device import peak_flops, take_device
 from umd.model import UMD
 from umd.objective import Objective
 from umd.sampler import ddim_sample, model_times

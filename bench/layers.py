@@ -9,7 +9,7 @@ from rich.console import Console
 from umd.bench.reproduce import Reproduce
 from umd.config import OBJECTIVES, model_config
 from umd.errors import UserError
-from umd.figures import layer_curves
+from umd.report.figures import layer_curves
 from umd.train.layers import Layers
 from umd.train.loop import train
 from umd.train.options import Probe

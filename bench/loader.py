@@ -28,8 +28,8 @@ from torch import Tensor
 from umd.bench.step import WARMUP, count_flops, machine, own_process
 from umd.bench.training import LR, Step, train_step, with_modulation
 from umd.config import ModelConfig, ObjectiveConfig, model_config
-from umd.device import keep_freed_memory, seconds_of, take_device
 from umd.errors import UserError
+from umd.machine.device import keep_freed_memory, seconds_of, take_device
 from umd.model import UMD
 from umd.objective import Objective
 from umd.ops import sample_posterior

@@ -26,10 +26,10 @@ from rich.console import Console
 from umd.bench.paper_plan import Chain, Name, Plan, chains, ends, pieces, ship, step_flops
 from umd.bench.paper_report import write_report
 from umd.bench.reproduce import Reproduce
-from umd.device import pick_device
-from umd.environment import own_cores
 from umd.errors import UserError
 from umd.files import write_whole
+from umd.machine.device import pick_device
+from umd.machine.environment import own_cores
 from umd.train.lock import alone_in
 from umd.train.run import to_plain
 

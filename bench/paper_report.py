@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from umd.figures import COLOURS, STYLE
 from umd.files import write_whole
 from umd.images import grid, save_png
+from umd.report.figures import COLOURS, STYLE
 
 BEGIN, END = "<!-- begin: written by umd bench reproduce paper -->", "<!-- end -->"
 TITLES = {"fashion": "Fashion-MNIST", "emoji": "Emoji"}

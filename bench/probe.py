@@ -19,8 +19,8 @@ from rich.console import Console
 from umd.bench.step import machine
 from umd.checkpoint import save_checkpoint
 from umd.config import model_config
-from umd.device import peak_memory
 from umd.errors import UserError
+from umd.machine.device import peak_memory
 from umd.methods import build_model
 from umd.ranges import Count, check_ranges
 from umd.train.options import Probe

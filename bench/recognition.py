@@ -19,7 +19,7 @@ from rich.table import Table
 
 from umd.bench.reproduce import Reproduce
 from umd.config import OBJECTIVES, ClassifierConfig, ClassifierObjectiveConfig, ModelConfig, model_config
-from umd.figures import COLOURS, STYLE
+from umd.report.figures import COLOURS, STYLE
 from umd.train.emoji import GROUPS, load
 from umd.train.log import read_metrics
 from umd.train.loop import train

@@ -33,8 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from umd import ops
 from umd.bench.training import Step, host_time, on_batch, our_optimizer, timed, train_step, with_modulation
 from umd.config import ModelConfig, ObjectiveConfig, model_config
-from umd.device import keep_freed_memory, pick_device, pick_dtype, take_device
 from umd.errors import UserError
+from umd.machine.device import keep_freed_memory, pick_device, pick_dtype, take_device
 from umd.model import UMD
 from umd.objective import Objective
 from umd.ranges import Count, check_ranges, number

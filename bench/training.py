@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from umd.device import pick_dtype
+from umd.machine.device import pick_dtype
 from umd.methods import AnyModel, AnyObjective
 from umd.model import UMD
 from umd.train.distributed import World

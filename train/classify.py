@@ -12,9 +12,9 @@ from torch import Tensor
 from umd.checkpoint import load_checkpoint, load_model_state
 from umd.classifier import Classifier, encoder_weights
 from umd.config import classifier_config
-from umd.device import autocast
 from umd.errors import UserError
 from umd.files import write_whole
+from umd.machine.device import autocast
 from umd.probe import confusion
 from umd.train.data import ImageDataset, center_view, open_dataset
 from umd.train.distributed import World
@@ -111,7 +111,7 @@ def show_scores(
     scores = score(model, held_out, config.data, dtype, world=world)
     if not world.main:
         return
-    from umd.figures import confusion_sheet  # here: matplotlib takes a second of every start
+    from umd.report.figures import confusion_sheet  # here: matplotlib takes a second of every start
 
     log.scores({"step": step, "top-1": scores.top1, "top-5": scores.top5, "held_out_loss": scores.loss})
     log.picture("confusion", confusion_sheet(scores.confusion.numpy(), held_out.class_names), step)

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from umd.device import to_device
 from umd.errors import UserError
+from umd.machine.device import to_device
 from umd.train.crops import draw_view, view_rng
 from umd.train.data import Batch, Batches
 from umd.train.latent_batches import as_read

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from umd.device import beside, pick_device, to_device
 from umd.errors import UserError
+from umd.machine.device import beside, pick_device, to_device
 from umd.train.clips import ClipDataset, check_length, decode_clip, open_clips
 from umd.train.crops import centered, crop_batch, draw_view, shrink_for, train_view, view_rng
 from umd.train.emoji import open_emoji

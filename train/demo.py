@@ -12,13 +12,13 @@ from rich.console import Console
 from torch import Tensor
 
 from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, model_config
-from umd.device import autocast, take_device
 from umd.diffmae import DiffMAE
 from umd.errors import UserError
+from umd.machine.device import autocast, take_device
 from umd.methods import AnyModel
 from umd.model import UMD
 from umd.objective import Objective
-from umd.report import DemoRecord, Part, ProbeRow, save_record, write_report
+from umd.report.page import DemoRecord, Part, ProbeRow, save_record, write_report
 from umd.sampler import denoising_sequence
 from umd.schedule import NoiseSchedule
 from umd.train import evaluate

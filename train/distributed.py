@@ -1,7 +1,7 @@
 """The processes that train together: how they meet, what they tell each other, and how all end when one does.
 
 torchrun and deepspeed start one process a GPU and say in the environment who it is (RANK, WORLD_SIZE, LOCAL_RANK); for
-Slurm's srun `umd.environment.slurm_ranks` does. Without them a process is alone, and nothing here communicates.
+Slurm's srun `umd.machine.environment.slurm_ranks` does. Without them a process is alone, and nothing here communicates.
 """
 
 import atexit
@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from umd.device import pick_device
 from umd.errors import UserError
+from umd.machine.device import pick_device
 from umd.train.settings import ParallelConfig
 
 BEAT_SECONDS = 2.0  # between signs of life

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from umd.device import autocast, pick_dtype, take_device
 from umd.errors import UserError
 from umd.files import check_place, sha256
 from umd.images import grid, save_png, to_uint8
+from umd.machine.device import autocast, pick_dtype, take_device
 from umd.tokenizer import Tokenizer, load_tokenizer
 from umd.train.crops import centered, train_view, view_rng
 from umd.train.data import as_model_input, derive_seed, open_dataset

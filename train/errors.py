@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from umd import ops
-from umd.device import autocast
+from umd.machine.device import autocast
 from umd.masking import ids_keep_from_noise
 from umd.methods import build_objective
 from umd.model import UMD
@@ -139,7 +139,7 @@ def hidden_error(
 
 def draw_errors(entries: list[Mapping[str, Any]], path: Path) -> None:
     """The curves of the record as a picture."""
-    from umd.figures import error_curves  # here: matplotlib takes a second of every start
+    from umd.report.figures import error_curves  # here: matplotlib takes a second of every start
 
     runs = [(f"step {e['settings']['weights']['step']}", e["times"], e["curves"]) for e in entries]
     error_curves(runs, NAMES, path)

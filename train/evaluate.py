@@ -15,10 +15,10 @@ from torch import Tensor
 from umd.checkpoint import checkpoint_path
 from umd.conditions import make_conditions
 from umd.config import ScheduleConfig
-from umd.device import autocast, seconds_of, take_device
 from umd.errors import UserError
 from umd.feature_networks import default_features
 from umd.guidance import Denoise
+from umd.machine.device import autocast, seconds_of, take_device
 from umd.methods import AnyModel
 from umd.metrics import FeatureStatistics, feature_statistics
 from umd.model import UMD

@@ -22,9 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from umd.environment import own_cores
 from umd.errors import UserError
 from umd.files import write_whole
+from umd.machine.environment import own_cores
 from umd.train.data import ImageDataset, center_view
 from umd.train.latents import LatentDataset
 from umd.train.pixels import PixelDataset

@@ -16,11 +16,11 @@ from torch import Tensor
 from umd import ops
 from umd.classifier import Classifier
 from umd.config import Capture
-from umd.device import autocast
 from umd.diffmae import DiffMAE, fill
 from umd.errors import UserError
 from umd.files import check_place, write_whole
 from umd.images import grid, save_png
+from umd.machine.device import autocast
 from umd.masking import layout
 from umd.methods import AnyModel
 from umd.model import UMD

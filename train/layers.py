@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from umd.device import autocast
 from umd.errors import UserError
 from umd.files import check_place, write_whole
+from umd.machine.device import autocast
 from umd.model import UMD
 from umd.probe import fewshot_accuracy
 from umd.representation import layer_features, layer_names
@@ -100,7 +100,7 @@ def probe_layers(run: Path, options: Probe, config: RunConfig, console: Console)
     console.print(table)
     record: dict[str, Any] = {"settings": layers.probe.held_out.settings, "shots": options.shots}
     record |= {"accuracy": {str(time): row for time, row in found.items()}}
-    from umd.figures import layer_curves  # here: matplotlib takes a second of every start
+    from umd.report.figures import layer_curves  # here: matplotlib takes a second of every start
 
     write_whole(record_file, json.dumps(record, indent=1).encode())
     layer_curves({str(run): found}, curves, options.shots)

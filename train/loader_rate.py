@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
-from umd.device import pick_device
-from umd.doctor import Row
+from umd.machine.device import pick_device
+from umd.machine.doctor import Row
 from umd.train.data import has_dali, open_dataset, train_loader
 from umd.train.settings import DataConfig
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from umd import ops
 from umd.checkpoint import BackgroundSave, checkpoint_path, load_model_state, save_checkpoint, split
 from umd.classifier import Classifier
-from umd.device import keep_freed_memory, take_device
 from umd.ema import EMA, ema_rate
 from umd.errors import UserError
 from umd.layers import set_recompute_gelu
+from umd.machine.device import keep_freed_memory, take_device
 from umd.methods import AnyModel, AnyObjective, build_model, build_objective
 from umd.objective import Part
 from umd.schedule import NoiseSchedule

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from umd.classifier import Classifier
-from umd.device import peak_flops, peak_memory
 from umd.errors import UserError
 from umd.feature_networks import metric_names, open_features
 from umd.images import from_uint8
+from umd.machine.device import peak_flops, peak_memory
 from umd.metrics import FeatureStatistics
 from umd.model import UMD
 from umd.objective import Objective

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from umd import ops
 from umd.classifier import Classifier
-from umd.device import apex_lacks
 from umd.errors import UserError
 from umd.layers import Linear
+from umd.machine.device import apex_lacks
 from umd.methods import AnyModel
 from umd.modulation import BlockModulation
 from umd.spans import span

@@ -15,8 +15,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from umd.checkpoint import load_optimizer_tensors, optimizer_tensors
-from umd.device import autocast
 from umd.ema import EMA, HasParameters
+from umd.machine.device import autocast
 from umd.methods import AnyCorruption, AnyModel
 from umd.spans import span
 from umd.train.distributed import World

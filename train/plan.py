@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from umd.errors import UserError
-from umd.gpus import GPUS, GiB
+from umd.machine.gpus import GPUS, GiB
 from umd.methods import build_objective
 from umd.objective import Part
 from umd.schedule import NoiseSchedule

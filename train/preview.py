@@ -8,9 +8,9 @@ from torch import Tensor
 
 from umd import ops
 from umd.conditions import make_conditions
-from umd.device import autocast
 from umd.diffmae import DiffMAE, fill, pixel_mask
 from umd.images import grid, masked_view, to_uint8
+from umd.machine.device import autocast
 from umd.masking import random_ids_keep
 from umd.methods import AnyModel, AnyObjective
 from umd.model import UMD

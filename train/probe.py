@@ -18,10 +18,10 @@ from rich.table import Table
 from torch import Tensor
 
 from umd.config import kind_of
-from umd.device import autocast
 from umd.errors import UserError
 from umd.files import check_place, write_whole
 from umd.linear_probe import knn_accuracy, linear_probe
+from umd.machine.device import autocast
 from umd.methods import AnyModel, build_model
 from umd.model import UMD
 from umd.ops import philox_randn_rows

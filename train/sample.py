@@ -24,11 +24,11 @@ from torch import Tensor
 
 from umd.conditions import make_conditions
 from umd.config import Capture, Prediction, SamplerName
-from umd.device import autocast
 from umd.errors import UserError
 from umd.files import check_place, flush, write_whole
 from umd.guidance import Denoise, Guidance
 from umd.images import grid, save_png, to_uint8
+from umd.machine.device import autocast
 from umd.model import UMD
 from umd.schedule import NoiseSchedule
 from umd.schedulers import open_sampler, sampler_times

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Suppress
 
-from umd.environment import own_cores
 from umd.errors import UserError
+from umd.machine.environment import own_cores
 from umd.ranges import (
     Count,
     NonNegative,

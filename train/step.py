@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from umd import ops
-from umd.device import pick_device
-from umd.doctor import Row
 from umd.ema import EMA, warm_rate
 from umd.errors import UserError
 from umd.layers import Linear
+from umd.machine.device import pick_device
+from umd.machine.doctor import Row
 from umd.methods import AnyCorruption, AnyObjective
 from umd.objective import Part
 from umd.spans import span

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from umd.environment import prepare
 from umd.errors import UserError
+from umd.machine.environment import prepare
 
 if TYPE_CHECKING:
     from umd.train.run import RunConfig
@@ -260,7 +260,7 @@ def report(arguments: list[str]) -> None:
     (run,), rest = take_paths(arguments, "report", "RUN")
     if rest:
         raise UserError(f"umd report takes one folder, e.g. `umd report runs/demo`; got also {' '.join(rest)}")
-    from umd.report import load_record, write_report
+    from umd.report.page import load_record, write_report
 
     say(f"written: {write_report(load_record(run), run / 'report.html')}")
 
@@ -269,7 +269,7 @@ def doctor(arguments: list[str]) -> None:
     if arguments:
         console.print("usage: umd doctor: what this machine will really use, and how to get what is missing")
         sys.exit(0 if arguments[0] in ("-h", "--help") else 2)
-    from umd.doctor import print_report
+    from umd.machine.doctor import print_report
     from umd.train.loader_rate import loader_row
     from umd.train.step import capture_row
 

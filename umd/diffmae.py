@@ -28,10 +28,10 @@ from umd.blocks import (
     per_token,
 )
 from umd.config import Capture, ClassifierConfig, DiffMAEConfig
-from umd.device import autocast
 from umd.embedders import TimestepEmbedder, lecun_normal
 from umd.errors import UserError
 from umd.layers import Linear, residual
+from umd.machine.device import autocast
 from umd.ops import Packing, pack
 from umd.sampler import Callback, Denoise, ddim_sample
 from umd.schedule import NoiseSchedule

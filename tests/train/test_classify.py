@@ -23,7 +23,7 @@ from umd.config import (
     classifier_config,
 )
 from umd.errors import UserError
-from umd.figures import confusion_sheet
+from umd.report.figures import confusion_sheet
 from umd.train.classify import score
 from umd.train.data import center_view, open_dataset
 from umd.train.log import read_metrics

@@ -6,7 +6,7 @@ from PIL import Image
 from rich.console import Console
 
 from umd.errors import UserError
-from umd.report import load_record
+from umd.report.page import load_record
 from umd.train.demo import SHARES, run_demo
 from umd.train.options import Demo
 from umd.train.settings import DataConfig

@@ -9,8 +9,8 @@ import torch
 from umd import ops
 from umd.checkpoint import load_optimizer_tensors, optimizer_tensors
 from umd.config import ModelConfig, ObjectiveConfig
-from umd.device import apex_lacks
 from umd.errors import UserError
+from umd.machine.device import apex_lacks
 from umd.model import UMD
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule

@@ -159,7 +159,7 @@ def cluster(tmp_path_factory):
 
 SHOW = """#!/usr/bin/env bash
 export PYTHONPATH={root}
-show() {{ "$@" python -c "import os; from umd.environment import slurm_ranks; print(slurm_ranks(os.environ))"; }}
+show() {{ "$@" python -c "import os; from umd.machine.environment import slurm_ranks as r; print(r(os.environ))"; }}
 show
 show srun --ntasks 1
 show srun --label

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from umd import ops
-from umd.device import (
+from umd.errors import UserError
+from umd.machine.device import (
     autocast,
     fp32_products,
     has_fast_bf16,
@@ -16,7 +17,6 @@ from umd.device import (
     pick_dtype,
     take_device,
 )
-from umd.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from umd import doctor, ops
-from umd.device import pick_device, pick_dtype
-from umd.doctor import print_report, report
+from umd import ops
+from umd.machine import doctor
+from umd.machine.device import pick_device, pick_dtype
+from umd.machine.doctor import print_report, report
 from umd.train.data import has_dali
 from umd.train.loader_rate import loader_row
 

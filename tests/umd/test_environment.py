@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from umd.environment import GPU_FILES, first_host, slurm_ranks, tasks_of_nodes
+from umd.machine.environment import GPU_FILES, first_host, slurm_ranks, tasks_of_nodes
 
 ROOT = Path(__file__).parents[2]
 SHOW = """
 import os, sys
 print("begins", flush=True)
-from umd.environment import prepare
+from umd.machine.environment import prepare
 prepare(restart={restart})
 print(os.environ.get("GLIBC_TUNABLES"), os.environ.get("GOMP_SPINCOUNT"), sys.argv[1:], sys.flags.utf8_mode)
 """

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from umd import figures
 from umd.errors import UserError
 from umd.images import masked_view, reconstruction_sheet
-from umd.report import DemoRecord, Part, ProbeRow, load_record, probe_margins, save_record, write, write_report
+from umd.report import figures
+from umd.report.page import DemoRecord, Part, ProbeRow, load_record, probe_margins, save_record, write, write_report
 
 RESULTS = ["reconstruction", "samples", "inpainting", "probe", "denoising", "frechet"]
 SECTIONS = [*RESULTS, "next", "run", "repeat"]

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from umd.config import ModelConfig, model_config
-from umd.figures import layer_curves
 from umd.model import UMD
+from umd.report.figures import layer_curves
 from umd.representation import layer_features, layer_names
 
 CONFIG = dict(patch_size=4, hidden_size=16, depth=3, num_heads=2, decoder_depth=2, num_cls=2)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from umd.errors import UserError
-from umd.gpus import sheet_flops
+from umd.machine.gpus import sheet_flops
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 

@@ -16,9 +16,9 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from umd import figures
 from umd.errors import UserError
 from umd.files import make_folder, write_whole
+from umd.report import figures
 
 NBSP = "\N{NO-BREAK SPACE}"  # a number and its unit stay on one line
 MAX_STACKS = 12  # pictures side by side before a figure gets too small to read
@@ -149,7 +149,7 @@ def load_record(folder: Path) -> DemoRecord:
 
 def write_report(record: DemoRecord, path: Path) -> Path:
     """Write the page, replacing an older one in a single step. Returns its path."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -21,8 +21,8 @@ from rich.text import Text
 
 import umd
 from umd import ops
-from umd.device import apex_lacks, fp32_products, pick_device, pick_dtype
 from umd.errors import UserError
+from umd.machine.device import apex_lacks, fp32_products, pick_device, pick_dtype
 
 IMPORT_SECONDS = 120
 
