@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+import umd
 from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, model_config
 from umd.diffmae import DiffMAE
 from umd.errors import UserError
@@ -31,7 +32,7 @@ from umd.train.options import Demo, Probe
 from umd.train.presets import PRESETS
 from umd.train.preview import reconstructions, rgb
 from umd.train.probe import Recognition, first_of_each
-from umd.train.run import RunConfig, finetune_config
+from umd.train.run import RunConfig, finetune_config, read_config
 from umd.train.sample import Drawer
 from umd.train.settings import OptimConfig
 from umd.train.shards import progress, share
@@ -205,6 +206,7 @@ def make_demo(demo: Demo, console: Console) -> Path:
         denoising=denoising,
         class_names=list(classes),
         samples=samples,
+        longer_samples=shipped_samples(demo.seed, console),
         inpainting=inpainting,
         inpainting_columns=["given", "MAE", "UMD, 1", "UMD, 2", "DiffMAE, 1", "DiffMAE, 2", "original"],
         probe=probe_rows,
@@ -215,6 +217,30 @@ def make_demo(demo: Demo, console: Console) -> Path:
     took = (time.monotonic() - clock.start) / 60
     console.rule(f"[bold]{page}[/] after {took:.1f} minutes")
     return page
+
+
+# A trained model of the repository, by `umd bench reproduce paper`; an installed package is without it.
+SHIPPED = Path(umd.__file__).resolve().parents[1] / "docs" / "results" / "paper-umd"
+
+
+def shipped_samples(seed: int, console: Console) -> dict[str, np.ndarray]:
+    """Two samples a class of the repository's trained model, by what they are; {} where there is none."""
+    if not (SHIPPED / "config.yaml").exists():
+        return {}
+    config = read_config(SHIPPED)
+    model, _, dtype = evaluate.open_run_of(UMD, config)
+    labels = torch.arange(model.config.num_classes).repeat_interleave(2)
+    drawer = Drawer(
+        model, evaluate.schedule_of(config.schedule), labels, len(labels), num_steps=50, cfg_scale=1.5, eta=1.0,
+        seed=seed, clip=True, dtype=dtype,
+    )  # fmt: skip
+    with progress(console, "samples of the repository's model", len(labels)) as advance:
+        pictures = rgb(drawer.x_start(0, len(labels), advance))
+    what = (
+        "For comparison, not of this run: two samples a class by the small model that comes with the repository, trained "
+        "for longer and on other pictures, Fashion-MNIST (28x28, grey). Guidance 1.5."
+    )
+    return {what: pictures}
 
 
 # Chosen among on a part of the training shots, for every row alike: networks want about 10, raw pixels 1000 or 4000.
