@@ -237,8 +237,8 @@ def shipped_samples(seed: int, console: Console) -> dict[str, np.ndarray]:
     with progress(console, "samples of the repository's model", len(labels)) as advance:
         pictures = rgb(drawer.x_start(0, len(labels), advance))
     what = (
-        "For comparison, not of this run: two samples a class by the small model that comes with the repository, trained "
-        "for longer and on other pictures, Fashion-MNIST (28x28, grey). Guidance 1.5."
+        "For comparison, not of this run: two samples a class by the small model that comes with the repository, "
+        "trained for longer and on other pictures, Fashion-MNIST (28x28, grey). Guidance 1.5."
     )
     return {what: pictures}
 
