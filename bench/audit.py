@@ -28,6 +28,7 @@ from umd.bench.count_bytes import Launch, TorchBytes, interpreted, record
 from umd.bench.op_cases import DTYPES, OPS, SHAPES, Inputs, dtype_name
 from umd.errors import UserError
 from umd.ranges import check_ranges, number
+from umd.train.signals import end_when_orphaned
 
 # GPU and its memory's bytes a second, from NVIDIA's data sheets.
 GPUS = {
@@ -254,7 +255,7 @@ def _of_width(launch: Launch, width: int) -> set[str]:
 def run_apart(interpret: bool, jobs: list[tuple], progress: Callable[[list], Iterable] = iter) -> list:
     """Results of (function, *arguments), in processes where Triton is the interpreter or is not."""
     spawn = multiprocessing.get_context("spawn")
-    with interpreted(interpret), ProcessPoolExecutor(torch.get_num_threads(), spawn) as pool:
+    with interpreted(interpret), ProcessPoolExecutor(torch.get_num_threads(), spawn, end_when_orphaned) as pool:
         return [job.result() for job in progress([pool.submit(*job) for job in jobs])]
 
 

@@ -16,6 +16,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile

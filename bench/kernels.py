@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table

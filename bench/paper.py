@@ -11,9 +11,7 @@ take chain after chain. A training that was stopped goes on from its checkpoint,
 import json
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from dataclasses import asdict, replace
@@ -32,12 +30,13 @@ from umd.machine.device import pick_device
 from umd.machine.environment import own_cores
 from umd.train.lock import alone_in
 from umd.train.run import to_plain
+from umd.train.signals import end_when_orphaned
 
 
-def work(plan: Plan, todo: list[Chain], out: Path, turn: Any, parent: int) -> None:
+def work(plan: Plan, todo: list[Chain], out: Path, turn: Any) -> None:
     """Take chain after chain until none is left. `turn`: the number of the next, shared by all that work."""
     torch.set_num_threads(1)
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    end_when_orphaned()
     while True:
         with turn.get_lock():
             number, turn.value = turn.value, turn.value + 1
@@ -61,13 +60,6 @@ def make_chain(plan: Plan, chain: Chain, out: Path) -> None:
             result = piece.make()
             result |= {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}
             write_whole(file, json.dumps(result, indent=1).encode())
-
-
-def end_with(parent: int) -> None:
-    """End this process, as SIGTERM would, when the one that started it is gone."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def gather(plan: Plan, todo: list[Chain], out: Path) -> dict[str, Any]:
@@ -156,7 +148,7 @@ def carry_out(
         turn = context.Value("i", 0)
         os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that start now
         processes = [
-            context.Process(target=work, args=(plan, todo, out, turn, os.getpid())) for _ in range(workers)
+            context.Process(target=work, args=(plan, todo, out, turn)) for _ in range(workers)
         ]  # fmt: skip
         try:
             for process in processes:

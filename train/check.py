@@ -22,6 +22,7 @@ from umd.train.folders import level_note, scan
 from umd.train.listing import listing
 from umd.train.options import CheckData
 from umd.train.quarantine import default_path
+from umd.train.signals import end_when_orphaned
 from umd.train.sources import FLOATS, flatten
 from umd.train.tars import is_tars, samples, split_tars
 from umd.train.waiting import in_order
@@ -147,7 +148,7 @@ def check_data(source: Path, options: CheckData, console: Console) -> Path:
     for note in notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     jobs = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(options.workers, get_context("spawn"), end_when_orphaned) as pool:
         done = track(
             in_order(pool, partial(examine_files, min_side=options.min_side), jobs, source, 4 * options.workers),
             description=f"reading {len(files)} images", total=len(jobs), console=console, transient=True,

@@ -1,8 +1,10 @@
 """Signals that ask a training run to end, and which of its processes heed them."""
 
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -55,3 +57,16 @@ def end_with_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+def end_when_orphaned() -> None:
+    """For a process of a pool: end it, as SIGTERM would, when its parent is gone. One that was killed tells nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a process of a pool has one"
+
+    def watch(pid: int | None) -> None:
+        while os.getppid() == pid:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, args=(parent.pid,), daemon=True).start()

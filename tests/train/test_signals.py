@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -26,5 +27,28 @@ def test_a_worker_heeds_its_parent_and_no_one_else():
             worker.stdin.write("still there?\n")
             assert worker.stdout.readline() == "ready\n", name
         assert os.getpgid(worker.pid) == worker.pid
-        os.kill(worker.pid, signal.SIGTERM)
-        assert worker.wait(60) == 0
+        while worker.poll() is None:  # again and again: one that comes while another waits is lost
+            os.kill(worker.pid, signal.SIGTERM)
+            time.sleep(0.1)
+        assert worker.returncode == 0
+
+
+def test_a_pool_ends_with_a_parent_that_was_killed():
+    code = """
+import os, signal, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from umd.train.signals import end_when_orphaned
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, get_context("spawn"), end_when_orphaned)
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    parent = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert parent.returncode == -signal.SIGKILL
+    worker = int(parent.stdout)
+    for _ in range(300):  # it looks once a second
+        if not os.path.exists(f"/proc/{worker}"):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the pool's process lives on")
