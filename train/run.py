@@ -322,7 +322,7 @@ def in_words(hint: Any) -> str:
 def differences(before: Mapping, now: Mapping, prefix: str = "") -> list[tuple[str, Any, Any]]:
     """(name, before, now) of each setting that differs, e.g. ("optim.lr", 0.1, 0.2); None where there is none."""
     found = []
-    for key in sorted(before.keys() | now.keys()):
+    for key in dict.fromkeys([*now, *before]):
         a, b = before.get(key), now.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{prefix}{key}.")
