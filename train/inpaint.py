@@ -168,6 +168,8 @@ def drawn_mask(name: str, drawn: Image.Image, size: tuple[int, int], photos: Seq
     H, W = size
     if drawn.size == (W, H):
         return drawn
+    if not photos:
+        raise UserError(f"mask {name!r} is {drawn.height}x{drawn.width}; this model's pictures are {H}x{W}")
     for photo in photos:
         with Image.open(photo) as image:
             width, height = ImageOps.exif_transpose(image).size

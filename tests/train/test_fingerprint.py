@@ -275,7 +275,8 @@ def test_a_probe_of_one_class_is_refused_with_the_path_to_give(run, photos, caps
     assert "all pictures of deep are of one class (photos): a probe of them is always right; " in said
     assert f"the 3 folders in {root}/photos (bird/ ...) are the classes, give {root}/photos" in said
     said = refused(f"finetune {run.out} --task classify --data.source {root} --steps 1", capsys)
-    assert "deep has 1 class; a classifier needs 2 or more, a subfolder each; " in said and f"give {root}/photos" in said
+    assert "deep has 1 class; a classifier needs 2 or more, a subfolder each; " in said
+    assert f"give {root}/photos" in said
 
 
 def test_weights_without_pictures_of_their_own_are_probed_on_any(make_run, tmp_path, photos, capsys):

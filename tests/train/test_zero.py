@@ -78,7 +78,7 @@ def test_every_file_names_the_one_version():
     names = [line for line in (ROOT / "setup.py").read_text().splitlines() if '"deepspeed==' in line.replace(" ", "")]
     assert len(names) == 2 and all(f"deepspeed=={DEEPSPEED_VERSION}" in line for line in names)
     assert f"\ndeepspeed=={DEEPSPEED_VERSION} " in (ROOT / "constraints.txt").read_text()
-    assert f"pip install deepspeed=={DEEPSPEED_VERSION}" in (ROOT / "umd" / "doctor.py").read_text()
+    assert f"pip install deepspeed=={DEEPSPEED_VERSION}" in (ROOT / "umd" / "machine" / "doctor.py").read_text()
 
 
 def test_the_installed_version_has_the_fields_and_they_mean_what_we_think():

@@ -21,7 +21,7 @@ from PIL import Image
 import umd as package
 from umd import cli
 from umd.checkpoint import list_checkpoints
-from umd.cli import COMMANDS, main
+from umd.cli import COMMANDS, Command, main
 from umd.train import options as option_classes
 from umd.train.log import read_metrics
 from umd.train.presets import PRESETS
@@ -74,7 +74,8 @@ def test_every_command_has_a_help_of_its_own():
         shown = done(f"{name} --help")
         assert f"umd {name}" in shown
         for field in dataclasses.fields(getattr(option_classes, command.options)) if command.options else ():
-            assert field.name.replace("_", "-") in shown or field.name == "kind"  # its choices are
+            positional = field.name in ("kind", "path", "run")  # shown as {dit,...}, PATH, RUN
+            assert positional or field.name.replace("_", "-") in shown
     assert all("--data.source" in done(f"{name} --help") for name in ("pretrain", "finetune", "plan"))
     assert all(name in done("pretrain --help") for name in PRESETS)
     assert "--objective.mask-ratio" in done("pretrain umd-b4 --help")
@@ -348,10 +349,10 @@ def test_folders_that_cannot_be_written(project, run, tmp_path):
 def test_memory_that_cannot_be_had_is_a_sentence(monkeypatch):
     """Sizes beyond the address space, so that no machine has them."""
     for make in (lambda: torch.empty(2**62), lambda: torch.empty(2**50), lambda: np.empty(2**50)):
-        monkeypatch.setitem(COMMANDS, "doctor", (lambda arguments, make=make: make(), ""))
+        monkeypatch.setitem(COMMANDS, "doctor", Command("", lambda arguments, make=make: make()))
         assert "there is not enough memory (" in refused("doctor")
     with pytest.raises(RuntimeError, match="must match"):  # any other is a fault of ours, and shows where
-        monkeypatch.setitem(COMMANDS, "doctor", (lambda arguments: torch.ones(2) + torch.ones(3), ""))
+        monkeypatch.setitem(COMMANDS, "doctor", Command("", lambda arguments: torch.ones(2) + torch.ones(3)))
         umd("doctor")
 
 

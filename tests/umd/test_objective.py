@@ -327,13 +327,13 @@ def test_masks_that_leave_nothing_are_refused():
         (dict(mask_ratio_no_noise=0.95), "leaves no patch of 16 visible"),
         (dict(mask_ratio=1e-20), "hides none of 16 patches"),
         (dict(mask_ratio_no_noise=0.0), "nothing to predict"),
-        (dict(mask_ratio=1.0), "0 <= m < 1; got 1.0"),
-        (dict(mask_ratio_no_noise=-0.1), "0 <= m < 1; got -0.1"),
+        (dict(mask_ratio=1.0), "mask_ratio 1: must be at least 0 and below 1"),
+        (dict(mask_ratio_no_noise=-0.1), "mask_ratio_no_noise -0.1: must be at least 0 and below 1"),
     ):
         with pytest.raises(UserError, match=words):
             Objective(TINY, ObjectiveConfig(**changes), schedule)
     for changes in (dict(no_noise_prob=1.5), dict(class_dropout_prob=-0.1)):
-        with pytest.raises(UserError, match="share of the batch, 0 to 1"):
+        with pytest.raises(UserError, match="must be at least 0 and at most 1"):
             ObjectiveConfig(**changes)
     # No noise-free sample is trained here, so nothing is missing.
     Objective(TINY, ObjectiveConfig(no_noise_prob=0.0, mask_ratio_no_noise=0.0), schedule)
