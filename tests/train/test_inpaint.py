@@ -75,8 +75,9 @@ def test_a_mask_of_the_photo_is_cut_and_resized_with_it(tmp_path):
     Image.fromarray(drawn).save(tmp_path / "mask.png")
     x, expected = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
     expected[..., :3, :4] = 1
-    for photos in ((tmp_path / "photo.png",), ()):
-        assert torch.equal(hole_mask(str(tmp_path / "mask.png"), x, 2, photos=photos), expected)
+    assert torch.equal(hole_mask(str(tmp_path / "mask.png"), x, 2, photos=[tmp_path / "photo.png"]), expected)
+    with pytest.raises(UserError, match="is 16x24; this model's pictures are 8x8"):
+        hole_mask(str(tmp_path / "mask.png"), x, 2)
     turned = Image.new("RGB", (16, 24))
     turned.getexif()[0x0112] = 6  # stored on its side: 16 high and 24 wide as it is shown
     turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
