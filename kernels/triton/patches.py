@@ -41,8 +41,8 @@ def patch_noise(
     """ε of columns first_col : first_col + BLOCK_D of the patches at these corners: fp32 [BLOCK_M, BLOCK_D].
 
     Element i of a sample's ε is number i % 4 of counter i // 4 under the sample's seed. If 4 divides P, four neighbours
-    in a patch's row use the four numbers of one counter. Otherwise a pair or a single number of a counter is used; it is
-    picked before the costly steps.
+    in a patch's row use the four numbers of one counter. Otherwise a pair or a single number of a counter is used, and
+    it is picked before the costly steps.
     """
     # An else and one return: Triton also compiles code after a static `if` that returns.
     if FROM_SEED:

@@ -10,8 +10,8 @@ from ..backend import tl, triton
 from .op import triton_op, wrap_triton
 from .tiles import store_row
 
-# Forward: a program serves PLACES places, one per warp, and walks SAMPLES samples, BLOCK_S at a time. A warp has BLOCK_D
-# columns: 8 per thread, 128 bits of bf16.
+# Forward: a program serves PLACES places, one per warp, and walks SAMPLES samples, BLOCK_S at a time. A warp has
+# BLOCK_D columns: 8 per thread, 128 bits of bf16.
 FORWARD = dict(SAMPLES=64, PLACES=4, BLOCK_S=8, BLOCK_D=256, num_warps=4)
 # Backward: a program serves one place and walks all samples, BLOCK_S at a time in each of its WARPS.
 BACKWARD = dict(WARPS=4, BLOCK_S=8, BLOCK_D=256, num_warps=4)
