@@ -18,7 +18,7 @@ from umd.positions import sincos_positions
 
 State = dict[str, Tensor]
 
-# (pattern of their name, the authors' name), applied in order. Each pattern's first alternative is the name on disk.
+# (pattern of their name, the authors' name), applied in order. Of several alternatives `to_vit_mae` writes the first.
 MAE_NAMES = [
     (r"vit\.embeddings\.cls_token", "cls_token"),
     (r"vit\.embeddings\.position_embeddings", "pos_embed"),
@@ -60,7 +60,7 @@ DIT_EMBEDDERS = {
 
 
 def read_config(folder: Path, class_name: str) -> dict[str, Any]:
-    """Read a folder's config.json. Raises UserError if it is missing, no JSON, or of another class than `class_name`."""
+    """Read a folder's config.json. Raises UserError if it is missing, no JSON, or not of class `class_name`."""
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text())
