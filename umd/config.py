@@ -57,8 +57,8 @@ class ViTConfig:
     """Give each LayerNorm its own scale and bias. The released UMD code does so under adaLN, DiT does not."""
     embedding: Embedding = "paper"
     """How time and label are embedded. paper: 256 time features and a plain label table, as in DiT. released: D time
-    features, and MLPs of hidden width 2D for time and label, as in the released UMD code. diffusers: like paper, with
-    the time frequencies of diffusers. none: neither is embedded (MAE)."""
+    features, and MLPs of hidden width 2D for time and label, as in the released UMD code. diffusers: like paper,
+    with the time frequencies of diffusers. none: neither is embedded (MAE)."""
     gelu: Literal["tanh", "exact"] = "tanh"
     """tanh: the approximation that UMD, DiT and MaskDiT use. exact: by the error function (MAE), without kernels of
     this package."""
@@ -109,8 +109,8 @@ class ModelConfig(ViTConfig):
     """Condition the blocks by adaLN-zero. Off: the condition is an extra token in every block (the paper's ablation,
     MAE)."""
     adaLN_projection: AdaLNProjection = "per_block"
-    """Weights of adaLN. per_block: each block has its own projection. single: all blocks share one projection and each
-    has its own offsets (adaLN-single of PixArt). low_rank: each block's projection is a product of low rank."""
+    """Weights of adaLN. per_block: each block has its own projection. single: all blocks share one projection and
+    each has its own offsets (adaLN-single of PixArt). low_rank: each block's projection is a product of low rank."""
     adaLN_rank: Count = 64
     """Rank of the projections when adaLN_projection is low_rank."""
     positions: Literal["learned", "sincos"] = "learned"
@@ -119,8 +119,8 @@ class ModelConfig(ViTConfig):
     """Number of classes in the label embedding. 0: no labels, as in pre-training."""
     outputs: Literal["x_start_eps", "x_start", "eps", "eps_sigma", "edm"] = "x_start_eps"
     """What the head predicts. x_start_eps: image and noise (UMD). x_start: the image (MAE). eps: the noise.
-    eps_sigma: the noise and the variance of a step (DiT). edm: the raw output that EDM's preconditioning turns into an
-    image (MaskDiT)."""
+    eps_sigma: the noise and the variance of a step (DiT). edm: the raw output that EDM's preconditioning turns
+    into an image (MaskDiT)."""
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -201,8 +201,8 @@ class DiffMAEConfig(ViTConfig):
     decoder_num_heads: Count = 16
     """Attention heads of the decoder. Must divide decoder_hidden_size."""
     links: bool = True
-    """U-shaped links: block i of a cross or cross_self decoder reads the output of encoder block depth-1-i. Off: every
-    block reads the last one."""
+    """U-shaped links: block i of a cross or cross_self decoder reads the output of encoder block depth-1-i. Off:
+    every block reads the last one."""
     target_size: CountOrZero = 0
     """Feature values per patch when the target is a file of features. 0: the target is pixels."""
 
@@ -363,8 +363,8 @@ class DiffMAEObjectiveConfig:
     """Smallest model time that is drawn; the largest is T. Set to T, this is an MAE with noise in place of mask
     tokens."""
     target: str = "pixels"
-    """What is predicted of each masked patch. pixels; normalized: pixels, normalised by the mean and standard deviation
-    of the patch; or the path of a .npy file of features [images, L, target_size]."""
+    """What is predicted of each masked patch. pixels; normalized: pixels, normalised by the mean and standard
+    deviation of the patch; or the path of a .npy file of features [images, L, target_size]."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -397,8 +397,8 @@ class ScheduleConfig:
     """Noise schedule."""
 
     name: Literal["cosine", "linear", "linear_rho", "edm"] = "cosine"
-    """How noise grows with time. cosine: for pixels. linear: for latents. linear_rho: for DiffMAE. edm: for MaskDiT as
-    published."""
+    """How noise grows with time. cosine: for pixels. linear: for latents. linear_rho: for DiffMAE. edm: for MaskDiT
+    as published."""
     num_steps: Count = 1000
     """T, the number of diffusion steps."""
     rho: Positive = 0.8

@@ -36,7 +36,7 @@ def load_small_vision(path: Path | str, tree: str = "params") -> dict[str, np.nd
               (needs the package tensorstore);
             - the same name without the step: the checkpoint written last;
             - a .npz file with names such as `params/…` or `param::…`, or without a prefix.
-        tree: `params` or `ema_params`. The result is empty if the file has no such tree.
+        tree: `params` or `ema_params`. Without an average in the file, `ema_params` gives {}.
 
     Raises:
         UserError: there is no such file, or it cannot be read.
