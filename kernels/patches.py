@@ -96,6 +96,7 @@ def gather_patches(
 
 
 def check_patches(x_start: Tensor, ids_keep: Tensor, patch_size: int) -> None:
+    """Raise ValueError unless x_start is [B, C, H, W] with patch_size dividing H and W, and ids_keep int64 [N]."""
     if x_start.ndim != 4 or x_start.numel() == 0 or not x_start.is_floating_point():
         raise ValueError(f"x_start: expected floating [B, C, H, W], got {tuple(x_start.shape)} {x_start.dtype}")
     H, W = x_start.shape[2:]
@@ -105,6 +106,7 @@ def check_patches(x_start: Tensor, ids_keep: Tensor, patch_size: int) -> None:
 
 
 def check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless noise is seeds, int64 [n], or ε of this shape [n, C, H, W]."""
     seeds = tuple(noise.shape) == shape[:1] and noise.dtype == torch.int64
     if not seeds and (tuple(noise.shape) != tuple(shape) or not noise.is_floating_point()):
         expected = f"a seed for each sample, int64 {shape[:1]}, or floating {tuple(shape)}"

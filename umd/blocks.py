@@ -103,6 +103,8 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Linear, GELU, Linear."""
+
     def __init__(self, dim: int, hidden: int, exact: bool = False):
         """exact: GELU by the error function. Else the tanh approximation, for which this package has kernels."""
         super().__init__()
@@ -144,7 +146,11 @@ class Block(nn.Module):
         modulation: Tables,
         memory: Memory | None = None,
     ) -> tuple[Tensor, Branch]:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # each [R, D] or None
+        """Stream x [N, D] and its pending branch to (x, the MLP's branch, not yet added).
+
+        modulation: the block's 6 tables, each [R, D] or None. memory: for cross-attention.
+        """
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         x, y = self.norm1(x, branch, packing, shift_msa, scale_msa)  # [N, D]
         attended = self.attn(y, packing if memory is None else memory)
         x, y = self.norm2(x, (*attended, gate_msa), packing, shift_mlp, scale_mlp)  # [N, D]
@@ -167,6 +173,7 @@ class CrossSelfBlock(Block):
         modulation: Tables,
         memory: Memory | None = None,
     ) -> tuple[Tensor, Branch]:
+        """As `Block.forward`; memory is required."""
         x, y = self.norm_cross(x, branch, packing)  # [N, D]
         return super().forward(x, (*self.cross(y, memory), None), packing, modulation)
 

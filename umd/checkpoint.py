@@ -171,6 +171,7 @@ class BackgroundSave:
 
 
 def checkpoint_path(root: Path | str, step: int) -> Path:
+    """The path of a step's checkpoint, whether it exists or not."""
     return Path(root) / f"step-{step:08d}"
 
 

@@ -69,6 +69,7 @@ class ViTConfig:
 
     @property
     def grid_size(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property

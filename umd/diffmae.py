@@ -238,12 +238,14 @@ class DiffMAE(nn.Module):
 
 
 def decoder_block(config: DiffMAEConfig, context: int) -> Block:
+    """A decoder block of the configured kind. context: width of the encoder's tokens."""
     if config.decoder == "cross_self":
         return CrossSelfBlock(config, context)
     return Block(config, context if config.decoder == "cross" else None)
 
 
 def cross_attention(block: nn.Module) -> CrossAttention:
+    """The cross-attention of a cross or cross_self block."""
     attention = block.cross if isinstance(block, CrossSelfBlock) else block.attn
     assert isinstance(attention, CrossAttention), "the joint decoder has none"
     return attention

@@ -104,6 +104,7 @@ def make_folder(path: Path, instead: str = "give another one to write to") -> No
 
 
 def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     return again_if_stale(lambda: _sha256(path), path)
 
 

@@ -19,6 +19,7 @@ class Linear(nn.Linear):
     splits = True  # False under ZeRO 3, where a parameter exists only while its own layer runs
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, I] to [N, O]."""
         return ops.linear(x, self.weight, self.bias, self.cast)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -42,6 +43,7 @@ class GeluLinear(Linear):
     recompute = False  # recompute the activation in the backward pass instead of saving it
 
     def forward(self, x: Tensor, x_bias: Tensor | None = None) -> Tensor:
+        """gelu(x) [N, I] to [N, O]. x_bias: as in `split`."""
         return ops.gelu_linear(x, self.weight, self.bias, self.cast, x_bias, self.recompute)
 
     def split(

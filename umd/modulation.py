@@ -47,6 +47,7 @@ class Modulation(nn.ModuleList):
         return [p for name, p in self.named_parameters() if name.endswith("bias")]
 
     def forward(self, x: Tensor) -> Tables:
+        """Tables of conditions x [R, D]; block i's are computed when they are asked for."""
         return lambda i: self[i](x)
 
     def zero(self) -> None:
@@ -72,6 +73,7 @@ class SingleModulation(nn.Module):
         return self.bias.split(self.widths)
 
     def forward(self, x: Tensor) -> Tables:
+        """Tables of conditions x [R, D], all computed at once."""
         shared = F.linear(x, self.weight)  # [R, 6·D]
         whole = torch.cat([shared.repeat(1, len(self.widths) - 1), shared[:, : self.widths[-1]]], dim=1) + self.bias
         return whole.split(self.widths, dim=1).__getitem__
@@ -94,6 +96,7 @@ class LowRankModulation(nn.Module):
         return self.up.offsets
 
     def forward(self, x: Tensor) -> Tables:
+        """Tables of conditions x [R, D]; block i's are computed when they are asked for."""
         return self.up(self.down(x))
 
     def zero(self) -> None:

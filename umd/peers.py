@@ -72,6 +72,10 @@ class PeerObjective(Objective):
         return ((1.2 * normal - 1.2) / 4).float()
 
     def coefficients(self, c: Corruption, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Coefficients of image and noise in the network's input for the noised samples, [n] each.
+
+        EDM: c_in and c_in·σ. Others: (√ᾱ, √(1-ᾱ)).
+        """
         if self.model.outputs != "edm":
             return super().coefficients(c, dtype)
         sigma = edm_sigma_of(c)

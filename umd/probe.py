@@ -86,6 +86,7 @@ def _times_targets(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise ValueError if a label is outside [0, num_classes)."""
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"Labels are {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}.")
 

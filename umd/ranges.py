@@ -37,6 +37,7 @@ class OutOfRange(UserError):
         super().__init__(self.of(name))
 
     def of(self, option: str) -> str:
+        """The message, with `option` as the name of the setting."""
         values = self.value if isinstance(self.value, tuple | list) else [self.value]
         given = " ".join(map(plain, values)) or "(nothing)"
         return f"{option} {given}: {'each ' * (len(values) > 1)}must be {self.says}"

@@ -49,6 +49,8 @@ def _sum_rows(parts: list[Tensor], rows: list[int], like: Tensor) -> Tensor:
 
 
 class ModulatedLayerNormFunction(torch.autograd.Function):
+    """y = x̂·alpha + beta of x [N, D], with tables alpha and beta [R, D]."""
+
     @staticmethod
     def forward(ctx, x, alpha, beta, packing, eps):
         lengths, rows = _segments(packing, len(alpha))

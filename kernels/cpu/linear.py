@@ -59,6 +59,8 @@ def _transposed(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 class BF16LinearFunction(torch.autograd.Function):
+    """x·weightᵀ + bias in bf16; the gradients have the types of x and of the parameters."""
+
     @staticmethod
     def forward(ctx, x, weight, bias):
         x16, w16 = x.to(torch.bfloat16), weight.to(torch.bfloat16)

@@ -110,12 +110,14 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16: a GPU from Ampere on, or a CPU with AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to bf16 if dtype is bf16; else a context that does nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 

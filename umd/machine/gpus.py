@@ -6,6 +6,8 @@ GiB = 2**30
 
 
 class Gpu(NamedTuple):
+    """A GPU's data."""
+
     memory: float  # bytes
     bf16: float  # dense FLOP/s
     fp32: float  # FLOP/s, TF32 off
