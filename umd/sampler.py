@@ -28,9 +28,9 @@ WARM_UP = 3  # steps run before one is captured, as in PyTorch's CUDA graph reci
 def ddim_timesteps(num_sample_steps: int, T: int = 1000) -> list[int]:
     """Diffusion indices (model time - 1) of DDIM's calls: T-1, T-1-s, T-1-2s, … and 0, with s = ⌈T / steps⌉.
 
-    The indices are those of the released UMD code. If the steps divide T, there is one index more than steps: 999, 991,
-    …, 7, 0 for 125. Otherwise there may be fewer: 60 for 62 steps. In that case the released code repeats the call at
-    0, to no effect, until it has made 63 calls; this function does not.
+    The indices are those of the released UMD code. If the steps divide T and are fewer, there is one index more than
+    steps: 999, 991, …, 7, 0 for 125. Otherwise there may be fewer: 60 for 62 steps. In that case the released code
+    repeats the call at 0, to no effect, until it has made 63 calls; this function does not.
 
     Raises UserError if the steps are outside 1..T.
     """
