@@ -1,17 +1,18 @@
-"""LayerNorm or RMSNorm with adaLN modulation on a packed stream, alone or behind a gated residual.
+"""LayerNorm or RMSNorm with adaLN modulation on a packed stream, alone or after a gated residual.
 
     modulated_layer_norm       y = LN(x)·(1 + scale) + shift
     gated_residual_layer_norm  r = x + gate·h,  y = LN(r)·(1 + scale) + shift
 
-`scale`, `shift` and `gate` are tables `[R, D]` (usually strided views of one projection); a sample finds its row
-through `packing.cond_index`. LN's own affine `weight`, `bias` `[D]` may be there or not:
+`scale`, `shift` and `gate` are tables `[R, D]` (usually strided views of one projection). Sample s uses row
+`packing.cond_index[s]`. LN's own affine `weight`, `bias` `[D]` is optional:
 
     (x̂·w + b)·(1 + scale) + shift = x̂·[w·(1 + scale)] + [b·(1 + scale) + shift]
 
-so it folds into the tables, which have a few rows, and costs nothing on the stream.
+It is folded into the tables. They have few rows, so the affine costs nothing on the stream.
 
-With `rms`, RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) takes LN's place: x̂ = x·rsqrt(mean(x²) + eps), without a
-mean. The residual stream x, r may be fp32 where branch and norm, h and y, have 16 bits: no sum is rounded to those.
+With `rms`, RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) replaces LN: x̂ = x·rsqrt(mean(x²) + eps), without
+subtracting a mean. The residual stream (x, r) may be fp32 while the branch h and the result y have 16 bits. No sum on
+the stream is then rounded to 16 bits.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from .triton.adaln import layer_norm_fwd
 
 
 def _per_sample(table: Tensor, x: Tensor, packing: Packing) -> Tensor:
-    """Spread table rows [R, D] over the stream: [N, D]."""
+    """Repeat table rows [R, D] for every token of their samples: [N, D]."""
     return table.index_select(0, packing.cond_index.repeat_interleave(packing.cu_seqlens.diff(), output_size=len(x)))
 
 
@@ -45,7 +46,7 @@ def modulated_layer_norm_ref(
     rms: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The definition of `modulated_layer_norm`, in fp32 or wider."""
+    """The definition of `modulated_layer_norm` in plain PyTorch, computed in fp32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
     weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
     if rms:
@@ -73,7 +74,10 @@ def gated_residual_layer_norm_ref(
     h_bias: Tensor | None = None,
     rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of `gated_residual_layer_norm`, in fp32 or wider; r is rounded to x's type before the norm."""
+    """The definition of `gated_residual_layer_norm` in plain PyTorch, computed in fp32 or wider.
+
+    r is rounded to x's type before the norm.
+    """
     wide, h_dtype = torch.promote_types(x.dtype, torch.float32), h.dtype
     h = h.to(wide) if h_bias is None else h.to(wide) + (h_bias - h_bias.detach()).to(wide)
     branch = h if gate is None else h * _per_sample(gate, x, packing)
@@ -84,7 +88,7 @@ def gated_residual_layer_norm_ref(
 def _fold(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """LN's affine and the modulation as one affine: (alpha, beta), each [R, D] in fp32 or wider."""
+    """Fold LN's affine and the modulation into one affine x̂·alpha + beta, each [R, D] in fp32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
     alpha = torch.ones(1, x.shape[-1], dtype=wide, device=x.device) if scale is None else 1 + scale.to(wide)
     beta = torch.zeros_like(alpha) if shift is None else shift.to(wide)
@@ -106,23 +110,24 @@ def modulated_layer_norm(
     rms: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """LN(x)·(1 + scale) + shift on a packed stream, or on samples of equal length.
+    """Compute LN(x)·(1 + scale) + shift on a packed stream, or on samples of equal length.
 
     Args:
         x: [N, D], bf16, fp16, fp32 or fp64; without a packing [B, L, D].
-        packing: lengths and modulation rows of the samples in `x`; None: row s belongs to sample s, tables are [B, D].
+        packing: lengths and modulation rows of the samples in `x`. None: x is [B, L, D], tables are [B, D], and row s
+            belongs to sample s.
         shift, scale: [R, D] or None; any strides. Row `packing.cond_index[s]` belongs to sample s.
         weight, bias: [D] or None, LayerNorm's own affine.
-        eps: added to the variance, with `rms` to the mean of squares.
-        rms: RMSNorm instead of LayerNorm.
-        dtype: of the result: x's, which is the default, or bf16 or fp16 where x is fp32.
+        eps: added to the variance; with `rms`, to the mean of squares.
+        rms: use RMSNorm instead of LayerNorm.
+        dtype: type of the result. Default: x's type. If x is fp32, it may be bf16 or fp16.
 
     Returns:
-        x's shape in `dtype`. Differentiable in every tensor argument.
+        y in x's shape and in `dtype`. Differentiable in every tensor argument.
 
     Raises:
-        ValueError: a width that is not D, a table of too few rows, x of another length than the packing, a `dtype` that
-            does not go with x's.
+        ValueError: a width other than D, a table with too few rows, an x whose length is not the packing's, or a
+            `dtype` that does not fit x's.
     """
     if packing is None:
         packing = _dense(x)
@@ -135,7 +140,7 @@ def modulated_layer_norm(
     if use_triton(x):
         work = packing.chunks, packing.row_chunks
         return layer_norm_fwd(x, None, None, shift, scale, weight, bias, None, *work, eps, rms, dtype)[1]
-    if rms or x.device.type != "cpu":  # a call per stretch would be a launch per stretch
+    if rms or x.device.type != "cpu":  # the CPU paths work segment by segment; on a GPU each would be a launch
         return modulated_layer_norm_ref(x, packing, shift, scale, weight, bias, eps, rms, dtype)
     alpha, beta = _fold(x, shift, scale, weight, bias)
     if use_compiled(x):
@@ -156,21 +161,23 @@ def gated_residual_layer_norm(
     h_bias: Tensor | None = None,
     rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """r = x + gate·h and y = LN(r)·(1 + scale) + shift, in one pass over x and h.
+    """Compute r = x + gate·h and y = LN(r)·(1 + scale) + shift, in one pass over x and h.
 
     Args:
         x: [N, D], the residual stream; without a packing [B, L, D].
-        h: of x's shape, the branch to add: in x's type, or in bf16 or fp16 where x is fp32.
-        packing, gate, shift, scale: as in `modulated_layer_norm`.
-        h_bias: [D] or None: the bias of the layer that made h, in h already. It changes no value and gets its gradient,
-            the sum of h's over all tokens, which costs a pass over the stream anywhere else.
-        rms: RMSNorm instead of LayerNorm.
+        h: the branch to add, in x's shape and type; if x is fp32, h may be bf16 or fp16.
+        gate: [R, D] or None (1); any strides.
+        packing, shift, scale, weight, bias, eps: as in `modulated_layer_norm`.
+        h_bias: [D] or None, the bias of the layer that made h. h already includes it, so it changes no value here. It
+            only receives its gradient, the sum of h's gradient over all tokens. Elsewhere that sum would cost a pass of
+            its own over the stream.
+        rms: use RMSNorm instead of LayerNorm.
 
     Returns:
-        r in x's type and y in h's, both of x's shape.
+        (r, y): r in x's type, y in h's type, both in x's shape.
 
     Raises:
-        ValueError: as `modulated_layer_norm`, or h of another shape than x or of a type that does not go with x's.
+        ValueError: as in `modulated_layer_norm`, or an h whose shape is not x's or whose type does not fit x's.
     """
     tables = dict(gate=gate, shift=shift, scale=scale, weight=weight, bias=bias, h_bias=h_bias)
     if packing is None:
@@ -202,11 +209,11 @@ def gated_residual_layer_norm(
 
 
 class AdaLayerNorm(nn.Module):
-    """Both norms as a module, for blocks on [B, L, D] or on packed streams.
+    """Both ops as a module, for blocks on [B, L, D] or on packed streams.
 
     Args:
-        dim: D.
-        affine: whether the norm has a weight of its own and, unless `rms`, a bias. DiT's have none.
+        dim: width D.
+        affine: give the norm its own weight and, unless `rms`, a bias. DiT's norms have neither.
         eps, rms: as in `modulated_layer_norm`.
     """
 
@@ -225,9 +232,10 @@ class AdaLayerNorm(nn.Module):
         gate: Tensor | None = None,
         packing: Packing | None = None,
     ):
-        """y = LN(x)·(1 + scale) + shift; with a branch h, (r, y) of r = x + gate·h. Shapes and types as in the ops.
+        """Return y = LN(x)·(1 + scale) + shift. With a branch h, return (r, y) with r = x + gate·h and y = LN(r)·…
 
-        Under autocast y of an fp32 x alone has autocast's type, in which the next layer would take it anyway.
+        Shapes and types are those of the ops. Without h, an fp32 x under autocast gives y in autocast's type, to which
+        the next linear layer would cast it anyway.
         """
         own = self.weight, self.bias, self.eps
         if h is None:
@@ -238,6 +246,7 @@ class AdaLayerNorm(nn.Module):
 
 
 def _dense(x: Tensor) -> Packing:
+    """The packing of x [B, L, D]: B samples of length L, each with its own modulation row."""
     check_tensor("x", x, ("B", "L", "D"))
     if x.shape[0] == 0:
         raise ValueError(f"x: expected a sample at least, got {list(x.shape)}")
@@ -245,7 +254,7 @@ def _dense(x: Tensor) -> Packing:
 
 
 def _narrower(x: Tensor) -> tuple[torch.dtype, ...]:
-    """Types of h and y that go with x's."""
+    """The types that h and y may have with x's type."""
     return (x.dtype, torch.bfloat16, torch.float16) if x.dtype == torch.float32 else (x.dtype,)
 
 
@@ -254,7 +263,7 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def _check(x: Tensor, packing: Packing, dtype: torch.dtype, **tables: Tensor | None) -> None:
-    """dtype: of y."""
+    """Raise ValueError if x [N, D] or one of the tables does not fit. dtype: the type of y."""
     check_tensor("x", x, (packing.num_tokens, "D"))
     types = dict.fromkeys((*_narrower(x), dtype, torch.float32))
     rows = None

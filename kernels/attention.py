@@ -1,13 +1,12 @@
-"""Attention inside each sample of a packed stream: no token sees another sample, no token is padding.
+"""Attention inside each sample of a packed stream: no token sees another sample, and there is no padding.
 
-One call, five backends; `attention_backend` tells which one runs and why. `varlen_cross_attention` has all but the
-first.
+There are five backends. `attention_backend` tells which one runs and why. `varlen_cross_attention` has all but triton.
 
-    triton       our own for short samples (triton/attention.py): ragged lengths in one launch, the same bits each time
-    flash_attn   flash-attn 2: gradients written packed as [N, 3, H, d], and the same bits each time
-    varlen_attn  torch.nn.attention.varlen: the same algorithm, in PyTorch itself
-    sdpa         scaled_dot_product_attention, once for each run of samples of equal length
-    matmul       matmul, softmax, matmul, once for each run (cpu/attention.py)
+    triton       our own kernel for short samples (triton/attention.py): all lengths in one launch, deterministic
+    flash_attn   flash-attn 2: writes gradients packed as [N, 3, H, d], deterministic
+    varlen_attn  torch.nn.attention.varlen: the same algorithm, part of PyTorch
+    sdpa         scaled_dot_product_attention, one call per run (consecutive samples of equal length)
+    matmul       matmul, softmax, matmul, once per run (cpu/attention.py)
 """
 
 import difflib
@@ -32,30 +31,31 @@ from .triton.attention import short_attention_fwd
 
 Attention = Literal["auto", "triton", "flash_attn", "varlen_attn", "sdpa", "matmul"]
 NAMES = get_args(Attention)
-FLASH_ATTN_VERSIONS = (2, 7), (2, 8)  # first and last whose functions are known to be as below
+FLASH_ATTN_VERSIONS = (2, 7), (2, 8)  # first and last version whose functions are known to have these signatures
 _OPTIONS = "dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs"
 FLASH_ATTN_SIGNATURES = {
     "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {_OPTIONS}",
     "flash_attn_varlen_kvpacked_func": (f"q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {_OPTIONS}"),
 }
-SHORT = 512  # tokens of a sample up to which `auto` takes our own kernel
-FEW_TOKENS = 128  # up to so many a CPU is faster with the weights written out, and with more too if it needs gradients
+SHORT = 512  # `auto` takes our own kernel if no sample has more tokens
+# On a CPU, matmul is faster than sdpa up to so many tokens per sample; with gradients, at every length.
+FEW_TOKENS = 128
 
 _choice: Attention = "auto"
 
 
 class AttentionBackend(NamedTuple):
-    """A backend and why it is taken, as a sentence without its subject."""
+    """A backend and the reason for it: a sentence whose subject is the backend, e.g. "runs anywhere"."""
 
     name: str
     reason: str
 
 
 def set_attention(choice: Attention) -> None:
-    """Choose the backend for all calls of this process that do not name one; `auto` is the rule of `attention_backend`.
+    """Set the backend for all calls of this process that do not name one. `auto`: the rule of `attention_backend`.
 
     Raises:
-        ValueError: another name. Whether the backend can run is checked when it is called.
+        ValueError: an unknown name. Whether the backend can run is checked when it is called.
     """
     global _choice
     _check_known(choice)
@@ -64,7 +64,7 @@ def set_attention(choice: Attention) -> None:
 
 @contextmanager
 def attention(choice: Attention) -> Iterator[None]:
-    """`set_attention` for the length of a with block."""
+    """`set_attention` within a with block; afterwards the earlier choice is back."""
     before = _choice
     set_attention(choice)
     try:
@@ -81,29 +81,30 @@ def attention_backend(
     backend: Attention | None = None,
     kv_packing: Packing | None = None,
 ) -> AttentionBackend:
-    """The backend that `varlen_attention` takes for such a tensor, and why.
+    """The backend that `varlen_attention` uses for such a tensor, and why.
 
-    The rule of `auto`, the first that fits:
+    `auto` takes the first that fits:
 
-        on the CPU, without gradients, more than 128 tokens a sample      sdpa
-        else on the CPU                                                   matmul
-        self-attention, the longest sample of at most 512 tokens, and our
+        CPU, no gradients, a sample of more than 128 tokens               sdpa
+        CPU otherwise                                                     matmul
+        self-attention, no sample of more than 512 tokens, and our
         kernel takes the tensor                                           triton
         flash-attn 2 is installed and takes the tensor                    flash_attn
-        one run of equal lengths                                          sdpa
+        all samples have one length (one run)                             sdpa
         varlen_attn takes the tensor                                      varlen_attn
-        else                                                              sdpa
+        otherwise                                                         sdpa
 
-    Of several runs sdpa splits q, k and v, and copies outputs and gradients together: 14 rows of width D a token;
-    varlen_attn copies its gradients alone, 6; triton and flash_attn copy nothing.
+    Copies with several runs, in rows of width D per token: sdpa 14 (it splits q, k and v, and joins outputs and
+    gradients), varlen_attn 6 (it joins gradients), triton and flash_attn 0.
 
     Args:
-        packing: of the stream; None stands for a ragged one.
-        backend: instead of `set_attention`'s.
-        kv_packing: of the keys in `varlen_cross_attention`, where a run is of samples equal in both lengths.
+        device, dtype, head_dim: of q, k and v.
+        packing: of the stream; None: a ragged stream of short samples.
+        backend: overrides the choice of `set_attention`.
+        kv_packing: packing of the keys in `varlen_cross_attention`; a run there is equal in both lengths.
 
     Raises:
-        ValueError: an unknown backend, or one that cannot take such a tensor.
+        ValueError: the backend is unknown or cannot take such a tensor.
     """
     runs, max_seqlen, cross = None, 0, kv_packing is not None
     if packing is not None:
@@ -115,7 +116,7 @@ def attention_backend(
 
 
 def varlen_attention_ref(qkv: Tensor, packing: Packing) -> Tensor:
-    """The definition of `varlen_attention`: softmax(q·kᵀ/√d)·v sample by sample, in fp32 or wider."""
+    """The definition of `varlen_attention`: softmax(q·kᵀ/√d)·v, sample by sample, in fp32 or wider."""
     wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     out = []
     for sample in wide.split(packing.cu_seqlens.diff().tolist()):
@@ -128,21 +129,22 @@ def varlen_attention_ref(qkv: Tensor, packing: Packing) -> Tensor:
 def varlen_attention(
     qkv: Tensor, packing: Packing, backend: Attention | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """Self-attention of each sample of a packed stream, scale 1/√d.
+    """Self-attention within each sample of a packed stream, with scale 1/√d.
 
     Args:
         qkv: [N, 3, H, d], any floating type.
         packing: lengths of the samples.
-        backend: instead of `set_attention`'s; see `attention_backend`.
-        bias: [3·H·d], of the layer that made qkv, already added; it gets its gradient here (see `bias_gradient`). The
-            keys' third is 0: what is added to all keys adds the same to all scores of a query.
+        backend: overrides the choice of `set_attention`; see `attention_backend`.
+        bias: [3·H·d] or None, the bias of the layer that made qkv. qkv already includes it; it only receives its
+            gradient here (see `bias_gradient`). The gradient of the keys' third is 0: a bias on all keys shifts all
+            scores of a query equally, which softmax ignores.
 
     Returns:
         [N, H, d] in qkv's type.
 
     Raises:
-        ValueError: qkv not [N, 3, H, d] with the packing's N, or on another device; a backend that is unknown or cannot
-            take qkv.
+        ValueError: qkv is not [N, 3, H, d] with the packing's N or is on another device; the backend is unknown or
+            cannot take qkv.
     """
     check_tensor("qkv", qkv, (packing.num_tokens, 3, "H", "d"))
     check_devices(qkv=qkv, packing=packing.cu_seqlens)
@@ -171,13 +173,14 @@ def varlen_attention(
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int, int]]) -> Tensor:
-    """SDPA of q [N, H, d] over k, v [M, H, d], a call a run (`paired_runs`), on views.
+    """SDPA of q [N, H, d] over k, v [M, H, d]: [N, H, d]. One call per run of `paired_runs`, on views.
 
-    With several runs their outputs, and their gradients, are copied together. A sample without keys gets zeros.
+    With several runs, the outputs (and in the backward pass the gradients) are copied into one tensor. A sample without
+    keys gets zeros.
     """
     _, H, d = q.shape
 
-    def heads(x: Tensor, which: int) -> list[Tensor]:  # of each run [S, H, L, d]
+    def heads(x: Tensor, which: int) -> list[Tensor]:  # one [S, H, L, d] per run
         parts = [x] if len(runs) == 1 else x.split([run[0] * run[which] for run in runs])
         return [part.view(run[0], run[which], H, d).transpose(1, 2) for part, run in zip(parts, runs, strict=True)]
 
@@ -207,7 +210,10 @@ def _select(
 
 
 def _automatic(refused: dict[str, str], runs: int | None, max_seqlen: int) -> tuple[str, str]:
-    """`auto` off the CPU. refused: why triton, flash_attn and varlen_attn cannot run, or ""."""
+    """The rule of `auto` on other devices than the CPU: (backend, reason).
+
+    refused: for triton, flash_attn and varlen_attn, why each cannot run, or "".
+    """
     if max_seqlen <= SHORT and not refused["triton"]:
         return "triton", "is made for short samples, takes ragged streams and gives the same gradient bits each time"
     if not refused["flash_attn"]:
@@ -228,7 +234,7 @@ def _check_known(choice: str) -> None:
 
 
 def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, cross: bool = False) -> str:
-    """Why a backend cannot take such a tensor, or ""."""
+    """Why a backend cannot take such a tensor; "" if it can."""
     if name in ("sdpa", "matmul"):
         return ""
     if dtype not in (torch.bfloat16, torch.float16):
@@ -244,7 +250,7 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int,
     return _flash_attn_missing(device) if name == "flash_attn" else _varlen_attn_missing(device)
 
 
-# Facts about the machine: torch.compile asks once and keeps the answer; what takes a driver's time has a cache as well.
+# Facts about the machine: torch.compile calls these once and keeps the answer. Slow queries are cached as well.
 @untraced
 def _flash_attn_missing(device: torch.device) -> str:
     return _flash_attn_refusal() or _device_refusal("flash_attn::_flash_attn_varlen_forward", device)
@@ -266,7 +272,7 @@ def _device_refusal(op: str, device: torch.device) -> str:
 
 @cache
 def _gpu_refusal(device: torch.device) -> str:
-    """Why neither kind of flash attention runs on this GPU, or ""."""
+    """Why neither flash_attn nor varlen_attn runs on this GPU; "" if they do."""
     if not torch.cuda.is_available():
         return "needs a CUDA GPU"
     major, minor = torch.cuda.get_device_capability(device)
@@ -275,7 +281,7 @@ def _gpu_refusal(device: torch.device) -> str:
 
 @cache
 def _flash_attn_refusal() -> str:
-    """Why flash-attn's functions cannot be called as they are here, or ""."""
+    """Why flash-attn is unusable: missing, another version, or other signatures than expected; "" if usable."""
     try:
         version = importlib.metadata.version("flash-attn")
     except importlib.metadata.PackageNotFoundError:
@@ -286,7 +292,7 @@ def _flash_attn_refusal() -> str:
         return f"is version {version}; expected {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}"
     try:
         import flash_attn
-    except Exception as error:  # built for another torch or CUDA: anything may come
+    except Exception as error:  # a build for another torch or CUDA may raise anything
         return f"{version} does not import ({type(error).__name__}: {error})"
     for name, expected in FLASH_ATTN_SIGNATURES.items():
         if not hasattr(flash_attn, name):

@@ -1,7 +1,7 @@
-"""Whether an op runs its Triton kernels or its definition in plain PyTorch: one predicate, one switch.
+"""Whether an op runs its Triton kernels or its definition in plain PyTorch: `use_triton` tells, `set_kernels` switches.
 
-Kernels run on CUDA, and on CPU tensors under `TRITON_INTERPRET=1`, which Triton reads when a kernel is defined: set it
-before the first import. Everything here imports without Triton, on a laptop.
+Kernels run on CUDA, and on CPU tensors under `TRITON_INTERPRET=1`. Triton reads this variable when a kernel is defined:
+set it before the first import. All modules import without Triton.
 """
 
 import os
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the names that a kernel's definition needs; it is never called
+except ImportError:  # stand-ins for the names that kernel definitions use; no kernel is called then
 
     def _undecorated(fn=None, **options):
         return (lambda f: f) if fn is None else fn
@@ -34,10 +34,10 @@ _choice: Choice = "auto"
 
 
 def set_kernels(choice: Choice) -> None:
-    """Choose for every op of this process: `auto` (see `use_triton`), `triton`, or `reference`, the definitions.
+    """Choose what all ops of this process run: `auto` (see `use_triton`), `triton`, or `reference` (the definitions).
 
     Raises:
-        ValueError: another choice, or `triton` where no kernel can run.
+        ValueError: an unknown choice, or `triton` on a machine where no kernel can run.
     """
     global _choice
     if choice not in ("auto", "triton", "reference"):
@@ -49,7 +49,7 @@ def set_kernels(choice: Choice) -> None:
 
 @contextmanager
 def kernels(choice: Choice) -> Iterator[None]:
-    """`set_kernels` for the length of a with block."""
+    """`set_kernels` within a with block; afterwards the earlier choice is back."""
     before = _choice
     set_kernels(choice)
     try:
@@ -59,13 +59,15 @@ def kernels(choice: Choice) -> Iterator[None]:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether an op on x runs its Triton kernels: x on CUDA, interpreted, or as if on CUDA, of at most 32 bits; fp64
-    never does."""
+    """Whether an op on x runs its Triton kernels: x is bf16, fp16 or fp32, and Triton runs on its device."""
     return runs_triton(x.device) and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether Triton kernels run on tensors of this device, and are not switched off."""
+    """Whether Triton kernels run on tensors of this device: on CUDA or interpreted, and not switched off.
+
+    CPU tensors that stand for those of a GPU count as on CUDA (see `stands_for_gpu`).
+    """
     if _choice == "reference" or not HAS_TRITON:
         return False
     return device.type == "cuda" or INTERPRET or stands_for_gpu()
@@ -76,7 +78,7 @@ _cpu_paths = True
 
 @contextmanager
 def cpu_paths(on: bool) -> Iterator[None]:
-    """Off, tensors on the CPU take the path of those on a GPU: to count what a GPU's step does where there is none."""
+    """With `on` False, tensors on the CPU take the GPU's path: to count what a step does on a GPU, without one."""
     global _cpu_paths
     before, _cpu_paths = _cpu_paths, on
     try:
@@ -86,22 +88,24 @@ def cpu_paths(on: bool) -> Iterator[None]:
 
 
 def use_cpu_path(x: Tensor) -> bool:
-    """Whether an op on x takes an implementation made for the CPU."""
+    """Whether an op on x runs an implementation made for the CPU."""
     return x.device.type == "cpu" and _cpu_paths
 
 
 def stands_for_gpu() -> bool:
-    """Whether tensors on the CPU stand for those of a GPU and have no data: within `cpu_paths(False)` under a
-    FakeTensorMode. Nothing is computed then, so that what has no kernel for the CPU may be called."""
+    """Whether CPU tensors stand for those of a GPU: within `cpu_paths(False)` under a FakeTensorMode.
+
+    They have no data and nothing is computed, so ops without a CPU kernel may be called.
+    """
     if _cpu_paths or torch.compiler.is_compiling():
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def untraced(function):
-    """Make torch.compile call a function of constants, and take what it returns for a constant.
+    """Make torch.compile call a function of constants at compile time and keep its result as a constant.
 
-    As `torch.compiler.assume_constant_result`, which imports Dynamo for it: seconds of a start.
+    Like `torch.compiler.assume_constant_result`, which imports Dynamo and so costs seconds at start-up.
     """
     function._dynamo_marked_constant = True
     return function
@@ -109,7 +113,7 @@ def untraced(function):
 
 @untraced
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a GPU has; for what stands for one, those of an H100."""
+    """The number of multiprocessors of a GPU; for other devices 132, those of an H100."""
     return _multiprocessors(device)
 
 
@@ -119,7 +123,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def products_dtype(x: Tensor) -> torch.dtype:
-    """In which type linear layers take x: autocast's for fp32, else x's own."""
+    """The type in which linear layers compute with x: autocast's for an fp32 x under autocast, else x's own."""
     device = x.device.type
     casts = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if casts else x.dtype
@@ -131,5 +135,5 @@ def is_fake(x: Tensor) -> bool:
 
 
 def sees_dispatch() -> bool:
-    """Whether somebody looks at the ops that run: a compiler, or a mode that fakes, counts or records them."""
+    """Whether something observes the ops that run: torch.compile, or a dispatch mode that fakes, counts or records."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0

@@ -1,4 +1,4 @@
-"""What an op says of an argument that does not fit: its name, what was expected, what came."""
+"""Checks of an op's arguments. The error names the argument, what was expected and what was given."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,16 @@ from torch import Tensor
 
 
 def check_tensor(name: str, x: Tensor, shape: Sequence[int | str], *dtypes: torch.dtype) -> None:
-    """shape: sizes, or a letter where any will do. dtypes: those an op takes; none stands for any floating type.
+    """Check the shape and type of one tensor.
+
+    Args:
+        name: of the argument, for the message.
+        x: the tensor.
+        shape: sizes; a letter stands for any size.
+        dtypes: allowed types; none: any floating type.
 
     Raises:
-        ValueError: another shape or type.
+        ValueError: x has another shape or type.
     """
     fits = x.ndim == len(shape) and all(isinstance(n, str) or n == m for n, m in zip(shape, x.shape, strict=True))
     if not fits or not (x.dtype in dtypes if dtypes else x.is_floating_point()):
@@ -20,10 +26,10 @@ def check_tensor(name: str, x: Tensor, shape: Sequence[int | str], *dtypes: torc
 
 
 def check_devices(**tensors: Tensor | None) -> None:
-    """All on the device of the first.
+    """Check that all tensors are on the device of the first; None is skipped.
 
     Raises:
-        ValueError: one on another device.
+        ValueError: one is on another device.
     """
     (first, like), *others = ((name, x) for name, x in tensors.items() if x is not None)
     for name, x in others:

@@ -1,4 +1,4 @@
-"""column_sum: x.sum(0) of a stream [N, F], such as a bias's gradient."""
+"""column_sum: x.sum(0) of a stream [N, F], e.g. the gradient of a bias."""
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ def column_sum_ref(x: Tensor, dtype: torch.dtype, zeros: tuple[int, int] = (0, 0
 
 
 def column_sum(x: Tensor, dtype: torch.dtype, zeros: tuple[int, int] = (0, 0)) -> Tensor:
-    """Sum of the rows of x [N, F], any floating type, added up in fp32: [F] in `dtype`. Not differentiable.
+    """Sum the rows of x [N, F], any floating type, in fp32 (fp64 for fp64): [F] in `dtype`. Not differentiable.
 
-    zeros: columns zeros[0] : zeros[1], whose sums are known to be 0, are not read.
+    zeros: columns zeros[0] : zeros[1] get the sum 0 and need not be read.
 
     Raises:
-        ValueError: x of another shape or type; zeros outside of 0 : F.
+        ValueError: x has another shape or type, dtype is not floating-point, or zeros lie outside 0 : F.
     """
     check_tensor("x", x, ("N", "F"))
     if not dtype.is_floating_point:

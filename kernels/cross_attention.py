@@ -1,6 +1,6 @@
-"""Attention from one packed stream to another: each sample's queries see the keys of the same sample, no padding.
+"""Attention from one packed stream to another: the queries of a sample see the keys of the same sample only.
 
-The backends, and the choice between them, are those of attention.py.
+There is no padding. Backends, and the choice between them, are those of attention.py, without triton.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .packing import Packing, paired_runs
 
 
 def varlen_cross_attention_ref(q: Tensor, kv: Tensor, packing: Packing, kv_packing: Packing) -> Tensor:
-    """The definition of `varlen_cross_attention`: softmax(q·kᵀ/√d)·v sample by sample, in fp32 or wider."""
+    """The definition of `varlen_cross_attention`: softmax(q·kᵀ/√d)·v, sample by sample, in fp32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out = []
     for queries, memory in zip(
@@ -31,21 +31,21 @@ def varlen_cross_attention_ref(q: Tensor, kv: Tensor, packing: Packing, kv_packi
 def varlen_cross_attention(
     q: Tensor, kv: Tensor, packing: Packing, kv_packing: Packing, backend: Attention | None = None
 ) -> Tensor:
-    """Attention of each sample's queries over its own keys and values, scale 1/√d.
+    """Attention of each sample's queries over its own keys and values, with scale 1/√d.
 
     Args:
         q: [N, H, d], any floating type.
         kv: [M, 2, H, d] in q's type, first the keys, then the values.
         packing: lengths of the samples in q; a sample may have no queries.
         kv_packing: lengths of the samples in kv; a sample without keys gets zeros.
-        backend: instead of `set_attention`'s; see `attention_backend`.
+        backend: overrides the choice of `set_attention`; see `attention_backend`.
 
     Returns:
         [N, H, d] in q's type.
 
     Raises:
-        ValueError: q or kv of another shape than the packings say, another type or device, packings of different
-            numbers of samples; a backend that is unknown or cannot take q.
+        ValueError: the shape of q or kv does not fit its packing, types or devices differ, the packings have different
+            numbers of samples, or the backend is unknown or cannot take q.
     """
     check_tensor("q", q, (packing.num_tokens, "H", "d"))
     check_tensor("kv", kv, (kv_packing.num_tokens, 2, *q.shape[1:]), q.dtype)
@@ -56,7 +56,8 @@ def varlen_cross_attention(
     check_devices(q=q, kv=kv, packing=packing.cu_seqlens, kv_packing=kv_packing.cu_seqlens)
     name, _ = attention_backend(q.device, q.dtype, q.shape[-1], packing, backend, kv_packing)
     runs = paired_runs(packing, kv_packing)
-    if name == "matmul" or q.numel() == 0 or kv.numel() == 0:  # of nothing it makes zeros, and zeros as gradients
+    # With empty q or kv this path too gives zeros, also as gradients.
+    if name == "matmul" or q.numel() == 0 or kv.numel() == 0:
         return BatchedAttentionFunction.apply(runs, q.unsqueeze(1), kv)
     work = packing.cu_seqlens, kv_packing.cu_seqlens, packing.max_seqlen, kv_packing.max_seqlen
     if name == "flash_attn":

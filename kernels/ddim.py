@@ -1,14 +1,14 @@
-"""One DDIM step: guidance, the predicted image, clipping, the move to the next noise level and fresh noise.
+"""One DDIM step: guidance, predicted image, clipping, move to the next noise level, fresh noise.
 
-Song et al. 2021, "Denoising diffusion implicit models", equation 12; α is its cumulative product:
+Song et al. 2021, "Denoising diffusion implicit models", equation 12. α is the cumulative product, as in that paper:
 
     prediction = uncond + cfg_scale·(cond - uncond)                 of ε, or of x_start
     x_start    = (x_t - √(1-α_t)·ε) / √α_t                          or the prediction itself; then clipped
-    ε          = (x_t - √α_t·x_start) / √(1-α_t)                    made again, from the clipped x_start
+    ε          = (x_t - √α_t·x_start) / √(1-α_t)                    recomputed from the clipped x_start
     x_next     = √α_next·x_start + √(1-α_next-σ²)·ε + σ·noise
 
-Fused, each element of x_t and of the two predictions is read once, each of x_next and x_start written once;
-the noise never exists in memory.
+The fused kernel reads each element of x_t and of both predictions once, and writes x_next and x_start once. Noise drawn
+from a seed never exists in memory.
 """
 
 import torch
@@ -33,7 +33,7 @@ def ddim_step_ref(
     seed: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of `ddim_step`, in x_t's type."""
+    """The definition of `ddim_step`, computed in x_t's type."""
     sqrt_alpha, sqrt_one_minus_alpha, sqrt_alpha_next, eps_scale, sigma = coefficients
     prediction = pred_cond.to(x_t.dtype)
     if pred_uncond is not None:
@@ -64,22 +64,25 @@ def ddim_step(
     seed: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One DDIM step of a batch from one noise level to the next. No gradient: this is sampling.
+    """Move a batch from one noise level to the next by one DDIM step. Not differentiable.
 
     Args:
-        x_t: [B, C, H, W], float32 or float64; the step is computed in its type.
-        pred_cond, pred_uncond: [B, C, H, W], any float type and strides; x_start if `from_xstart`, else ε.
-            Without pred_uncond there is no guidance and cfg_scale is not used.
+        x_t: [B, C, H, W], float32 or float64; the step is computed in this type.
+        pred_cond, pred_uncond: [B, C, H, W], any floating type and strides. If pred_uncond is None, there is no
+            guidance and cfg_scale is ignored.
+        cfg_scale: guidance scale.
         coefficients: [5] in x_t's type: √α_t, √(1-α_t) (above 0), √α_next, √(1-α_next-σ²), σ.
-        clip: hold x_start in [-1, 1].
-        noise: [B, C, H, W] in x_t's type; or else seed, int64 [], and offsets, int64 [B], for
-            `philox_randn_rows(seed, offsets, (C, H, W))`; or neither, for a step with σ = 0.
+        from_xstart: whether the predictions are x_start; else they are ε.
+        clip: clamp x_start to [-1, 1].
+        noise: [B, C, H, W] in x_t's type. None: drawn by `philox_randn_rows(seed, offsets, (C, H, W))`, or no noise
+            if there is no seed either (σ = 0).
+        seed: int64 []. offsets: int64 [B].
 
     Returns:
-        (x_next, x_start), shaped and typed as x_t.
+        (x_next, x_start), both in x_t's shape and type.
 
     Raises:
-        ValueError: another shape, type or device than these; a seed without offsets.
+        ValueError: an argument has another shape, type or device, or there is a seed without offsets.
     """
     _check(x_t, pred_cond, pred_uncond, coefficients, noise, seed, offsets)
     predictions = [p for p in (pred_cond, pred_uncond) if p is not None]

@@ -1,13 +1,16 @@
-"""GELU in the products of an MLP: cuBLASLt's epilogues, by way of NVIDIA's Transformer Engine, in the place of `gelu`.
+"""GELU inside the matrix products of an MLP, in place of `gelu`: cuBLASLt epilogues called through Transformer Engine.
 
-    h = x·W1ᵀ + b1, a = gelu(h)     one product, which writes both (GELU_AUX_BIAS)
-    dh = (dy·W2)·gelu'(h)           one product, which reads h (DGELU)
-    dW1 = dhᵀ·x, db1 = Σ dh         one product, which adds up what it reads (BGRADB)
+    h = x·W1ᵀ + b1, a = gelu(h)     one product, writes both (GELU_AUX_BIAS)
+    dh = (dy·W2)·gelu'(h)           one product, reads h (DGELU)
+    dW1 = dhᵀ·x, db1 = Σ dh         one product, sums the dh that it reads (BGRADB)
 
-GELU is in its tanh form there too. Each product belongs to one layer, and weight gradients may be fp32 though the
-operands are bf16: so Transformer Engine and not apex's `fused_dense`, which has both layers in one call (ZeRO 3 holds
-one at a time) and gives gradients in the operands' type, to be cast. DGELU_BGRAD would add up db1 one product earlier,
-but Transformer Engine makes room for as many numbers as dy has columns, not dh.
+GELU is in its tanh form, as in `gelu`. Why Transformer Engine and not apex's `fused_dense`:
+
+- Each product belongs to one layer. apex runs both layers in one call, but ZeRO 3 holds one layer at a time.
+- Weight gradients may be fp32 with bf16 operands. apex gives them in the operands' type, and they must be cast.
+
+DGELU_BGRAD would sum db1 one product earlier, but Transformer Engine allocates as many values as dy has columns, not as
+many as dh has.
 """
 
 import importlib.metadata
@@ -27,7 +30,7 @@ from .linear import Cast, bias_sum, product, with_casts
 from .triton.op import opaque_op
 
 Gelu = Literal["ours", "transformer_engine"]
-VERSIONS = (2, 10), (2, 20)  # first and last whose `general_gemm` is known to be as below
+VERSIONS = (2, 10), (2, 20)  # first and last version whose `general_gemm` is known to have this signature
 SIGNATURE = (
     "A, B, out_dtype, quantization_params, gelu, gelu_in, alpha, beta, accumulate, layout, out, bias, "
     "use_split_accumulator, grad, ub, ub_type, extra_output, bulk_overlap"
@@ -37,10 +40,10 @@ _choice: Gelu = "ours"
 
 @contextmanager
 def gelu_by(choice: Gelu) -> Iterator[None]:
-    """Choose what makes GELU in a with block: `ours`, the kernels of `gelu`, or `transformer_engine`, the epilogues.
+    """Choose what computes GELU in a with block: `ours` (the kernels of `gelu`) or `transformer_engine` (epilogues).
 
     Raises:
-        ValueError: another name. Whether it can run is checked when it is called.
+        ValueError: an unknown name. Whether the epilogues can run is checked when they are called.
     """
     global _choice
     if choice not in get_args(Gelu):
@@ -53,12 +56,12 @@ def gelu_by(choice: Gelu) -> Iterator[None]:
 
 
 def gelu_in_products() -> bool:
-    """Whether an MLP takes `linear_gelu` and `activated_linear`, and not `linear` and `gelu_linear`."""
+    """Whether an MLP uses `linear_gelu` and `activated_linear` instead of `linear` and `gelu_linear`."""
     return _choice != "ours"
 
 
 def epilogues_refusal(device: torch.device, dtype: torch.dtype, *widths: int) -> str:
-    """Why products of this type, between layers of these widths, cannot have epilogues, or ""."""
+    """Why products of this type, between layers of these widths, cannot use epilogues; "" if they can."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"takes bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
     if any(width % 8 for width in widths):
@@ -68,7 +71,7 @@ def epilogues_refusal(device: torch.device, dtype: torch.dtype, *widths: int) ->
     return _missing(device)
 
 
-# A fact about the machine: torch.compile asks once and keeps the answer.
+# A fact about the machine: torch.compile calls this once and keeps the answer.
 @untraced
 def _missing(device: torch.device) -> str:
     return _package_refusal() or ("" if device.type == "cuda" else f"needs a CUDA GPU, not {device.type}")
@@ -76,7 +79,7 @@ def _missing(device: torch.device) -> str:
 
 @cache
 def _package_refusal() -> str:
-    """Why Transformer Engine's product cannot be called as it is here, or ""."""
+    """Why Transformer Engine is unusable: missing, another version, or another signature; "" if usable."""
     try:
         version = importlib.metadata.version("transformer_engine")
     except importlib.metadata.PackageNotFoundError:
@@ -86,7 +89,7 @@ def _package_refusal() -> str:
         return f"is version {version}; expected {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}"
     try:
         found = ", ".join(inspect.signature(_general_gemm()).parameters)
-    except Exception as error:  # built for another torch or CUDA: anything may come
+    except Exception as error:  # a build for another torch or CUDA may raise anything
         return f"{version} does not import ({type(error).__name__}: {error})"
     return "" if found == SIGNATURE else f"{version}: general_gemm takes ({found}), expected ({SIGNATURE})"
 
@@ -97,10 +100,11 @@ def _general_gemm() -> Callable:
     return general_gemm
 
 
-# Column-major as cuBLAS has it: "T" turns a matrix for it, and A is what comes second here.
+# general_gemm is column-major like cuBLAS: "T" transposes, and its A is the second factor of our row-major product.
 
 
 def _rooms(dtype: torch.dtype, like: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Empty tensors of these shapes on the device of `like`."""
     return tuple(like.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
@@ -108,7 +112,7 @@ def _rooms(dtype: torch.dtype, like: Tensor, *shapes: tuple[int, ...]) -> tuple[
 def _linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor, weight_cast: Tensor | None, bias_cast: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(h, a)"""
+    """(h, a) with h = x·weightᵀ + bias and a = gelu(h)."""
     w, b = (weight, bias) if weight_cast is None else (weight_cast, bias_cast)
     a, _, h, _ = _general_gemm()(w, x.contiguous(), out_dtype=x.dtype, layout="TN", bias=b, gelu=True)
     return h, a
@@ -116,14 +120,14 @@ def _linear_gelu(
 
 @opaque_op("gelu_gradient", lambda dy, w, h: torch.empty_like(h))
 def _gelu_gradient(dy: Tensor, w: Tensor, h: Tensor) -> Tensor:
-    """dh"""
+    """dh = (dy·w)·gelu'(h)."""
     gemm = _general_gemm()
     return gemm(w, dy.contiguous(), out_dtype=h.dtype, layout="NN", gelu=True, gelu_in=h, grad=True)[0]
 
 
 @opaque_op("weight_and_bias_gradient", lambda dh, x, b, t: _rooms(t, x, (dh.shape[1], x.shape[1]), (dh.shape[1],)))
 def _weight_and_bias_gradient(dh: Tensor, x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(dweight, dbias) in dtype. That there is a bias asks for dbias; it is not read."""
+    """(dweight, dbias) in `dtype`. The bias b is not read; passing it requests dbias."""
     gemm = _general_gemm()
     dweight, dbias, *_ = gemm(x.contiguous(), dh.contiguous(), out_dtype=dtype, layout="NT", bias=b, grad=True)
     return dweight, dbias
@@ -134,7 +138,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight if weight_cast is None else weight_cast, bias)
     ctx.dtypes = weight.dtype, bias.dtype
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # of a
+    ctx.set_materialize_grads(False)  # a has no gradient: do not fill one with zeros
 
 
 def _backward(ctx, dh, _):
@@ -148,6 +152,8 @@ _linear_gelu.register_autograd(_backward, setup_context=_setup_context)
 
 
 class ActivatedLinearFunction(torch.autograd.Function):
+    """a·weightᵀ + bias with a = gelu(h). The gradient goes to h, by the DGELU epilogue."""
+
     @staticmethod
     def forward(ctx, h, a, weight, bias, weight_cast, bias_cast):
         ctx.dtypes = weight.dtype, bias.dtype
@@ -165,10 +171,12 @@ class ActivatedLinearFunction(torch.autograd.Function):
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None) -> tuple[Tensor, Tensor]:
-    """(h, a): h = `linear(x, weight, bias, cast)` and a = gelu(h), which has no gradient of its own.
+    """Compute h = `linear(x, weight, bias, cast)` and a = gelu(h) in one product: (h, a).
+
+    No gradient flows through a: `activated_linear` gives h its gradient.
 
     Raises:
-        ValueError: the epilogues cannot run: type, width, device, or Transformer Engine.
+        ValueError: the epilogues cannot run with this type, these widths or this device, or without Transformer Engine.
     """
     weight, bias, *casts = with_casts(x, weight, bias, cast)
     dtype = weight.dtype if cast is None else cast[0].dtype
@@ -178,5 +186,5 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = Non
 
 
 def activated_linear(h: Tensor, a: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None) -> Tensor:
-    """`gelu_linear(h, weight, bias, cast)` where a = gelu(h) is there already, both from `linear_gelu`."""
+    """`gelu_linear(h, weight, bias, cast)` with a = gelu(h) already computed; h and a come from `linear_gelu`."""
     return ActivatedLinearFunction.apply(h, a, *with_casts(h, weight, bias, cast))

@@ -1,4 +1,4 @@
-"""gelu: GELU in its tanh form, with the gradient of the bias that was added in front of it summed in the same pass.
+"""gelu: GELU in its tanh form. Its backward pass also sums the gradient of the bias that was added before it.
 
 With u = √(2/π)·(h + 0.044715·h³) and s = (1 + tanh u)/2,
 
@@ -17,7 +17,7 @@ from .triton.gelu import gelu_fwd
 def gelu_ref(h: Tensor, bias: Tensor | None = None) -> Tensor:
     """The definition of `gelu`."""
     if bias is not None:
-        h = h + (bias - bias.detach()).to(h.dtype)  # h as it is; its gradient flows to the bias too
+        h = h + (bias - bias.detach()).to(h.dtype)  # adds 0 to h; h's gradient also flows to the bias
     return F.gelu(h, approximate="tanh")
 
 
@@ -25,15 +25,15 @@ def gelu(h: Tensor, bias: Tensor | None = None) -> Tensor:
     """GELU in its tanh form, computed in fp32.
 
     Args:
-        h: [N, F], any floating type; what a linear layer returned, its bias already added.
-        bias: [F] in h's type or fp32: that bias, given so that its gradient, the column sum of dh, is made here; the
-            layer itself then gets it detached.
+        h: [N, F], any floating type; the output of a linear layer, its bias already added.
+        bias: [F] in h's type or fp32, or None. The bias of that layer, passed only to receive its gradient here, the
+            column sum of dh. The layer itself then gets the bias detached.
 
     Returns:
         [N, F] in h's type. Differentiable in h and bias.
 
     Raises:
-        ValueError: a shape, type or device that does not fit.
+        ValueError: a shape, type or device does not fit.
     """
     check_gelu(h, bias)
     return gelu_fwd(h, bias) if use_triton(h) else gelu_ref(h, bias)

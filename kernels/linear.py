@@ -1,8 +1,8 @@
 """linear: x·Wᵀ + b; gelu_linear: gelu(x)·Wᵀ + b.
 
-A training step casts its weights once (`cast`), and a layer's gradients leave the products in the parameters' own type:
-no cast a layer and pass, as autocast has them (289 of 840 launches of UMD-B/4's forward and backward). On the CPU
-layers have passes of their own (cpu/linear.py).
+A training step casts its weights to bf16 once and passes them as `cast`. The products write gradients in the
+parameters' own type. Autocast instead casts in every layer and pass: 289 of the 840 launches of UMD-B/4's forward and
+backward. On the CPU, layers have their own forward and backward (cpu/linear.py).
 """
 
 import torch
@@ -20,7 +20,7 @@ Cast = tuple[Tensor, Tensor]  # weight and bias in the type of the products
 
 
 class LinearFunction(torch.autograd.Function):
-    """`linear` from casts of weight and bias, whose gradients are those of the parameters themselves."""
+    """`linear` computed with casts of weight and bias; the gradients go to the parameters, in their own type."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, weight_cast, bias_cast):
@@ -39,7 +39,7 @@ class LinearFunction(torch.autograd.Function):
 
 
 class RecomputedGeluLinearFunction(torch.autograd.Function):
-    """`gelu_linear` that keeps x and not gelu(x): the pass that makes dx makes it again, to the bit."""
+    """`gelu_linear` that saves x and not gelu(x): the pass that computes dx recomputes gelu(x), bit for bit."""
 
     @staticmethod
     def forward(ctx, x, x_bias, weight, bias, weight_cast, bias_cast):
@@ -60,7 +60,7 @@ class RecomputedGeluLinearFunction(torch.autograd.Function):
 
 
 class BiasGradientFunction(torch.autograd.Function):
-    """x as it is; its gradient's column sum for a bias."""
+    """Returns x unchanged; in the backward pass the bias gets the column sum of x's gradient."""
 
     @staticmethod
     def forward(ctx, x, bias, zeros):
@@ -74,40 +74,43 @@ class BiasGradientFunction(torch.autograd.Function):
 
 
 def splits_bias(x: Tensor) -> bool:
-    """Whether the bias gradient of a linear layer of x is better made by the op behind it."""
+    """Whether the op after a linear layer on x should compute the layer's bias gradient."""
     return torch.is_grad_enabled() and use_triton(x)
 
 
 def bias_gradient(x: Tensor, bias: Tensor | None, zeros: tuple[int, int] = (0, 0)) -> Tensor:
-    """x [N, ...], which is a linear layer's output with its bias added; here the bias gets its gradient.
+    """Return x [N, ...], a linear layer's output with its bias already added; the bias gets its gradient here.
 
-    An op that reads the gradient of x anyway does better: it takes the bias and adds up the columns on the way. To it
-    the bias is a term x + (bias - bias.detach()): no change of x, and a gradient.
+    This is x + (bias - bias.detach()): x does not change, and the gradient of the bias is the column sum of x's
+    gradient. An op that reads x's gradient anyway should take the bias itself and sum the columns in its own pass.
 
-    bias: [F], F numbers a row of x; None: no gradient. zeros: see `column_sum`.
+    bias: [F], where F is the number of values in a row of x; None: no gradient. zeros: see `column_sum`.
     """
     return x if bias is None else BiasGradientFunction.apply(x, bias, zeros)
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a·b in `dtype`, as wide as it was added up."""
+    """The matrix product a·b in `dtype`; on a GPU written from the accumulator without an intermediate rounding."""
     if a.dtype == dtype:
         return a @ b
     if a.is_cuda or is_fake(a):
         return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)  # the CPU has no such product
+    return (a @ b).to(dtype)  # torch.mm has no out_dtype on the CPU
 
 
 def bias_sum(dy: Tensor, dtype: torch.dtype) -> Tensor:
-    """The column sum of dy; in its own type as autograd takes it."""
+    """The column sum of dy [N, F] in `dtype`; if that is dy's type, by PyTorch's sum, as autograd computes it."""
     return dy.sum(0) if dy.dtype == dtype else column_sum(dy, dtype)
 
 
 def with_casts(
     x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(weight, bias, and both casts), for a function of its own backward pass. Without casts weight and bias are
-    autocast's, or the parameters themselves: under ZeRO 3 a view would hold memory that is to be let go of."""
+    """(weight, bias, weight cast, bias cast), the arguments of an autograd Function.
+
+    Without `cast` the casts are None, and weight and bias are cast as autocast does, or are the parameters themselves
+    and not views: under ZeRO 3 a view would keep memory that must be freed.
+    """
     if cast is not None:
         return weight, bias, *cast
     device = x.device.type
@@ -117,14 +120,15 @@ def with_casts(
 
 
 def _by_hand(x: Tensor) -> bool:
-    """Whether a layer takes the path below; Inductor cannot lower oneDNN's op, and has its own."""
+    """Whether a layer takes the CPU's own path. Not under torch.compile: Inductor cannot lower oneDNN's op."""
     return use_cpu_path(x) and not torch.compiler.is_compiling()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None) -> Tensor:
-    """x [N, I], weight [O, I], bias [O] → [N, O]; in bf16 under autocast or for bf16 x, else in x's type.
+    """x·weightᵀ + bias: x [N, I], weight [O, I], bias [O] to [N, O].
 
-    cast: weight and bias as they are now, in another type: that of the product and of the result.
+    The result has the type of `cast`; without it autocast's type under autocast, else x's type.
+    cast: current weight and bias in the type of the product; None: use the parameters.
     """
     if cast is not None:
         return LinearFunction.apply(x.to(cast[0].dtype), weight, bias, *cast)
@@ -141,12 +145,12 @@ def gelu_linear(
     x_bias: Tensor | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """`linear` of gelu(x), GELU in its tanh form.
+    """`linear` of gelu(x), with GELU in its tanh form.
 
-    x_bias: in x already, and given for its gradient (see `gelu`).
-    recompute: keep x alone for the backward pass and make gelu(x) again there, in the pass over x that makes dx. It
-        saves a tensor of x's size and moves as many bytes more, for the same bits. Without Triton's kernels it does
-        nothing; the CPU's bf16 path does so anyway.
+    x_bias: bias that x already includes; passed only to receive its gradient here (see `gelu`).
+    recompute: save only x for the backward pass, and recompute gelu(x) in the pass over x that computes dx. This saves
+        a tensor of x's size, moves that many bytes more, and gives the same bits. Without Triton's kernels it has no
+        effect; the CPU's bf16 path always recomputes.
     """
     if _by_hand(x) and x.dtype == torch.bfloat16:
         return GeluLinearFunction.apply(bias_gradient(x, x_bias), weight, bias)
@@ -157,7 +161,7 @@ def gelu_linear(
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`linear` for an x [R, I] of far fewer rows than the weight [O, I] has, in x's type."""
+    """`linear` for x [R, I] with far fewer rows than the weight [O, I]: [R, O] in x's type."""
     if weight.dtype == bias.dtype == torch.float32 and use_compiled(x, torch.float32):
         return FewRowsLinearFunction.apply(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -1,15 +1,15 @@
-"""masked_diffusion_loss: the objective of UMD (its Eqs. 4 to 6) on the head's output.
+"""masked_diffusion_loss: UMD's objective (Eqs. 4 to 6 of the paper) on the head's output.
 
     noised samples:      ½ [ mean over visible pixels (ε̂ - ε)²  +  mean over masked pixels (x̂0 - x0)² ]
-                         fully visible samples (no mask): both means run over all pixels
+                         without masked patches: both means run over all pixels
     noise-free samples:  mean over masked pixels (x̂0 - x0)²
 
-Masked patches named in `ids_ignored` count in no mean: where only a random subset of them is predicted, the rest.
+Masked patches in `ids_ignored` count in no mean. They are the patches left out when only a random subset is predicted.
 
-ε is made again from the seeds `noise` that `gather_patches` used. Forward and backward each read the prediction and
-x_start once, and only where they are scored: ε̂ of visible patches, x̂0 and x0 of masked ones. Neither stores ε, a target
-or an error; the backward makes the errors again, which moves fewer bytes than to write a gradient in the forward and
-to scale it by the upstream gradient later.
+ε is recomputed from the seeds `noise` that `gather_patches` used. Forward and backward each read prediction and x_start
+once, and only where the loss needs them: ε̂ of visible patches, x̂0 and x0 of masked patches. Neither pass stores ε, a
+target or an error. The backward pass recomputes the errors: this moves fewer bytes than writing a gradient in the
+forward pass and scaling it by the upstream gradient later.
 """
 
 import torch
@@ -32,7 +32,7 @@ def masked_diffusion_loss_ref(
     ids_ignored: Tensor | None = None,
     num_ignored_noised: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of `masked_diffusion_loss`, in fp32 or wider."""
+    """The definition of `masked_diffusion_loss`, computed in fp32 or wider."""
     target_x0 = patchify(x_start, patch_size).to(torch.promote_types(prediction.dtype, torch.float32))
     B, L, D = target_x0.shape
     n = num_noised
@@ -75,24 +75,26 @@ def masked_diffusion_loss(
     ids_ignored: Tensor | None = None,
     num_ignored_noised: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a batch whose first `num_noised` samples are noised and whose others are noise-free.
+    """The loss of a batch whose first `num_noised` samples are noised; the other samples are noise-free.
 
     Args:
-        prediction: [B·L, 2·C·P·P], first x̂0, then ε̂, any floating type. The only argument with a gradient.
+        prediction: [B·L, 2·C·P·P], x̂0 then ε̂, any floating type. The only argument with a gradient.
         x_start: [B, C, H, W], any floating type.
-        ids_keep: int64, visible patches as indices into the B·L patches, each at most once.
-        num_visible_noised: how many of `ids_keep` belong to the noised samples.
+        ids_keep: int64, indices of the visible patches among the B·L patches, each at most once.
+        num_visible_noised: how many of `ids_keep` are in the noised samples.
         num_noised: n, 0 <= n <= B.
         noise, patch_size: as in `gather_patches`.
-        ids_ignored: int64, hidden patches that are not scored, each at most once; the prediction is not read there.
-        num_ignored_noised: how many of `ids_ignored` belong to the noised samples.
+        ids_ignored: int64, indices of hidden patches left out of the loss, each at most once; the prediction is not
+            read there.
+        num_ignored_noised: how many of `ids_ignored` are in the noised samples.
 
     Returns:
-        (total, parts [3]): total = (1 - f)·½(eps + x0) + f·clean with f = (B - n)/B; parts = eps, x0, clean, detached;
-        a part of an absent group is 0. In fp32, or fp64 for an fp64 prediction.
+        (total, parts [3]), fp32, or fp64 for an fp64 prediction.
+        total = (1 - f)·½(eps + x0) + f·clean with f = (B - n)/B. parts = (eps, x0, clean), detached; 0 for a group
+        without samples.
 
     Raises:
-        ValueError: an argument of another shape, type or device; counts that leave a mean without patches.
+        ValueError: an argument has another shape, type or device, or the counts leave a mean without patches.
     """
     check_patches(x_start, ids_keep, patch_size)
     B, C, H, W = x_start.shape

@@ -1,8 +1,7 @@
 """How samples of different lengths lie in one packed stream of tokens `[N, D]`.
 
-A `Packing` is made once per run (shapes never change from step to step) and given to every op. It carries the
-tensors that kernels need and, beside them, the same facts as Python numbers, so that nothing ever waits for
-a device to learn a length.
+A `Packing` is made once per run, because shapes never change from step to step, and is passed to every op. It holds the
+tensors that kernels need, and the same facts as Python numbers. No op therefore waits for a device to learn a length.
 """
 
 from collections import Counter
@@ -16,26 +15,26 @@ from torch import Tensor
 
 from .backend import multiprocessors, sees_dispatch, untraced
 
-# Of a norm's backward, which has the most to do: programs that run on a multiprocessor at the same time, and those that
-# keep its share of the memory's speed busy.
+# For the norm's backward pass, the heaviest user of chunks. RESIDENT: programs that run on a multiprocessor at a time.
+# ENOUGH: programs per multiprocessor that saturate its share of the memory bandwidth.
 RESIDENT, ENOUGH = 4, 2
-# What a chunk costs beside its tokens, in tokens: reads of the tables, partial sums written and read.
+# Cost of a chunk besides its tokens, in tokens: it reads the tables, and its partial sums are written and read.
 OVERHEAD = 4
-# Tokens of a chunk: short ones keep all multiprocessors busy in a small batch; above, longer ones would save nothing.
+# Allowed tokens per chunk. Short chunks keep all multiprocessors busy in a small batch; beyond 256 nothing is saved.
 CHUNKS = range(12, 257)
 
 
 class Packing(NamedTuple):
-    """Sample `s` is rows `cu_seqlens[s] : cu_seqlens[s + 1]` of the stream."""
+    """Lengths and modulation rows of S samples. Sample s is rows `cu_seqlens[s] : cu_seqlens[s + 1]` of the stream."""
 
-    cu_seqlens: Tensor  # int32 [S + 1], start offsets, the last is N
-    cond_index: Tensor  # int64 [S], row of the modulation table that sample s uses
-    max_seqlen: int
-    num_rows: int  # rows a modulation table must have: 1 + the largest of cond_index
+    cu_seqlens: Tensor  # int32 [S + 1], start of each sample; the last entry is N
+    cond_index: Tensor  # int64 [S], the row of the modulation tables that each sample uses
+    max_seqlen: int  # tokens of the longest sample
+    num_rows: int  # rows that a modulation table must have: 1 + max(cond_index)
     runs: tuple[tuple[int, int], ...]  # (samples, length): consecutive samples of equal length
-    segments: tuple[tuple[int, int, int], ...]  # (start, stop, row): consecutive tokens that share a modulation row
-    chunks: Tensor  # int32 [C, 3], the segments in pieces (start, stop, row), ordered by row: the work of C programs
-    row_chunks: Tensor  # int32 [num_rows + 1]: chunks row_chunks[r] : row_chunks[r + 1] are those of row r
+    segments: tuple[tuple[int, int, int], ...]  # (start, stop, row): consecutive tokens with the same modulation row
+    chunks: Tensor  # int32 [C, 3], pieces (start, stop, row) of the segments, ordered by row; a program works on one
+    row_chunks: Tensor  # int32 [num_rows + 1]: chunks row_chunks[r] : row_chunks[r + 1] use modulation row r
 
     @property
     def num_samples(self) -> int:
@@ -56,13 +55,13 @@ def pack(
 
     Args:
         lengths: tokens of each sample, in stream order; 0 is allowed.
-        cond_index: modulation row of each sample; default: every sample has its own.
+        cond_index: modulation row of each sample; default: each sample has its own.
         device: where the tensors live.
-        chunk: tokens of a chunk, at most; default: what suits the device.
+        chunk: most tokens per chunk; default: chosen for the device.
 
     Raises:
-        ValueError: no sample, a negative length, or `cond_index` negative or of another size than `lengths`; a chunk of
-            no token.
+        ValueError: there is no sample, a length is negative, `cond_index` has a negative entry or another size than
+            `lengths`, or `chunk` is below 1.
     """
     rows = range(len(lengths)) if cond_index is None else cond_index
     if len(lengths) == 0 or min(lengths) < 0:
@@ -98,14 +97,15 @@ def pack(
 
 
 def equal_lengths(samples: int, length: int, device: torch.device) -> Packing:
-    """`pack` of [samples, length, D] with a modulation row for each sample; made once."""
-    if not torch.compiler.is_compiling() and sees_dispatch():  # a mode's tensors serve no other
+    """The packing of [samples, length, D] with one modulation row per sample; made once, then kept."""
+    # Tensors made under a dispatch mode serve that mode only: they are not kept.
+    if not torch.compiler.is_compiling() and sees_dispatch():
         return pack([length] * samples, device=device)
-    # To a compiler a hash is a number, and not a size that may change: it compiles anew for other samples or lengths.
+    # hash() makes sizes plain numbers for torch.compile: it recompiles for other values, with no symbolic size.
     return Packing(*_equal_lengths(hash(samples), hash(length), device))
 
 
-@untraced  # of tensors in a plain tuple
+@untraced  # torch.compile keeps the plain tuple of tensors as a constant
 def _equal_lengths(samples: int, length: int, device: torch.device) -> tuple:
     return tuple(_pack_once(samples, length, device))
 
@@ -117,7 +117,10 @@ def _pack_once(samples: int, length: int, device: torch.device) -> Packing:
 
 
 def paired_runs(packing: Packing, kv_packing: Packing) -> list[tuple[int, int, int]]:
-    """(samples, query length, key length) of consecutive samples equal in both lengths; those with neither left out."""
+    """Runs (samples, query length, key length): consecutive samples that are equal in both lengths.
+
+    Samples with neither queries nor keys are left out.
+    """
     queries, keys = list(packing.runs), list(kv_packing.runs)
     runs, i, j = [], 0, 0
     while i < len(queries) and j < len(keys):
@@ -131,10 +134,10 @@ def paired_runs(packing: Packing, kv_packing: Packing) -> list[tuple[int, int, i
 
 
 def _chunk(segments: list[int], multiprocessors: int) -> int:
-    """Tokens of a chunk, at most, with which the work on segments of these lengths should end soonest.
+    """Choose the most tokens per chunk so that work on segments of these lengths should end soonest.
 
-    All chunks together take as long as the memory does for their bytes, unless the longest takes longer by itself.
-    Where not all run at the same time, the last may start when the others end.
+    The model of time: all chunks together take as long as the memory needs for their bytes, but no less than the
+    longest chunk takes alone. If not all chunks run at the same time, the longest may start last: both times add up.
     """
     lengths = Counter(segments)
 

@@ -1,9 +1,9 @@
-"""gather_patches: corrupt, cut into patches and keep the visible ones, in one op.
+"""gather_patches: noise images, cut them into patches and keep the visible patches, in one op.
 
-    x_t = √ᾱ·x_start + √(1-ᾱ)·ε,   ε of each sample from Philox (philox.py), made from the sample's seed, never stored
+    x_t = √ᾱ·x_start + √(1-ᾱ)·ε,   ε of each sample from Philox (philox.py) with the sample's seed, never stored
 
-A patch is a row of C·P·P values, channel slowest, as the head predicts it. The kernel reads the kept patches of x_start
-once and writes them once; ε is made in registers.
+A patch is a row of C·P·P values, the channel varying slowest, in the order of the head's prediction. The kernel reads
+the kept patches of x_start once, computes ε in registers, and writes the result once.
 """
 
 import torch
@@ -16,7 +16,7 @@ from .triton.patches import gather_patches_fwd
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """[B, C, H, W] to [B, L, C·P·P], patches in reading order."""
+    """Cut images into patches in reading order: [B, C, H, W] to [B, L, C·P·P]."""
     B, C, H, W = x.shape
     P = patch_size
     x = x.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5)  # [B, h, w, C, P, P]
@@ -24,7 +24,7 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, image_size: tuple[int, int], patch_size: int) -> Tensor:
-    """[B, L, C·P·P] to [B, C, H, W], the inverse of `patchify`."""
+    """Join patches into images, the inverse of `patchify`: [B, L, C·P·P] to [B, C, H, W]."""
     B, P = len(patches), patch_size
     h, w = image_size[0] // P, image_size[1] // P
     x = patches.reshape(B, h, w, -1, P, P).permute(0, 3, 1, 4, 2, 5)  # [B, C, h, P, w, P]
@@ -32,7 +32,10 @@ def unpatchify(patches: Tensor, image_size: tuple[int, int], patch_size: int) ->
 
 
 def standard_noise(noise: Tensor, like: Tensor) -> Tensor:
-    """ε in the shape of `like` [n, C, H, W], fp32 or as wide as `like`, from Philox seeds (int64 [n]) or as given."""
+    """ε in the shape of `like` [n, C, H, W], in fp32 or in the type of `like` if that is wider.
+
+    noise: Philox seeds int64 [n], or ε itself, which is only cast.
+    """
     wide = torch.promote_types(like.dtype, torch.float32)
     return noise.to(wide) if noise.ndim > 1 else philox_randn_samples(noise, like.shape[1:], wide)
 
@@ -45,7 +48,7 @@ def gather_patches_ref(
     noise: Tensor,
     patch_size: int,
 ) -> Tensor:
-    """The definition of `gather_patches`, in fp32 or wider."""
+    """The definition of `gather_patches`, computed in fp32 or wider."""
     n = len(sqrt_alpha)
     x_t = x_start
     if n > 0:
@@ -63,21 +66,21 @@ def gather_patches(
     noise: Tensor,
     patch_size: int,
 ) -> Tensor:
-    """The visible patches of x_t. No gradient: this is data.
+    """The visible patches of x_t. Not differentiable.
 
     Args:
-        x_start: [B, C, H, W], values in [-1, 1] or scaled latents, any floating type.
-        ids_keep: int64 [N], visible patches as indices into the B·L patches of the batch, sample after sample; each in
-            0..B·L - 1, which the kernel does not look for.
-        sqrt_alpha, sqrt_one_minus_alpha: [n], the coefficients of the first n <= B samples; the others get no noise.
+        x_start: [B, C, H, W], any floating type; pixels in [-1, 1] or scaled latents.
+        ids_keep: int64 [N], indices of the visible patches among the B·L patches of the batch, sample after sample,
+            each in 0..B·L - 1. The kernel does not check the range.
+        sqrt_alpha, sqrt_one_minus_alpha: [n], √ᾱ and √(1-ᾱ) of the first n <= B samples. Other samples get no noise.
         noise: int64 [n], the Philox seed of each sample's ε; or ε itself, [n, C, H, W].
-        patch_size: P, divides H and W.
+        patch_size: P; must divide H and W.
 
     Returns:
         [N, C·P·P] in x_start's type, computed in fp32 or wider.
 
     Raises:
-        ValueError: an argument of another shape, type or device.
+        ValueError: an argument has another shape, type or device.
     """
     check_patches(x_start, ids_keep, patch_size)
     n = len(sqrt_alpha) if sqrt_alpha.ndim == 1 else -1
@@ -93,6 +96,7 @@ def gather_patches(
 
 
 def check_patches(x_start: Tensor, ids_keep: Tensor, patch_size: int) -> None:
+    """Raise ValueError unless x_start is [B, C, H, W] with patch_size dividing H and W, and ids_keep int64 [N]."""
     if x_start.ndim != 4 or x_start.numel() == 0 or not x_start.is_floating_point():
         raise ValueError(f"x_start: expected floating [B, C, H, W], got {tuple(x_start.shape)} {x_start.dtype}")
     H, W = x_start.shape[2:]
@@ -102,6 +106,7 @@ def check_patches(x_start: Tensor, ids_keep: Tensor, patch_size: int) -> None:
 
 
 def check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless noise is seeds, int64 [n], or ε of this shape [n, C, H, W]."""
     seeds = tuple(noise.shape) == shape[:1] and noise.dtype == torch.int64
     if not seeds and (tuple(noise.shape) != tuple(shape) or not noise.is_floating_point()):
         expected = f"a seed for each sample, int64 {shape[:1]}, or floating {tuple(shape)}"

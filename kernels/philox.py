@@ -1,10 +1,11 @@
-"""Philox4x32-10 in plain PyTorch: noise as a pure function of (seed, counter), made again instead of kept.
+"""Philox4x32-10 in plain PyTorch: noise as a pure function of (seed, counter), recomputed instead of stored.
 
-Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Words become normal numbers as in Triton's
-`tl.randn4x`; `randn4x(seed, counter)` of triton/philox.py gives a kernel the same noise in registers, up to the
-rounding of its log, sin and cos.
+Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Random words become normal numbers as in Triton's
+`tl.randn4x`. In a kernel, `randn4x(seed, counter)` of triton/philox.py gives the same noise in registers, up to the
+rounding of log, sin and cos.
 
-What a training step draws comes from `random_words`: a pure function of (seed, step, sample), whoever draws it.
+All random numbers of a training step come from `random_words`, a pure function of (seed, step, sample). They do not
+depend on which rank draws them.
 
 Every function works on any device and traces under `torch.compile(fullgraph=True)`.
 """
@@ -19,7 +20,7 @@ from .checks import check_devices, check_tensor
 from .triton.philox import random_words_fwd
 
 _LOW32 = 0xFFFFFFFF
-# A round's multipliers less 2**32: their product with a word stays inside int64 and keeps its lower half.
+# The multipliers of a round, minus 2**32: the product with a word then fits int64, and its lower half is unchanged.
 _MULTIPLIER_0 = 0xD2511F53 - 2**32
 _MULTIPLIER_1 = 0xCD9E8D57 - 2**32
 _KEY_STEP_0 = 0x9E3779B9
@@ -30,16 +31,16 @@ _ROUNDS = 10
 def philox_uint32x4(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four words for each counter.
+    """Philox4x32-10: four random words for each counter.
 
-    counter: four int64 tensors of one shape; key: two int64 tensors that broadcast to it. The words, in and
-    out, lie in [0, 2**32).
+    counter: four int64 tensors of one shape. key: two int64 tensors that broadcast to it. All words, input and output,
+    lie in [0, 2**32).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
         product0, product1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        # 2**32 times the word is missing from its product, so the word is missing from the upper half.
+        # The product lacks 2**32 times the word, so the upper half lacks the word: add it.
         high0, high1 = (product0 >> 32).add_(c0), (product1 >> 32).add_(c2)
         c0, c2 = high1.bitwise_xor_(c1).bitwise_xor_(k0), high0.bitwise_xor_(c3).bitwise_xor_(k1)
         c1, c3 = product1.bitwise_and_(_LOW32), product0.bitwise_and_(_LOW32)
@@ -48,7 +49,7 @@ def philox_uint32x4(
 
 
 def _uniform(word: Tensor) -> Tensor:
-    """Words to float32 in [0, 1): Triton folds a word, read as int32, onto [0, 2**31) and scales it."""
+    """Map words to float32 in [0, 1) as Triton does: fold a word, read as int32, onto [0, 2**31) and scale it."""
     return torch.minimum(word, _LOW32 - word).float() * 4.6566127342e-10
 
 
@@ -61,30 +62,31 @@ def random_words_ref(seed: int, step: Tensor, samples: Tensor, count: int) -> Te
 
 
 def random_words(seed: int, step: Tensor, samples: Tensor, count: int) -> Tensor:
-    """Random words of each sample of a training step: int64 [S, count], in [0, 2**32).
+    """Random words for each sample of a training step: int64 [S, count], in [0, 2**32).
 
-    Word j of sample s is word j % 4 of Philox counter (j // 4, 0, samples[s], step) under the key `seed`: the same
-    whatever the batch that the sample is drawn in.
+    Word j of sample s is word j % 4 of Philox counter (j // 4, 0, samples[s], step) under the key `seed`. It does not
+    depend on the batch in which the sample is drawn.
 
     Args:
-        seed: of the run, 0 <= seed < 2**63.
-        step: int64 [], on the samples' device.
-        samples: int64 [S], numbers of the samples in the step; both numbers count modulo 2**32.
+        seed: seed of the run, 0 <= seed < 2**63.
+        step: int64 [], step number, on the device of `samples`; taken modulo 2**32.
+        samples: int64 [S], indices of the samples in the step's batch; taken modulo 2**32.
+        count: words per sample.
 
     Raises:
-        ValueError: another shape or type, or two devices.
+        ValueError: step or samples has another shape or type, they are on two devices, or the seed is out of range.
     """
     check_tensor("step", step, (), torch.int64)
     check_tensor("samples", samples, ("S",), torch.int64)
     check_devices(samples=samples, step=step)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected 0 <= seed < 2**63, got {seed}")
-    # fp32 stands for a type that kernels take: these have no floats
+    # use_triton asks for a floating type that kernels take; the words themselves are integers
     op = random_words_fwd if use_triton(step.new_empty(0, dtype=torch.float32)) else random_words_ref
     return op(seed, step, samples.contiguous(), count)
 
 
-# Opaque to torch.compile: a round uses a word twice, Inductor inlines both, and ten rounds make 2**10 copies.
+# Opaque to torch.compile: a round uses each word twice, Inductor would inline both, and ten rounds make 2**10 copies.
 @torch.library.custom_op("umd::philox_randn4x", mutates_args=())
 def _randn4x(seed: Tensor, counter: Tensor) -> Tensor:
     zero = torch.zeros_like(counter)
@@ -105,10 +107,10 @@ def _(seed: Tensor, counter: Tensor) -> Tensor:
 
 
 def philox_randn4x(seed: int | Tensor, counter: Tensor) -> Tensor:
-    """Four standard normal numbers for each 64-bit counter, those of `tl.randn4x(seed, counter)`.
+    """Four standard normal numbers for each 64-bit counter, as `tl.randn4x(seed, counter)` gives: float32 [..., 4].
 
-    seed: an int that fits int64, or int64 that broadcasts to the counter. counter: int64 [...]. Returns float32
-    [..., 4], none beyond ±5.68, for the uniform number under the logarithm is held above 1e-7.
+    None is beyond ±5.68, because the uniform number under the logarithm is at least 1e-7.
+    seed: an int that fits int64, or an int64 tensor that broadcasts to the counter. counter: int64 [...].
     """
     return _randn4x(seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64), counter)
 
@@ -120,10 +122,10 @@ def philox_randn(
     dtype: torch.dtype = torch.float32,
     offset: int | Tensor = 0,
 ) -> Tensor:
-    """Standard normal noise: element i of the flattened result is number i % 4 of counter `offset + i // 4`.
+    """Standard normal noise of this shape, drawn in float32 and cast to `dtype`.
 
-    seed: int64 [] or an int that fits one. offset: the first counter, int or int64 []. Drawn in float32, then
-    cast to `dtype`.
+    Element i of the flattened result is number i % 4 of counter `offset + i // 4`.
+    seed: int64 [], or an int that fits int64. offset: the first counter, int or int64 [].
     """
     size = math.prod(shape)
     counter = torch.arange((size + 3) // 4, device=device) + offset
@@ -143,7 +145,7 @@ def philox_randn_rows(
     """Standard normal noise [B, *shape]: row b is `philox_randn(seed, shape, offset=offsets[b])`.
 
     A row depends on its own offset only, so a batch may be split anywhere.
-    seed: int64 [] or an int that fits one. offsets: int64 [B]; the result is on their device.
+    seed: int64 [], or an int that fits int64. offsets: int64 [B]; the result is on their device.
     """
     size = math.prod(shape)
     counter = offsets[:, None] + torch.arange((size + 3) // 4, device=offsets.device)  # [B, ceil(size / 4)]

@@ -1,7 +1,6 @@
-"""add_positions: each token of a packed stream plus the embedding of its place in the image.
+"""add_positions: adds to each token of a packed stream the embedding of its place in the image.
 
 y[n] = x[n] + pos_embed[ids_keep[n] % L]        dpos_embed[l] = Σ dy[n]   (over the n with ids_keep[n] % L = l)
-
 """
 
 import torch
@@ -15,25 +14,25 @@ from .triton.tokens import token_slots
 
 
 def add_positions_ref(x: Tensor, ids_keep: Tensor, pos_embed: Tensor) -> Tensor:
-    """The definition of `add_positions`, summed in fp32 or wider."""
+    """The definition of `add_positions`, added in fp32 or wider."""
     wide = torch.promote_types(torch.promote_types(x.dtype, pos_embed.dtype), torch.float32)
     return (x + F.embedding(ids_keep % len(pos_embed), pos_embed.to(wide))).to(x.dtype)
 
 
 def add_positions(x: Tensor, ids_keep: Tensor, pos_embed: Tensor, num_samples: int) -> Tensor:
-    """x[n] + pos_embed[ids_keep[n] % L], summed in fp32 and rounded once.
+    """Compute x[n] + pos_embed[ids_keep[n] % L], added in fp32 and rounded once.
 
     Args:
         x: [N, D], tokens of the visible patches, sample after sample; any floating type.
-        ids_keep: int64 [N], their places among the S·L patches, sample after sample, each once.
+        ids_keep: int64 [N], indices of these patches among the S·L patches, sample after sample, each once.
         pos_embed: [L, D], any floating type.
-        num_samples: S.
+        num_samples: number of samples S.
 
     Returns:
         [N, D] in x's type. Differentiable in x and pos_embed.
 
     Raises:
-        ValueError: shapes that do not fit together, a type that is none of these, two devices.
+        ValueError: shapes do not fit together, an argument has another type, or tensors are on two devices.
     """
     _check(x, ids_keep, pos_embed, num_samples)
     if not (use_triton(x) and use_triton(pos_embed)):

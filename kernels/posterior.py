@@ -1,7 +1,7 @@
-"""Latents drawn from the posteriors that a VAE gives: mean + std·ε, ε made by Philox from (seed, draw).
+"""sample_posterior: latents drawn from a VAE's posteriors, mean + std·ε, with ε from Philox by (seed, draw).
 
-Fused, each moment is read once, in the type that it is stored in, and each latent written once; ε never exists in
-memory. In PyTorch's ops Philox alone is over a hundred passes.
+The fused kernel reads each moment once, in its stored type, and writes each latent once; ε never exists in memory. In
+PyTorch's ops Philox alone takes over a hundred passes.
 """
 
 import math
@@ -18,21 +18,21 @@ from .triton.posterior import sample_posterior_fwd
 def sample_posterior_ref(moments: Tensor, seed: int, draws: Tensor) -> Tensor:
     """The definition of `sample_posterior`."""
     mean, std = moments.float().unbind(1)
-    counters = math.ceil(math.prod(mean.shape[1:]) / 4)  # four normal numbers come from each
+    counters = math.ceil(math.prod(mean.shape[1:]) / 4)  # a counter gives four normal numbers
     return mean + std * philox_randn_rows(seed, draws * counters, tuple(mean.shape[1:]))
 
 
 def sample_posterior(moments: Tensor, seed: int, draws: Tensor) -> Tensor:
-    """A latent of each sample's posterior, fp32 [B, C, h, w]. No gradient: this is data.
+    """Draw a latent from each sample's posterior: fp32 [B, C, h, w]. Not differentiable.
 
     Args:
-        moments: [B, 2, C, h, w], means and standard deviations, any float type; or [B, 1, C, h, w], latents of a VQ
-            model, which are given back.
-        seed: of the run, 0 <= seed < 2**63.
-        draws: int64 [B]; ε of a sample is a function of (seed, draw). In training a draw is epoch · images + index.
+        moments: [B, 2, C, h, w], means and standard deviations, any floating type; or [B, 1, C, h, w], the latents of a
+            VQ model, which are returned as fp32.
+        seed: seed of the run, 0 <= seed < 2**63.
+        draws: int64 [B]; ε of a sample is a function of (seed, its draw). In training a draw is epoch · images + index.
 
     Raises:
-        ValueError: another shape, type or device than these.
+        ValueError: an argument has another shape, type or device, or the seed is out of range.
     """
     given = 1 if moments.ndim == 5 and moments.shape[1] == 1 else 2
     check_tensor("moments", moments, ("B", given, "C", "h", "w"))

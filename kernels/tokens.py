@@ -1,8 +1,8 @@
-"""Tokens in front of the packed samples, and from the encoder's packed output to the decoder's dense input.
+"""Put tokens in front of packed samples, and turn the encoder's packed output into the decoder's dense input.
 
-`scatter_tokens` makes the rows of sample s:
+`scatter_tokens` writes two kinds of rows for each sample s:
 
-    s·(1+L)       mean of its CLS tokens
+    s·(1+L)       mean of the CLS tokens of sample s
     s·(1+L)+1+l   (the token at place l of sample s, or the mask token) + pos_embed[l]
 """
 
@@ -16,7 +16,7 @@ from .triton.tokens import scatter_tokens_fwd, token_slots
 
 
 def prepend_tokens(front: Tensor, x: Tensor, packing: Packing) -> Tensor:
-    """Put front [S, n, D] before each sample of x; packing describes the result."""
+    """Put front [S, n, D] before each sample of x [N - S·n, D]: [N, D]. packing: of the result."""
     n, out, start, sample = front.shape[1], [], 0, 0
     for samples, length in packing.runs:
         stop = start + samples * (length - n)
@@ -27,7 +27,7 @@ def prepend_tokens(front: Tensor, x: Tensor, packing: Packing) -> Tensor:
 
 
 def split_tokens(x: Tensor, n: int, packing: Packing) -> tuple[Tensor, Tensor]:
-    """The inverse: (front [S, n, D], the rest [N - S·n, D]); packing describes x."""
+    """The inverse of `prepend_tokens`: x [N, D] to (front [S, n, D], the rest [N - S·n, D]). packing: of x."""
     front, rest, start = [], [], 0
     for samples, length in packing.runs:
         stop = start + samples * length
@@ -48,7 +48,7 @@ def scatter_tokens_ref(
     """The definition of `scatter_tokens`."""
     S, (L, D) = packing.num_samples, pos_embed.shape
     cls, visible = split_tokens(tokens, num_cls, packing)
-    x = mask_token.to(tokens.dtype).repeat(S * L, 1)  # not expand: Inductor then copies into the one row there is
+    x = mask_token.to(tokens.dtype).repeat(S * L, 1)  # not expand: Inductor would then write into its single row
     x = x.index_copy(0, ids_keep, visible)
     x = x.view(S, L, D) + pos_embed.to(tokens.dtype)
     return torch.cat([cls.mean(dim=1, keepdim=True), x], dim=1).flatten(0, 1)
@@ -57,14 +57,17 @@ def scatter_tokens_ref(
 def scatter_tokens(
     tokens: Tensor, packing: Packing, ids_keep: Tensor, num_cls: int, mask_token: Tensor, pos_embed: Tensor
 ) -> Tensor:
-    """Decoder input: visible tokens back in place, the mask token elsewhere, positions added, averaged CLS in front.
+    """Build the decoder's input from the encoder's tokens.
+
+    Visible tokens go back to their places, the mask token to all other places, and positions are added. The average of
+    a sample's CLS tokens comes in front.
 
     Args:
-        tokens: [N, D], each sample its `num_cls` CLS tokens and then its visible patches; any floating type.
-        packing: of `tokens`.
-        ids_keep: int64 [N - S·num_cls], places of the visible patches among the S·L patches, sample after sample, each
+        tokens: [N, D], for each sample its `num_cls` CLS tokens, then its visible patches; any floating type.
+        packing: lengths of the samples in `tokens`.
+        ids_keep: int64 [N - S·num_cls], indices of the visible patches among the S·L patches, sample after sample, each
             once.
-        num_cls: 1 or more.
+        num_cls: CLS tokens per sample, 1 or more.
         mask_token: [D], any floating type.
         pos_embed: [L, D], any floating type.
 
@@ -72,7 +75,7 @@ def scatter_tokens(
         [S·(1 + L), D] in tokens' type. Differentiable in tokens, mask_token and pos_embed.
 
     Raises:
-        ValueError: shapes that do not fit together or to the packing, ids_keep of another type, two devices.
+        ValueError: shapes do not fit together or the packing, ids_keep is not int64, or tensors are on two devices.
     """
     _check(tokens, packing, ids_keep, num_cls, mask_token, pos_embed)
     if not all(use_triton(x) for x in (tokens, mask_token, pos_embed)):

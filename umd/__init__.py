@@ -1,7 +1,8 @@
 """Unified Masked Diffusion: one masked autoencoder that recognises and generates.
 
-The folders `kernels/`, `train/` and `bench/` of the repository are the subpackages `umd.kernels`, `umd.train`
-and `umd.bench`. An installed copy has them inside; a checkout has them beside it, where the next lines look.
+The repository's folders `kernels/`, `train/` and `bench/` are the subpackages `umd.kernels`, `umd.train` and
+`umd.bench`. In an installed copy they lie inside `umd/`. In a checkout they lie beside it, and the next lines add that
+folder to the search path.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""The objective of classification: cross-entropy on mixed, erased pictures and smoothed targets, with drop path.
+"""The objective of classification: cross-entropy on mixed and erased images with smoothed targets, and drop path.
 
-The recipe with which MAE is fine-tuned (https://arxiv.org/abs/2111.06377, Table 9), but for RandAugment. Everything
-random is a pure function of (seed, step, part of the batch).
+This is MAE's fine-tuning recipe (https://arxiv.org/abs/2111.06377, Table 9) without RandAugment. All random numbers are
+a pure function of (seed, step, part of the batch).
 """
 
 import math
@@ -18,24 +18,26 @@ from umd.flops import classifier_flops
 from umd.objective import WHOLE, Part
 
 ERASED_AREA, ERASED_ASPECT, ERASE_TRIES = (0.02, 1 / 3), 1 / 0.3, 10
-NOISE_STD = 0.5  # about that of pixels in [-1, 1]
+NOISE_STD = 0.5  # about the standard deviation of pixels in [-1, 1]
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right
 
 
 class Augmentation(NamedTuple):
-    """What is done to a batch of B pictures; picture b is mixed with picture B - 1 - b."""
+    """The changes drawn for a batch of B images. Image b is mixed with image B - 1 - b."""
 
-    targets: Tensor  # [B, classes]: float32, each a distribution
-    share: float  # of a picture itself in the mixture
-    box: Box | None  # cutmix: where it is the other one; None: mixup
-    erased: Tensor  # int64 [B, 4]: boxes of noise, before the mixing
-    noise_seed: int
-    gates: Tensor | None  # float32 [2·depth, B]: 0, or 1 over the share that is kept
+    targets: Tensor  # float32 [B, classes], each row a distribution
+    share: float  # share of an image itself in its mixture
+    box: Box | None  # cutmix: where the other image is pasted; None: mixup
+    erased: Tensor  # int64 [B, 4], boxes that noise replaces before mixing; empty boxes for other images
+    noise_seed: int  # of the erasing noise
+    gates: Tensor | None  # drop path, float32 [2·depth, B]: 0, or 1 / (share that is kept)
 
 
 class ClassifierObjective:
-    """Changes pictures and labels, and scores logits: mean over pictures of the cross-entropy with soft targets.
+    """A classifier's objective: changes images and labels, and computes the loss.
+
+    The loss is the mean over images of the cross-entropy with soft targets.
 
     Raises:
         UserError: fewer than 2 classes.
@@ -46,10 +48,10 @@ class ClassifierObjective:
             raise UserError(f"a classifier needs 2 classes or more, got {model.num_classes}")
         self.model, self.config = model, config
 
-    on_device = False  # boxes and shares are drawn on the host: `step` is a number
+    on_device = False  # boxes and shares are drawn on the host: `step` is an int
 
     def places(self, batch_size: int, part: Part = WHOLE) -> list[int]:
-        """Numbers, in the whole batch, of the samples of one part: they follow each other."""
+        """Indices in the whole batch of the samples of one part, which are consecutive."""
         return list(range(part.index * batch_size, (part.index + 1) * batch_size))
 
     def part_names(self) -> tuple[str | None, ...]:
@@ -59,7 +61,7 @@ class ClassifierObjective:
         return ()
 
     def step_flops(self, batch_size: int, part: Part = WHOLE) -> int:
-        """FLOPs of forward and backward of a batch; of frozen features, of the forward pass."""
+        """FLOPs of the forward and backward pass of a batch; with a frozen encoder only of the forward pass."""
         return (1 if self.model.linear else 3) * classifier_flops(self.model, batch_size)
 
     def corrupt(
@@ -72,9 +74,11 @@ class ClassifierObjective:
         step: int = 0,
         part: Part = WHOLE,
     ) -> Augmentation:
-        """Draw what is done to one part of a step's batch, whose pictures are mixed with each other.
+        """Draw the changes of one part of a step's batch. Its images are mixed with each other.
 
-        labels: int64 [batch_size]. Raises UserError without labels.
+        labels: int64 [batch_size]. indices: ignored. Other arguments as in `umd.objective.Objective.corrupt`.
+
+        Raises UserError without labels, or for a linear probe on a single image.
         """
         if labels is None:
             raise UserError("classification needs labels; use one subfolder a class, or labels in the .npz")
@@ -104,6 +108,7 @@ class ClassifierObjective:
         return x
 
     def with_erased(self, x: Tensor, a: Augmentation) -> Tensor:
+        """Images or clips with the boxes `a.erased` replaced by noise."""
         if self.config.erase == 0:
             return x
         generator = torch.Generator(x.device).manual_seed(a.noise_seed)
@@ -115,7 +120,7 @@ class ClassifierObjective:
         return torch.where(inside, noise, x)
 
     def __call__(self, model, x_start: Tensor, a: Augmentation) -> tuple[Tensor, Tensor]:
-        """One forward pass of images [B, C, H, W] or clips [B, C, F, H, W]: (loss, no parts [0])."""
+        """Run the network on images [B, C, H, W] or clips [B, C, F, H, W]: (loss, an empty tensor of parts [0])."""
         logits = model(self.augmented(x_start, a), a.gates)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, a.targets.to(logits.dtype))
@@ -123,14 +128,17 @@ class ClassifierObjective:
 
 
 def smoothed(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Targets [B, classes]: smoothing / classes everywhere, and 1 - smoothing more at the label."""
+    """Smoothed targets, float32 [B, classes]: smoothing / classes everywhere, plus 1 - smoothing at the label."""
     return F.one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
 
 
 def draw_mixing(
     rng: np.random.Generator, config: ClassifierObjectiveConfig, image_size: tuple[int, int]
 ) -> tuple[float, Box | None]:
-    """The share of a picture itself in its mixture, and for cutmix the box of the other: of exactly the other share."""
+    """Draw (share of an image itself in its mixture, box of the other image for cutmix, else None).
+
+    The box's area is exactly the remaining share of the image.
+    """
     cut = config.cutmix > 0 and (config.mixup == 0 or rng.random() < 0.5)
     alpha = config.cutmix if cut else config.mixup
     if alpha == 0:
@@ -141,12 +149,12 @@ def draw_mixing(
     H, W = image_size
     side = math.sqrt(1 - share)
     h, w, y, x = int(H * side), int(W * side), int(rng.integers(H)), int(rng.integers(W))
-    box = (max(y - h // 2, 0), max(x - w // 2, 0), min(y + h // 2, H), min(x + w // 2, W))  # what lies in the picture
+    box = (max(y - h // 2, 0), max(x - w // 2, 0), min(y + h // 2, H), min(x + w // 2, W))  # clipped to the image
     return 1 - (box[2] - box[0]) * (box[3] - box[1]) / (H * W), box
 
 
 def draw_erased(rng: np.random.Generator, probability: float, image_size: tuple[int, int]) -> Box:
-    """The box to erase from one picture, inside it; empty where there is none (https://arxiv.org/abs/1708.04896)."""
+    """Draw the box to erase from one image (https://arxiv.org/abs/1708.04896); empty if nothing is erased."""
     H, W = image_size
     if rng.random() < probability:
         for _ in range(ERASE_TRIES):
@@ -162,7 +170,7 @@ def draw_erased(rng: np.random.Generator, probability: float, image_size: tuple[
 def draw_gates(
     rng: np.random.Generator, drop_path: float, depth: int, batch_size: int, device: torch.device
 ) -> Tensor | None:
-    """Drop path (https://arxiv.org/abs/1603.09382): float32 [2·depth, B], of expectation 1."""
+    """Draw the gates of drop path (https://arxiv.org/abs/1603.09382): float32 [2·depth, B] with expectation 1."""
     if drop_path == 0:
         return None
     keep = 1 - np.linspace(0, drop_path, depth).repeat(2)[:, None]  # [2·depth, 1]

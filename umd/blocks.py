@@ -1,6 +1,6 @@
-"""The blocks of every network here: pre-norm attention and MLP, adaLN-modulated where there is a condition.
+"""The blocks of all networks: pre-norm attention and MLP, with adaLN modulation if there is a condition.
 
-All samples of a batch lie in one packed stream `[N, D]`; linear layers run once on the stream, attention stays inside
+All samples of a batch lie in one packed stream `[N, D]`. Linear layers run once on the stream, attention stays inside
 each sample. Letters as in `umd/model.py`.
 """
 
@@ -17,13 +17,14 @@ from umd.config import ViTConfig
 from umd.layers import GeluLinear, Linear
 from umd.ops import Packing
 
-# A branch not yet added to the residual stream: h [N, D], the bias in it that has yet to get its gradient, gate [R, D].
+# A branch not yet added to the residual stream: (h [N, D], bias, gate [R, D]). The bias is already included in h and
+# still needs its gradient (see `Linear.split`).
 Branch = tuple[Tensor, Tensor | None, Tensor | None] | None
-Tables = tuple[Tensor | None, ...]  # of a block: shift, scale, gate of both branches; of a final norm: shift, scale
+Tables = tuple[Tensor | None, ...]  # block: shift, scale, gate of both branches; final norm: shift, scale
 
 
 class ModulatedLayerNorm(nn.Module):
-    """Adds the pending branch to the residual stream and normalises it, in one op."""
+    """Adds the pending branch to the residual stream and normalises the sum, in one op."""
 
     def __init__(self, dim: int, affine: bool, eps: float = 1e-6):
         super().__init__()
@@ -39,7 +40,10 @@ class ModulatedLayerNorm(nn.Module):
         shift: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(r, y): r = x + gate·h [N, D] in x's type, y = LN(r)·(1 + scale) + shift [N, D] in that of the products."""
+        """Return r = x + gate·h [N, D] in x's type, and y = LN(r)·(1 + scale) + shift [N, D].
+
+        y has h's type; without a branch it has the type of the following matrix products.
+        """
         if branch is None:
             y = ops.modulated_layer_norm(
                 x, packing, shift, scale, self.weight, self.bias, self.eps, dtype=ops.products_dtype(x)
@@ -52,6 +56,8 @@ class ModulatedLayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention within each sample."""
+
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
@@ -59,7 +65,7 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
-        """(h [N, D], the bias in it that has yet to get its gradient)."""
+        """(h [N, D], bias): bias is included in h and still needs its gradient, or is None (see `Linear.split`)."""
         N, D = x.shape
         qkv, bias = self.qkv.split(x)
         qkv = qkv.view(N, 3, self.num_heads, D // self.num_heads)
@@ -67,11 +73,11 @@ class Attention(nn.Module):
 
 
 class Memory(NamedTuple):
-    """What the queries of one cross-attention see."""
+    """The keys and values that the queries of one cross-attention see."""
 
-    kv: Tensor  # [M, 2, H, d], keys and values
-    packing: Packing  # of the queries, as many samples as there are in kv
-    kv_packing: Packing
+    kv: Tensor  # [M, 2, H, d], keys then values
+    packing: Packing  # of the queries; has as many samples as kv_packing
+    kv_packing: Packing  # of kv
 
 
 class CrossAttention(nn.Module):
@@ -86,26 +92,28 @@ class CrossAttention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def memory(self, context: Tensor, packing: Packing) -> Tensor:
-        """Keys and values [M, 2, H, d] of context [M, D']; they stay as they are while the queries change."""
+        """Keys and values [M, 2, H, d] of context [M, D']. They can be reused while the queries change."""
         _, y = self.norm(context, None, packing)
         return self.kv(y).unflatten(1, (2, self.num_heads, -1))
 
     def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
-        """As `Attention`."""
+        """x [N, dim] to (h [N, dim], bias), as `Attention.forward`."""
         q = self.q(x).unflatten(1, (self.num_heads, -1))  # [N, H, d]
         return self.proj.split(ops.varlen_cross_attention(q, *memory).flatten(1))
 
 
 class Mlp(nn.Module):
+    """Linear, GELU, Linear."""
+
     def __init__(self, dim: int, hidden: int, exact: bool = False):
-        """exact: GELU by the error function; else its tanh approximation, which runs inside the products' kernels."""
+        """exact: GELU by the error function. Else the tanh approximation, for which this package has kernels."""
         super().__init__()
         self.exact = exact
         self.fc1 = Linear(dim, hidden)
         self.fc2 = GeluLinear(hidden, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(h [N, D], the bias in it that has yet to get its gradient)."""
+        """x [N, D] to (h [N, D], bias), as `Attention.forward`."""
         if self.exact:
             return Linear.split(self.fc2, F.gelu(self.fc1(x)))
         if ops.gelu_in_products():
@@ -117,8 +125,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x += gate1·Attn(LN(x)·(1+scale1)+shift1);  x += gate2·MLP(LN(x)·(1+scale2)+shift2).
 
-    The second branch is handed on and added by the next norm, so that gate, residual, norm and modulation are one op.
-    `context`: width of the stream that Attn looks at, where it is another than x.
+    The second branch is not added here. It is handed to the next norm, so that gate, residual, norm and modulation are
+    one op.
+    context: width of the stream that Attn attends to; None: self-attention.
     """
 
     def __init__(self, config: ViTConfig, context: int | None = None):
@@ -137,7 +146,11 @@ class Block(nn.Module):
         modulation: Tables,
         memory: Memory | None = None,
     ) -> tuple[Tensor, Branch]:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # each [R, D] or None
+        """Stream x [N, D] and its pending branch to (x, the MLP's branch, not yet added).
+
+        modulation: the block's 6 tables, each [R, D] or None. memory: for cross-attention.
+        """
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         x, y = self.norm1(x, branch, packing, shift_msa, scale_msa)  # [N, D]
         attended = self.attn(y, packing if memory is None else memory)
         x, y = self.norm2(x, (*attended, gate_msa), packing, shift_mlp, scale_mlp)  # [N, D]
@@ -160,6 +173,7 @@ class CrossSelfBlock(Block):
         modulation: Tables,
         memory: Memory | None = None,
     ) -> tuple[Tensor, Branch]:
+        """As `Block.forward`; memory is required."""
         x, y = self.norm_cross(x, branch, packing)  # [N, D]
         return super().forward(x, (*self.cross(y, memory), None), packing, modulation)
 
@@ -183,11 +197,18 @@ class Blocks(nn.Module):
         levels: list[Tensor] | None = None,
         normed: bool = True,
     ) -> Tensor:
-        """x [N, D]; modulation: the tables of each block, asked for as it comes, then the final norm's if it has any.
+        """Run all blocks and the final norm on x [N, D].
 
-        Without adaLN the condition [R, D] is a token in front of each sample, set anew before every block.
-        memories: what each block's cross-attention sees. levels: receives the stream behind each block.
-        normed: False: the stream behind the last block, without the final norm.
+        Args:
+            x: the stream.
+            packing: of the stream, with the condition token if there is one.
+            modulation: iterator of each block's tables, then those of the final norm if it has any. A table is
+                requested just before its block runs.
+            cond: [R, D], for a network without adaLN: the condition token in front of each sample. It is set to this
+                value again before every block, and removed at the end.
+            memories: for each block, the keys and values of its cross-attention.
+            levels: a list to which the stream behind each block is appended.
+            normed: False: leave out the final norm.
         """
         branch: Branch = None
         modulation = iter(()) if modulation is None else modulation
@@ -201,7 +222,7 @@ class Blocks(nn.Module):
             tables = next(modulation, (None,) * 6)
             memory = None if memories is None else memories[i]
             if self.checkpointing and torch.is_grad_enabled():
-                args = block, x, branch, packing, tables, memory  # a block draws nothing: no random state to keep
+                args = block, x, branch, packing, tables, memory  # blocks draw no random numbers: no state to preserve
                 x, branch = checkpoint(*args, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, branch = block(x, branch, packing, tables, memory)
@@ -216,20 +237,23 @@ class Blocks(nn.Module):
 
 
 def add_branch(x: Tensor, branch: tuple[Tensor, Tensor | None, Tensor | None], packing: Packing) -> Tensor:
-    """x + gate·h [N, D], where no norm follows that would do it."""
+    """x + gate·h [N, D], for places where no norm follows that would add the branch."""
     h, h_bias, gate = branch
     h = ops.bias_gradient(h, h_bias)
     return x + h if gate is None else x + per_token(gate, packing).to(x.dtype) * h
 
 
 def per_token(rows: Tensor, packing: Packing) -> Tensor:
-    """Each token the row of its sample: rows [R, D] to [N, D]."""
+    """Repeat each sample's row for its tokens: rows [R, D] to [N, D]."""
     lengths = packing.cu_seqlens.diff()
     return rows.index_select(0, packing.cond_index.repeat_interleave(lengths, output_size=packing.num_tokens))
 
 
 def initialize_blocks(model: nn.Module) -> None:
-    """Attention and MLP weights Xavier-uniform, q, k and v as matrices of their own; biases 0 or nearly."""
+    """Initialise attention and MLP: weights Xavier-uniform, with q, k and v as separate matrices.
+
+    Biases are 0 in attention and N(0, 1e-6²) in the MLP.
+    """
     for module in model.modules():
         if isinstance(module, Attention | CrossAttention):
             parts = (module.qkv,) if isinstance(module, Attention) else (module.q, module.kv)

@@ -1,14 +1,14 @@
-"""Checkpoints: safetensors files and one JSON file in a folder, written whole or not at all, checked at load.
+"""Checkpoints: a folder with safetensors files and one JSON file, written completely or not at all, checked at load.
 
     root/step-00000100/model.safetensors       one file for each entry of `tensors`
                        optimizer.safetensors
                        state.json              format, step, state, size and sha256 of each file
 
-A save goes into a hidden folder beside its destination, is flushed to the disk, and takes its name by one
-rename. Whatever kills the process, every `step-*` is therefore complete. One process writes to a root.
+A save is written to a hidden folder beside its destination, flushed to the disk, and renamed once. Every `step-*` is
+therefore complete, whatever kills the process. Only one process may write to a root.
 
-Files hold the adaLN projections of all blocks as one, `adaLN_modulation.weight`; in memory each block has its own,
-`adaLN_modulation.3.weight`. `joined` and `split` turn one into the other, for weights, averages and optimiser alike.
+Files hold the adaLN projections of all blocks as one tensor, `adaLN_modulation.weight`. In memory each block has its
+own, e.g. `adaLN_modulation.3.weight`. `joined` and `split` convert weights, averages and optimiser state.
 """
 
 import errno
@@ -38,12 +38,12 @@ _BLOCK = re.compile(r"(.*adaLN_modulation(?:\.up)?)\.(\d+)\.(weight|bias)")
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written, found, trusted or used."""
+    """A checkpoint cannot be written, is missing, is damaged, or does not fit the model."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_checkpoint` returns: `tensors[part][name]`, and `state` as it came out of JSON."""
+    """A loaded checkpoint: its tensors as `tensors[part][name]`, and `state`, the JSON data saved with them."""
 
     path: Path
     step: int
@@ -54,15 +54,25 @@ class Checkpoint:
 def save_checkpoint(
     root: Path | str, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict, keep: int = 3
 ) -> Path:
-    """Write `root/step-{step:08d}` and return it; then remove all complete checkpoints but the newest `keep`.
+    """Write the checkpoint `root/step-{step:08d}`, then remove all complete checkpoints except the newest `keep`.
 
-    `tensors[part][name]` may have any device, dtype, shape and strides, and may share memory: each name is
-    stored as a contiguous copy of its own. `state` is JSON data. Raises CheckpointError if the disk refuses;
-    what was there before is then still there, and nothing else.
+    Args:
+        root: folder of the run's checkpoints; made if missing.
+        step: number in the folder's name. An earlier save of the same step is replaced.
+        tensors: `tensors[part][name]`, of any device, dtype, shape and strides. Tensors may share memory; each name is
+            stored as a contiguous copy.
+        state: JSON data.
+        keep: checkpoints to keep, this one included.
+
+    Returns:
+        The path of the checkpoint.
+
+    Raises:
+        CheckpointError: the disk refuses. Earlier checkpoints are then untouched, and nothing is left of the new one.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, but the checkpoint being written must stay: pass 1 or more.")
-    # Through JSON once: what it cannot hold fails before anything is written, and the digest is the reader's.
+    # A round trip through JSON: unsuitable data fails before anything is written, and the digest is what a reader gets.
     document = {"format": FORMAT, "step": step, "state": json.loads(json.dumps(state))}
     path = checkpoint_path(root, step)
     again_if_stale(lambda: _write(path, tensors, document), path)
@@ -74,13 +84,13 @@ def save_checkpoint(
 
 
 def _write(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], document: dict) -> None:
-    """The folder of a checkpoint, from its beginning. Raises OSError with ESTALE, CheckpointError for the others."""
+    """Write the folder of a checkpoint. Raises OSError for a stale handle (ESTALE), else CheckpointError."""
     root, replaced = path.parent, _replaced(path)
     unfinished = root / f"{_UNFINISHED}{path.name}"
     document = document | {"files": {}}
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(f"{_UNFINISHED}*"):  # of killed saves and removals
+        for leftover in root.glob(f"{_UNFINISHED}*"):  # left by killed saves and removals
             shutil.rmtree(leftover, ignore_errors=True)
         unfinished.mkdir()
         for part, named in tensors.items():
@@ -91,7 +101,7 @@ def _write(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], document: di
         (unfinished / STATE).write_text(json.dumps(document, indent=1))
         flush(unfinished / STATE)
         flush(unfinished)
-        if path.exists():  # its first save can be found until the second has the name
+        if path.exists():  # keep the earlier save of this step readable until the new one has its name
             _discard(replaced)
             path.rename(replaced)
         unfinished.rename(path)
@@ -110,21 +120,21 @@ def _write(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], document: di
 
 
 class BackgroundSave:
-    """`save_checkpoint` in a thread, from a copy in host memory, one at a time; training goes on meanwhile.
+    """Runs `save_checkpoint` in a thread, one save at a time, while training goes on.
 
-    What goes wrong there is raised by the next `check`, `save` or `wait`. A GPU is not waited for either: the copies
-    queue behind the step, and the thread waits for them.
+    The thread saves copies in host memory. The host does not wait for a GPU: copies queue behind the step, and the
+    thread waits for them. An error in the thread is raised by the next `check`, `save` or `wait`.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._saving: Future | None = None
-        self._host: dict[str, dict[str, Tensor]] = {}  # pinned, used again for each save
+        self._host: dict[str, dict[str, Tensor]] = {}  # host copies (pinned for a GPU), reused by each save
 
     def save(self, root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict, keep: int) -> Path:
-        """As `save_checkpoint`, whose path this returns before the checkpoint is there.
+        """Start `save_checkpoint` and return its path, before the checkpoint exists. Waits for an earlier save.
 
-        Pinned tensors are taken as they are, being copies from a GPU: they may change only after `wait`.
+        Pinned tensors are saved without another copy, as they are copies from a GPU: do not change them before `wait`.
         """
         self.wait()
         for part, named in tensors.items():
@@ -149,18 +159,19 @@ class BackgroundSave:
         return checkpoint_path(root, step)
 
     def check(self) -> None:
-        """Raise what the last save met, if it has ended."""
+        """Raise the error of the last save if it has ended with one. Does not wait."""
         if self._saving is not None and self._saving.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until the last save has ended; raises what it met."""
+        """Wait until the last save has ended; raise its error."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
 
 def checkpoint_path(root: Path | str, step: int) -> Path:
+    """The path of a step's checkpoint, whether it exists or not."""
     return Path(root) / f"step-{step:08d}"
 
 
@@ -170,11 +181,17 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     verify: bool = True,
 ) -> Checkpoint:
-    """Read one checkpoint, or the newest complete one in a root, and verify it against its checksums.
+    """Read one checkpoint, or the newest complete one in a root, and verify its checksums.
 
-    `parts` names what to load (default: all of it). `verify=False` looks at sizes alone: of many ranks that read the
-    same files, one need read them twice. On the CPU tensors are memory-mapped, copy-on-write:
-    changing one never changes the file. Raises CheckpointError if nothing is there, or not as it was written.
+    Args:
+        path_or_root: a checkpoint, or a folder of checkpoints.
+        parts: the entries of `tensors` to load; default: all.
+        device: where to put the tensors. On the CPU they are memory-mapped copy-on-write: changing one never changes
+            the file.
+        verify: False checks only the files' sizes. Of many ranks that read the same files, only one needs to verify.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it lacks a part, or its files differ from what was written.
     """
     path = Path(path_or_root)
     if not path.is_dir():
@@ -203,7 +220,7 @@ def load_checkpoint(
 
 
 def list_checkpoints(root: Path | str) -> list[Path]:
-    """The complete checkpoints in `root`, lowest step first; a damaged one is left out with a warning."""
+    """The complete checkpoints in `root`, lowest step first. A damaged one is skipped with a warning."""
     complete = []
     for path in again_if_stale(lambda: list(Path(root).glob("step-*")), Path(root)):
         if match := _FOLDER.fullmatch(path.name):
@@ -227,10 +244,16 @@ def load_model_state(
     saved_config: Mapping | None = None,
     config: Mapping | None = None,
 ) -> None:
-    """Copy `tensors` into the model's parameters and buffers, or change nothing and raise CheckpointError.
+    """Copy `tensors` into the model's parameters and buffers.
 
-    Names that start with one of `allow_missing` may be absent from `tensors` and then keep their values. The
-    message tells the first differences, and those of `saved_config` (the checkpoint's) and `config` (now).
+    Args:
+        model: the model.
+        tensors: by parameter name, as saved.
+        allow_missing: beginnings of names that may be absent from `tensors`; those parameters keep their values.
+        saved_config, config: settings of the checkpoint and of the model; the error message tells their differences.
+
+    Raises:
+        CheckpointError: names or shapes differ. Nothing is changed then; the message tells the first differences.
     """
     own, saved = _as_in_files(model.state_dict()), _as_in_files(tensors)
     both = [name for name in own if name in saved]
@@ -260,7 +283,10 @@ def load_model_state(
 
 
 def joined(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the names in memory as files hold them. Scalars of the blocks, step counts, are one and the same."""
+    """Convert tensors from names in memory to names in files, joining the blocks' adaLN projections.
+
+    Scalars of the blocks (the optimiser's step counts) are equal, and one is kept.
+    """
     blocks: dict[str, dict[int, Tensor]] = {}
     for name, tensor in named.items():
         match = _BLOCK.fullmatch(name)
@@ -272,14 +298,14 @@ def joined(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split(named: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The inverse of `joined` for the blocks of `model`: views. What does not fit it stays as it is."""
-    blocks: dict[str, dict[str, int]] = {}  # for each name in files those in memory, with their rows
+    """The inverse of `joined` for the blocks of `model`; parts are views. Tensors that do not fit stay unchanged."""
+    blocks: dict[str, dict[str, int]] = {}  # name in files -> names in memory and their number of rows
     for name, parameter in model.named_parameters():
         if match := _BLOCK.fullmatch(name):
             blocks.setdefault(f"{match[1]}.{match[3]}", {})[name] = len(parameter)
     found: dict[str, Tensor] = {}
     for full_name, tensor in named.items():
-        key, separator, name = full_name.rpartition("::")  # of the optimiser: exp_avg::…
+        key, separator, name = full_name.rpartition("::")  # optimiser state has names such as exp_avg::…
         rows = blocks.get(name, {})
         if tensor.ndim == 0 and rows:
             found |= {f"{key}{separator}{block}": tensor for block in rows}
@@ -292,14 +318,14 @@ def split(named: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def _as_in_files(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names and shapes alone."""
+    """`joined` for names and shapes only: tensors on the meta device."""
     return joined({name: torch.empty_like(tensor, device="meta") for name, tensor in named.items()})
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimiser's state as `{"exp_avg::blocks.0.fc1.weight": tensor, …}`, independent of its groups.
+    """The optimiser's state as `{"exp_avg::blocks.0.fc1.weight": tensor, …}`, independent of its parameter groups.
 
-    A step count that a group has (apex) is written as torch writes it, a parameter's own.
+    apex keeps one step count per group; it is written once for each parameter, as torch's optimisers keep it.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     counts = {
@@ -316,9 +342,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, bit for bit: unlike `load_state_dict` it casts no moments.
+    """Restore the state from `optimizer_tensors` bit for bit. Unlike `load_state_dict` this casts no moments.
 
-    Raises CheckpointError if a tensor is of no parameter of the optimiser, or of another shape.
+    Raises CheckpointError if a tensor belongs to no parameter of the optimiser, or has another shape.
     """
     parameters = dict(model.named_parameters())
     groups: dict[Tensor, dict] = {p: group for group in optimizer.param_groups for p in group["params"]}
@@ -335,7 +361,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
         if key == "step" and "step" in group:
             group["step"] = int(value)
             continue
-        # AdamW wants its step count beside the parameter when fused or capturable, on the CPU otherwise.
+        # AdamW expects its step count on the parameter's device if fused or capturable, else on the CPU.
         beside = value.ndim or group.get("fused") or group.get("capturable")
         state.setdefault(parameter, {})[key] = value.to(parameter.device if beside else "cpu", copy=True)
     optimizer.state.clear()
@@ -343,7 +369,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
 
 
 def _document(path: Path) -> dict:
-    """`state.json` of a checkpoint, once its format, its checksum and the sizes of the files are right."""
+    """Read `state.json`. Raises CheckpointError if format, checksum or a file's size is wrong."""
     return again_if_stale(lambda: _read_document(path), path)
 
 
@@ -378,25 +404,27 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 
 
 def _changes(saved: Mapping, here: Mapping, prefix: str = "") -> list[str]:
-    """`["model.depth (12 saved, 6 here)", …]` for nested mappings, of the fields both have."""
+    """Differences between nested mappings in the fields that both have: `["model.depth (12 saved, 6 here)", …]`."""
     found = []
     for key in sorted(saved.keys() & here.keys()):
         a, b = saved[key], here[key]
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += _changes(a, b, f"{prefix}{key}.")
-        elif a != (list(b) if isinstance(b, tuple) else b):  # JSON made lists of tuples
+        elif a != (list(b) if isinstance(b, tuple) else b):  # JSON turns tuples into lists
             found.append(f"{prefix}{key} ({a} saved, {b} here)")
     return found
 
 
 def _replaced(path: Path) -> Path:
-    """Where an earlier save of the same step goes."""
+    """The name that an earlier save of the same step gets while it is replaced."""
     return path.with_name(f"{path.name}.replaced")
 
 
 def _discard(path: Path) -> None:
-    """Remove a checkpoint, if there, in a way that never shows a reader half of it. Files that NFS keeps for someone
-    who reads them go with the next save."""
+    """Remove a checkpoint if it exists. It is renamed first, so that no reader sees half of it.
+
+    Files that NFS keeps for a process that still reads them are removed by the next save.
+    """
     if path.exists():
         hidden = path.with_name(f"{_UNFINISHED}removed-{path.name}")
         path.rename(hidden)
@@ -404,6 +432,6 @@ def _discard(path: Path) -> None:
 
 
 def _digest(document: dict) -> str:
-    """sha256 of the document less its own `sha256`."""
+    """sha256 of the document without its own entry `sha256`."""
     content = {key: value for key, value in document.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

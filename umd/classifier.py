@@ -1,8 +1,8 @@
-"""A plain ViT that classifies: the encoder of a pre-trained UMD, MAE or DiffMAE, and a linear layer behind it.
+"""A plain ViT classifier: the encoder of a pre-trained UMD, MAE or DiffMAE, with a linear layer on top.
 
-UMD's encoder is read at t = 0, where its adaLN tables are constants. They fold into the norms' affines (shift, scale)
-and into the last layer of each branch (gate), so that one network without a condition serves all three methods. Only
-MAE's condition token, which a UMD without adaLN puts in front of each picture, stays as a parameter.
+UMD's encoder is used at t = 0, where its adaLN tables are constants. Shift and scale are folded into the norms'
+affines, gates into the last layer of each branch. One network without a condition therefore serves all three methods.
+Only the condition token of a UMD without adaLN, which stands in front of each image, stays as a parameter.
 """
 
 from collections.abc import Iterator
@@ -25,14 +25,14 @@ from umd.ops import Packing, pack
 
 @lru_cache(maxsize=16)
 def layout(config: ClassifierConfig, batch_size: int, device: torch.device) -> tuple[Packing, Packing]:
-    """Packings of whole pictures: of CLS and patch tokens, and of what runs through the blocks."""
+    """Packings of whole images: (CLS and patch tokens; the same in the blocks, with the condition token if any)."""
     length = config.num_cls + config.num_patches
     tokens = pack([length] * batch_size, device=device)
     return tokens, pack([length + 1] * batch_size, device=device) if config.cond_token else tokens
 
 
 class BatchNorm(nn.Module):
-    """Batch norm without an affine. The running moments are parameters, which checkpoints hold, but never trained."""
+    """Batch norm without an affine. Its running moments are untrained parameters, so that checkpoints hold them."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -44,6 +44,11 @@ class BatchNorm(nn.Module):
 
 
 class Classifier(nn.Module):
+    """ViT encoder, pooling, optional batch norm (linear probing), and a linear layer.
+
+    Raises UserError for fewer than 2 classes.
+    """
+
     def __init__(self, config: ClassifierConfig):
         super().__init__()
         if config.num_classes < 2:
@@ -70,13 +75,14 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that AdamW must not decay: MAE's choice, all vectors, CLS tokens and positions."""
+        """Names of the parameters without weight decay in AdamW, as in MAE: vectors, CLS tokens and positions."""
         return {name for name, p in self.named_parameters() if p.ndim == 1} | {"cls_token", "pos_embed"}
 
     def lr_multipliers(self, decay: float) -> dict[str, float]:
-        """Each parameter's learning rate over that of the head: `decay` to the power of the layers in between.
+        """Layer-wise learning rates: for each parameter a factor, `decay` to the power of its distance from the head.
 
-        Layer 0 is all that comes before the blocks, layer i + 1 is block i, layer depth + 1 the final norm and head.
+        Layer 0 is everything before the blocks, layer i + 1 is block i, and layer depth + 1 is the final norm and the
+        head, with factor 1.
         """
         depth, multipliers = self.config.depth, {}
         for name, _ in self.named_parameters():
@@ -95,7 +101,7 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """Logits [B, num_classes] of images [B, C, H, W] or clips [B, C, F, H, W].
 
-        gates: [2·depth, B], what each picture's branches are multiplied by, attention and MLP in turn (drop path).
+        gates: [2·depth, B], factors of each image's branches, attention and MLP in turn (drop path); None: all 1.
         """
         features = self.features(x, gates)
         if self.batch_norm is not None:
@@ -103,8 +109,11 @@ class Classifier(nn.Module):
         return self.head(features)
 
     def features(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
-        """What the head sees: the mean of the CLS tokens, or of the patch tokens, behind the final norm: [B, D].
-        With mean_norm the norm comes behind the mean."""
+        """The pooled features that the head reads: fp32 [B, D] (fp64 stays fp64).
+
+        cls, mean: the mean of the CLS or patch tokens after the final norm. mean_norm: the norm of the patch tokens'
+        mean.
+        """
         config, B = self.config, len(x)
         packing, block_packing = layout(config, B, x.device)
         patches = ops.patchify(to_images(x, config), config.patch_size).flatten(0, 1)  # [B·L, C·p·P·P]
@@ -126,20 +135,21 @@ class Classifier(nn.Module):
             return F.layer_norm(y, y.shape[1:], norm.weight, norm.bias, norm.eps)
 
     def modulation(self, gates: Tensor | None) -> Iterator[Tables] | None:
+        """The gates as adaLN tables of each block, without shift and scale."""
         if gates is None:
             return None
         tables = [gate[:, None].repeat(1, self.config.hidden_size) for gate in gates]  # each [B, D]
         pairs = zip(tables[::2], tables[1::2], strict=True)
-        return iter([(None, None, msa, None, None, mlp) for msa, mlp in pairs])  # no shift, no scale
+        return iter([(None, None, msa, None, None, mlp) for msa, mlp in pairs])
 
     def represent(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
-        """The features; timesteps are not used, there is no time here."""
+        """The pooled features [B, D] of images or clips. timesteps: ignored; a classifier has no time."""
         return self.features(x)
 
 
 @torch.no_grad()
 def encoder_weights(source: UMD | DiffMAE) -> dict[str, Tensor]:
-    """Weights of a `Classifier`, all but the head's, whose features are `source.represent(x)` at t = 0."""
+    """Weights for a `Classifier`, without the head's, such that its features are `source.represent(x)` at t = 0."""
     own: dict[str, Tensor] = dict(source.named_parameters())
     names = ("x_embedder.weight", "x_embedder.bias", "pos_embed", "cls_token")
     weights = {name: own[name] for name in names if name in own}

@@ -1,4 +1,8 @@
-"""The `umd` command. Each subcommand is a function below; its dataclass or arguments become the options (tyro)."""
+"""The `umd` command.
+
+`COMMANDS` lists the subcommands: a function below, or the place of a function in `umd.train`. tyro makes the options of
+each from a dataclass.
+"""
 
 import contextlib
 import difflib
@@ -25,17 +29,21 @@ if TYPE_CHECKING:
     from umd.train.run import RunConfig
 
 console = Console()
-# What torch says where memory is short, or a size is beyond any.
+# PyTorch's messages when memory is short or a tensor size overflows.
 OUT_OF_MEMORY = re.compile(r"(out of|not enough) memory|(can't|unable to) allocate|calculation overflowed", re.I)
-TOGETHER = ("pretrain", "finetune")  # commands whose ranks do one thing, of which rank 0 tells
+TOGETHER = ("pretrain", "finetune")  # commands that all ranks run together; only rank 0 prints
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exits 0, or 2 with one sentence for what the user can mend."""
+    """Run the command line; `arguments` default to those of the process.
+
+    Exit status: 0 on success, 2 with one sentence for an error that the user can mend, 1 if the reader of standard
+    output is gone, 130 after Ctrl-C.
+    """
     prepare(restart=arguments is None)
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].startswith(("--local_rank=", "--local-rank=")):
-        arguments = arguments[1:]  # the deepspeed launcher's; the environment says the same
+        arguments = arguments[1:]  # added by the deepspeed launcher; LOCAL_RANK in the environment says the same
     if silent(*arguments[:1]):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         warnings.simplefilter("ignore")
@@ -48,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         console.print(f"umd {umd.__version__}", highlight=False)
         return
     name = arguments[0]
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without file name and source line
     try:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -76,10 +84,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def silent(command: str = "") -> bool:
+    """Whether this process prints nothing: it runs a command of `TOGETHER` and is not rank 0."""
     return int(os.environ.get("RANK", 0)) > 0 and command in TOGETHER
 
 
 def fail(message: str, command: str) -> None:
+    """Print the message as an error and exit with status 2. With several ranks, all end and one prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and command in TOGETHER:
         from umd.train.distributed import end_all
 
@@ -96,7 +106,7 @@ def escape(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """A line as it is: paths are not broken at the width of the terminal, brackets are no markup."""
+    """Print a line unchanged: no wrapping at the terminal's width (it would break paths), no markup in brackets."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -117,7 +127,19 @@ def print_help() -> None:
 
 
 def parse(cls_or_function, name: str, arguments: list[str], default=None):
-    """tyro with our program name; its own messages for wrong options suggest the nearest ones and exit with 2."""
+    """Parse options with tyro under the program name `umd NAME`.
+
+    For an unknown option tyro itself suggests the nearest ones and exits with 2.
+
+    Args:
+        cls_or_function: the dataclass or function whose fields or arguments are the options.
+        name: the command and its paths, as shown in help texts.
+        arguments: the options as typed.
+        default: an instance whose values are the defaults.
+
+    Raises:
+        UserError: a number is outside the range of its field.
+    """
     import tyro
 
     from umd.ranges import OutOfRange, named
@@ -133,10 +155,10 @@ def parse(cls_or_function, name: str, arguments: list[str], default=None):
 
 
 def with_length(default: "RunConfig", arguments: list[str]) -> "RunConfig":
-    """The length of the run that is given replaces that of the preset, whichever unit either is in."""
+    """Drop the preset's run length if the user gives one of --epochs, --steps or --minutes, in whatever unit."""
     lengths = ("epochs", "steps", "minutes")
     given = {a.partition("=")[0].removeprefix("--") for a in arguments if a.startswith("--")} & set(lengths)
-    # 1 stands in until the option is read
+    # 1 is a placeholder: the option's own value replaces it when tyro reads the options.
     epochs, steps, minutes = (int(name in given) for name in lengths)
     return replace(default, epochs=epochs, steps=steps, minutes=minutes) if given else default
 
@@ -146,7 +168,12 @@ def wants_help(arguments: list[str]) -> bool:
 
 
 def take_paths(arguments: list[str], name: str, paths: str) -> tuple[list[Path], list[str]]:
-    """The first arguments, as paths of these names, and the others. With --help names stand in for what is missing."""
+    """Split arguments into the leading paths and the rest.
+
+    paths: their names, separated by blanks, e.g. "RUN SOURCE". With --help, the names stand in for missing paths.
+
+    Raises UserError for a missing path.
+    """
     found: list[Path] = []
     for path in paths.split():
         if len(found) < len(arguments) and not arguments[len(found)].startswith("-"):
@@ -161,8 +188,11 @@ def take_paths(arguments: list[str], name: str, paths: str) -> tuple[list[Path],
 
 
 def preset_or_config(arguments: list[str], command: str, show: Callable[["RunConfig"], object]):
-    """The first argument as the run it names, and the others. Without one, prints which there are; for --help also the
-    options (`show`)."""
+    """Read the first argument, a preset or a config.yaml or its folder: (its name, its RunConfig, the other arguments).
+
+    Without a first argument, print the presets and exit with 2. With --help, print the options by `show` as well and
+    exit with 0. Raises UserError for an unknown preset.
+    """
     from umd.train.curves import curves
     from umd.train.presets import PRESETS
     from umd.train.run import read_config
@@ -276,7 +306,7 @@ def doctor(arguments: list[str]) -> None:
     print_report(console, [capture_row, loader_row])
 
 
-BENCHES = {  # module and options of each, and what it measures
+BENCHES = {  # name: (module, class of its options, what it measures)
     "step": ("umd.bench.step", "StepBench", "a training step against its baselines"),
     "loader": ("umd.bench.loader", "LoaderBench", "what data cost beside the step they feed"),
     "adaln": ("umd.bench.adaln", "AdaLNBench", "weights, FLOPs and step time of adaLN's projections"),
@@ -308,7 +338,7 @@ def bench(arguments: list[str]) -> None:
 
 
 def check_results(options: object) -> None:
-    """Raise UserError where a benchmark's results could not be written, before they are measured."""
+    """Raise UserError, before anything is measured, if a benchmark's result files could not be written."""
     from umd.files import check_place
 
     for option, inside in (("json", ""), ("chart", ""), ("figures", "results.json")):
@@ -317,13 +347,12 @@ def check_results(options: object) -> None:
 
 
 class Command(NamedTuple):
-    """What a command does, and how: a function of its arguments; or the place of a function of its paths, options, the
-    configuration of a RUN, and the console."""
+    """A subcommand: its line in `umd --help`, and the function that runs it."""
 
     what: str
-    run: Callable[[list[str]], None] | str
-    options: str = ""  # a class of umd.train.options
-    paths: str = ""
+    run: Callable[[list[str]], None] | str  # f(arguments); or "module:f" of f(*paths, options[, RunConfig], console)
+    options: str = ""  # class of umd.train.options
+    paths: str = ""  # names of the leading paths; if the first is RUN, its RunConfig is read and passed on
 
 
 COMMANDS = {
@@ -377,6 +406,7 @@ COMMANDS = {
 
 
 def run(name: str, arguments: list[str]) -> None:
+    """Run one command of `COMMANDS` with the arguments behind its name."""
     command = COMMANDS[name]
     if callable(command.run):
         command.run(arguments)

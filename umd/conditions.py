@@ -1,4 +1,4 @@
-"""The conditions of a whole sampling with their modulation, made once: a sampler's times are known beforehand."""
+"""Conditions and modulation tables of a whole sampling run, computed once: a sampler's times are known beforehand."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,21 +9,23 @@ from torch import Tensor
 
 from umd.model import UMD
 
-MOST_BYTES = 2**29  # of the tables; the projections that they spare a sampler at each step are of this size
+MOST_BYTES = 2**29  # largest size of the tables; the projections that a step no longer reads are of about this size
 
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """Every condition that a sampler will ask for with its modulation, made at once: n times m labels."""
+    """All conditions that a sampler will need, with their modulation: those of n times and m labels."""
 
     cond: Tensor  # [n·m, D]
-    tables: Tensor  # [n·m, M·D], M tables: 6 a block, 2 of a final norm
-    time_rows: Tensor  # int64 [T], where a time's rows begin
-    label_rows: Tensor  # int64 [num_classes + 1], a label's place among them
+    tables: Tensor  # [n·m, M·D], M tables: 6 per block, 2 per modulated final norm
+    time_rows: Tensor  # int64, indexed by model time: the first of its m rows
+    label_rows: Tensor  # int64 [num_classes + 1], indexed by label: its place among the m rows
 
     def __call__(self, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(cond [R, D], tables [R, M·D]) of times int64 [R] and labels int64 [R], or None: the null class. Those that
-        are not held raise IndexError, and on a GPU fail there."""
+        """(cond [R, D], tables [R, M·D]) for times int64 [R] and labels int64 [R]; None: the null class.
+
+        A time or label that was not precomputed raises IndexError on the CPU; on a GPU the lookup fails on the device.
+        """
         labels = torch.full_like(timesteps, len(self.label_rows) - 1) if labels is None else labels
         rows = self.time_rows.index_select(0, timesteps) + self.label_rows.index_select(0, labels)
         return self.cond.index_select(0, rows), self.tables.index_select(0, rows)
@@ -31,10 +33,18 @@ class Conditions:
 
 @torch.no_grad()
 def make_conditions(model: UMD, times: Sequence[int], labels: Tensor | None = None) -> Conditions | None:
-    """For `model.denoise` at model times `times` with labels int64 [n] and the null class.
+    """Precompute the conditions of `model.denoise` at model times `times`, for the given labels and the null class.
 
-    One product a block for all of them, in place of one at each time. None, and each step makes its own, for a model
-    without adaLN or where the tables would take more than half a GiB.
+    This needs one product per block in all, instead of one per block and step.
+
+    Args:
+        model: the network.
+        times: model times.
+        labels: int64 [n], or None: the null class only.
+
+    Returns:
+        The conditions; None for a model without adaLN, or if the tables would take more than half a GiB. Each step
+        then computes its own.
     """
     config, device = model.config, model.pos_embed.device
     known = torch.full((1,), config.num_classes, device=device)
@@ -47,7 +57,7 @@ def make_conditions(model: UMD, times: Sequence[int], labels: Tensor | None = No
     of_times = torch.tensor(times, device=device)
     cond, *modulation = model.condition(of_times.repeat_interleave(m), known.repeat(n))
     tables = torch.cat([table for block in chain(*modulation) for table in block], dim=1)
-    time_rows = torch.full((1 + max(times),), -n * m, device=device)  # not held: no row, whatever the label
+    time_rows = torch.full((1 + max(times),), -n * m, device=device)  # a negative row for times that are not held
     label_rows = torch.full((1 + config.num_classes,), -n * m, device=device)
     time_rows[of_times] = m * torch.arange(n, device=device)
     label_rows[known] = torch.arange(m, device=device)

@@ -1,6 +1,7 @@
-"""What a run is made of: dataclasses with a line of documentation a field. Sizes and published settings are data.
+"""Settings of networks, objectives and noise schedules: dataclasses whose fields carry their own help text.
 
-The command line is made from these classes, and each run writes its resolved values as YAML.
+tyro builds the command line from these classes. Each run writes its resolved values as YAML.
+Model sizes (`SIZES`) and published settings (`OBJECTIVES`) are plain tables.
 """
 
 import dataclasses
@@ -33,43 +34,47 @@ Capture = Literal["auto", "on", "off"]
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """What every network here has: pictures cut into patches, and an encoder over the visible ones."""
+    """Settings that all networks share: images cut into patches, and a ViT encoder over the visible patches."""
 
     image_size: tuple[Count, Count] = (64, 64)
-    """Height and width of images or latents; both divisible by the patch size."""
+    """Height and width of the images or latents. Both must be divisible by the patch size."""
     channels: Count = 3
-    """Channels of images (3, 1) or latents (4)."""
+    """Channels: 3 for colour images, 1 for grey ones, 4 for latents."""
     patch_size: Count = 4
-    """Side of a square patch."""
+    """Side of a square patch, in pixels of the image or latent."""
     hidden_size: Count = 768
-    """Width D."""
+    """Width D of the encoder: values per token. Must be even."""
     depth: Count = 12
-    """Encoder blocks."""
+    """Number of encoder blocks."""
     num_heads: Count = 12
-    """Attention heads; divides the width."""
+    """Attention heads of the encoder. Must divide hidden_size."""
     mlp_ratio: Annotated[float, number(float, above=0, at_most=1024)] = 4.0
-    """Hidden width of the MLP over D."""
+    """Hidden width of each MLP, as a multiple of hidden_size."""
     num_cls: CountOrZero = 1
-    """CLS tokens, averaged into the representation (paper 1, released code 4; DiT and MaskDiT 0: averaged patches)."""
+    """CLS tokens. Their average is the representation of an image. Paper: 1; released code: 4; DiT and MaskDiT: 0,
+    where the patch tokens are averaged instead."""
     norm_affine: bool = True
-    """LayerNorm's own scale and bias, which the released UMD code keeps under adaLN and DiT does not."""
+    """Give each LayerNorm its own scale and bias. The released UMD code does so under adaLN, DiT does not."""
     embedding: Embedding = "paper"
-    """Time and label embedding: DiT's 256 features and a plain table; or D features and MLPs, as released; diffusers:
-    DiT's with other frequencies; none: neither (MAE)."""
+    """How time and label are embedded. paper: 256 time features and a plain label table, as in DiT. released: D time
+    features, and MLPs of hidden width 2D for time and label, as in the released UMD code. diffusers: like paper,
+    with the time frequencies of diffusers. none: neither is embedded (MAE)."""
     gelu: Literal["tanh", "exact"] = "tanh"
-    """tanh: the approximation, as UMD, DiT and MaskDiT; exact: as MAE, and without kernels of our own."""
+    """tanh: the approximation that UMD, DiT and MaskDiT use. exact: by the error function (MAE), without kernels of
+    this package."""
     norm_eps: Positive = 1e-6
-    """Added to the variance in LayerNorm (transformers' ViTMAE 1e-12)."""
+    """Added to the variance in LayerNorm. ViTMAE of transformers uses 1e-12."""
     residual_in_fp32: bool = False
-    """Keep the residual stream in fp32 where the products are in bf16, as autocast does in DiT and MAE."""
+    """Keep the residual stream in fp32 while matrix products run in bf16, as DiT and MAE do under autocast."""
 
     @property
     def grid_size(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """L."""
+        """L, the patches of one image."""
         return self.grid_size[0] * self.grid_size[1]
 
     def __post_init__(self) -> None:
@@ -89,42 +94,45 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class ModelConfig(ViTConfig):
-    """The UMD network. Other settings make it DiT, MAE or MaskDiT as published (see `umd/peers.py`)."""
+    """The UMD network. Other settings turn it into the published DiT, MAE or MaskDiT (see `umd/peers.py`)."""
 
     decoder_depth: CountOrZero = 4
-    """Decoder blocks; 0: none, the head reads the encoder (DiT)."""
+    """Number of decoder blocks. 0: no decoder, the head reads the encoder's output (DiT)."""
     decoder_hidden_size: CountOrZero = 0
-    """Width of the decoder; 0: the encoder's. Any other has a linear layer in between (MAE, MaskDiT)."""
+    """Width of the decoder. 0: as wide as the encoder. Any other value puts a linear layer between the two (MAE,
+    MaskDiT)."""
     decoder_num_heads: CountOrZero = 0
-    """Attention heads of the decoder; 0: as many as the encoder's."""
+    """Attention heads of the decoder. 0: as many as the encoder has."""
     decoder: Literal["self", "cross"] = "self"
-    """self: all patches attend to each other, as published; cross: the patches to predict attend to the encoder's
-    tokens only (CrossMAE)."""
+    """self: all patches attend to each other, as in the paper. cross: each predicted patch attends to the encoder's
+    tokens only, and not to other predicted patches (CrossMAE)."""
     adaLN: bool = True
-    """adaLN-zero conditioning; off: the condition is one more token in every block (MAE, the paper's ablation)."""
+    """Condition the blocks by adaLN-zero. Off: the condition is an extra token in every block (the paper's ablation,
+    MAE)."""
     adaLN_projection: AdaLNProjection = "per_block"
-    """Weights of adaLN: each block's own; one projection shared, with offsets a block (PixArt's adaLN-single); or
-    each block's own as a product of low rank."""
+    """Weights of adaLN. per_block: each block has its own projection. single: all blocks share one projection and
+    each has its own offsets (adaLN-single of PixArt). low_rank: each block's projection is a product of low rank."""
     adaLN_rank: Count = 64
-    """Rank of low_rank."""
+    """Rank of the projections when adaLN_projection is low_rank."""
     positions: Literal["learned", "sincos"] = "learned"
-    """sincos: fixed tables of sines and cosines, as MAE, DiT and MaskDiT."""
+    """Position tables. learned: trained. sincos: fixed sines and cosines, as in MAE, DiT and MaskDiT."""
     num_classes: CountOrZero = 0
-    """Classes of the label embedding; 0: no labels, as in pre-training."""
+    """Number of classes in the label embedding. 0: no labels, as in pre-training."""
     outputs: Literal["x_start_eps", "x_start", "eps", "eps_sigma", "edm"] = "x_start_eps"
-    """What is predicted of each value of a patch: the image and the noise (UMD); the image (MAE); the noise, or with it
-    the variance of a step (DiT); what EDM's preconditioning makes an image of (MaskDiT)."""
+    """What the head predicts. x_start_eps: image and noise (UMD). x_start: the image (MAE). eps: the noise.
+    eps_sigma: the noise and the variance of a step (DiT). edm: the raw output that EDM's preconditioning turns
+    into an image (MaskDiT)."""
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """What of x_start and eps is predicted, or follows from what is at every time."""
+        """Which of x_start and eps the network gives at every time, directly or computed from its output."""
         return {"x_start_eps": ("x_start", "eps"), "x_start": ("x_start",), "edm": ("eps", "x_start")}.get(
             self.outputs, ("eps",)
         )
 
     @property
     def out_channels(self) -> int:
-        """Channels that the head predicts."""
+        """Output channels O of the head."""
         return self.channels * (2 if self.outputs in ("x_start_eps", "eps_sigma") else 1)
 
     @property
@@ -133,20 +141,25 @@ class ModelConfig(ViTConfig):
 
     @property
     def decoder_vit(self) -> ViTConfig:
-        """What the decoder's blocks are built from."""
+        """The configuration from which the decoder's blocks are built."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(ViTConfig)}
         heads = self.decoder_num_heads or self.num_heads
         return ViTConfig(**fields | {"hidden_size": self.decoder_width, "num_heads": heads, "num_cls": 1})
 
     @property
     def cond_tokens(self) -> int:
-        """1 where the condition is a token in front of each sample."""
+        """1 if the condition is a token in front of each sample, else 0."""
         return int(not self.adaLN and self.embedding != "none")
 
     @property
     def modulation_widths(self) -> list[int]:
-        """Of adaLN's tables side by side: 6 for each block of the encoder; 2 for its final norm, if a linear layer
-        follows; 6 for each block of the decoder; 2 for the last norm."""
+        """Width of each adaLN table, in the order of the network:
+
+        - 6·D for each encoder block;
+        - 2·D for the encoder's final norm, if a linear layer to the decoder follows;
+        - 6 times the decoder's width for each decoder block;
+        - 2 times the decoder's width for the last norm.
+        """
         D, width = self.hidden_size, self.decoder_width
         middle = [2 * D] if self.decoder_depth and self.decoder_hidden_size else []
         return [6 * D] * self.depth + middle + [6 * width] * self.decoder_depth + [2 * width]
@@ -172,36 +185,38 @@ class ModelConfig(ViTConfig):
 
 @dataclass(frozen=True)
 class DiffMAEConfig(ViTConfig):
-    """The DiffMAE network: an encoder of clean visible patches, a decoder of noised masked ones."""
+    """The DiffMAE network: the encoder reads clean visible patches, the decoder reads noised masked patches."""
 
     kind: Suppress[Literal["diffmae"]] = "diffmae"  # tells the configurations apart in files
     num_frames: Count = 1
-    """Frames of a clip; 1: images."""
+    """Frames of a clip. 1: images."""
     tubelet_size: Count = 1
-    """Frames of a patch (2 for video); divides the frames."""
+    """Frames per patch, 2 for video. Must divide num_frames."""
     decoder: Literal["joint", "cross", "cross_self"] = "cross_self"
-    """Noised tokens attend to themselves and the visible ones together; to the visible ones only; or in turn."""
+    """What the noised tokens attend to. joint: noised and visible tokens together. cross: visible tokens only.
+    cross_self: visible tokens first, then the noised tokens, in every block."""
     decoder_hidden_size: Count = 512
-    """Width of the decoder."""
+    """Width of the decoder. Must be even."""
     decoder_depth: Count = 8
-    """Decoder blocks."""
+    """Number of decoder blocks."""
     decoder_num_heads: Count = 16
-    """Attention heads of the decoder; divides its width."""
+    """Attention heads of the decoder. Must divide decoder_hidden_size."""
     links: bool = True
-    """U-shaped: block i of a cross or cross_self decoder reads encoder level depth-1-i; off: all read the last."""
+    """U-shaped links: block i of a cross or cross_self decoder reads the output of encoder block depth-1-i. Off:
+    every block reads the last one."""
     target_size: CountOrZero = 0
-    """Values a patch of a feature target; 0: the target is pixels."""
+    """Feature values per patch when the target is a file of features. 0: the target is pixels."""
 
     num_classes = 0  # no label embedding
 
     @property
     def num_patches(self) -> int:
-        """L, over all frames."""
+        """L, the patches of one image or clip, over all frames."""
         return self.num_frames // self.tubelet_size * self.grid_size[0] * self.grid_size[1]
 
     @property
     def patch_dim(self) -> int:
-        """Values of a patch."""
+        """Values in one patch, C·p·P·P."""
         return self.channels * self.tubelet_size * self.patch_size**2
 
     def __post_init__(self) -> None:
@@ -218,33 +233,35 @@ class DiffMAEConfig(ViTConfig):
 
 @dataclass(frozen=True)
 class ClassifierConfig(ViTConfig):
-    """A ViT with a linear layer behind it, of the size of the encoder it starts from."""
+    """A ViT encoder with a linear layer on top. Its size is that of the pre-trained encoder it starts from."""
 
     kind: Suppress[Literal["classifier"]] = "classifier"
     num_frames: Count = 1
-    """Frames of a clip; 1: images."""
+    """Frames of a clip. 1: images."""
     tubelet_size: Count = 1
-    """Frames of a patch; divides the frames."""
+    """Frames per patch. Must divide num_frames."""
     num_classes: Suppress[CountOrZero] = 0  # not an option: a run takes it from its data
-    """Classes."""
+    """Number of classes."""
     pool: Literal["cls", "mean", "mean_norm"] = "cls"
-    """What the linear layer sees behind the final norm: the averaged CLS tokens, or the averaged patch tokens;
-    mean_norm: the norm of the averaged patch tokens (MAE's fine-tuning)."""
-    norm_affine: Suppress[bool] = True  # neither are these two: shift and scale fold into it, and there is no time
+    """Input of the linear layer. cls: the average of the CLS tokens after the final norm. mean: the average of the
+    patch tokens after the final norm. mean_norm: the patch tokens are averaged first, then normalised (MAE's
+    fine-tuning)."""
+    # The next two are not options: adaLN's shift and scale are folded into the norms, and there is no time embedding.
+    norm_affine: Suppress[bool] = True
     embedding: Suppress[Embedding] = "paper"
-    cond_token: Suppress[bool] = False  # not an option: the encoder has one or not
-    """One more token in front, as a UMD without adaLN has for its condition."""
+    cond_token: Suppress[bool] = False  # not an option: it follows from the encoder
+    """Put one more token in front of each sample: the condition token of a UMD without adaLN."""
     linear: bool = False
-    """Train the linear layer alone, behind a batch norm, on frozen features (linear probing)."""
+    """Linear probing: freeze the encoder and train the linear layer alone, behind a batch norm."""
 
     @property
     def num_patches(self) -> int:
-        """L, over all frames."""
+        """L, the patches of one image or clip, over all frames."""
         return self.num_frames // self.tubelet_size * self.grid_size[0] * self.grid_size[1]
 
     @property
     def patch_dim(self) -> int:
-        """Values of a patch."""
+        """Values in one patch, C·p·P·P."""
         return self.channels * self.tubelet_size * self.patch_size**2
 
     def __post_init__(self) -> None:
@@ -255,7 +272,7 @@ class ClassifierConfig(ViTConfig):
             raise UserError("there are no CLS tokens to classify by; use --model.pool mean")
 
 
-# Mi has many heads: with 6, 12 and 24 the CLS tokens of a run of minutes tell ever more of the classes.
+# Mi has 24 heads: in runs of minutes, probes of the CLS tokens improved from 6 to 12 to 24 heads.
 SIZES: dict[str, dict[str, int]] = {
     "Ti": dict(hidden_size=192, depth=6, decoder_depth=2, num_heads=3),  # for CPUs and tests; not in the paper
     "Mi": dict(hidden_size=384, depth=4, decoder_depth=1, num_heads=24),  # for minutes on a CPU: wide and shallow
@@ -267,10 +284,14 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def model_config(name: str, **changes) -> ModelConfig:
-    """The network `"UMD-B/4"`: size and patch size, other fields by keyword.
+    """Build the configuration that a name such as `"UMD-B/4"` stands for: size B, patch size 4.
+
+    Args:
+        name: UMD-SIZE/PATCH with a SIZE of `SIZES`.
+        changes: other fields of `ModelConfig`; they override those of the size.
 
     Raises:
-        UserError: the name is not UMD-<size>/<patch> with a size of `SIZES`.
+        UserError: the name has another form or an unknown size.
     """
     size, _, patch = name.removeprefix("UMD-").partition("/")
     if size not in SIZES or not patch.isdigit() or not name.startswith("UMD-"):
@@ -284,10 +305,16 @@ DIFFMAE_DECODERS: dict[str, dict[str, int]] = {
 
 
 def diffmae_config(name: str, **changes) -> DiffMAEConfig:
-    """The network `"DiffMAE-B/16"`: UMD's encoder of that size; the decoder is 8 blocks, 512 wide (Ti: 3 of 128).
+    """Build the configuration that a name such as `"DiffMAE-B/16"` stands for: size B, patch size 16.
+
+    The encoder is UMD's of the same size. The decoder has 8 blocks of width 512 (Ti: 3 blocks of width 128).
+
+    Args:
+        name: DiffMAE-SIZE/PATCH with a SIZE of `SIZES`.
+        changes: other fields of `DiffMAEConfig`; they override those of the size.
 
     Raises:
-        UserError: the name is not DiffMAE-<size>/<patch> with a size of `SIZES`.
+        UserError: the name has another form or an unknown size.
     """
     size, _, patch = name.removeprefix("DiffMAE-").partition("/")
     if size not in SIZES or not patch.isdigit() or not name.startswith("DiffMAE-"):
@@ -298,20 +325,21 @@ def diffmae_config(name: str, **changes) -> DiffMAEConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Corruption and loss. These three numbers turn UMD into MAE, MaskDiT or DiT."""
+    """Noise, masks and loss. The first three settings turn UMD into MAE, MaskDiT or DiT."""
 
     no_noise_prob: Share = 0.5
-    """r0: share of the batch trained noise-free at t = 0. MAE 1, MaskDiT and DiT 0."""
+    """r0: share of the batch that gets no noise (t = 0) and is only masked. MAE: 1; MaskDiT and DiT: 0."""
     mask_ratio: ShareBelowOne = 0.375
-    """mt: share of patches hidden from the encoder in noised samples. MaskDiT 0.5, DiT 0."""
+    """mt: share of patches hidden from the encoder in noised samples. MaskDiT: 0.5; DiT: 0."""
     mask_ratio_no_noise: ShareBelowOne = 0.75
-    """m0: share of patches hidden in noise-free samples."""
+    """m0: share of patches hidden from the encoder in noise-free samples."""
     class_dropout_prob: Share = 0.1
-    """Share of labels replaced by the null class in fine-tuning, for guidance."""
+    """Share of labels replaced by the null class when training with labels. Classifier-free guidance needs it."""
     norm_pix: bool = False
-    """The target is each patch by its own mean and deviation; for a network whose output is x_start (MAE)."""
+    """Normalise each target patch by its own mean and standard deviation. Only for a network whose output is x_start
+    (MAE)."""
     predict_ratio: ShareAboveZero = 1.0
-    """Share of a sample's hidden patches that are predicted, drawn at random; below 1 needs the cross decoder."""
+    """Share of a sample's hidden patches that the decoder predicts, drawn at random. Below 1: cross decoder only."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -327,15 +355,17 @@ OBJECTIVES: dict[str, ObjectiveConfig] = {
 
 @dataclass(frozen=True)
 class DiffMAEObjectiveConfig:
-    """Corruption and loss of DiffMAE."""
+    """Noise, masks and loss of DiffMAE."""
 
     kind: Suppress[Literal["diffmae"]] = "diffmae"
     mask_ratio: InnerShare = 0.75
-    """Share of patches that are noised and predicted; the others are seen clean. Video 0.9."""
+    """Share of patches that are noised and predicted. The encoder sees the other patches clean. Video: 0.9."""
     min_time: Count = 1
-    """Smallest model time drawn, the largest is T. T itself: MAE, with noise for mask tokens."""
+    """Smallest model time that is drawn; the largest is T. Set to T, this is an MAE with noise in place of mask
+    tokens."""
     target: str = "pixels"
-    """pixels; normalized (by the mean and deviation of each patch); or a .npy of features [images, L, target_size]."""
+    """What is predicted of each masked patch. pixels; normalized: pixels, normalised by the mean and standard
+    deviation of the patch; or the path of a .npy file of features [images, L, target_size]."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -343,19 +373,21 @@ class DiffMAEObjectiveConfig:
 
 @dataclass(frozen=True)
 class ClassifierObjectiveConfig:
-    """How pictures and labels are changed in training. The defaults are MAE's fine-tuning recipe."""
+    """Augmentation and loss of a classifier. The defaults are MAE's fine-tuning recipe."""
 
     kind: Suppress[Literal["classifier"]] = "classifier"
     smoothing: Share = 0.1
-    """Share of each target spread over all classes."""
+    """Label smoothing: share of each target that is spread evenly over all classes."""
     mixup: NonNegative = 0.8
-    """Both shape parameters of the Beta law of mixup's share; 0: no mixup."""
+    """mixup: the mixing share is drawn from Beta(a, a), and this is a. 0: no mixup."""
     cutmix: NonNegative = 1.0
-    """The same of cutmix; with both, each batch has one or the other, at even odds. 0: no cutmix."""
+    """cutmix: a of the same Beta(a, a). With both mixup and cutmix, each batch gets one of them, at even odds. 0: no
+    cutmix."""
     erase: Share = 0.25
-    """Share of pictures in which a rectangle becomes noise."""
+    """Random erasing: share of images in which a rectangle is replaced by noise."""
     drop_path: ShareBelowOne = 0.1
-    """Share of pictures that skip a branch of the last block; towards the first block it falls linearly to 0."""
+    """Stochastic depth: share of images that skip a branch of the last block. It falls linearly to 0 at the first
+    block."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -366,11 +398,12 @@ class ScheduleConfig:
     """Noise schedule."""
 
     name: Literal["cosine", "linear", "linear_rho", "edm"] = "cosine"
-    """cosine for pixels, linear for latents, linear_rho for DiffMAE, edm for MaskDiT as published."""
+    """How noise grows with time. cosine: for pixels. linear: for latents. linear_rho: for DiffMAE. edm: for MaskDiT
+    as published."""
     num_steps: Count = 1000
-    """T."""
+    """T, the number of diffusion steps."""
     rho: Positive = 0.8
-    """Exponent of linear_rho; below 1 is noisier."""
+    """Exponent on each β of linear_rho. Below 1: more noise. Other schedules ignore it."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -381,7 +414,11 @@ AnyObjectiveConfig: TypeAlias = ObjectiveConfig | DiffMAEObjectiveConfig | Class
 
 
 def classifier_config(source: ViTConfig, **changes) -> ClassifierConfig:
-    """The classifier on the encoder of a UMD or DiffMAE of this configuration."""
+    """Configuration of a classifier on the encoder of `source`, the configuration of a UMD or DiffMAE.
+
+    changes: fields of `ClassifierConfig` that override those of the encoder. `pool` is "mean" by default if there are
+    no CLS tokens.
+    """
     same = (
         "image_size", "channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_cls",
         "gelu", "norm_eps", "residual_in_fp32",
@@ -395,11 +432,12 @@ def classifier_config(source: ViTConfig, **changes) -> ClassifierConfig:
 
 
 def check_match(model: AnyModelConfig, objective: AnyObjectiveConfig) -> None:
+    """Raise UserError if network and objective belong to different methods."""
     kinds = [getattr(part, "kind", "umd") for part in (model, objective)]
     if kinds[0] != kinds[1]:
         raise UserError(f"a {kinds[0]} network cannot be trained with a {kinds[1]} objective; give both the same kind")
 
 
 def kind_of(config: AnyModelConfig) -> str:
-    """What the method is called in messages and tables."""
+    """The name of the method in messages and tables."""
     return {"diffmae": "DiffMAE", "classifier": "classifier"}.get(getattr(config, "kind", ""), "UMD")

@@ -1,7 +1,11 @@
-"""Weights of small-vision, the authors' JAX code, in and out: https://github.com/philippe-eecs/small-vision.
+"""Convert weights from and to small-vision, the authors' JAX code: https://github.com/philippe-eecs/small-vision.
 
-What differs there: q, k and v are apart; kernels are [in, out]; patch embedding and head are convolutions with channels
-last; flax applies the kernel of a transposed convolution spatially flipped.
+Differences there:
+
+- q, k and v are separate;
+- kernels are [in, out];
+- patch embedding and head are convolutions with channels last;
+- flax applies the kernel of a transposed convolution spatially flipped.
 """
 
 import re
@@ -19,18 +23,20 @@ from umd.config import ModelConfig
 from umd.errors import UserError
 from umd.model import UMD
 
-_SCANNED = "ScanCheckpointEncoder1DBlock_0/"  # the blocks of a tower stacked on axis 0, the default there
+_SCANNED = "ScanCheckpointEncoder1DBlock_0/"  # a tower's blocks stacked on axis 0, the default there
 _FOREIGN = "this is no UMD checkpoint of small-vision, or not all of it"
 
 
 def load_small_vision(path: Path | str, tree: str = "params") -> dict[str, np.ndarray]:
-    """Read a parameter tree as {"Encoder/encoder_norm/bias": array, …}; nothing is unpickled.
+    """Read a parameter tree as {"Encoder/encoder_norm/bias": array, …}. Nothing is unpickled.
 
     Args:
-        path: a folder `checkpoint.bv-000500000` as small-vision's trainer writes it, one tensorstore array a
-            parameter (needs the package tensorstore); the same without its step, for the last one written; or
-            a .npz file with the names `params/…`, `param::…`, or the bare ones.
-        tree: `params`, or `ema_params`: empty where there are none.
+        path: one of three:
+            - a folder `checkpoint.bv-000500000` of small-vision's trainer, with one tensorstore array per parameter
+              (needs the package tensorstore);
+            - the same name without the step: the checkpoint written last;
+            - a .npz file with names such as `params/…` or `param::…`, or without a prefix.
+        tree: `params` or `ema_params`. Without an average in the file, `ema_params` gives {}.
 
     Raises:
         UserError: there is no such file, or it cannot be read.
@@ -73,17 +79,17 @@ def _read_tensorstore(folder: Path) -> np.ndarray:
 def from_small_vision(
     params: Mapping[str, np.ndarray], image_size: tuple[int, int] | None = None
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The network and its weights from a flat flax tree, blocks stacked (scan=True) or not.
+    """Network and weights from a flat flax tree, with stacked blocks (scan=True) or separate ones.
 
     Args:
         params: {"embedding/kernel": [P, P, C, D], …}.
         image_size: height and width; default: square, from the number of positions.
 
     Returns:
-        (config, state_dict), the tensors in fp32.
+        (config, state_dict) with fp32 tensors.
 
     Raises:
-        UserError: a parameter is missing, unknown, or of another shape than the others imply.
+        UserError: a parameter is missing or unknown, or its shape does not fit the others.
     """
     params = _unstack(params)
     config = small_vision_config(params, image_size)
@@ -106,10 +112,11 @@ def from_small_vision(
 
 
 def to_small_vision(model: UMD) -> dict[str, np.ndarray]:
-    """The inverse of `from_small_vision`: a flat flax tree, blocks not stacked.
+    """The inverse of `from_small_vision`: a flat flax tree with separate blocks.
 
     Raises:
-        UserError: the model has no counterpart there: the paper's embedding, norms without affine, a cross decoder.
+        UserError: small-vision has no such model: another embedding than the released one, norms without affine, or a
+            cross decoder.
     """
     config = model.config
     if config.embedding != "released" or not config.norm_affine:
@@ -126,7 +133,7 @@ def to_small_vision(model: UMD) -> dict[str, np.ndarray]:
 
 
 def small_vision_config(params: Mapping[str, np.ndarray], image_size: tuple[int, int] | None = None) -> ModelConfig:
-    """The network that unstacked parameters were made for, from their shapes."""
+    """The configuration of the network that parameters with separate blocks belong to, from their shapes."""
     block = "Encoder/Encoder1DBlock_0"
     patch_size, _, channels, D = _shape(params, "embedding/kernel", 4)
     _, L, _ = _shape(params, "pos_embedding", 3)
@@ -151,7 +158,7 @@ def small_vision_config(params: Mapping[str, np.ndarray], image_size: tuple[int,
 
 
 def _paths(config: ModelConfig) -> dict[str, list[str]]:
-    """For each parameter of ours those of small-vision that make it up, one after the other on axis 0."""
+    """For each of our parameters, the paths of small-vision's parameters that it consists of, joined on axis 0."""
     singles = {
         "pos_embed": "pos_embedding",
         "cls_token": "cls",
@@ -195,13 +202,14 @@ def _paths(config: ModelConfig) -> dict[str, list[str]]:
 
 
 def _to_ours(path: str, a: np.ndarray) -> np.ndarray:
+    """One of small-vision's arrays in the layout of our parameter, or of its part."""
     if path == "embedding/kernel":  # [P, P, C, D]
         return a.transpose(3, 2, 0, 1).reshape(a.shape[-1], -1)
     if path == "final_conv/kernel":  # [P, P, D, 2C], flipped
         return a[::-1, ::-1].transpose(3, 0, 1, 2).reshape(-1, a.shape[2])
     if path.endswith("/out/kernel"):  # [H, d, D]
         return a.reshape(-1, a.shape[-1]).T
-    if path.endswith("/kernel"):  # [in, out], or [D, H, d] of q, k and v
+    if path.endswith("/kernel"):  # [in, out]; q, k and v: [D, H, d]
         return a.reshape(len(a), -1).T
     if path.endswith(("/bias", "/scale")) or path == "image_mask_embedding":
         return a.reshape(-1)
@@ -258,7 +266,7 @@ def _shape(params: Mapping[str, np.ndarray], path: str, ndim: int) -> tuple[int,
 
 
 def _float32(a: np.ndarray) -> np.ndarray:
-    """NumPy has no bfloat16, in which small-vision keeps some parameters: .npz hold them as two raw bytes."""
+    """Convert to float32. NumPy has no bfloat16, which small-vision uses: .npz files hold it as two raw bytes."""
     if a.dtype.kind == "V" and a.dtype.itemsize == 2:
         return (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return a.astype(np.float32, copy=False)

@@ -1,12 +1,12 @@
 """DiffMAE: a masked autoencoder whose masked patches are noised, not absent (Wei et al. 2023, arXiv 2304.03283).
 
-The encoder sees the visible patches as they are and knows nothing of time; the decoder denoises the masked ones, given
-what the encoder made of the visible ones. Filling a hole therefore encodes once and iterates the decoder alone.
+The encoder reads clean visible patches and has no time embedding. The decoder denoises the masked patches, given the
+encoder's output. Filling a hole therefore runs the encoder once, and only the decoder in every step.
 
-A clip is B·f images of C·p channels, where f patches follow each other in time and each is p frames long: patches,
-noise and positions of video are those of images.
+Video: a patch is p frames long, and f patches follow each other in time. A batch of B clips is treated as B·f images
+with C·p channels, so patches and noise of video are those of images.
 
-Letters as in `umd/model.py`; M masked patches, D' the decoder's width.
+Letters as in `umd/model.py`, and M masked patches per image, D' the decoder's width.
 """
 
 from dataclasses import replace
@@ -39,21 +39,29 @@ from umd.spans import span
 
 
 class Layout(NamedTuple):
-    """The packings of one batch: B pictures, `fillings` of each, picture after picture."""
+    """The packings of one batch: B images with `fillings` fillings each, image after image."""
 
-    visible: Packing  # num_cls + K tokens a picture
-    masked: Packing  # M tokens a filling
-    queries: Packing  # the same tokens, those of a picture's fillings as one sample
-    joint: Packing  # num_cls + K + M tokens a filling
-    joint_ids: Tensor  # int64, where each token of `joint` comes from in [visible tokens; masked tokens]
-    joint_masked: Tensor  # int64 [sum M], where the masked tokens lie in `joint`
+    visible: Packing  # num_cls + K tokens per image
+    masked: Packing  # M tokens per filling
+    queries: Packing  # the same tokens, with all fillings of an image as one sample
+    joint: Packing  # num_cls + K + M tokens per filling
+    joint_ids: Tensor  # int64, for each token of `joint` its index in [visible tokens; masked tokens]
+    joint_masked: Tensor  # int64 [sum M], indices of the masked tokens in `joint`
 
 
 @lru_cache(maxsize=64)
 def layout(
     config: DiffMAEConfig, keep: tuple[int, ...], device: torch.device, fillings: int = 1, same_time: bool = False
 ) -> Layout:
-    """Packings for pictures with `keep[b]` visible patches; each filling has its own time, or all the same."""
+    """Make the packings of a batch; cached.
+
+    Args:
+        config: the network.
+        keep: visible patches of each image.
+        device: where the tensors live.
+        fillings: fillings per image.
+        same_time: whether all fillings share one time; else each has its own.
+    """
     L, counts = config.num_patches, [config.num_cls + k for k in keep]
     masked = [L - k for k in keep for _ in range(fillings)]
     rows = [0] * len(masked) if same_time else None
@@ -76,7 +84,10 @@ def layout(
 
 
 def to_images(x: Tensor, config: DiffMAEConfig | ClassifierConfig) -> Tensor:
-    """Clips [B, C, F, H, W] to images [B·F/p, C·p, H, W], p frames each; images [B, C, H, W] are left as they are."""
+    """Turn clips [B, C, F, H, W] into images [B·F/p, C·p, H, W] of p frames each; images [B, C, H, W] stay as they are.
+
+    Raises UserError for another shape than the model's.
+    """
     shape = (config.channels, *config.image_size)
     clip = (config.channels, config.num_frames, *config.image_size)
     if tuple(x.shape[1:]) not in ((clip,) if config.num_frames > 1 else (clip, shape)):
@@ -94,7 +105,7 @@ def from_images(x: Tensor, config: DiffMAEConfig) -> Tensor:
 
 
 class DiffMAE(nn.Module):
-    """Masked patches of the clean image, from noised ones and the visible ones."""
+    """Predicts the clean masked patches of an image or clip from its noised masked and its clean visible patches."""
 
     def __init__(self, config: DiffMAEConfig):
         super().__init__()
@@ -130,7 +141,7 @@ class DiffMAE(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that AdamW must not decay: biases and CLS. All others are decayed, as in UMD."""
+        """Names of the parameters without weight decay in AdamW: biases and CLS tokens."""
         return {name for name, _ in self.named_parameters() if name.endswith("bias")} | {"cls_token"}
 
     def set_checkpointing(self, on: bool) -> None:
@@ -143,10 +154,10 @@ class DiffMAE(nn.Module):
         """Predict the target of every masked patch.
 
         Args:
-            visible: [sum K, C·p·P·P], clean visible patches, picture after picture.
-            ids_keep: int64 [sum K], their places among the B·L patches of the batch.
+            visible: [sum K, C·p·P·P], clean visible patches, image after image.
+            ids_keep: int64 [sum K], indices of the visible patches among the B·L patches of the batch.
             masked: [sum M, C·p·P·P], noised masked patches.
-            ids_masked: int64 [sum M], their places.
+            ids_masked: int64 [sum M], indices of the masked patches.
             batch: the packings.
             timesteps: int64 [R], model times 1..T of the distinct conditions.
 
@@ -159,8 +170,11 @@ class DiffMAE(nn.Module):
             return self.decode(masked, ids_masked, batch, timesteps, memories)
 
     def encode(self, visible: Tensor, ids_keep: Tensor, batch: Layout) -> list[Tensor]:
-        """What the decoder needs of the visible patches: keys and values [sum (num_cls + K), 2, H, d] of each block;
-        for the joint decoder the tokens [sum (num_cls + K), D']."""
+        """Run the encoder and return what the decoder needs of the visible patches.
+
+        cross and cross_self: for each decoder block, keys and values [sum (num_cls + K), 2, H, d].
+        joint: a single entry, the encoder's tokens [sum (num_cls + K), D'].
+        """
         levels = self.encoder_levels(visible, ids_keep, batch.visible)
         if self.decoder_context is not None:
             return [self.decoder_context(levels[-1])]
@@ -172,7 +186,10 @@ class DiffMAE(nn.Module):
         ]
 
     def encoder_levels(self, visible: Tensor, ids_keep: Tensor, packing: Packing) -> list[Tensor]:
-        """The encoder's stream behind each block, CLS tokens first, the last one after the final norm."""
+        """The stream [sum (num_cls + K), D] behind each encoder block, the CLS tokens of each image first.
+
+        The last entry is taken after the final norm.
+        """
         x = residual(self.x_embedder(visible), self.config)  # [sum K, D]
         x = x + self.positions(ids_keep, self.pos_embed, self.pos_embed_time).to(x.dtype)
         x = ops.prepend_tokens(self.cls_token.expand(packing.num_samples, -1, -1), x, packing)
@@ -183,7 +200,10 @@ class DiffMAE(nn.Module):
     def decode(
         self, masked: Tensor, ids_masked: Tensor, batch: Layout, timesteps: Tensor, memories: list[Tensor]
     ) -> Tensor:
-        """The prediction for noised patches [sum M, C·p·P·P]: [sum M, C·p·P·P or target_size]."""
+        """Predict the target of noised patches [sum M, C·p·P·P], given `encode`'s output.
+
+        Returns [sum M, C·p·P·P or target_size].
+        """
         x = residual(self.decoder_embed(masked), self.config)  # [sum M, D']
         x = x + self.positions(ids_masked, self.decoder_pos_embed, self.decoder_pos_embed_time).to(x.dtype)
         with torch.autocast(timesteps.device.type, enabled=False):
@@ -199,14 +219,14 @@ class DiffMAE(nn.Module):
             return self.head(x)
 
     def positions(self, ids: Tensor, space: Tensor, time: Tensor | None) -> Tensor:
-        """Position embeddings [N, width] of patches among the B·L: of their place, and of their time in a clip."""
+        """Position embeddings [N, width] of the patches `ids` among the B·L: the sum of those of place and time."""
         table = space if time is None else (time[:, None] + space).flatten(0, 1)  # [L, width]
         return F.embedding(ids % self.config.num_patches, table)
 
     def represent(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
-        """The averaged CLS tokens of whole images [B, C, H, W] or clips [B, C, F, H, W]: fp32 [B, D].
+        """The representation of whole images [B, C, H, W] or clips [B, C, F, H, W], their averaged CLS tokens.
 
-        timesteps: not used; the encoder knows no time.
+        Returns fp32 [B, D] (fp64 stays fp64). timesteps: ignored; the encoder has no time embedding.
         """
         B, L = len(x), self.config.num_patches
         images = to_images(x, self.config)
@@ -218,22 +238,24 @@ class DiffMAE(nn.Module):
 
 
 def decoder_block(config: DiffMAEConfig, context: int) -> Block:
+    """A decoder block of the configured kind. context: width of the encoder's tokens."""
     if config.decoder == "cross_self":
         return CrossSelfBlock(config, context)
     return Block(config, context if config.decoder == "cross" else None)
 
 
 def cross_attention(block: nn.Module) -> CrossAttention:
+    """The cross-attention of a cross or cross_self block."""
     attention = block.cross if isinstance(block, CrossSelfBlock) else block.attn
     assert isinstance(attention, CrossAttention), "the joint decoder has none"
     return attention
 
 
 def patch_mask(hole: Tensor, config: DiffMAEConfig) -> Tensor:
-    """Which patches a hole [B, 1, H, W] or [B, 1, F, H, W] touches: bool [B, L]; 0 keep, 1 remove.
+    """The patches that a hole [B, 1, H, W] or [B, 1, F, H, W] (0 keep, 1 remove) touches: bool [B, L].
 
     Raises:
-        UserError: a hole of another size than the model's pictures, or that touches no patch of a picture, or all.
+        UserError: the hole's size is not that of the model's images, or it touches no patch or every patch of an image.
     """
     planes = to_images(hole, replace(config, channels=1)).float()
     mask = ops.patchify(planes, config.patch_size).amax(-1).view(len(hole), -1) > 0
@@ -249,7 +271,7 @@ def patch_mask(hole: Tensor, config: DiffMAEConfig) -> Tensor:
 
 
 def pixel_mask(mask: Tensor, config: DiffMAEConfig) -> Tensor:
-    """The hole that is exactly the masked patches: [B, L] to float32 [B, 1, H, W] or [B, 1, F, H, W]."""
+    """The hole that covers exactly the masked patches: [B, L] to float32 [B, 1, H, W] or [B, 1, F, H, W]."""
     hole = mask.float().view(len(mask), 1, -1, *config.grid_size)
     for axis, size in ((2, config.tubelet_size), (3, config.patch_size), (4, config.patch_size)):
         hole = hole.repeat_interleave(size, axis)
@@ -264,10 +286,21 @@ def filling_denoiser(
     fillings: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Denoise:
-    """A denoiser, as the samplers want it, of `fillings` versions of each picture; the encoder runs once, here.
+    """Make a denoiser for the samplers that draws `fillings` versions of each image. The encoder runs once, here.
 
-    It takes x_t [B·fillings, C, F·H, W], picture after picture, all at one time, and predicts the patches that the hole
-    touches; the others are those of `x_known` ([B, C, H, W] or [B, C, F, H, W]).
+    The denoiser takes x_t [B·fillings, C, F·H, W], image after image, all at one model time. It predicts the patches
+    that the hole touches and takes all other patches from `x_known`.
+
+    Args:
+        model: the network.
+        x_known: [B, C, H, W] or [B, C, F, H, W].
+        hole: as in `patch_mask`.
+        schedule: noise schedule.
+        fillings: versions of each image.
+        dtype: type of autocast.
+
+    Raises:
+        UserError: the hole does not fit, as in `patch_mask`.
     """
     config = model.config
     L, P, n = config.num_patches, config.patch_size, fillings
@@ -311,24 +344,26 @@ def fill(
     callback: Callback | None = None,
     capture: Capture = "auto",
 ) -> Tensor:
-    """Fill the removed pixels of pictures, `fillings` times each; the kept ones come back bit for bit.
+    """Fill the removed pixels of images or clips, `fillings` times each; the kept pixels come back bit for bit.
 
-    Patches that the hole touches are drawn whole, from noise, given the others; of them only the removed pixels are
-    taken. The samples are those of the model's conditional distribution; nothing is put back on the way.
+    Every patch that the hole touches is drawn as a whole from noise, given all other patches. Only its removed pixels
+    are used. The samples are from the model's conditional distribution; no kept pixels are put back between steps.
 
     Args:
-        x_known: images [B, C, H, W] or clips [B, C, F, H, W], float32 or float64; removed pixels are not used.
+        model: a network that predicts pixels.
+        x_known: images [B, C, H, W] or clips [B, C, F, H, W], float32 or float64; removed pixels may hold anything.
         hole: [B, 1, H, W] or [B, 1, F, H, W], 0 keep, 1 remove.
-        fillings: n. Filling i of picture b is sample first_sample + b·n + i of the seed, in whatever batch.
-        eta: 1 for DDPM, 0 for DDIM without noise, or between.
-        dtype: of autocast.
-        The rest is as for `ddim_sample`, whose pictures are here [B·n, C, F·H, W].
+        schedule: noise schedule.
+        fillings: n. Filling i of image b is sample first_sample + b·n + i of the seed, in any batch.
+        eta: 1 for DDPM, 0 for DDIM without noise, or a value between.
+        dtype: type of autocast.
+        num_steps, clip, seed, first_sample, callback, capture: as in `ddim_sample`, with images [B·n, C, F·H, W].
 
     Returns:
         [B, n, C, H, W] or [B, n, C, F, H, W].
 
     Raises:
-        UserError: a hole that does not fit, as `patch_mask` says; a model that predicts no pixels; steps or eta.
+        UserError: the hole does not fit, as in `patch_mask`; the model predicts features; steps or eta out of range.
     """
     if model.config.target_size:
         raise UserError(

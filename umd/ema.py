@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 def ema_rate(batch_size: int, rate_at_256: float = 1e-4) -> float:
-    """Rate of a step, proportional to the batch so that the average spans as many images whatever the batch.
+    """The EMA rate of a step, proportional to the batch size: the average spans the same number of images at any batch.
 
-    The released code uses 1e-4 at batch 256 (default); the paper's Table 5 gives 2.5e-4. The average spans
-    about 1/rate steps; `warm_rate` is for runs that are not much longer.
+    The released code uses 1e-4 at batch 256 (the default); the paper's Table 5 gives 2.5e-4. The average spans about
+    1/rate steps. For runs that are not much longer, use `warm_rate`.
     """
     return rate_at_256 * batch_size / 256
 
@@ -20,27 +20,26 @@ def ema_rate(batch_size: int, rate_at_256: float = 1e-4) -> float:
 def warm_rate(rate: float, step: int) -> float:
     """The rate of update number `step` (from 0), larger at first so that a short run's average forgets its start.
 
-    As TensorFlow's ExponentialMovingAverage: decay min(1 - rate, (1 + step)/(10 + step)).
+    As in TensorFlow's ExponentialMovingAverage: decay = min(1 - rate, (1 + step)/(10 + step)).
     """
     return max(rate, 9 / (10 + step))
 
 
 class HasParameters(Protocol):
-    """A module, or a rank's piece of one."""
+    """A module, or one rank's share of it."""
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class EMA:
-    """`shadow += rate · (parameter - shadow)` after each step, for every parameter, frozen ones too.
+    """Exponential moving average of every parameter, frozen ones included: `shadow += rate · (parameter - shadow)`.
 
-    Shadows start as copies and are at least float32, so that a bf16 model's small steps are not rounded away.
-    Buffers are not averaged. Give the plain module, not its DDP or torch.compile wrapper: those rename the
-    parameters.
+    Shadows start as copies. They are at least float32, so that small steps of a bf16 model are not rounded away.
+    Buffers are not averaged. Pass the plain module, not its DDP or torch.compile wrapper: wrappers rename parameters.
     """
 
     def __init__(self, model: HasParameters, rate: float):
-        """rate: in (0, 1], see `ema_rate`; that of `update` where it is given no other."""
+        """rate: in (0, 1], see `ema_rate`; the default of `update`."""
         if not 0 < rate <= 1:
             raise ValueError(f"An EMA rate of {rate} was given, expected above 0 and at most 1.")
         self.rate = rate
@@ -49,7 +48,7 @@ class EMA:
 
     @torch.no_grad()
     def track(self, model: HasParameters) -> None:
-        """Start averaging parameters that have no shadow yet: label embeddings added for fine-tuning."""
+        """Start averaging parameters that have no shadow yet, e.g. label embeddings added for fine-tuning."""
         for name, parameter in model.named_parameters():
             if name not in self.shadows:
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
@@ -57,17 +56,19 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: HasParameters, rate: float | Tensor | None = None) -> None:
-        """Move every shadow by `rate` (None: the EMA's own) towards its parameter.
+        """Move every shadow towards its parameter by `rate`.
 
-        rate: a number, or float32 [] on the shadows' device, where a CUDA graph reads what it is at each replay.
-        Raises ValueError if the parameters changed.
+        rate: a number, or float32 [] on the shadows' device, which a CUDA graph reads at each replay; None: the EMA's
+        own rate.
+
+        Raises ValueError if the model's parameter names or shapes changed.
         """
         shadows, parameters = self._pairs(model)
         rate = self.rate if rate is None else rate
         parameters = [p.to(s.dtype) for s, p in zip(shadows, parameters, strict=True)]
         if isinstance(rate, Tensor):
-            # Gradient ascent along p with a weight decay of 1: s - rate·(s - p). One kernel for many parameters, where
-            # _foreach_lerp_ with a rate on the device would launch one for each.
+            # Gradient ascent along p with weight decay 1 is s - rate·(s - p). This is one kernel for many parameters;
+            # _foreach_lerp_ with a rate on the device would launch one per parameter.
             torch._fused_sgd_(
                 shadows, parameters, [], weight_decay=1.0, momentum=0.0, lr=rate, dampening=0.0, nesterov=False,
                 maximize=True, is_first_step=False,
@@ -77,10 +78,10 @@ class EMA:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Inside, `model` has the averaged parameters; afterwards exactly its own, whatever was raised.
+        """Within a with block `model` has the averaged parameters; afterwards exactly its own, also after an exception.
 
-        Parameters are overwritten in place, so optimisers and wrappers keep their references; the model's own
-        are kept in a copy meanwhile.
+        Parameters are overwritten in place, so optimisers and wrappers keep their references. Meanwhile a copy holds
+        the model's own values.
         """
         shadows, parameters = self._pairs(model)
         with torch.no_grad():
@@ -92,12 +93,12 @@ class EMA:
             _copy(parameters, own)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Shadows by parameter name: live tensors, which the next `update` changes. Without the rate."""
+        """Shadows by parameter name, without the rate. They are not copies: the next `update` changes them."""
         return dict(self.shadows)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy `state` into the shadows. Raises ValueError, changing nothing, if names or shapes differ."""
+        """Copy `state` into the shadows. If names or shapes differ, raise ValueError and change nothing."""
         _check_same(self.shadows, state, "the saved EMA")
         for name, shadow in self.shadows.items():
             shadow.copy_(state[name])

@@ -1,4 +1,4 @@
-"""What the network is told beside the picture: its noise level and its class."""
+"""Embeddings of the noise level and of the class label, which condition the network."""
 
 import math
 
@@ -9,10 +9,11 @@ from umd.config import Embedding, ModelConfig, ViTConfig
 
 
 def timestep_features(timesteps: Tensor, dim: int, embedding: Embedding, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal features [R, dim] of model times [R], whole numbers or not.
+    """Sinusoidal features [R, dim] of times [R], which may be integers or fractions.
 
-    paper: DiT's, cosines first, frequencies 1e4^(-i/half). The released code puts sines first; it and diffusers' DiT
-    divide by half - 1.
+    - paper: as DiT: cosines first, frequencies 1e4^(-i/half) with half = dim // 2.
+    - released: sines first, frequencies 1e4^(-i/(half - 1)).
+    - diffusers: cosines first, frequencies as released.
     """
     half = dim // 2
     index = torch.arange(half, dtype=torch.float64, device=timesteps.device)
@@ -23,7 +24,7 @@ def timestep_features(timesteps: Tensor, dim: int, embedding: Embedding, dtype: 
 
 
 class TimestepEmbedder(nn.Module):
-    """e_t: sin/cos features of t, Linear, SiLU, Linear."""
+    """The time embedding e_t: timesteps [R] to sin/cos features, Linear, SiLU, Linear: [R, D]."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -39,12 +40,15 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """e_y: a table of classes, the last row the learned null class; the released code puts an MLP behind it."""
+    """The label embedding e_y: a table with a row per class and a last row, the learned null class.
+
+    The released code puts an MLP behind the table.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         D = config.hidden_size
-        # MaskDiT's labels go through a layer without a bias: its null class is, and stays, a row of zeros.
+        # MaskDiT embeds labels by a layer without a bias: its null class is a row of zeros and is not trained.
         fixed = config.num_classes if config.outputs == "edm" else None
         self.embedding_table = nn.Embedding(config.num_classes + 1, D, padding_idx=fixed)
         released = config.embedding == "released"
@@ -55,7 +59,7 @@ class LabelEmbedder(nn.Module):
 
 
 def lecun_normal(model: nn.Module) -> None:
-    """Flax's default, of every linear layer that has no initialisation of its own."""
+    """Initialise all linear layers of `model` as Flax does: weights N(0, 1/in_features), biases 0."""
     for linear in model.modules():
         if isinstance(linear, nn.Linear):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)

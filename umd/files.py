@@ -1,4 +1,4 @@
-"""Files written whole or not at all, their checksums, and files read here and there."""
+"""Files: atomic writes, checksums, stale network disks, and random reads."""
 
 import errno
 import hashlib
@@ -17,8 +17,11 @@ T = TypeVar("T")
 
 
 def again_if_stale(call: Callable[[], T], path: Path) -> T:
-    """`call()`, made anew where a network disk gives a stale handle (ESTALE): a file was replaced on another host, or
-    the server came back, and names are looked up again. Raises UserError where that does not help."""
+    """Return `call()`; repeat it if a network disk reports a stale handle (ESTALE).
+
+    This happens when a file was replaced on another host or the server was restarted: a new call looks names up again.
+    Raises UserError naming `path` if the handle is still stale after the waits of `STALE_WAITS`.
+    """
     for seconds in (*STALE_WAITS, None):
         try:
             return call()
@@ -34,7 +37,7 @@ def again_if_stale(call: Callable[[], T], path: Path) -> T:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Put `data` at `path` so that whoever looks, and whatever kills this process, finds all of it or what was there.
+    """Write `data` to `path` atomically: readers see the old file or the whole new one, even if this process is killed.
 
     Raises OSError with that path, e.g. for a full disk; nothing is left behind then.
     """
@@ -52,9 +55,12 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Where to write a file beside `path`, whose place it takes, flushed, when the block ends; of a block that fails
-    nothing is left. Raises OSError."""
-    # Ranks of several hosts may write one file, and have one number there.
+    """Yield a temporary path beside `path` to write to within a with block.
+
+    When the block ends, the file is flushed and renamed to `path`. If the block fails, the file is removed. Raises
+    OSError.
+    """
+    # Ranks on several hosts may write the same file and have equal process ids: add random characters.
     unfinished = path.with_name(f".unfinished-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         yield unfinished
@@ -62,16 +68,17 @@ def written_whole(path: Path) -> Iterator[Path]:
         unfinished.rename(path)
         flush(path.parent)
     except BaseException:
-        with suppress(OSError):  # a folder that is not there, or cannot be written, has none
+        with suppress(OSError):  # a folder that is missing or read-only holds no temporary file
             unfinished.unlink(missing_ok=True)
         raise
 
 
 def check_place(*files: Path, instead: str = "give another --out") -> None:
-    """Raise UserError where a file could not be written: before the work, whose result would be lost after it.
+    """Check that files can be written, before work whose result would otherwise be lost.
 
-    A folder in the way, a parent that is a file, no permission and a full disk are found; a file that is there is left
-    as it is. instead: what to do, in words.
+    Existing files are left as they are. instead: advice that ends the error message.
+
+    Raises UserError if a folder has that name, a parent is a file, permission is missing or the disk is full.
     """
     for file in files:
         make_folder(file.parent, instead)
@@ -88,7 +95,7 @@ def check_place(*files: Path, instead: str = "give another --out") -> None:
 
 
 def make_folder(path: Path, instead: str = "give another one to write to") -> None:
-    """Make a folder and those above it. Raises UserError where that cannot be, e.g. below a file."""
+    """Make a folder and its parents. Raises UserError if that fails, e.g. below a file."""
     try:
         again_if_stale(lambda: path.mkdir(parents=True, exist_ok=True), path)
     except OSError as error:
@@ -97,6 +104,7 @@ def make_folder(path: Path, instead: str = "give another one to write to") -> No
 
 
 def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     return again_if_stale(lambda: _sha256(path), path)
 
 
@@ -109,7 +117,7 @@ def _sha256(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """fsync of a file or folder."""
+    """fsync a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -118,9 +126,9 @@ def flush(path: Path) -> None:
 
 
 class OpenFile:
-    """A file opened for reads here and there, of which the system reads nothing unasked.
+    """A file opened for random reads, without the system's read-ahead.
 
-    Raises OSError where it cannot be opened or read; advice that a file system does not take is no error.
+    Raises OSError if it cannot be opened or read. A file system that ignores such advice is no error.
     """
 
     def __init__(self, path: Path):
@@ -132,16 +140,16 @@ class OpenFile:
             os.close(self.descriptor)
 
     def _advise(self, start: int, size: int, advice: str) -> None:
-        if hasattr(os, advice):  # on Linux
+        if hasattr(os, advice):  # Linux only
             with suppress(OSError):
                 os.posix_fadvise(self.descriptor, start, size, getattr(os, advice))
 
     def expect(self, start: int, size: int) -> None:
-        """Have the disk begin to read what will be asked for: nothing waits, and what is in memory is not read."""
+        """Ask the system to start reading these bytes in the background. Does not wait; cached bytes are not read."""
         self._advise(start, size, "POSIX_FADV_WILLNEED")
 
     def read_into(self, buffer: memoryview, start: int) -> bool:
-        """Fill the buffer; False if the file ends before."""
+        """Fill the buffer with the bytes from `start` on. Returns False if the file ends before that."""
         while len(buffer) and (count := os.preadv(self.descriptor, [buffer], start)):
             buffer, start = buffer[count:], start + count
         return not len(buffer)

@@ -1,4 +1,4 @@
-"""Matrix-product FLOPs of the network, from its configuration; a multiply-add is two, as in torch's flop counter."""
+"""FLOPs of a network's matrix products, from its configuration. A multiply-add is two FLOPs, as in torch's counter."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,13 @@ from umd.config import ClassifierConfig, DiffMAEConfig, ModelConfig
 def forward_flops(
     config: ModelConfig, keep: tuple[int, ...], num_conditions: int, predict: tuple[int, ...] | None = None
 ) -> int:
-    """FLOPs of one forward pass over samples with `keep[s]` visible patches and so many distinct conditions.
+    """FLOPs of one forward pass.
 
-    predict: patches of each sample that a cross decoder predicts; None: all.
+    Args:
+        config: the network.
+        keep: visible patches of each sample.
+        num_conditions: number of distinct conditions (time and label).
+        predict: patches of each sample that a cross decoder predicts; None: all.
     """
     D, width, area = config.hidden_size, config.decoder_width, config.patch_size**2
     hidden, wide_hidden = int(D * config.mlp_ratio), int(width * config.mlp_ratio)
@@ -42,12 +46,12 @@ def forward_flops(
 def step_flops(
     config: ModelConfig, keep: tuple[int, ...], num_conditions: int, predict: tuple[int, ...] | None = None
 ) -> int:
-    """FLOPs of forward and backward: three times the forward pass, the convention of MFU."""
+    """FLOPs of the forward and backward pass: by MFU's convention three times `forward_flops`."""
     return 3 * forward_flops(config, keep, num_conditions, predict)
 
 
 def diffmae_encoder_flops(config: DiffMAEConfig, keep: tuple[int, ...]) -> int:
-    """FLOPs of DiffMAE's encoder over pictures with `keep[b]` visible patches, with the decoder's keys and values."""
+    """FLOPs of DiffMAE's encoder on images with `keep[b]` visible patches, including the decoder's keys and values."""
     D, width = config.hidden_size, config.decoder_hidden_size
     lengths = [config.num_cls + k for k in keep]
     context = D * width if config.decoder == "joint" else config.decoder_depth * 2 * D * width
@@ -56,10 +60,10 @@ def diffmae_encoder_flops(config: DiffMAEConfig, keep: tuple[int, ...]) -> int:
 
 
 def diffmae_decoder_flops(config: DiffMAEConfig, keep: tuple[int, ...]) -> int:
-    """FLOPs of one pass of DiffMAE's decoder: what each step of an inpainting costs."""
+    """FLOPs of one pass of DiffMAE's decoder, i.e. of one inpainting step."""
     D, hidden = config.decoder_hidden_size, int(config.decoder_hidden_size * config.mlp_ratio)
     seen, masked = [config.num_cls + k for k in keep], [config.num_patches - k for k in keep]
-    cross = cross_attention_products(D, 0, masked, seen)  # keys and values are the encoder's part
+    cross = cross_attention_products(D, 0, masked, seen)  # keys and values are counted with the encoder
     block = {
         "joint": vit_block(D, hidden, [m + s for m, s in zip(masked, seen, strict=True)]),
         "cross": cross + sum(masked) * 2 * D * hidden,
@@ -72,17 +76,17 @@ def diffmae_decoder_flops(config: DiffMAEConfig, keep: tuple[int, ...]) -> int:
 
 
 def diffmae_flops(config: DiffMAEConfig, keep: tuple[int, ...]) -> int:
-    """FLOPs of one forward pass of DiffMAE, each picture with a time of its own."""
+    """FLOPs of one forward pass of DiffMAE, with a separate time for each image."""
     return diffmae_encoder_flops(config, keep) + diffmae_decoder_flops(config, keep)
 
 
 def vit_block(D: int, hidden: int, lengths: list[int]) -> int:
-    """Multiply-adds of one block, self-attention and MLP, over samples of these lengths."""
+    """Multiply-adds of one block (self-attention and MLP) on samples of these lengths."""
     return sum(length * (4 * D * D + 2 * D * hidden) + 2 * length * length * D for length in lengths)
 
 
 def classifier_flops(config: ClassifierConfig, batch_size: int) -> int:
-    """FLOPs of one forward pass of a classifier over whole pictures."""
+    """FLOPs of one forward pass of a classifier on whole images."""
     D, L = config.hidden_size, config.num_patches
     length = config.num_cls + L + config.cond_token
     block = vit_block(D, int(D * config.mlp_ratio), [length])
@@ -90,6 +94,9 @@ def classifier_flops(config: ClassifierConfig, batch_size: int) -> int:
 
 
 def cross_attention_products(D: int, context: int, queries: Sequence[int], keys: Sequence[int]) -> int:
-    """Multiply-adds of one cross-attention of width D: q and proj, scores and mix; k and v of tokens `context` wide."""
+    """Multiply-adds of one cross-attention of width D: q and output projections, scores, weighted sum, k and v.
+
+    context: width of the tokens from which k and v are computed; 0: leave k and v out.
+    """
     pairs = sum(q * k for q, k in zip(queries, keys, strict=True))
     return sum(queries) * 2 * D * D + 2 * pairs * D + sum(keys) * context * 2 * D

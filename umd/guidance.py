@@ -1,9 +1,12 @@
-"""What samplers ask of a denoiser: one prediction at each time, guided, of one of its heads or of both.
+"""Classifier-free guidance: from a denoiser's outputs to one prediction per step, for all samplers.
 
-A denoiser is `denoise(x_t [B, C, H, W], timesteps int64 [B], labels int64 [B] or None) -> (x_start, eps)`, both shaped
-as x_t; timesteps are model times (see NoiseSchedule). One with learned variances gives a third, v in [-1, 1] of the
-same shape: at each pixel the place of DDPM's log variance between its least, v = -1, and its largest (Nichol and
-Dhariwal 2021).
+A denoiser is a function
+
+    denoise(x_t [B, C, H, W], timesteps int64 [B], labels int64 [B] or None) -> (x_start, eps)
+
+Both outputs have x_t's shape; timesteps are model times (see `NoiseSchedule`). A denoiser with learned variances
+returns a third tensor of this shape, v in [-1, 1]. It places DDPM's log variance at each pixel between its smallest
+value (v = -1) and its largest (v = 1) (Nichol and Dhariwal 2021).
 """
 
 import math
@@ -20,7 +23,7 @@ from umd.schedule import NoiseSchedule
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
 
-# The strength at t/T, 1 in the mean over all times (Wang et al. 2024): weak in noise, strong near the picture.
+# Guidance strength at t/T, with mean 1 over all times (Wang et al. 2024): weak in noise, strong near the image.
 STRENGTH: dict[str, Callable[[float], float]] = {
     "constant": lambda u: 1.0,
     "linear": lambda u: 2 * (1 - u),
@@ -30,17 +33,18 @@ STRENGTH: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Guidance:
-    """When and where a guidance of scale s acts: uncond + s(t)·(cond - uncond), s(t) = 1 + (s - 1)·strength(t/T)."""
+    """When and where guidance acts: uncond + s(t)·(cond - uncond) with s(t) = 1 + (cfg_scale - 1)·strength(t/T)."""
 
     interval: tuple[int, int] | None = None
-    """The model times with guidance, from and to, both included; None: all. Elsewhere the labelled prediction stands
-    alone, for half the calls (Kynkäänniemi et al. 2024)."""
+    """First and last model time with guidance, both included; None: all times. At other times the labelled prediction
+    is used alone, at half the cost (Kynkäänniemi et al. 2024)."""
     schedule: GuidanceSchedule = "constant"
+    """How the strength changes with t/T: see `STRENGTH`."""
     channels: int = 0
-    """Only the first so many channels are guided, 0: all. DiT's code guides 3 of its 4."""
+    """Guide only so many first channels; 0: all. DiT's code guides 3 of its 4."""
 
     def scales(self, cfg_scale: float, times: Sequence[int], T: int) -> list[float]:
-        """s(t) at model times 1..T; 1: no guidance. Raises UserError for an interval or schedule that cannot be."""
+        """s(t) at each of `times`; 1 means no guidance. Raises UserError for an invalid interval or schedule."""
         if self.schedule not in STRENGTH:
             raise UserError(f"unknown cfg_schedule {self.schedule!r}; expected one of {', '.join(STRENGTH)}")
         low, high = (1, T) if self.interval is None else self.interval
@@ -53,18 +57,19 @@ class Guidance:
 
 
 class Estimate(NamedTuple):
-    """Of x_t [B, C, H, W], each shaped as it: what `ops.ddim_step` takes as `pred_cond` and `pred_uncond`."""
+    """The predictions for one step, in the shape of x_t [B, C, H, W]: the arguments of `ops.ddim_step`."""
 
-    cond: Tensor
-    uncond: Tensor | None
-    from_xstart: bool
-    variance: Tensor | None  # v of a denoiser that has it
+    cond: Tensor  # pred_cond
+    uncond: Tensor | None  # pred_uncond; None: cond is the final prediction
+    from_xstart: bool  # whether the predictions are x_start; else they are ε
+    variance: Tensor | None  # v, if the denoiser predicts it
 
 
 class Estimator:
-    """A denoiser asked at some model times: with guidance in one call on 2B images, without it on B.
+    """Calls a denoiser at given model times: with guidance in one call on 2B images, without it on B images.
 
-    `tables` hold what differs from time to time, a row each; `guided` says at which times there is guidance.
+    `guided` says for each time whether there is guidance. `tables` hold the numbers that differ from time to time, one
+    row per time: the model time, int64 [n], and (guidance scale, head weight), float64 [n, 2].
     """
 
     def __init__(
@@ -72,9 +77,22 @@ class Estimator:
         labels: Tensor | None, null_label: int | None, cfg_scale: float, channels: int,
         guidance: Guidance | None = None, head_weights: Tensor | None = None,
     ):  # fmt: skip
-        """labels: int64 [B], read at each call. channels: C. head_weights: float [T + 1], see `umd.heads`.
+        """Check the guidance and make the tables.
 
-        Raises UserError for guidance that cannot be had, and for both heads without their weights.
+        Args:
+            denoise: the denoiser.
+            times: model times of the calls, in order.
+            schedule: noise schedule.
+            predict: the output to use: "eps", "x_start" or "both".
+            labels: int64 [B] or None; read anew at each call.
+            null_label: the class that stands for no label.
+            cfg_scale: guidance scale s; 1: no guidance.
+            channels: C.
+            guidance: times and channels of guidance; default: all.
+            head_weights: float [T + 1], for predict "both" (see `umd.heads`).
+
+        Raises:
+            UserError: guidance without labels or out of range, an unknown `predict`, or "both" without weights.
         """
         guidance = guidance or Guidance()
         if predict not in ("eps", "x_start", "both"):
@@ -94,13 +112,16 @@ class Estimator:
         self.labels, self.null_label, self.cfg_scale = labels, null_label, cfg_scale
         self.channels = guidance.channels if guidance.channels < channels else 0
         self.guided = [scale != 1 for scale in scales]
-        # One number for all times is the step's own affair.
+        # With one scale for all times and channels, the sampler's step itself applies guidance.
         self.plain = predict != "both" and self.channels == 0 and guidance.schedule == "constant"
         weights = torch.zeros(len(times)) if head_weights is None else head_weights.cpu()[list(times)]
         self.tables = torch.tensor(times), torch.tensor([scales, weights.tolist()], dtype=torch.float64).T
 
     def __call__(self, guided: bool, x_t: Tensor, time: Tensor, numbers: Tensor) -> Estimate:
-        """The estimate for x_t [B, C, H, W] at a time: `guided` and a row of each table, int64 [] and float64 [2]."""
+        """The estimate for x_t [B, C, H, W] at one time.
+
+        guided: its entry in `guided`. time, numbers: its rows of `tables`, int64 [] and float64 [2].
+        """
         B, x, labels = len(x_t), x_t, self.labels
         if guided:
             assert labels is not None and self.null_label is not None, "__init__ asks for both"
@@ -121,7 +142,7 @@ class Estimator:
         return Estimate(combined, None, True, variance)
 
     def _guide(self, prediction: Tensor, guided: bool, x_t: Tensor, scale: Tensor) -> Tensor:
-        """[B, C, H, W] of a prediction, [2B, C, H, W] where it is guided."""
+        """Apply guidance to a prediction, [2B, C, H, W] if `guided`, else [B, C, H, W]: [B, C, H, W]."""
         prediction = prediction.to(x_t)
         if not guided:
             return prediction
@@ -131,7 +152,10 @@ class Estimator:
 
 
 def check_labels(labels: Tensor | None, B: int, null_label: int | None) -> None:
-    """Raise for labels that are not int64 [B] of 0..null_label."""
+    """Check labels: None, or int64 [B] in 0..null_label (None: no upper limit).
+
+    Raises ValueError for another shape or type, UserError for a label out of range.
+    """
     if labels is None:
         return
     if labels.shape != (B,) or labels.dtype != torch.int64:

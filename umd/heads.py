@@ -1,7 +1,7 @@
-"""Two predictions of one image: how much each of a network's heads should count at each time.
+"""Weights that combine a network's two predictions of one image, one weight for each model time.
 
-From x_t the network predicts the image, x̂0, and the noise, which gives another image, (x_t - √(1-ᾱ)·ε̂)/√ᾱ. Of all
-w·x̂0 + (1-w)·that, the weight w(t) of least squared error on pictures is the best estimate there.
+From x_t the network predicts the image x̂0, and the noise ε̂, which gives a second image y = (x_t - √(1-ᾱ)·ε̂)/√ᾱ. The
+weight w(t) minimises the squared error of w·x̂0 + (1-w)·y on given images.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from umd.guidance import Denoise
 from umd.noise import Noise
 from umd.schedule import NoiseSchedule
 
-SAME = 1e-8  # share of the squares in which two images of two heads would not differ less
+SAME = 1e-8  # two heads are the same if Σ(x̂0 - y)² is at most this share of Σy²
 
 
 def head_times(T: int) -> list[int]:
@@ -28,10 +28,13 @@ def head_products(
     denoise: Denoise, x_start: Tensor, schedule: NoiseSchedule, times: Sequence[int], labels: Tensor | None = None,
     first_sample: int = 0, seed: int = 0,
 ) -> Tensor:  # fmt: skip
-    """What the weights are made of, float64 [n, 3] on the CPU, of pictures [B, C, H, W] at n model times: the sums over
-    all pixels of d·e, d² and y², with y the image that ε̂ gives, d = x̂0 - y, e = x0 - y. Sums of more pictures add up.
+    """The sums from which `head_weights` computes the weights, for images x_start [B, C, H, W] at n model times.
 
-    Picture i has the noise of sample first_sample + i of the seed, at every time the same.
+    Image i gets the noise of sample first_sample + i of the seed, the same at every time.
+
+    Returns:
+        float64 [n, 3] on the CPU: the sums over all pixels of d·e, d² and y², where y is the image that ε̂ gives,
+        d = x̂0 - y and e = x0 - y. Sums of several batches may be added.
     """
     eps = Noise(seed, first_sample, x_start.shape, x_start.device).draw(0)
     found = []
@@ -46,9 +49,9 @@ def head_products(
 
 
 def head_weights(products: Tensor) -> list[float]:
-    """x̂0's weight in [0, 1] at each of n times, from `head_products` float64 [n, 3].
+    """The weight of x̂0 in [0, 1] at each of n times, from the float64 [n, 3] of `head_products`.
 
-    Raises UserError where both images are the same at all times.
+    Raises UserError if both images are the same at all times.
     """
     de, dd, yy = products.unbind(1)
     if (dd <= SAME * yy).all():
@@ -57,5 +60,5 @@ def head_weights(products: Tensor) -> list[float]:
 
 
 def between(times: Sequence[int], weights: Sequence[float], T: int) -> Tensor:
-    """The weights at all model times, float64 [T + 1], on straight lines between those that were measured."""
+    """Weights at all model times 0..T, float64 [T + 1], linearly interpolated between the measured ones."""
     return torch.from_numpy(np.interp(np.arange(T + 1), times, weights))

@@ -1,7 +1,7 @@
-"""Folders of transformers and diffusers: their names for MAE's and DiT's tensors, to and from the authors'.
+"""Tensor names of MAE in transformers and of DiT in diffusers, converted to and from the authors' names.
 
-transformers keeps names on disk that its modules no longer have; both are read, and the old ones, which every version
-reads, are written.
+transformers stores names that its modules no longer use. Old and new names are read; the old ones are written, because
+every version reads them.
 """
 
 import json
@@ -18,7 +18,7 @@ from umd.positions import sincos_positions
 
 State = dict[str, Tensor]
 
-# (theirs, the authors'), in the order of trial. Of several that mean the same the first is written.
+# (pattern of their name, the authors' name), applied in order. Of several alternatives `to_vit_mae` writes the first.
 MAE_NAMES = [
     (r"vit\.embeddings\.cls_token", "cls_token"),
     (r"vit\.embeddings\.position_embeddings", "pos_embed"),
@@ -60,7 +60,7 @@ DIT_EMBEDDERS = {
 
 
 def read_config(folder: Path, class_name: str) -> dict[str, Any]:
-    """A folder's config.json. Raises UserError where there is none, or it is of another class."""
+    """Read a folder's config.json. Raises UserError if it is missing, no JSON, or not of class `class_name`."""
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text())
@@ -75,7 +75,7 @@ def read_config(folder: Path, class_name: str) -> dict[str, Any]:
 
 
 def renamed(state: State, names: Sequence[tuple[str, str]]) -> State:
-    """By the authors' names, with q, k and v joined."""
+    """Tensors under the authors' names, with q, k and v joined into qkv."""
     found: State = {}
     parts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in state.items():
@@ -89,16 +89,16 @@ def renamed(state: State, names: Sequence[tuple[str, str]]) -> State:
 
 
 def mae_state(state: State) -> State:
-    """ViTMAE's tensors (or its encoder's alone) by the names of facebookresearch/mae."""
+    """Tensors of transformers' ViTMAE, or of its encoder only, under the names of facebookresearch/mae."""
     if not any(name.startswith("vit.") for name in state):
         state = {f"vit.{name}": tensor for name, tensor in state.items()}
     return renamed(state, MAE_NAMES + MAE_LAYERS)
 
 
 def dit_state(state: State, config: dict[str, Any]) -> State:
-    """DiTTransformer2DModel's tensors by the names of facebookresearch/DiT.
+    """Tensors of diffusers' DiTTransformer2DModel under the names of facebookresearch/DiT.
 
-    Raises UserError if its blocks have embeddings of their own, as those have that diffusers itself trained.
+    Raises UserError if the blocks have different embeddings, as in models trained with diffusers itself.
     """
     found: State = {}
     for name, tensor in state.items():
@@ -113,12 +113,13 @@ def dit_state(state: State, config: dict[str, Any]) -> State:
             )
     side = config["sample_size"] // config["patch_size"]
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    found.setdefault("pos_embed.pos_embed", sincos_positions((side, side), width)[None])  # diffusers makes it anew
+    # diffusers may leave out the position table, because it computes the table again.
+    found.setdefault("pos_embed.pos_embed", sincos_positions((side, side), width)[None])
     return renamed(found, DIT_NAMES)
 
 
 def split_qkv(state: State, rename: Callable[[str], str]) -> State:
-    """By their names, from the authors': q, k and v apart."""
+    """Tensors with the authors' names under new names, with qkv split into q, k and v (suffixes @0, @1, @2)."""
     found: State = {}
     for name, tensor in state.items():
         if ".attn.qkv." in name:
@@ -130,7 +131,7 @@ def split_qkv(state: State, rename: Callable[[str], str]) -> State:
 
 
 def to_vit_mae(state: State) -> State:
-    """The inverse of `mae_state`."""
+    """The inverse of `mae_state`, with the names that transformers stores on disk."""
     layers = [
         (".attn.qkv@0.", ".attention.attention.query."),
         (".attn.qkv@1.", ".attention.attention.key."),
@@ -162,7 +163,7 @@ def to_vit_mae(state: State) -> State:
 
 
 def to_vit(state: State) -> State:
-    """timm's names (an encoder whose CLS token has no position) as ViTModel's."""
+    """Convert timm's names, of an encoder whose CLS token has no position, to those of transformers' ViTModel."""
     positions = state["pos_embed"]
     positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
     return {name.removeprefix("vit."): value for name, value in to_vit_mae(state | {"pos_embed": positions}).items()}

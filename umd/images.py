@@ -1,4 +1,4 @@
-"""Between model tensors ([B, C, H, W] in [-1, 1]) and pictures (uint8 [B, H, W, C])."""
+"""Convert between model tensors ([B, C, H, W] in [-1, 1]) and images (uint8 [B, H, W, C]), and lay images out."""
 
 from io import BytesIO
 from pathlib import Path
@@ -23,7 +23,7 @@ def from_uint8(images: np.ndarray) -> Tensor:
 
 
 def grid(images: np.ndarray, columns: int, pad: int = 2) -> np.ndarray:
-    """Lay uint8 [N, H, W, C] out in rows of `columns` pictures on white. Returns uint8 [H', W', 3]."""
+    """Lay out images, uint8 [N, H, W, C], in rows of `columns` on a white sheet. Returns uint8 [H', W', 3]."""
     n, h, w, c = images.shape
     rows = -(-n // columns)
     sheet = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, 3), 255, np.uint8)
@@ -46,15 +46,18 @@ HIDDEN = 168  # the grey of a removed patch
 
 
 def masked_view(image: np.ndarray, mask: np.ndarray, patch_size: int) -> np.ndarray:
-    """Grey out the removed patches of a picture.
+    """Grey out the removed patches of an image.
 
     Args:
         image: uint8 [H, W, C].
         mask: [L] or [H/P, W/P], patches in row-major order; 0 keep, 1 remove.
-        patch_size: P, divides H and W.
+        patch_size: P; must divide H and W.
 
     Returns:
         A new uint8 [H, W, C].
+
+    Raises:
+        ValueError: the mask does not fit.
     """
     h, w, _ = image.shape
     rows, columns = h // patch_size, w // patch_size
@@ -65,5 +68,5 @@ def masked_view(image: np.ndarray, mask: np.ndarray, patch_size: int) -> np.ndar
 
 
 def reconstruction_sheet(originals: np.ndarray, masked: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Masked inputs over reconstructions over originals, each uint8 [N, H, W, C], as uint8 [H', W', 3]."""
+    """Three rows of images, each uint8 [N, H, W, C]: masked inputs, reconstructions, originals. uint8 [H', W', 3]."""
     return grid(np.concatenate([masked, reconstructions, originals]), columns=len(originals))

@@ -1,4 +1,4 @@
-"""Linear layers of the network, whose bias gradients may be made by the op that comes next, and types beside them."""
+"""Linear layers of the network. The op after a layer may compute the layer's bias gradient."""
 
 import torch
 from torch import Tensor, nn
@@ -8,42 +8,51 @@ from umd.config import ViTConfig
 
 
 def residual(x: Tensor, config: ViTConfig) -> Tensor:
-    """x in the type of the residual stream that starts with it."""
+    """Cast x to the type of the residual stream: at least fp32 if `config.residual_in_fp32`."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) if config.residual_in_fp32 else x
 
 
 class Linear(nn.Linear):
+    """A linear layer that runs `ops.linear`."""
+
     cast: tuple[Tensor, Tensor] | None = None  # weight and bias in bf16, while a training step runs (train/step.py)
-    splits = True  # False under ZeRO 3, where a parameter is there only while its own layer runs
+    splits = True  # False under ZeRO 3, where a parameter exists only while its own layer runs
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, I] to [N, O]."""
         return ops.linear(x, self.weight, self.bias, self.cast)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(y, bias): y as `forward` returns it. The bias, if not None, has yet to get its gradient, the column sum of
-        y's: from the op that takes y, which reads y's gradient anyway."""
+        """(y, bias): y is what `forward` returns, with the bias added.
+
+        If `bias` is not None, pass it with y to the next op: that op computes the bias gradient, the column sum of y's
+        gradient, which it reads anyway.
+        """
         if not (self.splits and ops.splits_bias(x)):
             return Linear.forward(self, x), None
         return ops.linear(x, self.weight, self.bias.detach(), self.cast), self.bias
 
     def with_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(y, gelu(y)), for `GeluLinear.split`, which hands y its gradient."""
+        """(y, gelu(y)). Pass both to `GeluLinear.split`, which gives y its gradient."""
         return ops.linear_gelu(x, self.weight, self.bias, self.cast)
 
 
 class GeluLinear(Linear):
-    """The second layer of an MLP with the activation before it."""
+    """The second layer of an MLP, with GELU before it."""
 
-    recompute = False  # the activation in the backward pass, instead of keeping it
+    recompute = False  # recompute the activation in the backward pass instead of saving it
 
     def forward(self, x: Tensor, x_bias: Tensor | None = None) -> Tensor:
+        """gelu(x) [N, I] to [N, O]. x_bias: as in `split`."""
         return ops.gelu_linear(x, self.weight, self.bias, self.cast, x_bias, self.recompute)
 
     def split(
         self, x: Tensor, x_bias: Tensor | None = None, gelu: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """As `Linear.split`. x_bias: of the layer that made x, if it has yet to get its gradient. gelu: gelu(x), where
-        `with_gelu` made both."""
+        """As `Linear.split`, for gelu(x).
+
+        x_bias: bias of the layer that made x, if it still needs its gradient. gelu: gelu(x), if `with_gelu` made both.
+        """
         if gelu is not None:
             splits = self.splits and ops.splits_bias(x)
             bias = self.bias.detach() if splits else self.bias
@@ -54,7 +63,7 @@ class GeluLinear(Linear):
 
 
 def set_recompute_gelu(network: nn.Module, on: bool) -> None:
-    """Whether its MLPs make GELU's output again in the backward pass (`ops.gelu_linear`)."""
+    """Set whether the MLPs of a network recompute GELU's output in the backward pass (see `ops.gelu_linear`)."""
     for module in network.modules():
         if isinstance(module, GeluLinear):
             module.recompute = on

@@ -1,8 +1,8 @@
 """Linear probe and nearest neighbours on features of a frozen network, at ImageNet's size.
 
-The linear probe follows He et al. 2021, "Masked autoencoders are scalable vision learners", appendix A.1 (and
-main_linprobe.py of facebookresearch/mae), on features that are computed once: MAE crops every picture anew in each
-epoch, here a picture has the features of one centre crop.
+The linear probe follows He et al. 2021, "Masked autoencoders are scalable vision learners", appendix A.1, and
+main_linprobe.py of facebookresearch/mae. One difference: MAE crops every image at random in each epoch; here features
+are computed once, from one centre crop per image.
 """
 
 from collections.abc import Sequence
@@ -16,28 +16,28 @@ from torch import Tensor, nn
 from umd.errors import UserError
 from umd.probe import check_labels, class_averaged_accuracy
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)  # for a batch of 256
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)  # learning rates for a batch of 256
 BATCH = 16384
-STEPS_AN_EPOCH = 16  # at least, of small sets, whose batch is smaller for it
-HELD_OUT = 10_000  # training images at most that choose the learning rate
-BLOCK = 4096  # test images at a time
-KEPT = 4 << 30  # bytes of training features that may lie on the device as a whole; of more, each batch goes there
-KEYS = 1 << 17  # training images that a query is compared with at a time
+STEPS_AN_EPOCH = 16  # least steps per epoch: small sets get a smaller batch
+HELD_OUT = 10_000  # most training images that are held out to choose the learning rate
+BLOCK = 4096  # images that are scored at a time
+KEPT = 4 << 30  # bytes; up to this size all training features move to the device at once, else a batch at a time
+KEYS = 1 << 17  # training images with which queries are compared at a time
 
 
 @dataclass(frozen=True)
 class LinearProbeResult:
-    """What `linear_probe` measured, in plain numbers."""
+    """The measurements of `linear_probe`, as plain numbers."""
 
-    top1: float  # test accuracy, of the learning rate chosen
-    top5: float  # of top-K where there are fewer than 5 classes
-    class_averaged: float  # mean over classes of the accuracy on each
-    rate: float  # chosen, for a batch of 256
-    accuracy_by_rate: dict[str, float | None]  # on held-out training images; None: it diverged
+    top1: float  # test accuracy with the chosen learning rate
+    top5: float  # test accuracy among the 5 best classes; with K < 5 classes, among K
+    class_averaged: float  # mean over classes of the test accuracy on each class
+    rate: float  # chosen learning rate, for a batch of 256
+    accuracy_by_rate: dict[str, float | None]  # on held-out training images; None: training diverged
     batch: int
     epochs: int
-    images: int  # trained on
-    held_out: int  # training images that chose the rate
+    images: int  # images trained on
+    held_out: int  # training images held out to choose the rate
     augmentation: str = "none: one centre crop an image, where MAE crops at random in each epoch"
 
 
@@ -55,19 +55,30 @@ def linear_probe(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> LinearProbeResult:
-    """Test accuracy of a linear layer on whitened features, trained by SGD; all learning rates in one pass.
+    """Test accuracy of a linear layer on normalised features, trained by SGD with several learning rates at once.
 
-    Features: floats [N, D], on any device; they go to `device`, at once or a batch at a time. Labels: integers [N].
-    rates: SGD's learning rates for a batch of 256, of momentum 0.9 without weight decay; each is warmed up linearly and
-    falls to 0 as a cosine. A layer of its own for each takes every step on the same batch. The rate with the best
-    accuracy on a tenth of the training images, 10,000 at most, is chosen; these are not trained on.
-    batch: as MAE's; of small sets a sixteenth of the set. As there, images left over at the end of an epoch are not
-    used in it: the rate is for whole batches, and a step on a few images at that rate undoes many.
+    Each learning rate trains its own layer, all on the same batches. A tenth of the training images, 10,000 at most, is
+    held out to choose the rate with the best accuracy; these images are not trained on.
 
-    MAE's batch norm without affine takes mean and variance of the features over the training images here, which its
-    running averages estimate. Its optimiser is LARS, which torch does not have.
-    Raises UserError where there is no training or test image, or every rate diverges; ValueError on labels out of
-    range and features not finite.
+    Two differences from MAE: batch norm uses mean and variance over all training images, which MAE estimates by running
+    averages; and SGD replaces LARS, which torch does not have.
+
+    Args:
+        train_features, test_features: floats [N, D], on any device; they are moved to `device`.
+        train_labels, test_labels: integers [N].
+        num_classes: number of classes.
+        rates: learning rates for a batch of 256, scaled to the batch. Momentum is 0.9, without weight decay. Each rate
+            rises linearly and then falls to 0 along a cosine.
+        epochs: passes over the training images.
+        warmup: epochs of linear rise.
+        batch: images per step, as in MAE; at most a sixteenth of the set. Images left over at the end of an epoch are
+            dropped, as in MAE: the rate suits whole batches, and a step on a few images at that rate undoes many steps.
+        seed: of the held-out choice, the order of images and the initial weights.
+        device: where to train.
+
+    Raises:
+        UserError: there are no test images or fewer than 2 training images, or every rate diverges.
+        ValueError: a label is out of range, or features are not finite.
     """
     train_labels, test_labels = train_labels.cpu().long(), test_labels.cpu().long()
     N = len(train_labels)
@@ -121,7 +132,7 @@ def linear_probe(
 
 
 class BatchNorm:
-    """MAE's batch norm, without scale and bias, with the statistics of the training images."""
+    """MAE's batch norm without scale and bias, with the statistics of all training images."""
 
     def __init__(self, features: Tensor, ids: Tensor, device: torch.device | str, eps: float = 1e-6):
         total = square = torch.zeros((), dtype=torch.float64)
@@ -136,12 +147,12 @@ class BatchNorm:
         self.scale = (variance + eps).rsqrt().float().to(device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[B, D] in float32 on the device."""
+        """Normalise features [B, D]: float32 on the device."""
         return (x.to(self.mean.device, torch.float32) - self.mean) * self.scale
 
 
 def linear_layer(inputs: int, outputs: int, seed: int) -> nn.Linear:
-    """As MAE starts it: weights N(0, 0.01), no bias to begin with."""
+    """A linear layer initialised as in MAE: weights N(0, 0.01²), biases 0."""
     layer = nn.Linear(inputs, outputs)
     nn.init.normal_(layer.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(layer.bias)
@@ -149,7 +160,7 @@ def linear_layer(inputs: int, outputs: int, seed: int) -> nn.Linear:
 
 
 def rate_scale(epoch: float, epochs: int, warmup: int) -> float:
-    """Share of the learning rate after so many epochs: a linear rise, then half a cosine."""
+    """Factor on the learning rate after `epoch` epochs: a linear rise, then half a cosine down to 0."""
     warmup = min(warmup, epochs // 2)
     if epoch < warmup:
         return epoch / warmup
@@ -158,13 +169,13 @@ def rate_scale(epoch: float, epochs: int, warmup: int) -> float:
 
 @torch.no_grad()
 def ranked(head: nn.Linear, whiten: BatchNorm, features: Tensor, ids: Tensor, k: int) -> Tensor:
-    """The k classes with the highest scores: int64 [n, k] on the CPU."""
+    """The k classes with the highest scores for the features `ids`: int64 [n, k] on the CPU."""
     return torch.cat([head(whiten(features[block])).topk(k).indices.cpu() for block in ids.split(BLOCK)])
 
 
 @dataclass(frozen=True)
 class NeighboursResult:
-    """What `knn_accuracy` measured, in plain numbers."""
+    """The measurements of `knn_accuracy`, as plain numbers."""
 
     top1: float
     class_averaged: float
@@ -182,10 +193,16 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> NeighboursResult:
-    """Accuracy of the weighted vote of the k nearest training images (Wu et al. 2018; Caron et al. 2021, DINO).
+    """Test accuracy of a weighted vote of the k nearest training images (Wu et al. 2018; Caron et al. 2021, DINO).
 
-    Nearest by cosine similarity s; a neighbour's vote weighs exp(s / temperature). Features: floats [N, D] of one
-    device, where the products are made; labels: integers [N]. k is lowered to the number of training images.
+    Neighbours are nearest by cosine similarity s. The weight of a vote is exp(s / temperature).
+
+    Args:
+        train_features, test_features: floats [N, D]; the comparison runs on the device of `train_features`.
+        train_labels, test_labels: integers [N].
+        num_classes: number of classes.
+        k: neighbours; at most the number of training images.
+        temperature: of the weights.
     """
     device, k = train_features.device, min(k, len(train_labels))
     keys, labels = F.normalize(train_features.float(), dim=1), train_labels.to(device).long()
@@ -205,7 +222,10 @@ def knn_accuracy(
 
 
 def nearest_of(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest products of each query [B, D] with keys [N, D], and whose they are; keys a block at a time."""
+    """The k largest products of each query [B, D] with the keys [N, D]: (products [B, k], indices of keys [B, k]).
+
+    Works on a block of keys at a time.
+    """
     best: tuple[Tensor, Tensor] | None = None
     for first in range(0, len(keys), KEYS):
         products = queries @ keys[first : first + KEYS].T

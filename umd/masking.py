@@ -1,4 +1,4 @@
-"""Which patches are seen, and how a batch of samples with different numbers of them is packed."""
+"""Which patches are visible, and the packing of a batch whose samples have different numbers of visible patches."""
 
 from functools import lru_cache
 from itertools import groupby
@@ -13,10 +13,10 @@ from umd.ops import Packing, pack
 
 
 def num_keep(num_patches: int, mask_ratio: float) -> int:
-    """K = int(L·(1 - m)), the number of visible patches of a sample, as MAE and the authors' code round it.
+    """K = int(L·(1 - m)), the number of visible patches of a sample, rounded as in MAE's and the authors' code.
 
     Raises:
-        UserError: the ratio is outside [0, 1) or leaves no visible patch, or hides none although it is above 0.
+        UserError: the ratio is outside [0, 1), leaves no visible patch, or is above 0 and still hides none.
     """
     if not 0 <= mask_ratio < 1:
         raise UserError(f"a mask ratio is the share of hidden patches, 0 <= m < 1; got {mask_ratio}")
@@ -33,13 +33,13 @@ def num_keep(num_patches: int, mask_ratio: float) -> int:
 
 
 class Layout(NamedTuple):
-    """The packings of one batch at each stage of the model. Constant from step to step."""
+    """The packings of one batch at each stage of the model. They are the same in every step."""
 
-    patches: Packing  # K tokens a sample
-    encoder: Packing  # num_cls + K
-    decoder: Packing  # 1 + L, without CLS tokens L
-    encoder_blocks: Packing  # what runs through the blocks: the same, or without adaLN one more, the condition token
-    decoder_blocks: Packing  # so too; with the cross decoder the patches it predicts
+    patches: Packing  # K tokens per sample
+    encoder: Packing  # num_cls + K tokens per sample
+    decoder: Packing  # 1 + L tokens per sample; L without CLS tokens
+    encoder_blocks: Packing  # in the encoder's blocks: as encoder; without adaLN one more, the condition token
+    decoder_blocks: Packing  # in the decoder's blocks: likewise; in a cross decoder only the predicted patches
 
 
 @lru_cache(maxsize=64)
@@ -50,9 +50,14 @@ def layout(
     device: torch.device,
     predict: tuple[int, ...] | None = None,
 ) -> Layout:
-    """Packings for samples with `keep[s]` visible patches and condition row `cond_index[s]` (None: each its own).
+    """Make the packings of a batch; cached.
 
-    predict: how many patches of each sample the cross decoder predicts; None: all L.
+    Args:
+        config: the network.
+        keep: visible patches of each sample.
+        cond_index: condition row of each sample; None: each sample has its own.
+        device: where the tensors live.
+        predict: patches of each sample that the cross decoder predicts; None: all L.
     """
 
     def packing(extra: int, lengths: tuple[int, ...]) -> Packing:
@@ -69,25 +74,31 @@ def layout(
 
 
 def random_ids_keep(keep: tuple[int, ...], num_patches: int, generator: torch.Generator) -> Tensor:
-    """Random `keep[s]` patches of each sample s: int64 [N], indices into the S·L patches, on the generator's device."""
+    """Draw `keep[s]` random patches of each sample s: int64 [N] indices into the S·L patches.
+
+    The result is on the generator's device.
+    """
     noise = torch.rand(len(keep), num_patches, generator=generator, device=generator.device)
     return ids_keep_from_noise(noise, keep)
 
 
 def ids_keep_from_noise(noise: Tensor, keep: tuple[int, ...]) -> Tensor:
-    """The patches with the smallest noise [S, L] of each sample, in the order of the noise (MAE's `ids_shuffle`).
+    """For each sample s the `keep[s]` patches with the smallest noise, in order of their noise (MAE's `ids_shuffle`).
 
-    noise: any real type; of equal numbers the one in front comes first.
+    noise: [S, L], any real type; ties are in patch order. Returns int64 [N], indices into the S·L patches.
     """
     return ranked_ids(noise, (0,) * len(keep), keep)
 
 
 def ranked_ids(noise: Tensor, first: tuple[int, ...], stop: tuple[int, ...]) -> Tensor:
-    """Of each sample s the patches that come at `first[s]` to `stop[s] - 1` in the order of their noise [S, L]."""
+    """For each sample s the patches at ranks `first[s]` to `stop[s] - 1` in the order of their noise [S, L].
+
+    Returns int64, indices into the S·L patches, sample after sample.
+    """
     S, L = noise.shape
     flat = noise.argsort(dim=1, stable=True) + torch.arange(S, device=noise.device)[:, None] * L  # [S, L]
     ids, start = [], 0
-    for span, samples in groupby(zip(first, stop, strict=True)):  # equal spans are one slice; there are two at most
+    for span, samples in groupby(zip(first, stop, strict=True)):  # one slice per run of equal spans; usually two runs
         end = start + len(list(samples))
         ids.append(flat[start:end, slice(*span)].flatten())
         start = end

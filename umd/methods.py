@@ -1,4 +1,4 @@
-"""Which network and which objective belong to a configuration: the one place that knows them all."""
+"""Builds the network and the objective of a configuration. No other module knows all methods."""
 
 from typing import TypeAlias
 
@@ -26,6 +26,7 @@ AnyCorruption: TypeAlias = Corruption | DiffMAECorruption | Augmentation
 
 
 def build_model(config: AnyModelConfig) -> AnyModel:
+    """The network of a configuration, with fresh weights."""
     if isinstance(config, ClassifierConfig):
         return Classifier(config)
     return DiffMAE(config) if isinstance(config, DiffMAEConfig) else UMD(config)
@@ -34,7 +35,12 @@ def build_model(config: AnyModelConfig) -> AnyModel:
 def build_objective(
     model: AnyModelConfig, config: AnyObjectiveConfig, schedule: NoiseSchedule, num_images: int | None = None
 ) -> AnyObjective:
-    """num_images: pictures in the dataset, for a file of features of them. Raises UserError for what cannot be."""
+    """The objective of a configuration.
+
+    num_images: images in the dataset, to check a file of features against.
+
+    Raises UserError if network and objective belong to different methods, or their settings do not fit each other.
+    """
     check_match(model, config)
     if isinstance(config, ClassifierObjectiveConfig):
         assert isinstance(model, ClassifierConfig), "check_match asks for it"

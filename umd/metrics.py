@@ -1,7 +1,7 @@
-"""Scores of sets of images, from features of a network (`umd/feature_networks.py`) that is named beside every number.
+"""Scores of sets of images, from features of a network (`umd/feature_networks.py`). Name the network with every number.
 
-Fréchet distances of different networks do not compare, nor do those of different numbers of images: the fewer, the more
-the estimate is biased upwards. The kernel distance has no such bias.
+Fréchet distances are comparable only with the same network and the same number of images: with fewer images the
+estimate is biased upwards. The kernel distance has no such bias.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,12 +19,15 @@ from umd.files import written_whole
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
     """Squared 2-Wasserstein distance of two Gaussians, `|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½)`.
 
-    The formula is Dowson and Landau's (1982). Means [D], covariances [D, D], symmetric and possibly singular
-    (fewer images than features); computed in float64 on their device. Never negative; equal inputs give 0 up
-    to about 1e-7 of the trace.
+    The formula is Dowson and Landau's (1982). Computed in float64 on the inputs' device. The result is never negative;
+    equal inputs give 0 up to about 1e-7 of the trace.
 
-    torchmetrics' FID takes eigenvalues of the unsymmetric product C1 C2. It is not used because its result
-    may be negative, is rounded to float32, and needs both sets of images: it keeps no statistics on disk.
+    torchmetrics' FID takes eigenvalues of the unsymmetric product C1 C2. It is not used here: its result may be
+    negative and is rounded to float32, and it needs both sets of images, because it stores no statistics on disk.
+
+    Args:
+        mean1, mean2: [D].
+        cov1, cov2: [D, D], symmetric; possibly singular (fewer images than features).
     """
     cov1, cov2 = cov1.double(), cov2.double()
     values, vectors = torch.linalg.eigh(cov1)
@@ -36,11 +39,12 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
 
 def inception_score(logits: Tensor, split_size: int = 5000) -> tuple[float, float]:
-    """exp of the mean KL divergence of an image's class probabilities from their mean (Salimans et al. 2016): mean and
-    deviation over splits of 5000, as ADM's evaluator takes it.
+    """Inception Score (Salimans et al. 2016): (mean, standard deviation) over splits of 5000 images, as in ADM's code.
 
-    logits: [N, K]; the last split may be smaller, and counts as much as the others. 1 for images that are all alike, K
-    at most. Raises ValueError for no image.
+    The score of a split is exp of the mean KL divergence between an image's class probabilities and their average over
+    the split. It lies between 1 (all images alike) and K. The last split may be smaller and counts as much as others.
+
+    logits: [N, K]. Raises ValueError if there is no image.
     """
     if logits.ndim != 2 or len(logits) == 0:
         raise ValueError(f"Logits are {list(logits.shape)}, expected [N, K] with N > 0.")
@@ -57,10 +61,19 @@ def inception_score(logits: Tensor, split_size: int = 5000) -> tuple[float, floa
 def kernel_distance(
     x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float, int]:
-    """KID (Bińkowski et al. 2018): `squared_mmd` of subsets drawn without replacement, as torch-fidelity does.
+    """KID (Bińkowski et al. 2018): `squared_mmd` of subsets drawn without replacement, as in torch-fidelity.
 
-    x, y: features [N, D] and [M, D]. Returns mean and deviation over the subsets, and their size: subset_size, or what
-    both sets have. Raises ValueError below 2 images.
+    Args:
+        x, y: features [N, D] and [M, D].
+        subsets: number of subsets.
+        subset_size: images per subset; at most min(N, M).
+        seed: of the draws.
+
+    Returns:
+        (mean, standard deviation) over the subsets, and the size of a subset.
+
+    Raises:
+        ValueError: a set has fewer than 2 images.
     """
     size = min(subset_size, len(x), len(y))
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +88,7 @@ def kernel_distance(
 def squared_mmd(x: Tensor, y: Tensor) -> float:
     """Unbiased estimate of the squared maximum mean discrepancy under the kernel (x·y/D + 1)³, in float64.
 
-    x: [N, D], y: [M, D]. About 0, and below as often as above, for two sets of one law.
+    x: [N, D], y: [M, D]. For two sets from one distribution the result is near 0, negative as often as positive.
     """
     if min(len(x), len(y)) < 2:
         raise ValueError(f"A kernel distance needs at least 2 images of each set, got {len(x)} and {len(y)}.")
@@ -92,14 +105,24 @@ def squared_mmd(x: Tensor, y: Tensor) -> float:
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1024) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019): the share of `fake` that lies in a ball around one of
-    `real`, and the share of `real` in a ball around one of `fake`. A ball reaches to the k-th neighbour in its own set.
+    """Improved precision and recall (Kynkäänniemi et al. 2019).
 
-    The authors' code and ADM's evaluator do the same in float16 or float32. Here it is float64, as differences of large
-    norms lose the digits of near pairs, and products of float32 may be TF32 on a GPU.
+    Every image has a ball that reaches to its k-th neighbour in its own set. Precision is the share of `fake` that lies
+    in a ball of `real`, recall the share of `real` that lies in a ball of `fake`.
 
-    Features [N, D] and [M, D]; on the device of `real`, a block of rows at a time: about 18 * block * max(N, M) bytes
-    beside both sets in float64. Raises ValueError for sets of k images or fewer.
+    The authors' code and ADM's evaluator compute in float16 or float32. Here it is float64: differences of large norms
+    lose the digits of near pairs, and float32 products may be TF32 on a GPU.
+
+    Args:
+        real, fake: features [N, D] and [M, D]. The work is done on the device of `real`.
+        k: neighbour that sets the radius.
+        block: rows compared at a time. This takes about 18 · block · max(N, M) bytes, besides both sets in float64.
+
+    Returns:
+        (precision, recall).
+
+    Raises:
+        ValueError: a set has k images or fewer.
     """
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"Balls to the neighbour {k} need more than {k} images, got {len(real)} and {len(fake)}.")
@@ -114,7 +137,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1024) 
 
 
 def _radii(features: Tensor, k: int, block: int) -> Tensor:
-    """Squared distance of each of [N, D] to its k-th neighbour, [N]."""
+    """Squared distance of each row of [N, D] to its k-th neighbour among the others: [N]."""
     found = []
     for start, rows in zip(range(0, len(features), block), features.split(block), strict=True):
         distances = _squared_distances(rows, features)
@@ -125,18 +148,21 @@ def _radii(features: Tensor, k: int, block: int) -> Tensor:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """[N, M] of [N, D] and [M, D], float64. Exactly 0 for copies, which a ball of radius 0 must hold."""
+    """Squared distances [N, M] between the rows of [N, D] and [M, D], float64.
+
+    Exactly 0 for copies, so that even a ball of radius 0 contains them.
+    """
     a_norms, b_norms = (torch.linalg.vector_norm(features, dim=1).square() for features in (a, b))
     distances = torch.addmm(b_norms, a, b.T, alpha=-2).add_(a_norms[:, None])
-    # rounding leaves up to about D * 1e-16 of the norms; float32 features that near cannot be told apart
+    # Rounding leaves up to about D · 1e-16 of the norms; float32 features this close are indistinguishable.
     return distances.masked_fill_(distances < 1e-12 * a_norms[:, None], 0)
 
 
 class FeatureStatistics:
-    """Running mean and covariance of features [N, D], in float64 on the CPU, fed batch by batch.
+    """Running mean and covariance of features [N, D], updated batch by batch, in float64 on the CPU.
 
-    Keeps the centred second moment and merges by Chan, Golub and LeVeque's update, so a large common offset
-    costs no digits. `name` says which network made the features: statistics of different ones do not mix.
+    The centred second moment is kept, and batches are merged by Chan, Golub and LeVeque's update: a large common offset
+    costs no digits. `name` is the network that made the features; statistics of different networks do not mix.
     """
 
     def __init__(self, num_features: int, name: str):
@@ -148,13 +174,13 @@ class FeatureStatistics:
 
     @property
     def cov(self) -> Tensor:
-        """Unbiased covariance [D, D]. Raises ValueError before two images were seen."""
+        """Unbiased covariance [D, D]. Raises ValueError if fewer than two images were added."""
         if self.count < 2:
             raise ValueError(f"A covariance needs at least 2 images, {self.count} were given: give more.")
         return self.scatter / (self.count - 1)
 
     def update(self, features: Tensor) -> None:
-        """Add features [B, D], any float dtype and device. Raises ValueError if misshapen or not finite."""
+        """Add features [B, D] of any floating type and device. Raises ValueError for another shape, NaN or infinity."""
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f"Features are {list(features.shape)}, expected [B, {len(self.mean)}].")
         if len(features) == 0:
@@ -167,7 +193,7 @@ class FeatureStatistics:
         self._add(len(features), mean.cpu(), (centred.T @ centred).cpu())
 
     def merge(self, other: "FeatureStatistics") -> None:
-        """Add everything `other` has seen, as if its batches had been given here."""
+        """Add all images of `other`. Raises UserError if the two came from different networks."""
         self._check_comparable(other)
         self._add(other.count, other.mean, other.scatter)
 
@@ -177,7 +203,7 @@ class FeatureStatistics:
         return frechet_distance(self.mean, self.cov, other.mean, other.cov)
 
     def save(self, path: Path | str) -> None:
-        """Write a safetensors file; it replaces an older one only once complete."""
+        """Write a safetensors file. An older file is replaced only when the new one is complete."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"name": self.name, "count": str(self.count)}
@@ -186,7 +212,7 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: Path | str) -> "FeatureStatistics":
-        """Read what `save` wrote. Raises UserError if the file is missing, damaged or something else."""
+        """Read a file of `save`. Raises UserError if it is missing, damaged or holds something else."""
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -226,11 +252,15 @@ def feature_statistics(
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> FeatureStatistics:
-    """Statistics of the features of `images`: floats [N, C, H, W] in [-1, 1], or an iterable of such batches.
+    """Statistics of the features of images.
 
-    features, name: what `default_features` returns, or any module [B, C, H, W] → [B, D] with `num_features`.
-    batch_size: cuts a single tensor; an iterable's batches are taken as they come.
-    progress: called after each batch with the number of images done so far.
+    Args:
+        images: floats [N, C, H, W] in [-1, 1], or an iterable of such batches.
+        features: a module [B, C, H, W] to [B, D] with the attribute `num_features`, e.g. from `default_features`.
+        name: of the network.
+        batch_size: images per batch if `images` is one tensor; batches of an iterable are used as they come.
+        device: where to compute features.
+        progress: called after each batch with the number of images done so far.
     """
     batches = images.split(batch_size) if isinstance(images, Tensor) else images
     features = features.to(device).eval()

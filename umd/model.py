@@ -1,10 +1,11 @@
 """The UMD network: an asymmetric encoder-decoder ViT ("Unified Auto-Encoding with Masked Diffusion", Sec. 4, App. A).
 
-All samples of a batch lie in one packed stream `[N, D]`; linear layers run once on the stream, attention stays inside
-each sample. MAE, MaskDiT and DiT are the same network under other masks and noise (see `umd/objective.py`), and as
-published under other settings (see `umd/peers.py`).
+All samples of a batch lie in one packed stream `[N, D]`. Linear layers run once on the stream, attention stays inside
+each sample. Other masks and noise turn the same network into MAE, MaskDiT or DiT (see `umd/objective.py`); other
+settings give these networks as published (see `umd/peers.py`).
 
-Letters: N tokens of the stream, S samples, D width, L patches, K visible patches, R distinct conditions, P patch size.
+Letters: B images, S samples, N tokens in the stream, D width, C channels, P patch size, L patches and K visible patches
+per sample, R distinct conditions, T diffusion steps.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,14 +28,14 @@ from umd.schedule import edm_sigma
 from umd.spans import span
 
 Conditions = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # see `make_conditions`
-SIGMA_DATA = 0.5  # EDM's guess of the images' deviation
+SIGMA_DATA = 0.5  # standard deviation of the images that EDM assumes
 
 
 class Head(nn.Module):
-    """What is predicted of each patch, [N, D] to [N, O·P·P] for O output channels.
+    """Maps tokens [N, D] to predicted patches [N, O·P·P] with O output channels.
 
-    UMD's is the transposed convolution of kernel and stride P that un-patchifies, left as patches: one bias a channel.
-    The others' is a linear layer: one bias a value.
+    UMD's head is a transposed convolution with kernel and stride P, its output left as patches: one bias per channel.
+    The head of the other networks is a linear layer: one bias per value.
     """
 
     def __init__(self, config: ModelConfig):
@@ -51,7 +52,7 @@ class Head(nn.Module):
 
 
 class UMD(nn.Module):
-    """One autoencoder for noised and noise-free, masked and whole images."""
+    """A masked autoencoder for noised and noise-free, masked and whole images."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -61,7 +62,7 @@ class UMD(nn.Module):
         )  # fmt: skip
         self.t_embedder = TimestepEmbedder(config) if config.embedding != "none" else None
         self.y_embedder = LabelEmbedder(config) if config.num_classes > 0 else None
-        # Shift, scale, gate twice a block, shift and scale of the last norm.
+        # Per block two sets of shift, scale and gate; for the last norm shift and scale.
         self.adaLN_modulation = build_modulation(config) if config.adaLN else None
 
         self.x_embedder = Linear(C * P * P, D)
@@ -81,7 +82,7 @@ class UMD(nn.Module):
         self.initialize_weights()
 
     def positions(self, L: int, width: int) -> nn.Parameter:
-        """A table [L, width]: learned, or fixed; checkpoints hold either."""
+        """A position table [L, width], learned or fixed. Checkpoints hold both kinds."""
         if self.config.positions == "learned":
             return nn.Parameter(torch.empty(L, width))
         return nn.Parameter(sincos_positions(self.config.grid_size, width), requires_grad=False)
@@ -110,7 +111,7 @@ class UMD(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that AdamW must not decay: biases, CLS and mask token. All others are decayed."""
+        """Names of the parameters without weight decay in AdamW: biases, CLS tokens and mask token."""
         biases = {name for name, _ in self.named_parameters() if name.endswith("bias")}
         return biases | {"cls_token", "mask_token"}
 
@@ -130,24 +131,24 @@ class UMD(nn.Module):
         ids_predict: Tensor | None = None,
         conditions: Conditions | None = None,
     ) -> Tensor:
-        """Predict x̂0 and ε̂ of every patch from the visible ones.
+        """Predict x̂0 and ε̂ of every patch from the visible patches.
 
         Args:
             patches: [sum K, C·P·P], visible patches, sample after sample.
-            ids_keep: int64 [sum K], their places among the S·L patches of the batch.
-            batch: the packings; sample s uses condition `cond_index[s]`.
-            timesteps: int64 [R], model times 0..T of the distinct conditions. EDM: or fp32 [R], ln(σ)/4.
-            labels: int64 [R] in 0..num_classes (the last is the null class), or None: the null class.
-            ids_predict: int64, as many as `batch` was made for, sample after sample: the places that a cross decoder
-                predicts; None: all.
-            conditions: with those of `timesteps` and `labels`, if they are made already.
+            ids_keep: int64 [sum K], indices of the visible patches among the S·L patches of the batch.
+            batch: the packings; sample s uses condition row `cond_index[s]`.
+            timesteps: int64 [R], model times 0..T of the distinct conditions. EDM also takes fp32 [R], ln(σ)/4.
+            labels: int64 [R] in 0..num_classes, where num_classes is the null class; None: the null class.
+            ids_predict: int64, indices of the patches that a cross decoder predicts, sample after sample, as many as
+                `batch` was made for; None: all patches.
+            conditions: precomputed conditions that include `timesteps` and `labels`; None: compute them here.
 
         Returns:
-            [S·L, O·P·P] for O output channels: x̂0, then ε̂, or what `config.outputs` names; 0 at places that are not
-            predicted.
+            [S·L, O·P·P] for O output channels: x̂0 then ε̂, or what `config.outputs` names. Patches that are not
+            predicted are 0.
         """
         if conditions is None:
-            cond, encoder_mod, decoder_mod = self.condition(timesteps, labels)  # [R, D], tables of [R, D] as asked for
+            cond, encoder_mod, decoder_mod = self.condition(timesteps, labels)  # [R, D], iterators of tables [R, D]
         else:
             cond, tables = conditions(timesteps, labels)  # [R, D], [R, M·D]
             encoder_mod, decoder_mod = self.modulation(tables.split(self.config.modulation_widths, dim=1).__getitem__)
@@ -167,8 +168,11 @@ class UMD(nn.Module):
             return self.head(x)  # [S·L, O·P·P]
 
     def fill(self, tokens: Tensor, ids_keep: Tensor, batch: Layout) -> Tensor:
-        """What the decoder starts from: visible patches at their places, mask tokens at the others, with positions; in
-        front the averaged CLS tokens, if there are any. tokens [sum (num_cls + K), D] to [S·(1 + L), D']."""
+        """Build the decoder's input: encoder tokens [sum (num_cls + K), D] to [S·(1 + L), D'], D' the decoder's width.
+
+        Visible patches go to their places, mask tokens to all other places, and positions are added. In front of each
+        sample is the average of its CLS tokens; without CLS tokens the result is [S·L, D'].
+        """
         if self.decoder_embed is not None:
             tokens = self.decoder_embed(tokens)
         tokens = residual(tokens, self.config)
@@ -180,7 +184,7 @@ class UMD(nn.Module):
         return x.index_copy(0, ids_keep, tokens) + self.decoder_pos_embed.to(tokens.dtype).repeat(S, 1)
 
     def predict_visible(self, tokens: Tensor, ids_keep: Tensor, batch: Layout) -> Tensor:
-        """The head's prediction without a decoder: [S·L, O·P·P], 0 where a patch was hidden."""
+        """Apply the head to the encoder's tokens, for a network without decoder: [S·L, O·P·P], 0 for hidden patches."""
         with span("head"):
             if self.config.num_cls:
                 _, tokens = ops.split_tokens(tokens, self.config.num_cls, batch.encoder)
@@ -191,8 +195,11 @@ class UMD(nn.Module):
     def decode_cross(
         self, x: Tensor, tokens: Tensor, batch: Layout, cond: Tensor, modulation: Iterator[Tables], ids: Tensor | None
     ) -> Tensor:
-        """Queries: of x [S·(1 + L), D] the patches `ids`, hidden ones as mask tokens, visible ones (whose noise is to
-        be predicted) as their own tokens. Keys: the encoder's tokens, without adaLN the condition in front of them."""
+        """Run the cross decoder and the head: [S·L, O·P·P], 0 for patches that are not predicted.
+
+        Queries are the patches `ids` of x [S·(1 + L), D]: hidden patches as mask tokens, visible patches, whose noise
+        is predicted, as their own tokens. Keys are the encoder's tokens and, without adaLN, the condition token.
+        """
         assert self.decoder is not None
         S, L = batch.patches.num_samples, self.config.num_patches
         if not self.config.adaLN:
@@ -214,10 +221,12 @@ class UMD(nn.Module):
     def condition(
         self, timesteps: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Iterator[tuple[Tensor, ...]], Iterator[tuple[Tensor, ...]]]:
-        """Condition [R, D], and the modulation of encoder and decoder: iterators that make each block's tables in turn,
-        6 of [R, D], then 2 of a final norm that has them. In the parameters' own precision.
+        """Condition [R, D] of times and labels [R], and the modulation of encoder and decoder.
+
+        Each modulation is an iterator that computes one block's tables at a time: 6 tables [R, D] per block, then 2 for
+        a modulated final norm. Everything is computed in the parameters' own precision, also under autocast.
         """
-        if self.t_embedder is None:  # MAE is told nothing
+        if self.t_embedder is None:  # MAE has no condition
             return self.pos_embed.new_zeros(len(timesteps), self.config.hidden_size), iter(()), iter(())
         with span("adaLN"), torch.autocast(timesteps.device.type, enabled=False):
             c = self.t_embedder(self.embedded_times(timesteps))  # [R, D]
@@ -231,15 +240,19 @@ class UMD(nn.Module):
         return c, encoder, decoder
 
     def embedded_times(self, timesteps: Tensor) -> Tensor:
-        """What the time embedding is of: UMD's model times; DiT's, one less, from 0; EDM's ln(σ)/4."""
+        """The number that is embedded as time. UMD: the model time t. DiT: t - 1, at least 0. EDM: ln(σ)/4."""
         if self.config.outputs == "edm" and not timesteps.is_floating_point():
             return edm_sigma(timesteps).log() / 4
         return (timesteps - 1).clamp(min=0) if self.config.outputs in ("eps", "eps_sigma") else timesteps
 
     def modulation(self, tables: Callable[[int], Tensor]) -> tuple[Iterator[tuple[Tensor, ...]], ...]:
-        """Of encoder and decoder, from what makes each block's tables side by side: [R, 6·D], the last [R, 2·D]."""
+        """Iterators over the tables of the encoder's and of the decoder's blocks.
+
+        tables(i): the tables of block i side by side, [R, 6·D]; [R, 2·D] for a final norm.
+        """
         config, count = self.config, len(self.config.modulation_widths)
-        first = count if self.decoder is None else config.depth + (self.decoder_embed is not None)  # of the decoder
+        # Index of the decoder's first block.
+        first = count if self.decoder is None else config.depth + (self.decoder_embed is not None)
 
         def block(i: int) -> tuple[Tensor, ...]:
             return tables(i).split(config.hidden_size if i < first else config.decoder_width, dim=1)
@@ -250,7 +263,11 @@ class UMD(nn.Module):
         self, patches: Tensor, ids_keep: Tensor, batch: Layout, cond: Tensor, modulation: Iterator[Tables],
         levels: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Encoder tokens after the final norm, CLS tokens first: [sum (num_cls + K), D]. levels: see `Blocks`."""
+        """Run the encoder on visible patches [sum K, C·P·P].
+
+        Returns the tokens after the final norm, the CLS tokens of each sample first: [sum (num_cls + K), D].
+        levels: if given, the stream behind each block is appended to it (see `Blocks`).
+        """
         x = residual(self.x_embedder(patches), self.config)  # [sum K, D]
         x = ops.add_positions(x, ids_keep, self.pos_embed, batch.patches.num_samples)
         if self.cls_token is not None:
@@ -260,9 +277,10 @@ class UMD(nn.Module):
         return self.encoder(x, batch.encoder_blocks, modulation, tokens, levels=levels)
 
     def represent(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
-        """The averaged CLS tokens of whole images, or patch tokens where there are none: [B, C, H, W] to fp32 [B, D].
+        """The representation of whole images: [B, C, H, W] to fp32 [B, D] (fp64 stays fp64).
 
-        timesteps: model time int64 [1] of all images; default 0, the noise-free step.
+        It is the average of the CLS tokens, or of the patch tokens in a model without CLS tokens.
+        timesteps: int64 [1], model time of all images; default 0, the noise-free step.
         """
         B = len(x)
         self._check_image(x)
@@ -278,7 +296,10 @@ class UMD(nn.Module):
     def whole(
         self, x: Tensor, timesteps: Tensor, cond_index: tuple[int, ...] | None = None
     ) -> tuple[Layout, Tensor, Tensor]:
-        """(layout, patches [B·L, C·P·P], places [B·L]) of whole images x_t [B, C, H, W], as the network takes them."""
+        """The network's inputs for whole images x_t [B, C, H, W]: (layout, patches [B·L, C·P·P], their indices [B·L]).
+
+        cond_index: condition row of each image; None: each image has its own.
+        """
         B, L = len(x), self.config.num_patches
         if self.config.outputs == "edm":
             x = x * self.input_scale(timesteps).to(x).view(-1, 1, 1, 1)
@@ -287,7 +308,7 @@ class UMD(nn.Module):
         return batch, patches, torch.arange(B * L, device=x.device)
 
     def input_scale(self, timesteps: Tensor) -> Tensor:
-        """What the network's input is x_t multiplied by, fp64 [B] at model times [B]: 1; of EDM c_in/√ᾱ."""
+        """Factor on x_t at the network's input, fp64 [B] at model times [B]: c_in/√ᾱ with EDM, else 1."""
         if self.config.outputs != "edm":
             return timesteps.new_ones(timesteps.shape, dtype=torch.float64)
         sigma = edm_sigma(timesteps)
@@ -296,11 +317,21 @@ class UMD(nn.Module):
     def denoise(
         self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None = None, conditions: Conditions | None = None
     ) -> tuple[Tensor, ...]:
-        """(x̂0, ε̂), each [B, C, H, W] in x_t's type, of whole noisy images; NaN for what the network does not predict.
-        With a learned variance also v in [-1, 1], from the smallest to the largest that a step may have.
+        """Predict image and noise from whole noisy images.
 
-        timesteps: int64 [B] model times; labels: int64 [B] in 0..num_classes, or None for the null class.
-        conditions: with those of these times and labels, if they are made already.
+        Args:
+            x_t: [B, C, H, W].
+            timesteps: int64 [B], model times.
+            labels: int64 [B] in 0..num_classes, or None for the null class.
+            conditions: precomputed conditions that include these times and labels; None: compute them here.
+
+        Returns:
+            (x̂0, ε̂), each [B, C, H, W] in x_t's type; NaN for the one that the network does not predict. A network
+            with learned variance adds v in [-1, 1]: -1 stands for the smallest variance that a step may have, 1 for
+            the largest.
+
+        Raises:
+            UserError: images of another size, an MAE, or labels for a model trained without them.
         """
         self._check_image(x_t)
         if self.config.outputs == "x_start":
@@ -321,7 +352,7 @@ class UMD(nn.Module):
         return missing, *parts
 
     def to_images(self, prediction: Tensor) -> tuple[Tensor, ...]:
-        """[B·L, O·P·P] to images [B, C, H, W], of UMD x̂0 and ε̂."""
+        """Turn a prediction [B·L, O·P·P] into images [B, C, H, W], one for each output (UMD: x̂0 and ε̂)."""
         count = self.config.out_channels // self.config.channels
         parts = prediction.view(-1, self.config.num_patches, count, prediction.shape[-1] // count).unbind(2)
         return tuple(ops.unpatchify(part, self.config.image_size, self.config.patch_size) for part in parts)
@@ -335,6 +366,6 @@ class UMD(nn.Module):
 
 
 def edm_denoised(x: Tensor, F_x: Tensor, sigma: Tensor) -> Tensor:
-    """x̂0 from x = x0 + σ·ε and EDM's raw network output (Karras et al. 2022, Table 1): c_skip·x + c_out·F."""
+    """x̂0 = c_skip·x + c_out·F_x, with x = x0 + σ·ε and EDM's network output F_x (Karras et al. 2022, Table 1)."""
     total = sigma**2 + SIGMA_DATA**2
     return SIGMA_DATA**2 / total * x + sigma * SIGMA_DATA / total.sqrt() * F_x

@@ -1,9 +1,10 @@
 """How the condition becomes shift, scale and gate of every block: adaLN's projection, and two cheaper ones.
 
-Each maps a condition [R, D] to tables: 6 of width D for each block, [R, 6·D], and 2 for the decoder's final norm,
-[R, 2·D], the last. They start as zero. A table is made when it is asked for, just before its block: its weight's
-gradient, of a third of the network's weights, is then there as soon as that block's backward is over, and an exchange
-between ranks goes beside the rest of the pass.
+Each projection maps a condition [R, D] to tables. A block has 6 tables side by side, [R, 6·D]; the last final norm has
+2, [R, 2·D]. All tables start as zero.
+
+A block's tables are computed just before the block runs. The gradient of their weights, a third of the network's, is
+then complete as soon as that block's backward is, and its all-reduce overlaps with the rest of the backward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +17,14 @@ from umd import ops
 from umd.config import ModelConfig
 from umd.spans import span
 
-Tables = Callable[[int], Tensor]  # of block i, or behind the last block of the final norm
+Tables = Callable[[int], Tensor]  # i to the tables of block i; after the last block, those of the final norm
 
 
 class BlockModulation(nn.Linear):
-    """One block's projection, in its parameters' own precision: R is small, and casting its weight would cost more
-    than the product."""
+    """One block's projection, computed in the precision of its parameters, also under autocast.
+
+    R is small: casting the weight would cost more than the product.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         with span("adaLN"), torch.autocast(x.device.type, enabled=False):
@@ -29,9 +32,10 @@ class BlockModulation(nn.Linear):
 
 
 class Modulation(nn.ModuleList):
-    """A projection of a few conditions to the tables of each block: M·D² weights in all, M tables.
+    """adaLN as published: each block has its own projection. M tables need M·D² weights in all.
 
-    One product for all blocks would read as many bytes, and save some 20 launches where hidden all-reduces save more.
+    One product for all blocks would read the same bytes. It would save some 20 launches, but separate products save
+    more by hiding all-reduces.
     """
 
     def __init__(self, dim: int, widths: Sequence[int]):
@@ -39,10 +43,11 @@ class Modulation(nn.ModuleList):
 
     @property
     def offsets(self) -> list[Tensor]:
-        """What each block's tables are for a condition of zeros: [6·D], the last [2·D]."""
+        """Each block's tables for a condition of zeros: [6·D]; for the last final norm [2·D]."""
         return [p for name, p in self.named_parameters() if name.endswith("bias")]
 
     def forward(self, x: Tensor) -> Tables:
+        """Tables of conditions x [R, D]; block i's are computed when they are asked for."""
         return lambda i: self[i](x)
 
     def zero(self) -> None:
@@ -51,8 +56,11 @@ class Modulation(nn.ModuleList):
 
 
 class SingleModulation(nn.Module):
-    """adaLN-single of PixArt-alpha (https://arxiv.org/abs/2310.00426): one block's projection for all, 6·D² weights,
-    and offsets of each block's own. The final norm takes the shared shift and scale of the attention branch."""
+    """adaLN-single of PixArt-alpha (https://arxiv.org/abs/2310.00426).
+
+    All blocks share one projection of 6·D² weights, and each block adds its own offsets. The final norm uses the shared
+    shift and scale of the attention branch.
+    """
 
     def __init__(self, dim: int, widths: Sequence[int]):
         super().__init__()
@@ -65,6 +73,7 @@ class SingleModulation(nn.Module):
         return self.bias.split(self.widths)
 
     def forward(self, x: Tensor) -> Tables:
+        """Tables of conditions x [R, D], all computed at once."""
         shared = F.linear(x, self.weight)  # [R, 6·D]
         whole = torch.cat([shared.repeat(1, len(self.widths) - 1), shared[:, : self.widths[-1]]], dim=1) + self.bias
         return whole.split(self.widths, dim=1).__getitem__
@@ -75,7 +84,7 @@ class SingleModulation(nn.Module):
 
 
 class LowRankModulation(nn.Module):
-    """The whole projection as a product of two, r·(1 + M)·D weights."""
+    """adaLN with all projections factored through one matrix of rank r: r·(1 + M)·D weights."""
 
     def __init__(self, dim: int, widths: Sequence[int], rank: int):
         super().__init__()
@@ -87,6 +96,7 @@ class LowRankModulation(nn.Module):
         return self.up.offsets
 
     def forward(self, x: Tensor) -> Tables:
+        """Tables of conditions x [R, D]; block i's are computed when they are asked for."""
         return self.up(self.down(x))
 
     def zero(self) -> None:
@@ -95,6 +105,7 @@ class LowRankModulation(nn.Module):
 
 
 def build_modulation(config: ModelConfig) -> Modulation | SingleModulation | LowRankModulation:
+    """The projection that `config.adaLN_projection` names."""
     D, widths = config.hidden_size, config.modulation_widths
     if config.adaLN_projection == "single":
         return SingleModulation(D, widths)

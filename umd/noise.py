@@ -1,4 +1,4 @@
-"""The noise of samples: a function of the seed, the index of a sample and how many noises it had before."""
+"""Noise for sampling: a function of (seed, index of the sample, number of noises it had before)."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from umd.ops import philox_randn_rows
 
 
 class Noise:
-    """The noises of a batch of samples, by number: stretches of every sample's Philox stream that follow each other.
+    """Noises for a batch of samples. Each sample has its own Philox stream; its noises are consecutive parts of it.
 
-    A counter's upper 32 bits are the index of the sample, its lower 32 the place in that sample's stream.
+    The upper 32 bits of a Philox counter are the index of the sample, the lower 32 the place in its stream.
     """
 
     def __init__(self, seed: int, first_sample: int, shape: Sequence[int], device: torch.device | str):
@@ -23,13 +23,13 @@ class Noise:
         self.size = math.ceil(math.prod(self.shape) / 4)  # counters of one noise
 
     def start_at(self, first_sample: int) -> None:
-        """The noises are those of samples `first_sample` and after from now on."""
+        """From now on draw for the samples first_sample .. first_sample + B - 1."""
         self.first.copy_(torch.arange(first_sample, first_sample + len(self.first)) << 32)
 
     def offsets(self, drawn: int | Tensor) -> Tensor:
-        """The first counter of each sample's noise after `drawn` others: int64 [B]."""
+        """The first Philox counter of noise number `drawn` (from 0) of each sample: int64 [B]."""
         return self.first + drawn * self.size
 
     def draw(self, drawn: int | Tensor) -> Tensor:
-        """That noise: float32 [B, C, H, W]."""
+        """Noise number `drawn` (from 0) of each sample: float32 [B, C, H, W]."""
         return philox_randn_rows(self.seed, self.offsets(drawn), self.shape)

@@ -1,7 +1,10 @@
-"""Corruption and loss of UMD, and with other numbers of MAE, MaskDiT and DiT (the paper's Eqs. 4 to 6); of DiffMAE.
+"""Corruption and loss of UMD (the paper's Eqs. 4 to 6) and of DiffMAE.
 
-Everything random of a sample is a pure function of (seed, step, number of the sample in the whole batch): a step is the
-same for any number of ranks and micro-batches. `seed` is the run's; `step` may live on the device, for CUDA graphs.
+With other mask ratios and noise shares, UMD's `Objective` is that of MAE, MaskDiT or DiT.
+
+All random numbers of a sample are a pure function of (seed of the run, step, index of the sample in the whole batch).
+A step is therefore the same for any number of ranks and micro-batches. `step` may be a tensor on the device, which CUDA
+graphs need.
 """
 
 import math
@@ -25,49 +28,53 @@ from umd.spans import span
 
 @dataclass(frozen=True)
 class Part:
-    """Which of the `count` equal parts of a step's batch: one for each rank and micro-batch."""
+    """Part `index` of the `count` equal parts of a step's batch: one for each rank and micro-batch."""
 
     index: int = 0
     count: int = 1
 
 
 WHOLE = Part()
-WORD = 2**32  # random words lie below it
-# Words of a sample: time, label dropout, two of the noise's seed, then one a patch for the order of its patches.
+WORD = 2**32  # random words are integers 0..WORD - 1
+# Random words of a sample: time, label dropout, two for the seed of its noise, then one per patch for the mask.
 FIRST_PATCH = 4
 
 
 def seeds_from_words(high: Tensor, low: Tensor) -> Tensor:
-    """Two words to a Philox seed in [0, 2**63)."""
+    """Combine two random words into a Philox seed in [0, 2**63)."""
     return (high >> 1) << 32 | low
 
 
 class Corruption(NamedTuple):
-    """What was done to a batch [B, C, H, W]; its first `num_noised` samples are noised, the others noise-free."""
+    """The noise, masks and labels drawn for a batch [B, C, H, W].
 
-    num_noised: int
-    num_visible_noised: int  # visible patches of the noised samples together
-    ids_keep: Tensor  # int64 [N], visible patches among the B·L
-    timesteps: Tensor  # int64 [R], model time of each distinct condition: the noised samples', then one 0
+    The first `num_noised` samples are noised, the others are noise-free.
+    """
+
+    num_noised: int  # n
+    num_visible_noised: int  # visible patches in all noised samples together
+    ids_keep: Tensor  # int64 [N], indices of the visible patches among the B·L patches
+    timesteps: Tensor  # int64 [R], model time of each distinct condition: one per noised sample, then a single 0
     labels: Tensor | None  # int64 [R]
     noise: Tensor  # int64 [n], the Philox seed of each noised sample's ε; or ε itself [n, C, H, W]
     layout: Layout
-    ids_predict: Tensor | None = None  # int64 [Q], places that a cross decoder predicts; None: all
-    ids_ignored: Tensor | None = None  # int64, hidden patches that are not scored; None: every one is
-    num_ignored_noised: int = 0  # how many of them are in noised samples
+    ids_predict: Tensor | None = None  # int64 [Q], indices of the patches that a cross decoder predicts; None: all
+    ids_ignored: Tensor | None = None  # int64, indices of the hidden patches left out of the loss; None: no patch
+    num_ignored_noised: int = 0  # how many of ids_ignored are in noised samples
 
 
 class Objective:
-    """Corrupts batches and scores predictions.
+    """UMD's objective: corrupts batches and computes the loss of predictions.
 
     Args:
-        model: the network's configuration: patches, CLS tokens, number of classes.
-        config: shares and mask ratios.
+        model: the network's configuration; gives patches, CLS tokens and number of classes.
+        config: share of noise-free samples and mask ratios.
         schedule: noise schedule.
 
     Raises:
-        UserError: a mask ratio leaves no visible or no hidden patch, or predict_ratio none to predict; a subset to
-            predict where the decoder reads all patches, or where none is hidden.
+        UserError: a mask ratio leaves no visible or no hidden patch, predict_ratio leaves no patch to predict or no
+            patch to leave out, or predict_ratio is below 1 without a cross decoder. Without a decoder: any patch is
+            hidden.
     """
 
     def __init__(self, model: ModelConfig, config: ObjectiveConfig, schedule: NoiseSchedule):
@@ -99,25 +106,25 @@ class Objective:
             )
 
     def split(self, batch_size: int, part: Part = WHOLE) -> tuple[int, int]:
-        """(noised, noise-free) samples of one part of `batch_size` samples.
+        """Numbers of (noised, noise-free) samples in one part of `batch_size` samples.
 
-        Of the whole batch B the first B - int(B·r0) samples are noised. Each part has its share of both, to within one
-        sample, and the noised ones in front.
+        In the whole batch of B samples the first B - int(B·r0) are noised. Each part gets its share of both groups, to
+        within one sample. Its noised samples come first.
 
         Raises:
-            UserError: the whole batch is too small for a noise-free sample, though r0 is above 0.
+            UserError: r0 is above 0, but the whole batch is too small for a single noise-free sample.
         """
         noised, before, after = self._noised(batch_size, part)
         return after - before, batch_size - (after - before)
 
     def places(self, batch_size: int, part: Part = WHOLE) -> list[int]:
-        """Numbers, in the whole batch, of the samples of one part: the noised ones, then the noise-free ones."""
+        """Indices in the whole batch of the samples of one part: the noised samples, then the noise-free ones."""
         noised, before, after = self._noised(batch_size, part)
         first_clean = noised + part.index * batch_size - before
         return [*range(before, after), *range(first_clean, first_clean + batch_size - (after - before))]
 
     def _noised(self, batch_size: int, part: Part) -> tuple[int, int, int]:
-        """Noised samples of the whole batch; where those of the part begin and end among them."""
+        """(number of noised samples in the whole batch; first and last + 1 of the part's noised samples)."""
         whole, r0 = batch_size * part.count, self.config.no_noise_prob
         clean = int(whole * r0)
         if r0 > 0 and clean == 0:
@@ -129,20 +136,22 @@ class Objective:
         return noised, noised * part.index // part.count, noised * (part.index + 1) // part.count
 
     def part_names(self) -> tuple[str | None, ...]:
-        """What the parts of the loss are called in logs; None for that of an absent group."""
+        """Names of the three parts of the loss in logs; None for a part whose group of samples is empty."""
         r0 = self.config.no_noise_prob
         noised = ("loss_noised_eps", "loss_noised_x0") if r0 < 1 else (None, None)
         return *noised, "loss_clean" if r0 > 0 else None
 
     def part_weights(self, batch_size: int, part: Part) -> tuple[float, ...]:
-        """What each part of the loss of one micro-batch counts in the mean over all of them, so that this is the whole
-        batch's: proportional to its samples of the group."""
+        """Weights of one micro-batch's loss parts in the mean over all ranks and micro-batches.
+
+        A weight is proportional to the micro-batch's samples in that group: the mean is then that of the whole batch.
+        """
         samples, whole = self.split(batch_size, part), self.split(batch_size * part.count)
         noised, clean = (part.count * a / max(b, 1) for a, b in zip(samples, whole, strict=True))
         return noised, noised, clean
 
     def step_flops(self, batch_size: int, part: Part = WHOLE) -> int:
-        """FLOPs of forward and backward of one part of `batch_size` samples."""
+        """FLOPs of the forward and backward pass of one part of `batch_size` samples."""
         noised, clean = self.split(batch_size, part)
         predict = self._predict(noised, clean) if self.model.decoder == "cross" else None
         return step_flops(self.model, self._keep(noised, clean), noised + min(clean, 1), predict)
@@ -162,11 +171,12 @@ class Objective:
         """Draw noise levels, masks and label dropout for one part of a step's batch.
 
         Args:
-            batch_size: samples of this part, whose places in the whole batch are `places(batch_size, part)`.
-            seed: the run's, 0 <= seed < 2**63.
-            labels: int64 [batch_size], used for noised samples; noise-free ones always get the null class.
-            indices: not used; other objectives look up what belongs to the pictures.
-            step: number of the step, or int64 [] on `device`.
+            batch_size: samples in this part; `places(batch_size, part)` are their indices in the whole batch.
+            seed: seed of the run, 0 <= seed < 2**63.
+            device: where the tensors of the result are made.
+            labels: int64 [batch_size]. Noised samples use them; noise-free samples always get the null class.
+            indices: ignored here; other objectives take the images' indices in the dataset.
+            step: number of the step, an int or an int64 [] tensor on `device`.
         """
         noised, clean = self.split(batch_size, part)
         L, keep = self.model.num_patches, self._keep(noised, clean)
@@ -187,7 +197,7 @@ class Objective:
         if self.model.decoder != "cross":
             return c
         predict = self._predict(noised, clean)
-        first = (0,) * noised + (self.keep_clean,) * clean  # nothing is asked of noise-free visible patches
+        first = (0,) * noised + (self.keep_clean,) * clean  # visible patches of noise-free samples are not predicted
         stop = tuple(a + n for a, n in zip(first, predict, strict=True))
         rows_of = (*range(noised), *(noised for _ in range(clean)))
         return c._replace(
@@ -198,7 +208,7 @@ class Objective:
         )
 
     def _samples(self, batch_size: int, part: Part, device: torch.device) -> Tensor:
-        """`places` on the device, int64 [batch_size]; copied there once."""
+        """`places` as int64 [batch_size] on the device; copied there once, then kept."""
         key = batch_size, part, device
         if key not in self._places:
             self._places[key] = torch.tensor(self.places(batch_size, part), device=device)
@@ -207,7 +217,10 @@ class Objective:
     def corruption(
         self, timesteps: Tensor, ids_keep: Tensor, noise: Tensor, clean: int, labels: Tensor | None = None
     ) -> Corruption:
-        """The corruption with given draws: timesteps, labels int64 [n] of the noised samples; `clean` others behind."""
+        """Build the corruption from given draws; the tensors are as in `Corruption`.
+
+        timesteps, labels: int64 [n], of the noised samples. clean: number of noise-free samples behind them.
+        """
         n = len(timesteps)
         cond_index = (*range(n), *(n for _ in range(clean)))  # the noise-free samples share one condition
         if clean:
@@ -224,20 +237,24 @@ class Objective:
         )
 
     def times(self, words: Tensor) -> Tensor:
-        """Model times 1..T from random words."""
+        """Map random words [n] to model times 1..T."""
         return 1 + (words * self.schedule.num_steps >> 32)
 
     def coefficients(self, c: Corruption, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What image and noise of the noised samples are multiplied by, [n] each."""
+        """Coefficients of image and noise in the x_t of the noised samples: (√ᾱ, √(1-ᾱ)), [n] each."""
         return self.schedule.coefficients(c.timesteps[: c.num_noised], dtype=dtype)
 
     def visible_patches(self, x_start: Tensor, c: Corruption) -> Tensor:
-        """The visible patches of x_t: [N, C·P·P]."""
+        """The visible patches of x_t, from images x_start [B, C, H, W]: [N, C·P·P]."""
         coefficients = self.coefficients(c, x_start.dtype)
         return ops.gather_patches(x_start, c.ids_keep, *coefficients, c.noise, self.model.patch_size)
 
     def loss(self, prediction: Tensor, x_start: Tensor, c: Corruption) -> tuple[Tensor, Tensor]:
-        """(total, parts [3]: ε on visible, x0 on hidden patches of noised samples; x0 on hidden of noise-free ones)."""
+        """Loss of a prediction [B·L, 2·C·P·P] for images x_start [B, C, H, W]: (total, parts [3]).
+
+        The parts are errors of ε̂ on visible patches and of x̂0 on hidden patches of noised samples, then of x̂0 on
+        hidden patches of noise-free samples. If noised samples hide nothing, both their errors are over all patches.
+        """
         return ops.masked_diffusion_loss(
             prediction,
             x_start,
@@ -251,7 +268,7 @@ class Objective:
         )
 
     def __call__(self, model, x_start: Tensor, c: Corruption) -> tuple[Tensor, Tensor]:
-        """One forward pass of the whole batch: (total loss, its parts)."""
+        """Run the network on images x_start [B, C, H, W] under the corruption c: (total loss, its parts [3])."""
         with span("corruption"):
             patches = self.visible_patches(x_start, c)
         prediction = model(patches, c.ids_keep, c.layout, c.timesteps, c.labels, c.ids_predict)
@@ -262,12 +279,12 @@ class Objective:
         return (self.keep_noised,) * noised + (self.keep_clean,) * clean
 
     def _predict(self, noised: int, clean: int) -> tuple[int, ...]:
-        """Patches of each sample that a cross decoder predicts: of noised ones the visible too, whose ε is scored."""
+        """Patches per sample that a cross decoder predicts; in noised samples also the visible ones, for their ε."""
         L = self.model.num_patches
         return (L - self.spare_noised,) * noised + (L - self.keep_clean - self.spare_clean,) * clean
 
     def _spare(self, hidden: int) -> int:
-        """How many of a sample's hidden patches are not predicted."""
+        """How many of a sample's `hidden` patches are left unpredicted."""
         predicted = int(hidden * self.config.predict_ratio)
         if hidden and not predicted:
             raise UserError(
@@ -278,33 +295,33 @@ class Objective:
 
 
 def as_step(step: int | Tensor, device: torch.device) -> Tensor:
-    """The number of a step as int64 [] on the device."""
+    """The step number as an int64 [] tensor on the device."""
     return step if isinstance(step, Tensor) else torch.full((), step, device=device)
 
 
 class DiffMAECorruption(NamedTuple):
-    """What was done to a batch of B pictures."""
+    """The noise and masks drawn for a batch of B images or clips."""
 
-    ids_keep: Tensor  # int64 [B·K], visible patches among the B·L
-    ids_masked: Tensor  # int64 [B·M], the others
-    timesteps: Tensor  # int64 [B]
-    noise: Tensor  # int64 [B·f], Philox seeds of ε; or ε itself; of the images that `diffmae.to_images` makes
+    ids_keep: Tensor  # int64 [B·K], indices of the visible patches among the B·L patches
+    ids_masked: Tensor  # int64 [B·M], indices of the masked patches
+    timesteps: Tensor  # int64 [B], model times
+    noise: Tensor  # int64 [B·f], Philox seeds of ε for the B·f images of `diffmae.to_images`; or ε itself
     layout: diffmae.Layout
-    indices: Tensor | None  # int64 [B], which pictures of the dataset they are
+    indices: Tensor | None  # int64 [B], the images' indices in the dataset
 
 
 class DiffMAEObjective:
-    """Noises masked patches and scores what the network makes of them: mean over masked patches of (target - x̂0)².
+    """DiffMAE's objective: noises the masked patches. The loss is the mean over masked patches of (target - x̂0)².
 
     Args:
         model: the network's configuration.
         config: mask ratio, times and target.
         schedule: noise schedule.
-        num_images: pictures in the dataset, as many as a file of features must have; None: not checked.
+        num_images: images in the dataset. A file of features must hold as many rows; None: not checked.
 
     Raises:
-        UserError: a mask ratio that leaves no visible or no masked patch, times outside the schedule, a file of
-            features that cannot be read or does not fit model and dataset.
+        UserError: the mask ratio leaves no visible or no masked patch, min_time is beyond the schedule, or the file of
+            features cannot be read or does not fit the model or the dataset.
     """
 
     def __init__(
@@ -326,11 +343,11 @@ class DiffMAEObjective:
 
     @property
     def on_device(self) -> bool:
-        """Whether nothing is drawn or read on the host; a file of features is."""
+        """Whether nothing is drawn or read on the host. False with a file of features, which the host reads."""
         return self.features is None
 
     def places(self, batch_size: int, part: Part = WHOLE) -> list[int]:
-        """Numbers, in the whole batch, of the samples of one part: they follow each other."""
+        """Indices in the whole batch of the samples of one part, which are consecutive."""
         return list(range(part.index * batch_size, (part.index + 1) * batch_size))
 
     def part_names(self) -> tuple[str | None, ...]:
@@ -340,7 +357,7 @@ class DiffMAEObjective:
         return ()
 
     def step_flops(self, batch_size: int, part: Part = WHOLE) -> int:
-        """FLOPs of forward and backward of a batch: three times the forward pass, the convention of MFU."""
+        """FLOPs of the forward and backward pass of a batch: by MFU's convention three times the forward pass."""
         return 3 * diffmae_flops(self.model, (self.keep,) * batch_size)
 
     def corrupt(
@@ -353,9 +370,10 @@ class DiffMAEObjective:
         step: int | Tensor = 0,
         part: Part = WHOLE,
     ) -> DiffMAECorruption:
-        """Draw noise levels and masks for one part of a step's batch, as `Objective.corrupt` does.
+        """Draw noise levels and masks for one part of a step's batch; arguments as in `Objective.corrupt`.
 
-        indices: int64 [batch_size], for a file of features. Labels are not used.
+        indices: int64 [batch_size], the images' indices in the dataset; needed with a file of features.
+        labels: ignored.
         """
         L, T = self.model.num_patches, self.schedule.num_steps
         frames = self.model.num_frames // self.model.tubelet_size
@@ -374,7 +392,7 @@ class DiffMAEObjective:
         )
 
     def __call__(self, model, x_start: Tensor, c: DiffMAECorruption) -> tuple[Tensor, Tensor]:
-        """One forward pass of images [B, C, H, W] or clips [B, C, F, H, W]: (loss, no parts [0])."""
+        """Run the network on images [B, C, H, W] or clips [B, C, F, H, W]: (loss, an empty tensor of parts [0])."""
         images, P = diffmae.to_images(x_start, self.model), self.model.patch_size  # [B·f, C·p, H, W]
         visible = self.clean_patches(images, c.ids_keep)  # [B·K, C·p·P·P]
         times = c.timesteps.repeat_interleave(len(images) // len(x_start))  # [B·f]
@@ -386,27 +404,28 @@ class DiffMAEObjective:
         return loss, loss.detach().new_empty(0)
 
     def target(self, images: Tensor, c: DiffMAECorruption) -> Tensor:
-        """What is to be predicted of the masked patches: [B·M, C·p·P·P or target_size]."""
+        """The target of the masked patches, [B·M, C·p·P·P or target_size], from images [B·f, C·p, H, W]."""
         if self.features is not None:
             if c.indices is None:
                 raise ValueError("indices: expected int64 [B], the pictures whose features are the target, got None")
             return self.features(c.indices).flatten(0, 1).index_select(0, c.ids_masked)
         target = self.clean_patches(images, c.ids_masked)
-        if self.config.target == "normalized":  # MAE's constants
+        if self.config.target == "normalized":  # unbiased variance and 1e-6, as MAE's norm_pix
             variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
             target = (target - mean) * torch.rsqrt(variance + 1e-6)
         return target
 
     def clean_patches(self, images: Tensor, ids: Tensor) -> Tensor:
-        none, no_seeds = images.new_empty(0), ids.new_empty(0)  # no picture is noised
+        """Patches `ids` of images, without noise."""
+        none, no_seeds = images.new_empty(0), ids.new_empty(0)  # no image is noised
         return ops.gather_patches(images, ids, none, none, no_seeds, self.model.patch_size)
 
 
 class FeatureFile:
-    """Features of every picture, made once by another network (CLIP, DINO): a .npy [images, L, target_size] of floats.
+    """Features of every image, made beforehand by another network (CLIP, DINO).
 
-    Called with picture indices int64 [B] it returns float32 [B, L, target_size] on their device. The rows follow the
-    order of the training split; the file is mapped, not read whole.
+    The file is a .npy of floats [images, L, target_size] in the order of the training split; it is memory-mapped.
+    Called with image indices int64 [B], this returns float32 [B, L, target_size] on their device.
     """
 
     def __init__(self, path: Path, model: DiffMAEConfig, num_images: int | None = None):

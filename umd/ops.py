@@ -1,4 +1,7 @@
-"""The ops of the model, each by the implementation that serves this machine. The only importer of `umd.kernels`."""
+"""The ops of the model; each chooses the implementation that suits this machine.
+
+No other module of umd/ imports `umd.kernels`.
+"""
 
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
 from umd.kernels.attention import Attention, attention, attention_backend, varlen_attention

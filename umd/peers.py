@@ -1,10 +1,10 @@
-"""DiT, MAE and MaskDiT as published: settings of the one network, and the losses they were trained with.
+"""DiT, MAE and MaskDiT as published: their settings of the UMD network, and the losses they were trained with.
 
-(The paper compares itself with the same methods on its own network: see `OBJECTIVES` in `umd/config.py`.)
+The paper instead compares with these methods on UMD's own network: see `OBJECTIVES` in `umd/config.py`.
 
-    DiT      Peebles and Xie 2023, facebookresearch/DiT        encoder alone; predicts ε and the variance of a step
-    MAE      He et al. 2022, facebookresearch/mae              no time; a narrow decoder fills hidden patches
-    MaskDiT  Zheng et al. 2024, Anima-Lab/MaskDiT              half the patches; a decoder; EDM's preconditioning
+    DiT      Peebles and Xie 2023, facebookresearch/DiT        encoder only; predicts ε and the variance of a step
+    MAE      He et al. 2022, facebookresearch/mae              no time; a narrow decoder predicts hidden patches
+    MaskDiT  Zheng et al. 2024, Anima-Lab/MaskDiT              hides half the patches; a decoder; EDM's preconditioning
 """
 
 import math
@@ -36,7 +36,13 @@ MASKDIT_MAE_WEIGHT = 0.1
 
 
 class PeerObjective(Objective):
-    """Corruption and loss of a network that predicts something else than UMD's x̂0 and ε̂. See `Objective`."""
+    """Corruption and loss of the published DiT, MAE and MaskDiT, whose outputs differ from UMD's (x̂0, ε̂).
+
+    Arguments as in `Objective`.
+
+    Raises:
+        UserError: as `Objective`; or no_noise_prob or the noise schedule does not fit the network's output.
+    """
 
     def __init__(self, model: ModelConfig, config: ObjectiveConfig, schedule: NoiseSchedule):
         super().__init__(model, config, schedule)
@@ -59,13 +65,17 @@ class PeerObjective(Objective):
         }[self.model.outputs]
 
     def times(self, words: Tensor) -> Tensor:
-        """EDM's are ln(σ)/4 with ln σ ~ N(-1.2, 1.2²), fp32; others as UMD's."""
+        """Map random words [n] to times. EDM: fp32 ln(σ)/4 with ln σ ~ N(-1.2, 1.2²). Others: model times, as UMD."""
         if self.model.outputs != "edm":
             return super().times(words)
         normal = torch.special.ndtri((words.double() + 0.5) / WORD)
         return ((1.2 * normal - 1.2) / 4).float()
 
     def coefficients(self, c: Corruption, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Coefficients of image and noise in the network's input for the noised samples, [n] each.
+
+        EDM: c_in and c_in·σ. Others: (√ᾱ, √(1-ᾱ)).
+        """
         if self.model.outputs != "edm":
             return super().coefficients(c, dtype)
         sigma = edm_sigma_of(c)
@@ -73,7 +83,7 @@ class PeerObjective(Objective):
         return scale.to(dtype), (scale * sigma).to(dtype)
 
     def loss(self, prediction: Tensor, x_start: Tensor, c: Corruption) -> tuple[Tensor, Tensor]:
-        """(total, parts [3] as `part_names`). prediction [B·L, O·P·P]."""
+        """Loss of a prediction [B·L, O·P·P] for images x_start [B, C, H, W]: (total, parts [3] as in `part_names`)."""
         P, L = self.model.patch_size, self.model.num_patches
         wide = torch.promote_types(prediction.dtype, torch.float32)
         x0 = ops.patchify(x_start.to(wide), P)  # [B, L, C·P·P]
@@ -90,14 +100,18 @@ class PeerObjective(Objective):
             return dsm + MASKDIT_MAE_WEIGHT * mae, torch.stack([dsm, mae, zero]).detach()
         mse, vb = over(visible, (out[0] - eps) ** 2), zero
         if self.model.outputs == "eps_sigma":
-            if self.tables.device != x0.device:  # copied once: a captured step copies nothing from the host
+            if self.tables.device != x0.device:  # copied once: a captured step must not copy from the host
                 self.tables = self.tables.to(x0.device)
             vb = over(visible, variational_bound(self.tables, x0, eps, c.timesteps, *out))
         return mse + vb, torch.stack([mse, vb, zero]).detach()
 
     def edm_losses(self, F_x: Tensor, x0: Tensor, eps: Tensor, sigma: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """MaskDiT's: EDM's weighted denoising error over visible patches; over hidden ones the error of the denoised
-        image against the *noisy* one, each patch normalised. F_x, x0, eps [B, L, C·P·P]; sigma [B]."""
+        """MaskDiT's two losses, from F_x, x0, eps [B, L, C·P·P] and sigma [B]:
+
+        - dsm: EDM's weighted denoising error over visible patches;
+        - mae: over hidden patches, the error of the denoised image against the *noisy* image, whose patches are each
+          normalised. 0 without a mask.
+        """
         s = sigma.view(-1, 1, 1)
         x = x0 + s * eps
         denoised = edm_denoised(x, F_x, s)
@@ -109,27 +123,31 @@ class PeerObjective(Objective):
 
 
 def edm_sigma_of(c: Corruption) -> Tensor:
-    """σ [n] fp64 of the noised samples, whose times are ln(σ)/4."""
+    """σ of the noised samples, fp64 [n], from their times ln(σ)/4."""
     return (4 * c.timesteps[: c.num_noised].double()).exp()
 
 
 def over(weight: Tensor, error: Tensor) -> Tensor:
-    """Mean of [B, L, values] over the patches whose weight [B, L] is 1."""
+    """Mean of an error [B, L, values] over the patches whose weight [B, L] is 1."""
     return (error.mean(-1) * weight).sum() / weight.sum()
 
 
 def normalized(patches: Tensor) -> Tensor:
-    """MAE's norm_pix target: each patch [.., values] by its own mean and unbiased deviation."""
+    """MAE's norm_pix target: each patch [..., values] normalised by its own mean and unbiased standard deviation."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean) * torch.rsqrt(variance + 1e-6)
 
 
 def bound_tables(schedule: NoiseSchedule) -> Tensor:
-    """What `variational_bound` needs to know of each time: float64 [6, T]."""
+    """The schedule's numbers for `variational_bound`, float64 [6, T], column t - 1 for model time t.
+
+    Rows: √ᾱ, √(1-ᾱ), the factors of x0 and of x_t in the mean of the true step, and the logarithms of the smallest and
+    largest variance.
+    """
     betas, alphas = schedule.betas, schedule.alphas_cumprod
     before, after = alphas[:-1], alphas[1:]
     variance = betas * (1 - before) / (1 - after)  # of the true step
-    least = torch.cat([variance[1:2], variance[1:]]).log()  # the first is 0: the second stands in
+    least = torch.cat([variance[1:2], variance[1:]]).log()  # the first variance is 0: the second replaces it
     of_x0, of_x_t = betas * before.sqrt() / (1 - after), (1 - before) * (1 - betas).sqrt() / (1 - after)
     return torch.stack([after.sqrt(), (1 - after).sqrt(), of_x0, of_x_t, least, betas.log()])
 
@@ -137,10 +155,17 @@ def bound_tables(schedule: NoiseSchedule) -> Tensor:
 def variational_bound(
     tables: Tensor, x0: Tensor, eps: Tensor, timesteps: Tensor, eps_hat: Tensor, v: Tensor
 ) -> Tensor:  # fmt: skip
-    """Each value's term of the bound on -log2 p(x0) at its time (Nichol and Dhariwal 2021), which trains v alone.
+    """Terms of the variational bound on -log2 p(x0), one for each value, in bits (Nichol and Dhariwal 2021).
 
-    Time 1: the negative log-likelihood of x0 in steps of 1/127.5. Later: the divergence of the step's learned Gaussian
-    from the true one. x0, eps, eps_hat, v: [B, L, values]; timesteps int64 [B] model times. In bits.
+    The bound trains v alone: ε̂ gets no gradient.
+
+    - Time 1: the negative log-likelihood of x0, discretised in steps of 1/127.5.
+    - Later times: KL(true Gaussian of the step ‖ learned Gaussian).
+
+    Args:
+        tables: of `bound_tables`.
+        x0, eps, eps_hat, v: [B, L, values].
+        timesteps: int64 [B], model times.
     """
     numbers = tables[:, timesteps - 1].to(x0.dtype)  # [6, B]
     a, b, of_x0, of_x_t, least, largest = numbers.view(6, -1, 1, 1)
@@ -155,7 +180,10 @@ def variational_bound(
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """log of a Gaussian's mass in x ± 1/255, open at -1 and 1, with DiT's approximation of the normal law."""
+    """Log of a Gaussian's mass in x ± 1/255, with an open interval at x = -1 and 1.
+
+    The normal distribution function is approximated as in DiT's code.
+    """
 
     def below(z: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))

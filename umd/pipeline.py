@@ -1,9 +1,9 @@
-"""A UMD for diffusers: the network as a component, and a pipeline that draws with any of its schedulers.
+"""A UMD for diffusers: the network as a component, and a pipeline that samples with any of diffusers' schedulers.
 
     pipeline = DiffusionPipeline.from_pretrained("exported", trust_remote_code=True)
     images = pipeline(class_labels=[207, 360], guidance_scale=4.0).images
 
-The folder's two files of code import this module: umd must be installed where the pipeline is loaded.
+The two code files in the exported folder import this module: umd must be installed where the pipeline is loaded.
 """
 
 from collections.abc import Sequence
@@ -22,17 +22,17 @@ from umd.model import UMD
 
 
 class UMDTransformer(ModelMixin, ConfigMixin):
-    """The network as diffusers loads and saves it."""
+    """The network as a diffusers model, which diffusers can save and load."""
 
     @register_to_config
     def __init__(self, fields: dict[str, Any]):
-        """fields: those of `ModelConfig`."""
+        """fields: the fields of a `ModelConfig`."""
         super().__init__()
         self.network = UMD(ModelConfig(**fields))
 
     @classmethod
     def of(cls, network: UMD) -> "UMDTransformer":
-        """A component with the weights of a network."""
+        """A component with a copy of a network's weights."""
         fields = asdict(network.config)
         made = cls(fields=fields | {"image_size": list(network.config.image_size)})
         made.network.load_state_dict(network.state_dict())
@@ -41,7 +41,17 @@ class UMDTransformer(ModelMixin, ConfigMixin):
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """ε̂ [B, C, H, W], with a learned variance [B, 2·C, H, W], of noisy images; `timestep` [B] or one, from 0."""
+        """Predict ε̂ from noisy images [B, C, H, W].
+
+        Args:
+            hidden_states: [B, C, H, W].
+            timestep: [B] or a single number, counted from 0 as in diffusers (model time - 1).
+            class_labels: int64 [B], or None.
+            return_dict: return an output object, not a tuple.
+
+        Returns:
+            ε̂ [B, C, H, W]; a network with learned variance returns [B, 2·C, H, W], ε̂ then v.
+        """
         timesteps = torch.as_tensor(timestep, device=hidden_states.device).long().expand(len(hidden_states)) + 1
         _, *predicted = self.network.denoise(hidden_states, timesteps, class_labels)
         sample = torch.cat(predicted, dim=1)
@@ -49,7 +59,7 @@ class UMDTransformer(ModelMixin, ConfigMixin):
 
 
 class UMDPipeline(DiffusionPipeline):
-    """Draws images of classes, or of none where the network has no labels."""
+    """Draws images of given classes, or unconditional images if the network has no labels."""
 
     _optional_components = ["vae"]
     model_cpu_offload_seq = "transformer->vae"
@@ -64,10 +74,19 @@ class UMDPipeline(DiffusionPipeline):
         num_inference_steps: int = 125, generator: torch.Generator | None = None, output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
-        """Images of these classes, one each; without labels `num_images`.
+        """Draw images.
 
-        guidance_scale: s in uncond + s·(cond - uncond); 1: none. output_type: pil, np, or latent (as the network has
-        them).
+        Args:
+            class_labels: one image is drawn for each label. Leave out for a network without labels.
+            num_images: number of images for a network without labels.
+            guidance_scale: s in uncond + s·(cond - uncond); 1: no guidance.
+            num_inference_steps: steps of the scheduler.
+            generator: source of the noise.
+            output_type: pil, np, or latent (the network's own output, not decoded).
+            return_dict: return an output object, not a tuple.
+
+        Raises:
+            ValueError: labels for a network without labels, or none for a network with labels.
         """
         config: ModelConfig = self.transformer.network.config
         if bool(class_labels) != bool(config.num_classes):

@@ -1,4 +1,4 @@
-"""Tables of positions: fixed ones, and those of a network that goes on at another image size."""
+"""Position tables: fixed sines and cosines, and resizing a network's tables to another image size."""
 
 from collections.abc import Mapping
 
@@ -10,8 +10,10 @@ Grid = tuple[int, int]  # rows, columns of patches
 
 
 def sincos_positions(grid_size: Grid, dim: int) -> Tensor:
-    """MAE's fixed positions, fp32 [H·W, dim]: of each patch sines and cosines of its column, then of its row, with
-    frequencies 1e4^(-4i/dim)."""
+    """MAE's fixed position table, fp32 [H·W, dim], for a grid of H·W patches.
+
+    A row holds the sines and cosines of the patch's column, then those of its row, with frequencies 1e4^(-4i/dim).
+    """
     rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid_size)
     omega = 1e4 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
 
@@ -24,7 +26,7 @@ def sincos_positions(grid_size: Grid, dim: int) -> Tensor:
 
 
 def resized_positions(table: Tensor, before: Grid, after: Grid) -> Tensor:
-    """The table [H·W, D] of one grid for another, bicubic between patches, as MAE's and ViT's fine-tuning have it."""
+    """Resize a position table [H·W, D] from one grid to another, bicubically, as in MAE's and ViT's fine-tuning."""
     if before == after:
         return table
     image = table.float().unflatten(0, before).permute(2, 0, 1)[None]  # [1, D, H, W]
@@ -32,7 +34,7 @@ def resized_positions(table: Tensor, before: Grid, after: Grid) -> Tensor:
 
 
 def resized_state(state: Mapping[str, Tensor], before: Grid, after: Grid) -> dict[str, Tensor]:
-    """Weights of a network with its tables of positions for another grid."""
+    """A network's weights with its position tables resized from one grid to another."""
     return {
         name: resized_positions(value, before, after) if name in ("pos_embed", "decoder_pos_embed") else value
         for name, value in state.items()

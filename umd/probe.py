@@ -1,6 +1,6 @@
-"""The few-shot probe: how much of the classes a frozen representation tells, in closed form.
+"""The few-shot probe: how well a linear classifier on frozen features separates classes, solved in closed form.
 
-The recipe behind the paper's 100-shot numbers: fewshot_lsr.py of https://github.com/google-research/big_vision.
+This is the recipe of the paper's 100-shot numbers: fewshot_lsr.py of https://github.com/google-research/big_vision.
 """
 
 from collections.abc import Sequence
@@ -13,37 +13,44 @@ from torch import Tensor
 
 from umd.errors import UserError
 
-BLOCK = 8192  # test images whose scores are in memory at a time
-BIAS = 100.0  # a constant feature this large carries the bias and hardly feels the regulariser
+BLOCK = 8192  # test images that are scored at a time
+BIAS = 100.0  # value of the constant feature for the bias; so large that the regulariser hardly affects the bias
 
 
 @dataclass(frozen=True)
 class FewShotProbe:
-    """A linear classifier on whitened features. Several l2 make a first axis of `weights` and all results."""
+    """A linear classifier on whitened features. Several l2 are a first axis of `weights` and of all results."""
 
     mean: Tensor  # [D]
     std: Tensor  # [D]
     weights: Tensor  # [D+1, classes] or [l2, D+1, classes], float64
 
     def scores(self, features: Tensor) -> Tensor:
-        """features: [N, D]. Returns float64 [N, classes] or [l2, N, classes]; targets were 1 and -1."""
+        """Scores of features [N, D]: float64 [N, classes] or [l2, N, classes]. The training targets were 1 and -1."""
         return _whiten(features, self.mean, self.std) @ self.weights
 
     def predict(self, features: Tensor) -> Tensor:
-        """features: [N, D]. Returns the class of each, int64 [N] or [l2, N]. Scores exist for a block at a time."""
+        """The class of each of features [N, D]: int64 [N] or [l2, N]. Scores are computed for a block at a time."""
         return torch.cat([self.scores(block).argmax(-1) for block in features.split(BLOCK)], -1)
 
 
 def fit_fewshot(
     features: Tensor, labels: Tensor, num_classes: int, l2: float | Sequence[float] = 1024.0
 ) -> FewShotProbe:
-    """Ridge regression `W = (XᵀX + l2·I)⁻¹ XᵀY` on targets ±1; X is whitened and has one constant column.
+    """Fit a probe by ridge regression, `W = (XᵀX + l2·I)⁻¹ XᵀY`.
 
-    features: [N, D], any float dtype; labels: integers [N] in [0, num_classes).
-    l2: the paper's 1024, or several positive values, all solved from one eigendecomposition: of XᵀX or XXᵀ,
-    whichever is smaller.
-    Computed in float64 on the device of `features`: in float32 the decomposition alone changes predictions.
-    Raises ValueError on shapes that do not fit, labels out of range, features not finite, l2 not positive.
+    Y has targets ±1. X holds the whitened features and one constant column. Computed in float64 on the device of
+    `features`; in float32 the eigendecomposition alone would change predictions.
+
+    Args:
+        features: [N, D], any floating type.
+        labels: integers [N] in [0, num_classes).
+        num_classes: number of classes.
+        l2: above 0; the paper uses 1024. Several values share one eigendecomposition, of XᵀX or XXᵀ, whichever is
+            smaller.
+
+    Raises:
+        ValueError: shapes do not fit, a label is out of range, features are not finite, or l2 is not positive.
     """
     if features.ndim != 2 or labels.shape != features.shape[:1] or len(labels) == 0:
         raise ValueError(
@@ -57,7 +64,7 @@ def fit_fewshot(
         raise ValueError(f"l2 is {l2}, expected above 0.")
 
     N, D = features.shape
-    x = torch.full((N, D + 1), BIAS, dtype=torch.float64, device=features.device)  # the one copy in float64
+    x = torch.full((N, D + 1), BIAS, dtype=torch.float64, device=features.device)  # the only copy in float64
     x[:, :D] = features
     mean, std = x[:, :D].mean(0), x[:, :D].std(0, correction=0) + 1e-5
     x[:, :D].sub_(mean).div_(std)
@@ -73,12 +80,13 @@ def fit_fewshot(
 
 
 def _times_targets(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """`rowsᵀ Y` [K, classes] of rows [N, K], where Y is 1 at the label of a row and -1 elsewhere."""
+    """`rowsᵀ Y` [K, classes] for rows [N, K], where Y [N, classes] is 1 at each row's label and -1 elsewhere."""
     sums = rows.new_zeros(num_classes, rows.shape[1]).index_add_(0, labels, rows)
     return (2 * sums - rows.sum(0)).T
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise ValueError if a label is outside [0, num_classes)."""
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"Labels are {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}.")
 
@@ -94,34 +102,34 @@ def confusion(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:
-    """Share of right predictions. Both inputs: integers [N]."""
+    """Share of correct predictions. Both inputs: integers [N]."""
     return (predictions == labels).double().mean().item()
 
 
 def class_averaged_accuracy(predictions: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Mean over the classes present in `labels` of the accuracy on each: no class counts for its size."""
+    """Mean of the accuracies on each class that occurs in `labels`: every class counts the same, whatever its size."""
     per_class = _per_class_accuracy(confusion(predictions, labels, num_classes))
     return per_class[~per_class.isnan()].mean().item()
 
 
 def _per_class_accuracy(counts: Tensor) -> Tensor:
-    """Counts [classes, classes] to float64 [classes], NaN where a class has no label."""
+    """Accuracy on each class from a confusion matrix [classes, classes]: float64 [classes], NaN for absent classes."""
     return counts.diagonal().double() / counts.sum(1)
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What `fewshot_accuracy` measured, in plain numbers: `dataclasses.asdict` gives a JSON record."""
+    """The measurements of `fewshot_accuracy`, as plain numbers: `dataclasses.asdict` gives a JSON record."""
 
     mean: float  # class-averaged test accuracy, mean over seeds
     std: float  # sample standard deviation over seeds; 0 for one seed
     per_seed: list[float]
     seeds: list[int]
-    shots: int  # asked for, per class
-    shots_per_class: list[int]  # used; below `shots` where a class had fewer and `allow_fewer` was set
-    l2: list[float]  # the one behind the numbers above, per seed
-    accuracy_by_l2: dict[str, float]  # every l2 tried, class-averaged test accuracy, mean over seeds
-    per_class: list[float | None]  # accuracy of each class over all seeds; None where it has no test images
+    shots: int  # requested shots per class
+    shots_per_class: list[int]  # shots used; below `shots` if a class had fewer and `allow_fewer` was set
+    l2: list[float]  # the l2 used for the numbers above, per seed
+    accuracy_by_l2: dict[str, float]  # for every l2 tried: class-averaged test accuracy, mean over seeds
+    per_class: list[float | None]  # accuracy on each class over all seeds; None for a class without test images
     confusion: list[list[int]]  # [label][prediction], summed over seeds
 
 
@@ -140,12 +148,19 @@ def fewshot_accuracy(
 ) -> ProbeResult:
     """Class-averaged test accuracy of a probe fitted on `shots` training examples of each class.
 
-    Features: floats [N, D]; labels: integers [N].
-    seeds: each draws its own shots, see `draw_shots`.
-    l2: of several values each seed takes the best on a fifth of its own shots, held out for it (the first of
-    equals), then refits on all of them; the test set has no say.
-    allow_fewer, class_names: for `draw_shots`.
-    draws: the shots, where they are drawn already: for each seed and class int64 indices into the training features.
+    Args:
+        train_features, test_features: floats [N, D].
+        train_labels, test_labels: integers [N].
+        shots: training examples per class.
+        num_classes: number of classes.
+        seeds: each draws its own shots, see `draw_shots`.
+        l2: regulariser. Of several values, each seed chooses the best on a held-out fifth of its own shots (the first
+            if several are equal) and refits on all shots. The test set plays no part in the choice.
+        allow_fewer, class_names: as in `draw_shots`.
+        draws: shots already drawn: for each seed and class int64 indices into the training features.
+
+    Raises:
+        UserError: a set is empty, a class has too few shots, or there are too few shots to choose an l2.
     """
     train_labels, test_labels = train_labels.cpu().long(), test_labels.cpu().long()
     l2s = [float(value) for value in ([l2] if isinstance(l2, int | float) else l2)]
@@ -192,14 +207,23 @@ def draw_shots(
     allow_fewer: bool = False,
     class_names: Sequence[str] | None = None,
 ) -> list[list[Tensor]]:
-    """Which training examples are the shots, from the labels alone: for each seed and class up to `shots` indices.
+    """Draw the training examples that are the shots, from the labels alone.
 
-    labels: integers [N].
-    seeds: each draws the first `shots` of every class in its own permutation; fewer shots are a part of more.
-    pool: draw from so many examples only, the first of a fixed random permutation; a class gives what these have of it.
-    (Published: from the first 100,000 of a shuffled training set.) 0: from all.
-    allow_fewer: a class with fewer than `shots` examples gives all it has. Otherwise that raises UserError, which
-    names the class by `class_names` where given. So does a class that the pool has none of.
+    Args:
+        labels: integers [N].
+        shots: examples per class.
+        num_classes: number of classes.
+        seeds: each takes the first `shots` of every class in its own permutation. Fewer shots are a subset of more.
+        pool: draw only from this many examples, the first of a fixed random permutation; a class gives as many as the
+            pool has. The published recipe uses the first 100,000 of a shuffled training set. 0: draw from all.
+        allow_fewer: a class with fewer than `shots` examples gives all it has; else this is an error.
+        class_names: names of the classes for error messages.
+
+    Returns:
+        For each seed and class up to `shots` indices into `labels`.
+
+    Raises:
+        UserError: there are no examples, a class has too few, or the pool has none of a class.
     """
     if shots < 1:
         raise UserError(f"{shots} shots a class were asked for: ask for at least 1.")
@@ -230,7 +254,7 @@ def draw_shots(
     for seed in seeds:
         order = _permutation(len(labels), seed)
         order = order[in_pool[order]]
-        order = order[labels[order].argsort(stable=True)]  # class after class, each as the permutation has it
+        order = order[labels[order].argsort(stable=True)]  # class after class, each in the order of the permutation
         of_class = order.split(torch.bincount(labels[order], minlength=num_classes).tolist())
         draws.append([indices[:shots] for indices in of_class])
     return draws
@@ -241,7 +265,7 @@ def _permutation(size: int, seed: int) -> Tensor:
 
 
 def _choose_l2(features: Tensor, labels: Tensor, drawn: Sequence[Tensor], num_classes: int, l2s: list[float]) -> int:
-    """Position in `l2s` of the best on a held-out fifth of each class's shots, one if it has two."""
+    """Index of the best l2 on held-out shots: a fifth of each class's shots, at least one if a class has two."""
     sizes = [max(len(d) // 5, 1) if len(d) > 1 else 0 for d in drawn]
     fit = torch.cat([d[: len(d) - size] for d, size in zip(drawn, sizes, strict=True)])
     held_out = torch.cat([d[len(d) - size :] for d, size in zip(drawn, sizes, strict=True)])
@@ -254,5 +278,5 @@ def _choose_l2(features: Tensor, labels: Tensor, drawn: Sequence[Tensor], num_cl
 
 
 def raw_pixel_features(x: Tensor) -> Tensor:
-    """The floor every representation should beat: images [N, C, H, W] as features [N, C·H·W]."""
+    """Images [N, C, H, W] as features [N, C·H·W]: the floor that every representation should beat."""
     return x.flatten(1)

@@ -1,7 +1,9 @@
-"""Published PyTorch weights of DiT, MAE and MaskDiT, in and out: which of their tensors makes which of ours.
+"""Convert published PyTorch weights of DiT, MAE and MaskDiT to our tensors and back.
 
-A patch is (row, column, channel) in their heads and (channel, row, column) here; their positions of a CLS token are
-added to the token here. Everything else is a name.
+Besides names there are two differences:
+
+- In their heads a patch is (row, column, channel), here (channel, row, column).
+- Their position of the CLS token is added to our CLS token.
 """
 
 import argparse
@@ -27,21 +29,21 @@ from umd.model import UMD
 from umd.peers import DIT, MAE, MASKDIT
 
 State = dict[str, Tensor]
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16}  # of the published widths; weights do not tell
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16}  # published width -> heads, which weights do not tell
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """What a .pt, .pth, .bin or .safetensors file holds; code in a pickle is not run.
+    """Read a .pt, .pth, .bin or .safetensors file. Code in a pickle is not run.
 
     Raises:
-        UserError: no such file, half a file, or one that holds more than tensors, numbers and text.
+        UserError: the file is missing or incomplete, or holds more than tensors, numbers and text.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}; give the checkpoint as it was published")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options that training scripts keep
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts store their options so
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -55,7 +57,10 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 
 def weights_of(found: Mapping[str, Any], *parts: str) -> State:
-    """The first of `parts` that a checkpoint has, or the checkpoint itself where it is weights alone; as fp32."""
+    """The tensors of a checkpoint, floating ones as fp32.
+
+    They are taken from the first of `parts` that exists, or from the checkpoint itself if it has none of them.
+    """
     for part in parts:
         if isinstance(found.get(part), Mapping):
             found = found[part]
@@ -66,30 +71,31 @@ def weights_of(found: Mapping[str, Any], *parts: str) -> State:
 
 @dataclass(frozen=True)
 class Link:
-    """One tensor of ours and theirs: how each is made of the other."""
+    """A tensor of theirs that corresponds to one of ours, and the conversions between them."""
 
-    theirs: str
+    theirs: str  # its name
     to_ours: Callable[[Tensor], Tensor]
     to_theirs: Callable[[Tensor], Tensor]
 
 
 def same(name: str) -> Link:
+    """Their tensor is equal to ours."""
     return Link(name, lambda a: a, lambda a: a)
 
 
 def row(name: str) -> Link:
-    """Theirs has one dimension more in front."""
+    """Their tensor has one more dimension in front, of size 1."""
     return Link(name, lambda a: a[0], lambda a: a[None])
 
 
 def patch_kernel(name: str, config: ViTConfig) -> Link:
-    """The convolution that cuts into patches: [D, C, P, P] there, [D, C·P·P] here."""
+    """The convolution that embeds patches: [D, C, P, P] there, [D, C·P·P] here."""
     P = config.patch_size
     return Link(name, lambda a: a.flatten(1), lambda a: a.unflatten(1, (-1, P, P)).contiguous())
 
 
 def pixels(name: str, config: ModelConfig) -> Link:
-    """Rows of a head, one a value of a patch: (P, P, O) there, (O, P, P) here."""
+    """The rows of a head, one per value of a patch: in the order (P, P, O) there, (O, P, P) here."""
     P, O = config.patch_size, config.out_channels  # noqa: E741
     return Link(
         name,
@@ -99,7 +105,7 @@ def pixels(name: str, config: ModelConfig) -> Link:
 
 
 def block_links(ours: str, theirs: str, norms: bool) -> dict[str, Link]:
-    """The names that timm's blocks and all that descend from them share with ours."""
+    """Links of one block's linear layers, and of its norms if `norms`. These names are timm's, and ours too."""
     layers = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", *(["norm1", "norm2"] if norms else [])]
     return {
         f"{ours}.{layer}.{kind}": same(f"{theirs}.{layer}.{kind}") for layer in layers for kind in ("weight", "bias")
@@ -107,11 +113,12 @@ def block_links(ours: str, theirs: str, norms: bool) -> dict[str, Link]:
 
 
 def layer(ours: str, theirs: str, make: Callable[[str], Link] = same) -> dict[str, Link]:
+    """Links of the weight and bias of one layer."""
     return {f"{ours}.{kind}": make(f"{theirs}.{kind}") for kind in ("weight", "bias")}
 
 
 def dit_links(config: ModelConfig) -> dict[str, Link]:
-    """facebookresearch/DiT."""
+    """Links for facebookresearch/DiT, by our names."""
     links = {
         "pos_embed": row("pos_embed"),
         "x_embedder.weight": patch_kernel("x_embedder.proj.weight", config),
@@ -128,8 +135,10 @@ def dit_links(config: ModelConfig) -> dict[str, Link]:
 
 
 def maskdit_links(config: ModelConfig) -> dict[str, Link]:
-    """Anima-Lab/MaskDiT: DiT's names, and those of a decoder. Its labels go through a bias-free layer: the null class,
-    all zeros, is a row of zeros here."""
+    """Links for Anima-Lab/MaskDiT: DiT's, and those of a decoder.
+
+    MaskDiT embeds one-hot labels by a layer without bias. Its null class is all zeros, which is a row of zeros here.
+    """
     links = dit_links(config) | {
         "y_embedder.embedding_table.weight": Link(
             "y_embedder.embedding_table.weight",
@@ -148,7 +157,7 @@ def maskdit_links(config: ModelConfig) -> dict[str, Link]:
 
 
 def vit_links(config: ViTConfig) -> dict[str, Link]:
-    """timm's VisionTransformer without a head, CLS tokens without positions."""
+    """Links for timm's VisionTransformer without a head, whose CLS tokens have no positions."""
     links = {
         "cls_token": row("cls_token"),
         "pos_embed": row("pos_embed"),
@@ -162,7 +171,7 @@ def vit_links(config: ViTConfig) -> dict[str, Link]:
 
 
 def mae_links(config: ModelConfig | ClassifierConfig) -> dict[str, Link]:
-    """facebookresearch/mae. Its tables of positions begin with a row of zeros, for the CLS token."""
+    """Links for facebookresearch/mae, whose position tables begin with a row for the CLS token, all zeros."""
 
     def behind_cls(name: str) -> Link:
         return Link(name, lambda a: a[0, 1:], lambda a: torch.cat([a.new_zeros(1, a.shape[1]), a])[None])
@@ -183,10 +192,16 @@ def mae_links(config: ModelConfig | ClassifierConfig) -> dict[str, Link]:
 
 
 def take(state: State, links: Mapping[str, Link], config: ModelConfig | ClassifierConfig, source: str) -> State:
-    """Our state dict from theirs.
+    """Convert their state dict to ours.
+
+    Args:
+        state: their tensors by name.
+        links: by our names.
+        config: our network.
+        source: what the weights should be, for error messages.
 
     Raises:
-        UserError: tensors that are missing, that nothing here is made of, or of another shape; each is named.
+        UserError: tensors are missing, have no counterpart here, or have another shape; the message names them.
     """
     missing = [link.theirs for link in links.values() if link.theirs not in state]
     extra = sorted(state.keys() - {link.theirs for link in links.values()})
@@ -213,12 +228,13 @@ def take(state: State, links: Mapping[str, Link], config: ModelConfig | Classifi
 
 
 def give(model: UMD, links: Mapping[str, Link]) -> State:
-    """Their state dict from ours: the inverse of `take`."""
+    """Convert our state dict to theirs: the inverse of `take`."""
     state = model.state_dict()
     return {link.theirs: link.to_theirs(state[name].detach().cpu()).contiguous() for name, link in links.items()}
 
 
 def shape_of(state: State, name: str, ndim: int, source: str) -> tuple[int, ...]:
+    """The shape of a tensor of `ndim` dimensions. Raises UserError if there is none."""
     if name not in state or state[name].ndim != ndim:
         found = f"{list(state[name].shape)}" if name in state else f"none, but {', '.join(list(state)[:3])}, …"
         raise UserError(f"this is not {source}: expected a tensor {name} of {ndim} dimensions, found {found}")
@@ -226,19 +242,29 @@ def shape_of(state: State, name: str, ndim: int, source: str) -> tuple[int, ...]
 
 
 def depth_of(state: State, blocks: str) -> int:
+    """The number of blocks named `blocks`.0, `blocks`.1, …"""
     found = (re.match(rf"{re.escape(blocks)}\.(\d+)\.", name) for name in state)
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def heads_of(width: int, num_heads: int) -> int:
-    """As given, or of the published network of this width. Raises UserError if there is none."""
+    """`num_heads` if above 0, else that of the published network of this width. Raises UserError if there is none."""
     if num_heads or width in HEADS:
         return num_heads or HEADS[width]
     raise UserError(f"weights do not tell how many heads a network {width} wide has; give --num-heads")
 
 
 def vit_fields(state: State, patches: str, positions: str, blocks: str, cls: int, heads: int, source: str) -> dict:
-    """What the shapes tell of an encoder: the fields of `ViTConfig`. Images are square."""
+    """Fields of `ViTConfig` from the shapes of an encoder's tensors. Images are taken to be square.
+
+    Args:
+        state: their tensors by name.
+        patches, positions: names of the patch embedding's kernel and of the position table.
+        blocks: name of the list of blocks.
+        cls: rows of the position table that belong to CLS tokens.
+        heads: attention heads; 0: by the width (see `heads_of`).
+        source: what the weights should be, for error messages.
+    """
     D, C, P, _ = shape_of(state, patches, 4, source)
     side = isqrt(shape_of(state, positions, 3, source)[1] - cls) * P
     hidden = shape_of(state, f"{blocks}.0.mlp.fc1.weight", 2, source)[0]
@@ -272,8 +298,10 @@ def from_maskdit(state: State, num_heads: int = 0) -> tuple[ModelConfig, State]:
 
 
 def from_mae(state: State, num_heads: int = 0, decoder_num_heads: int = 0) -> tuple[ModelConfig, State]:
-    """Network and weights from facebookresearch/mae's state dict, of the encoder alone too, whose head is then zero.
-    Raises UserError as `take`."""
+    """Network and weights from facebookresearch/mae's state dict, whole or of the encoder only.
+
+    Without a decoder our head is zero. Raises UserError as `take`.
+    """
     source = "an MAE of facebookresearch"
     fields = vit_fields(state, "patch_embed.proj.weight", "pos_embed", "blocks", 1, num_heads, source)
     decoder: dict[str, Any] = dict(decoder_hidden_size=0, decoder_num_heads=0, decoder_depth=0)
@@ -297,7 +325,7 @@ def from_mae(state: State, num_heads: int = 0, decoder_num_heads: int = 0) -> tu
 
 
 def from_mae_classifier(state: State, num_heads: int = 0) -> tuple[ClassifierConfig, State]:
-    """Classifier and weights from a fine-tuned model of facebookresearch/mae. Raises UserError as `take`."""
+    """Classifier and weights from the state dict of a fine-tuned facebookresearch/mae. Raises UserError as `take`."""
     source = "a fine-tuned MAE of facebookresearch"
     fields = vit_fields(state, "patch_embed.proj.weight", "pos_embed", "blocks", 1, num_heads, source)
     norm = "fc_norm" if "fc_norm.weight" in state else "norm"
@@ -313,12 +341,18 @@ def from_mae_classifier(state: State, num_heads: int = 0) -> tuple[ClassifierCon
 def load_published(
     kind: str, path: Path, num_heads: int = 0
 ) -> tuple[ModelConfig | ClassifierConfig, dict[str, State], bool]:
-    """Network, its weights as {"model": …, "ema": … where there is one}, and whether MAE's target was normalised.
+    """Load published weights.
 
-    kind: dit, mae or maskdit. path: the authors' checkpoint; or a folder of diffusers (dit) or transformers (mae).
+    Args:
+        kind: dit, mae or maskdit.
+        path: the authors' checkpoint; or a folder of diffusers (dit) or transformers (mae).
+        num_heads: attention heads; 0: those of the published network of this width.
+
+    Returns:
+        (network, weights as {"model": …} with "ema" if the file has an average, whether MAE's target was normalised).
 
     Raises:
-        UserError: nothing there, damaged, with code in it, or another network than it should be.
+        UserError: the file is missing or damaged, contains code, or holds another network.
     """
     if path.is_dir():
         return from_folder(kind, path)
@@ -335,7 +369,7 @@ def load_published(
 
 
 def from_folder(kind: str, folder: Path) -> tuple[ModelConfig, dict[str, State], bool]:
-    """As `load_published`, of a folder that save_pretrained wrote."""
+    """As `load_published`, from a folder written by `save_pretrained` of diffusers (dit) or transformers (mae)."""
     if kind == "maskdit":
         raise UserError(f"{folder} is a folder; MaskDiT's weights are a .pt file")
     if kind == "dit":
@@ -352,7 +386,7 @@ def from_folder(kind: str, folder: Path) -> tuple[ModelConfig, dict[str, State],
 
 
 def weight_file(folder: Path, name: str) -> Path:
-    """The one file of weights in a folder. Raises UserError if there is none, or they are split over several."""
+    """The weight file in a folder. Raises UserError if there is none, or the weights are split over several files."""
     files = [folder / f"{name}.safetensors", folder / f"{name}.bin", folder / "pytorch_model.bin"]
     for file in files:
         if file.is_file():

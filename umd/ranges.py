@@ -1,6 +1,7 @@
-"""Numbers that a setting may have. A field says so by its type, `lr: Positive`, and `check_ranges` refuses others.
+"""Ranges of numeric settings.
 
-The options of the command line show it too: `--optim.lr FLOAT>0`, `--optim.betas 0≤FLOAT<1 0≤FLOAT<1`.
+A dataclass field names its range by its type, e.g. `lr: Positive`. `check_ranges` refuses numbers outside it. The
+command line's help shows the range: `--optim.lr FLOAT>0`, `--optim.betas 0≤FLOAT<1 0≤FLOAT<1`.
 """
 
 import dataclasses
@@ -14,21 +15,29 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from umd.errors import UserError
 
-MOST = 2**31 - 1  # of a whole number that has no limit of its own
+MOST = 2**31 - 1  # largest whole number of a range without an upper limit of its own
 
 
 def plain(value: Any) -> str:
+    """The value as text, floats with up to 12 digits."""
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 class OutOfRange(UserError):
-    """A setting that may not have this value; `option` names it as the user did."""
+    """A setting has a value outside its range. `of(option)` is the message with the option's name as the user typed it.
+
+    Args:
+        name: the dataclass field.
+        value: its value, a number or a tuple of numbers.
+        says: the rule, continuing "must be ...".
+    """
 
     def __init__(self, name: str, value: Any, says: str):
         self.name, self.value, self.says = name, value, says
         super().__init__(self.of(name))
 
     def of(self, option: str) -> str:
+        """The message, with `option` as the name of the setting."""
         values = self.value if isinstance(self.value, tuple | list) else [self.value]
         given = " ".join(map(plain, values)) or "(nothing)"
         return f"{option} {given}: {'each ' * (len(values) > 1)}must be {self.says}"
@@ -36,7 +45,7 @@ class OutOfRange(UserError):
 
 @dataclass(frozen=True, repr=False)
 class Range(PrimitiveConstructorSpec[Any]):
-    """Finite numbers within bounds, and how tyro reads and shows them."""
+    """Finite numbers within bounds. As tyro's constructor it also says how such a number is read and shown."""
 
     at_least: float = -math.inf
     above: float = -math.inf
@@ -44,10 +53,14 @@ class Range(PrimitiveConstructorSpec[Any]):
     below: float = math.inf
 
     def holds(self, x: float) -> bool:
-        return self.at_least <= x <= self.at_most and self.above < x < self.below  # no NaN, and with < no infinity
+        # NaN fails every comparison; the two strict ones also exclude infinity.
+        return self.at_least <= x <= self.at_most and self.above < x < self.below
 
     def says(self, *values: float) -> str:
-        """Which numbers are right, as told of these that are not: a limit of all counts where they are beyond it."""
+        """The rule in words, e.g. "at least 0 and below 1", for a message about the wrong `values`.
+
+        The general limit `MOST` is mentioned only if one of the values is beyond it.
+        """
         told = self.at_most < MOST or any(x > self.at_most for x in values)
         bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most if told else math.inf}
         bounds["below"] = self.below
@@ -55,7 +68,7 @@ class Range(PrimitiveConstructorSpec[Any]):
         finite = all(-math.inf < x < math.inf for x in values)
         return " and ".join(words if words and finite else ["a finite number", *words])
 
-    def __repr__(self) -> str:  # tyro prints it where a word is no number
+    def __repr__(self) -> str:  # tyro prints it in its message for a word that is no number
         return self.says()
 
 
@@ -63,7 +76,7 @@ def number(
     kind: type, at_least: float = -math.inf, at_most: float = math.inf, *, above: float = -math.inf,
     below: float = math.inf,
 ) -> Range:  # fmt: skip
-    """The range of numbers of a kind, int or float, for `Annotated`. Whole numbers without a limit end at MOST."""
+    """A range for use in `Annotated`. kind: int or float. An int without `at_most` has the upper limit `MOST`."""
     after = f"≤{at_most:g}" if at_most < MOST else f"<{below:g}" if below < MOST else ""
     shown = kind.__name__.upper() + after  # 0≤FLOAT<1, but FLOAT≥0
     for bound, behind, before in ((at_least, "≥", "≤"), (above, ">", "<")):
@@ -81,8 +94,8 @@ Count = Annotated[int, number(int, 1)]
 CountOrZero = Annotated[int, number(int, 0)]
 Processes = Annotated[int, number(int, 1, 1024)]
 ProcessesOrZero = Annotated[int, number(int, 0, 1024)]
-Seed = Annotated[int, number(int, 0, 2**62)]  # kernels take 63 bits; some commands count on from it
-Scale = Annotated[float, number(float, -1000, 1000)]  # far beyond what leaves a picture
+Seed = Annotated[int, number(int, 0, 2**62)]  # kernels take 63 bits; some commands also use the seeds that follow
+Scale = Annotated[float, number(float, -1000, 1000)]  # guidance; images break down long before these limits
 Positive = Annotated[float, number(float, above=0)]
 NonNegative = Annotated[float, number(float, 0)]
 Share = Annotated[float, number(float, 0, 1)]
@@ -92,7 +105,7 @@ InnerShare = Annotated[float, number(float, above=0, below=1)]
 
 
 def ranges_in(hint: Any) -> Iterator[Range]:
-    """The ranges that a type names, in tuples and unions too."""
+    """All ranges inside a type annotation, including those within tuples and unions."""
     for part in (*getattr(hint, "__metadata__", ()), *get_args(hint)):
         if isinstance(part, Range):
             yield part
@@ -102,16 +115,21 @@ def ranges_in(hint: Any) -> Iterator[Range]:
 
 @cache
 def ranges_of(cls: type) -> dict[str, Range]:
-    """The range of each numeric field of a dataclass; all numbers of a tuple have one."""
+    """The range of each numeric field of a dataclass. All numbers of a tuple field share one range."""
     hints = get_type_hints(cls, include_extras=True)
     found = {field.name: next(ranges_in(hints[field.name]), None) for field in dataclasses.fields(cls)}
     return {name: range_ for name, range_ in found.items() if range_ is not None}
 
 
 def check_ranges(settings: Any, *listed: str) -> None:
-    """Raises OutOfRange for the first number of a dataclass outside the range of its field.
+    """Check every numeric field of a dataclass instance against its range.
 
-    listed: fields that are tuples of one value or more, each once.
+    Args:
+        settings: the instance.
+        listed: names of tuple fields that must hold at least one value and no value twice.
+
+    Raises:
+        OutOfRange: for the first field that fails.
     """
     cls: type = type(settings)
     for name, range_ in ranges_of(cls).items():
@@ -126,7 +144,10 @@ def check_ranges(settings: Any, *listed: str) -> None:
 
 
 def named(error: OutOfRange, arguments: list[str]) -> UserError:
-    """The error with the option that gave the value, as it was written: `--optim.ema 2: must be ...`."""
+    """Rewrite the error with the option as the user typed it: `--optim.ema 2: must be ...`.
+
+    The error comes back unchanged if no option among `arguments` sets the field.
+    """
     options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     same = [option for option in options if option.lstrip("-").replace("-", "_").split(".")[-1] == error.name]
     return UserError(error.of(same[-1])) if same else error

@@ -1,7 +1,7 @@
-"""Features of a UMD by block: for which of them, and at which noise, tell most of an image.
+"""Features of a UMD by block, to find the block and the noise level whose features tell most about an image.
 
-Published for diffusion models: those of middle blocks, at little noise (Xiang et al. 2023, "Denoising diffusion
-autoencoders are unified self-supervised learners"; Chen et al. 2024, "Deconstructing denoising diffusion models").
+For diffusion models middle blocks at little noise are best, as published in Xiang et al. 2023 ("Denoising diffusion
+autoencoders are unified self-supervised learners") and Chen et al. 2024 ("Deconstructing denoising diffusion models").
 """
 
 import torch
@@ -12,15 +12,16 @@ from umd.model import UMD
 
 
 def layer_names(config: ModelConfig) -> list[str]:
-    """The blocks that `layer_features` reads, in order. Those of a cross decoder are not among them."""
+    """Names of the blocks that `layer_features` reads, in order. Blocks of a cross decoder are left out."""
     decoder = config.decoder_depth if config.decoder == "self" else 0
     return [f"encoder {i + 1}" for i in range(config.depth)] + [f"decoder {i + 1}" for i in range(decoder)]
 
 
 def layer_features(model: UMD, x: Tensor, timesteps: Tensor | None = None) -> list[Tensor]:
-    """The patch tokens of the residual stream behind each block, averaged: fp32 [B, D] for each of `layer_names`.
+    """Average of the patch tokens behind each block, in the residual stream: fp32 [B, D] for each of `layer_names`.
 
-    x: whole images [B, C, H, W], noised to the model time `timesteps`, int64 [1]; None: 0, the noise-free step.
+    x: whole images [B, C, H, W], already noised to the model time `timesteps`.
+    timesteps: int64 [1]; None: 0, the noise-free step.
     """
     config, B, L = model.config, len(x), model.config.num_patches
     timesteps = torch.zeros(1, dtype=torch.int64, device=x.device) if timesteps is None else timesteps

@@ -1,7 +1,7 @@
 """Drawing images: DDIM and DDPM with classifier-free guidance, and inpainting.
 
-`umd.guidance` says what a denoiser is. Noise is a function of the seed, the index of the sample and the step: sample i
-of a seed gets the same noise in whatever batch it is drawn.
+`umd.guidance` defines what a denoiser is. Noise is a function of (seed, index of the sample, step): sample i of a seed
+gets the same noise in any batch.
 """
 
 import math
@@ -22,15 +22,17 @@ from umd.ops import ddim_step
 from umd.schedule import NoiseSchedule
 
 Callback = Callable[[int, int, Tensor, Tensor], None]
-WARM_UP = 3  # steps before one is captured, as PyTorch's own recipe takes
+WARM_UP = 3  # steps run before one is captured, as in PyTorch's CUDA graph recipe
 
 
 def ddim_timesteps(num_sample_steps: int, T: int = 1000) -> list[int]:
-    """Diffusion indices (model time - 1) to sample at: T-1, T-1-s, T-1-2s, … and 0, with s = ⌈T / steps⌉.
+    """Diffusion indices (model time - 1) of DDIM's calls: T-1, T-1-s, T-1-2s, … and 0, with s = ⌈T / steps⌉.
 
-    They are those of the released UMD code: one more than the steps where these divide T (999, 991, …, 7, 0
-    for 125), else fewer (60 for 62). There the released code repeats the call at 0, to no effect, up to 63
-    calls; this one does not. Raises UserError unless the steps are in 1..T.
+    The indices are those of the released UMD code. If the steps divide T and are fewer, there is one index more than
+    steps: 999, 991, …, 7, 0 for 125. Otherwise there may be fewer: 60 for 62 steps. In that case the released code
+    repeats the call at 0, to no effect, until it has made 63 calls; this function does not.
+
+    Raises UserError if the steps are outside 1..T.
     """
     if not 1 <= num_sample_steps <= T:
         raise UserError(f"cannot sample in {num_sample_steps} steps; the noise schedule allows 1 to {T}")
@@ -38,14 +40,14 @@ def ddim_timesteps(num_sample_steps: int, T: int = 1000) -> list[int]:
 
 
 def model_times(num_sample_steps: int, T: int = 1000) -> list[int]:
-    """The model times that `ddim_sample` and `inpaint` ask a denoiser for, from the noisiest on."""
+    """Model times at which `ddim_sample` and `inpaint` call the denoiser, the noisiest first."""
     return [index + 1 for index in ddim_timesteps(num_sample_steps, T)]
 
 
 def ddpm_times(num_sample_steps: int, T: int = 1000) -> list[int]:
-    """The model times of so many steps of DDPM, evenly from T to 1, as Nichol and Dhariwal (2021) and DiT take them.
+    """Model times of DDPM's calls, evenly spaced from T to 1, as in Nichol and Dhariwal (2021) and DiT.
 
-    Raises UserError unless the steps are in 1..T.
+    Raises UserError if the steps are outside 1..T.
     """
     if not 1 <= num_sample_steps <= T:
         raise UserError(f"cannot sample in {num_sample_steps} steps; the noise schedule allows 1 to {T}")
@@ -74,24 +76,25 @@ def ddim_sample(
     device: torch.device | str | None = None,
     capture: Capture = "auto",
 ) -> Tensor:
-    """Draw images [B, C, H, W] with DDIM (Song et al. 2021), in the range the denoiser was trained on.
+    """Draw images [B, C, H, W] with DDIM (Song et al. 2021), in the value range that the denoiser was trained on.
 
-    num_steps: see `ddim_timesteps`. The sample is the image that the last call predicts.
-    eta: 0 for no noise but the first, 1 for as much as DDPM adds.
-    clip: hold each predicted image in [-1, 1]; for pixels, not for latents.
-    predict: which of the denoiser's two outputs leads, or both, each with its weight at each time.
+    The result is the image that the last call predicts. Raises UserError for steps, eta, labels or guidance out of
+    range, and for a step that cannot be captured.
+
+    num_steps: see `ddim_timesteps`.
+    eta: 0 adds no noise after the first, 1 adds as much as DDPM.
+    clip: clamp each predicted image to [-1, 1]. For pixels, not for latents.
+    predict: the denoiser's output to use: "eps", "x_start", or "both", combined by head_weights.
     labels: int64 [B] in 0..null_label, or None.
-    cfg_scale: s in uncond + s·(cond - uncond), both halves in one call on 2B images; 1 calls on B.
-    guidance: at which times and in which channels; default: all.
-    head_weights: for both, x_start's at each model time, float [T + 1] (see `umd.heads`).
-    first_sample: index of the first image among those of the seed, to draw them in several batches.
-    x_T: the noise to start from, float32 or float64 [B, C, H, W]; its type is that of the computation.
-    callback: called as (i, n, x_t, predicted image) for i = 0..n-1, where x_t is what the denoiser was given.
-    device: by default x_T's, else the labels', else the CPU.
-    capture: auto, on or off: replay a step as one CUDA graph, with the same bits; its denoiser waits for nothing and
-        reads no number that changes but in tensors. auto: on CUDA, of more than a few steps.
-
-    Raises UserError for steps, eta, labels or guidance that cannot be had, and for a step that cannot be captured.
+    cfg_scale: s in uncond + s·(cond - uncond), computed by one call on 2B images. 1: no guidance, calls on B images.
+    guidance: model times and channels in which guidance acts; default: all.
+    head_weights: float [T + 1], the weight of x_start at each model time for predict "both" (see `umd.heads`).
+    first_sample: index of the batch's first image among the images of the seed, for drawing them in several batches.
+    x_T: the starting noise, float32 or float64 [B, C, H, W]; default: drawn in float32. All steps compute in its type.
+    callback: called as (i, n, x_t, predicted image) for i = 0..n-1, with the x_t that the denoiser got.
+    device: default: that of x_T, else that of labels, else the CPU.
+    capture: replay a step as a CUDA graph, with the same bits: on, off, or auto (on CUDA, with more than a few steps).
+        The denoiser must not wait for the device, and numbers that change must reach it in tensors.
     """
     if device is None:
         device = next((given.device for given in (x_T, labels) if given is not None), "cpu")
@@ -104,7 +107,7 @@ def ddim_sample(
 
 
 class DDIM:
-    """`ddim_sample` for one batch after another of the same shape: on a GPU one recorded step serves them all."""
+    """`ddim_sample` for many batches of one shape. On a GPU all batches replay the same recorded step."""
 
     def __init__(
         self, denoise: Denoise, shape: tuple[int, int, int, int], schedule: NoiseSchedule, *, num_steps: int,
@@ -112,8 +115,11 @@ class DDIM:
         seed: int, device: torch.device | str, capture: Capture = "auto", guidance: Guidance | None = None,
         head_weights: Tensor | None = None, ancestral: bool = False,
     ):  # fmt: skip
-        """labelled: whether calls give labels. ancestral: DDPM, which is DDIM with eta = 1 at times of its own, and
-        with the denoiser's own variances where it gives them. The rest is as for `ddim_sample`."""
+        """Arguments as in `ddim_sample`, and two more.
+
+        labelled: whether each call passes labels. ancestral: sample with DDPM, i.e. with eta = 1, the times of
+        `ddpm_times`, and the denoiser's learned variances if it predicts them.
+        """
         _check_eta(eta)
         self.shape, self.null_label = shape, null_label
         self.labels = torch.zeros(shape[0], dtype=torch.int64, device=device) if labelled else None
@@ -125,7 +131,7 @@ class DDIM:
             channels=shape[1], guidance=guidance, head_weights=head_weights,
         )  # fmt: skip
         coefficients = _step_coefficients(schedule, [*times, 0], eta)
-        draws = 1 + torch.arange(len(times))  # the first was x_T
+        draws = 1 + torch.arange(len(times))  # noise 0 is x_T
 
         def move(
             guided: bool, x_t: Tensor, time: Tensor, numbers: Tensor, coefficients: Tensor, drawn: Tensor,
@@ -155,7 +161,7 @@ class DDIM:
         self, labels: Tensor | None = None, *, first_sample: int = 0, x_T: Tensor | None = None,
         callback: Callback | None = None,
     ) -> Tensor:  # fmt: skip
-        """A batch [B, C, H, W]: images `first_sample` and after of those of the seed."""
+        """Draw a batch [B, C, H, W]: images first_sample .. first_sample + B - 1 of the seed."""
         check_labels(labels, self.shape[0], self.null_label)
         if self.labels is not None and labels is not None:
             self.labels.copy_(labels)
@@ -164,7 +170,7 @@ class DDIM:
 
 
 def first_noise(noise: Noise, x_T: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """What a sampling starts from: x_T if it is given, else the first noise."""
+    """The noise to start from: x_T if given (checked against `shape`), else noise 0."""
     if x_T is None:
         return noise.draw(0)
     _check_images("x_T", x_T, shape)
@@ -191,17 +197,17 @@ def inpaint(
     callback: Callback | None = None,
     capture: Capture = "auto",
 ) -> Tensor:
-    """Fill the removed pixels of images [B, C, H, W]; the kept ones come back bit for bit.
+    """Fill the removed pixels of images [B, C, H, W] with DDIM; the kept pixels come back bit for bit.
 
-    DDIM where, at each noise level, the kept pixels are put back with fresh noise of that level. The filling
-    then agrees with them only loosely; RePaint (Lugmayr et al. 2022) takes every step `resample` times,
-    returning to the noise level before it in between, for `resample` times the calls.
+    After each step the kept pixels are put back, with fresh noise of that noise level. The filling then matches them
+    only loosely. RePaint (Lugmayr et al. 2022) improves this at `resample` times the cost: it takes every step
+    `resample` times and returns to the noise level before the step in between.
 
-    x_known: float32 or float64; its removed pixels are not used.
+    x_known: float32 or float64 [B, C, H, W]; removed pixels may hold anything.
     mask: [B, 1, H, W] of any real type, 0 keep, 1 remove.
-    The rest is as for `ddim_sample`.
+    Other arguments as in `ddim_sample`.
 
-    Raises UserError for a mask of another size, with other values, or that keeps or removes an image whole.
+    Raises UserError for a mask of another size or with other values, and if an image is kept or removed as a whole.
     """
     B = len(x_known)
     _check_images("x_known", x_known, x_known.shape)
@@ -214,15 +220,15 @@ def inpaint(
     noise = Noise(seed, first_sample, x_known.shape, x_known.device)
     times = [*model_times(num_steps, schedule.num_steps), 0]
     alphas = schedule.alphas_cumprod
-    rows, scales, draws = [], [], 2  # noises before the first call
+    rows, scales, draws = [], [], 2  # two noises are drawn before the first call
     for i, (start, end) in enumerate(pairwise(times)):
         repeats = resample if end > 0 else 1
         for repeat in range(repeats):
-            returns = repeat + 1 < repeats  # from end back to start
+            returns = repeat + 1 < repeats  # whether to go back from end to start afterwards
             alpha = float(alphas[start] / alphas[end]) if returns else 1.0
             rows.append((start, end, i, draws))
             scales.append((math.sqrt(alpha), math.sqrt(1 - alpha)))
-            draws += 1 + (end > 0) + returns  # of the step, of the kept pixels, of the way back
+            draws += 1 + (end > 0) + returns  # noises of the step, the kept pixels, the way back
     numbers = torch.tensor(rows)  # [n, 4]
     coefficients = _step_coefficients(schedule, times, eta)[numbers[:, 2]]
     estimate = Estimator(
@@ -245,7 +251,7 @@ def inpaint(
             seed=noise.seed if eta > 0 else None, offsets=noise.offsets(drawn),
         )  # fmt: skip
         x_next = torch.where(removed, x_next, known_at(time_next, drawn + 1))
-        if resample > 1:  # times 1, plus 0, where it goes on
+        if resample > 1:  # without a way back a is 1 and b is 0
             a, b = scales.to(x_t)
             x_next = a * x_next + b * noise.draw(drawn + 2)
         return x_next, x_start
@@ -267,7 +273,7 @@ def denoising_sequence(
     clip: bool = True,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """What the denoiser makes of images [B, C, H, W] at each of n model times, noised by the same ε.
+    """Noise images [B, C, H, W] to each of n model times with the same ε, and denoise each x_t in one call.
 
     Returns (x_t, predicted x_start), each [n, B, C, H, W]. Raises UserError for a time outside 0..T.
     """
@@ -293,24 +299,25 @@ def denoising_sequence(
 
 
 class _Step:
-    """One denoising step that can be replayed: what changes from step to step lies in its tensors, at one place.
+    """A denoising step that can be replayed as a CUDA graph.
 
-    Steps with guidance and steps without are two kinds, each recorded by itself.
+    Whatever changes from step to step lies in tensors at fixed addresses. Steps with guidance and steps without it are
+    two kinds; each kind is recorded separately.
     """
 
     def __init__(
         self, move: Callable[..., tuple[Tensor, Tensor]], guided: Sequence[bool], tables: Sequence[Tensor],
         device: torch.device | str, capture: Capture,
     ):  # fmt: skip
-        """move: (guided, x_t, a row of each table) to (x_next, x_start). tables: of n rows each, one a step.
+        """move: maps (guided, x_t, one row of each table) to (x_next, x_start). tables: n rows each, one per step.
 
-        Captured, the first few steps of a kind run as they are, for kernels are chosen and caches filled then, on the
-        stream that the others are captured and replayed on.
+        With capture, the first `WARM_UP` steps of a kind run uncaptured, because kernels are chosen and caches filled
+        then. They run on the stream on which later steps are captured and replayed.
         """
         self.device = torch.device(device)
         self.move, self.guided, self.tables = move, list(guided), [table.to(device) for table in tables]
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
-        self.x_t: Tensor | None = None  # [B, C, H, W], as the next: made for the first loop
+        self.x_t: Tensor | None = None  # [B, C, H, W], like x_start; allocated by the first loop
         self.x_start: Tensor | None = None
         self.ran, self.recorded = {False: 0, True: 0}, dict[bool, Callable[[], None]]()
         on_gpu = self.device.type == "cuda"
@@ -319,7 +326,7 @@ class _Step:
         self.captures = on_gpu and (capture == "on" or (capture == "auto" and len(tables[0]) > 3 * WARM_UP))
 
     def run(self, guided: bool) -> None:
-        """Take the step, and be at the next."""
+        """Take one step and advance the index."""
         assert self.x_t is not None and self.x_start is not None, "loop comes first"
         x_next, x_start = self.move(guided, self.x_t, *(table.index_select(0, self.index)[0] for table in self.tables))
         self.x_t.copy_(x_next)
@@ -327,7 +334,7 @@ class _Step:
         self.index += 1
 
     def call(self, guided: bool) -> None:
-        """`run`, replayed once it is recorded."""
+        """Take one step: by `run`, or by replay once the step is recorded."""
         if self.captures and self.ran[guided] == WARM_UP and guided not in self.recorded:
             self.recorded[guided] = _record(partial(self.run, guided))
         if guided in self.recorded:
@@ -337,7 +344,7 @@ class _Step:
             self.ran[guided] += 1
 
     def start(self, x_T: Tensor) -> None:
-        """Be at the first step of the way from x_T."""
+        """Go to the first step, starting from x_T."""
         if self.x_t is None:
             self.x_t = torch.empty_like(x_T, device=self.device)
             self.x_start = torch.empty_like(self.x_t)
@@ -345,7 +352,7 @@ class _Step:
         self.index.zero_()
 
     def loop(self, x_T: Tensor, callback: Callback | None) -> Tensor:
-        """The sample [B, C, H, W] that all steps make of x_T."""
+        """Take all steps from x_T and return the sample [B, C, H, W]."""
         self.start(x_T)
         assert self.x_t is not None and self.x_start is not None
         n = len(self.tables[0])
@@ -359,10 +366,10 @@ class _Step:
 
 
 def _record(run: Callable[[], None]) -> Callable[[], None]:
-    """`run` as a CUDA graph of the current stream."""
+    """Capture `run` as a CUDA graph on the current stream; returns the function that replays it."""
     graph = torch.cuda.CUDAGraph()
     try:
-        # thread_local: a training run's other threads (loader, saves, NCCL) use CUDA meanwhile.
+        # thread_local: other threads of a training run (loader, saves, NCCL) may use CUDA during the capture.
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             run()
     except RuntimeError as error:
@@ -375,7 +382,7 @@ def _record(run: Callable[[], None]) -> Callable[[], None]:
 
 @contextmanager
 def _side_stream(device: torch.device) -> Iterator[None]:
-    """A CUDA stream of its own, after what was queued before and before what comes behind."""
+    """Run the block on a new CUDA stream, after the current stream's earlier work and before its later work."""
     with torch.cuda.device(device):
         before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(before)
@@ -394,9 +401,9 @@ def _step_coefficients(schedule: NoiseSchedule, times: list[int], eta: float) ->
 
 
 def _log_variances(schedule: NoiseSchedule, times: list[int]) -> Tensor:
-    """The logarithms of DDPM's least and largest variance of the moves between n model times: float64 [n - 1, 2].
+    """Logarithms of DDPM's smallest and largest variance for the moves between n model times: float64 [n - 1, 2].
 
-    The move to time 0 adds no noise: there they are so low that nothing is left.
+    The move to time 0 adds no noise; its logarithms are -1e4.
     """
     alpha, alpha_next = schedule.alphas_cumprod[times[:-1]], schedule.alphas_cumprod[times[1:]]
     beta = 1 - alpha / alpha_next

@@ -1,4 +1,4 @@
-"""Noise schedules: how much of the image is left at each time; conversions between x_start, ε and v."""
+"""Noise schedules: how much of the image is left at each time, and conversions between x_start, ε and v."""
 
 import math
 from typing import Literal, get_args
@@ -12,13 +12,14 @@ ScheduleName = Literal["cosine", "linear", "linear_rho", "edm"]
 
 
 EDM_STEPS = 1000
-EDM_SIGMAS = 0.002, 80.0  # least and most noise
+EDM_SIGMAS = 0.002, 80.0  # smallest and largest σ
 
 
 def edm_sigma(timesteps: Tensor) -> Tensor:
-    """σ of EDM's process x_start + σ·ε at model times 0..1000: float64, of the shape of `timesteps`.
+    """σ of EDM's process x_start + σ·ε at model times 0..1000: float64, in the shape of `timesteps`.
 
-    Karras et al. 2022, Eq. 5 with ρ = 7: n of these times at equal distances are its n-step sampler's. σ(0) = σ(1).
+    Karras et al. 2022, Eq. 5 with ρ = 7: n equally spaced times give the noise levels of their n-step sampler.
+    σ(0) = σ(1).
     """
     low, high = (sigma ** (1 / 7) for sigma in EDM_SIGMAS)
     share = (timesteps.double() - 1).clamp(min=0) / (EDM_STEPS - 1)
@@ -28,15 +29,20 @@ def edm_sigma(timesteps: Tensor) -> Tensor:
 class NoiseSchedule:
     """The forward process x_t = √ᾱ(t)·x_start + √(1-ᾱ(t))·ε at model times t = 0..T.
 
-    t = 0 is the noise-free image, ᾱ(0) = 1; t >= 1 is step t - 1 of the usual numbering. `cosine` (Nichol and
-    Dhariwal 2021) is for pixels, `linear` (Ho et al. 2020) for latents; `linear_rho` (Wei et al. 2023,
-    DiffMAE) is the linear one with each β raised to the power `rho`, noisier for rho < 1. `edm` (Karras et al. 2022,
-    MaskDiT) has the noise levels of `edm_sigma`, with x_t divided by √(1 + σ²).
+    t = 0 is the noise-free image with ᾱ(0) = 1. t >= 1 is step t - 1 of the usual numbering.
 
-    betas: float64 [T]. alphas_cumprod: float64 [T + 1], indexed by model time. Both on the CPU.
+    - `cosine` (Nichol and Dhariwal 2021): for pixels.
+    - `linear` (Ho et al. 2020): for latents.
+    - `linear_rho` (DiffMAE, Wei et al. 2023): linear, with each β raised to the power `rho`; noisier for rho < 1.
+    - `edm` (Karras et al. 2022, MaskDiT): the noise levels of `edm_sigma`, with x_t divided by √(1 + σ²).
 
-    `timesteps` are integer model times, [B] for images [B, ...]; a time outside 0..T is not looked for.
+    Attributes: betas, float64 [T]; alphas_cumprod, float64 [T + 1], indexed by model time. Both are on the CPU.
+
+    In all methods `timesteps` are integer model times, [B] for images [B, ...]. A time outside 0..T is not checked for.
     Images in float64 are computed in float64, all others in float32.
+
+    Raises:
+        UserError: an unknown name, a num_steps or rho out of range, or a schedule whose β would reach 1.
     """
 
     def __init__(self, name: ScheduleName = "cosine", num_steps: int = 1000, rho: float = 0.8):
@@ -69,9 +75,9 @@ class NoiseSchedule:
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def coefficients(self, timesteps: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """(√ᾱ(t), √(1-ᾱ(t))), each of the shape and device of `timesteps`; computed in float64, then cast.
+        """(√ᾱ(t), √(1-ᾱ(t))), each in the shape and on the device of `timesteps`; computed in float64, then cast.
 
-        A table is kept for each device and dtype from its first use: call once before capturing a CUDA graph.
+        The first call for a device and dtype makes a table, which is kept: call once before capturing a CUDA graph.
         """
         key = (timesteps.device, dtype)
         if key not in self._tables:
@@ -81,17 +87,17 @@ class NoiseSchedule:
         return sqrt_alpha[timesteps], sqrt_one_minus_alpha[timesteps]
 
     def q_sample(self, x_start: Tensor, timesteps: Tensor, eps: Tensor) -> Tensor:
-        """x_t from the image and its noise."""
+        """x_t from x_start and ε, all [B, ...]."""
         a, b = self._coefficients_like(x_start, timesteps)
         return a * x_start + b * eps
 
     def xstart_from_eps(self, x_t: Tensor, timesteps: Tensor, eps: Tensor) -> Tensor:
-        """The image that x_t and its noise came from; x_t itself at t = 0."""
+        """x_start from x_t and ε; x_t itself at t = 0."""
         a, b = self._coefficients_like(x_t, timesteps)
         return (x_t - b * eps) / a
 
     def eps_from_xstart(self, x_t: Tensor, timesteps: Tensor, x_start: Tensor) -> Tensor:
-        """The noise that made x_t from x_start; 0 at t = 0, where none was added and none can be told."""
+        """ε from x_t and x_start; 0 at t = 0, where no noise was added."""
         a, b = self._coefficients_like(x_t, timesteps)
         return (x_t - a * x_start) / b.masked_fill(b == 0, math.inf)
 
@@ -101,17 +107,17 @@ class NoiseSchedule:
         return a * eps - b * x_start
 
     def xstart_from_v(self, x_t: Tensor, timesteps: Tensor, v: Tensor) -> Tensor:
-        """The image, from x_t and v."""
+        """x_start from x_t and v."""
         a, b = self._coefficients_like(x_t, timesteps)
         return a * x_t - b * v
 
     def eps_from_v(self, x_t: Tensor, timesteps: Tensor, v: Tensor) -> Tensor:
-        """The noise, from x_t and v."""
+        """ε from x_t and v."""
         a, b = self._coefficients_like(x_t, timesteps)
         return b * x_t + a * v
 
     def _coefficients_like(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """The two coefficients of times [B], shaped [B, 1, ...] to multiply x [B, ...]."""
+        """The two coefficients at times [B], shaped [B, 1, ...] so that they multiply x [B, ...]."""
         if timesteps.shape != x.shape[:1]:
             raise ValueError(f"timesteps are {list(timesteps.shape)}; expected [{len(x)}], one for each image")
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

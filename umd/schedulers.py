@@ -1,7 +1,7 @@
-"""Samplers by name: our DDIM and DDPM, and the fast solvers of the same process that diffusers has.
+"""Samplers by name: our DDIM and DDPM, and diffusers' fast solvers of the same process.
 
-Those take a predicted image at each time and decide where to go. They add no noise, so that a sample is a function of
-its first noise alone. Their state is the host's: a step of theirs is not recorded as a CUDA graph.
+A solver gets a predicted image at each time and computes the next x_t. It adds no noise, so a sample depends on its
+first noise alone. Its state lives on the host, so its steps are not recorded as CUDA graphs.
 """
 
 from typing import Any, get_args
@@ -24,18 +24,20 @@ FULL_NAMES: dict[SamplerName, str] = {
 CLASSES = {
     "dpm++": "DPMSolverMultistepScheduler", "heun": "HeunDiscreteScheduler", "unipc": "UniPCMultistepScheduler"
 }  # fmt: skip
-LEAST_LOG_SNR = -5.1  # of log(√ᾱ/√(1-ᾱ)): where DPM-Solver's authors begin, for beyond it ε says nothing of the image
+# Smallest log(√ᾱ/√(1-ᾱ)) at which solvers begin, as DPM-Solver's authors do: below it ε says nothing about the image.
+LEAST_LOG_SNR = -5.1
 
 
 def check_name(name: str) -> None:
+    """Raise UserError for an unknown sampler."""
     if name not in get_args(SamplerName):
         raise UserError(f"unknown sampler {name!r}; expected one of {', '.join(get_args(SamplerName))}")
 
 
 def sampler_times(name: SamplerName, num_steps: int, schedule: NoiseSchedule) -> list[int]:
-    """The model times of a sampler's calls, from the noisiest on. Heun calls twice at each time but the first.
+    """Model times of a sampler's calls, the noisiest first. Heun calls twice at each time except the first.
 
-    Raises UserError for an unknown sampler, and for steps that it cannot have.
+    Raises UserError for an unknown sampler, and for a number of steps that it does not allow.
     """
     check_name(name)
     if name == "ddim":
@@ -53,9 +55,10 @@ def open_sampler(
     name: SamplerName, denoise: Denoise, shape: tuple[int, int, int, int], schedule: NoiseSchedule, *, num_steps: int,
     eta: float, capture: Capture, **arguments: Any,
 ) -> "DDIM | Solver":  # fmt: skip
-    """The sampler of batches of a shape. arguments: those that `DDIM` and `Solver` share.
+    """Make the named sampler for batches of one shape. arguments: the arguments that `DDIM` and `Solver` share.
 
-    Raises UserError for what it cannot have.
+    Raises UserError for an unknown sampler, and for settings that it does not have: eta other than 1 except with ddim,
+    capture "on" except with ddim and ddpm, steps out of range.
     """
     check_name(name)
     if name != "ddim" and eta != 1:
@@ -71,8 +74,10 @@ def open_sampler(
 
 
 class Solver:
-    """DPM-Solver++ (Lu et al. 2022), Heun's method (Karras et al. 2022) or UniPC (Zhao et al. 2023), each of second
-    order, for one batch after another of the same shape. A sample is the image that the last call predicts."""
+    """A second-order solver for many batches of one shape. The result is the image that the last call predicts.
+
+    DPM-Solver++ (Lu et al. 2022), Heun's method (Karras et al. 2022) or UniPC (Zhao et al. 2023).
+    """
 
     def __init__(
         self, name: SamplerName, denoise: Denoise, shape: tuple[int, int, int, int], schedule: NoiseSchedule, *,
@@ -80,7 +85,7 @@ class Solver:
         cfg_scale: float, seed: int, device: torch.device | str, guidance: Guidance | None = None,
         head_weights: Tensor | None = None,
     ):  # fmt: skip
-        """The arguments are as for `DDIM`. Raises UserError without diffusers."""
+        """Arguments as in `DDIM`. Raises UserError if diffusers is not installed."""
         self.name, self.shape, self.null_label, self.num_steps = name, shape, null_label, num_steps
         self.cfg_scale, self.clip = cfg_scale, clip
         self.times = sampler_times(name, num_steps, schedule)
@@ -92,7 +97,7 @@ class Solver:
         )  # fmt: skip
         self.tables = [table.to(device) for table in self.estimate.tables]
         alphas = schedule.alphas_cumprod[self.times]
-        zeros = torch.zeros_like(alphas)  # of `ddim_step` only the predicted image is used
+        zeros = torch.zeros_like(alphas)  # only the predicted image of `ddim_step` is used, not x_next
         self.coefficients = torch.stack([alphas.sqrt(), (1 - alphas).sqrt(), zeros, zeros, zeros], 1).to(device)
         self.scheduler = _scheduler(name, schedule)
 
@@ -101,14 +106,14 @@ class Solver:
         self, labels: Tensor | None = None, *, first_sample: int = 0, x_T: Tensor | None = None,
         callback: Callback | None = None,
     ) -> Tensor:  # fmt: skip
-        """A batch [B, C, H, W]: images `first_sample` and after of those of the seed."""
+        """Draw a batch [B, C, H, W]: images first_sample .. first_sample + B - 1 of the seed."""
         check_labels(labels, self.shape[0], self.null_label)
         if self.labels is not None and labels is not None:
             self.labels.copy_(labels)
         self.noise.start_at(first_sample)
         scheduler = self.scheduler
         if self.name == "heun":
-            # its own times lie between ours
+            # diffusers' default times for Heun would lie between our integer times
             scheduler.set_timesteps(timesteps=[time - 1 for time in dict.fromkeys(self.times)])
         else:
             scheduler.set_timesteps(self.num_steps)
@@ -135,13 +140,13 @@ class Solver:
 
 
 def _num_times(schedule: NoiseSchedule) -> int:
-    """How many times, from 1 on, have more of the image left than `LEAST_LOG_SNR`."""
+    """The number of model times from 1 on whose log SNR is at least `LEAST_LOG_SNR`."""
     alphas = schedule.alphas_cumprod[1:]
     return int(((alphas / (1 - alphas)).log() / 2 >= LEAST_LOG_SNR).sum())
 
 
 def _scheduler(name: SamplerName, schedule: NoiseSchedule) -> Any:
-    """The scheduler of diffusers, of the times that are used, fed with predicted images."""
+    """diffusers' scheduler, restricted to the times that are used, and fed with predicted images."""
     try:
         import diffusers
     except ImportError as error:

@@ -1,11 +1,11 @@
-"""Names for the parts of a training step, which a profiler shows beside the ops inside them."""
+"""Named spans for the parts of a training step. A profiler shows them together with the ops inside."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-# In the order of a step. Of spans within spans the inner one counts: a head within a decoder is "head".
+# In the order of a step. In nested spans the inner one counts: a head inside a decoder is "head".
 PARTS = (
     "data", "corruption", "forward", "adaLN", "encoder", "decoder", "head", "loss", "backward", "clip", "optimizer",
     "EMA",
@@ -15,11 +15,11 @@ _on = False
 
 
 def span(name: str) -> AbstractContextManager[None]:
-    """Marks what runs inside as one of `PARTS`, for torch.profiler and, on a GPU, as an NVTX range.
+    """Mark what runs inside a with block as one of `PARTS`, for torch.profiler and, on a GPU, as an NVTX range.
 
-    Does nothing unless within `spans_on`, nor in code that torch.compile traces, which never sees the switch.
+    Does nothing outside of `spans_on`, and nothing in code that torch.compile traces.
     """
-    # The order matters: reading _on in compiled code would make it compile again whenever profiling starts or ends.
+    # is_compiling() comes first: if compiled code read _on, it would recompile whenever profiling starts or ends.
     if torch.compiler.is_compiling() or not _on:
         return nullcontext()
     assert name in PARTS, f"{name!r} is no part of a step; expected one of {', '.join(PARTS)}"
@@ -41,7 +41,7 @@ def _marked(name: str) -> Iterator[None]:
 
 @contextmanager
 def spans_on() -> Iterator[None]:
-    """`span` marks within this block."""
+    """Switch `span` on within a with block."""
     global _on
     before, _on = _on, True
     try:

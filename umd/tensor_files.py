@@ -1,4 +1,4 @@
-"""Files of tensors, written with their checksum."""
+"""Writes tensor files and computes their checksum on the way."""
 
 import hashlib
 import json
@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Names of types in safetensors files, in the order in which its library puts tensors: wide ones first, so that each
-# begins at a multiple of its width.
+# Names of types in safetensors files, in the order in which the library stores tensors: wide types first, so that each
+# tensor begins at a multiple of its element size.
 SAFETENSORS_TYPES = {
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
     torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -18,10 +18,10 @@ SAFETENSORS_TYPES = {
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write the file that `safetensors.torch.save_file` would write, flushed to the disk, and return its sha256.
+    """Write the same file as `safetensors.torch.save_file`, flush it to the disk, and return its sha256.
 
-    The sum is made of the bytes on their way, so that nobody reads gigabytes back. Tensors may have any device and
-    strides and share memory; no more than one is copied at a time. Raises OSError, e.g. for a full disk.
+    The checksum is computed from the bytes as they are written, so the file need not be read again. Tensors may have
+    any device and strides and may share memory; only one is copied at a time. Raises OSError, e.g. for a full disk.
     """
     rank = list(SAFETENSORS_TYPES).index
     order = sorted(tensors, key=lambda name: (rank(tensors[name].dtype), name.encode()))
@@ -45,7 +45,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
             for first in range(0, len(values), 1 << 24):
                 block = values[first : first + (1 << 24)]
                 digest.update(block)
-                while len(block):  # a write may take less than it is given
+                while len(block):  # a write may write only a part
                     block = block[file.write(block) :]
         os.fsync(file.fileno())
     return digest.hexdigest()

@@ -1,6 +1,6 @@
-"""Between images and latents: a frozen VAE or VQ autoencoder of diffusers.
+"""Encode images to latents and decode them, by a frozen VAE or VQ autoencoder of diffusers.
 
-Latents are scaled as diffusion models see them, z = (autoencoder's - shift) · scale.
+Latents are scaled as diffusion models use them: z = (the autoencoder's latent - shift) · scale.
 """
 
 import hashlib
@@ -19,22 +19,23 @@ from umd.errors import UserError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 KINDS = ("AutoencoderKL", "VQModel")
-CHUNK = 32 * 256**2  # pixels at a time: an SD-size encoder needs some GiB for them
+CHUNK = 32 * 256**2  # pixels encoded at a time, for which an encoder of Stable Diffusion's size needs some GiB
 
 
 @dataclass(frozen=True)
 class VAE:
-    """Which autoencoder, and what one must know of it to use its latents."""
+    """Identity of an autoencoder, and the numbers that its latents need."""
 
     name: str
     """Hub id, or absolute path of a local folder."""
     kind: str
     """Class in diffusers."""
     sha256: str
-    """Of weights, scale and what else decides its output: the same for a hub id and a local copy."""
+    """Checksum of the weights and of the settings that affect the output. Equal for a hub id and a local copy."""
     channels: int
+    """Channels of a latent."""
     factor: int
-    """Pixels of an image along one pixel of a latent."""
+    """Image pixels per latent pixel, along one side."""
     scale: float
     shift: float
 
@@ -47,7 +48,7 @@ class Tokenizer:
 
     @property
     def stochastic(self) -> bool:
-        """Whether an image has a posterior (VAE) and not one latent (VQ)."""
+        """Whether an image has a posterior distribution (VAE) instead of one latent (VQ)."""
         return self.vae.kind == "AutoencoderKL"
 
     @property
@@ -55,7 +56,7 @@ class Tokenizer:
         return next(self.network.parameters()).device
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of an image's latent. Raises UserError if the autoencoder cannot halve it that often."""
+        """(C, h, w) of the latent of an image. Raises UserError if height or width is not divisible by the factor."""
         factor = self.vae.factor
         if height % factor or width % factor:
             raise UserError(
@@ -66,9 +67,9 @@ class Tokenizer:
 
     @torch.no_grad()
     def moments(self, x: Tensor) -> Tensor:
-        """Mean and std of the posteriors of images [B, 3, H, W] in [-1, 1]: fp32 [B, 2, C, h, w]; VQ: [B, 1, C, h, w].
+        """Encode images [B, 3, H, W] in [-1, 1], in the precision of the surrounding autocast.
 
-        In the precision of the ambient autocast.
+        Returns mean and standard deviation of the posteriors, fp32 [B, 2, C, h, w]; for VQ the latents [B, 1, C, h, w].
         """
         self.latent_shape(*x.shape[2:])
         chunk = max(CHUNK // (x.shape[2] * x.shape[3]), 1)
@@ -85,7 +86,7 @@ class Tokenizer:
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Latents [B, C, h, w] to images, fp32 [B, 3, H, W], about in [-1, 1]."""
+        """Decode latents [B, C, h, w] to images, fp32 [B, 3, H, W], approximately in [-1, 1]."""
         chunk = max(CHUNK // (z.shape[2] * z.shape[3] * self.vae.factor**2), 1)
         parts = (part.to(self.device, torch.float32) / self.vae.scale + self.vae.shift for part in z.split(chunk))
         return torch.cat([self.network.decode(part).sample.float() for part in parts])
@@ -93,16 +94,21 @@ class Tokenizer:
 
 @lru_cache(maxsize=1)
 def load_tokenizer(name: str, device: torch.device | str = "cpu") -> Tokenizer:
-    """The autoencoder of a hub id or local folder (its own, or a pipeline's with a `vae/` or `vqvae/`).
+    """Load an autoencoder. The last one loaded is kept.
+
+    Args:
+        name: hub id, or local folder: of the autoencoder itself, or of a pipeline with a subfolder `vae/` or `vqvae/`.
+        device: where to put it.
 
     Raises:
-        UserError: diffusers is missing, there is none, it is of another kind, or its weights are missing or damaged.
+        UserError: diffusers is not installed, there is no autoencoder, it is of another class, or its weights are
+            missing or damaged.
     """
     try:
         import diffusers
     except ImportError as error:
         raise UserError("a VAE needs diffusers: pip install diffusers") from error
-    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # what it logs is said below
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # the errors below replace its log
     local = Path(name).expanduser()
     if not local.exists() and not HUB_ID.fullmatch(name):
         raise UserError(f"there is no VAE at {name}: there is no such folder")
@@ -112,7 +118,7 @@ def load_tokenizer(name: str, device: torch.device | str = "cpu") -> Tokenizer:
     if kind not in KINDS:
         raise UserError(f"{name} is a {kind or 'model of no known class'}; expected one of {' and '.join(KINDS)}")
     try:
-        # Pickled weights are refused: reading one runs what it holds.
+        # Pickled weights are refused: loading a pickle can run code.
         network, found = getattr(diffusers, kind).from_pretrained(
             path, subfolder=subfolder, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False
         )
@@ -127,7 +133,7 @@ def load_tokenizer(name: str, device: torch.device | str = "cpu") -> Tokenizer:
 
 
 def find_config(path: str) -> tuple[dict, str | None]:
-    """config.json of an autoencoder and the subfolder it lies in."""
+    """(config.json of an autoencoder, the subfolder that holds it or None). Raises UserError if there is none."""
     from diffusers import AutoencoderKL
 
     reasons = []
@@ -143,11 +149,11 @@ def find_config(path: str) -> tuple[dict, str | None]:
 
 
 def identity(name: str, kind: str, network: Any) -> VAE:
-    """What is to be known of an AutoencoderKL or VQModel of diffusers."""
+    """The `VAE` record of an AutoencoderKL or VQModel of diffusers."""
     config = network.config
     scale = float(config.scaling_factor)
     shift = float(getattr(config, "shift_factor", None) or 0.0)
-    # Only what changes the output: other entries come and go with versions of diffusers.
+    # Hash only settings that affect the output: other entries come and go with versions of diffusers.
     digest = hashlib.sha256(json.dumps([kind, scale, shift, config.act_fn, config.norm_num_groups]).encode())
     for key, tensor in sorted(network.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())

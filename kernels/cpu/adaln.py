@@ -1,7 +1,10 @@
-"""The norms of adaln.py on the CPU: in bf16 one compiled pass each way, else a call of torch's own LayerNorm for each
-stretch of equal modulation.
+"""The norms of adaln.py on the CPU.
 
-The row of the folded table is that call's affine. Statistics and sums are in fp32 at least, in a fixed order.
+- bf16: one compiled pass forward and one backward (cpu.cpp).
+- Other types: one call of PyTorch's LayerNorm per segment of equal modulation, with the segment's row of the folded
+  table as its affine.
+
+Statistics and sums are in fp32 or wider, in a fixed order.
 """
 
 import torch
@@ -12,7 +15,7 @@ from . import compiled
 
 
 class CompiledLayerNormFunction(torch.autograd.Function):
-    """(r, y) of bf16 x and h [N, D], h and its gate None for the norm alone; r is then x. Tables fp32."""
+    """(r, y) of bf16 x and h [N, D], with fp32 tables. Without h and gate, only the norm: r is None."""
 
     @staticmethod
     def forward(ctx, x, h, gate, alpha, beta, packing, eps):
@@ -33,19 +36,21 @@ class CompiledLayerNormFunction(torch.autograd.Function):
 
 
 def _segments(packing: Packing, rows: int) -> tuple[list[int], list[int]]:
-    """(tokens, table row) of each stretch of the stream that shares a row; one stretch if the tables have one row."""
+    """Token count and table row of each segment of equal modulation; a single segment if the tables have one row."""
     if rows == 1 or packing.num_tokens == 0:
         return [packing.num_tokens], [0]
     return [stop - start for start, stop, _ in packing.segments], [row for _, _, row in packing.segments]
 
 
 def _sum_rows(parts: list[Tensor], rows: list[int], like: Tensor) -> Tensor:
-    """Gradient of a table [R, D] from those of its rows, one for each stretch, added in stream order."""
+    """Gradient of a table [R, D] from row gradients, one per segment, added in stream order."""
     index = torch.tensor(rows, device=like.device)
     return torch.zeros_like(like).index_add_(0, index, torch.stack(parts).to(like.dtype))
 
 
 class ModulatedLayerNormFunction(torch.autograd.Function):
+    """y = x̂·alpha + beta of x [N, D], with tables alpha and beta [R, D]."""
+
     @staticmethod
     def forward(ctx, x, alpha, beta, packing, eps):
         lengths, rows = _segments(packing, len(alpha))
@@ -70,7 +75,7 @@ class ModulatedLayerNormFunction(torch.autograd.Function):
 def _layer_norm_backward(
     dy: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, lengths: list[int], rows: list[int]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """dx, dalpha and dbeta of each stretch."""
+    """dx, dalpha and dbeta of each segment."""
     alphas, betas, D = alpha.unbind(), beta.unbind(), x.shape[-1:]
     columns = zip(*(t.split(lengths) for t in (dy, x, mean, rstd)), rows, strict=True)
     parts = [
@@ -82,7 +87,7 @@ def _layer_norm_backward(
 
 
 class GatedResidualLayerNormFunction(torch.autograd.Function):
-    """All three tables have the same number of rows."""
+    """(r, y) with r = x + gate·h. The three tables gate, alpha, beta have the same number of rows."""
 
     @staticmethod
     def forward(ctx, x, h, gate, alpha, beta, packing, eps):
@@ -107,7 +112,7 @@ class GatedResidualLayerNormFunction(torch.autograd.Function):
         for dr_part, h_part, dx_part, dh_part, d, row in zip(*columns, dnorm, rows, strict=True):
             torch.add(d, dr_part, out=dx_part)
             torch.mul(dx_part, gates[row], out=dh_part)
-            dgate.append(torch.mul(dx_part, h_part, out=d).sum(0))  # in fp32 inside, whatever the type
+            dgate.append(torch.mul(dx_part, h_part, out=d).sum(0))  # sum() accumulates in fp32 in any type
         return (
             dx, dh, _sum_rows(dgate, rows, alpha).to(gate.dtype),
             _sum_rows(dalpha, rows, alpha), _sum_rows(dbeta, rows, alpha), None, None,

@@ -1,7 +1,7 @@
-"""Attention on the CPU: samples of equal length are one batched product.
+"""Attention on the CPU: one batched product per run of samples of equal length.
 
-Written out by hand because torch's bf16 flash backward is several times slower there than matmul and softmax at these
-lengths (64 to 257 tokens).
+It is written out by hand because PyTorch's bf16 flash backward on the CPU is several times slower than matmul and
+softmax at these lengths (64 to 257 tokens).
 """
 
 import torch
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale·(a @ b), scaled where the product is made instead of in a pass of its own."""
+    """scale·(a @ b), with the scale applied inside the product instead of in a pass of its own."""
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
 def _weights(q: Tensor, k: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d) [S·H, L, M]."""
+    """softmax(q·kᵀ/√d): [S·H, L, M]."""
     scores = scaled_bmm(q, k.mT, q.shape[-1] ** -0.5)
     return torch.softmax(scores, dim=-1, out=scores)
 
 
 def _views(stream: Tensor, runs: list[tuple[int, int, int]], which: int) -> list[Tensor]:
-    """The heads of each run in a stream [N, n, H, d]: n x [S, H, L, d]. which: 1 of queries, 2 of keys."""
+    """Views of a stream [N, n, H, d], one [n, S, H, L, d] per run. which: 1 for queries, 2 for keys."""
     _, n, H, d = stream.shape
     parts = stream.split([run[0] * run[which] for run in runs])
     return [
@@ -29,10 +29,10 @@ def _views(stream: Tensor, runs: list[tuple[int, int, int]], which: int) -> list
 
 
 class BatchedAttentionFunction(torch.autograd.Function):
-    """One batched product per run of equal lengths (`paired_runs`).
+    """Attention with one batched product per run of `paired_runs`.
 
-    It keeps the heads, and the weights where they are less than half as large; else the backward pass makes them again.
-    Of a stream qkv [N, 3, H, d], or of two, q [N, 1, H, d] and kv [M, 2, H, d].
+    Takes one stream qkv [N, 3, H, d], or two: q [N, 1, H, d] and kv [M, 2, H, d]. It saves contiguous copies of q, k
+    and v, and the attention weights if they are at most half as large. Otherwise the backward pass recomputes them.
     """
 
     @staticmethod

@@ -1,7 +1,8 @@
-"""The compiled part of the CPU's path, cpu.cpp: built on first use by the C++ compiler of this machine, if it has one.
+"""The compiled part of the CPU's path, cpu.cpp: built on first use by this machine's C++ compiler, if there is one.
 
-As Triton does on a GPU: the library is made for the processor at hand, in under a second, and kept in the user's cache
-folder. Without a compiler each op does the same in torch's own calls, more slowly; `umd doctor` says which it is.
+Like a Triton kernel, the library is built for the processor at hand. That takes under a second, and the result is kept
+in the user's cache folder. Without a compiler each op uses PyTorch's own calls, which are slower. `umd doctor` says
+which of the two this machine uses.
 """
 
 import ctypes
@@ -21,8 +22,8 @@ from ..backend import use_cpu_path
 from ..packing import Packing
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-TILE, SLICE = 2048, 256  # elements and rows of a piece of work, for which cpu.cpp gives a sum of its own
-# None of them lets sums be reordered: that is asked for loop by loop in the source.
+TILE, SLICE = 2048, 256  # elements and rows per piece of work; cpu.cpp returns one partial sum for each piece
+# No flag allows reordered sums; the source permits that for single loops.
 FLAGS = (
     f"-DTILE={TILE} -DSLICE={SLICE} -std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math "
     "-shared -fPIC"
@@ -30,7 +31,7 @@ FLAGS = (
 
 
 class CannotCompile(Exception):
-    """Says why."""
+    """cpu.cpp cannot be compiled here; the message says why."""
 
 
 def compiler() -> str:
@@ -38,7 +39,7 @@ def compiler() -> str:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home folder may serve machines of several kinds."""
+    """Describes the processor, on which -march=native depends: machines of several kinds may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -48,18 +49,18 @@ def _processor() -> str:
 
 
 def build(folder: Path) -> Path:
-    """The shared library in `folder`, compiled if it is not there.
+    """The path of the shared library in `folder`; compiles it if it is missing.
 
     Raises:
-        CannotCompile: no compiler, or one that cannot do it.
-        OSError: a folder that cannot be written.
+        CannotCompile: there is no compiler, or it fails.
+        OSError: the folder cannot be written.
     """
     recipe = "\n".join([SOURCE.read_text(), compiler(), FLAGS, _processor()])
     library = folder / f"cpu-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may be at it too
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when complete: other processes may build it too
         made = Path(scratch, library.name)
         try:
             command = [compiler(), *FLAGS.split(), str(SOURCE), "-o", str(made)]
@@ -75,17 +76,20 @@ def build(folder: Path) -> Path:
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """From the user's cache folder, else made for this process alone. Raises CannotCompile, or OSError."""
+    """The loaded library: from the user's cache folder, or built in a temporary folder for this process alone.
+
+    Raises CannotCompile or OSError.
+    """
     try:
         return ctypes.CDLL(str(build(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "umd"))))
-    except (OSError, RuntimeError):  # no home, or none that can be written or run from
+    except (OSError, RuntimeError):  # no home folder, or one without permission to write or to run code
         with tempfile.TemporaryDirectory() as folder:
             return ctypes.CDLL(str(build(Path(folder))))
 
 
 @lru_cache(maxsize=1)
 def compiler_lacks() -> str:
-    """Why there is no library; "" if there is one. Builds it."""
+    """Build the library if needed; return why there is none, or "" if there is one."""
     try:
         library()
     except (CannotCompile, OSError) as error:
@@ -94,7 +98,7 @@ def compiler_lacks() -> str:
 
 
 def use_compiled(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether an op on x runs cpu.cpp: on a CPU, in that type, in eager mode."""
+    """Whether an op on x runs cpu.cpp: x is on the CPU, has this type, and runs in eager mode."""
     if x.dtype != dtype or not use_cpu_path(x):
         return False
     return not torch.compiler.is_compiling() and not isinstance(x, FakeTensor) and not compiler_lacks()
@@ -105,7 +109,7 @@ def _pointer(t: Tensor | None) -> ctypes.c_void_p:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """gelu(x) in its tanh form, bf16."""
+    """gelu(x) in its tanh form, for bf16 x."""
     x = x.contiguous()
     y = torch.empty_like(x)
     library().gelu(_pointer(x), _pointer(y), ctypes.c_int64(x.numel()))
@@ -113,7 +117,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_backward(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """(gelu(x) again, dx). dx takes the place of dy, contiguous."""
+    """(gelu(x), dx). dy must be contiguous; dx overwrites it."""
     x, y = x.contiguous(), torch.empty_like(x)
     library().gelu_backward(_pointer(x), _pointer(dy), _pointer(y), ctypes.c_int64(x.numel()))
     torch.autograd.graph.increment_version(dy)
@@ -121,21 +125,21 @@ def gelu_backward(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def transpose(x: Tensor, out: Tensor) -> Tensor:
-    """out [n, N] = xᵀ of x [N, n], bf16 and contiguous."""
+    """Write xᵀ into out [n, N] for x [N, n], both bf16; out is contiguous."""
     x = x.contiguous()
     library().transpose(_pointer(x), *map(ctypes.c_int64, x.shape), _pointer(out))
     return out
 
 
 def _row_stride(table: Tensor) -> ctypes.c_int64:
-    """Tables of one row serve every sample."""
+    """Elements from one table row to the next; 0 for a table of one row, which serves every sample."""
     return ctypes.c_int64(table.stride(0) if len(table) > 1 else 0)
 
 
 def layer_norm(
     x: Tensor, h: Tensor | None, gate: Tensor | None, alpha: Tensor, beta: Tensor, packing: Packing, eps: float
 ) -> tuple[Tensor, ...]:
-    """(r, y, mean, rstd): r = x + gate·h, or x where h is None, and y = (r - mean)·rstd·alpha + beta.
+    """Compute r = x + gate·h (r = x if h is None) and y = (r - mean)·rstd·alpha + beta: (r, y, mean, rstd).
 
     x, h: bf16 [N, D], contiguous. gate, alpha, beta: fp32 [R, D], unit stride in a row. mean, rstd: fp32 [N].
     """
@@ -155,7 +159,10 @@ def layer_norm_backward(
     dr: Tensor | None, dy: Tensor, r: Tensor, h: Tensor | None, gate: Tensor | None, alpha: Tensor,
     mean: Tensor, rstd: Tensor, packing: Packing,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """(dx, dh, sums) of `layer_norm`; sums, fp32 [3, R, D], are dalpha, dbeta and, with h, dgate. All contiguous."""
+    """Gradients of `layer_norm`: (dx, dh, sums). All tensors are contiguous.
+
+    sums, fp32 [3, R, D]: dalpha, dbeta and dgate; dgate is meaningless without h.
+    """
     D, chunks = r.shape[1], packing.chunks
     dx, dh = torch.empty_like(r), None if h is None else torch.empty_like(r)
     sums = alpha.new_empty(len(chunks), 3, D)
@@ -170,7 +177,7 @@ def layer_norm_backward(
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x·weightᵀ + bias: [R, O] of x [R, I], weight [O, I], bias [O], all fp32 and contiguous."""
+    """x·weightᵀ + bias: x [R, I], weight [O, I], bias [O] to [R, O], all fp32 and contiguous."""
     y = x.new_empty(len(x), len(weight))
     sizes = map(ctypes.c_int64, (len(x), *weight.shape))
     library().few_rows(*map(_pointer, (x, weight, bias)), *sizes, _pointer(y))
@@ -178,7 +185,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def few_rows_linear_backward(x: Tensor, weight: Tensor, dy: Tensor, grad_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(dx, dweight) of `few_rows_linear`; dweight in fp32 or bf16. dy contiguous."""
+    """Gradients of `few_rows_linear`: (dx, dweight), dweight in fp32 or bf16. dy is contiguous."""
     dx, dweight = x.new_empty(-(-len(weight) // SLICE), *x.shape), torch.empty_like(weight, dtype=grad_dtype)
     sizes = map(ctypes.c_int64, (len(x), *weight.shape))
     library().few_rows_backward(
@@ -189,7 +196,7 @@ def few_rows_linear_backward(x: Tensor, weight: Tensor, dy: Tensor, grad_dtype: 
 
 
 def _pieces(*lists: list[Tensor]) -> tuple[ctypes.Array, ctypes.c_int64]:
-    """Tensors as cpu.cpp takes them, parallel lists of contiguous ones: of each piece its pointers, and its length."""
+    """Parallel lists of contiguous tensors in cpu.cpp's form: (for each row its pointers and its length; row count)."""
     rows = [[*(t.data_ptr() for t in row), row[0].numel()] for row in zip(*lists, strict=True)]
     return (ctypes.c_int64 * sum(map(len, rows)))(*(n for row in rows for n in row)), ctypes.c_int64(len(rows))
 
@@ -199,7 +206,10 @@ def _are_bf16(tensors: list[Tensor]) -> ctypes.Array:
 
 
 def square_sum(tensors: list[Tensor]) -> Tensor:
-    """Sum of the squares of all elements, of fp32 and bf16: fp64 []. Of tiles in fp32, and of those in fp64."""
+    """Sum of the squares of all elements of fp32 and bf16 tensors: fp64 [].
+
+    Sums within a tile of `TILE` elements are in fp32, the sum over tiles is in fp64.
+    """
     tensors = [t.contiguous() for t in tensors]
     sums = torch.empty(sum(-(-t.numel() // TILE) for t in tensors))
     library().squares(*_pieces(tensors), _are_bf16(tensors), _pointer(sums))
@@ -210,7 +220,16 @@ def adamw_(
     weights: list[Tensor], gradients: list[Tensor], averages: list[Tensor], squares: list[Tensor], steps: list[int],
     scale: float, lr: float, betas: tuple[float, float], weight_decay: float, eps: float,
 ) -> None:  # fmt: skip
-    """AdamW in place on fp32 tensors: of each step number `steps` with its gradient, fp32 or bf16, times `scale`."""
+    """Take an AdamW step in place on fp32 tensors.
+
+    Args:
+        weights: the parameters.
+        gradients: fp32 or bf16; each is multiplied by `scale` first.
+        averages, squares: first and second moments of the scaled gradients.
+        steps: for each parameter, the number of this step, counted from 1.
+        scale: factor on all gradients, such as that of gradient clipping.
+        lr, betas, weight_decay, eps: as in torch.optim.AdamW.
+    """
     gradients = [g.contiguous() for g in gradients]
     rates = [(lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5) for step in steps]
     library().adamw(

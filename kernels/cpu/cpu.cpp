@@ -1,8 +1,8 @@
-// What the CPU's path has compiled: GELU and the norms of adaln.py in bf16, the adaLN projection, transposes, AdamW.
-// Each is one pass over memory. cpu.py compiles and calls it.
+// The compiled part of the CPU's path: GELU and the norms of adaln.py in bf16, the adaLN projection, transposes, AdamW.
+// Each is one pass over memory. compiled.py builds and calls it.
 //
 // Arithmetic is fp32. Work is cut into pieces that do not depend on the number of threads, and each piece adds up its
-// sums in a fixed order: a result is the same bits on one thread and on many.
+// sums in a fixed order. A result therefore has the same bits on one thread and on many.
 
 #include <cmath>
 #include <cstdint>
@@ -24,7 +24,7 @@ static inline float wide(bf16 value) {
   return result;
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 static inline bf16 narrow(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
@@ -59,9 +59,9 @@ static inline float exponential(float x) {
 
 // With v = 2·√(2/π)·(x + 0.044715·x³) and σ = 1/(1 + e⁻ᵛ): gelu(x) = x/2·(1 + tanh(v/2)) = x·σ.
 const float GELU_1 = 1.5957691216057308f, GELU_3 = 0.07135481282804842f;
-const float GELU_FAR = 10.f;  // there σ is 0 or 1 to fp32's precision, and e⁻ᵛ no overflow
+const float GELU_FAR = 10.f;  // for |x| >= 10, σ is 0 or 1 to fp32's precision; at 10 e⁻ᵛ does not overflow
 
-// By its bits: a comparison of numbers would be made a branch with denormals in it.
+// Compares bits: compilers turn a comparison of floats into a branch that meets denormals.
 static inline float clamped(float x) {
   const uint32_t SIGN = 0x80000000, far = 0x41200000;  // 10.f
   uint32_t bits;
@@ -77,7 +77,7 @@ static inline float gelu_sigmoid(float x) {
   return x < -GELU_FAR ? 0 : sigmoid;
 }
 
-// Results go through a piece of stack: stores at the same place in a page as loads to come would hold those up.
+// Results go through a buffer on the stack: a store delays later loads from the same offset in another page.
 extern "C" void gelu(const bf16 *x, bf16 *y, int64_t n) {
 #pragma omp parallel for schedule(static)
   for (int64_t start = 0; start < n; start += TILE) {
@@ -92,7 +92,7 @@ extern "C" void gelu(const bf16 *x, bf16 *y, int64_t n) {
   }
 }
 
-// y = gelu(x) again, and dx = gelu'(x)·dx in place.
+// Recomputes y = gelu(x), and sets dx = gelu'(x)·dx in place.
 extern "C" void gelu_backward(const bf16 *x, bf16 *dx, bf16 *y, int64_t n) {
 #pragma omp parallel for schedule(static)
   for (int64_t start = 0; start < n; start += TILE) {
@@ -115,7 +115,7 @@ struct Chunk {
   int32_t start, stop, row;  // tokens, and their row of the tables
 };
 
-// r = x + gate·h, or x itself where h is null; y = (r - mean)·rstd·alpha + beta. Tables [R, D], a stride from row to row.
+// r = x + gate·h, or x itself if h is null; y = (r - mean)·rstd·alpha + beta. Tables are [R, D] with a row stride.
 extern "C" void layer_norm(
     const bf16 *x, const bf16 *h, const float *gate, const float *alpha, const float *beta, int64_t stride_gate,
     int64_t stride_alpha, int64_t stride_beta, const Chunk *chunks, int64_t num_chunks, int64_t D, float eps, bf16 *r,
@@ -155,8 +155,8 @@ extern "C" void layer_norm(
   }
 }
 
-// With x̂ = (r - mean)·rstd and g = dy·alpha: dx = dr + rstd·(g - mean(g) - x̂·mean(g·x̂)), dh = gate·dx, and each
-// chunk's sums [3, D] of dy·x̂, dy and dx·h. Without h there is no dr, dh and third sum.
+// With x̂ = (r - mean)·rstd and g = dy·alpha: dx = dr + rstd·(g - mean(g) - x̂·mean(g·x̂)) and dh = gate·dx.
+// Each chunk's sums [3, D] are those of dy·x̂, dy and dx·h. Without h there is no dr, dh or third sum.
 extern "C" void layer_norm_backward(
     const bf16 *dr, const bf16 *dy, const bf16 *r, const bf16 *h, const float *gate, const float *alpha,
     int64_t stride_gate, int64_t stride_alpha, const float *mean, const float *rstd, const Chunk *chunks,
@@ -199,7 +199,7 @@ extern "C" void layer_norm_backward(
   }
 }
 
-// Where compilers do not see that an inner loop over GROUP rows belongs into registers.
+// For compilers that do not keep an inner loop over GROUP rows in registers.
 const int LANES = 16, GROUP = 4;
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 
@@ -214,7 +214,7 @@ extern "C" void few_rows(
     const float *x, const float *weight, const float *bias, int64_t R, int64_t O, int64_t I, float *y) {
 #pragma omp parallel for schedule(static)
   for (int64_t start = 0; start < O; start += GROUP) {
-    int64_t last = O - 1 - start;  // a last group of less is filled up with the last row
+    int64_t last = O - 1 - start;  // a last group of fewer rows repeats the last row
     for (int64_t r = 0; r < R; r++) {
       const float *x_row = x + r * I, *w[GROUP];
       Lanes partial[GROUP] = {};
@@ -284,7 +284,7 @@ extern "C" void few_rows_backward(
     few_rows_gradients(x, weight, dy, R, O, I, dx, (float *)dweight);
 }
 
-const int SQUARE = 32;  // side of a block that lies in registers: a row is a cache line
+const int SQUARE = 32;  // side of a block held in registers; one of its rows is a cache line
 
 // y [cols, rows] of x [rows, cols], at most SQUARE each.
 static inline void turn(const bf16 *x, int64_t x_stride, int rows, int cols, bf16 *y, int64_t y_stride) {
@@ -293,7 +293,7 @@ static inline void turn(const bf16 *x, int64_t x_stride, int rows, int cols, bf1
   __mmask32 read = 0xffffffffu >> (SQUARE - cols), written = 0xffffffffu >> (SQUARE - rows);
   for (int i = 0; i < SQUARE; i++)
     a[i] = i < rows ? _mm512_maskz_loadu_epi16(read, x + i * x_stride) : _mm512_setzero_si512();
-  // Of eight rows the 8 x 8 blocks within lanes of eight: 16, 32, then 64 bits change places.
+  // For eight rows at a time, transpose the 8 x 8 blocks within groups of eight lanes: swap 16, 32, then 64 bits.
   for (int i = 0; i < SQUARE; i += 2) {
     b[i] = _mm512_unpacklo_epi16(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_epi16(a[i], a[i + 1]);
@@ -308,7 +308,7 @@ static inline void turn(const bf16 *x, int64_t x_stride, int rows, int cols, bf1
       b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 4]);
       b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 4]);
     }
-  // b[8g + k] has in lane l rows 8g.. of column 8l + k: now the lanes.
+  // b[8g + k] now holds in group of lanes l the rows 8g.. of column 8l + k. Next the groups of lanes change places.
   for (int k = 0; k < 8; k++) {
     __m512i even0 = _mm512_shuffle_i32x4(b[k], b[k + 8], 0x88), odd0 = _mm512_shuffle_i32x4(b[k], b[k + 8], 0xdd);
     __m512i even1 = _mm512_shuffle_i32x4(b[k + 16], b[k + 24], 0x88);
@@ -328,7 +328,7 @@ static inline void turn(const bf16 *x, int64_t x_stride, int rows, int cols, bf1
 #endif
 }
 
-// y [cols, rows] of x [rows, cols], in pieces that touch few pages; no processor foresees lines of so many rows.
+// y [cols, rows] of x [rows, cols], in pieces that touch few pages: no processor prefetches lines of so many rows.
 extern "C" void transpose(const bf16 *x, int64_t rows, int64_t cols, bf16 *y) {
   const int64_t PIECE = 8 * SQUARE;
 #pragma omp parallel for collapse(2) schedule(static)
@@ -353,7 +353,7 @@ struct Rate {
   float step, correction;
 };
 
-// Within a parallel region, as all of the next.
+// Called within a parallel region, as is square_tiles.
 template <typename Gradient>
 static void adamw_step(
     const Parameter &p, Rate rate, float scale, float decay, float beta1, float beta2, float eps) {
@@ -370,7 +370,7 @@ static void adamw_step(
   }
 }
 
-// weight = weight·decay - rate·m / (√v·correction + eps), with the moments m and v of scale·gradient.
+// weight = weight·decay - rate·m / (√v·correction + eps), where m and v are the moments of scale·gradient.
 extern "C" void adamw(
     const Parameter *parameters, int64_t count, const bool *is_bf16, const Rate *rates, float scale, float decay,
     float beta1, float beta2, float eps) {
@@ -399,7 +399,7 @@ static void square_tiles(const Value *x, int64_t n, float *sums) {
   }
 }
 
-// Sums of squares of the tiles of some tensors.
+// For each tile of some tensors, the sum of squares.
 extern "C" void squares(const Values *tensors, int64_t count, const bool *is_bf16, float *sums) {
 #pragma omp parallel
   for (int64_t k = 0, tile = 0; k < count; tile += (tensors[k++].n + TILE - 1) / TILE)

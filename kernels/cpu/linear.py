@@ -1,12 +1,15 @@
 """Linear layers on the CPU, forward and backward.
 
-Many rows, in bf16: autocast's version writes the bias over the whole result and reads it back to add the product;
-oneDNN's fused op adds it where the product is made. The weight gradient dyᵀ·x has a transposed left operand, which the
-matrix units get through at half speed: here the narrower of the two is transposed first, and the gradient is turned and
-written in its type in one pass. That is the parameter's `grad_dtype`, for a parameter in fp32 fp32 unless it is told
-bf16, the type of the product.
+Many rows, in bf16:
 
-Few rows (the adaLN projection: nine conditions, a table of 75 thousand columns) take one read of the weight each way.
+- Bias: autocast's version writes the bias over the whole result and reads it back to add the product. oneDNN's fused op
+  adds it inside the product.
+- Weight gradient dyᵀ·x: its left operand is transposed, which the matrix units process at half speed. Here the narrower
+  of the two operands is transposed first, and the gradient is transposed and written in its type in one pass. Its type
+  is the parameter's `grad_dtype`: fp32 for an fp32 parameter, unless set to bf16, the type of the product.
+
+Few rows (the adaLN projection has nine conditions and a table of 75 thousand columns): the weight is read once forward
+and once backward.
 """
 
 from functools import lru_cache
@@ -17,9 +20,9 @@ from torch import Tensor
 
 from . import compiled
 
-# Whether this build of torch and this processor (AVX-512 or better) have oneDNN's bf16.
+# Whether this build of PyTorch and this processor (AVX-512 or better) support oneDNN's bf16.
 HAS_FUSED_LINEAR = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-TRANSPOSE_COLUMNS = 192  # few: a product with the identity takes as many operations for each number
+TRANSPOSE_COLUMNS = 192  # few, because a product with the identity takes this many operations per value
 
 
 @lru_cache(maxsize=8)
@@ -29,24 +32,24 @@ def _identity(n: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _ones(n: int) -> Tensor:
-    return torch.ones(16, n, dtype=torch.bfloat16)  # rows: one tile of the matrix units
+    return torch.ones(16, n, dtype=torch.bfloat16)  # 16 rows: one tile of the matrix units
 
 
 def forget() -> None:
-    """Let go of what is kept from call to call: made on tensors without data, it is of no use on others."""
+    """Drop the cached matrices. Those made under a mode whose tensors have no data are useless afterwards."""
     _identity.cache_clear()
     _ones.cache_clear()
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """All bf16."""
+    """x·weightᵀ + bias, all bf16."""
     if HAS_FUSED_LINEAR:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 def _transposed(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """[N, n] to a contiguous [n, N]: compiled, or by the matrix units, in a third of the time that a copy takes."""
+    """Transpose [N, n] to a contiguous [n, N]: compiled, or on the matrix units in a third of the time of a copy."""
     out = x.new_empty(x.shape[1], len(x)) if out is None else out
     if compiled.use_compiled(x):
         return compiled.transpose(x, out)
@@ -56,6 +59,8 @@ def _transposed(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 class BF16LinearFunction(torch.autograd.Function):
+    """x·weightᵀ + bias in bf16; the gradients have the types of x and of the parameters."""
+
     @staticmethod
     def forward(ctx, x, weight, bias):
         x16, w16 = x.to(torch.bfloat16), weight.to(torch.bfloat16)
@@ -77,7 +82,10 @@ def _grad_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _weight_gradient(x: Tensor, dy: Tensor, dtype: torch.dtype, spare: Tensor | None) -> Tensor:
-    """dyᵀ·x: [O, I] from bf16 x [N, I], dy [N, O]. In bf16 in the place of `spare`: a weight's copy, of no more use."""
+    """dyᵀ·x: [O, I] in `dtype`, from bf16 x [N, I] and dy [N, O].
+
+    spare: a bf16 copy of the weight that is no longer needed; a bf16 result overwrites it.
+    """
     inputs, outputs = x.shape[1], dy.shape[1]
     out = spare if dtype == torch.bfloat16 else None
     if inputs < outputs:
@@ -91,12 +99,12 @@ def _weight_gradient(x: Tensor, dy: Tensor, dtype: torch.dtype, spare: Tensor | 
 
 
 def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
-    """Column sums of dy [N, O], added up in fp32 by the matrix units."""
+    """Column sums of dy [N, O], accumulated in fp32 on the matrix units."""
     return (_ones(len(dy)) @ dy)[0].to(dtype)
 
 
 class GeluLinearFunction(torch.autograd.Function):
-    """In bf16. gelu(x) is made again in the backward pass, beside its derivative: the wide stream is kept once."""
+    """gelu(x)·weightᵀ + bias in bf16. The backward pass recomputes gelu(x), so only x of the wide stream is saved."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -126,7 +134,7 @@ def _gelu_backward(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FewRowsLinearFunction(torch.autograd.Function):
-    """In fp32."""
+    """`few_rows_linear` of compiled.py, in fp32."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):

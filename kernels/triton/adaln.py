@@ -1,13 +1,13 @@
-"""The norms of adaln.py in Triton: one launch forward, two backward, for both ops, LayerNorm and RMSNorm.
+"""The norms of adaln.py in Triton: one launch forward, two backward, for both ops, with LayerNorm or RMSNorm.
 
 A program walks a chunk of the stream whose tokens share a modulation row (`Packing.chunks`), with the row in registers.
 
-    forward    reads x, h, writes r, y [N, D] and the statistics [N]
-    backward   reads dy, dr, r, h, writes dx, dh [N, D] and the chunk's sums for tables and biases, fp32 [C, D]
-    sum        adds the sums of the chunks of each row, in a fixed order: no atomics, the same bits every time
+    forward    reads x, h; writes r, y [N, D] and the statistics [N]
+    backward   reads dy, dr, r, h; writes dx, dh [N, D] and the chunk's sums for tables and biases, fp32 [C, D]
+    sum        adds the sums of each row's chunks in a fixed order: no atomics, the same bits every time
 
-The stream moves once each way; what a chunk adds for tables and sums is as much as three or four tokens.
-RMSNorm is what the kernels compute where they get no mean.
+Each pass moves the stream once. Tables and partial sums of a chunk cost as many bytes as three or four tokens.
+Without a mean pointer the kernels compute RMSNorm.
 """
 
 import torch
@@ -37,7 +37,7 @@ def _affine(shift_ptr, scale_ptr, weight_ptr, bias_ptr, row, stride_shift, strid
 @triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr,  # [N, D]
-    h_ptr,  # [N, D] or None, as every pointer to a table below
+    h_ptr,  # [N, D] or None; the tables below may be None too
     gate_ptr,  # [R, D]
     shift_ptr,  # [R, D]
     scale_ptr,  # [R, D]
@@ -55,7 +55,7 @@ def _layer_norm_fwd_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPLIT: tl.constexpr,  # programs of a chunk: the tiles in turn
+    SPLIT: tl.constexpr,  # programs per chunk, which take its tiles in turn
     STAGES: tl.constexpr,
 ):
     chunk = chunks_ptr + 3 * tl.program_id(0)
@@ -80,7 +80,7 @@ def _layer_norm_fwd_kernel(
                 h *= gate[None, :]
             r = (x + h).to(r_ptr.dtype.element_ty)
             tl.store(r_ptr + offset + tile, r, mask)
-            x = r.to(tl.float32)  # as it is stored, so that the backward pass sees the same
+            x = r.to(tl.float32)  # normalise the stored, rounded r: the backward pass reads the same values
         if mean_ptr is not None:
             mean = tl.sum(x, 1) / D
             x = tl.where(mask, x - mean[:, None], 0.0)
@@ -105,11 +105,11 @@ def _layer_norm_bwd_kernel(
     rstd_ptr,  # fp32 [N]
     chunks_ptr,  # int32 [C, 3]: start, stop, row
     dx_ptr,  # [N, D]
-    dh_ptr,  # [N, D], None where it would be dx
-    dgate_ptr,  # fp32 [C, D], sums over the chunk: dx·h, None without gate
-    dbeta_ptr,  # fp32 [C, D] or None: dy
-    dalpha_ptr,  # fp32 [C, D] or None: dy·x̂
-    dh_bias_ptr,  # fp32 [C, D] or None: dh
+    dh_ptr,  # [N, D], None if it equals dx
+    dgate_ptr,  # fp32 [C, D], the chunk's sums of dx·h; None without gate
+    dbeta_ptr,  # fp32 [C, D] or None, sums of dy
+    dalpha_ptr,  # fp32 [C, D] or None, sums of dy·x̂
+    dh_bias_ptr,  # fp32 [C, D] or None, sums of dh
     stride_gate,
     stride_scale,
     D: tl.constexpr,
@@ -135,7 +135,7 @@ def _layer_norm_bwd_kernel(
         offset = start.to(tl.int64) * D + first * D
         row_mask = first + tile_rows < stop - start
         mask = row_mask[:, None] & (cols < D)[None, :]
-        # All loads come first: behind a sum over rows, where warps wait for each other, they would start late.
+        # All loads come first: after a sum over columns, where warps wait for each other, they would start late.
         dy = tl.load(dy_ptr + offset + tile, mask, other=0.0)  # [BLOCK_M, BLOCK_D], 0 where masked
         r = tl.load(r_ptr + offset + tile, mask, other=0.0)
         if mean_ptr is not None:
@@ -170,7 +170,7 @@ def _layer_norm_bwd_kernel(
             tl.store(dh_ptr + offset + tile, dx.to(dh_ptr.dtype.element_ty), mask)
         if dh_bias_ptr is not None:
             dh_bias += tl.sum(dx, 0)
-        tl.store(dx_ptr + offset + tile, dx.to(dx_ptr.dtype.element_ty), mask)  # last: in front it costs registers
+        tl.store(dx_ptr + offset + tile, dx.to(dx_ptr.dtype.element_ty), mask)  # last: earlier it costs registers
 
     partial = pid.to(tl.int64) * D + cols
     if dgate_ptr is not None:
@@ -181,20 +181,20 @@ def _layer_norm_bwd_kernel(
         tl.store(dalpha_ptr + partial, dalpha, cols < D)
     if dh_bias_ptr is not None:
         if gate_ptr is not None:
-            dh_bias *= gate  # one row of the table for all tokens of the chunk
+            dh_bias *= gate  # all tokens of the chunk share one gate row
         tl.store(dh_bias_ptr + partial, dh_bias, cols < D)
 
 
 @triton.jit
 def _partials(partial_ptr, chunk, stop, cols, D: tl.constexpr):
-    """Partial sums [C, D] of some chunks before stop: [BLOCK_C, BLOCK_D]."""
+    """Load the partial sums [C, D] of these chunks, 0 from chunk `stop` on: [BLOCK_C, BLOCK_D]."""
     mask = (chunk < stop)[:, None] & (cols < D)[None, :]
     return tl.load(partial_ptr + chunk.to(tl.int64)[:, None] * D + cols[None, :], mask, other=0.0)
 
 
 @triton.jit
 def _layer_norm_bwd_sum_kernel(
-    dgate_part_ptr,  # fp32 [C, D] or None, as every pointer to a gradient below; the sums over chunks
+    dgate_part_ptr,  # fp32 [C, D] or None, the chunks' sums; so are the next three
     dbeta_part_ptr,
     dalpha_part_ptr,
     dh_bias_part_ptr,
@@ -203,7 +203,7 @@ def _layer_norm_bwd_sum_kernel(
     bias_ptr,  # [D] or None
     chunks_ptr,  # int32 [C, 3]: start, stop, row
     row_chunks_ptr,  # int32 [num_rows + 1], the chunks of each row
-    dgate_ptr,  # [R, D]
+    dgate_ptr,  # [R, D] or None, as are the other gradients
     dshift_ptr,  # [R, D]
     dscale_ptr,  # [R, D]
     dweight_ptr,  # [D]
@@ -212,7 +212,7 @@ def _layer_norm_bwd_sum_kernel(
     stride_scale,
     C,
     num_rows,
-    FOR_ALL: tl.constexpr,  # 1 if the first programs make the gradients [D], else 0; the others make a table row each
+    FOR_ALL: tl.constexpr,  # 1: program 0 makes the gradients [D]; 0: there are none. Other programs: a table row each
     D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -220,7 +220,7 @@ def _layer_norm_bwd_sum_kernel(
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     if tl.program_id(0) >= FOR_ALL:
         row = tl.program_id(0) - FOR_ALL
-        start = tl.load(row_chunks_ptr + row, row < num_rows, other=0)  # rows that no sample uses have no chunk
+        start = tl.load(row_chunks_ptr + row, row < num_rows, other=0)  # a row that no sample uses has no chunk
         stop = tl.load(row_chunks_ptr + row + 1, row < num_rows, other=0)
         dgates = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
         dbetas = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
@@ -245,7 +245,7 @@ def _layer_norm_bwd_sum_kernel(
             if bias_ptr is not None:
                 dscale += tl.sum(dbetas, 0) * load_row(bias_ptr, cols, D, BLOCK_C)
             store_row(dscale_ptr + out, dscale, cols, D, BLOCK_C)
-    else:  # all chunks, for weight and bias each times 1 + scale of its row
+    else:  # sum over all chunks; for weight and bias each chunk is multiplied by 1 + scale of its row
         dweight = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
         dbias = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
         dh_bias = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
@@ -271,19 +271,19 @@ def _layer_norm_bwd_sum_kernel(
 
 
 def _blocks(D: int) -> dict[str, int]:
-    """A thread holds 16 bytes of each bf16 row, so that all warps share a row and sums over rows stay in registers."""
+    """A thread holds 16 bytes of each bf16 row: all warps share a row, and column sums stay in registers."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
     return {"D": D, "BLOCK_D": BLOCK_D, "num_warps": min(max(BLOCK_D // 256, 1), 16)}
 
 
-# What a multiprocessor has on its way from memory at a time decides the speed: programs that its registers hold, times
-# rows of a tile, times tiles that the loads are ahead (STAGES - 1).
+# The bytes that a multiprocessor has in flight decide the speed: programs that fit its registers, times rows of a tile,
+# times tiles loaded ahead (STAGES - 1).
 def _fwd_launch(D: int) -> dict[str, int]:
     return _blocks(D) | {"BLOCK_M": 4 if D <= 1024 else 2, "SPLIT": 2, "STAGES": 1}
 
 
 def _bwd_launch(D: int) -> dict[str, int]:
-    """Tiles that lie ready in shared memory: 64 KiB for fp32 at D = 1024, 1152 and 2048."""
+    """Tiles loaded ahead lie in shared memory: 64 KiB for fp32 at D = 1024, 1152 and 2048."""
     return _blocks(D) | {"BLOCK_M": 2 if D <= 1024 else 1, "STAGES": 3 if D <= 2048 else 1}
 
 
@@ -292,7 +292,7 @@ def _sum_launch(D: int) -> dict[str, int]:
 
 
 def _rows(table: Tensor | None) -> Tensor | None:
-    """The table, or a row, with its columns side by side; views of one projection are as they are."""
+    """The table with contiguous columns; views of one projection stay as they are."""
     return table if table is None or table.stride(-1) == 1 else table.contiguous()
 
 
@@ -301,7 +301,7 @@ def _stride(table: Tensor | None) -> int:
 
 
 def _empty(like: Tensor | None, x: Tensor) -> Tensor:
-    """Room for what has the shape and type of `like`; nothing if there is no such tensor."""
+    """An empty tensor in the shape and type of `like`; of 0 elements if `like` is None."""
     return x.new_empty(0) if like is None else like.new_empty(like.shape)
 
 
@@ -321,9 +321,9 @@ def layer_norm_fwd(
     rms: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both norms: (r, y, mean, rstd). Without h there is no r, for RMSNorm no mean: they are empty.
+    """Both norms: (r, y, mean, rstd). r is empty without h, mean is empty for RMSNorm.
 
-    h_bias: in h already, and here for its gradient. dtype: of y, and of h if there is one.
+    h_bias: already included in h; passed only to receive its gradient. dtype: type of y, and of h if given.
     """
     x, h = x.contiguous(), None if h is None else h.contiguous()
     gate, shift, scale, weight, bias = map(_rows, (gate, shift, scale, weight, bias))
@@ -358,9 +358,9 @@ def layer_norm_bwd(
     row_chunks: Tensor,
     has_h: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dh, dgate, dshift, dscale, dweight, dbias, dh_bias), each empty where there is no such argument.
+    """(dx, dh, dgate, dshift, dscale, dweight, dbias, dh_bias), each empty if there is no such argument.
 
-    h comes with gate only: without one, dh is dx, and made only where h's type, which is dy's, is another.
+    h is passed only together with gate. Without gate dh equals dx; it is made only if h's type (dy's) differs from x's.
     """
     dy, r = dy.contiguous(), r.contiguous()
     dr, h = (None if t is None else t.contiguous() for t in (dr, h))

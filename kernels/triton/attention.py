@@ -1,17 +1,17 @@
 """Self-attention of short samples in a packed stream, in Triton: one launch forward, two backward, for any lengths.
 
-What it is for: samples of 60 to 500 tokens of a ViT, of several lengths in one stream. Attention made for thousands of
-tokens pads such samples (65 tokens to 128, 257 to 384), zeroes and converts fp32 gradients of q that it adds up by
-atomics, and leaves the gradients of q, k and v to be copied together.
+It is made for a ViT's samples of 60 to 500 tokens, with several lengths in one stream. Attention made for thousands of
+tokens is wasteful there: it pads samples (65 tokens to 128, 257 to 384), zeroes and converts fp32 gradients of q that
+it sums by atomics, and leaves the gradients of q, k and v to be copied together.
 
-    tiles     a program has one head and one tile of a sample's queries (forward, dq) or keys (dk, dv). Ragged lengths
-              need no padding: programs beyond a sample's end return
-    token 0   is no part of the tiles but a vector that each program takes first, so that 1 + 64·n tokens, a CLS token
-              and patches, fill their tiles
-    backward  dq by tiles of queries, dk and dv by tiles of keys: the weights are made twice, and no sum needs atomics.
-              Gradients go where they belong in [N, 3, H, d], and the same bits come each time
+    tiles     A program has one head and one tile of a sample's queries (forward, dq) or keys (dk, dv). Ragged lengths
+              need no padding: programs beyond a sample's end return.
+    token 0   It is not part of the tiles. Each program handles it first, as a vector, so that 1 + 64·n tokens (a CLS
+              token and patches) fill their tiles.
+    backward  dq is computed by tiles of queries, dk and dv by tiles of keys. The weights are computed twice, and no sum
+              needs atomics: the bits are the same each time. Gradients are written in place in [N, 3, H, d].
 
-The softmax is of base 2: `lse` is log2 of the sum of 2^(q·k·scale), with log2(e) in `scale`.
+The softmax uses base 2: `lse` is log2 of the sum of 2^(q·k·scale), and `scale` includes log2(e).
 """
 
 import math
@@ -30,14 +30,14 @@ LOG2E = math.log2(math.e)
 
 @triton.jit
 def _rows(ptr, first, stop, cols, stride, d: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows first : first + BLOCK of a head, zeros from `stop` on: [BLOCK, BLOCK_D]."""
+    """Load rows first : first + BLOCK of a head, zeros from row `stop` on: [BLOCK, BLOCK_D]."""
     row = first + tl.arange(0, BLOCK)
     return tl.load(ptr + row[:, None] * stride + cols[None, :], (row < stop)[:, None] & (cols < d)[None, :], other=0.0)
 
 
 @triton.jit
 def _row(ptr, cols, d: tl.constexpr):
-    """Row 0 of a head in fp32: [BLOCK_D]."""
+    """Load row 0 of a head in fp32: [BLOCK_D]."""
     return tl.load(ptr + cols, cols < d, other=0.0).to(tl.float32)
 
 
@@ -119,7 +119,7 @@ def _attention_bwd_q_kernel(
     lse_ptr,  # fp32 [H, N]
     cu_seqlens_ptr,  # int32 [S + 1]
     dqkv_ptr,  # [N, 3, H, d]: dq is written
-    delta_ptr,  # fp32 [H, N]: dout·out, for the kernel of the keys
+    delta_ptr,  # fp32 [H, N]: dout·out is written, for the kernel of the keys
     N,
     scale: tl.constexpr,
     softmax_scale: tl.constexpr,
@@ -255,7 +255,7 @@ def _grid(launch: dict, H: int, cu_seqlens: Tensor, max_seqlen: int) -> tuple[in
 
 @triton_op("short_attention_fwd")
 def short_attention_fwd(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    """(out [N, H, d], lse fp32 [H, N])."""
+    """(out [N, H, d], lse fp32 [H, N]) of qkv [N, 3, H, d]."""
     qkv = qkv.contiguous()
     N, _, H, d = qkv.shape
     out, lse = qkv.new_empty(N, H, d), qkv.new_empty(H, N, dtype=torch.float32)

@@ -1,9 +1,9 @@
-"""column_sum in Triton, and what other kernels share that add up columns.
+"""column_sum in Triton, and helpers for other kernels that sum columns.
 
-    sum    a program owns a block of columns and walks a share of the rows, sums in registers: fp32 [P, F]
-    add    adds the P partial sums of each column, in a fixed order: no atomics, the same bits every time
+    sum    a program takes a block of columns and a share of the rows, and sums in registers: fp32 [P, F]
+    add    adds the P partial sums of each column in a fixed order: no atomics, the same bits every time
 
-How many programs share the rows follows from the number of multiprocessors.
+The number of multiprocessors decides how many programs share the rows.
 """
 
 import torch
@@ -13,10 +13,10 @@ from ..backend import multiprocessors, tl, triton
 from .op import triton_op, wrap_triton
 from .tiles import store_row
 
-# A thread holds 16 bytes of each bf16 row and all warps share it, so that sums over rows stay in registers.
-SUM = dict(BLOCK_M=4, BLOCK_F=512, STAGES=3, num_warps=2)  # rows and columns at once, tiles loaded ahead
-SUM_PROGRAMS = 8  # of a multiprocessor
-SUM_ROWS = 48  # of a program at least: its partial sums move 8 bytes a column, a row 2
+# A thread holds 16 bytes of each bf16 row and all warps share the row, so that column sums stay in registers.
+SUM = dict(BLOCK_M=4, BLOCK_F=512, STAGES=3, num_warps=2)  # tile of rows and columns, tiles loaded ahead
+SUM_PROGRAMS = 8  # per multiprocessor
+SUM_ROWS = 48  # least rows per program: its partial sums move 8 bytes per column, a bf16 row 2
 
 
 @triton.jit(do_not_specialize=["N", "rows"])
@@ -71,9 +71,10 @@ def _add_partials_kernel(
 
 
 def share_rows(x: Tensor, block_m: int, block_f: int, programs: int, least: int) -> tuple[tuple[int, int], int]:
-    """How programs share the rows of x [N, F]: (grid of column blocks and shares, rows of a share).
+    """How programs share the rows of x [N, F]: ((column blocks, shares), the launch grid; rows per share).
 
-    programs: of a multiprocessor; least: rows of a share, where there are as many.
+    block_m, block_f: rows and columns of a tile. programs: wanted per multiprocessor. least: rows per share if x has
+    that many.
     """
     N, F = x.shape
     blocks = triton.cdiv(F, block_f)
@@ -83,7 +84,10 @@ def share_rows(x: Tensor, block_m: int, block_f: int, programs: int, least: int)
 
 
 def add_partials(part: Tensor, dtype: torch.dtype, zero_start: int = 0, zero_stop: int = 0) -> Tensor:
-    """Column sums of partial sums, fp32 [P, F], in a fixed order; 0 without any, and from zero_start to zero_stop."""
+    """Sum partial sums, fp32 [P, F], over P in a fixed order: [F] in `dtype`.
+
+    Columns zero_start : zero_stop are 0; all columns are 0 if P is 0.
+    """
     P, F = part.shape
     out = part.new_empty(F, dtype=dtype)
     if F > 0:

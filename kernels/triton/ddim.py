@@ -1,4 +1,4 @@
-"""ddim_step in Triton: a program takes BLOCK counters of one image, and the four numbers of each."""
+"""ddim_step in Triton: a program takes BLOCK Philox counters of one image, with four values each."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,12 @@ from ..backend import tl, triton
 from .op import triton_op, wrap_triton
 from .philox import randn4x
 
-BLOCK = 256  # counters, of four numbers each, that one program takes
+BLOCK = 256  # counters per program; each stands for four values
 
 
 @triton.jit
 def _load_image(ptr, b, i, inside, stride_b, stride_c, stride_h, stride_w, H: tl.constexpr, W: tl.constexpr):
-    """Elements i of image b in fp32, numbered as if [C, H, W] were contiguous."""
+    """Load elements i of image b in fp32; i counts as if [C, H, W] were contiguous."""
     offset = i // (H * W) * stride_c + i // W % H * stride_h + i % W * stride_w
     return tl.load(ptr + b * stride_b + offset, mask=inside, other=0.0).to(tl.float32)
 
@@ -49,7 +49,7 @@ def _ddim_step_kernel(
 ):
     b = tl.program_id(0).to(tl.int64)
     counter = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = counter[:, None] * 4 + tl.arange(0, 4)[None, :]  # [BLOCK, 4]: a counter makes four neighbours
+    i = counter[:, None] * 4 + tl.arange(0, 4)[None, :]  # [BLOCK, 4]: a counter's noise is for four neighbours
     inside = i < C * H * W
     here = b * (C * H * W) + i
     sqrt_alpha = tl.load(coefficients_ptr)

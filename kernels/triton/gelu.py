@@ -1,4 +1,6 @@
-"""gelu in Triton: forward reads h and writes y; backward reads dy and h and writes dh, once each, and y if asked to.
+"""gelu in Triton. Forward reads h and writes y; backward reads dy and h and writes dh, and gelu(h) again if asked to.
+
+Each value is read or written once.
 
     u = √(2/π)·(h + 0.044715·h³)    e = exp(-2u)    s = (1 + tanh u)/2 = 1/(1 + e), so that 1 - s = e·s
 
@@ -15,17 +17,17 @@ from .column_sum import add_partials, share_rows
 from .op import triton_op, wrap_triton
 
 FORWARD = dict(BLOCK=2048, num_warps=4)
-# Rows and columns at once, as in column_sum.py, and how many such tiles are loaded ahead.
+# Tile of rows and columns and tiles loaded ahead, as in column_sum.py.
 BACKWARD = dict(BLOCK_M=2, BLOCK_F=1024, STAGES=3, num_warps=4)
-BACKWARD_PROGRAMS = 4  # of a multiprocessor
-BACKWARD_ROWS = 16  # of a program at least: its partial sums move 8 bytes a column, a row 6
+BACKWARD_PROGRAMS = 4  # per multiprocessor
+BACKWARD_ROWS = 16  # least rows per program: its partial sums move 8 bytes per column, a bf16 row 6
 _LINEAR = 2 * math.sqrt(2 / math.pi)  # 2u = _LINEAR·h + _CUBIC·h³
 _CUBIC = 0.044715 * _LINEAR
 
 
 @triton.jit
 def _exp_minus_2u(h, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
-    """e of fp32 h; above -10 less than 2^126."""
+    """e = exp(-2u) for fp32 h; below 2^126 for h >= -10."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     return tl.exp2(h * (h * h * (-LOG2_E * CUBIC) - LOG2_E * LINEAR))
 
@@ -52,8 +54,8 @@ def _gelu_bwd_kernel(
     dy_ptr,  # [N, F]
     h_ptr,  # [N, F]
     dh_ptr,  # [N, F]
-    y_ptr,  # [N, F] or None: the forward's output again, to the bit
-    part_ptr,  # fp32 [P, F] or None: sums of dh over the program's rows
+    y_ptr,  # [N, F] or None: gelu(h) is written, bit for bit the forward's output
+    part_ptr,  # fp32 [P, F] or None: the sums of dh over the program's rows
     N,
     rows,
     LINEAR: tl.constexpr,
@@ -77,8 +79,8 @@ def _gelu_bwd_kernel(
         e = _exp_minus_2u(h, LINEAR, CUBIC)
         if y_ptr is not None:
             tl.store(y_ptr + offset + tile, (h / (1.0 + e)).to(y_ptr.dtype.element_ty), mask)
-        h = tl.maximum(h, -10.0, propagate_nan=tl.PropagateNan.ALL)  # below, the derivative is next to nothing
-        e = tl.minimum(e, 8.5e37)  # above its value at -10, and no infinity
+        h = tl.maximum(h, -10.0, propagate_nan=tl.PropagateNan.ALL)  # below -10 the derivative is practically 0
+        e = tl.minimum(e, 8.5e37)  # larger than e at h = -10, but not infinite
         s = 1.0 / (1.0 + e)
         dh = dy * (s * (1.0 + h * (e * s) * (3.0 * CUBIC * h * h + LINEAR)))
         tl.store(dh_ptr + offset + tile, dh.to(dh_ptr.dtype.element_ty), mask)
@@ -100,7 +102,7 @@ def gelu_fwd(h: Tensor, bias: Tensor | None) -> Tensor:
 
 @triton_op("gelu_bwd")
 def gelu_bwd(dy: Tensor, h: Tensor, bias_dtype: torch.dtype | None, again: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh; dbias in bias_dtype, empty without one; gelu(h) if it is to be made `again`, else empty)."""
+    """(dh, dbias, gelu(h)). dbias, in bias_dtype, is empty if that is None; gelu(h) is empty unless `again`."""
     dy, h = dy.contiguous(), h.contiguous()
     N, F = h.shape
     grid, rows = share_rows(h, BACKWARD["BLOCK_M"], BACKWARD["BLOCK_F"], BACKWARD_PROGRAMS, BACKWARD_ROWS)

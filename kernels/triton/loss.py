@@ -1,4 +1,4 @@
-"""masked_diffusion_loss in Triton: a program takes a tile of patches and columns, forward and backward alike."""
+"""masked_diffusion_loss in Triton: forward and backward, a program takes one tile of patches and columns."""
 
 import torch
 from torch import Tensor
@@ -25,8 +25,10 @@ def _errors(
     BLOCK_D: tl.constexpr,
     FROM_SEED: tl.constexpr,
 ):
-    """Of a program's tile [BLOCK_M, BLOCK_D]: x̂0 - x0 and ε̂ - ε, 0 where they are not scored; which rows are noised;
-    offsets into the prediction's x̂0 half, and their mask."""
+    """For a program's tile [BLOCK_M, BLOCK_D]: (x̂0 - x0, ε̂ - ε, noised rows, offsets, mask).
+
+    Errors are 0 where they are not scored. Offsets, and their mask, point into the prediction's x̂0 half.
+    """
     D: tl.constexpr = C * P * P
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_col = tl.program_id(1) * BLOCK_D
@@ -36,7 +38,8 @@ def _errors(
     visible = role == 1
     noised = row < num_noised
     score_eps = mask & (visible & noised)[:, None]
-    score_x0 = mask & ((role == 0) | (noised & (num_eps == num_noised)))[:, None]  # nothing hidden: both halves
+    # num_eps == num_noised: noised samples hide nothing, so x̂0 is scored on all their patches.
+    score_x0 = mask & ((role == 0) | (noised & (num_eps == num_noised)))[:, None]
 
     at = row[:, None] * (2 * D) + col[None, :]
     corner, sample = patch_corner(row, C, H, W, P)
@@ -149,9 +152,9 @@ def masked_diffusion_loss_fwd(
     num_x0: int,
     num_clean: int,
 ) -> Tensor:
-    """(total, eps, x0, clean), fp32 [4].
+    """The losses (total, eps, x0, clean): fp32 [4].
 
-    roles: uint8 [B·L], 0 hidden, 1 visible, 2 ignored; num_eps, num_x0, num_clean: patches in each mean.
+    roles: uint8 [B·L], 0 hidden, 1 visible, 2 ignored. num_eps, num_x0, num_clean: patches in each of the three means.
     """
     counts = num_noised, num_eps, num_x0, num_clean
     grid, tensors, numbers, constants = _arguments(prediction, x_start, roles, noise, patch_size, *counts)
@@ -173,7 +176,7 @@ def masked_diffusion_loss_bwd(
     num_x0: int,
     num_clean: int,
 ) -> Tensor:
-    """dprediction, from dlosses, fp32 [4]."""
+    """The gradient of the prediction, from dlosses, fp32 [4]."""
     counts = num_noised, num_eps, num_x0, num_clean
     grid, tensors, numbers, constants = _arguments(prediction, x_start, roles, noise, patch_size, *counts)
     dprediction = prediction.new_empty(prediction.shape)

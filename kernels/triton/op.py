@@ -1,4 +1,4 @@
-"""How a function that launches Triton kernels becomes an op: registration, autograd, fakes, launches told of."""
+"""How a function that launches Triton kernels becomes an op: registration, autograd, fakes, and reports of launches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,17 +8,18 @@ from torch import Tensor
 
 from ..backend import INTERPRET, sees_dispatch, untraced
 
-OPS: dict[str, "Op"] = {}  # by the name that modes see: umd::layer_norm_fwd
+OPS: dict[str, "Op"] = {}  # by the name that dispatch modes see, e.g. umd::layer_norm_fwd
 
 
 class Op:
-    """An op of Triton kernels, called in one of two ways.
+    """An op that launches Triton kernels. There are two ways of calling it:
 
-    Who looks at the ops (`sees_dispatch`) gets `library`, registered as `umd::name`: Inductor sees through it on a GPU,
-    modes see one op. All others get a plain `torch.autograd.Function`, which costs the host a third of that.
+    - Under torch.compile or a dispatch mode (`sees_dispatch`), the torch.library op `umd::name` is called. On a GPU
+      Inductor sees the kernels inside; a mode sees one op.
+    - Otherwise a plain `torch.autograd.Function` is called, at a third of the host time.
 
-    Its fake is the function itself with the launches left out: it makes room for the same outputs. A function that
-    launches none of ours, but another library's, is given a fake.
+    The fake implementation is the function itself without its launches: it allocates the same outputs. A function that
+    calls another library's kernels needs an explicit `fake`.
     """
 
     def __init__(self, name: str, function, fake=None):
@@ -31,7 +32,7 @@ class Op:
 
     @property
     def library(self):
-        """As torch.library has it, registered when first asked for."""
+        """The torch.library op, registered on first access."""
         register(self.name)
         return self.registered
 
@@ -51,10 +52,10 @@ class Op:
 
 @untraced
 def register(name: str) -> bool:
-    """Register an `Op` with torch.library, once. Not at import: `triton_op` brings in Inductor, seconds of a start."""
+    """Register an `Op` with torch.library, once. Not at import: `triton_op` imports Inductor, which takes seconds."""
     op = OPS[name]
     if op.registered is None:
-        # Interpreted kernels, and what another library does, cannot be traced: to a compiler they are opaque.
+        # Interpreted kernels and other libraries' functions cannot be traced: they stay opaque to a compiler.
         kind = torch.library.custom_op if INTERPRET or op.fake is not None else torch.library.triton_op
         op.registered = kind(name, mutates_args=())(op.launch)
         op.registered.register_fake(_telling(op.launch, lambda *launch: None) if op.fake is None else op.fake)
@@ -78,14 +79,17 @@ _tell: Tell | None = None
 
 
 def launches(func, tell: Tell) -> Callable | None:
-    """The function of the `Op` that modes see as `func`, to be called with the same arguments: it launches nothing, and
-    `tell` gets the name of each kernel, the tensors that it was to get, and its grid. None: func is no such op."""
+    """A function that reports what the `Op` with the torch.library name of `func` would launch, and launches nothing.
+
+    Call it with the arguments of the op. For each launch, `tell` gets the kernel's name, its tensor arguments and its
+    grid. None if func is not such an op.
+    """
     op = OPS.get(func._schema.name)
     return None if op is None or op.fake is not None else _telling(op.launch, tell)
 
 
 def _telling(function: Callable, tell: Tell) -> Callable:
-    """The function with `tell` in the place of its launches."""
+    """The function with its launches replaced by calls of `tell`."""
 
     def told(*args):
         global _tell
@@ -99,7 +103,7 @@ def _telling(function: Callable, tell: Tell) -> Callable:
 
 
 class _Told:
-    """Stands for a kernel whose launch is told."""
+    """Stands for a kernel: instead of launching, it calls `tell`."""
 
     def __init__(self, name: str, tell: Tell):
         self.name, self.tell = name, tell
@@ -109,7 +113,7 @@ class _Told:
 
 
 def wrap_triton(kernel):
-    """`wrap_triton(kernel)[grid](...)`: how an `Op` launches. By this name torch finds the source to hash."""
+    """Launch a kernel within an `Op`: `wrap_triton(kernel)[grid](...)`. torch finds the source to hash by this name."""
     if _tell is not None:
         return _Told(kernel.fn.__name__.strip("_"), _tell)
     return torch.library.wrap_triton(kernel) if sees_dispatch() and not INTERPRET else kernel

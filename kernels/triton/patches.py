@@ -1,4 +1,4 @@
-"""gather_patches in Triton, and where patches lie in an image, which the loss reads too."""
+"""gather_patches in Triton, and helpers for the places of patches in an image, which the loss uses too."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from .philox import normal_pair, randn4x
 
 @triton.jit
 def patch_corner(patch, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
-    """Where patches, numbered through the batch, begin in [B, C, H, W], and the samples that they are of."""
+    """For patches numbered through the batch: (offset of their first pixel in [B, C, H, W], their sample)."""
     across: tl.constexpr = W // P
     patches: tl.constexpr = (H // P) * across
     sample, place = patch // patches, patch % patches
@@ -18,8 +18,8 @@ def patch_corner(patch, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl
 
 @triton.jit
 def patch_pixel(col, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
-    """Columns of a patch's row, c·P·P + i·P + j, as steps from its corner in [C, H, W]."""
-    # col // P % P, not col % (P * P) // P: only here Triton sees that P columns are neighbours, and reads them at once
+    """Offsets from a patch's corner in [C, H, W] of the columns c·P·P + i·P + j of its row."""
+    # col // P % P, not col % (P * P) // P: only then Triton sees that P columns are contiguous and loads them at once
     return (col // (P * P)) * (H * W) + (col // P % P) * W + col % P
 
 
@@ -38,16 +38,17 @@ def patch_noise(
     BLOCK_D: tl.constexpr,
     FROM_SEED: tl.constexpr,
 ):
-    """ε of columns first_col : first_col + BLOCK_D of the patches at the corners: fp32 [BLOCK_M, BLOCK_D].
+    """ε of columns first_col : first_col + BLOCK_D of the patches at these corners: fp32 [BLOCK_M, BLOCK_D].
 
-    Element i of a sample's ε is number i % 4 of counter i // 4 under the sample's seed. Neighbours in a patch's row
-    share a counter: all four where 4 divides P; else a pair of them, or one, is picked, and before the costly steps.
+    Element i of a sample's ε is number i % 4 of counter i // 4 under the sample's seed. If 4 divides P, four neighbours
+    in a patch's row use the four numbers of one counter. Otherwise a pair or a single number of a counter is used, and
+    it is picked before the costly steps.
     """
-    # else, and one return: Triton compiles what stands behind a static if, even one that has returned
+    # An else and one return: Triton also compiles code after a static `if` that returns.
     if FROM_SEED:
         SHARED: tl.constexpr = 4 if P % 4 == 0 else (2 if P % 2 == 0 else 1)
         col = first_col + tl.arange(0, BLOCK_D // SHARED) * SHARED
-        first = (corner - sample * (C * H * W)).to(tl.int32)  # of the patch within its sample
+        first = (corner - sample * (C * H * W)).to(tl.int32)  # the patch's corner within its sample
         i = first[:, None] + patch_pixel(col, H, W, P)[None, :]  # [BLOCK_M, BLOCK_D / SHARED]
         seed = tl.load(noise_ptr + sample, sample < num_noised, other=0)[:, None]
         if SHARED == 4:
@@ -100,7 +101,7 @@ def _gather_patches_kernel(
 
 
 def patch_tiles(num_patches: int, width: int) -> tuple[tuple[int, int], int, int]:
-    """(grid, BLOCK_M, BLOCK_D) to cover [num_patches, width] with tiles of about 1024 numbers, 8 a thread."""
+    """(grid, BLOCK_M, BLOCK_D) that cover [num_patches, width] with tiles of about 1024 values, 8 per thread."""
     block_d = min(256, 1 << (width - 1).bit_length())
     block_m = max(1, 1024 // block_d)
     return (-(-num_patches // block_m), -(-width // block_d)), block_m, block_d

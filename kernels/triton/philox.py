@@ -1,4 +1,4 @@
-"""Philox in Triton: words and normal numbers in registers, those of philox.py one room up."""
+"""Philox in Triton: random words and normal numbers in registers, the same as those of kernels/philox.py."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from .op import triton_op, wrap_triton
 
 @triton.jit
 def _turn(u):
-    """cos and sin of 2π·u, u in [0, 1]: within an eighth of a turn a few terms of their series give them to 1e-7."""
+    """cos and sin of 2π·u for u in [0, 1]: reduced to an eighth of a turn, where a short series is accurate to 1e-7."""
     quarter = tl.floor(4 * u + 0.5)
     x = 6.283185307179586 * (u - 0.25 * quarter)
     x2 = x * x
@@ -22,7 +22,7 @@ def _turn(u):
 
 @triton.jit
 def normal_pair(u0, u1):
-    """`tl.pair_uniform_to_normal` with an angle already reduced: CUDA's sin and cos reduce any, in fp64 and a stack."""
+    """`tl.pair_uniform_to_normal` without CUDA's sin and cos, whose range reduction uses fp64 and a stack."""
     radius = tl.sqrt(-2.0 * tl.log(tl.maximum(u0, 1e-7)))
     cos, sin = _turn(u1)
     return radius * cos, radius * sin
@@ -30,7 +30,7 @@ def normal_pair(u0, u1):
 
 @triton.jit
 def randn4x(seed, counter):
-    """`tl.randn4x` by `normal_pair`."""
+    """`tl.randn4x` with `normal_pair`: four normal numbers for each counter."""
     u0, u1, u2, u3 = tl.rand4x(seed, counter)
     n0, n1 = normal_pair(u0, u1)
     n2, n3 = normal_pair(u2, u3)

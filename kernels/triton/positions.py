@@ -1,4 +1,7 @@
-"""add_positions in Triton, by places: a position is read once for many samples, its gradient summed in registers."""
+"""add_positions in Triton. Programs work by place: they read a position once for many samples.
+
+The backward pass sums a position's gradient in registers.
+"""
 
 import torch
 from torch import Tensor
@@ -7,10 +10,10 @@ from ..backend import tl, triton
 from .op import triton_op, wrap_triton
 from .tiles import store_row
 
-# A program of the forward pass serves PLACES places, each a warp's own, and walks SAMPLES samples, BLOCK_S at once.
-# Columns of one warp: 8 a thread, 128 bits of bf16.
+# Forward: a program serves PLACES places, one per warp, and walks SAMPLES samples, BLOCK_S at a time. A warp has
+# BLOCK_D columns: 8 per thread, 128 bits of bf16.
 FORWARD = dict(SAMPLES=64, PLACES=4, BLOCK_S=8, BLOCK_D=256, num_warps=4)
-# One of the backward pass serves one place and walks all samples: BLOCK_S at once in each of its WARPS.
+# Backward: a program serves one place and walks all samples, BLOCK_S at a time in each of its WARPS.
 BACKWARD = dict(WARPS=4, BLOCK_S=8, BLOCK_D=256, num_warps=4)
 
 
@@ -61,9 +64,9 @@ def _add_positions_bwd_kernel(
         here = row[:, :, None].to(tl.int64)
         dy = tl.load(dy_ptr + here * D + d, mask=(here >= 0) & (d < D), other=0.0).to(tl.float32)
         s += BLOCK_S * WARPS
-        row = tl.load(slots_ptr + place * S + s, mask=s < S, other=-1)  # of the next samples, while dy is on its way
+        row = tl.load(slots_ptr + place * S + s, mask=s < S, other=-1)  # for the next samples, while dy is in flight
         total += tl.sum(dy, axis=0)
-    # Columns made anew: of a reshaped d the compiler no longer knows that it is contiguous.
+    # Compute the columns again: the compiler does not see that a reshaped d is contiguous.
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     store_row(dpos_ptr + place * D, tl.sum(total, 0), cols, D, WARPS)
 
@@ -81,7 +84,7 @@ def add_positions_fwd(x: Tensor, slots: Tensor, pos_embed: Tensor) -> Tensor:
 
 @triton_op("add_positions_bwd")
 def add_positions_bwd(dy: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
-    """dpos_embed [L, D] in `dtype`."""
+    """The gradient of pos_embed, [L, D] in `dtype`."""
     dy = dy.contiguous()
     (L, S), D = slots.shape, dy.shape[1]
     dpos_embed = dy.new_empty(L, D, dtype=dtype)

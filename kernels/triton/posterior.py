@@ -1,4 +1,4 @@
-"""sample_posterior in Triton: a program takes BLOCK counters of one sample, and the four numbers of each."""
+"""sample_posterior in Triton: a program takes BLOCK Philox counters of one sample, with four values each."""
 
 import math
 
@@ -9,7 +9,7 @@ from ..backend import tl, triton
 from .op import triton_op, wrap_triton
 from .philox import randn4x
 
-BLOCK = 256  # counters, of four numbers each, that one program takes
+BLOCK = 256  # counters per program; each stands for four values
 
 
 @triton.jit

@@ -1,6 +1,7 @@
-"""scatter_tokens in Triton, both ways by places: each token is read once and each row written once.
+"""scatter_tokens in Triton. Programs work by place, forward and backward.
 
-A program keeps positions, and in the backward pass their gradients, in registers while it walks the samples.
+Each token is read once and each row written once. A program keeps positions, and in the backward pass their gradients,
+in registers while it walks the samples.
 """
 
 import torch
@@ -11,17 +12,17 @@ from .column_sum import add_partials
 from .op import triton_op, wrap_triton
 from .tiles import store_row
 
-SAMPLES = 64  # samples that one program walks: so many are one row of a table of partial sums
-PLACES = 4  # places that one program serves, each a warp's own
-BLOCK_S = 8  # samples at once
-BLOCK_D = 256  # of one warp: 8 a thread, 128 bits of bf16
+SAMPLES = 64  # samples that a program walks; they give one row in the table of partial sums
+PLACES = 4  # places that a program serves, one per warp
+BLOCK_S = 8  # samples at a time
+BLOCK_D = 256  # columns of a warp: 8 per thread, 128 bits of bf16
 BLOCK_IDS = 512
 
 
 @triton.jit
 def _slots_kernel(
     ids_keep_ptr,  # int64 [N]
-    slots_ptr,  # int32 [L, S], -1 everywhere
+    slots_ptr,  # int32 [L, S], filled with -1
     N,
     S,
     L: tl.constexpr,
@@ -59,7 +60,7 @@ def _scatter_tokens_fwd_kernel(
     if tl.program_id(0) * PLACES < L:
         here = place[:, :, None]
         position = tl.load(pos_embed_ptr + here * D + d, mask=(here < L) & (d < D), other=0.0).to(tl.float32)
-        # From a tile that is masked but for its first place: a row alone would come in narrower pieces.
+        # Load a tile of which only the first place is unmasked: a row alone would be loaded in narrower pieces.
         only = (here % PLACES == 0) & (d < D)
         mask_token = tl.load(mask_token_ptr + tl.broadcast_to(d, only.shape), mask=only, other=0.0).to(tl.float32)
         mask_token = tl.sum(mask_token, axis=1)[:, None, :]
@@ -118,7 +119,7 @@ def _scatter_tokens_bwd_kernel(
             tl.store(dtokens_ptr + slot * D + d, dout, (slot >= 0) & (d < D))
             dpos += tl.sum(dout.to(tl.float32), axis=0)
             dmask += tl.sum(tl.where(slot < 0, dout.to(tl.float32), 0.0), axis=0)
-        # Made anew: of a reshaped d the compiler no longer knows that it is contiguous.
+        # Compute the columns again: the compiler does not see that a reshaped d is contiguous.
         here = tl.program_id(0) * PLACES + tl.arange(0, PLACES)[:, None]
         col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         at = (part * L + here).to(tl.int64) * D + col[None, :]
@@ -138,7 +139,7 @@ def _scatter_tokens_bwd_kernel(
 
 @triton_op("token_slots")
 def token_slots(ids_keep: Tensor, S: int, L: int, num_cls: int) -> Tensor:
-    """int32 [L, S]: the row of the tokens that fills place l of sample s, or -1."""
+    """int32 [L, S]: entry [l, s] is the row of `tokens` for place l of sample s; -1 if that patch is hidden."""
     slots = torch.full((L, S), -1, dtype=torch.int32, device=ids_keep.device)
     N = len(ids_keep)
     if N > 0:
@@ -177,7 +178,7 @@ def scatter_tokens_bwd(
     grid = _grid(S, L, D)
     dtokens = dout.new_empty(N, D)
     dmask = dout.new_empty(grid[2] * (grid[0] - 1), D, dtype=torch.float32)
-    direct = grid[2] == 1  # no partial sums: dpos_embed itself
+    direct = grid[2] == 1  # the kernel writes dpos_embed itself, without partial sums
     dpos = dout.new_empty(grid[2], L * D, dtype=pos_embed.dtype if direct else torch.float32)
     wrap_triton(_scatter_tokens_bwd_kernel)[grid](
         dout, slots, cu_seqlens, dtokens, dmask, dpos, S, L, D=D, NUM_CLS=num_cls, **BLOCKS

@@ -1,4 +1,4 @@
-"""What this machine computes on, in which type, and how fast that could be at best."""
+"""The device and type that this machine computes with, its peak speed, and memory."""
 
 import ctypes
 import importlib.util
@@ -17,14 +17,14 @@ from torch import Tensor
 from umd.errors import UserError
 from umd.machine.gpus import sheet_flops
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # constants of glibc's malloc.h
 
 
 def take_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
-    """`pick_device` and `pick_dtype` for a process that computes there from now on; whoever only looks calls those.
+    """Choose device and autocast type (`pick_device`, `pick_dtype`), and set this process up to compute there.
 
-    A GPU becomes the process's current one, where Triton launches; and the process makes its fp32 products as
-    `fp32_products` says.
+    On CUDA, the chosen GPU becomes the current one, where Triton launches its kernels, and the precision of fp32
+    products is set to `fp32_products`. To ask without changing the process, call the two functions directly.
     """
     device = pick_device(name)
     dtype = pick_dtype(precision, device)
@@ -36,13 +36,18 @@ def take_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
 
 
 def fp32_products(device: torch.device, dtype: torch.dtype) -> str:
-    """How products stay in fp32 beside autocast to `dtype`, in `torch.set_float32_matmul_precision`'s words: in TF32
-    ("high") on a GPU in bf16, which is coarser anyway, else exact ("highest")."""
+    """Precision of the products that stay in fp32 under autocast, for `torch.set_float32_matmul_precision`.
+
+    "high" (TF32) on a GPU with bf16 autocast, which is coarser anyway; else "highest" (exact fp32).
+    """
     return "high" if device.type == "cuda" and dtype == torch.bfloat16 else "highest"
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is the GPU of this process if there is one, else the CPU. Raises UserError for a device not here."""
+    """The named device: auto, cpu, cuda or cuda:N. auto: a GPU if there is one, else the CPU.
+
+    Raises UserError for an unknown or missing device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -57,7 +62,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device. To a GPU from pinned memory: from other memory the host would wait for the step before it."""
+    """Move x to the device. To a GPU it goes from pinned memory: else the host would wait for the step before."""
     if device.type == "cuda" and not x.is_pinned():
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
@@ -65,8 +70,11 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def beside(device: torch.device) -> Iterator[Callable]:
-    """On a GPU the body is done on a stream of its own, while the step before still computes; what comes after waits
-    for it. The body gives the tensors that it makes to the function it gets."""
+    """On a GPU run the body of a with block on a separate stream, while the previous step still computes.
+
+    Work after the block waits for it. The block yields a function; call it with every tensor that the body makes, so
+    that its memory is not reused too early.
+    """
     if device.type != "cuda":
         yield lambda *tensors: None
         return
@@ -75,7 +83,7 @@ def beside(device: torch.device) -> Iterator[Callable]:
     def sent(*tensors: Tensor | None) -> None:
         for tensor in tensors:
             if tensor is not None:
-                tensor.record_stream(current)  # their memory is not used again before that stream is through with it
+                tensor.record_stream(current)  # memory is not reused before this stream is done with it
 
     with torch.cuda.stream(stream):
         yield sent
@@ -84,11 +92,16 @@ def beside(device: torch.device) -> Iterator[Callable]:
 
 @lru_cache
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream for copies to this GPU; made once."""
     return torch.cuda.Stream(device)
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Autocast type: `auto` is bf16 where hardware multiplies it (Ampere GPUs, AMX or AVX512-BF16 CPUs), else fp32."""
+    """The autocast type for a precision: auto, bf16 or fp32.
+
+    auto: bf16 if the hardware multiplies it (GPUs from Ampere on, CPUs with AMX or AVX512-BF16), else fp32.
+    Raises UserError for an unknown precision.
+    """
     if precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"unknown precision {precision!r}; expected auto, bf16 or fp32")
     if precision == "auto":
@@ -97,30 +110,36 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16: a GPU from Ampere on, or a CPU with AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to bf16 if dtype is bf16; else a context that does nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def apex_lacks() -> str:
-    """What keeps NVIDIA's apex from being used; "" if nothing does.
+    """Why NVIDIA's apex cannot be used; "" if it can.
 
-    Told from its files alone: importing the package that PyPI calls apex would run what is not NVIDIA's.
+    Only files are looked at. Importing would be unsafe, because PyPI's package "apex" is not NVIDIA's.
     """
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return "not installed"
     if not any(Path(folder, "optimizers").is_dir() for folder in spec.submodule_search_locations or ()):
-        return "not NVIDIA's"  # but PyPI's package of that name
+        return "not NVIDIA's"  # PyPI's package of the same name
     return "" if importlib.util.find_spec("amp_C") else "without its CUDA extensions"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that MFU is measured against: the data sheet's for a known GPU, else the best of a few large products."""
+    """Peak FLOP/s, to which MFU refers.
+
+    For bf16 on a known GPU it is the data sheet's number. Otherwise large matrix products are timed: the median of the
+    fastest 4 of 8.
+    """
     known = device.type == "cuda" and dtype == torch.bfloat16
     if known and (flops := sheet_flops(torch.cuda.get_device_name(device))):
         return flops
@@ -131,7 +150,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device | str) -> float:
-    """Seconds of a call, until the device has done its work."""
+    """Seconds that a call takes, including its work on the device."""
     start = time.perf_counter()
     call()
     if torch.device(device).type == "cuda":
@@ -140,7 +159,7 @@ def seconds_of(call: Callable[[], object], device: torch.device | str) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: by torch's allocator on a GPU, by the process on a CPU."""
+    """Peak memory so far, in bytes: of torch's allocator on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -148,8 +167,11 @@ def peak_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed: a training step on the CPU asks for the same gigabytes again, and a tenth of
-    its time would go into page faults. Does nothing elsewhere than on Linux with glibc."""
+    """Tell glibc to keep freed memory.
+
+    A training step on the CPU allocates the same gigabytes again and again; page faults would take a tenth of its time.
+    Does nothing without glibc.
+    """
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)

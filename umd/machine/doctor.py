@@ -1,4 +1,4 @@
-"""`umd doctor`: what this machine will really use, and how to get what is missing."""
+"""`umd doctor`: what this machine will really use, and how to install what is missing."""
 
 import contextlib
 import importlib.metadata
@@ -28,15 +28,18 @@ IMPORT_SECONDS = 120
 
 
 class Row(NamedTuple):
-    """One thing looked at; `hint` is a line on how to get what is missing, empty if nothing is."""
+    """One line of the report."""
 
     name: str
     value: str
-    hint: str = ""
+    hint: str = ""  # how to get what is missing; empty if nothing is
 
 
 def report(more: Sequence[Callable[[], Row]] = ()) -> list[Row]:
-    """What there is and what will be used; `more` adds looks. What is broken becomes a row, never an exception."""
+    """The rows of the report: what is installed and what will be used. `more` adds functions that make a row.
+
+    An error while making a row becomes the text of that row, never an exception.
+    """
     looks = [_versions, _device, _precision, _attention, _gelu, _kernels, _compile]
     looks += [_dali, _deepspeed, _flash_attention, _apex, _frechet, _emoji, *more]
     rows = []
@@ -49,10 +52,10 @@ def report(more: Sequence[Callable[[], Row]] = ()) -> list[Row]:
 
 
 def print_report(console: Console, more: Sequence[Callable[[], Row]] = ()) -> None:
-    """The rows as a table, each hint below its value."""
+    """Print the report as a table, each hint below its value."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")  # a path is broken, not cut
+    table.add_column(overflow="fold")  # long paths are wrapped, not cut off
     for row in report(more):
         table.add_row(Text(row.name, style="bold"), Text(row.value))
         if row.hint:
@@ -188,7 +191,10 @@ def _emoji() -> Row:
 
 
 def _package(module: str, version: str, instead: str, hint: str, used: str = "") -> tuple[str, str]:
-    """Value and hint for a package that training can do without; `instead` says what happens, `used` if it is there."""
+    """(value, hint) of the row of an optional package.
+
+    instead: what is used without it. used: what it is used for if it is there.
+    """
     if _spec(module) is None:
         return f"not installed; {instead}", hint
     reason = _import_failure(module)
@@ -200,12 +206,12 @@ def _package(module: str, version: str, instead: str, hint: str, used: str = "")
 def _spec(module: str) -> ModuleSpec | None:
     try:
         return importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # the parent of a dotted name
+    except ModuleNotFoundError:  # the parent package of a dotted name is missing
         return None
 
 
 def _version(*distributions: str) -> str:
-    """Of the first of these that is installed."""
+    """Version of the first of these distributions that is installed."""
     for name in distributions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -213,7 +219,7 @@ def _version(*distributions: str) -> str:
 
 
 def _import_failure(module: str) -> str:
-    """Why importing fails, or "". In its own process: a build for another torch may take Python down."""
+    """Why importing a module fails; "" if it works. Tried in a new process: a build for another torch may crash."""
     command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; import {module}"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS)

@@ -1,4 +1,4 @@
-"""NVIDIA's data sheets."""
+"""Memory and speed of GPUs, from NVIDIA's data sheets."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,8 @@ GiB = 2**30
 
 
 class Gpu(NamedTuple):
+    """A GPU's data."""
+
     memory: float  # bytes
     bf16: float  # dense FLOP/s
     fp32: float  # FLOP/s, TF32 off
@@ -20,11 +22,11 @@ GPUS = {
     "h200": Gpu(141e9, 989e12, 67e12, 4.8e12, 450e9),
     "l40s": Gpu(48 * GiB, 362e12, 91.6e12, 0.864e12, 32e9),
 }
-# Of GPUs that are not planned for, the dense bf16 FLOP/s.
+# Dense bf16 FLOP/s of GPUs for which `umd plan` has no data.
 OTHERS = {"B200": 2250e12, "A40": 150e12, "L40": 181e12, "4090": 165e12}
 
 
 def sheet_flops(name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its name in the driver, e.g. "NVIDIA H100 80GB HBM3"; None where it is unknown."""
+    """Dense bf16 FLOP/s of a GPU by its driver name, e.g. "NVIDIA H100 80GB HBM3"; None if it is unknown."""
     sheets = {kind.partition("-")[0].upper(): gpu.bf16 for kind, gpu in GPUS.items()} | {"GH200": 989e12} | OTHERS
     return next((sheets[kind] for kind in sorted(sheets, key=len, reverse=True) if kind in name), None)

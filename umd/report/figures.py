@@ -1,4 +1,4 @@
-"""Line and bar plots as inline SVG that follows the page's light or dark colours."""
+"""Plots: as inline SVG that follows the page's light or dark colours, and as PNG files."""
 
 import html
 import io
@@ -18,7 +18,7 @@ from PIL import Image
 
 from umd.files import write_whole
 
-# In the SVG each colour becomes var(--name), which the page defines for light and for dark.
+# In the SVG each colour becomes var(--name), which the page defines for its light and dark modes.
 COLOURS = {
     "ink": "#1d2126",
     "muted": "#697079",
@@ -62,7 +62,7 @@ STYLE: Any = {
 
 
 def series(rows: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where `key` is finite: (steps float64 [n], values float64 [n])."""
+    """The finite values of a column: (steps float64 [n], values float64 [n])."""
     pairs = [(row["step"], row[key]) for row in rows if _finite(row.get("step")) and _finite(row.get(key))]
     steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
     return steps, values
@@ -71,7 +71,8 @@ def series(rows: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Centred moving average of [n] values.
 
-    At the start the window shrinks evenly, because a loss falls fast there; at the end its far side is cut.
+    At the start the window shrinks on both sides, because a loss falls fast there. At the end only its right side is
+    cut off.
     """
     i = np.arange(len(values))
     half = np.minimum(i, window // 2)
@@ -85,13 +86,13 @@ def curves(rows: Sequence[dict], keys: dict[str, str], *, name: str, title: str,
 
     Args:
         rows: logged rows, each with `step`; values that are missing or not finite are left out.
-        keys: column → its name in the legend (at most four; no legend for a single one).
+        keys: column → its name in the legend; at most four. A single column has no legend.
         name: makes the ids inside this SVG unique on the page.
-        title, unit: above the plot, and along the vertical axis.
-        smoothed: a bold moving average (5 % of the rows) over pale raw values; else only the raw values.
+        title, unit: texts above the plot and along the vertical axis.
+        smoothed: draw a bold moving average (over 5 % of the rows) on top of pale raw values; else only raw values.
 
     Returns:
-        An `<svg>` element, or "" when no column holds a finite value.
+        An `<svg>` element, or "" if no column has a finite value.
     """
     data = {label: series(rows, key) for key, label in keys.items()}
     data = {label: xy for label, xy in data.items() if len(xy[0])}
@@ -125,15 +126,15 @@ def curves(rows: Sequence[dict], keys: dict[str, str], *, name: str, title: str,
 
 
 def probe_bars(bars: Sequence[tuple[str, float, float]], chance: float, *, name: str) -> str:
-    """Horizontal bars with error bars, the first one highlighted, and a line across each at chance.
+    """Draw horizontal bars with error bars, the first one highlighted, and a line across each bar at chance.
 
     Args:
         bars: (label, mean, standard deviation) as fractions; bars whose mean is not finite are left out.
-        chance: accuracy of guessing, a fraction; no line if it is not finite.
+        chance: accuracy of guessing, as a fraction; no line if it is not finite.
         name: makes the ids inside this SVG unique on the page.
 
     Returns:
-        An `<svg>` element, or "" when no mean is finite.
+        An `<svg>` element, or "" if no mean is finite.
     """
     bars = [(label, 100 * mean, 100 * std if _finite(std) else 0.0) for label, mean, std in bars if _finite(mean)]
     if not bars:
@@ -144,7 +145,7 @@ def probe_bars(bars: Sequence[tuple[str, float, float]], chance: float, *, name:
         for i, (label, mean, std) in enumerate(bars):
             ax.barh(i, mean, height=0.42, color=COLOURS["blue" if i == 0 else "bar"])
             ax.errorbar(mean, i, xerr=std, color=COLOURS["ink"], linewidth=1, capsize=3)
-            ax.annotate(label, (0, i - 0.27), va="bottom")  # above its bar, so that a narrow screen has room
+            ax.annotate(label, (0, i - 0.27), va="bottom")  # above its bar, to fit a narrow screen
             clear = max(mean + std, 100 * chance if _finite(chance) else 0)
             _note(ax, f"{mean:.1f} ± {std:.1f}", (clear, i), (7, 0), va="center")
         if _finite(chance):
@@ -164,9 +165,10 @@ def probe_bars(bars: Sequence[tuple[str, float, float]], chance: float, *, name:
 
 
 def layer_curves(runs: Mapping[str, Mapping[int, Mapping[str, Mapping[str, float]]]], path: Path, shots: int) -> None:
-    """Draw accuracy by block, a line a model time, and by model time, for each run side by side; write a PNG.
+    """Draw probe accuracy by block (one line per model time) and by model time, runs side by side; write a PNG.
 
-    runs: by name, {time: {layer: {mean, std}}} with the representation as the last layer, drawn apart.
+    runs: name → {time: {layer: {mean, std}}}, fractions. The last layer is the representation, drawn separately.
+    path: the PNG file. shots: for the label of the vertical axis.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(3.9 * len(runs) + 1.1, 5.6), layout="constrained", dpi=150)
@@ -194,7 +196,7 @@ def layer_curves(runs: Mapping[str, Mapping[int, Mapping[str, Mapping[str, float
         for ax in axes[:, 0]:
             ax.set_ylabel(f"{shots}-shot accuracy, %")
         for ax in axes[:, -1]:
-            ax.legend(bbox_to_anchor=(1, 1), loc="upper left")  # beside the last run, for all
+            ax.legend(bbox_to_anchor=(1, 1), loc="upper left")  # one legend for all runs, beside the last
         write_figure(figure, path)
 
 
@@ -202,9 +204,9 @@ def error_curves(
     runs: Sequence[tuple[str, Sequence[int], Mapping[str, Mapping[str, Sequence[float | None]]]]],
     names: Mapping[str, str], path: Path,
 ) -> None:  # fmt: skip
-    """Draw errors by model time, a panel a kind of error and a line a run; write a PNG.
+    """Draw errors by model time, one panel per kind of error and one line per run; write a PNG.
 
-    runs: (name, times, {kind: {mean, se}}), None where there is no value. names: of the kinds.
+    runs: (name, times, {kind: {mean, se}}), with None for missing values. names: kind → its name in the title.
     """
     with rc_context(STYLE):
         kinds = [kind for kind in names if any(kind in curves for _, _, curves in runs)]
@@ -226,7 +228,7 @@ def error_curves(
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """A PNG, whole or not at all."""
+    """Write a figure as a PNG file, atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
     write_whole(path, buffer.getvalue())
@@ -245,7 +247,7 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _note(ax: Axes, text: str, point: tuple[float, float], offset: tuple[float, float], **style: str) -> None:
-    """Text `offset` points away from a point given in data coordinates."""
+    """Write text at a distance of `offset` points from a point in data coordinates."""
     ax.annotate(text, point, xytext=offset, textcoords="offset points", **style)  # type: ignore[arg-type]
 
 
@@ -263,21 +265,21 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     figure.savefig(buffer, format="svg")
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    # What only a stand-alone file needs goes; a global <style> inside would leak into the page.
+    # Remove what only a stand-alone file needs; a <style> inside would apply to the whole page.
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     box = svg.split('viewBox="')[1].split('"')[0]
     svg = f'<svg viewBox="{box}" role="img" aria-label="{html.escape(alt)}">' + svg[svg.index(">") + 1 :]
     for key, value in COLOURS.items():
         svg = svg.replace(value, f"var(--{key})")
-    # The page's own font replaces matplotlib's name for it; releases write it long or short.
+    # Remove matplotlib's font family, so that the page's font is used. Releases write it as `font` or `font-family`.
     return re.sub(r"font-family: [^;\"]*; ?", "", re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg))
 
 
 def confusion_sheet(counts: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Each class's pictures by predicted class, in per cent of the row: counts [classes, classes] to uint8 [H, W, 3].
+    """Draw a confusion matrix in per cent of each class: counts [label, prediction] to an image, uint8 [H, W, 3].
 
-    Names are left out beyond 40 classes, numbers in the cells beyond 15.
+    Class names are left out beyond 40 classes, numbers in the cells beyond 15.
     """
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     K = len(counts)

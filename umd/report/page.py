@@ -1,4 +1,4 @@
-"""What a run learned, as one self-contained HTML page, and the record it is made from."""
+"""The demo's report: a self-contained HTML page, and the record from which it is made."""
 
 import base64
 import hashlib
@@ -20,8 +20,8 @@ from umd.errors import UserError
 from umd.files import make_folder, write_whole
 from umd.report import figures
 
-NBSP = "\N{NO-BREAK SPACE}"  # a number and its unit stay on one line
-MAX_STACKS = 12  # pictures side by side before a figure gets too small to read
+NBSP = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line
+MAX_STACKS = 12  # most image stacks side by side; with more a figure is too small to read
 LOSS_PARTS = {
     "loss_noised_eps": "noise ε̂ (noised half)",
     "loss_noised_x0": "picture x̂₀ (noised half)",
@@ -38,7 +38,7 @@ NEXT = (
 
 @dataclass
 class Part:
-    """One part of the run: its name, how long it took, its outcome in a few words, its own command."""
+    """One part of the run: its name, its duration in seconds, its result in a few words, and its command."""
 
     name: str
     seconds: float
@@ -60,9 +60,9 @@ class ProbeRow:
 
 @dataclass
 class DemoRecord:
-    """Everything the page shows, as plain data: pictures are uint8 [H, W, 3].
+    """Everything that the page shows, as plain data. Images are uint8 [H, W, 3].
 
-    An empty field leaves its section out, with a sentence in its place.
+    If a field is empty, a sentence replaces its section.
     """
 
     title: str
@@ -74,29 +74,29 @@ class DemoRecord:
     parts: list[Part] = field(default_factory=list)
     # Run name → rows of its metrics.jsonl.
     metrics: dict[str, list[dict]] = field(default_factory=dict)
-    # Masked input, reconstruction, original: of the clean half, and of the noised half.
+    # (masked input, reconstruction, original), first for noise-free images, then for noised ones.
     triplets: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
     noised_triplets: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
-    # Model time t, x_t, x̂0.
+    # (model time t, x_t, x̂0).
     denoising: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
     class_names: list[str] = field(default_factory=list)
     # "guidance 1.0" → uint8 [num_classes, n, H, W, 3].
     samples: dict[str, np.ndarray] = field(default_factory=dict)
-    # Of a model that was trained for longer: what they are → uint8 [n, H, W, 3].
+    # Samples of a model that was trained for longer: description → uint8 [n, H, W, 3].
     longer_samples: dict[str, np.ndarray] = field(default_factory=dict)
-    # Each row holds the views of one picture, named by the columns: given, samples, original.
+    # Each row holds the views of one image; the columns name them: given, samples, original.
     inpainting_columns: list[str] = field(default_factory=list)
     inpainting: list[list[np.ndarray]] = field(default_factory=list)
-    # The model first, then its floors.
+    # The model first, then the floors it is compared with.
     probe: list[ProbeRow] = field(default_factory=list)
-    # Name of the distance, of what, value; the first one is also shown at the top.
+    # (name of the distance, what was measured, value); the first one is also shown at the top.
     frechet: list[tuple[str, str, float]] = field(default_factory=list)
-    mask_ratio_no_noise: float = 0.75  # of `triplets`
-    mask_ratio: float = 0.375  # of `noised_triplets`
+    mask_ratio_no_noise: float = 0.75  # mask ratio of `triplets`
+    mask_ratio: float = 0.375  # mask ratio of `noised_triplets`
 
 
 def save_record(record: DemoRecord, folder: Path) -> Path:
-    """Write `record.json`, and `record.npz` with its arrays, into `folder`; returns the path of the JSON."""
+    """Write `record.json` and, with its arrays, `record.npz` into `folder`. Returns the path of the JSON file."""
     arrays: dict[str, Any] = {}
 
     def pack(value):
@@ -118,7 +118,7 @@ def save_record(record: DemoRecord, folder: Path) -> Path:
 
 
 def load_record(folder: Path) -> DemoRecord:
-    """Read back exactly what `save_record` wrote. Raises UserError when it is missing or damaged."""
+    """Read what `save_record` wrote. Raises UserError if it is missing or damaged."""
     path = Path(folder) / "record.json"
     if not path.is_file():
         raise UserError(f"There is no record.json in {folder}; name a folder the demo wrote, such as runs/demo.")
@@ -148,7 +148,7 @@ def load_record(folder: Path) -> DemoRecord:
 
 
 def write_report(record: DemoRecord, path: Path) -> Path:
-    """Write the page, replacing an older one in a single step. Returns its path."""
+    """Write the page; an older one is replaced atomically. Returns its path."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -172,7 +172,7 @@ def write_report(record: DemoRecord, path: Path) -> Path:
 
 
 def write(path: Path, data: bytes) -> Path:
-    """`write_whole`, whose errors become UserErrors."""
+    """Write a file with `write_whole`, make its folder if needed, and raise UserError instead of OSError."""
     try:
         make_folder(path.parent)
         write_whole(path, data)
@@ -183,16 +183,16 @@ def write(path: Path, data: bytes) -> Path:
 
 
 def probe_margins(rows: list[ProbeRow]) -> list[tuple[ProbeRow, float, float]]:
-    """By how much the first row beats each of the others.
+    """By how much the first row beats each of the other rows, the floors.
 
     Returns:
-        (floor, difference of the means, its standard deviation √(σ₁² + σ₂²)), as fractions.
+        For each floor (floor, difference of the means, its standard deviation √(σ₁² + σ₂²)), as fractions.
     """
     return [(floor, rows[0].mean - floor.mean, math.hypot(rows[0].std, floor.std)) for floor in rows[1:]]
 
 
 def _probes(rows: list[ProbeRow]) -> list[dict]:
-    """One entry for each number of shots at which the model was measured."""
+    """Data of the probe's section: one entry for each number of shots."""
     probes = []
     for shots in dict.fromkeys(row.shots for row in rows):
         model, *floors = [row for row in rows if row.shots == shots]
@@ -222,7 +222,7 @@ def _in_words(model: ProbeRow, floor: ProbeRow, difference: float, deviation: fl
 
 
 def _run(name: str, rows: list[dict]) -> dict:
-    """The plot of one run's loss, and the numbers of its row in the throughput table."""
+    """Data of one run: the plot of its loss, and the numbers of its row in the throughput table."""
 
     def column(key: str) -> np.ndarray:
         return figures.series(rows, key)[1]
@@ -253,7 +253,7 @@ def _median(values: Iterable[float]) -> float | None:
 
 
 def _evenly(items: list, count: int) -> list:
-    """At most `count` of the items, first and last among them."""
+    """At most `count` of the items, evenly spaced, the first and the last included."""
     if len(items) <= count:
         return items
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
@@ -270,7 +270,7 @@ def _data_uri(image: np.ndarray) -> str:
 
 
 def _enlargement(height: int, size: int) -> int:
-    """The whole factor that brings `height` nearest to `size`, so that pixels stay square and even."""
+    """The integer factor that brings `height` closest to `size`; with an integer all pixels keep equal size."""
     return max(1, round(size / height))
 
 
@@ -286,7 +286,7 @@ def _duration(seconds: float) -> str:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits, thousands separated; a dash for what was not measured."""
+    """Format with three significant digits and separated thousands; a dash for a missing value."""
     if value is None or not math.isfinite(value):
         return "–"
     if abs(value) >= 10 ** (digits - 1):
