@@ -13,9 +13,10 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -126,6 +127,19 @@ def print_help() -> None:
         say(f"  {line}")
 
 
+@contextlib.contextmanager
+def joined_lines() -> Iterator[None]:
+    """Let tyro show a field's docstring as one paragraph: it joins only lines that are not indented."""
+    from tyro import _strings
+
+    join = _strings.remove_single_line_breaks
+    _strings.remove_single_line_breaks = lambda helptext: join(cleandoc(helptext))
+    try:
+        yield
+    finally:
+        _strings.remove_single_line_breaks = join
+
+
 def parse(cls_or_function, name: str, arguments: list[str], default=None):
     """Parse options with tyro under the program name `umd NAME`.
 
@@ -145,7 +159,7 @@ def parse(cls_or_function, name: str, arguments: list[str], default=None):
     from umd.ranges import OutOfRange, named
 
     kwargs = {} if default is None else {"default": default}
-    with contextlib.ExitStack() as quiet:
+    with joined_lines(), contextlib.ExitStack() as quiet:
         if silent(name.split()[0]):
             quiet.enter_context(contextlib.redirect_stderr(quiet.enter_context(open(os.devnull, "w"))))
         try:

@@ -158,3 +158,10 @@ def test_the_option_is_named_as_it_was_written():
     for arguments in (["--run.seed", "-1"], ["--run.seed=-1"], ["--seeds", "1", "--run.seed", "-1"]):
         assert str(named(error, arguments)) == "--run.seed -1: must be at least 0"
     assert str(named(error, ["--other", "1"])) == "seed -1: must be at least 0"  # of a preset or a default
+
+
+def test_a_docstring_of_two_lines_is_shown_as_one_paragraph():
+    from tyro import _strings
+
+    with cli.joined_lines():
+        assert _strings.remove_single_line_breaks("one line\n    and another; 3") == "one line and another; 3"
