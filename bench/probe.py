@@ -32,22 +32,22 @@ from umd.train.shards import share
 
 @dataclass(frozen=True)
 class ProbeBench:
-    """What is measured."""
+    """Measure time, memory and reads of a few-shot probe on a folder of ImageNet's shape."""
 
     train: Count = 250_000
     """Training pictures."""
     test: Count = 50_000
     """Held-out pictures."""
     classes: Count = 1000
-    """Classes; both splits have as many pictures of each."""
+    """Number of classes. Each split has equally many pictures of each class."""
     side: Count = 64
-    """Height and width of the JPEGs."""
+    """Height and width of the JPEGs, in pixels."""
     shots: Count = 100
-    """Labelled training images a class."""
+    """Labelled training images per class."""
     model: str = "UMD-Ti/4"
-    """Size and patch size of the network, at 32x32."""
+    """Model size and patch size, as UMD-SIZE/PATCH. It sees 32x32 pixels."""
     json: Path | None = None
-    """Write the figures here."""
+    """JSON file for the figures."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -37,22 +37,22 @@ Keys = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class ReadsBench:
-    """What is measured."""
+    """Compare ways to read stored latents from a disk: images/s, bytes and read requests."""
 
     folder: Path | None = None
-    """A folder on the disk to be measured, where shards are written and removed again; default: a temporary one."""
+    """Folder on the disk to measure. Shards are written there and removed at the end. Default: a temporary folder."""
     shards: Count = 16
-    """Shards of 4096 images, 64 MiB each: 32x32x4 latents in bf16, one view."""
+    """Number of shards. Each has 4096 images in 64 MiB: 32x32x4 latents in bf16, one view."""
     count: Count = 16384
-    """Images read in a measurement."""
+    """Images read per measurement."""
     batch: Count = 256
-    """Images of a batch, over all processes."""
+    """Images per batch, over all processes."""
     processes: tuple[Processes, ...] = (1, 8)
-    """Ranks and workers of a host that read their shares at once."""
+    """Numbers of reader processes to measure. The processes of one measurement share the reads."""
     repeats: Count = 3
-    """Measured rounds, in each of which every way is measured."""
+    """Measured rounds; each measures every way once."""
     json: Path | None = None
-    """Write the rows here."""
+    """JSON file for the rows."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "processes")

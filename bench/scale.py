@@ -32,20 +32,20 @@ TINY += " --batch-size 64 --save-every 1 --draw-every 0 --device cpu --data.num-
 
 @dataclass(frozen=True)
 class ScaleBench:
-    """What is measured."""
+    """Measure time and memory of commands on a folder or tar of ImageNet's size."""
 
     train: Count = 1_281_000
     """Training pictures."""
     test: Count = 50_000
     """Held-out pictures."""
     classes: Count = 1000
-    """Classes."""
+    """Number of classes."""
     side: Count = 64
-    """Height and width of the JPEGs."""
+    """Height and width of the JPEGs, in pixels."""
     folder: Path | None = None
-    """Where the pictures are made, and removed; default: a temporary folder."""
+    """Folder in which the pictures are made, and removed at the end. Default: a temporary folder."""
     json: Path | None = None
-    """Write the rows here."""
+    """JSON file for the rows."""
 
     def __post_init__(self) -> None:
         ProbeBench(train=self.train, test=self.test, classes=self.classes, side=self.side)  # the same checks
@@ -55,9 +55,9 @@ class ScaleBench:
 class Row:
     command: str
     first_seconds: float
-    again_seconds: float | None  # with the list of files kept
+    again_seconds: float | None  # second run, with the kept list of files
     images_per_second: float | None
-    gigabytes: float  # of the largest process
+    gigabytes: float  # memory of the largest process
 
 
 def run(bench: ScaleBench, console: Console) -> list[Row]:

@@ -48,22 +48,22 @@ WARMUP = 5  # rounds; until then memory still grows, and a step's time holds the
 
 @dataclass(frozen=True)
 class StepBench:
-    """What is measured."""
+    """Time UMD's training step next to its baselines."""
 
     model: str = "UMD-B/4"
-    """Size and patch size; baselines take its width, encoder depth and heads."""
+    """Model size and patch size, as UMD-SIZE/PATCH. Baselines take its width, encoder depth and heads."""
     image_size: Count = 64
-    """Side of the images."""
+    """Height and width of the images, in pixels."""
     batch: Annotated[int, number(int, 2)] = 16
-    """Images a step: a noised and a noise-free one at least."""
+    """Images per step. At least 2, one noised and one noise-free."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """bf16 (autocast) or fp32."""
     repeats: Count = 5
-    """Rounds of each pair, a row and UMD; of one step each, on a GPU of 20 that are queued without a wait."""
+    """Rounds; each times a baseline and UMD in turn. A round has 1 step each; on a GPU 20, queued without waiting."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where."""
+    """Device to measure on."""
     json: Path | None = None
-    """Write the rows here."""
+    """JSON file for the rows."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -82,9 +82,9 @@ class Row:
     seconds_max: float
     images_per_second: float
     flops: int
-    peak_memory_bytes: int | None  # of the process, beyond what it held before the model was made
-    time_ratio: float  # to UMD's: median of the ratios within a round, so that drift of the machine falls out
-    host_seconds: float | None  # of a step until all its launches are queued; None on a CPU
+    peak_memory_bytes: int | None  # of the process, less what it held before the model was made
+    time_ratio: float  # seconds over UMD's: median of the ratios within each round, so drift of the machine cancels
+    host_seconds: float | None  # time of a step until all its launches are queued; None on a CPU
 
 
 def autocast(bench: StepBench):

@@ -44,16 +44,16 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class TraceBench:
-    """Where two traces of torch.profiler differ, by the step."""
+    """Show where two traces of torch.profiler differ, in time per step."""
 
     a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-    """A .json or .json.gz that torch.profiler wrote, or the folder of a run made with --profile."""
+    """First trace: a .json or .json.gz written by torch.profiler, or the folder of a run made with --profile."""
     b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
-    """Another."""
+    """Second trace, to compare with the first."""
     steps: Count = 1
-    """Steps in a trace that does not mark them (ProfilerStep#)."""
+    """Number of steps in a trace that does not mark its steps (ProfilerStep#)."""
     json: Path | None = None
-    """Write the rows here."""
+    """JSON file for the rows."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -61,7 +61,7 @@ class TraceBench:
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel or op, by the step; with name "" a whole group, or what `WHOLE` names."""
+    """Times per step of a kernel or op. With name "": of a whole group, or of an entry of `WHOLE`."""
 
     group: str
     name: str
@@ -69,8 +69,8 @@ class Row:
     b_ms: float
     a_calls: float
     b_calls: float
-    difference_ms: float  # B's time less A's
-    share: float | None = None  # of the difference in all; None where there is none
+    difference_ms: float  # B's time minus A's
+    share: float | None = None  # of the total difference; None if the total is 0
 
 
 def group_of(name: str) -> str:
