@@ -322,7 +322,7 @@ def measure(bench: KernelBench, console: Console) -> tuple[list[Row], float | No
 
 
 def print_rows(rows: list[Row], console: Console) -> None:
-    """Print one line per op, direction and shape. A cell has milliseconds, and GB/s as share of a copy's, or TFLOP/s."""
+    """Print one line per op, direction and shape. A cell has ms and GB/s as share of a copy's, or TFLOP/s."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault("" if row.op in OPS else "mlp" if row.op == "mlp" else "attention", []).append(row)
