@@ -419,7 +419,7 @@ def end(run: Run, log: RunLog | NoLog, stop: StopRequest, stopped: bool, before:
 
 
 def keep_work(run: Run, log: RunLog | NoLog, before: int) -> None:
-    """Save the last step when no more batches come. In a single process only: other ranks would be waiting in a step."""
+    """Save the last step when no more batches come. Only in a single process: other ranks would wait in a step."""
     if run.world.size > 1 or run.number == before:
         return
     if run.saved_step != run.number:
