@@ -27,7 +27,7 @@ def crops_of(recipe: dict) -> Crops | None:
 
 
 def check_crops(header: dict, folder: Path, config: "DataConfig") -> None:
-    """Raise UserError, with the command that makes the right crops, if a run's crop settings are not the stored ones."""
+    """Raise UserError, with the command that makes the right crops, if the stored crops are not as a run's settings."""
     stored, asked = crops_of(header["recipe"]), (config.area_min, config.area_max, config.hflip)
     if stored is None or stored == asked:
         return
