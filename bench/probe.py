@@ -1,7 +1,7 @@
-"""`umd bench probe`: time, memory and pictures read of a few-shot probe on a folder of ImageNet's shape.
+"""`umd bench probe`: time, memory and number of pictures read of a few-shot probe on a folder of ImageNet's shape.
 
-The folder is made of hard links to a few JPEGs, so that it costs no disk; each link is opened, read and decoded like a
-file of its own. The network is small and untrained: what is measured is the way to it.
+The folder consists of hard links to a few JPEGs, so it needs little disk space. Each link is opened, read and decoded
+like a separate file. The network is small and untrained, as the benchmark is about everything but the network.
 """
 
 import json
@@ -71,7 +71,7 @@ def run(bench: ProbeBench, console: Console) -> dict[str, float]:
 
 
 def link_pictures(source: Path, bench: ProbeBench) -> None:
-    """train/ and test/ with a folder a class: hard links to 256 JPEGs of noise around a colour."""
+    """Make train/ and test/ with one folder per class: hard links to 256 JPEGs of noise around a colour."""
     rng = np.random.default_rng(0)
     originals = source.parent / "originals"
     originals.mkdir(parents=True)
@@ -87,7 +87,7 @@ def link_pictures(source: Path, bench: ProbeBench) -> None:
 
 
 def make_run(out: Path, source: Path, bench: ProbeBench) -> None:
-    """An untrained run on those pictures."""
+    """Write an untrained run on the pictures of `source`."""
     torch.manual_seed(0)
     data = DataConfig(source=str(source))
     config = RunConfig(out=out, model=model_config(bench.model, image_size=(32, 32)), data=data)

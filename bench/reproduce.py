@@ -1,4 +1,4 @@
-"""`umd bench reproduce`: small trainings from scratch, and what docs/results shows of them. A stopped one goes on."""
+"""`umd bench reproduce`: small trainings from scratch, and the figures of docs/results. To resume, repeat it."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from umd.ranges import Count, CountOrZero, Seed, check_ranges
 
-PARTS = {  # each a module with reproduce(options, console)
+PARTS = {  # part -> module with a function reproduce(options, console)
     "filling": "umd.bench.filling",
     "layers": "umd.bench.layers",
     "paper": "umd.bench.paper",
