@@ -1,4 +1,4 @@
-"""Folders of image files: one subfolder per class, or images directly inside. `train/`, `test/`, `val/` are splits."""
+"""Folders of image files: one subfolder per class, or images directly inside. `train/` and `test/` or `val/`: splits."""
 
 import logging
 import os
