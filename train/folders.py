@@ -1,4 +1,4 @@
-"""Folders of image files: one subfolder per class, or images directly inside. `train/` and `test/` or `val/`: splits."""
+"""Folders of image files: one subfolder per class, or images directly inside. Splits: `train/` and `test/` or `val/`."""
 
 import logging
 import os

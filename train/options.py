@@ -343,7 +343,7 @@ class Evaluate(Sampling):
     split: Literal["test", "train"] = "test"
     """Split of the run's data that gives the real pictures. test: held-out pictures."""
     source: str = ""
-    """Real pictures, as in --data.source. Default: the run's training source."""
+    """Pictures to use instead of the run's, as in --data.source. Default: the run's training source."""
     pictures: str = ""
     """For a run on latents: source of the real pictures. Default: its stored latents, decoded by the VAE."""
     few: bool = False

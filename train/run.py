@@ -92,7 +92,7 @@ class RunConfig:
     """Profile 3 steps after the first 12 and write where their time goes to profile/ in the run's folder."""
     draw_minutes: NonNegative = 60
     """Minutes of training between pictures: reconstructions, with labels also samples. 0: never.
-    A classifier scores held-out pictures instead. The last step always does it, and weighs a UMD's two heads."""
+    A classifier scores held-out pictures instead. Unless 0, the last step does so too, and weighs a UMD's two heads."""
     draw_every: CountOrZero | None = None
     """Steps between pictures, instead of --draw-minutes. 0: never."""
     evaluate_minutes: NonNegative = 0
