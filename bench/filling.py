@@ -177,7 +177,7 @@ def measure(filled: Filled, patch_size: int) -> dict[str, Tensor]:
         return cosine_transform(x, filled.hole, patch_size)
 
     original = transform(filled.original)
-    mean = original.mean((0, 1))  # of each frequency: emoji lie on white
+    mean = original.mean((0, 1))  # mean of each frequency, which is not 0 as emoji are on white
     samples = torch.stack([transform(sample) for sample in filled.samples.unbind(1)])  # [n, M, C, P, P]
     kinds = {
         "MAE": transform(filled.mae), "DiffMAE, first call": transform(filled.first), "DiffMAE, a sample": samples[0],

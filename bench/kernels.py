@@ -25,7 +25,7 @@ from umd.bench.device_time import Timing, copies_beyond, time_calls
 from umd.errors import UserError
 from umd.ranges import check_ranges, number
 
-with interpreted(not torch.cuda.is_available()):  # Triton asks when a kernel is defined
+with interpreted(not torch.cuda.is_available()):  # Triton reads the variable when a kernel is defined
     from umd import ops
     from umd.bench.op_cases import DTYPES, OPS, SHAPES, Inputs, LayerNorm, OpCase, Side, dtype_name
     from umd.train.parallel import static_compile

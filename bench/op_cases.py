@@ -19,7 +19,7 @@ from umd.config import ModelConfig, ObjectiveConfig, model_config
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 
-# Width, image and patch of the paper's rows: pixels at B/4, latents at L/2 and XL/2. 256 patches each.
+# Models of the paper: pixels for B/4, latents for L/2 and XL/2. Each has 256 patches.
 SHAPES: dict[str, dict] = {
     "UMD-B/4": dict(image_size=(64, 64), channels=3),
     "UMD-L/2": dict(image_size=(32, 32), channels=4),
@@ -142,7 +142,7 @@ def modulated_layer_norm(i: Inputs) -> OpCase:
     )
 
 
-FP32_RESIDUAL = "gated_residual_layer_norm, x fp32"  # r too; h and y as narrow as in the other case
+FP32_RESIDUAL = "gated_residual_layer_norm, x fp32"  # r is fp32 too; h and y stay narrow
 
 
 def gated_residual_layer_norm(i: Inputs, residual: torch.dtype | None = None) -> OpCase:

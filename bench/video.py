@@ -153,7 +153,7 @@ def places(x: Tensor, emoji: Tensor) -> Tensor:
     Returns left edges [B, F].
     """
     B, C, F, H, W = x.shape
-    ink = (1 - x).transpose(1, 2).reshape(1, B * F * C, H, W)  # zero where white, so that the error is least where
+    ink = (1 - x).transpose(1, 2).reshape(1, B * F * C, H, W)  # zero where white, so the squared error is least where
     kernel = (1 - emoji).repeat_interleave(F, 0)  # [B·F, C, H, EMOJI]           this correlates most
     return torch.nn.functional.conv2d(ink, kernel, groups=B * F).view(B, F, -1).argmax(-1)
 

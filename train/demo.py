@@ -152,7 +152,7 @@ def make_demo(demo: Demo, console: Console) -> Path:
     for shown in (SHOWN, SHOWN // 2, SHOWN // 4):  # fewer pictures on a slow machine, rather than too few steps
         labels = torch.arange(len(classes)).repeat_interleave(shown)
         call = evaluate.seconds_a_call(generator, len(labels), dtype, labelled=True)
-        num_steps = int(np.clip(seconds / (3.2 * call), 10, 125))  # without guidance one call a step, with it two
+        num_steps = int(np.clip(seconds / (3.2 * call), 10, 125))  # one call per step without guidance, two with it
         if num_steps >= 25:
             break
     samples = {}

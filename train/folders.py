@@ -1,4 +1,4 @@
-"""Folders of image files: one subfolder per class, or images directly inside. Splits: `train/` and `test/` or `val/`."""
+"""Folders of image files: one subfolder per class, or images directly inside. Splits: `train/`, `test/`, `val/`."""
 
 import logging
 import os
