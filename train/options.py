@@ -316,7 +316,7 @@ class Probe:
 class Evaluate(Sampling):
     """Score a run's samples (Fréchet and kernel distances, Inception Score, precision, recall) and its
     representation (few-shot and linear probe, nearest neighbours). Writes scores.json and scores.md into the run.
-    Defaults are the paper's, except --predict. To resume, repeat the command. Under torchrun the ranks share the work."""
+    Defaults are the paper's, except --predict. To resume, repeat the command. Under torchrun ranks share the work."""
 
     count: Count = 50_000
     """Number of samples."""
