@@ -35,7 +35,7 @@ from umd.train.run import to_plain
 
 
 def work(plan: Plan, todo: list[Chain], out: Path, turn: Any, parent: int) -> None:
-    """Make one chain after another until none is left. turn: number of the next chain, shared by all processes."""
+    """Take chain after chain until none is left. `turn`: the number of the next, shared by all that work."""
     torch.set_num_threads(1)
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     while True:
@@ -64,7 +64,7 @@ def make_chain(plan: Plan, chain: Chain, out: Path) -> None:
 
 
 def end_with(parent: int) -> None:
-    """End this process, as by SIGTERM, when its parent process is gone."""
+    """End this process, as SIGTERM would, when the one that started it is gone."""
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -154,7 +154,7 @@ def carry_out(
         )
         context = multiprocessing.get_context("spawn")
         turn = context.Value("i", 0)
-        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that start now
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that start now
         processes = [
             context.Process(target=work, args=(plan, todo, out, turn, os.getpid())) for _ in range(workers)
         ]  # fmt: skip

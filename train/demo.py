@@ -217,7 +217,7 @@ def make_demo(demo: Demo, console: Console) -> Path:
     return page
 
 
-# One is chosen for every row on a part of the training shots. Networks need about 10, raw pixels 1000 to 4000.
+# Chosen among on a part of the training shots, for every row alike: networks want about 10, raw pixels 1000 or 4000.
 PROBE_L2 = tuple(4.0**k for k in range(8))
 
 
