@@ -1,4 +1,4 @@
-"""`umd bench adaln`: weights, FLOPs and step time of adaLN's projections, measured alternately in one process."""
+"""`umd bench adaln`: weights, FLOPs and step time of each adaLN projection, measured in turn in one process."""
 
 import json
 import statistics
@@ -25,28 +25,28 @@ PROJECTIONS: tuple[AdaLNProjection, ...] = get_args(AdaLNProjection)
 
 @dataclass(frozen=True)
 class AdaLNBench:
-    """What is measured."""
+    """Compare adaLN's projections: weights, FLOPs and time of a training step."""
 
     model: str = "UMD-B/4"
-    """Size and patch size."""
+    """Model size and patch size, as UMD-SIZE/PATCH."""
     image_size: Count = 64
-    """Side of the images or latents."""
+    """Height and width of the images (pixels) or latents."""
     channels: Count = 3
-    """Of the images; 4 for latents."""
+    """Channels: 3 for images, 4 for latents."""
     shallower: Count = 1
-    """Divide the depths by this: the same ratios from less memory."""
+    """Divide the encoder and decoder depth by this. The ratios stay about the same and memory shrinks."""
     rank: Count = 64
-    """Of low_rank."""
+    """Rank of the low_rank projection."""
     batch: Count = 16
-    """Images a step."""
+    """Images per step."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Autocast type."""
+    """Autocast dtype."""
     repeats: CountOrZero = 5
-    """Measured rounds; each runs every row once. 0: count weights and FLOPs only."""
+    """Measured rounds; each runs every row once. 0: only count weights and FLOPs."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where."""
+    """Device to measure on."""
     json: Path | None = None
-    """Write the rows here."""
+    """JSON file for the rows."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -65,8 +65,8 @@ class Row:
     weights: int
     of_adaLN: int
     flops_per_image: float  # forward and backward
-    seconds: float | None  # a step, median
-    ratio: float | None  # to the first row's, median of the ratios within a round
+    seconds: float | None  # per step, median
+    ratio: float | None  # seconds over the first row's: median of the ratios within each round
 
 
 def training_step(bench: AdaLNBench, model: UMD) -> Step:
@@ -76,7 +76,7 @@ def training_step(bench: AdaLNBench, model: UMD) -> Step:
 
 
 def run(bench: AdaLNBench, console: Console) -> list[Row]:
-    """Measure, print, write the JSON."""
+    """Measure all projections, print the table, write the JSON. Returns the rows."""
     keep_freed_memory()
     take_device(bench.device, bench.dtype)
     counts: dict[str, tuple[int, int, float]] = {}

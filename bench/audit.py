@@ -1,9 +1,11 @@
-"""`umd bench audit`: what the kernels of every op move and need on an A100, H100 or B200, without a GPU.
+"""`umd bench audit`: memory traffic and resource use of every op's kernels on an A100, H100 or B200, without a GPU.
 
-Each op runs in Triton's interpreter on the inputs of a training step (`op_cases.py`), which counts its bytes
-(`count_bytes.py`); what it launched is compiled for each architecture as it would be there and read
-(`inspect_kernel.py`). Nothing is described twice: what is audited is what runs. `--step`: a whole training step instead
-(`audit_step.py`).
+1. Each op runs in Triton's interpreter on the inputs of a training step (`op_cases.py`). The interpreter counts the
+   bytes it reads and writes (`count_bytes.py`).
+2. Each kernel that was launched is compiled for each architecture, and its PTX and binary are read
+   (`inspect_kernel.py`).
+
+So the audited code is the code that runs. `--step` audits a whole training step instead (`audit_step.py`).
 """
 
 import json
@@ -30,7 +32,7 @@ from umd.errors import UserError
 from umd.ranges import check_ranges, number
 from umd.train.signals import end_when_orphaned
 
-# GPU and its memory's bytes a second, from NVIDIA's data sheets.
+# GPU and its memory bandwidth in bytes per second, from NVIDIA's data sheets.
 GPUS = {
     "sm_80": ("A100 80GB SXM", 2039e9),
     "sm_90": ("H100 SXM", 3350e9),
@@ -40,31 +42,31 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Audit:
-    """What is audited."""
+    """Count memory traffic and read compiled kernels for an A100, H100 or B200. Needs no GPU."""
 
     step: bool = False
-    """Every operation of a whole training step instead. With --models, --batch, --json and --chart; bf16."""
+    """Audit every operation of a whole bf16 training step instead. Goes with --models, --batch, --json and --chart."""
     models: tuple[str, ...] = ()
-    """Whose shapes: UMD-B/4 (D = 768), UMD-L/2 (1024), UMD-XL/2 (1152); default: the first two. Whose steps: UMD-B/4,
-    UMD-L/2, DiT-L/2, "eager DiT-L/2" (diffusers'); default: all."""
+    """Models that give the shapes: UMD-B/4 (D = 768), UMD-L/2 (1024), UMD-XL/2 (1152). Default: the first two.
+    With --step, models whose step is audited: UMD-B/4, UMD-L/2, DiT-L/2, "eager DiT-L/2" (diffusers). Default: all."""
     batch: Annotated[int, number(int, 2)] = 128
-    """Images a step, with --step: a noised and a noise-free one at least."""
+    """With --step: images per step. At least 2, one noised and one noise-free."""
     ops: tuple[str, ...] = ()
-    """Which ops; default: all, and liger-kernel's norms where it is installed."""
+    """Ops to audit. Default: all, and liger-kernel's norms if it is installed."""
     dtype: str = "bf16"
-    """Of tokens and predictions: bf16, fp16 or fp32. Images and modulation tables are fp32, as in training."""
+    """dtype of tokens and predictions: bf16, fp16 or fp32. Images and modulation tables are fp32, as in training."""
     samples: Annotated[int, number(int, 2)] = 16
-    """Images in the batch, an even number."""
+    """Images in the batch; an even number."""
     arch: tuple[str, ...] = tuple(GPUS)
-    """sm_80, sm_90, sm_100."""
+    """Architectures: sm_80 (A100), sm_90 (H100), sm_100 (B200)."""
     kernel: str = ""
-    """Instead of our ops, any @triton.jit function, as package.module:name ..."""
+    """Audit this @triton.jit function instead of our ops, written package.module:name. Needs --call."""
     call: str = ""
-    """... and Python that launches it on CPU tensors; torch and the names of its module are there."""
+    """Python expression that launches --kernel on CPU tensors. Names: torch and those of the kernel's module."""
     json: Path | None = None
-    """Write the rows here."""
+    """JSON file for the rows."""
     chart: Path | None = None
-    """Write the bar chart here, a PNG."""
+    """PNG file for the bar chart."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -87,7 +89,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class Counted:
-    """An op in one direction: what ran, and its bytes."""
+    """An op in one direction (forward or backward): the kernels it launched and the bytes they move."""
 
     op: str
     dtype: str
@@ -95,7 +97,7 @@ class Counted:
     samples: int
     direction: str
     launches: tuple[Launch, ...]
-    torch_bytes: int  # by PyTorch around the kernels: folding tables, summing partial sums
+    torch_bytes: int  # moved by PyTorch around the kernels: folding tables, summing partial sums
     compulsory_bytes: int | None
     eager_bytes: int | None
 
@@ -104,7 +106,10 @@ class Counted:
         return next((launch.error for launch in self.launches if launch.error), "")
 
     def bytes(self, which: str) -> int | None:
-        """asked or unique: of all launches, and of PyTorch around them; None where one could not be counted."""
+        """Bytes of all launches plus PyTorch's around them. None if a launch could not be counted.
+
+        which: `asked` or `unique`, as in `count_bytes.Counts`.
+        """
         if self.error:
             return None
         return self.torch_bytes + sum(getattr(launch.counts, which) for launch in self.launches)
@@ -112,7 +117,10 @@ class Counted:
 
 @dataclass(frozen=True)
 class Row:
-    """One op, direction and architecture. Registers and shared memory: the most of its kernels; spills: of all."""
+    """One op, direction and architecture.
+
+    Registers and shared memory are the maximum over its kernels. Spilled bytes are their sum.
+    """
 
     op: str
     direction: str
@@ -127,9 +135,9 @@ class Row:
     registers: int
     spill_bytes: int
     shared_bytes: int
-    occupancy: float  # the least of its kernels
+    occupancy: float  # minimum over its kernels
     f64: int
-    atomics: int  # of floats
+    atomics: int  # on floats
     min_access_bits: int | None
     predicted_us: float | None
     eager_us: float | None
@@ -138,12 +146,12 @@ class Row:
 
 
 CASES = OPS | liger_cases.CASES
-# The norms' work is cut as for this many images: of fewer, each multiprocessor gets fewer tokens, with as many sums.
+# The norms split their work as for this many images. With fewer, each multiprocessor would get fewer tokens per sum.
 CHUNKS_OF = 256
 
 
 def count_op(name: str, model: str, samples: int, dtype: str, own_rows: int = 0) -> list[Counted]:
-    """Run an op forward and backward and count. Where TRITON_INTERPRET=1 was set at the start."""
+    """Run an op forward and backward and count its bytes. Needs TRITON_INTERPRET=1 from the start of the process."""
     inputs = Inputs(model, samples, DTYPES[dtype], "cpu", own_rows=own_rows, like=CHUNKS_OF)
     case = CASES[name](inputs)
     foreign = name in liger_cases.CASES
@@ -173,7 +181,7 @@ def count_op(name: str, model: str, samples: int, dtype: str, own_rows: int = 0)
 
 
 def count_call(kernel: str, call: str) -> list[Counted]:
-    """Evaluate `call` and count the launches of `kernel` in it; compulsory is each byte it touches, once."""
+    """Evaluate `call` and count the launches of `kernel` in it. Each byte it touches counts once as compulsory."""
     module, _, name = kernel.partition(":")
     try:
         names = vars(import_module(module))
@@ -193,18 +201,18 @@ def count_call(kernel: str, call: str) -> list[Counted]:
 
 
 def _compile(launch: Launch, arch: str):
-    """`inspect_kernel.compile_launch`, imported where Triton is not the interpreter."""
+    """`inspect_kernel.compile_launch`, imported late: only in a process where Triton is not the interpreter."""
     from umd.bench.inspect_kernel import compile_launch
 
     return compile_launch(launch, arch)
 
 
 def row_of(counted: Counted, arch: str, compiled: list) -> Row:
-    """Counts and compiled kernels of an op as one row."""
+    """Merge an op's counts and its compiled kernels into one row."""
     launches = counted.launches
     bits = [c.min_access_bits(_of_width(x, counted.width)) for c, x in zip(compiled, launches, strict=True)]
     asked, unique = counted.bytes("asked"), counted.bytes("unique")
-    rate = GPUS[arch][1] / 1e6  # bytes a microsecond
+    rate = GPUS[arch][1] / 1e6  # bytes per microsecond
     return Row(
         op=counted.op,
         direction=counted.direction,
@@ -244,7 +252,7 @@ def row_of(counted: Counted, arch: str, compiled: list) -> Row:
 
 
 def _of_width(launch: Launch, width: int) -> set[str]:
-    """Arguments whose rows are of width D: [D], or [..., multiples of D]."""
+    """Names of the arguments whose last dimension is D or a multiple of D."""
     return {
         a.name
         for a in launch.arguments
@@ -253,14 +261,14 @@ def _of_width(launch: Launch, width: int) -> set[str]:
 
 
 def run_apart(interpret: bool, jobs: list[tuple], progress: Callable[[list], Iterable] = iter) -> list:
-    """Results of (function, *arguments), in processes where Triton is the interpreter or is not."""
+    """Run jobs (function, *arguments) in other processes, with Triton's interpreter on or off. Returns results."""
     spawn = multiprocessing.get_context("spawn")
     with interpreted(interpret), ProcessPoolExecutor(torch.get_num_threads(), spawn, end_when_orphaned) as pool:
         return [job.result() for job in progress([pool.submit(*job) for job in jobs])]
 
 
 def audit(options: Audit, progress: Callable[[list], Iterable] = iter) -> list[Row]:
-    """Count, then compile what ran."""
+    """Count each op's bytes, then compile every kernel that ran. Returns the rows."""
     jobs: list[tuple]
     if options.kernel:
         jobs = [(count_call, options.kernel, options.call)]
@@ -274,7 +282,7 @@ def audit(options: Audit, progress: Callable[[list], Iterable] = iter) -> list[R
 def compile_counted(
     counted: list[Counted], archs: tuple[str, ...], progress: Callable[[list], Iterable] = iter
 ) -> list[Row]:
-    """A row for each that launched a kernel, and each architecture."""
+    """One row for each counted op that launched a kernel, and each architecture."""
     pairs = [(one, arch) for one in counted if one.launches for arch in archs]
     jobs = [(_compile, launch, arch) for one, arch in pairs for launch in one.launches]
     compiled = iter(run_apart(False, jobs, progress))
@@ -282,7 +290,7 @@ def compile_counted(
 
 
 def run(options: Audit, console: Console) -> list:
-    """Audit, print the tables, write JSON and chart."""
+    """Audit the ops (with --step: whole steps), print the tables, write JSON and chart. Returns the rows."""
     if find_spec("triton") is None:
         raise UserError("the audit compiles kernels and needs Triton, not a GPU: pip install triton")
     if options.step:
@@ -301,7 +309,7 @@ def run(options: Audit, console: Console) -> list:
 
 
 def print_rows(rows: list[Row], console: Console) -> None:
-    """Two tables, of bytes and of compiled kernels; what differs by architecture in the order of the rows."""
+    """Print two tables: bytes, and compiled kernels. Values that differ by architecture keep the order of the rows."""
     archs = " / ".join(dict.fromkeys(row.arch for row in rows))
     size = f"{rows[0].samples} samples, " if rows[0].samples else ""
 
@@ -347,7 +355,7 @@ def print_rows(rows: list[Row], console: Console) -> None:
 
 
 def print_table(title: str, columns: dict[str, Callable[[Row], str]], rows: list[Row], console: Console) -> None:
-    """A line for each op, direction and width; a cell has one value, or one an architecture where they differ."""
+    """Print one line per op, direction and width. A cell has one value, or one per architecture if they differ."""
     table = Table(title=title)
     for name in ("op", "", "D", *columns):
         table.add_column(name, no_wrap=name == "op", overflow="fold", justify="left" if name in ("op", "") else "right")
@@ -355,7 +363,7 @@ def print_table(title: str, columns: dict[str, Callable[[Row], str]], rows: list
         shown = [[show(row) for row in group] for show in columns.values()]
         cells = [values[0] if len(set(values)) == 1 else "/".join(values) for values in shown]
         table.add_row(group[0].op, group[0].direction, str(group[0].width), *cells)
-    # Into a file as wide as it is; rich would take 80 columns, a letter for some.
+    # In a file, rich would squeeze the table into 80 columns.
     console.print(table, width=None if console.is_terminal else 150, crop=console.is_terminal)
 
 
@@ -367,7 +375,7 @@ def _groups(rows: list[Row]) -> list[list[Row]]:
 
 
 def draw(rows: list[Row], file: Path) -> None:
-    """Bars of bytes over compulsory bytes, ours and eager's, for each of our ops at the first width."""
+    """Draw, for each op at the first width, bytes over compulsory bytes as bars, for our kernels and eager PyTorch."""
     from matplotlib.figure import Figure
 
     rows = [group[0] for group in _groups(rows) if group[0].asked_bytes and group[0].eager_bytes]

@@ -1,8 +1,8 @@
-"""`umd bench audit --step`: the whole training step as a GPU would run it, counted on tensors without data.
+"""`umd bench audit --step`: a whole training step as a GPU would run it, counted on tensors without data.
 
-Every operation with its kernels, bytes and FLOPs (`record_step.py`), and as its time the roofline: what its arithmetic
-or its memory traffic takes by the data sheet, whichever is longer. Nothing is measured. Real kernels reach less, and an
-operation may find in the cache what the one before it left.
+Lists every operation with its kernel launches, bytes and FLOPs (`record_step.py`). The time of an operation is its
+roofline: arithmetic or memory traffic at the data sheet's rate, whichever takes longer. Nothing is measured. Real
+kernels are slower than the roofline, or faster where they find their input in the cache.
 """
 
 import json
@@ -29,7 +29,7 @@ from umd.train.plan import LAUNCHED
 from umd.train.run import RunConfig
 from umd.train.step_counts import as_on_gpu, labels_of, make_step, sample_lengths
 
-LAUNCH_SECONDS = 2e-6  # the least that a kernel takes, however little it does
+LAUNCH_SECONDS = 2e-6  # shortest time of any kernel
 CARDS = {"a100": GPUS["a100-80"], "h100": GPUS["h100"]}
 BF16 = torch.bfloat16
 EAGER = "eager DiT-L/2"
@@ -37,7 +37,7 @@ EAGER = "eager DiT-L/2"
 
 @dataclass(frozen=True)
 class Network:
-    """A network and what it is trained to do; `eager`: diffusers' DiT of its sizes, as its users' scripts train it."""
+    """A network and its objective. `eager`: diffusers' DiT of the same sizes, trained as in its users' scripts."""
 
     model: ModelConfig
     objective: ObjectiveConfig
@@ -56,7 +56,7 @@ NETWORKS = {
 }
 
 
-# What an MLP can do about GELU, other than to keep the output of our kernels.
+# Alternatives to keeping the output of our GELU kernels for the backward pass.
 GELU_CHOICES: dict[str, dict] = {
     "GELU made again": dict(recompute_gelu=True),
     "GELU in products": dict(gelu="transformer_engine"),
@@ -65,11 +65,11 @@ GELU_CHOICES: dict[str, dict] = {
 
 @dataclass(frozen=True)
 class Row:
-    """Equal operations of one part of the step."""
+    """All equal operations in one part of the step, added up."""
 
     op: str
     kind: str
-    part: str  # of umd.spans.PARTS with " backward" behind it where it is, or "rest"
+    part: str  # one of umd.spans.PARTS, with " backward" appended in the backward pass, or "rest"
     launches: int
     bytes: int
     flops: int
@@ -79,39 +79,39 @@ class Row:
 
 @dataclass(frozen=True)
 class Block:
-    """What one encoder block adds to forward (first) and backward (second)."""
+    """What one encoder block adds to the step, as (forward, backward)."""
 
     launches: dict[str, tuple[int, int]]  # by kind
-    rows: dict[str, tuple[float, float]]  # by kind: bytes a token, over those of D numbers in bf16
+    rows: dict[str, tuple[float, float]]  # by kind: bytes per token, in units of D numbers in bf16
 
 
 @dataclass(frozen=True)
 class Step:
-    """A whole step of one network."""
+    """The totals and rows of a whole step of one network."""
 
     network: str
     batch: int
     launches: int
     bytes: int
     flops: int
-    model_flops: int  # what MFU counts: each product once forward and twice backward, nothing made again
+    model_flops: int  # as MFU counts: each product once forward and twice backward, no recomputation
     a100_ms: float
     h100_ms: float
     a100_images_per_second: float
     h100_images_per_second: float
     a100_mfu: float
     h100_mfu: float
-    a100_product_share: float  # of the time
+    a100_product_share: float  # matrix products' share of the time
     h100_product_share: float
-    host_ms: float  # a quick host's, to launch all of it one by one, where the step is no CUDA graph
+    host_ms: float  # time of a fast host to launch all kernels one by one, without a CUDA graph
     block: Block
     other_blocks: dict[str, Block]  # of `GELU_CHOICES`
-    programs: dict[str, int]  # by kernel of ours: those of its smallest launch, for the multiprocessors of an H100
+    programs: dict[str, int]  # by kernel of ours: programs of its smallest launch, to compare with an H100's SMs
     rows: tuple[Row, ...]
 
 
 def record_network(network: Network, batch: int) -> list[Call]:
-    """The calls of a step of `batch` images, the second one: the first makes the optimiser's memory."""
+    """Record the calls of the second step of `batch` images. The first also allocates the optimizer's state."""
     return record_eager(network, batch) if network.eager else record_ours(network, batch)
 
 
@@ -138,7 +138,7 @@ def record_eager(network: Network, batch: int) -> list[Call]:
 
 
 def eager_step(config: ModelConfig, batch: int) -> Callable[[], None]:
-    """A step of diffusers' DiT with the noise-prediction loss, under autocast, with torch's fused AdamW.
+    """Make a training step of diffusers' DiT: noise-prediction loss, autocast, torch's fused AdamW.
 
     Raises:
         UserError: diffusers is not installed.
@@ -187,19 +187,22 @@ def eager_step(config: ModelConfig, batch: int) -> Callable[[], None]:
 
 @torch.no_grad()
 def clip_as_on_gpu(gradients: list[Tensor]) -> None:
-    """torch's clip_grad_norm_ to 1, whose calls on lists it makes on a GPU only."""
+    """Clip to norm 1 with the calls on lists that torch's clip_grad_norm_ makes on a GPU only."""
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     torch._foreach_mul_(gradients, (1 / (norm + 1e-6)).clamp(max=1))
 
 
 def seconds(call: Call, gpu: Gpu) -> float:
-    """The roofline. Products in fp32 run in TF32, at half the rate of bf16."""
+    """Roofline time of one call on a GPU, in seconds. Products in fp32 run in TF32, at half the rate of bf16."""
     rate = gpu.bf16 / 2 if call.fp32 else gpu.bf16
     return max(call.flops / rate, call.bytes / gpu.bandwidth, call.launches * LAUNCH_SECONDS)
 
 
 def model_flops(network: Network, batch: int, calls: list[Call]) -> int:
-    """By formula; of diffusers' DiT as counted, but for the scores that attention's backward makes again."""
+    """FLOPs of the step as MFU counts them, by formula.
+
+    For diffusers' DiT: as counted, less the attention scores that the backward pass recomputes.
+    """
     if not network.eager:
         objective = build_objective(network.model, network.objective, NoiseSchedule("cosine"))
         return objective.step_flops(batch)
@@ -208,7 +211,7 @@ def model_flops(network: Network, batch: int, calls: list[Call]) -> int:
 
 
 def rows_of(calls: list[Call]) -> tuple[Row, ...]:
-    """Equal operations together, in the order in which the first of each comes."""
+    """Add up equal operations, in order of first appearance."""
     groups: dict[tuple[str, str, str], list[Call]] = {}
     for call in calls:
         groups.setdefault((call.op, call.kind, call.part + " backward" * call.backward), []).append(call)
@@ -231,7 +234,7 @@ def programs_of(calls: list[Call]) -> dict[str, int]:
 
 
 def block_of(network: Network, batch: int) -> Block:
-    """A network with one encoder block more, less the network, at full width and little depth."""
+    """Cost of one encoder block: a shallow network of full width with one block more, less that network."""
     launches, moved = ({kind: [0, 0] for kind in (*KINDS, "other")} for _ in range(2))
     for sign, depth in ((1, 2), (-1, 1)):
         model = replace(network.model, depth=depth, decoder_depth=1)
@@ -245,7 +248,7 @@ def block_of(network: Network, batch: int) -> Block:
 
 
 def num_tokens(network: Network, batch: int) -> int:
-    """Tokens of the batch in an encoder block."""
+    """Number of tokens of the whole batch in an encoder block."""
     if network.eager:
         return batch * network.model.num_patches
     objective = build_objective(network.model, network.objective, NoiseSchedule("cosine"))
@@ -253,7 +256,7 @@ def num_tokens(network: Network, batch: int) -> int:
 
 
 def audit_step(name: str, batch: int) -> Step:
-    """One of `NETWORKS`, trained in bf16 on `batch` images a step."""
+    """Audit one of `NETWORKS`, trained in bf16 on `batch` images per step."""
     network = NETWORKS[name]
     calls = record_network(network, batch)
     rows, needed = rows_of(calls), model_flops(network, batch, calls)
@@ -277,10 +280,10 @@ def audit_step(name: str, batch: int) -> Step:
 
 
 def run(models: tuple[str, ...], batch: int, rows: Path | None, chart: Path | None, console: Console) -> list[Step]:
-    """Count, print the tables, write JSON and chart.
+    """Count every operation of each model's step, print the tables, write JSON and chart.
 
     Raises:
-        UserError: diffusers is asked for and not installed; a batch too small for an objective.
+        UserError: diffusers is needed and not installed, or the batch is too small for an objective.
     """
     jobs = track(models, description="counting", console=console, transient=True)
     steps = [audit_step(name, batch) for name in jobs]
@@ -298,7 +301,7 @@ def run(models: tuple[str, ...], batch: int, rows: Path | None, chart: Path | No
 
 
 def print_rows(step: Step, console: Console, share: float = 0.01) -> None:
-    """What takes at least `share` of the time on either card, by part, and the others as one row."""
+    """Print the operations that take at least `share` of the time on either GPU, by part, and the rest as one row."""
     table = Table(title=f"{step.network}, batch {step.batch}, bf16: roofline of each operation; nothing is measured")
     for name in ("part", "op", "launches", "MB", "GFLOP", "A100 µs", "H100 µs"):
         table.add_column(name, justify="left" if name in ("part", "op") else "right", overflow="fold")
@@ -387,7 +390,7 @@ def place_of(row: Row) -> str:
 
 
 def draw(steps: list[Step], file: Path) -> None:
-    """Bars of each network's step on both cards: above by kind of operation, below by part of the step."""
+    """Draw each network's step on both GPUs as bars: above by kind of operation, below by part of the step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 1.1 * len(steps) + 3.4), layout="constrained")

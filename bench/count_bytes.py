@@ -1,7 +1,8 @@
-"""The memory traffic of kernels and of PyTorch's own ops, counted on a CPU.
+"""Count the memory traffic of Triton kernels and of PyTorch's own ops on a CPU.
 
-`record` runs anything under Triton's interpreter (TRITON_INTERPRET=1 before triton is imported; see `interpreted`) and
-notes each launch with its arguments, and each address it touches. `TorchBytes` sums what PyTorch's ops read and write.
+- `record` runs code under Triton's interpreter and notes each launch, its arguments, and each address it touches.
+  TRITON_INTERPRET=1 must be set before triton is imported (see `interpreted`).
+- `TorchBytes` sums the bytes that PyTorch's ops read and write.
 """
 
 import inspect
@@ -17,12 +18,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-SECTOR = 32  # bytes: the least that a GPU's memory moves
+SECTOR = 32  # bytes: the smallest transfer of a GPU's memory
 
 
 @dataclass(frozen=True)
 class Argument:
-    """Of a launch: a value, or what decides how Triton compiles for a tensor."""
+    """An argument of a launch: a plain value, or the properties of a tensor that decide how Triton compiles."""
 
     name: str
     value: Any = None
@@ -36,9 +37,9 @@ class Argument:
 class Counts:
     """Bytes of one launch."""
 
-    asked: int  # by all programs together
-    unique: int  # in distinct sectors, reads and writes apart
-    touched: int  # distinct bytes, reads and writes apart
+    asked: int  # requested by all programs, repeats included
+    unique: int  # in distinct sectors; a sector both read and written counts twice
+    touched: int  # distinct bytes; a byte both read and written counts twice
     float_atomics: int
 
 
@@ -54,7 +55,7 @@ class Launch:
 
 @contextmanager
 def interpreted(on: bool) -> Iterator[None]:
-    """TRITON_INTERPRET set or unset in the environment of the processes that start meanwhile."""
+    """Set or unset TRITON_INTERPRET for the processes that start inside the block."""
     before = os.environ.pop("TRITON_INTERPRET", None)
     if on:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -67,13 +68,13 @@ def interpreted(on: bool) -> Iterator[None]:
 
 
 def _distinct(values: np.ndarray) -> np.ndarray:
-    """np.unique, which hashes: sorting is several times faster here."""
+    """np.unique by sorting. np.unique itself hashes, several times slower here."""
     values = np.sort(values)
     return values[np.diff(values, prepend=values[:1] - 1) != 0]
 
 
 class _Traffic:
-    """The addresses of one launch: [(itemsize, addresses)] of loads and of stores."""
+    """Addresses that one launch touches, as [(itemsize, addresses)], for loads and for stores."""
 
     def __init__(self) -> None:
         self.loads: list[tuple[int, np.ndarray]] = []
@@ -96,9 +97,9 @@ class _Traffic:
 
 @contextmanager
 def record(*, tolerate: bool = False) -> Iterator[list[Launch]]:
-    """Collects the launches that run inside.
+    """Collect the launches that run inside the block.
 
-    tolerate: a kernel that the interpreter cannot run is noted with its error, and its outputs stay as they are.
+    tolerate: note a kernel that the interpreter cannot run with its error, and leave its outputs unwritten.
     """
     from triton.runtime.errors import InterpreterError
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
@@ -142,7 +143,7 @@ def record(*, tolerate: bool = False) -> Iterator[list[Launch]]:
         given = dict(zip(names, args, strict=False)) | {n: v for n, v in kwargs.items() if n in names}
         error = ""
         try:
-            # The interpreter's own copies are no traffic; numpy need not warn of what a GPU computes silently.
+            # The interpreter's own copies are no traffic, and numpy shall not warn where a GPU would be silent.
             with _disable_current_modes(), np.errstate(all="ignore"):
                 run(executor, *args, **kwargs)
         except InterpreterError as failure:
@@ -191,7 +192,7 @@ def _argument(name: str, value: Any) -> Argument:
 
 
 def tensor_bytes(*tensors: Tensor | None) -> int:
-    """Of the elements these tensors hold, each once: broadcast dimensions take no room."""
+    """Bytes of all elements of these tensors. A broadcast dimension (stride 0) counts once."""
     total = 0
     for x in tensors:
         if x is not None:
@@ -201,13 +202,14 @@ def tensor_bytes(*tensors: Tensor | None) -> int:
 
 
 class TorchBytes(TorchDispatchMode):
-    """Sums the bytes that PyTorch's ops read and write: each op's tensors once, views and allocations nothing.
+    """Sum the bytes that PyTorch's ops read and write.
 
-    Our own ops (`umd::`) count as what runs inside them.
+    Each tensor of an op counts once. Views and allocations count nothing. Our own ops (`umd::`) count as the ops that
+    run inside them.
     """
 
     FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "set_")
-    PICKS = ("index_select", "index", "gather", "embedding")  # read what they return, not all of their input
+    PICKS = ("index_select", "index", "gather", "embedding")  # read only as much as they return
     WRITES = ("copy_", "fill_", "zero_")  # do not read the tensor they change
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""How long calls take on a GPU without the host's share: recorded as one CUDA graph, and replayed.
+"""Time calls on a GPU without the host's overhead: record them as one CUDA graph and replay it.
 
-Launched one by one, calls below some 100 µs are timed at the speed of the host: Python, autograd and Triton's launcher
-take longer than the kernel.
+Launched one by one, a call below about 100 µs would be timed at the speed of the host: Python, autograd and Triton's
+launcher take longer than the kernel.
 """
 
 import math
@@ -11,28 +11,28 @@ from typing import NamedTuple
 
 import torch
 
-WINDOWS = 20  # measurements; their median counts
-WINDOW_MS = 2.0  # of work in each, beside which a replay's own few µs are nothing
-MOST_COPIES = 32  # where these still fit into the cache, a training step too would find them there
+WINDOWS = 20  # measurements; the result is their median
+WINDOW_MS = 2.0  # work per window in ms; the few µs of a replay itself do not count beside it
+MOST_COPIES = 32  # if these still fit into the cache, a training step would find its data there too
 
 
 class Timing(NamedTuple):
-    ms: float  # of a call, median
-    replayed: bool  # False: could not be recorded; launched one by one, so that a short call has the host's time
+    ms: float  # per call, median
+    replayed: bool  # False: could not be recorded and was launched one by one; a short time is then the host's
 
 
 def copies_beyond(cache_bytes: int, call_bytes: int) -> int:
-    """How many calls, each on memory of its own and taking turns, move twice what the cache holds."""
+    """Number of calls, each on its own memory, that together move twice the cache size."""
     return min(MOST_COPIES, max(1, math.ceil(2 * cache_bytes / call_bytes)))
 
 
 def turns_of(ms: float) -> int:
-    """How many turns that take `ms` each fill a window."""
+    """Number of turns of `ms` milliseconds each that fill a window of WINDOW_MS."""
     return max(1, math.ceil(WINDOW_MS / max(ms, 1e-3)))
 
 
 def windows(run: Callable[[], object]) -> list[float]:
-    """Milliseconds that each of WINDOWS runs takes on the current stream, queued without waiting in between."""
+    """Time WINDOWS runs on the current stream, queued without waiting in between. Returns milliseconds per run."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(WINDOWS)]
     run()
     for begin, end in events:
@@ -44,17 +44,17 @@ def windows(run: Callable[[], object]) -> list[float]:
 
 
 def time_calls(calls: Sequence[Callable[[], object]]) -> Timing:
-    """Time calls that do the same on different memory (see `copies_beyond`), in turn.
+    """Time calls that do the same work on different memory (see `copies_beyond`), run in turn.
 
-    The current stream must be one that can be recorded (`umd.train.step.side_stream`), and what the calls go backward
-    through must have been made on it.
+    The current stream must be one that can be recorded (`umd.train.step.side_stream`). If the calls run a backward
+    pass, its forward pass must have run on the same stream.
     """
 
     def turn() -> None:
         for call in calls:
             call()
 
-    for _ in range(3):  # compilers, autotuning and libraries set up what they need
+    for _ in range(3):  # warm-up: compilation, autotuning, set-up of libraries
         turn()
     turns = turns_of(statistics.median(windows(turn)))
 
@@ -66,7 +66,7 @@ def time_calls(calls: Sequence[Callable[[], object]]) -> Timing:
     try:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             window()
-    except RuntimeError:  # the call waits for the device, or makes something that a graph cannot hold
+    except RuntimeError:  # the call waits for the device, or does something that a graph cannot record
         torch.cuda.synchronize()
         return Timing(statistics.median(windows(window)) / count, replayed=False)
     return Timing(statistics.median(windows(graph.replay)) / count, replayed=True)

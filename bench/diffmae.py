@@ -1,7 +1,9 @@
-"""`umd bench diffmae`: what a step of filling costs a DiffMAE, and its training step beside MAE's and UMD's.
+"""`umd bench diffmae`: cost of DiffMAE's denoising step when filling a hole, and of its training step.
 
-Filling: the decoder alone against the whole network run again at each step, the naive way. Training: the same encoder
-under each objective, in processes of their own. All rows of a part run alternately; read the ratios, not the seconds.
+- Filling: run only the decoder at each step, compared with running the whole network (the naive way).
+- Training: the same encoder under the DiffMAE, MAE and UMD objectives, each in a process of its own.
+
+All rows of a part run in turn. Read the ratios, not the seconds.
 """
 
 import json
@@ -41,24 +43,24 @@ from umd.schedule import NoiseSchedule
 
 @dataclass(frozen=True)
 class DiffMAEBench:
-    """What is measured."""
+    """Time DiffMAE's denoising step, and its training step compared with MAE's and UMD's."""
 
     model: str = "DiffMAE-B/4"
-    """Size and patch size; MAE and UMD take its encoder."""
+    """Model size and patch size, as DiffMAE-SIZE/PATCH. MAE and UMD get the same encoder."""
     image_size: Count = 64
-    """Side of the images."""
+    """Height and width of the images, in pixels."""
     batch: Annotated[int, number(int, 2)] = 16
-    """Images a step: for UMD, a noised and a noise-free one at least."""
+    """Images per step. At least 2, as UMD needs one noised and one noise-free image."""
     mask_ratio: InnerShare = 0.75
-    """Share of patches that DiffMAE and MAE predict; UMD keeps its own two."""
+    """Fraction of patches that DiffMAE and MAE mask and predict. UMD keeps its own two mask ratios."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """bf16 (autocast) or fp32."""
     repeats: Count = 5
     """Measured rounds; each runs every row once."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where."""
+    """Device to measure on."""
     json: Path | None = None
-    """Write the rows here."""
+    """JSON file for the rows."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -84,12 +86,12 @@ class Row:
     seconds_max: float
     images_per_second: float
     flops: int
-    time_ratio: float  # to the part's first row: median over rounds
+    time_ratio: float  # seconds over the part's first row: median over rounds
     flop_ratio: float
 
 
 def filling_steps(bench: DiffMAEBench) -> dict[str, Step]:
-    """One call at a time of the schedule, of the decoder alone and of encoder and decoder."""
+    """Make the two ways to compute one denoising step: decoder alone, and encoder and decoder."""
     model, step_bench = DiffMAE(bench.config()).to(bench.device).eval(), bench.step_bench()
     objective = diffmae_objective(bench)
     x = images(step_bench)
@@ -115,7 +117,7 @@ def diffmae_objective(bench: DiffMAEBench) -> DiffMAEObjective:
 
 
 def diffmae_step(bench: DiffMAEBench) -> Step:
-    """One optimisation step of DiffMAE."""
+    """Make one training step of DiffMAE."""
     model, objective = DiffMAE(bench.config()), diffmae_objective(bench)
     step = train_step(model, objective, bench.batch, bench.dtype, bench.device)
     return on_batch(step, images(bench.step_bench()))
@@ -130,7 +132,7 @@ TRAINING: dict[str, Callable[[DiffMAEBench], Step]] = {
 
 
 def filling_rows(bench: DiffMAEBench, console: Console) -> list[Row]:
-    """Both ways every round, after rounds that do not count."""
+    """Time both ways of filling in each round, after warm-up rounds."""
     steps = filling_steps(bench)
 
     def flops_of(step: Step) -> int:
@@ -147,7 +149,7 @@ def filling_rows(bench: DiffMAEBench, console: Console) -> list[Row]:
 
 
 def serve(bench: DiffMAEBench, name: str, pipe: Connection) -> None:
-    """The process of a row of training: tells FLOPs, or what package it lacks; then a step's time when asked."""
+    """Process of one training row: send its FLOPs (or the missing package), then one step's time per request."""
     keep_freed_memory()
     take_device(bench.device, bench.dtype)
     try:
@@ -163,7 +165,7 @@ def serve(bench: DiffMAEBench, name: str, pipe: Connection) -> None:
 
 
 def training_rows(bench: DiffMAEBench, console: Console) -> list[Row]:
-    """Each network in a process of its own, as a training has; every one once a round."""
+    """Time each network in a process of its own, as in a training; each makes one step per round."""
     flops: dict[str, int] = {}
     with ExitStack() as stack:
         pipes = {}
@@ -186,7 +188,7 @@ def rows_of(part: str, seconds: dict[str, list[float]], flops: dict[str, int], b
     first = next(iter(seconds))
     rows = []
     for name, taken in seconds.items():
-        # the median of the ratios within a round: drift of the machine's speed falls out
+        # median of the ratios within each round: drift of the machine's speed cancels out
         ratio = statistics.median(b / a for a, b in zip(seconds[first], taken, strict=True))
         median, least, most = statistics.median(taken), min(taken), max(taken)
         speed, work = bench.batch / median, flops[name]

@@ -1,11 +1,15 @@
-"""`umd bench reproduce filling`: an MAE and a DiffMAE with the same encoder, masks and number of steps, and what each
-puts in the place of the hidden patches of held-out pictures.
+"""`umd bench reproduce filling`: train an MAE and a DiffMAE and compare how they fill hidden patches.
 
-Frequencies are those of the discrete cosine transform of each hidden patch alone: it needs no window, and neither the
-visible patches nor the seams between patches leak into it. An MAE answers with the mean of what may be there, whose
-squared error no sample can beat: a sample drawn from the truth has twice the error. So three things are measured, by
-frequency: how much there is of it (as one number the log-spectral distance to the originals), how far it is from the
-original, and how much samples differ.
+Both have the same encoder, masks and number of steps, and fill the same held-out pictures. Three things are measured
+by spatial frequency:
+
+- energy: how much detail there is (in one number: the log-spectral distance to the originals),
+- error: the squared distance from the original,
+- variance: how much samples differ.
+
+Frequencies are those of the discrete cosine transform of each hidden patch. It needs no window, and visible patches
+and seams between patches do not leak into it. Note on the error: an MAE predicts the mean of all plausible fillings. No
+sample can beat the squared error of that mean; a sample from the true distribution has twice the error.
 """
 
 import json
@@ -43,14 +47,14 @@ from umd.train.preview import rgb
 from umd.train.run import RunConfig
 
 STEPS = 2400
-SAMPLES = 8  # of each picture
+SAMPLES = 8  # per picture
 SAMPLING_STEPS = 50
 SHOWN = 10  # pictures in the grid
-HIGH = 0.25  # cycles a pixel from which a frequency is called high: half the highest along an axis
+HIGH = 0.25  # cycles per pixel; frequencies above count as high. Half the highest along an axis
 
 
 def run_configs(options: Reproduce) -> dict[str, RunConfig]:
-    """DiffMAE-Ti/4 by its preset, and its encoder under MAE's decoder and loss by the same recipe."""
+    """DiffMAE-Ti/4 by its preset, and an MAE with the same encoder and recipe."""
     diffmae = replace(
         PRESETS["diffmae-tiny"][1], out=options.out / "diffmae", steps=options.steps or STEPS, minutes=0, keep=1,
         draw_every=0, seed=options.seed, device=options.device,
@@ -64,7 +68,7 @@ def run_configs(options: Reproduce) -> dict[str, RunConfig]:
 
 @dataclass
 class Filled:
-    """N pictures [N, C, H, W] in [-1, 1] with the same patches hidden."""
+    """N pictures [N, C, H, W] in [-1, 1], with the same patches hidden for both networks, and their fillings."""
 
     original: Tensor
     hole: Tensor  # [N, 1, H, W], 0 keep, 1 remove
@@ -89,7 +93,7 @@ def reproduce(options: Reproduce, console: Console) -> None:
 
 
 def facts(configs: dict[str, RunConfig]) -> dict[str, float]:
-    """What the trainings were: steps and minutes; GFLOP an image of a step and, forward, of the encoder."""
+    """Facts of each training: steps, minutes, GFLOP per image of a step, and of the encoder's forward pass."""
     numbers: dict[str, float] = {}
     for name, config in configs.items():
         schedule = evaluate.schedule_of(config.schedule)
@@ -105,7 +109,7 @@ def facts(configs: dict[str, RunConfig]) -> dict[str, float]:
 
 
 def encoder_flops(model, keep: int) -> float:
-    """Of the blocks that both have; MAE's sees one token more, of its condition."""
+    """FLOPs of the encoder blocks that both networks have. MAE's see one token more, for the condition."""
     keys = (keep + model.num_cls) * 2 * model.hidden_size * 2 * model.decoder_hidden_size * model.decoder_depth
     return diffmae_encoder_flops(model, (keep,)) - keys
 
@@ -143,8 +147,10 @@ def fill_held_out(configs: dict[str, RunConfig], options: Reproduce, console: Co
 
 
 def cosine_transform(x: Tensor, hole: Tensor, patch_size: int) -> Tensor:
-    """Orthonormal DCT of the hidden patches of pictures [N, C, H, W]: [M, C, P, P]; (u, v) has u / 2P and v / 2P cycles
-    a pixel."""
+    """Orthonormal DCT of the M hidden patches of pictures [N, C, H, W]. Returns [M, C, P, P].
+
+    Coefficient (u, v) has u / 2P and v / 2P cycles per pixel.
+    """
     P = patch_size
     n = torch.arange(P, dtype=torch.float64)
     basis = torch.cos(math.pi / P * n[:, None] * (n + 0.5)) * (2 / P) ** 0.5  # [frequency, pixel]
@@ -155,7 +161,7 @@ def cosine_transform(x: Tensor, hole: Tensor, patch_size: int) -> Tensor:
 
 
 def radial(energy: Tensor) -> tuple[Tensor, Tensor]:
-    """Energies [P, P] by frequency (u, v), averaged over those of one |(u, v)|: (cycles a pixel [K], energy [K])."""
+    """Average energies [P, P] over frequencies (u, v) of equal |(u, v)|. Returns cycles per pixel [K], energy [K]."""
     P = len(energy)
     n = torch.arange(P)
     squares, place = (n[:, None] ** 2 + n**2).unique(return_inverse=True)
@@ -164,14 +170,14 @@ def radial(energy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def measure(filled: Filled, patch_size: int) -> dict[str, Tensor]:
-    """By frequency: energy of the originals; of each kind of filling its energy and its error, and the variance
-    between samples, over that of the originals."""
+    """Compute by frequency the originals' energy and, as multiples of it, each filling's energy and error and the
+    variance between samples."""
 
     def transform(x: Tensor) -> Tensor:
         return cosine_transform(x, filled.hole, patch_size)
 
     original = transform(filled.original)
-    mean = original.mean((0, 1))  # of each frequency: emoji lie on white
+    mean = original.mean((0, 1))  # mean of each frequency, which is not 0 as emoji are on white
     samples = torch.stack([transform(sample) for sample in filled.samples.unbind(1)])  # [n, M, C, P, P]
     kinds = {
         "MAE": transform(filled.mae), "DiffMAE, first call": transform(filled.first), "DiffMAE, a sample": samples[0],
@@ -188,7 +194,7 @@ def measure(filled: Filled, patch_size: int) -> dict[str, Tensor]:
 
 
 def log_spectral_distance(energy: Tensor) -> float:
-    """Of energies over the originals' [K], in dB: rms over frequencies."""
+    """Log-spectral distance in dB: rms over frequencies of the energies [K] relative to the originals'."""
     return float((10 * energy.log10()).square().mean().sqrt())
 
 
@@ -217,7 +223,7 @@ def summary(filled: Filled, spectra: dict[str, Tensor], console: Console) -> dic
         for name, x in (("MAE", filled.mae), ("DiffMAE, a sample", filled.samples[:, 0])):
             distance, value = evaluate.frechet(x, filled.original, console)
             numbers[f"{distance} to the originals: {name}"] = value
-    except UserError as error:  # its network is not installed
+    except UserError as error:  # the feature network is not installed
         console.print(f"no Fréchet distance: {error}", highlight=False)
     return numbers
 
@@ -258,7 +264,7 @@ def draw_spectra(spectra: dict[str, Tensor], path: Path) -> None:
 
 
 def draw_grid(filled: Filled, path: Path) -> None:
-    """A picture a column: masked, MAE, DiffMAE's first call, samples, their mean, original."""
+    """Draw one picture per column: masked, MAE, DiffMAE's first call, samples, their mean, original."""
     grey = torch.where(filled.hole.bool(), torch.full_like(filled.original, 168 / 127.5 - 1), filled.original)
     rows = {"what both see": grey, "MAE": filled.mae, "DiffMAE, first call": filled.first}
     rows |= {f"DiffMAE, sample {i + 1}": filled.samples[:, i] for i in range(min(3, filled.samples.shape[1]))}
@@ -273,7 +279,7 @@ def draw_grid(filled: Filled, path: Path) -> None:
         ax.set_yticks([1 + side * (i + 0.5) for i in range(len(rows))], list(rows))
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
-        figure.savefig(path, facecolor="white", bbox_inches="tight")  # with the names beside it
+        figure.savefig(path, facecolor="white", bbox_inches="tight")  # includes the names beside the axes
 
 
 def print_numbers(numbers: dict[str, float], console: Console) -> None:

@@ -1,29 +1,29 @@
 #!/usr/bin/env python3
-"""The first minutes on a GPU: does it run, is it right, how fast is it.
+"""Check a new GPU in a few minutes: does the project run on it, is it correct, how fast is it.
 
     PYTHONPATH=. python3 bench/first_light.py               at most 8 minutes (--budget SECONDS)
-    PYTHONPATH=. python3 bench/first_light.py --smoke       without a GPU: tiny sizes, does it still run to the end?
+    PYTHONPATH=. python3 bench/first_light.py --smoke       without a GPU: tiny sizes, to test this script
     PYTHONPATH=. python3 bench/first_light.py --parts env,correct
 
-Parts, in this order, each a process with a time limit of its own; one that fails or hangs stops no other:
+Parts, in this order. Each is a process with its own time limit; if one fails or hangs, the others still run:
 
     env      versions, device, `umd doctor`, the speed of a copy and of matrix products
-    correct  every op, forward and backward, at real shapes against fp64; the same bits again; the whole step, and that
-             it never waits; captured steps, of DDP too, and captured sampling against eager ones
-    step     the training step: eager, captured, by definitions, beside plain DiTs; host time, a profile
+    correct  every op, forward and backward, at real shapes against fp64, and twice for equal bits; the whole step, and
+             that it never waits for the GPU; captured steps (also with DDP) and captured sampling against eager ones
+    step     the training step: eager, captured, with reference ops, compared with plain DiTs; host time, a profile
     cli      `umd pretrain` on synthetic pictures: the loss falls; SIGTERM, resume, finish
     tests    the project's own tests for a GPU
-    sample   guided sampling, beside diffusers' pipeline
-    timing   each op as `umd bench kernels` times it
-    compile  training steps under torch.compile, in the time that is left
+    sample   guided sampling, compared with diffusers' pipeline
+    timing   each op, timed as in `umd bench kernels`
+    compile  training steps under torch.compile, in the remaining time
 
 Results go to $OUT, or ./out: first_light.json (all rows), first_light.log, profile.txt, tests.log, trace-*.json.gz (two
-steps each). A table comes last.
+steps each). A summary is printed at the end.
 The parts themselves are in first_light_checks.py and first_light_parts.py.
 """
 
-# Only the standard library: run as a script, this folder comes first on sys.path, and its kernels.py and trace.py would
-# be taken for packages of these names. The parts run as modules.
+# Import only the standard library: for a script, this folder comes first on sys.path, and its kernels.py and trace.py
+# would shadow packages of these names. The parts run as modules.
 import argparse
 import json
 import os
@@ -36,18 +36,18 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-# Seconds at most. What a part leaves, the last ones have.
+# Time limits in seconds. Time that a part does not use goes to the last ones.
 PARTS = {"env": 40, "correct": 105, "step": 105, "cli": 60, "sample": 60, "tests": 105, "timing": 65, "compile": 300}
 Row = dict[str, Any]
 
 
 def run_parts(args: argparse.Namespace) -> int:
-    """Each part in turn; returns the exit status, 1 where something was wrong, failed or was left out."""
+    """Run the parts in turn. Returns the exit status: 1 if a check was wrong, or a part failed or was left out."""
     began = time.monotonic()
     out = Path(os.environ.get("OUT") or "out").resolve()
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"argv": sys.argv[1:], "parts": {}}
-    (out / "first_light.log").unlink(missing_ok=True)  # it is appended to, by the parts too
+    (out / "first_light.log").unlink(missing_ok=True)  # as this process and the parts append to it
     with tempfile.TemporaryDirectory(prefix="first-light-") as folder, open(out / "first_light.log", "a") as log:
         scratch = Path(folder)
 
@@ -82,9 +82,11 @@ def run_parts(args: argparse.Namespace) -> int:
 
 
 def run_limited(command: list[str], limit: float, log: TextIO) -> str:
-    """Run a part: its output to the log, its lines that begin with | to the screen too. Returns how it ended; whatever
-    it started is ended with it, at the latest after `limit` seconds."""
-    # cuBLAS gives the same bits each time only with a workspace that is set before it starts.
+    """Run a part and return how it ended. It and all its child processes are ended after `limit` seconds at the latest.
+
+    Its output goes to the log. Lines that begin with | also go to the screen.
+    """
+    # cuBLAS is deterministic only if its workspace is set before it starts.
     environment = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
     start = os.path.getsize(log.name)
@@ -113,7 +115,7 @@ def run_limited(command: list[str], limit: float, log: TextIO) -> str:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows of a file of JSON lines; a line that was not finished is left out."""
+    """Read the rows of a JSON-lines file. Skips an unfinished line."""
     rows = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
@@ -141,7 +143,7 @@ def table(title: str, columns: list[str], lines: list[list[str]]) -> str:
 
 
 def summary(parts: dict[str, dict]) -> str:
-    """What a reader wants to know first: what is wrong, then how fast the rest is."""
+    """Summarise all rows: first what is wrong, then speeds."""
 
     def rows(kind: str, *names: str) -> list[Row]:
         return [row for name in names or parts for row in parts.get(name, {}).get("rows", []) if row["kind"] == kind]
@@ -187,7 +189,7 @@ def summary(parts: dict[str, dict]) -> str:
 
 
 class Part:
-    """What a part has at hand: where its rows go, how much time it has left, where it may write."""
+    """The context of a part: writes its rows, knows its remaining time and its scratch folder."""
 
     def __init__(self, rows: str, limit: float, scratch: str, smoke: bool):
         self.rows, self.smoke, self.scratch = Path(rows), smoke, Path(scratch)
@@ -210,13 +212,13 @@ class Part:
         return self.deadline - time.monotonic()
 
     def attempt(self, what: str, work, *arguments):
-        """work(*arguments); a failure becomes a row. None where it failed or no time is left."""
+        """Call work(*arguments) and return its result. On failure, write a row and return None; also if time is up."""
         if self.left() < 3:
             self.row("skipped", what=what)
             return None
         try:
             return work(*arguments)
-        except Exception as error:  # a part goes on without what failed
+        except Exception as error:  # the part continues after a failure
             import traceback
 
             self.row("failed", what=what, message=f"{type(error).__name__}: {error}"[:2000])
@@ -226,7 +228,7 @@ class Part:
 
 
 def run_part(args: argparse.Namespace) -> int:
-    """A part's process."""
+    """Run one part; the main function of its process."""
     import torch
 
     from umd.bench.first_light_checks import correct

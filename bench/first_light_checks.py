@@ -1,7 +1,7 @@
-"""`first_light.py`, part `correct`: every op at the shapes of a training step against fp64, and the step as a whole.
+"""`first_light.py`, part `correct`: check every op at the shapes of a training step against fp64, and the whole step.
 
-Truth is the op's definition in fp64 on the same inputs, which are rounded to the tested type before. An error is the
-norm of the difference over the norm of the truth.
+The truth is the op's reference definition in fp64, on inputs rounded to the tested dtype. The error is the norm of the
+difference over the norm of the truth.
 """
 
 import gc
@@ -39,7 +39,7 @@ Tensors = dict[str, Tensor]
 
 
 def setting_of(name: str, setting: str) -> tuple[ModelConfig, Objective]:
-    """A model's configuration and the objective of one of `SETTINGS`."""
+    """The model config `name`, with the objective of one of `SETTINGS`."""
     config = model_config(name, adaLN=setting != "mae", **SHAPES[name])
     return config, Objective(config, OBJECTIVES[setting], NoiseSchedule("cosine"))
 
@@ -55,7 +55,7 @@ def correct(part: Part, device: torch.device) -> None:
     if not ops.use_triton(torch.empty(1, device=device)):
         part.note("correct", "no Triton kernels here: definitions are compared with themselves")
     batch = 4 if part.smoke else 256
-    # Deterministic also fills memory that nothing has written with NaN.
+    # Deterministic mode also fills uninitialised memory with NaN, so that unwritten outputs show.
     torch.use_deterministic_algorithms(True, warn_only=True)
     for model in ("UMD-Ti/4",) if part.smoke else ("UMD-B/4", "UMD-L/2"):
         for setting in ("umd",) if part.smoke else ("umd", "dit"):
@@ -80,7 +80,10 @@ def correct(part: Part, device: torch.device) -> None:
 def gradients_of(
     op: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Tensors, douts: list[Tensor] | None = None
 ) -> tuple[Tensors, list[Tensor]]:
-    """Outputs and gradients of op(**inputs) by name, and the upstream gradients: `douts`, or random ones."""
+    """Run op(**inputs) forward and backward. Returns outputs and gradients by name, and the upstream gradients.
+
+    douts: upstream gradients. None: random ones.
+    """
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     made = op(**leaves)
     outputs = made if isinstance(made, tuple) else (made,)
@@ -94,7 +97,7 @@ def gradients_of(
 
 
 class OpChecks:
-    """The ops of one model under one setting."""
+    """Checks of the ops at the shapes of one model under one setting."""
 
     def __init__(self, part: Part, model: str, setting: str, batch: int, device: torch.device):
         self.part, self.name, self.device, self.batch = part, f"{model} {setting}", device, batch
@@ -106,7 +109,7 @@ class OpChecks:
         return torch.randn(shape, generator=self.generator, device=self.device).to(dtype)
 
     def compare(self, op: str, call, inputs: Tensors, dtype: torch.dtype, limit: float) -> None:
-        """Outputs and gradients against fp64, and twice the same bits again."""
+        """Compare outputs and gradients with fp64, and check that two more runs give the same bits."""
         name = str(dtype).removeprefix("torch.")
         found, douts = gradients_of(call, inputs)
         for _ in range(2):
@@ -122,7 +125,7 @@ class OpChecks:
         D, layout = self.config.hidden_size, self.c.layout
         for where, packing in (("encoder", layout.encoder_blocks), ("decoder", layout.decoder_blocks)):
             for dtype, limit in ((torch.bfloat16, 1e-2), (torch.float32, 2e-4)):
-                # Strided views of one projection, as in the model.
+                # Strided views of one projection's output, as in the model.
                 shift, scale, gate = self.randn(packing.num_rows, 6 * D).split(D, 1)[:3]
                 tables = dict(shift=shift, scale=scale, weight=1 + self.randn(D), bias=self.randn(D))
                 x, h = (self.randn(packing.num_tokens, D, dtype=dtype) for _ in range(2))
@@ -149,7 +152,7 @@ class OpChecks:
             self.compare("scatter_tokens", scatter, inputs, dtype, limit)
 
     def pictures(self) -> None:
-        """Patches, loss, and a step of sampling."""
+        """Check patches, loss, and a step of sampling."""
         config, c, P = self.config, self.c, self.config.patch_size
         x = self.randn(self.batch, config.channels, *config.image_size)
         coefficients = self.objective.schedule.coefficients(c.timesteps[: c.num_noised], dtype=torch.float32)
@@ -158,7 +161,7 @@ class OpChecks:
             signal, noise = (k.to(dtype) for k in coefficients)
             return ops.gather_patches(x.to(dtype), c.ids_keep, signal, noise, c.noise, P)
 
-        def loss(prediction):  # the total alone: its parts have no gradient
+        def loss(prediction):  # only the total, as its parts have no gradient
             wide = x.to(torch.promote_types(prediction.dtype, torch.float32))
             arguments = c.ids_keep, c.num_visible_noised, c.num_noised, c.noise, P
             return ops.masked_diffusion_loss(prediction, wide, *arguments)[0]
@@ -192,7 +195,7 @@ class OpChecks:
 
 
 def check_attention(part: Part, model: str, batch: int, device: torch.device) -> None:
-    """Every backend that runs here, in bf16 against fp64."""
+    """Check every attention backend that runs here, in bf16 against fp64."""
     config, objective = setting_of(model, "umd")
     H, d = config.num_heads, config.hidden_size // config.num_heads
     layout, generator = objective.corrupt(batch, 0, device).layout, torch.Generator(device).manual_seed(1)
@@ -208,7 +211,7 @@ def check_attention(part: Part, model: str, batch: int, device: torch.device) ->
 
             try:
                 found, _ = gradients_of(call, dict(qkv=qkv), douts)
-            except ValueError as refusal:  # it says why it cannot
+            except ValueError as refusal:  # says why the backend cannot run
                 part.row("refused", backend=backend, why=str(refusal))
                 continue
             for key in found:
@@ -217,7 +220,7 @@ def check_attention(part: Part, model: str, batch: int, device: torch.device) ->
 
 
 def check_step(part: Part, setting: str, device: torch.device) -> None:
-    """Loss and whole gradient: kernels against definitions in fp32, bf16 autocast against that, the same bits again."""
+    """Check loss and gradient of a step: kernels against reference ops in fp32, bf16 against fp32, and equal bits."""
     name, batch = ("UMD-Ti/4", 4) if part.smoke else ("UMD-B/4", 16)
     config, objective = setting_of(name, setting)
     torch.manual_seed(0)
@@ -257,14 +260,14 @@ def synchronize() -> None:
 
 
 def umd_training(bench: StepBench, capture: bool = False) -> TrainStep:
-    """The step of the same weights each time."""
+    """Make a step that starts from the same weights each time."""
     torch.manual_seed(0)
     objective = Objective(bench.config(), OBJECTIVES["umd"], NoiseSchedule("cosine"))
     return train_step(network(bench), objective, bench.batch, bench.dtype, bench.device, capture)
 
 
 def never_waits(part: Part, bench: StepBench) -> None:
-    """From the batch on the device to metrics on the device nothing asks the GPU for an answer."""
+    """Check that a step never waits for the GPU, from the batch on the device to metrics on the device."""
     call = on_batch(umd_training(bench), images(bench))
     for _ in range(3):
         call()
@@ -277,7 +280,7 @@ def never_waits(part: Part, bench: StepBench) -> None:
 
 
 def captured_as_eager(part: Part, bench: StepBench, ddp: bool) -> None:
-    """Twenty steps from the same weights: metrics and weights to the bit. ddp: as the one rank of a group."""
+    """Check that 20 captured steps give the same bits as eager ones: metrics and weights. ddp: in a group of one."""
     found = []
     backend = "nccl" if bench.device != "cpu" else "gloo"
     torch.use_deterministic_algorithms(True)
@@ -304,7 +307,7 @@ def captured_as_eager(part: Part, bench: StepBench, ddp: bool) -> None:
 
 
 def sampling(part: Part, bench: StepBench, num_steps: int) -> None:
-    """Images by DDIM, a step launched and a step replayed."""
+    """Check that DDIM sampling gives the same images with steps launched and steps replayed."""
     on_gpu = bench.device != "cpu"
     denoise = denoiser(network(bench).eval(), torch.bfloat16, model_times(num_steps))
     shape = (bench.batch, 3, bench.image_size, bench.image_size)

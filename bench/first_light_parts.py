@@ -1,4 +1,4 @@
-"""`first_light.py`, all its parts but `correct`: see there for what each is."""
+"""All parts of `first_light.py` except `correct`. Its docstring describes them."""
 
 import gc
 import importlib.util
@@ -48,7 +48,7 @@ def env(part: Part, device: torch.device) -> None:
     for name in ("triton", "numpy", "tyro", "simplejpeg", "diffusers", "transformers", "flash_attn"):
         try:
             versions[name] = getattr(__import__(name), "__version__", "there")
-        except Exception as error:  # built for another torch: anything may come
+        except Exception as error:  # a package built for another torch may raise anything
             versions[name] = f"no ({type(error).__name__})"
     part.note("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))
     if device.type == "cuda":
@@ -64,14 +64,14 @@ def env(part: Part, device: torch.device) -> None:
 
 
 def said(command: list[str]) -> str:
-    """All that a command prints."""
+    """Everything that a command prints."""
     environment = os.environ | {"COLUMNS": "160"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     return (done.stdout + done.stderr).strip()
 
 
 def ceilings(part: Part, device: torch.device) -> None:
-    """A copy's GB/s, read and written; TFLOP/s of products of random matrices."""
+    """Measure the ceilings: GB/s (read plus written) of a copy, TFLOP/s of products of random matrices."""
     n = 256 if part.smoke else 8192
     speed = kernels.copy_speed(device.type, 2**20 if part.smoke else 2**29)
     found = {} if speed is None else {"copy_gb_per_s": speed / 1e9}
@@ -86,7 +86,7 @@ def ceilings(part: Part, device: torch.device) -> None:
 
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of a call on the device; on the CPU of one call, after another."""
+    """Time of a call on the device, in ms. On the CPU: of one call, after a warm-up call."""
     if device.type == "cuda":
         return time_calls([call]).ms
     call()
@@ -110,7 +110,7 @@ def step(part: Part, device: torch.device) -> None:
     row("plain DiT", plain_dit(), profiled=True)
     row("umd", umd("umd"), small, less, profiled=not part.smoke)
     row("dit", umd("dit"))
-    if device.type == "cuda":  # captured from here on: the GPU's own time
+    if device.type == "cuda":  # from here on captured, to measure the GPU without the host
         row("umd, captured", umd("umd", capture=True))
         row("umd, captured", umd("umd", capture=True), small)
         for batch in (16, 32, 64, 128):
@@ -133,11 +133,11 @@ def step(part: Part, device: torch.device) -> None:
     row("diffusers DiT", diffusers_dit())
 
 
-Kind = tuple[Callable[[StepBench], Step], Callable[[StepBench], int]]  # what makes the step, and its FLOPs
+Kind = tuple[Callable[[StepBench], Step], Callable[[StepBench], int]]  # makes the step; counts its FLOPs
 
 
 def umd(setting: str, capture: bool = False, compiled: bool = False) -> Kind:
-    """UMD's network and step under the objective of a setting."""
+    """UMD's training step under the objective of one of the settings."""
 
     def flops(bench: StepBench) -> int:
         return Objective(bench.config(), OBJECTIVES[setting], NoiseSchedule("cosine")).step_flops(bench.batch)
@@ -146,7 +146,7 @@ def umd(setting: str, capture: bool = False, compiled: bool = False) -> Kind:
 
 
 def cast_by_autocast(bench: StepBench) -> Step:
-    """UMD's step without `CastWeights`: autocast copies the weights, one by one, and casts their gradients back."""
+    """UMD's step without `CastWeights`: autocast copies weights one by one, and casts each gradient back."""
     objective = Objective(bench.config(), OBJECTIVES["umd"], NoiseSchedule("cosine"))
     capture = bench.device != "cpu"
     made = train_step(network(bench), objective, bench.batch, bench.dtype, bench.device, capture)
@@ -155,7 +155,7 @@ def cast_by_autocast(bench: StepBench) -> Step:
 
 
 def plain_dit(compiled: bool = False) -> Kind:
-    """Counted without the compiler, into whose code no counter sees."""
+    """A plain DiT's step. FLOPs are counted without the compiler, as no counter sees into compiled code."""
     return (
         lambda bench: plain_dit_step(bench, compiled),
         lambda bench: count_flops(lambda: plain_dit_step(bench), bench.device),
@@ -167,7 +167,7 @@ def diffusers_dit(compiled: bool = False) -> Kind:
 
 
 def time_step(part: Part, what: str, kind: Kind, bench: StepBench, peak: float, profiled: bool = False) -> None:
-    """A row; the batch is halved until it fits."""
+    """Time a step and write a row. If memory is short, halve the batch until it fits."""
     make, flops_of = kind
     on_gpu = bench.device != "cpu"
     call: Step | None
@@ -179,7 +179,7 @@ def time_step(part: Part, what: str, kind: Kind, bench: StepBench, peak: float, 
         began = time.perf_counter()
         try:
             call = make(bench)
-            for _ in range(1 if part.smoke else WARMUP + 1):  # the last is recorded, where the step is captured
+            for _ in range(1 if part.smoke else WARMUP + 1):  # if the step is captured, the last one records it
                 call()
             synchronize()
             break
@@ -213,7 +213,7 @@ def time_step(part: Part, what: str, kind: Kind, bench: StepBench, peak: float, 
 
 
 def profile_step(part: Part, what: str, call: Step, on_gpu: bool) -> None:
-    """Kernels by time into profile.txt, and their number and time a step into a row."""
+    """Write kernels by time to profile.txt, and their number and time per step to a row."""
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
     with spans_on(), profile(activities=activities) as recorded:
         for _ in range(2):
@@ -240,7 +240,7 @@ def profile_step(part: Part, what: str, call: Step, on_gpu: bool) -> None:
 
 
 def sample(part: Part, device: torch.device) -> None:
-    """Guided sampling of latents, UMD against diffusers' pipeline around a DiT of as many blocks, both in bf16."""
+    """Time guided sampling of latents: UMD, and diffusers' pipeline with a DiT of as many blocks, both in bf16."""
     name, batch, num_steps = ("UMD-Ti/4", 2, 3) if part.smoke else ("UMD-L/2", 64, 250)
     config = replace(setting_of(name, "umd")[0], num_classes=1000)
     take_device(str(device), "bf16")
@@ -270,7 +270,7 @@ def sample(part: Part, device: torch.device) -> None:
 
 
 def dit_pipeline(config: ModelConfig, labels: Tensor, num_steps: int) -> Callable[..., object]:
-    """diffusers' DiTPipeline, its decoder of pictures a small one; as its users run it: bf16, DDIM, one step a call."""
+    """diffusers' DiTPipeline with a small VAE, run as its users do: bf16, DDIM, one step per call."""
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     with labels.device:
@@ -314,7 +314,7 @@ def compile_(part: Part, device: torch.device) -> None:
 
 
 def timing(part: Part, device: torch.device) -> None:
-    """Ours and eager of every op first, then attention's backends, then what the compiler makes of the ops."""
+    """Time our kernels and eager for every op, then the attention backends, then the ops under torch.compile."""
     torch._functorch.config.donated_buffer = False  # a compiled backward pass runs many times on one forward pass
     copy = kernels.copy_speed(device.type)
     models, batches = (("UMD-Ti/4",), (2,)) if part.smoke else (("UMD-B/4", "UMD-L/2"), (256, 64, 16))
@@ -344,7 +344,7 @@ def attend(qkv: Tensor, packing: ops.Packing, backend: ops.Attention) -> tuple[T
 
 
 def time_attention(part: Part, model: str, batch: int, device: torch.device) -> None:
-    """The backends on the encoder's stream, of two lengths, and on the decoder's, of one."""
+    """Time the attention backends on the encoder's stream (two sample lengths) and the decoder's (one length)."""
     config, objective = setting_of(model, "umd")
     H, d = config.num_heads, config.hidden_size // config.num_heads
     layout = objective.corrupt(batch, 0, device).layout
@@ -355,7 +355,7 @@ def time_attention(part: Part, model: str, batch: int, device: torch.device) -> 
             side = Side(partial(attend, qkv, packing, backend), (qkv,))
             try:
                 found = kernels.time_side([side], backward=True)
-            except ValueError as refusal:  # it says why it cannot
+            except ValueError as refusal:  # says why the backend cannot run
                 part.row("refused", backend=backend, why=str(refusal))
                 continue
             us = {name: None if timing is None else round(1e3 * timing.ms) for name, timing in found.items()}
@@ -367,7 +367,7 @@ def time_attention(part: Part, model: str, batch: int, device: torch.device) -> 
 
 
 def tests(part: Part, device: torch.device) -> None:
-    """The project's own, those for a GPU; what fails comes on the screen."""
+    """Run the project's own tests for a GPU, and show failures on the screen."""
     chosen = ["tests/umd/test_device.py", "-m", "not slow and not gpu"] if part.smoke else ["-m", "gpu and not slow"]
     command = [sys.executable, "-m", "pytest", *chosen, "-q", "-p", "no:cacheprovider", "--timeout", "100", "-rfE"]
     command += ["--tb", "short", "--maxfail", "40", "--deselect", "tests/bench/test_kernels.py::test_times_on_a_gpu"]
@@ -379,7 +379,7 @@ def tests(part: Part, device: torch.device) -> None:
         try:
             process.wait(max(5, part.left() - 3))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # it still says what failed until now
+            process.send_signal(signal.SIGINT)  # pytest then reports the failures so far
             try:
                 process.wait(6)
             except subprocess.TimeoutExpired:
@@ -396,7 +396,7 @@ def tests(part: Part, device: torch.device) -> None:
 
 
 def cli(part: Part, device: torch.device) -> None:
-    """Train on gratings, end it by SIGTERM, run the same command again."""
+    """Train on gratings, stop it by SIGTERM, resume with the same command."""
     count, size = (64, 32) if part.smoke else (8192, 64)
     pictures, run, log = part.scratch / "pictures.npy", part.scratch / "run", part.scratch / "cli.log"
     np.save(pictures, gratings(count, size))
@@ -412,7 +412,7 @@ def cli(part: Part, device: torch.device) -> None:
         return [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
 
     def go(stop: int | None) -> int:
-        """The command's exit status; it is asked to stop once it logged that step."""
+        """Run the command and return its exit status. stop: send SIGTERM once this step is logged; None: never."""
         with open(log, "a") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None and part.left() > 2:
@@ -440,7 +440,7 @@ def cli(part: Part, device: torch.device) -> None:
 
 
 def gratings(count: int, size: int) -> np.ndarray:
-    """Coloured waves, uint8 [count, size, size, 3]: something to learn."""
+    """Synthetic pictures that can be learned: coloured waves, uint8 [count, size, size, 3]."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:size, 0:size] / size * 2 * np.pi
     angle, frequency = rng.uniform(0, np.pi, count), rng.uniform(0.5, 4, count)

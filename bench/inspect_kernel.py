@@ -1,7 +1,7 @@
-"""What the compiler made of a Triton kernel, for a GPU that need not be there: registers, spills, widths of access.
+"""Compile a Triton kernel for a GPU that is not present, and read registers, spills and access widths.
 
-A launch (see `count_bytes.py`) is compiled as Triton would on that GPU: its own specialisation of types, constants and
-divisibility decides. Occupancy follows from the limits of the architecture.
+A launch (see `count_bytes.py`) is compiled as Triton would on that GPU, with its specialisation of types, constants and
+divisibility. Occupancy follows from the limits of the architecture.
 """
 
 import functools
@@ -24,17 +24,17 @@ from umd.errors import UserError
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one SM: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"."""
+    """Limits of one SM, from the CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"."""
 
     shared_bytes: int
     warps: int = 64
     blocks: int = 32
     registers: int = 65536
-    # Granularities of allocation, from the same guide and NVIDIA's occupancy calculator; CUDA takes 1 KiB a block.
+    # Allocation granularities, from the same guide and NVIDIA's occupancy calculator. CUDA takes 1 KiB per block.
     register_unit: int = 256  # per warp
     shared_unit: int = 128
     shared_of_cuda: int = 1024
-    partitions: int = 4  # a warp's registers lie in one of them
+    partitions: int = 4  # of the register file; a warp's registers are all in one
 
 
 ARCHITECTURES = {"sm_80": Limits(164 * 1024), "sm_90": Limits(228 * 1024), "sm_100": Limits(228 * 1024)}
@@ -42,7 +42,7 @@ ARCHITECTURES = {"sm_80": Limits(164 * 1024), "sm_90": Limits(228 * 1024), "sm_1
 
 @dataclass(frozen=True)
 class Access:
-    """A load, store or atomic on global memory in the PTX; `arguments`: the pointers its address is made from."""
+    """A load, store or atomic on global memory in the PTX. arguments: pointers that its address is computed from."""
 
     kind: str
     bits: int
@@ -57,24 +57,24 @@ class Compiled:
     kernel: str
     arch: str
     num_warps: int
-    registers: int  # of a thread
-    spill_bytes: int  # stack and local memory of a thread
-    shared_bytes: int  # of a block
-    occupancy: float  # resident warps over the most there can be
-    f64: int  # instructions on fp64
-    atomics: int  # of floats
+    registers: int  # per thread
+    spill_bytes: int  # stack and local memory per thread
+    shared_bytes: int  # per block
+    occupancy: float  # resident warps over the maximum
+    f64: int  # number of fp64 instructions
+    atomics: int  # on floats
     accesses: tuple[Access, ...]
 
     def access_bits(self) -> dict[str, int | None]:
-        """The narrowest access to each pointer argument."""
+        """Bits of the narrowest access to each pointer argument."""
         return {
             name: self.min_access_bits({name}) for name in sorted(set().union(*(a.arguments for a in self.accesses)))
         }
 
     def min_access_bits(self, arguments: set[str]) -> int | None:
-        """The narrowest access to any of these pointer arguments; None where there is none.
+        """Bits of the narrowest access to any of these pointer arguments. None if there is none.
 
-        An access whose pointer cannot be told counts as one of them.
+        An access whose pointer is unknown counts as one to them.
         """
         if not arguments:
             return None
@@ -82,7 +82,7 @@ class Compiled:
 
 
 class _Pointer:
-    """Stands for a tensor when Triton chooses a specialisation."""
+    """Stands in for a tensor when Triton chooses a specialisation."""
 
     def __init__(self, argument: Argument):
         assert argument.dtype is not None, "a tensor's"
@@ -99,17 +99,17 @@ class _Pointer:
 
 
 def import_kernel(path: str) -> JITFunction:
-    """`package.module:name` as a kernel that can be compiled.
+    """Import the kernel `package.module:name`.
 
     Raises:
-        UserError: no such module or name, or not a `@triton.jit` function.
+        UserError: there is no such module or name, or it is not a `@triton.jit` function.
     """
     module, _, name = path.partition(":")
     try:
         kernel = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"no kernel {path!r}: {error}; give it as package.module:name") from error
-    while not isinstance(kernel, JITFunction) and hasattr(kernel, "fn"):  # behind autotune or heuristics
+    while not isinstance(kernel, JITFunction) and hasattr(kernel, "fn"):  # unwrap autotune and heuristics
         kernel = kernel.fn
     if not isinstance(kernel, JITFunction):
         raise UserError(f"{path} is no @triton.jit function, or TRITON_INTERPRET=1 is set: unset it to compile")
@@ -117,7 +117,7 @@ def import_kernel(path: str) -> JITFunction:
 
 
 def compile_launch(launch: Launch, arch: str) -> Compiled:
-    """Compile what `launch` ran, for `arch` (a key of ARCHITECTURES); no GPU is touched."""
+    """Compile the kernel of `launch` for `arch` (a key of ARCHITECTURES). Needs no GPU."""
     kernel = import_kernel(launch.kernel)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     backend = make_backend(target)
@@ -126,7 +126,7 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(**arguments, **launch.options, debug=False)
     options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
-    # A run-time Python float is fp64 when Inductor compiles the kernel (fp32 when Triton launches it).
+    # A Python float argument is fp64 if Inductor compiles the kernel (fp32 if Triton launches it).
     signature = {n: "fp64" if n in floats and kind != "constexpr" else kind for n, kind in signature.items()}
     compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target, options.__dict__)
     pointers = [name for name, kind in signature.items() if kind.startswith("*")]
@@ -150,7 +150,7 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL of the kernel in a cubin, by cuobjdump from Triton's own wheel."""
+    """REG, STACK, SHARED and LOCAL of the kernel in a cubin, read by cuobjdump from Triton's wheel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -162,7 +162,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def occupancy(limits: Limits, registers: int, shared_bytes: int, num_warps: int) -> float:
-    """Resident warps of an SM over the most it can hold."""
+    """Resident warps of an SM over the maximum."""
 
     def up(value: int, unit: int) -> int:
         return -(-value // unit) * unit
@@ -175,7 +175,7 @@ def occupancy(limits: Limits, registers: int, shared_bytes: int, num_warps: int)
 
 
 def instructions(ptx: str) -> list[str]:
-    """The statements of a PTX text, without comments and declarations."""
+    """Split PTX text into statements, without comments and declarations."""
     text = re.sub(r"//[^\n]*", "", ptx)
     text = text[: text.find(".section")] if ".section" in text else text
     lines = (line.strip() for line in re.split(r"[;\n]", text))
@@ -189,9 +189,9 @@ _COPIES = re.compile(r"(?:@\S+\s+)?(mov|add|sub|mad|selp|cvta|cvt|or|max|min)\.\
 
 
 def global_accesses(ptx: str, passed: list[str], pointers: list[str]) -> list[Access]:
-    """Each access to global memory, with the pointer arguments that its address can come from.
+    """Find each access to global memory, and the pointer arguments that its address can come from.
 
-    passed: names of the kernel's arguments in the order of its PTX parameters; pointers: those that are pointers.
+    passed: names of the kernel's arguments, in order of its PTX parameters. pointers: names of the pointers among them.
     """
     lines = instructions(ptx)
     sources: dict[str, set[str]] = {}
@@ -205,7 +205,7 @@ def global_accesses(ptx: str, passed: list[str], pointers: list[str]) -> list[Ac
         elif _COPIES.match(line) and len(registers) > 1:
             moves.append((registers[0], registers[1:]))
     changed = True
-    while changed:  # registers at a loop's head have several origins
+    while changed:  # until stable, as registers at the head of a loop have several origins
         changed = False
         for target, origins in moves:
             found = set().union(*(sources.get(origin, ()) for origin in origins))

@@ -1,8 +1,9 @@
-"""`umd bench kernels`: each op timed on a GPU as eager PyTorch, under torch.compile and as our Triton kernels.
+"""`umd bench kernels`: time each op on a GPU as eager PyTorch, under torch.compile and as our Triton kernels.
 
-Times are of the GPU alone, by graph replay (`device_time.py`), on inputs that no cache holds. Speeds are compulsory
-bytes (each input read once, each output written once) over time, beside what a copy reaches on the same GPU. Without a
-GPU every row runs once at a tiny size, kernels in Triton's interpreter: a smoke run, no timing.
+- Times are of the GPU alone, by graph replay (`device_time.py`), on inputs that are not in the cache.
+- Speeds are compulsory bytes (each input read once, each output written once) over time, next to the speed of a copy
+  on the same GPU.
+- Without a GPU, every row runs once at a tiny size, kernels in Triton's interpreter. This smoke run times nothing.
 """
 
 import itertools
@@ -25,38 +26,38 @@ from umd.bench.device_time import Timing, copies_beyond, time_calls
 from umd.errors import UserError
 from umd.ranges import check_ranges, number
 
-with interpreted(not torch.cuda.is_available()):  # Triton asks when a kernel is defined
+with interpreted(not torch.cuda.is_available()):  # Triton reads the variable when a kernel is defined
     from umd import ops
     from umd.bench.op_cases import DTYPES, OPS, SHAPES, Inputs, LayerNorm, OpCase, Side, dtype_name
     from umd.train.parallel import static_compile
     from umd.train.step import side_stream
 
-# The two lengths of a packed stream: samples with 160 of 256 patches visible, and with 64; or both, as trained.
+# Share of noise-free samples in a packed batch. Of 256 patches, 160 are visible if noised and 64 if noise-free.
 STREAMS = {"noised": 0.0, "noise-free": 1.0, "mixed": 0.5}
 ATTENTION = ("varlen_attention", "varlen_cross_attention")
 BACKENDS: tuple[ops.Attention, ...] = ("triton", "flash_attn", "varlen_attn", "sdpa", "matmul")
-# Both layers of an MLP: PyTorch's operations; GELU's output kept, and made again; GELU in the products.
+# Both layers of an MLP: PyTorch; our GELU, its output kept or recomputed; GELU fused into the products.
 MLPS = ("eager", "triton", "recompute_gelu", "transformer_engine")
 
 
 @dataclass(frozen=True)
 class KernelBench:
-    """What is timed."""
+    """Time each op on a GPU: eager PyTorch, torch.compile, our Triton kernels."""
 
     models: tuple[str, ...] = ("UMD-B/4", "UMD-L/2", "UMD-XL/2") if torch.cuda.is_available() else ("UMD-Ti/4",)
-    """Whose shapes: UMD-B/4 (D = 768), UMD-L/2 (1024), UMD-XL/2 (1152), UMD-Ti/4 (192)."""
+    """Models that give the shapes: UMD-B/4 (D = 768), UMD-L/2 (1024), UMD-XL/2 (1152), UMD-Ti/4 (192)."""
     streams: tuple[str, ...] = ("noised", "noise-free")
-    """Samples of a batch: noised (161 tokens), noise-free (65), or mixed, half of each."""
+    """Samples in the packed batch: noised (161 tokens each), noise-free (65 tokens each), or mixed (half of each)."""
     ops: tuple[str, ...] = ()
-    """Which ops; default: all, both attentions, and mlp."""
+    """Ops to time. Default: all, with self-attention, cross-attention and mlp."""
     dtype: str = "bf16"
-    """Of tokens and predictions: bf16, fp16 or fp32."""
+    """dtype of tokens and predictions: bf16, fp16 or fp32."""
     samples: Annotated[int, number(int, 2)] = 256 if torch.cuda.is_available() else 2
-    """Images in the batch."""
+    """Images in the batch; an even number."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cuda, or cpu for a smoke run."""
+    """cuda, or cpu for a smoke run without times."""
     json: Path | None = None
-    """Write the rows here."""
+    """JSON file for the rows."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -74,7 +75,7 @@ class KernelBench:
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation of one op in one direction. Without a time: a smoke run."""
+    """One implementation of one op in one direction. `ms` is None in a smoke run."""
 
     op: str
     direction: str
@@ -87,13 +88,13 @@ class Row:
     device: str
     ms: float | None
     gb_per_s: float | None = None
-    of_copy: float | None = None  # share of the speed of a copy
-    tflop_per_s: float | None = None  # attention, mlp
-    replayed: bool | None = None  # False: could not be recorded, so a short time is the host's
+    of_copy: float | None = None  # gb_per_s over that of a copy
+    tflop_per_s: float | None = None  # attention and mlp only
+    replayed: bool | None = None  # False: could not be recorded as a CUDA graph; a short time is then the host's
 
 
 def median_time(calls: Sequence[Callable[[], Tensor | tuple[Tensor, ...]]]) -> Timing | None:
-    """Of one of the calls, which do the same on different memory; on a CPU the first runs once and has no time."""
+    """Median time of calls that do the same on different memory. On a CPU: run the first once and return None."""
     result = calls[0]()
     if (result if isinstance(result, Tensor) else result[0]).device.type == "cpu":
         return None
@@ -105,8 +106,10 @@ def cache_bytes(device: str) -> int:
 
 
 def copy_speed(device: str, numbers: int = 2**29) -> float | None:
-    """Bytes a second, read and written, of an elementwise kernel over bf16. (A cudaMemcpy in a graph reaches 2.8 TB/s
-    on an H200, kernels 4.2.)"""
+    """Bytes per second, read plus written, of an elementwise kernel over `numbers` bf16 numbers. None on a CPU.
+
+    (On an H200 a cudaMemcpy in a graph reaches 2.8 TB/s and kernels 4.2, so a kernel is the fair yardstick.)
+    """
     source = torch.ones(numbers, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
     timing = median_time([lambda: torch.neg(source, out=target)])
@@ -114,12 +117,12 @@ def copy_speed(device: str, numbers: int = 2**29) -> float | None:
 
 
 def other_layer_norms() -> tuple[dict[str, LayerNorm], list[str]]:
-    """apex's and liger's LayerNorm where they can be had, and a line on each that cannot."""
+    """LayerNorm of apex and of liger-kernel, if installed, and a note on each that is not."""
     found: dict[str, LayerNorm] = {}
     notes = []
     if torch.cuda.is_available():
         try:
-            import fused_layer_norm_cuda  # noqa: F401  NVIDIA's apex has it; the package that PyPI calls apex does not
+            import fused_layer_norm_cuda  # noqa: F401  in NVIDIA's apex, not in the package that PyPI calls apex
             from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 
             found["apex"] = lambda x, weight, bias: fused_layer_norm_affine(x, weight, bias, weight.shape, 1e-6)
@@ -137,14 +140,14 @@ def other_layer_norms() -> tuple[dict[str, LayerNorm], list[str]]:
 
 
 def compiled(side: Side, device: str) -> Side:
-    """Under torch.compile; without a GPU traced and split into forward and backward, but not compiled."""
+    """The side under torch.compile. Without a GPU: traced and split into forward and backward, but not compiled."""
     return Side(static_compile(side.call, "inductor" if device == "cuda" else "aot_eager"), side.inputs)
 
 
 def implementations(
     case: OpCase, norms: dict[str, LayerNorm], device: str, with_triton: bool
 ) -> Iterator[tuple[str, Literal["reference", "triton"], Side]]:
-    """(name, choice of kernels, side)."""
+    """Yield (name, choice of kernels, side) for each implementation of the op."""
     if case.eager is not None:
         yield "eager", "reference", case.eager
         yield "torch.compile", "reference", compiled(case.eager, device)
@@ -156,8 +159,8 @@ def implementations(
 
 
 def time_side(sides: Sequence[Side], backward: bool) -> dict[str, Timing | None]:
-    """Forward; backward on one forward pass; and full, both. sides: the same on memory of their own."""
-    torch._dynamo.reset()  # an op's sides share their code, which is compiled for eight shapes at most
+    """Time forward, backward (on one forward pass), and full (both). sides: the same work on different memory."""
+    torch._dynamo.reset()  # all sides of an op share code, and dynamo compiles it for eight shapes at most
     with torch.set_grad_enabled(backward):
         found = {"forward": median_time([side.call for side in sides])}
         if backward:
@@ -170,7 +173,7 @@ def time_side(sides: Sequence[Side], backward: bool) -> dict[str, Timing | None]
 
 
 def beyond_the_cache(op: str, make: Callable[[], Inputs]) -> list[OpCase]:
-    """The op as often, each time on inputs of its own, as their turns need to find nothing in the cache."""
+    """Make enough copies of the op, each with inputs of its own, that a call finds none of its inputs in the cache."""
     inputs = make()
     case = OPS[op](inputs)
     copies = copies_beyond(cache_bytes(inputs.device), case.forward_bytes)
@@ -178,7 +181,7 @@ def beyond_the_cache(op: str, make: Callable[[], Inputs]) -> list[OpCase]:
 
 
 def time_op(cases: Sequence[OpCase], sides: Sequence[Iterator], copy: float | None, **shape) -> list[Row]:
-    """cases, sides: the op on memory of their own, and the `implementations` of each."""
+    """Time every implementation of an op. cases: the op on different memory. sides: `implementations` of each case."""
     case = cases[0]
     needed = {"forward": case.forward_bytes, "backward": case.backward_bytes}
     needed["full"] = None if case.backward_bytes is None else case.forward_bytes + case.backward_bytes
@@ -203,7 +206,10 @@ def row_of(op: str, direction: str, implementation: str, dtype: torch.dtype, tim
 
 
 def attention_case(op: str, inputs: Inputs) -> tuple[Callable[[ops.Attention], Side], int]:
-    """The op on a backend, and its forward FLOPs. Cross-attention: hidden patches ask, the encoder's tokens answer."""
+    """What makes the op on a given backend, and its forward FLOPs.
+
+    In cross-attention the queries are the hidden patches; keys and values are the encoder's tokens.
+    """
     H, D, stream = inputs.config.num_heads, inputs.D, inputs.stream
     lengths = [length for samples, length in stream.runs for _ in range(samples)]
     if op == "varlen_attention":
@@ -218,7 +224,10 @@ def attention_case(op: str, inputs: Inputs) -> tuple[Callable[[ops.Attention], S
 
 
 def mlp_case(op: str, inputs: Inputs) -> tuple[Callable[[str], Side], int]:
-    """Both layers of an MLP in one of `MLPS`, with weights as a training step has them, and its forward FLOPs."""
+    """What makes both layers of an MLP in one of the ways of `MLPS`, and their forward FLOPs.
+
+    Weights have the dtypes of a training step.
+    """
     D, x = inputs.D, inputs.randn(inputs.tokens, inputs.D)
     weights = [inputs.randn(*shape, dtype=torch.float32) for shape in ((4 * D, D), (4 * D,), (D, 4 * D), (D,))]
     w1, b1, w2, b2 = weights
@@ -239,11 +248,11 @@ def mlp_case(op: str, inputs: Inputs) -> tuple[Callable[[str], Side], int]:
 
 
 def time_backends(op: str, make: Callable[[], Inputs], notes: list[str], **shape) -> list[Row]:
-    """Every backend that takes the tensors. Under torch.compile: of attention what `auto` takes, of the MLP eager."""
+    """Time every backend that accepts the tensors. Under torch.compile: attention with `auto`, the MLP with eager."""
     case: Callable = mlp_case if op == "mlp" else attention_case
     backends, plain, ratio = (
         (MLPS, "eager", 2) if op == "mlp" else (BACKENDS, "auto", 2.5)
-    )  # attention: 5 products to 2
+    )  # attention: 5 products backward for 2 forward
     first = make()
     side, flops = case(op, first)
     copies = copies_beyond(cache_bytes(first.device), tensor_bytes(*side(plain).inputs))
@@ -254,7 +263,7 @@ def time_backends(op: str, make: Callable[[], Inputs], notes: list[str], **shape
     for implementation, same in sides.items():
         try:
             timed = time_side(same, True)
-        except ValueError as error:  # it says why this backend cannot
+        except ValueError as error:  # says why this backend cannot run
             notes.append(f"{op}: {error}")
             continue
         for direction, timing in timed.items():
@@ -265,8 +274,8 @@ def time_backends(op: str, make: Callable[[], Inputs], notes: list[str], **shape
 
 
 def run(bench: KernelBench, console: Console) -> list[Row]:
-    """Time, print a table of the ops and one of attention, write JSON."""
-    with side_stream(torch.device(bench.device)):  # where calls can be recorded
+    """Time all ops, print a table of the ops and one of attention, write the JSON. Returns the rows."""
+    with side_stream(torch.device(bench.device)):  # CUDA graphs cannot be recorded on the default stream
         rows, copy, notes = measure(bench, console)
     if copy is None:
         title = "Smoke run on a CPU, kernels in Triton's interpreter: it shows that every row runs, and times none."
@@ -285,7 +294,7 @@ def run(bench: KernelBench, console: Console) -> list[Row]:
 
 
 def measure(bench: KernelBench, console: Console) -> tuple[list[Row], float | None, list[str]]:
-    """Rows, a copy's bytes a second (None on a CPU), and what was left out and why."""
+    """Time all ops. Returns rows, the bytes per second of a copy (None on a CPU), and notes on what was left out."""
     torch._functorch.config.donated_buffer = False  # a compiled backward pass runs many times on one forward pass
     copy = copy_speed(bench.device)
     device = torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
@@ -301,7 +310,7 @@ def measure(bench: KernelBench, console: Console) -> tuple[list[Row], float | No
         for name in bench.ops or (*OPS, *ATTENTION, "mlp"):
             console.print(f"{model} {stream} {name}", style="dim", highlight=False)
             make = partial(Inputs, model, bench.samples, DTYPES[bench.dtype], bench.device, STREAMS[stream])
-            with interpreted(bench.device == "cpu"):  # Triton imports a part of itself when it runs, and asks again
+            with interpreted(bench.device == "cpu"):  # Triton imports parts late and asks again
                 inputs = make()
                 shape = dict(model=model, width=inputs.D, stream=stream, tokens=inputs.tokens, device=device)
                 if name not in OPS:
@@ -314,7 +323,7 @@ def measure(bench: KernelBench, console: Console) -> tuple[list[Row], float | No
 
 
 def print_rows(rows: list[Row], console: Console) -> None:
-    """A line for each op, direction and shape; a cell: milliseconds and GB/s as share of a copy, or TFLOP/s."""
+    """Print one line per op, direction and shape. A cell has ms and GB/s as share of a copy's, or TFLOP/s."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault("" if row.op in OPS else "mlp" if row.op == "mlp" else "attention", []).append(row)

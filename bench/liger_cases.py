@@ -1,4 +1,4 @@
-"""liger-kernel's norms as cases beside ours: LayerNorm, and the RMSNorm with adaLN modulation."""
+"""liger-kernel's norms as cases to compare with ours: LayerNorm, and RMSNorm with adaLN modulation."""
 
 import torch.nn.functional as F
 
@@ -31,7 +31,7 @@ def modulated_rms_norm(i: Inputs) -> OpCase:
         "liger modulated_rms_norm",
         i.dtype,
         Side(lambda: (LigerModulatedRMSNormFunction.apply(*inputs, 1e-6, 0.0, "llama", False),), inputs),
-        None,  # on a CPU torch's RMSNorm is several ops, on a GPU one: its bytes here would tell nothing
+        None,  # torch's RMSNorm is one op on a GPU but several on a CPU, so bytes counted here are not the GPU's
         forward_bytes=tensor_bytes(x, *inputs),
         backward_bytes=tensor_bytes(x, x, weight, scale, *inputs),
     )

@@ -1,7 +1,7 @@
-"""`umd bench loader`: what data cost beside the training step they feed.
+"""`umd bench loader`: cost of data loading compared with the training step it feeds.
 
-Each case has a process of its own, as a training has; in every round each case of a group is measured once. Read the
-ratios, each the median of the ratios within a round, not the seconds.
+Each case runs in a process of its own, as in a training. In every round, each case of a group is measured once. Read
+the ratios, not the seconds: a ratio is the median of the ratios within each round.
 """
 
 import json
@@ -49,33 +49,33 @@ from umd.train.settings import DataConfig
 
 @dataclass(frozen=True)
 class LoaderBench:
-    """What is measured."""
+    """Compare the cost of reading data with the training step that it feeds."""
 
     groups: tuple[str, ...] = ("latents", "pictures", "steps")
-    """Which groups: latents (encoding against reading), steps (training on stored latents), pictures (every
-    reader: CPU time an image)."""
+    """What to measure. latents: encoding compared with reading. steps: training on stored latents.
+    pictures: CPU time per image of every reader."""
     model: str = "UMD-L/2"
-    """Size and patch size of the network that trains."""
+    """Model that trains, as UMD-SIZE/PATCH."""
     shallower: Count = 4
-    """Divide its depths by this: the same ratios of steps from less memory."""
+    """Divide the model's depths by this. The ratios between steps stay about the same and memory shrinks."""
     latent_size: Count = 32
-    """Side of the latents; pictures are 8 times as large."""
+    """Height and width of the latents. Pictures are 8 times as large."""
     batch: Count = 16
-    """Samples a step."""
+    """Samples per step."""
     vae_channels: tuple[Count, Count, Count, Count] = (128, 256, 512, 512)
-    """Widths of the autoencoder; Stable Diffusion's."""
+    """Channels of the autoencoder's four levels. Default: Stable Diffusion's."""
     stored: Count = 512
     """Latents in the folder that is read."""
     num_workers: ProcessesOrZero = 2
-    """Processes that read."""
+    """Reader processes. 0: the training process reads."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """bf16 (autocast) or fp32."""
     repeats: Count = 5
     """Measured rounds."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where."""
+    """Device to measure on."""
     json: Path | None = None
-    """Write rows and ratios here."""
+    """JSON file for rows and ratios."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -90,9 +90,9 @@ class LoaderBench:
 
 @dataclass(frozen=True)
 class Case:
-    measure: Callable[[], dict[str, float]]  # once: seconds by the names of rows
-    samples: int  # that one measurement handles
-    flops: dict[str, Callable[[], Step]] = field(default_factory=dict)  # of a row, what makes a step to count
+    measure: Callable[[], dict[str, float]]  # measures once: row name -> seconds
+    samples: int  # samples per measurement
+    flops: dict[str, Callable[[], Step]] = field(default_factory=dict)  # row name -> makes a step to count FLOPs of
 
 
 # Cases
@@ -100,7 +100,7 @@ class Case:
 
 @contextmanager
 def encoding(bench: LoaderBench) -> Iterator[Case]:
-    """A picture through a VAE of Stable Diffusion's size."""
+    """Encode a picture with a VAE of Stable Diffusion's size."""
     tokenizer, x = sd_vae(bench), pictures(bench, 1)
     with autocast(bench):
         yield Case(lambda: {"encode with the VAE": seconds_of(lambda: tokenizer.moments(x), bench.device)}, 1)
@@ -108,14 +108,14 @@ def encoding(bench: LoaderBench) -> Iterator[Case]:
 
 @contextmanager
 def reading(bench: LoaderBench) -> Iterator[Case]:
-    """Stored latents, in this process."""
+    """Read stored latents in this process."""
     with stored_batches(bench, num_workers=0, batch=64) as batches:
         yield Case(lambda: {"read stored latents": seconds_of(lambda: next(batches), bench.device)}, 64)
 
 
 @contextmanager
 def step_on_stored(bench: LoaderBench) -> Iterator[Case]:
-    """A training step on stored latents, and its wait for them."""
+    """Make a training step on stored latents, and wait for its batch."""
     umd = umd_step(bench)
     with stored_batches(bench, bench.num_workers, bench.batch) as batches:
 
@@ -133,7 +133,7 @@ def step_on_stored(bench: LoaderBench) -> Iterator[Case]:
 
 @contextmanager
 def step_with_vae(bench: LoaderBench) -> Iterator[Case]:
-    """The same step with the VAE inside."""
+    """Make the same step with the VAE encoding inside it."""
     tokenizer, x, umd = sd_vae(bench), pictures(bench, bench.batch), umd_step(bench)
 
     def step() -> None:
@@ -146,7 +146,7 @@ def step_with_vae(bench: LoaderBench) -> Iterator[Case]:
 
 @contextmanager
 def dit_on_stored(bench: LoaderBench) -> Iterator[Case]:
-    """DiT's step on stored latents."""
+    """Make a training step of DiT on stored latents."""
     dit = dit_step(bench)
     with stored_batches(bench, bench.num_workers, bench.batch) as batches:
 
@@ -157,7 +157,7 @@ def dit_on_stored(bench: LoaderBench) -> Iterator[Case]:
         yield Case(lambda: {name: seconds_of(step, bench.device)}, bench.batch, {name: lambda: step})
 
 
-# CPU time, all threads together, of making crops of 64x64 (of latents: of reading them)
+# CPU time of all threads together to make 64x64 crops; for latents, to read them.
 READERS = ("JPEGs decoded whole", "JPEGs at a fraction", "JPEGs in a tar", "JPEGs by DALI", "pixel shards", "latents")
 
 
@@ -165,7 +165,7 @@ READERS = ("JPEGs decoded whole", "JPEGs at a fraction", "JPEGs in a tar", "JPEG
 def jpegs(
     bench: LoaderBench, *, name: str, loader: str = "python", tar: bool = False, whole: bool = False
 ) -> Iterator[Case]:
-    """JPEGs of ImageNet's size, in a folder or a tar; `whole`: decoded at full size, as torchvision does."""
+    """Read JPEGs of ImageNet's size from a folder or a tar. whole: decode at full size, as torchvision does."""
     with photographs(64) as folder, ExitStack() as stack:
         if whole:
             stack.callback(setattr, data, "shrink_for", data.shrink_for)
@@ -181,7 +181,7 @@ def jpegs(
 
 @contextmanager
 def pixel_shards(bench: LoaderBench) -> Iterator[Case]:
-    """Reading pictures of 96x96 and drawing their crops, which the device makes."""
+    """Read stored 96x96 pictures and draw their crop boxes. The device would make the crops."""
     with photographs(64) as folder, tempfile.TemporaryDirectory() as out:
         encode_pixels(EncodePixels(str(folder), Path(out), holdout=0), Console(quiet=True))
         config = DataConfig(out, (64, 64), num_workers=0)
@@ -198,7 +198,7 @@ def latent_shards(bench: LoaderBench) -> Iterator[Case]:
 
 
 def read_rate(views: StoredCrops | StoredViews, count: int, batches: int = 100, batch: int = 64) -> float:
-    """CPU seconds an image of batches in a random order."""
+    """CPU seconds per image, read in batches in random order."""
     keys = sample_keys(count, batch_size=batch, seed=0)
     for _ in range(3):
         views.__getitems__(next(keys))
@@ -221,7 +221,7 @@ GROUPS: dict[str, tuple[Maker, ...]] = {
         latent_shards,
     ),
 }
-# (what, numerator, denominator, target); seconds a sample of two rows of one group
+# (what, numerator row, denominator row, target); ratio of seconds per sample of two rows of one group
 RATIOS = [
     ("encoding / reading", "encode with the VAE", "read stored latents", ">= 50"),
     ("wait / step", "waiting for them", "umd, stored latents", "< 0.03"),
@@ -250,7 +250,7 @@ def latents(bench: LoaderBench) -> Tensor:
 
 
 def sd_vae(bench: LoaderBench) -> Tokenizer:
-    """An autoencoder of Stable Diffusion's size with random weights, as fast as with trained ones."""
+    """An autoencoder of Stable Diffusion's size with random weights; it is as fast as a trained one."""
     from diffusers import AutoencoderKL
 
     network = AutoencoderKL(
@@ -264,7 +264,7 @@ def sd_vae(bench: LoaderBench) -> Tokenizer:
 
 @contextmanager
 def latents_folder(bench: LoaderBench) -> Iterator[DataConfig]:
-    """A folder of random latents, stored as they are trained on."""
+    """Write a folder of random latents in the format of umd encode-latents."""
     side = bench.latent_size
     generator = np.random.default_rng(0)
     moments = torch.from_numpy(generator.standard_normal((bench.stored, 1, 2, 4, side, side), np.float32)).half()
@@ -294,12 +294,12 @@ def umd_step(bench: LoaderBench) -> Callable[[Tensor], object]:
     config = bench.config()
     objective = Objective(config, ObjectiveConfig(), NoiseSchedule("linear"))
     step = train_step(with_modulation(UMD(config)), objective, bench.batch, bench.dtype, bench.device)
-    indices = torch.arange(bench.batch, device=bench.device)  # UMD's objective looks nothing up
+    indices = torch.arange(bench.batch, device=bench.device)  # any: UMD's objective does not use them
     return lambda x: step(x, None, indices, LR)
 
 
 def dit_step(bench: LoaderBench) -> Callable[[Tensor], None]:
-    """diffusers' DiT with as many blocks as UMD's encoder and decoder together, on the noise-prediction loss."""
+    """Training step of diffusers' DiT: as many blocks as UMD's encoder plus decoder, noise-prediction loss."""
     from diffusers import DiTTransformer2DModel
 
     config, schedule = bench.config(), NoiseSchedule("linear")
@@ -332,7 +332,7 @@ def dit_step(bench: LoaderBench) -> Callable[[Tensor], None]:
 
 
 def serve(bench: LoaderBench, maker: Maker, pipe: Connection) -> None:
-    """A case's process: tells samples and FLOPs; then its seconds, as often as it is asked."""
+    """Process of one case: send samples and FLOPs, then the seconds of one measurement per request."""
     keep_freed_memory()
     take_device(bench.device, bench.dtype)
     with maker(bench) as case:
@@ -344,7 +344,7 @@ def serve(bench: LoaderBench, maker: Maker, pipe: Connection) -> None:
 
 
 def run(bench: LoaderBench, console: Console) -> dict:
-    """Measure, print, write the JSON. Returns {"settings", "rows", "ratios"}."""
+    """Measure all cases, print the tables, write the JSON. Returns {"settings", "rows", "ratios"}."""
     rows, ratios = [], []
     for group in bench.groups:
         seconds: dict[str, list[float]] = {}

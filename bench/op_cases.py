@@ -1,7 +1,8 @@
-"""The ops of `umd/ops.py` on the inputs of a training or sampling step, each beside the usual eager PyTorch.
+"""The ops of `umd/ops.py` on the inputs of a training or sampling step, each with its equivalent in eager PyTorch.
 
-Streams are packed as in pre-training: half of the samples noised with their own modulation rows, half noise-free and
-sharing one. Eager gets as many tokens, as dense samples of one length: no gather of tables, no padding, in its favour.
+Streams are packed as in pre-training: half of the samples noised, each with its own modulation row; half noise-free,
+sharing one row. Eager gets the same number of tokens as dense samples of equal length. This favours eager, which needs
+neither a gather of modulation tables nor padding.
 """
 
 from collections.abc import Callable
@@ -18,12 +19,12 @@ from umd.config import ModelConfig, ObjectiveConfig, model_config
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 
-# Width, image and patch of the paper's rows: pixels at B/4, latents at L/2 and XL/2. 256 patches each.
+# Models of the paper: pixels for B/4, latents for L/2 and XL/2. Each has 256 patches.
 SHAPES: dict[str, dict] = {
     "UMD-B/4": dict(image_size=(64, 64), channels=3),
     "UMD-L/2": dict(image_size=(32, 32), channels=4),
     "UMD-XL/2": dict(image_size=(32, 32), channels=4),
-    "UMD-Ti/4": dict(image_size=(16, 16), channels=3),  # for a machine without a GPU
+    "UMD-Ti/4": dict(image_size=(16, 16), channels=3),  # small, for machines without a GPU
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -36,14 +37,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 class Side:
     """One way to compute an op."""
 
-    call: Callable[[], tuple[Tensor, ...]]  # its differentiable outputs, or all of them where none is
-    inputs: tuple[Tensor, ...] = ()  # what gradients are taken of
+    call: Callable[[], tuple[Tensor, ...]]  # returns the differentiable outputs, or all outputs if none is
+    inputs: tuple[Tensor, ...] = ()  # tensors whose gradients are computed
 
     def gradients(self, outputs: tuple[Tensor, ...], douts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, self.inputs, douts, retain_graph=True, materialize_grads=True)
 
     def both(self, douts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Forward and backward."""
+        """Run forward and backward. Returns the gradients."""
         return self.gradients(self.call(), douts)
 
 
@@ -52,12 +53,12 @@ class OpCase:
     """An op on given inputs."""
 
     op: str
-    dtype: torch.dtype  # of the largest tensors
+    dtype: torch.dtype  # dtype of the largest tensors
     ours: Side
     eager: Side | None  # under ops.kernels("reference")
-    forward_bytes: int  # compulsory: what it must read and write, each once
+    forward_bytes: int  # compulsory bytes: each input read once, each output written once
     backward_bytes: int | None = None
-    eager_with: Callable[["LayerNorm"], Side] | None = None  # eager around another LayerNorm, for what has one
+    eager_with: Callable[["LayerNorm"], Side] | None = None  # eager with another LayerNorm, for ops with one
 
 
 LayerNorm = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [..., D], weight [D], bias [D]
@@ -68,11 +69,14 @@ def torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class Inputs:
-    """Random tensors of one model's shapes.
+    """Random tensors with the shapes of one model.
 
-    samples: even where no_noise_prob, the share of noise-free samples, is 0.5.
-    own_rows: instead of the training stream, tokens of each sample, each with its own modulation row; for the norms.
-    like: number of samples whose stream is cut into chunks as long as this one's, where it is not `samples`.
+    Args:
+        samples: images in the batch; even if no_noise_prob is 0.5.
+        no_noise_prob: share of noise-free samples.
+        own_rows: for the norms: instead of the training stream, use samples of this many tokens, each with its own
+            modulation row. 0: the training stream.
+        like: cut the stream into chunks as for this number of samples. 0: as for `samples`.
     """
 
     def __init__(
@@ -106,7 +110,7 @@ class Inputs:
         return x.to(dtype or self.dtype).requires_grad_()
 
     def tables(self, count: int) -> tuple[Tensor, ...]:
-        """Modulation tables [R, D] as the model makes them: fp32 views of one projection."""
+        """Modulation tables [R, D] as in the model: fp32 views of one projection's output."""
         projection = self.randn(self.stream.num_rows, 6 * self.D, dtype=torch.float32).detach()
         return tuple(table.requires_grad_() for table in projection.split(self.D, dim=1)[:count])
 
@@ -138,11 +142,11 @@ def modulated_layer_norm(i: Inputs) -> OpCase:
     )
 
 
-FP32_RESIDUAL = "gated_residual_layer_norm, x fp32"  # r too; h and y as narrow as in the other case
+FP32_RESIDUAL = "gated_residual_layer_norm, x fp32"  # r is fp32 too; h and y stay narrow
 
 
 def gated_residual_layer_norm(i: Inputs, residual: torch.dtype | None = None) -> OpCase:
-    """residual: x's type, if it is not h's."""
+    """residual: dtype of x. None: the dtype of h."""
     x, h, (gate, shift, scale) = i.randn(i.tokens, i.D, dtype=residual), i.randn(i.tokens, i.D), i.tables(3)
     weight, bias = i.randn(i.D, dtype=torch.float32), i.randn(i.D, dtype=torch.float32)
     tables = (gate, shift, scale, weight, bias)
@@ -227,7 +231,7 @@ def masked_diffusion_loss(i: Inputs) -> OpCase:
         return prediction, x, c.ids_keep, c.num_visible_noised, n, noise, P
 
     hidden = patches - len(c.ids_keep)
-    # Scored are the second half on visible noised patches, the first half and x_start on hidden ones.
+    # The loss reads the second half (noise) on visible noised patches, and the first half and x_start on hidden ones.
     scored = patch * (prediction.element_size() * (c.num_visible_noised + hidden) + x.element_size() * hidden)
     return OpCase(
         "masked_diffusion_loss",
@@ -235,7 +239,7 @@ def masked_diffusion_loss(i: Inputs) -> OpCase:
         Side(lambda: ops.masked_diffusion_loss(*arguments(c.noise))[:1], (prediction,)),
         Side(lambda: ops.masked_diffusion_loss(*arguments(eps))[:1], (prediction,)),
         forward_bytes=scored + tensor_bytes(c.ids_keep),
-        backward_bytes=scored + tensor_bytes(prediction),  # the gradient is zero elsewhere, and written
+        backward_bytes=scored + tensor_bytes(prediction),  # the gradient is zero elsewhere but still written
     )
 
 
@@ -282,7 +286,7 @@ def sample_posterior(i: Inputs) -> OpCase:
 
 
 class _BiasOf(torch.autograd.Function):
-    """h as it is; its gradient goes to the bias that is in it too: where cuBLAS adds a layer's bias to its product."""
+    """Identity on h that also sends h's gradient to the bias, as h includes it (cuBLAS adds it to the product)."""
 
     @staticmethod
     def forward(ctx, h: Tensor, bias: Tensor) -> Tensor:
@@ -307,7 +311,7 @@ def gelu(i: Inputs) -> OpCase:
 
 
 def column_sum(i: Inputs) -> OpCase:
-    x = i.randn(i.tokens, 3 * i.D).detach()  # the gradient of queries, keys and values; the keys' sum is 0
+    x = i.randn(i.tokens, 3 * i.D).detach()  # gradient of queries, keys and values; the keys' column sum is 0
     out = torch.empty(3 * i.D, device=i.device)
     return OpCase(
         "column_sum",

@@ -1,11 +1,11 @@
-"""`umd bench reproduce paper`: the paper's four methods and six ablations at a size for two cores.
+"""`umd bench reproduce paper`: the paper's four methods and six ablations, small enough for two cores.
 
-One training a method and seed, at a constant rate after a warm-up, with averaged weights: those at any step are a
-result, so the points of equal images and of equal compute lie on one curve. Fine-tuning with labels, as in the paper's
-Table 5, starts from both points.
-
-A chain is all that depends on one training, in pieces; a piece is done where its JSON file is. Processes of one thread
-take chain after chain. A training that was stopped goes on from its checkpoint, to the bit.
+- Training: one run per method and seed, with a constant learning rate after a warm-up, and EMA weights. The EMA weights
+  at any step are a result, so equal images and equal compute are two points of one run.
+- Fine-tuning with labels, as in the paper's Table 5, starts from both points.
+- Work: a chain is a training with everything that depends on it, divided into pieces. A piece is done if its JSON file
+  exists. Processes of one thread each take one chain after another. A stopped training resumes bit for bit from its
+  checkpoint.
 """
 
 import json
@@ -44,7 +44,7 @@ def work(plan: Plan, todo: list[Chain], out: Path, turn: Any) -> None:
             return
         try:
             make_chain(plan, todo[number], out)
-        except Exception:  # one that fails does not cost the others their night
+        except Exception:  # a failed chain must not stop the others
             (out / todo[number].id).mkdir(parents=True, exist_ok=True)
             (out / todo[number].id / "failed.txt").write_text(traceback.format_exc())
 
@@ -63,7 +63,7 @@ def make_chain(plan: Plan, chain: Chain, out: Path) -> None:
 
 
 def gather(plan: Plan, todo: list[Chain], out: Path) -> dict[str, Any]:
-    """What is done so far, as docs/results/paper.json has it."""
+    """Collect the finished pieces, in the form of docs/results/paper.json."""
     record: dict[str, Any] = {"plan": asdict(plan) | {"fashion": Path(plan.fashion).name}, "chains": []}
     for chain in todo:
         results = {}
@@ -81,7 +81,7 @@ def gather(plan: Plan, todo: list[Chain], out: Path) -> dict[str, Any]:
 
 
 class Watch:
-    """Tells which pieces are done, and the time left: expected seconds, corrected by what each kind took."""
+    """Reports finished pieces and the time left, from expected seconds corrected by what each kind of piece took."""
 
     def __init__(self, plan: Plan, todo: list[Chain], out: Path, workers: int, console: Console):
         self.files = [(c, p, out / c.id / f"{p.name}.json") for c in todo for p in pieces(plan, c, out)]
@@ -89,7 +89,7 @@ class Watch:
         self.seen: dict[Path, float] = {}
 
     def look(self) -> int:
-        """Print a line for each piece that is new; returns how many there were."""
+        """Print a line for each newly finished piece. Returns their number."""
         new = [entry for entry in self.files if entry[2] not in self.seen and entry[2].exists()]
         for chain, piece, file in new:
             result = json.loads(file.read_text())
@@ -101,7 +101,7 @@ class Watch:
         return len(new)
 
     def left(self) -> float:
-        """Seconds."""
+        """Time left, in seconds."""
         done: dict[str, list[float]] = {}
         for _, piece, file in self.files:
             if file in self.seen:
@@ -129,7 +129,7 @@ def reproduce(options: Reproduce, console: Console) -> None:
 def carry_out(
     plan: Plan, names: tuple[Name, ...], out: Path, figures: Path, workers: int, console: Console
 ) -> None:  # fmt: skip
-    """Make what is missing in `out`; the report is written anew whenever a piece is done."""
+    """Make the missing pieces in `out`. Rewrites the report whenever a piece is done."""
     todo = chains(plan, names)
 
     def report() -> None:

@@ -1,4 +1,4 @@
-"""What `umd bench reproduce paper` measures: probes of a representation, distances of samples, and their floors."""
+"""The measures of `umd bench reproduce paper`: probes of the representation, distances of samples, noise floors."""
 
 import io
 from dataclasses import dataclass, field
@@ -30,28 +30,28 @@ from umd.train.reference import moments
 from umd.train.run import RunConfig
 from umd.train.settings import DataConfig
 
-L2 = (1.0, 32.0, 1024.0)  # each draw of the shots chooses on a fifth of them; 1024 is the paper's
-BATCH = 64  # samples of one denoising loop
-SHOWN = 32  # samples that are kept as pictures
+L2 = (1.0, 32.0, 1024.0)  # each draw of shots chooses one on a fifth of them; 1024 is the paper's
+BATCH = 64  # samples per denoising loop
+SHOWN = 32  # samples kept as pictures
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """Sizes of the measurements."""
 
-    train_images: int = 10_000  # of the probes, at most
-    test_images: int = 5_000  # at most
-    shots: int = 100  # a class
+    train_images: int = 10_000  # most training pictures for probes
+    test_images: int = 5_000  # most held-out pictures for probes
+    shots: int = 100  # per class
     epochs: int = 90  # of the linear probe
-    samples: int = 1312  # more than the 1280 features: their covariance is regular
-    reference: int = 5_000  # held-out pictures that samples are measured against, at most
+    samples: int = 1312  # more than the 1280 features, so that their covariance is not singular
+    reference: int = 5_000  # most held-out pictures that samples are measured against
     sampling_steps: int = 50
     classes: dict[str, int] = field(default_factory=lambda: {"fashion": 10, "emoji": 9})
 
 
 @cache
 def pictures(data: DataConfig, split: Literal["train", "test"], count: int, zoom: float) -> tuple[Tensor, Tensor]:
-    """Up to `count` pictures, the same random ones each time: float32 [n, C, H, W], labels int64 [n]."""
+    """Read up to `count` pictures, the same random ones each time: float32 [n, C, H, W], labels int64 [n]."""
     dataset = open_dataset(data, split)
     assert dataset.labels is not None
     ids = np.random.default_rng(0).permutation(len(dataset))[:count]
@@ -59,17 +59,17 @@ def pictures(data: DataConfig, split: Literal["train", "test"], count: int, zoom
 
 
 def probe(config: RunConfig, pretrained: RunConfig, step: int, sizes: Sizes) -> dict[str, Any]:
-    """Accuracies of the averaged weights of `config` at a step, each averaged over classes.
+    """Class-averaged accuracies of the EMA weights of `config` at a step.
 
-    pretrained: says at which time the network is read: noise-free, or with a little noise if its pre-training was never
-    noise-free. Fine-tuning, which is for a twentieth of each batch, does not change that.
+    pretrained: the run that decides at which timestep the network is probed: noise-free, or with little noise if its
+    pre-training was never noise-free. Fine-tuning has a noise-free twentieth in each batch, which does not change that.
     """
     model, _, dtype = open_run_of(UMD, config, True, step)
     return accuracies(representation(pretrained, model, dtype), names_of(config)[0], config, sizes)
 
 
 def accuracies(extract: Any, name: str, config: RunConfig, sizes: Sizes) -> dict[str, Any]:
-    """100-shot, linear and k-NN accuracy of features; `extract` as of `umd.train.probe`."""
+    """100-shot, linear and k-NN accuracy of features. extract: as in `umd.train.probe`."""
     zoom, found = published_zoom(config), []
     for split, count in (("train", sizes.train_images), ("test", sizes.test_images)):
         x, labels = pictures(config.data, split, count, zoom)
@@ -96,9 +96,9 @@ def accuracies(extract: Any, name: str, config: RunConfig, sizes: Sizes) -> dict
 def draw(
     config: RunConfig, step: int, cfg_scale: float, predict: Prediction, seed: int, sizes: Sizes
 ) -> tuple[Tensor, Tensor]:
-    """Samples [n, C, H, W] of the averaged weights by DDIM with η = 1, and their labels.
+    """Draw samples [n, C, H, W] from the EMA weights by DDIM with η = 1. Returns samples and labels.
 
-    The first have a class each in turn; the labels of the others are as frequent as in training.
+    The first samples take the classes in turn. The labels of the others have the frequencies of the training data.
     """
     model, device, dtype = open_run_of(UMD, config, True, step)
     classes = model.config.num_classes
@@ -123,7 +123,7 @@ def distance(
     config: RunConfig, step: int, cfg_scale: float, predict: Prediction, seed: int, reference: Path,
     sizes: Sizes, shown: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """Fréchet and kernel distance of samples to held-out pictures; some are kept at `shown`."""
+    """Fréchet and kernel distance of samples to held-out pictures. Some samples are kept as pictures at `shown`."""
     x, labels = draw(config, step, cfg_scale, predict, seed, sizes)
     kept = io.BytesIO()
     np.savez(kept, images=to_uint8(x[:SHOWN]), labels=labels[:SHOWN].numpy())
@@ -132,7 +132,7 @@ def distance(
 
 
 def distances(ours: Tensor, real: Tensor) -> dict[str, Any]:
-    """Of features [n, D] and [m, D]."""
+    """Distances between features [n, D] and [m, D]."""
     return {"fd": frechet_distance(*moments(ours), *moments(real)), "kd": squared_mmd(ours, real)}
 
 
@@ -143,12 +143,12 @@ def network() -> EffLite0Features:
 
 @torch.inference_mode()
 def features(x: Tensor) -> Tensor:
-    """Of EfficientNet-Lite0: float32 [n, 1280]."""
+    """Features of EfficientNet-Lite0: float32 [n, 1280]."""
     return torch.cat([network()(part) for part in x.split(CALL)]).clone()
 
 
 def real_features(config: RunConfig, file: Path, sizes: Sizes) -> dict[str, Tensor]:
-    """Features of held-out pictures and of as many training pictures as there are samples; made once."""
+    """Features of held-out pictures, and of as many training pictures as there are samples. Computed once."""
     if not file.exists():
         parts = {"test": sizes.reference, "train": sizes.samples}
         made = {split: features(pictures(config.data, split, count, 1.0)[0]) for split, count in parts.items()}
@@ -157,8 +157,7 @@ def real_features(config: RunConfig, file: Path, sizes: Sizes) -> dict[str, Tens
 
 
 def floors(config: RunConfig, reference: Path, sizes: Sizes) -> dict[str, Any]:
-    """What the measures say of what is no network's merit: training pictures as if they were samples, and as features
-    the pixels, and an untrained network's."""
+    """Floors of the measures: training pictures scored as samples; raw pixels and an untrained network as features."""
     real = real_features(config, reference, sizes)
     found = {"real": distances(real["train"], real["test"])}
 

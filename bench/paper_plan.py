@@ -1,4 +1,4 @@
-"""What `umd bench reproduce paper` trains and measures: methods, sizes, and the pieces of each training."""
+"""The plan of `umd bench reproduce paper`: methods, sizes, and the pieces of each training."""
 
 import re
 from collections.abc import Callable
@@ -26,8 +26,8 @@ from umd.train.settings import DataConfig, OptimConfig
 FASHION = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
 Name = Literal["fashion", "emoji"]
 Head = Literal["both", "x0", "eps"]
-WARMUP = 0.5  # of the training up to the first mark
-# What a core of a Xeon with AMX did; only the first estimate of the time left is made of it.
+WARMUP = 0.5  # fraction of the steps up to the first mark
+# Speeds of one core of a Xeon with AMX; used only for the first estimate of the time left.
 FLOPS, FEATURE_SECONDS, PROBE_SECONDS = 1e11, 0.03, 30.0
 
 
@@ -38,7 +38,7 @@ class Method:
     name: str
     objective: ObjectiveConfig
     adaLN: bool = True
-    head: Head = "both"  # of noised samples: what is learned, and what draws
+    head: Head = "both"  # output that learns from noised samples, and that samples are drawn from
     ablation: bool = False
 
     @property
@@ -58,8 +58,8 @@ METHODS = (
     Method("MaskDiT", OBJECTIVES["maskdit"]),
     Method("UMD", UMD_OBJECTIVE),
 )
-# Table 2. The text at hand lost two numbers; the hours in its first row give them back: time is proportional to
-# (3 · visible + 256) tokens there, so 70 hours against 60 ask for a share of 0.2, and 48 for a ratio of 0.7.
+# Table 2. Two numbers are unreadable in our copy of the paper. They follow from the hours in the table's first row, as
+# time is proportional to (3 · visible + 256) tokens: 70 h instead of 60 means a share of 0.2, and 48 h a ratio of 0.7.
 ABLATIONS = (
     Method("UMD, only x0", UMD_OBJECTIVE, head="x0", ablation=True),
     Method("UMD, only noise", UMD_OBJECTIVE, head="eps", ablation=True),
@@ -72,21 +72,21 @@ ABLATIONS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and how large."""
+    """Sizes and lengths of all trainings."""
 
     width: int = 128
-    depth: int = 4  # with one decoder block the methods' FLOPs are to each other about as the paper's hours
+    depth: int = 4  # with one decoder block, the FLOPs of the methods have about the ratios of the paper's hours
     decoder_depth: int = 1
     heads: int = 8
     batch: int = 64
-    lr: float = 1e-2  # for a batch of 256, as of the preset umd-tiny
-    steps: int = 2000  # at equal images; UMD's FLOPs in them are the equal compute
-    marks: tuple[float, ...] = (1 / 8, 1 / 4, 1 / 2)  # shares of them at which a training is probed on the way
+    lr: float = 1e-2  # for a batch of 256, as in the preset umd-tiny
+    steps: int = 2000  # for equal images; UMD's FLOPs in them define equal compute
+    marks: tuple[float, ...] = (1 / 8, 1 / 4, 1 / 2)  # fractions of the steps at which the training is probed
     finetune_steps: int = 320
     finetune_marks: tuple[float, ...] = (1 / 8, 1 / 4, 1 / 2)
     seeds: tuple[int, ...] = (0, 1, 2)
     ablation_seeds: tuple[int, ...] = (0,)
-    cfg_scales: tuple[float, ...] = (1.0, 1.5)  # without guidance, and the paper's for scores
+    cfg_scales: tuple[float, ...] = (1.0, 1.5)  # no guidance, and the paper's for scores
     sizes: Sizes = field(default_factory=Sizes)
     fashion: str = str(FASHION)
     save_every: int = 100
@@ -95,7 +95,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Chain:
-    """A training and what depends on it; without a method the noise floors of a data set."""
+    """A training and everything that depends on it. Without a method: the noise floors of a dataset."""
 
     data: Name
     method: Method | None
@@ -148,14 +148,14 @@ def step_flops(plan: Plan, chain: Chain) -> int:
 
 
 def ends(plan: Plan, chain: Chain) -> dict[str, int]:
-    """Steps at which a method has seen as many images as UMD at the end, and at which it had as many FLOPs."""
+    """Steps after which a method has seen as many images, or used as many FLOPs, as UMD at its end."""
     ours = step_flops(plan, replace(chain, method=METHODS[-1]))
     equal = {"images": plan.steps, "compute": round(plan.steps * ours / step_flops(plan, chain))}
     return {"images": plan.steps} if chain.method and chain.method.ablation else equal
 
 
 def chains(plan: Plan, names: tuple[Name, ...]) -> list[Chain]:
-    """In the order in which they are made: a table that means something comes early."""
+    """All chains in the order of work, such that a meaningful table appears early."""
     found = []
     for name in names:
         found.append(Chain(name, None))
@@ -166,8 +166,11 @@ def chains(plan: Plan, names: tuple[Name, ...]) -> list[Chain]:
 
 
 class OneHead(Objective):
-    """The loss of noised samples through one of the two outputs alone; the other learns from noise-free ones, if at
-    all. What the log calls loss has both parts; the gradient, half of the one as in the whole loss."""
+    """Objective in which noised samples train only one of the two outputs.
+
+    The other output learns from noise-free samples, if at all. The logged loss still has both parts. The gradient has
+    the one part, with its weight of one half as in the full loss.
+    """
 
     def __init__(self, model: ModelConfig, config: ObjectiveConfig, schedule: NoiseSchedule, head: Head):
         super().__init__(model, config, schedule)
@@ -192,9 +195,9 @@ def trained(config: RunConfig, method: Method) -> dict[str, Any]:
 
 
 def pieces(plan: Plan, chain: Chain, out: Path) -> list[Piece]:
-    """A chain's pieces, each after those that it needs.
+    """The pieces of a chain, each after the pieces that it needs.
 
-    A training keeps its last checkpoint alone, so what is made of one comes before the training goes on.
+    A training keeps only its last checkpoint, so the pieces that need a checkpoint come before the training goes on.
     """
     method, pretrain = chain.method, run_config(plan, chain, out)
     sizes, reference = plan.sizes, out / f"{chain.data}-reference.safetensors"
@@ -230,7 +233,7 @@ def pieces(plan: Plan, chain: Chain, out: Path) -> list[Piece]:
         assert isinstance(tuned.model, ModelConfig)
         forward = forward_flops(tuned.model, (tuned.model.num_patches,), 0)
         drawn: list[tuple[int, float, Prediction]] = [(mark, 1.0, method.leads) for mark in marks]
-        guided = not method.ablation and step == last["images"]  # twice the calls, so not everywhere
+        guided = not method.ablation and step == last["images"]  # guidance doubles the calls, so only here
         drawn += [(tuned.steps, scale, method.leads) for scale in plan.cfg_scales if scale == 1 or guided]
         if step == last["images"] and method.objective.no_noise_prob not in (0, 1) and method.head == "both":
             drawn.append((tuned.steps, 1.0, "x_start"))  # Table 2 has both
@@ -245,7 +248,7 @@ def pieces(plan: Plan, chain: Chain, out: Path) -> list[Piece]:
 
 
 def tuning(plan: Plan, pretrained: RunConfig, classes: int, marks: list[int]) -> RunConfig:
-    """The paper's fine-tuning with labels, from the weights as they are at the pre-training's last step."""
+    """The paper's fine-tuning with labels, from the weights at the last step of pre-training."""
     out = pretrained.out.with_name(f"finetune-{pretrained.steps}")
     config = finetune_config(pretrained, pretrained.out, classes, out)
     every = min(marks) if marks else plan.save_every
@@ -254,8 +257,10 @@ def tuning(plan: Plan, pretrained: RunConfig, classes: int, marks: list[int]) ->
 
 
 def ship(plan: Plan, out: Path, folder: Path) -> None:
-    """The fine-tuned UMD of the first seed on Fashion-MNIST as a run folder of its averaged weights alone, for `umd
-    sample` and `umd probe`. Nothing where it is not trained yet, or is there."""
+    """Export the fine-tuned UMD on Fashion-MNIST (first seed) as a run folder with only its EMA weights.
+
+    `umd sample` and `umd probe` work on it. Does nothing if it is not trained yet, or the folder exists.
+    """
     chain = Chain("fashion", METHODS[-1], plan.seeds[0])
     pretrained, done = run_config(plan, chain, out), out / chain.id / f"finetune-{plan.steps}.json"
     if not done.exists() or (folder / "config.yaml").exists():

@@ -1,4 +1,4 @@
-"""docs/results/paper.json, .md and .png from what `umd bench reproduce paper` has made so far."""
+"""Write docs/results/paper.json, .md and .png from what `umd bench reproduce paper` has finished so far."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from umd.report.figures import COLOURS, STYLE
 BEGIN, END = "<!-- begin: written by umd bench reproduce paper -->", "<!-- end -->"
 TITLES = {"fashion": "Fashion-MNIST", "emoji": "Emoji"}
 COLOUR = {"MAE": COLOURS["orange"], "DiT": COLOURS["blue"], "MaskDiT": COLOURS["green"], "UMD": COLOURS["ink"]}
-# measure: (name, in per cent, whether more is better)
+# measure: (name, whether in per cent, whether more is better)
 MEASURES = {
     "shots": ("100-shot, %", True, True),
     "linear": ("linear, %", True, True),
@@ -29,7 +29,7 @@ MEASURES = {
     "kd": ("KD · 10³", False, False),
     "kd_guided": ("KD · 10³, guided", False, False),
 }
-# What Tables 1 and 2 say: (measure, the better, the worse).
+# Claims of the paper's Tables 1 and 2: (measure, better method, worse method).
 ORDER = [
     ("shots", "MAE", "UMD"), ("shots", "UMD", "MaskDiT"), ("shots", "UMD", "DiT"), ("shots", "MaskDiT", "DiT"),
     ("fd", "DiT", "MaskDiT"), ("fd", "DiT", "UMD"), ("fd", "MaskDiT", "UMD"), ("fd", "UMD", "MAE"),
@@ -45,12 +45,12 @@ Values = Sequence[float]
 
 
 def mean_and_error(values: Values) -> tuple[float, float | None]:
-    """Mean, and its standard error s/√n (s with n - 1); None of a single value."""
+    """Mean and its standard error s/√n (s with n - 1), which is None for a single value."""
     return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def measured(chain: Mapping[str, Any], step: int) -> dict[str, float]:
-    """Everything that is known of a training at a step: probes, and distances after the whole fine-tuning from it."""
+    """All measures of a training at a step: probes, and distances after the whole fine-tuning that starts there."""
     results = chain["results"]
     found = {key: results[f"probe-{step}"][key] for key in ("shots", "linear", "knn") if f"probe-{step}" in results}
     start = f"finetune-{step}-distance-{chain['finetune_steps']}-guidance-"
@@ -66,7 +66,7 @@ def measured(chain: Mapping[str, Any], step: int) -> dict[str, float]:
 
 
 def by_method(record: Mapping[str, Any], data: str, end: str) -> dict[str, dict[str, list[float]]]:
-    """method → measure → a value a seed, at equal `images` or `compute`."""
+    """method -> measure -> one value per seed, at equal `images` or `compute`."""
     found: dict[str, dict[str, list[float]]] = {}
     for chain in record["chains"]:
         if chain["data"] == data and "ends" in chain:
@@ -77,10 +77,10 @@ def by_method(record: Mapping[str, Any], data: str, end: str) -> dict[str, dict[
 
 
 def verdict(better: Values, worse: Values, more: bool, spread: float) -> tuple[str, float]:
-    """Whether `better` is so: "holds", "is reversed", or "cannot be told" within two standard errors; the difference
-    in the direction of the claim.
+    """Judge the claim that `better` beats `worse`. Returns the verdict and the difference in the claim's direction.
 
-    spread: standard deviation between seeds, for a method of one seed.
+    The verdict is "holds", "is reversed", or "cannot be told" if the difference is within two standard errors.
+    spread: standard deviation between seeds, used for a method with one seed.
     """
     difference = (fmean(better) - fmean(worse)) * (1 if more else -1)
     errors = [stdev(v) if len(v) > 1 else spread for v in (better, worse)]
@@ -107,7 +107,7 @@ def chains_of(record: Mapping[str, Any], data: str, method: str | None = None) -
 
 
 def begun(record: Mapping[str, Any]) -> list[str]:
-    """Data sets of which something is known."""
+    """Datasets with any result."""
     return list(dict.fromkeys(c["data"] for c in record["chains"] if "ends" in c and c["results"]))
 
 
@@ -117,7 +117,7 @@ def names(record: Mapping[str, Any], data: str, ablation: bool) -> list[str]:
 
 
 def cost_columns(record: Mapping[str, Any], data: str, method: str, end: str) -> list[str]:
-    """Steps, TFLOP and seconds of one core of pre-training up to there."""
+    """Steps, TFLOP and core seconds of pre-training up to the point `end`."""
     chains = chains_of(record, data, method)
     step = chains[0]["ends"].get(end, chains[0]["ends"]["images"])
     seconds = [cpu_seconds(chain, step) for chain in chains if f"pretrain-{step}" in chain["results"]]
@@ -125,7 +125,7 @@ def cost_columns(record: Mapping[str, Any], data: str, method: str, end: str) ->
 
 
 def cpu_seconds(chain: Mapping[str, Any], step: int) -> float:
-    """Of all pieces of a pre-training up to a step."""
+    """Seconds of all pieces of a pre-training up to a step."""
     parts = {name: result for name, result in chain["results"].items() if name.startswith("pretrain-")}
     return sum(result["cpu_seconds"] for name, result in parts.items() if int(name.split("-")[1]) <= step)
 
@@ -138,7 +138,7 @@ def floor_rows(record: Mapping[str, Any], data: str, keys: Sequence[str], pad: i
     real = {"fd": floors["real"]["fd"], "kd": 1000 * floors["real"]["kd"]}
     rows |= {"*training pictures as samples*": real | {f"{k}_guided": v for k, v in real.items()}}
     found = [[name, *[""] * pad, *(shown(k, [r[k]] if k in r else None) for k in keys)] for name, r in rows.items()]
-    # Of a binomial share at one half. The pictures are the same for all methods: differences have less of it.
+    # Binomial error at a share of 1/2. All methods have the same pictures, so their differences have less error.
     n = floors["counts"]["test"]
     noise = [f"± {100 * math.sqrt(0.25 / n):.1f} at most" if MEASURES[k][1] else "" for k in keys]
     return [*found, [f"*s.e. of a share of {n} pictures*", *[""] * pad, *noise]]
@@ -172,7 +172,7 @@ def markdown(record: Mapping[str, Any]) -> list[str]:
 
 
 def claims(found: Mapping[str, Mapping[str, Values]], order: Sequence[tuple[str, str, str]], title: str) -> list[str]:
-    """A line for each comparison that the paper makes."""
+    """One line for each comparison that the paper makes."""
     lines = []
     for key, better, worse in order:
         a, b = (found.get(name, {}).get(key) for name in (better, worse))
@@ -190,7 +190,7 @@ def claims(found: Mapping[str, Mapping[str, Values]], order: Sequence[tuple[str,
 
 
 def tuning_curve(chain: Mapping[str, Any]) -> dict[int, dict[str, float]]:
-    """Step of the fine-tuning at equal images → its 100-shot accuracy and Fréchet distance without guidance."""
+    """Step of the fine-tuning from equal images -> its 100-shot accuracy and Fréchet distance without guidance."""
     step, results = chain["ends"]["images"], chain["results"]
     found: dict[int, dict[str, float]] = {}
     if f"probe-{step}" in results:
@@ -205,7 +205,7 @@ def tuning_curve(chain: Mapping[str, Any]) -> dict[int, dict[str, float]]:
 
 
 def curves_of(record: Mapping[str, Any], data: str) -> dict[str, dict[int, dict[str, float]]]:
-    """Of the methods whose fine-tuning was measured on the way, by name: that of their first seed."""
+    """Fine-tuning curves by method, of the first seed, for methods measured during fine-tuning."""
     found = {n: tuning_curve(chains_of(record, data, n)[0]) for n in names(record, data, False)}
     return {n: curve for n, curve in found.items() if len(curve) > 2}
 
@@ -223,7 +223,7 @@ def tuning_table(record: Mapping[str, Any], data: str) -> list[str]:
 
 
 def spent(record: Mapping[str, Any]) -> list[str]:
-    """Hours by kind of work."""
+    """Hours spent, by kind of work."""
     hours: dict[str, float] = {}
     for chain in record["chains"]:
         for name, result in chain["results"].items():
@@ -237,7 +237,7 @@ def spent(record: Mapping[str, Any]) -> list[str]:
 
 
 def write_report(record: Mapping[str, Any], out: Path, figures: Path) -> None:
-    """paper.json, the figures, and in paper.md what stands between two marks; the words around it stay."""
+    """Write paper.json, the figures, and the part of paper.md between two marks. The text around it stays."""
     figures.mkdir(parents=True, exist_ok=True)
     write_whole(figures / "paper.json", (json.dumps(record, indent=1) + "\n").encode())
     file = figures / "paper.md"
@@ -254,7 +254,7 @@ def write_report(record: Mapping[str, Any], out: Path, figures: Path) -> None:
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
-    """A row a data set: probe against compute and against images, distance against compute, and fine-tuning."""
+    """Draw one row per dataset: probe over compute and over images, distance over compute, and fine-tuning."""
     every = begun(record)
     if not every:
         return
@@ -291,18 +291,18 @@ def draw_method(record: Mapping[str, Any], data: str, name: str, axes: Any) -> N
 
 
 def at(chains: Sequence[Mapping[str, Any]], step: int) -> list[dict[str, float]]:
-    """What is known at a step, of the seeds that have come there."""
+    """Measures at a step, for the seeds that have reached it."""
     return [v for v in (measured(chain, step) for chain in chains) if "shots" in v]
 
 
 def line(ax: Any, x: Values, values: Sequence[Values], name: str, style: Any) -> None:
-    """Means with their standard errors."""
+    """Draw means with their standard errors."""
     found = [mean_and_error(v) for v in values]
     ax.errorbar(x, [m for m, _ in found], [e or 0 for _, e in found], label=name, linewidth=1.2, **style)
 
 
 def samples(record: Mapping[str, Any], out: Path, path: Path) -> None:
-    """A row a method, guided, a column a class; left alone where none is there."""
+    """Draw guided samples: one row per method, one column per class. Does nothing if there are none."""
     rows = []
     for chain in record["chains"]:
         if "ends" in chain and not chain["ablation"] and chain["seed"] == record["plan"]["seeds"][0]:

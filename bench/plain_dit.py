@@ -1,6 +1,6 @@
 """DiT as its authors wrote it (https://github.com/facebookresearch/DiT): adaLN-zero, a modulation layer in each block.
 
-What a UMD is compared with where diffusers is not installed, and by whoever doubts diffusers' DiT.
+A baseline for UMD where diffusers is not installed, and a second one next to diffusers' DiT.
 """
 
 import torch
@@ -41,7 +41,10 @@ class Block(nn.Module):
 
 
 class PlainDiT(nn.Module):
-    """Images [N, C, H, W], times and labels int64 [N] to ε and variance [N, 2·C, H, W]; of a UMD encoder's size."""
+    """DiT of the size of a UMD's encoder. Images [N, C, H, W], timesteps and labels int64 [N] -> [N, 2·C, H, W].
+
+    The output has ε in the first C channels and the variance in the others.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -70,7 +73,7 @@ class PlainDiT(nn.Module):
 
 
 def plain_dit_step(bench: StepBench, compiled: bool = False) -> Step:
-    """A training step on the noise-prediction loss."""
+    """Make a training step with the noise-prediction loss."""
     with torch.device(bench.device):
         model = PlainDiT(bench.config())
     network = static_compile(model) if compiled else model

@@ -1,7 +1,7 @@
-"""`umd bench probe`: time, memory and pictures read of a few-shot probe on a folder of ImageNet's shape.
+"""`umd bench probe`: time, memory and number of pictures read of a few-shot probe on a folder of ImageNet's shape.
 
-The folder is made of hard links to a few JPEGs, so that it costs no disk; each link is opened, read and decoded like a
-file of its own. The network is small and untrained: what is measured is the way to it.
+The folder consists of hard links to a few JPEGs, so it needs little disk space. Each link is opened, read and decoded
+like a separate file. The network is small and untrained, as the benchmark is about everything but the network.
 """
 
 import json
@@ -32,22 +32,22 @@ from umd.train.shards import share
 
 @dataclass(frozen=True)
 class ProbeBench:
-    """What is measured."""
+    """Measure time, memory and reads of a few-shot probe on a folder of ImageNet's shape."""
 
     train: Count = 250_000
     """Training pictures."""
     test: Count = 50_000
     """Held-out pictures."""
     classes: Count = 1000
-    """Classes; both splits have as many pictures of each."""
+    """Number of classes. Each split has equally many pictures of each class."""
     side: Count = 64
-    """Height and width of the JPEGs."""
+    """Height and width of the JPEGs, in pixels."""
     shots: Count = 100
-    """Labelled training images a class."""
+    """Labelled training images per class."""
     model: str = "UMD-Ti/4"
-    """Size and patch size of the network, at 32x32."""
+    """Model size and patch size, as UMD-SIZE/PATCH. It sees 32x32 pixels."""
     json: Path | None = None
-    """Write the figures here."""
+    """JSON file for the figures."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -71,7 +71,7 @@ def run(bench: ProbeBench, console: Console) -> dict[str, float]:
 
 
 def link_pictures(source: Path, bench: ProbeBench) -> None:
-    """train/ and test/ with a folder a class: hard links to 256 JPEGs of noise around a colour."""
+    """Make train/ and test/ with one folder per class: hard links to 256 JPEGs of noise around a colour."""
     rng = np.random.default_rng(0)
     originals = source.parent / "originals"
     originals.mkdir(parents=True)
@@ -87,7 +87,7 @@ def link_pictures(source: Path, bench: ProbeBench) -> None:
 
 
 def make_run(out: Path, source: Path, bench: ProbeBench) -> None:
-    """An untrained run on those pictures."""
+    """Write an untrained run on the pictures of `source`."""
     torch.manual_seed(0)
     data = DataConfig(source=str(source))
     config = RunConfig(out=out, model=model_config(bench.model, image_size=(32, 32)), data=data)

@@ -1,7 +1,7 @@
-"""`umd bench reads`: ways to read stored latents: images/s and what the disk is asked for, cold and warm.
+"""`umd bench reads`: compare ways to read stored latents: images/s, bytes and disk requests, cold and warm.
 
-On the disk that matters: `--folder /network/disk`. Cold is what the system's memory does not hold: before each
-measurement it is told to drop the shards (`posix_fadvise`), which needs no rights. Linux only.
+Run it on the disk you train from: `--folder /network/disk`. Cold means that the shards are not in the page cache:
+before each measurement the system is told to drop them (`posix_fadvise`, needs no privileges). Linux only.
 """
 
 import json
@@ -37,22 +37,22 @@ Keys = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class ReadsBench:
-    """What is measured."""
+    """Compare ways to read stored latents from a disk: images/s, bytes and read requests."""
 
     folder: Path | None = None
-    """A folder on the disk to be measured, where shards are written and removed again; default: a temporary one."""
+    """Folder on the disk to measure. Shards are written there and removed at the end. Default: a temporary folder."""
     shards: Count = 16
-    """Shards of 4096 images, 64 MiB each: 32x32x4 latents in bf16, one view."""
+    """Number of shards. Each has 4096 images in 64 MiB: 32x32x4 latents in bf16, one view."""
     count: Count = 16384
-    """Images read in a measurement."""
+    """Images read per measurement."""
     batch: Count = 256
-    """Images of a batch, over all processes."""
+    """Images per batch, over all processes."""
     processes: tuple[Processes, ...] = (1, 8)
-    """Ranks and workers of a host that read their shares at once."""
+    """Numbers of reader processes to measure. The processes of one measurement share the reads."""
     repeats: Count = 3
-    """Measured rounds, in each of which every way is measured."""
+    """Measured rounds; each measures every way once."""
     json: Path | None = None
-    """Write the rows here."""
+    """JSON file for the rows."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "processes")
@@ -64,7 +64,7 @@ class ReadsBench:
 
 @contextmanager
 def stored(bench: ReadsBench) -> Iterator[LatentDataset]:
-    """A folder of random latents, all of it on the disk."""
+    """Write a folder of random latents, flushed to the disk."""
     vae = dict(name="", kind="AutoencoderKL", sha256="", channels=4, factor=8, scale=1.0, shift=0.0)
     recipe = dict(vae=vae, shape=[4, 32, 32], dtype="bf16", class_names=["all"])
     moments = torch.randn(4096, 1, 2, 4, 32, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -84,7 +84,7 @@ def stored(bench: ReadsBench) -> Iterator[LatentDataset]:
 
 
 def by_mmap(dataset: LatentDataset) -> Callable[[Keys], np.ndarray]:
-    """A row at a time from mapped shards, as before format 2."""
+    """Read row by row from memory-mapped shards, as before format 2."""
     rows = lru_cache(None)(lambda number: np.memmap(dataset.shards[number].path, "<i2", "r", *_place(dataset, number)))
 
     def read(keys: Keys) -> np.ndarray:
@@ -107,7 +107,7 @@ def by_pread(dataset: LatentDataset, block: int) -> Callable[[Keys], object]:
     return StoredViews(dataset, block).__getitems__
 
 
-WAYS: dict[str, tuple[Callable[[LatentDataset], Callable[[Keys], object]], bool]] = {  # and whether in blocks
+WAYS: dict[str, tuple[Callable[[LatentDataset], Callable[[Keys], object]], bool]] = {  # (reader, whether in blocks)
     "mmap, global": (by_mmap, False),
     "pread, global": (partial(by_pread, block=1), False),
     "pread, blocks": (partial(by_pread, block=BLOCK), True),
@@ -118,21 +118,21 @@ WAYS: dict[str, tuple[Callable[[LatentDataset], Callable[[Keys], object]], bool]
 
 
 def first_batches(bench: ReadsBench, dataset: LatentDataset, way: str) -> list[Keys]:
-    """Of an epoch, in the order of a way."""
+    """The first batches of an epoch, in the order of a way."""
     blocks = dataset.blocks if WAYS[way][1] else None
     keys = sample_keys(len(dataset), batch_size=bench.batch, seed=0, blocks=blocks)
     return list(islice(keys, bench.count // bench.batch))
 
 
 def read_share(dataset: LatentDataset, way: str, batches: list[Keys], rank: int, size: int) -> None:
-    """What one of `size` processes reads of the batches."""
+    """Read the share of the batches of process `rank` of `size`."""
     read = WAYS[way][0](dataset)
     for keys in batches:
         read(keys[rank * len(keys) // size : (rank + 1) * len(keys) // size])
 
 
 def measure(bench: ReadsBench, dataset: LatentDataset, way: str, size: int, cold: bool) -> dict[str, float]:
-    """Of an image: seconds, CPU seconds, bytes from the disk, and requests to it where it is one of this machine."""
+    """Measure per image: seconds, CPU seconds, bytes from the disk, and for a local disk requests to it."""
     files = [shard.path for shard in dataset.shards]
     if cold:
         for file in files:
@@ -159,26 +159,26 @@ def measure(bench: ReadsBench, dataset: LatentDataset, way: str, size: int, cold
 
 
 def bytes_read() -> int:
-    """From disks, by this process and those it waited for."""
+    """Bytes read from disks by this process and the processes it has waited for."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(lines["read_bytes"])
 
 
 def requests(file: Path) -> int | None:
-    """To the disk that a file lies on, by all of this machine; None where it is not one of this machine."""
+    """Requests of this whole machine to the disk of a file. None if it is not a local disk."""
     device = file.stat().st_dev
     stat = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat")
     return int(stat.read_text().split()[0]) if stat.exists() else None
 
 
 def run(bench: ReadsBench, console: Console) -> list[dict]:
-    """Measure, print, write the JSON. Returns the rows: medians over the rounds, and the range of the seconds."""
+    """Measure all ways, print the table, write the JSON. Returns rows: medians over rounds, and range of seconds."""
     found: dict[tuple[str, int, bool], list[dict[str, float]]] = {}
     with stored(bench) as dataset:
         for _ in range(bench.repeats):
             for size in bench.processes:
                 for way in WAYS:
-                    for cold in (True, False):  # warm is what the cold one left, for it reads the same
+                    for cold in (True, False):  # warm: reads what the cold one has just read
                         found.setdefault((way, size, cold), []).append(measure(bench, dataset, way, size, cold))
     rows = []
     for (way, size, cold), values in found.items():

@@ -1,8 +1,9 @@
-"""`umd bench reproduce recognition`: classifiers fine-tuned from pre-trained encoders against the same from scratch.
+"""`umd bench reproduce recognition`: compare classifiers fine-tuned from pre-trained encoders with ones from scratch.
 
-Emoji in Unicode's nine groups, few labels a class, a fixed number of steps. Each start chooses its learning rate among
-the same few, on training pictures that are not drawn for training; only then come the held-out ones, over several
-seeds of labels, order and weights. The pre-training sees the whole training split without labels, the scratch none.
+- Task: emoji in Unicode's nine groups, few labels per class, a fixed number of steps.
+- Pre-training sees the whole training split without labels. Classifiers from scratch see only the labelled pictures.
+- Each start chooses its learning rate from the same few, on training pictures that it is not trained on.
+- Then it is scored on the held-out pictures, over several seeds of labels, order and weights.
 """
 
 import json
@@ -28,37 +29,37 @@ from umd.train.run import RunConfig, classify_config
 from umd.train.settings import DataConfig
 from umd.train.sources import in_test_split
 
-HOLDOUT = 0.2  # of DataConfig: the pre-training has seen the others
+HOLDOUT = 0.2  # as in DataConfig, since the pre-training has seen the other pictures
 SEARCH_SEED = 1000
 STEPS, PRETRAINING = 200, 600
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is trained and compared."""
+    """Settings of the comparison."""
 
-    out: Path  # of the runs; those that have ended are not run again
+    out: Path  # folder of the runs; finished runs are not run again
     starts: tuple[str, ...] = ("UMD", "MAE", "DiffMAE", "scratch")
     pretraining: int = PRETRAINING  # steps of 64 pictures
-    shots: int = 50  # labelled pictures a class
-    steps: int = STEPS  # of a fine-tuning, 32 pictures each
-    rates: tuple[float, ...] = (2e-3, 6e-3, 2e-2, 6e-2)  # for a batch of 256; each start chooses one
+    shots: int = 50  # labelled pictures per class
+    steps: int = STEPS  # of each fine-tuning, 32 pictures each
+    rates: tuple[float, ...] = (2e-3, 6e-3, 2e-2, 6e-2)  # learning rates for a batch of 256; each start chooses one
     seeds: tuple[int, ...] = (0, 1, 2)  # of the labels drawn, their order, and new weights
-    scored: int | None = None  # pictures that are scored on; None: all
+    scored: int | None = None  # number of pictures to score on; None: all
     device: str = "auto"
 
 
 @dataclass(frozen=True)
 class Row:
     start: str
-    rate: float  # chosen
-    searched: dict[str, float]  # averaged accuracy on the pictures of the search, by rate
-    top1: list[float]  # on the held-out pictures, a seed each
-    averaged: list[float]  # accuracy averaged over classes
+    rate: float  # the chosen learning rate
+    searched: dict[str, float]  # learning rate -> class-averaged accuracy in the search
+    top1: list[float]  # on the held-out pictures, one per seed
+    averaged: list[float]  # class-averaged accuracy, one per seed
 
 
 def pretraining_config(start: str, plan: Comparison) -> RunConfig:
-    """The tiny presets, all with Ti's encoder and four CLS tokens; MAE as the setting of UMD that it is."""
+    """Pre-training by the tiny presets, all with Ti's encoder and four CLS tokens. MAE is UMD with MAE's settings."""
     config = PRESETS["diffmae-tiny" if start == "DiffMAE" else "umd-tiny"][1]
     if start != "DiffMAE":
         config = replace(config, model=model_config("UMD-Ti/4", image_size=config.model.image_size))
@@ -82,8 +83,10 @@ def pretraining_config(start: str, plan: Comparison) -> RunConfig:
 
 
 def labelled(path: Path, shots: int, seed: int, search: bool, scored: int | None = None) -> None:
-    """Write a .npz of `shots` training pictures a class and those to score on: the held-out ones, or for the search a
-    fifth of the training split, whose emoji are then not trained on."""
+    """Write a .npz with `shots` training pictures per class, and the pictures to score on.
+
+    Scored are the held-out pictures; for the search, a fifth of the training split, which is then not trained on.
+    """
     images, labels, bases = load()
     held_out = np.array([in_test_split(base, HOLDOUT) for base in bases])
     if search:
@@ -105,7 +108,7 @@ def labelled(path: Path, shots: int, seed: int, search: bool, scored: int | None
 
 
 def classified(start: str, rate: float, seed: int, search: bool, plan: Comparison, console: Console) -> dict:
-    """The scores of one fine-tuning; `umd finetune --task classify` with a recipe for few steps."""
+    """Fine-tune once and return the scores: `umd finetune --task classify` with a recipe for few steps."""
     source = plan.out / f"{'search' if search else 'labels'}-{seed}.npz"
     if not source.exists():
         labelled(source, plan.shots, seed, search, plan.scored)
@@ -158,7 +161,7 @@ def reproduce(options: Reproduce, console: Console) -> None:
 
 
 def compare(plan: Comparison, console: Console) -> list[Row]:
-    """Pre-train, search, fine-tune: the rows, a start each."""
+    """Pre-train, search the learning rate, fine-tune. Returns one row per start."""
     rows = []
     for start in plan.starts:
         if start != "scratch":
@@ -181,7 +184,7 @@ def compare(plan: Comparison, console: Console) -> list[Row]:
 
 
 def minutes(plan: Comparison) -> float:
-    """Of training, all runs together."""
+    """Minutes of training of all runs together."""
     logs = plan.out.glob("*/metrics.jsonl")
     return sum(max(row.get("seconds", 0) for row in read_metrics(log)) for log in logs) / 60
 
@@ -199,7 +202,7 @@ def table(plan: Comparison, rows: list[Row]) -> Table:
 
 
 def draw(plan: Comparison, rows: list[Row], path: Path) -> None:
-    """A dot a seed and a line at the mean, for both accuracies."""
+    """Draw one dot per seed and a line at the mean, for both accuracies."""
     panels = {"averaged over classes": [row.averaged for row in rows], "top-1": [row.top1 for row in rows]}
     with rc_context(STYLE):
         figure = Figure(figsize=(7, 2.8), layout="constrained", dpi=150)

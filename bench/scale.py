@@ -1,8 +1,8 @@
-"""`umd bench scale`: start-up, memory and rate of the commands that read pictures, on a folder and a tar of ImageNet's
-size.
+"""`umd bench scale`: start-up time, memory and speed of commands on a folder and a tar of ImageNet's size.
 
-The folder is made of hard links to a few JPEGs (see `umd.bench.probe`): each is listed, opened and decoded like a file
-of its own. Every command runs as users run it, in a process of its own; pretrain once more with the list that was kept.
+The folder consists of hard links to a few JPEGs (see `umd.bench.probe`). Each is listed, opened and decoded like a
+separate file. Every command runs in its own process, as users run it. pretrain runs a second time with the list of
+files that the first has kept.
 """
 
 import io
@@ -32,20 +32,20 @@ TINY += " --batch-size 64 --save-every 1 --draw-every 0 --device cpu --data.num-
 
 @dataclass(frozen=True)
 class ScaleBench:
-    """What is measured."""
+    """Measure time and memory of commands on a folder or tar of ImageNet's size."""
 
     train: Count = 1_281_000
     """Training pictures."""
     test: Count = 50_000
     """Held-out pictures."""
     classes: Count = 1000
-    """Classes."""
+    """Number of classes."""
     side: Count = 64
-    """Height and width of the JPEGs."""
+    """Height and width of the JPEGs, in pixels."""
     folder: Path | None = None
-    """Where the pictures are made, and removed; default: a temporary folder."""
+    """Folder in which the pictures are made, and removed at the end. Default: a temporary folder."""
     json: Path | None = None
-    """Write the rows here."""
+    """JSON file for the rows."""
 
     def __post_init__(self) -> None:
         ProbeBench(train=self.train, test=self.test, classes=self.classes, side=self.side)  # the same checks
@@ -55,9 +55,9 @@ class ScaleBench:
 class Row:
     command: str
     first_seconds: float
-    again_seconds: float | None  # with the list of files kept
+    again_seconds: float | None  # second run, with the kept list of files
     images_per_second: float | None
-    gigabytes: float  # of the largest process
+    gigabytes: float  # memory of the largest process
 
 
 def run(bench: ScaleBench, console: Console) -> list[Row]:
@@ -116,8 +116,11 @@ def measured(bench: ScaleBench, source: Path, tar: Path, root: Path) -> Iterator
 
 
 def command(line: str, cache: Path, until: Path | None = None, shows: str = "") -> tuple[float, float]:
-    """Seconds, and GB of the largest of its processes, of an umd command; until a file that `shows` matches is in the
-    folder `until`, where one is given. Raises UserError with what it said if it fails."""
+    """Run an umd command. Returns its seconds, and the memory of its largest process in GB.
+
+    until, shows: stop the command once the folder `until` has a file that matches `shows`. None: run to the end.
+    Raises UserError, with the command's output, if it fails.
+    """
     env = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     with tempfile.TemporaryFile() as said:
         began = time.perf_counter()
@@ -137,7 +140,7 @@ def command(line: str, cache: Path, until: Path | None = None, shows: str = "") 
 
 
 def small_vae(folder: Path) -> Path:
-    """An autoencoder of Stable Diffusion's structure, with few weights."""
+    """Write an autoencoder with Stable Diffusion's structure and few weights."""
     from diffusers import AutoencoderKL
 
     if not folder.exists():
@@ -149,7 +152,7 @@ def small_vae(folder: Path) -> Path:
 
 
 def write_tar(folder: Path, tar: Path) -> Path:
-    """A WebDataset tar of a folder of classes."""
+    """Write a WebDataset tar of a folder of classes."""
     with tarfile.open(tar, "w") as archive:
         for label, name in enumerate(sorted(os.listdir(folder))):
             for file in sorted(os.listdir(folder / name)):
@@ -161,7 +164,7 @@ def write_tar(folder: Path, tar: Path) -> Path:
 
 
 def settle(paths: list[Path]) -> None:
-    """As if they had been made a minute ago: a list of what has just changed is not kept."""
+    """Set the paths' times a minute back, as the list of a folder that has just changed is not kept."""
     for path in paths:
         os.utime(path, (time.time() - 60, time.time() - 60))
 

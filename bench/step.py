@@ -1,9 +1,15 @@
-"""`umd bench step`: a training step of UMD against its baselines.
+"""`umd bench step`: time a training step of UMD and of its baselines.
 
-Rows: UMD; on a GPU the same step as a CUDA graph, and under torch.compile; the same network unmasked; UMD in two
-passes; diffusers' DiT and transformers' ViT-MAE of the same width and depth; and the matrix products of UMD's step
-alone, the floor under its time. Each row has a process of its own, as a training has, and is measured in turn with
-UMD's: read the ratios, not the seconds.
+Rows:
+
+- UMD; on a GPU also as a CUDA graph, and under torch.compile,
+- the same network without masking,
+- UMD in two passes, one for noised and one for noise-free samples,
+- diffusers' DiT and transformers' ViT-MAE of the same width and depth,
+- only the matrix products of UMD's step: a lower bound of its time.
+
+Each row runs in a process of its own, as in a training, and its steps alternate with UMD's. Read the ratios, not the
+seconds.
 """
 
 import itertools
@@ -43,27 +49,27 @@ from umd.train import step as training
 from umd.train.optim import clipped_step
 from umd.train.parallel import LossStep, static_compile
 
-WARMUP = 5  # rounds; until then memory still grows, and a step's time holds the first touch of new pages
+WARMUP = 5  # rounds; before that, memory still grows, and a step's time includes touching new pages
 
 
 @dataclass(frozen=True)
 class StepBench:
-    """What is measured."""
+    """Time UMD's training step next to its baselines."""
 
     model: str = "UMD-B/4"
-    """Size and patch size; baselines take its width, encoder depth and heads."""
+    """Model size and patch size, as UMD-SIZE/PATCH. Baselines take its width, encoder depth and heads."""
     image_size: Count = 64
-    """Side of the images."""
+    """Height and width of the images, in pixels."""
     batch: Annotated[int, number(int, 2)] = 16
-    """Images a step: a noised and a noise-free one at least."""
+    """Images per step. At least 2, one noised and one noise-free."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """bf16 (autocast) or fp32."""
     repeats: Count = 5
-    """Rounds of each pair, a row and UMD; of one step each, on a GPU of 20 that are queued without a wait."""
+    """Rounds; each times a baseline and UMD in turn. A round has 1 step each; on a GPU 20, queued without waiting."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where."""
+    """Device to measure on."""
     json: Path | None = None
-    """Write the rows here."""
+    """JSON file for the rows."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -82,9 +88,9 @@ class Row:
     seconds_max: float
     images_per_second: float
     flops: int
-    peak_memory_bytes: int | None  # of the process, beyond what it held before the model was made
-    time_ratio: float  # to UMD's: median of the ratios within a round, so that drift of the machine falls out
-    host_seconds: float | None  # of a step until all its launches are queued; None on a CPU
+    peak_memory_bytes: int | None  # of the process, less what it held before the model was made
+    time_ratio: float  # seconds over UMD's: median of the ratios within each round, so drift of the machine cancels
+    host_seconds: float | None  # time of a step until all its launches are queued; None on a CPU
 
 
 def autocast(bench: StepBench):
@@ -98,22 +104,22 @@ def images(bench: StepBench) -> Tensor:
 
 
 def network(bench: StepBench) -> UMD:
-    with torch.device(bench.device):  # a host takes seconds to draw the weights of a large one
+    with torch.device(bench.device):  # drawing the weights of a large network on the host takes seconds
         return with_modulation(UMD(bench.config()))
 
 
 def umd_step(bench: StepBench, config: ObjectiveConfig, capture: bool = False, compiled: bool = False) -> Step:
-    """One optimisation step of UMD."""
+    """Make a training step of UMD."""
     objective = Objective(bench.config(), config, NoiseSchedule("cosine"))
     step = train_step(network(bench), objective, bench.batch, bench.dtype, bench.device, capture, compiled)
     return on_batch(step, images(bench))
 
 
 def two_pass_step(bench: StepBench) -> Step:
-    """UMD's step with its noised and its noise-free samples in passes of their own."""
+    """Make UMD's step with noised and noise-free samples in separate passes."""
     config, objective, schedule = bench.config(), ObjectiveConfig(), NoiseSchedule("cosine")
     model, x = network(bench), images(bench)
-    optimizer = our_optimizer(model, narrow=False)  # two gradients are summed
+    optimizer = our_optimizer(model, narrow=False)  # not narrow, as two gradients are summed
     dtype = pick_dtype(bench.dtype, x.device)
     noised = Objective(config, objective, schedule).split(bench.batch)[0]
     passes = [
@@ -148,7 +154,7 @@ def baseline_step(bench: StepBench, model: torch.nn.Module, loss: Callable[[], T
 
 
 def dit_step(bench: StepBench, compiled: bool = False) -> Step:
-    """diffusers' DiT with the noise-prediction loss."""
+    """Make a training step of diffusers' DiT with the noise-prediction loss."""
     from diffusers import DiTTransformer2DModel
 
     config = bench.config()
@@ -176,7 +182,7 @@ def dit_step(bench: StepBench, compiled: bool = False) -> Step:
 
 
 def vit_mae_step(bench: StepBench) -> Step:
-    """transformers' ViT-MAE, 75 % masked, decoder 8 x 512 as published (narrower for narrower encoders)."""
+    """Make a step of transformers' ViT-MAE: 75 % masked, decoder 8 x 512 as published (narrower for narrow ones)."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     config = bench.config()
@@ -198,7 +204,7 @@ def vit_mae_step(bench: StepBench) -> Step:
 
 
 class MatmulRecorder(TorchDispatchMode):
-    """Counts the matrix products that run, by shape and type."""
+    """Counts the matrix products that run, by shape and dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,11 +219,11 @@ class MatmulRecorder(TorchDispatchMode):
 
 
 def count_flops(make: Callable[[], Step], device: str = "cpu") -> int:
-    """FLOPs of one call of what `make` makes.
+    """Count the FLOPs of one call of the step that `make` makes.
 
-    The counter sees neither what is compiled for the CPU nor its fused attention nor ragged attention of a GPU. So on
-    the CPU what is counted is also made without its paths (with them, gradients are in types that no other optimiser
-    takes), and attention is written out; on a GPU it is torch's own.
+    The counter does not see code compiled for the CPU, fused CPU attention, or varlen attention on a GPU. So on the CPU
+    the step is made and run without the compiled paths and with attention written out. (It must also be made without
+    them, as with them gradients have dtypes that no other optimizer takes.) On a GPU, attention is torch's own.
     """
     seen = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else ops.attention("sdpa")
     with ops.cpu_paths(False), seen:
@@ -228,7 +234,7 @@ def count_flops(make: Callable[[], Step], device: str = "cpu") -> int:
 
 
 def matmul_step(bench: StepBench) -> Step:
-    """The matrix products of UMD's step and nothing else, on contiguous operands made beforehand."""
+    """Make a step of only the matrix products of UMD's step, on contiguous operands made beforehand."""
     with ops.cpu_paths(False):
         step = STEPS["umd"](bench)
         with MatmulRecorder() as recorder:
@@ -257,31 +263,31 @@ STEPS: dict[str, Callable[[StepBench], Step]] = {
     "transformers vit-mae": vit_mae_step,
     "matmuls alone": matmul_step,
 }
-# On a GPU only. Their FLOPs are the first row's: no counter sees into a graph or into compiled code.
+# Rows for a GPU only. Their FLOPs are copied from the first row, as no counter sees into a graph or compiled code.
 ON_A_GPU = ("umd, captured", "umd, compiled")
-# Run as their users' scripts run them: without what `umd` tells the allocator and the waiting threads.
+# Rows run as in their users' scripts: without the settings that `umd` makes for the allocator and waiting threads.
 AS_THEIR_USERS = ("diffusers dit", "transformers vit-mae")
 
 
 def machine(device: str) -> str:
-    """Its name, for the title of a table."""
+    """Name of the machine, for the title of a table."""
     return f"CPU, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 def resident_bytes(key: str) -> int | None:
-    """VmRSS or VmHWM (its peak) of this process, from Linux's /proc; None elsewhere."""
+    """Bytes of VmRSS, or of VmHWM (its peak), of this process from Linux's /proc. None on other systems."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
 
 
 def warm_up(bench: StepBench, name: str) -> tuple[Step, int | None]:
-    """A row's step, and the peak memory of its first rounds beyond what the process held before the model was made."""
+    """Make and warm up a row's step. Returns it, and its peak memory less what the process held before, in bytes."""
     take_device(bench.device, bench.dtype)
     if bench.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     else:
-        torch.randn(64, 64).bfloat16() @ torch.randn(64, 64).bfloat16()  # libraries load their own memory first
+        torch.randn(64, 64).bfloat16() @ torch.randn(64, 64).bfloat16()  # libraries allocate their memory here
     before = resident_bytes("VmRSS")
     step = STEPS[name](bench)
     for _ in range(training.WARMUP + 1 if name == "umd, captured" else WARMUP):
@@ -293,8 +299,7 @@ def warm_up(bench: StepBench, name: str) -> tuple[Step, int | None]:
 
 
 def serve(bench: StepBench, name: str, pipe: Connection) -> None:
-    """A row's process: tells FLOPs, peak memory and host time, or what package it lacks; then a step's time when
-    asked."""
+    """Process of one row: send FLOPs, peak memory and host time (or the missing package), then one time per request."""
     if name not in AS_THEIR_USERS:
         keep_freed_memory()
     with training.side_stream(torch.device(bench.device)):
@@ -313,7 +318,7 @@ def serve(bench: StepBench, name: str, pipe: Connection) -> None:
 
 @contextmanager
 def own_process(serve: Callable[..., None], *arguments) -> Iterator[Connection]:
-    """The pipe to a new process that runs `serve(*arguments, its end of the pipe)` until it is sent False."""
+    """Start a process that runs `serve(*arguments, pipe)` until it is sent False. Yields our end of the pipe."""
     context = multiprocessing.get_context("spawn")
     pipe, its_end = context.Pipe()
     process = context.Process(target=serve, args=(*arguments, its_end))
@@ -326,7 +331,7 @@ def own_process(serve: Callable[..., None], *arguments) -> Iterator[Connection]:
             "a process of the benchmark ended early, for lack of memory or of what stands above; try a smaller batch"
         ) from None
     finally:
-        with suppress(OSError):  # it may be gone
+        with suppress(OSError):  # the process may be gone
             pipe.send(False)
         process.join(30)
         process.kill()
@@ -334,7 +339,7 @@ def own_process(serve: Callable[..., None], *arguments) -> Iterator[Connection]:
 
 @contextmanager
 def row_process(bench: StepBench, name: str) -> Iterator[Connection]:
-    """The pipe to a process that runs `serve`."""
+    """Start the process of a row. Yields the pipe to it."""
     ours = ("GOMP_SPINCOUNT", "GLIBC_TUNABLES") if name in AS_THEIR_USERS else ()
     kept = {key: os.environ.pop(key) for key in ours if key in os.environ}
     try:
@@ -345,7 +350,7 @@ def row_process(bench: StepBench, name: str) -> Iterator[Connection]:
 
 
 def measure(bench: StepBench, console: Console) -> list[Row]:
-    """UMD's process stays; each other row's runs beside it, a step of each in turn."""
+    """Measure all rows. UMD's process stays; each other row's process runs next to it, with steps in turn."""
 
     def ask(pipe: Connection) -> float:
         pipe.send(True)
@@ -375,7 +380,7 @@ def measure(bench: StepBench, console: Console) -> list[Row]:
 
 
 def run(bench: StepBench, console: Console) -> list[Row]:
-    """Measure, print the table and the ratios, write the JSON. Returns the rows."""
+    """Measure all rows, print the table and the ratios, write the JSON. Returns the rows."""
     device = pick_device(bench.device)
     bench = replace(bench, device="cpu" if device.type == "cpu" else str(device))
     bench.config()

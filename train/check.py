@@ -1,4 +1,4 @@
-"""`umd check-data`: every file of a source is read and decoded once, on all cores; the unusable go into quarantine."""
+"""`umd check-data`: read and decode every file of a source once, on all cores, and quarantine the unusable ones."""
 
 import json
 from collections import Counter
@@ -27,13 +27,13 @@ from umd.train.sources import FLOATS, flatten
 from umd.train.tars import is_tars, samples, split_tars
 from umd.train.waiting import in_order
 
-CHUNK = 32  # files a process takes at a time
+CHUNK = 32  # files that a process takes at a time
 OUTSIDE, EMPTY = "outside a class folder", "empty class"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One unusable file, or class folder (its path then ends in /)."""
+    """One unusable file, or one unusable class folder, whose path ends in /."""
 
     path: str  # relative to the source
     reason: str
@@ -41,10 +41,12 @@ class Finding:
 
 
 def examine(encoded: bytes, min_side: int) -> tuple[str, str] | None:
-    """(reason, detail) why an image file is unusable, or None.
+    """Decode an image file. Returns (reason, detail) if it is unusable, else None.
 
-    A JPEG decoder paints what it cannot read in grey and only warns; here a warning is an error. Damage that leaves a
-    valid stream of codes is a picture like any other, and no reader of one file can tell.
+    encoded: the bytes of the file. min_side: smallest allowed length of the shorter side, in pixels.
+
+    A JPEG decoder fills unreadable parts with grey and only warns. Here that warning counts as an error. Damage that
+    leaves a valid code stream cannot be detected from the file alone.
     """
     if not encoded:
         return "zero bytes", ""
@@ -63,7 +65,7 @@ def examine(encoded: bytes, min_side: int) -> tuple[str, str] | None:
     except UnidentifiedImageError:
         cut_off = encoded[:2] == b"\xff\xd8"  # the first two bytes of every JPEG
         return ("truncated", f"its header ends after {len(encoded)} bytes") if cut_off else ("not an image", "")
-    except Exception as error:  # Pillow's readers raise many kinds on damaged data
+    except Exception as error:  # Pillow's readers raise many kinds of exceptions on damaged data
         detail = " ".join(str(error).split()) or type(error).__name__
         cut_off = "Premature end of JPEG file" in detail or "truncated" in detail.lower()
         return "truncated" if cut_off else "damaged", detail
@@ -83,12 +85,12 @@ def examine_files(files: list[tuple[str, Any]], min_side: int) -> list[Finding]:
 
 
 class Listed(NamedTuple):
-    """What a source holds. Paths are relative to it."""
+    """The contents of a source. Paths are relative to it."""
 
-    files: list[tuple[str, Any]]  # path and file of every image that readers would use
-    classes: dict[str, list[str]]  # those paths by class folder
+    files: list[tuple[str, Any]]  # (path, file) of every image that a run would read
+    classes: dict[str, list[str]]  # the same paths by class folder
     wrong: list[Finding]
-    notes: list[str]  # what is told of the rest
+    notes: list[str]  # messages about files that are not read
 
     def __add__(self, other: "Listed") -> "Listed":  # type: ignore[override]
         return Listed(
@@ -97,7 +99,7 @@ class Listed(NamedTuple):
 
 
 def files_of(source: Path) -> Listed:
-    """What is to be read of a source. Raises UserError if it is no folder of images or tars."""
+    """List the images of a source. Raises UserError if it is not a folder of images or tars."""
     if not source.exists() or not (source.is_dir() or source.suffix == ".tar"):
         raise UserError(f"{source} is no folder of images and no .tar: umd check-data reads these.")
     if is_tars(source):
@@ -118,7 +120,7 @@ def files_of(source: Path) -> Listed:
 
 
 def files_in(source: Path, split: str) -> Listed:
-    """`files_of` one folder of classes, or of images: the source, or its subfolder `split`."""
+    """`files_of` for one folder of classes or images: the source, or its subfolder `split`."""
     root, prefix = source / split, f"{split}/" if split else ""
     found = scan(root)
     classes: dict[str, list[str]] = {f"{prefix}{name}/": [] for name in found.class_names}
@@ -137,7 +139,7 @@ def files_in(source: Path, split: str) -> Listed:
 
 
 def check_data(source: Path, options: CheckData, console: Console) -> Path:
-    """Examine a source, print what was found, and write the list. Returns its path."""
+    """Examine all images of a source, print the findings, and write the quarantine list. Returns the list's path."""
     source = source.expanduser()
     out = options.out or default_path(source)
     if source.exists():

@@ -1,4 +1,4 @@
-"""Classification on a pre-trained encoder: where its weights come from, and its scores on the held-out pictures."""
+"""Classification on a pre-trained encoder: load the encoder's weights, score the classifier on held-out pictures."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ class Scores(NamedTuple):
 
 
 def check_classes(dataset: Dataset) -> int:
-    """The number of classes. Raises UserError for unlabelled data and for fewer than 2."""
+    """The number of classes. Raises UserError if the data has no labels or fewer than 2 classes."""
     if not dataset.class_names:
         raise UserError(
             f"{dataset.name} has no labels to classify by; use one subfolder a class, or labels in the .npz"
@@ -47,7 +47,7 @@ def check_classes(dataset: Dataset) -> int:
 
 
 def open_held_out(config: RunConfig) -> Dataset:
-    """The held-out pictures. Raises UserError if there are none, or without labels."""
+    """Open the held-out pictures. Raises UserError if there are none, or if they have no labels."""
     dataset = open_dataset(config.data, "test")
     if len(dataset) == 0:
         raise UserError(
@@ -60,7 +60,7 @@ def open_held_out(config: RunConfig) -> Dataset:
 
 
 def load_encoder(model: Classifier, path: Path, data: DataConfig) -> None:
-    """The encoder of another run into `model`, folded at t = 0. Raises UserError saying what differs."""
+    """Load the encoder of the run at `path` into `model`, folded at t = 0. Raises UserError if the two do not fit."""
     check_run_vae(load_checkpoint(path, parts=[]).state, data, path)
     source = load_model(path, ema=False, image_size=model.config.image_size)
     if isinstance(source, Classifier):
@@ -77,9 +77,10 @@ def score(
     model: Classifier, dataset: Dataset, data: DataConfig, dtype: torch.dtype, batch: int = 256,
     world: World | None = None,
 ) -> Scores:  # fmt: skip
-    """Scores of a classifier on pictures as they are tested, a batch in memory at a time. Top-5 is top-K below 5.
+    """Score a classifier on center-cropped pictures, one batch in memory at a time.
 
-    world: each of its ranks, which call this together, looks at its share of the pictures; all get the scores of all.
+    Top-5 is top-K if there are K < 5 classes.
+    world: if given, all ranks call this together. Each scores its share of the pictures; each gets the total scores.
     """
     device, K = model.pos_embed.device, model.config.num_classes
     training = model.training
@@ -106,12 +107,14 @@ def show_scores(
     model: Classifier, held_out: Dataset, config: RunConfig, dtype: torch.dtype, log: RunLog | NoLog, step: int,
     world: World,
 ) -> None:  # fmt: skip
-    """Score the classifier, the ranks together: a line, a row of metrics.jsonl, the confusion plot, and scores.json
-    with its counts."""
+    """Score the classifier and write the scores to the log, metrics.jsonl, a confusion plot and scores.json.
+
+    All ranks call this together.
+    """
     scores = score(model, held_out, config.data, dtype, world=world)
     if not world.main:
         return
-    from umd.report.figures import confusion_sheet  # here: matplotlib takes a second of every start
+    from umd.report.figures import confusion_sheet  # late: importing matplotlib takes a second
 
     log.scores({"step": step, "top-1": scores.top1, "top-5": scores.top5, "held_out_loss": scores.loss})
     log.picture("confusion", confusion_sheet(scores.confusion.numpy(), held_out.class_names), step)

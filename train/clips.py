@@ -1,6 +1,6 @@
-"""Where clips come from: video files and folders of frames in a folder, or a .npz, each read into a `ClipDataset`.
+"""Read clips from a folder of video files or folders of frames, or from a .npz, into a `ClipDataset`.
 
-A clip is decoded whole, then F frames are taken from it (`take_frames`): cut long videos into clips first.
+A clip is decoded whole, then F frames are taken from it (`take_frames`). So cut long videos into clips first.
 """
 
 import os
@@ -28,16 +28,15 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif", ".mpg", ".m4v
 
 @dataclass
 class ClipDataset(ImageDataset):
-    """Clips of one split: `pictures` are uint8 [N, F', h, w, C], or N video files or folders of frames."""
+    """The clips of one split. `pictures` is uint8 [N, F', h, w, C], or a list of N video files or folders of frames."""
 
     num_frames: int = 1
-    """Frames that are taken of each."""
+    """Frames taken from each clip."""
     frame_stride: int = 1
-    """Every which."""
+    """Take every n-th frame."""
 
     def picture(self, index: int, shrink: Shrink | None = None) -> Picture:
-        """The clip as stored, uint8 [F', h, w, C]. Raises UserError naming the file if it cannot be read or is too
-        short."""
+        """Read a clip as stored, uint8 [F', h, w, C]. Raises UserError if it cannot be read or is too short."""
         clip = self.pictures[index]
         if isinstance(clip, np.ndarray):
             return whole(clip)
@@ -49,7 +48,7 @@ class ClipDataset(ImageDataset):
 def open_clips(
     source: str, split: str, holdout: float, skip_broken: bool, num_frames: int = 1, frame_stride: int = 1
 ) -> ClipDataset:
-    """The clips of one split. Raises UserError if the source is missing, holds none, or is damaged."""
+    """Open the clips of one split. Raises UserError if the source is missing, damaged, or has no clips."""
     path = Path(source).expanduser()
     if path.suffix == ".npz" and path.exists():
         dataset = open_clip_arrays(path, split, holdout)
@@ -97,8 +96,10 @@ def is_frame_or_video(name: str) -> bool:
 
 
 def open_clip_arrays(path: Path, split: str, holdout: float) -> ClipDataset:
-    """A .npz with `clips`, uint8 [N, F', h, w, C] or [N, F', h, w], and perhaps `labels` [N]; with splits of its own
-    as `train_clips`, `test_clips`, `train_labels`, `test_labels`."""
+    """Open a .npz with `clips`, uint8 [N, F', h, w, C] or [N, F', h, w], and optionally `labels` [N].
+
+    A .npz with its own splits has `train_clips`, `test_clips`, and optionally `train_labels`, `test_labels`.
+    """
     try:
         with np.load(path, allow_pickle=False) as stored:
             own_splits = {"train_clips", "test_clips"} <= set(stored)
@@ -127,7 +128,10 @@ def open_clip_arrays(path: Path, split: str, holdout: float) -> ClipDataset:
 
 
 def decode_clip(path: Path) -> np.ndarray:
-    """All frames of a video file or a folder of frames: uint8 [F', h, w, 1 or 3]. Raises UserError naming it."""
+    """Decode all frames of a video file or a folder of frames: uint8 [F', h, w, 1 or 3].
+
+    Raises UserError, naming the clip, if it cannot be decoded.
+    """
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if is_image(file.name))
         frames = [decode(file).pixels for file in files]
@@ -155,7 +159,7 @@ def decode_video(path: Path) -> list[np.ndarray]:
 
 
 def take_frames(clip: np.ndarray, num_frames: int, stride: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Every `stride`-th of a clip's frames [F', h, w, C], from a random first one, without `rng` from the middle.
+    """Take every `stride`-th frame of a clip [F', h, w, C]: from a random start, or without `rng` from the middle.
 
     Raises:
         UserError: the clip is too short.

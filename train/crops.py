@@ -1,4 +1,4 @@
-"""Crops of a picture: which part of it (drawn at random, or the middle), and that part as the model sees it."""
+"""Crops of a picture: choose a random or center box, and resample it to the model's image size."""
 
 import math
 from typing import TYPE_CHECKING
@@ -14,19 +14,19 @@ from umd.train.sources import Picture, flatten, pixels
 if TYPE_CHECKING:
     from umd.train.settings import DataConfig
 
-ASPECT_MIN, ASPECT_MAX = 3 / 4, 4 / 3  # of the crop, as in the Inception papers
+ASPECT_MIN, ASPECT_MAX = 3 / 4, 4 / 3  # aspect ratio of the crop, as in the Inception papers
 LOG_ASPECT = math.log(ASPECT_MIN), math.log(ASPECT_MAX)
 CROP_TRIES = 10
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
 def crop_box(rng: np.random.Generator, height: int, width: int, config: "DataConfig") -> Box:
-    """The Inception crop: a random share of the area, at a random aspect ratio around that of `image_size`.
+    """Draw the Inception crop: a random fraction of the area, with a random aspect ratio around that of `image_size`.
 
-    Where `CROP_TRIES` draws do not fit into the picture, the largest centred box of an allowed aspect ratio.
+    If `CROP_TRIES` draws do not fit into the picture, take the largest centered box with an allowed aspect ratio.
     """
     target = config.image_size[1] / config.image_size[0]
-    uniform = iter(rng.random(2 * CROP_TRIES + 2).tolist())  # at once: a call costs more than a crop
+    uniform = iter(rng.random(2 * CROP_TRIES + 2).tolist())  # drawn at once, as a call costs more than a crop
     for _ in range(CROP_TRIES):
         area = height * width * (config.area_min + (config.area_max - config.area_min) * next(uniform))
         aspect = target * math.exp(LOG_ASPECT[0] + (LOG_ASPECT[1] - LOG_ASPECT[0]) * next(uniform))
@@ -38,13 +38,13 @@ def crop_box(rng: np.random.Generator, height: int, width: int, config: "DataCon
 
 
 def centered_box(height: int, width: int, aspect: float, zoom: float = 1.0) -> Box:
-    """The largest box of aspect ratio `aspect` (width / height) in the middle of a picture, its sides over `zoom`."""
+    """The largest centered box with aspect ratio `aspect` (width / height), its sides divided by `zoom`."""
     w, h = min(width, height * aspect) / zoom, min(height, width / aspect) / zoom
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
 def resized(picture: Picture, box: Box, config: "DataConfig") -> np.ndarray:
-    """`box` of a picture (of each frame of a clip), resampled without aliasing: uint8 [H, W, C] or [F, H, W, C]."""
+    """Resample `box` of a picture, or of each frame of a clip, without aliasing: uint8 [H, W, C] or [F, H, W, C]."""
     if picture.pixels.ndim == 4:
         return np.stack([resized(picture._replace(pixels=frame), box, config) for frame in picture.pixels])
     array, (down, across) = picture.pixels, picture.scale
@@ -59,20 +59,20 @@ def resized(picture: Picture, box: Box, config: "DataConfig") -> np.ndarray:
 
 
 def shrink_for(box: Box, config: "DataConfig") -> int:
-    """By what a JPEG may be decoded smaller so that `box` of it still has no fewer pixels than the model sees."""
+    """Largest factor (1, 2, 4, 8) by which a JPEG may be decoded smaller so that `box` keeps the model's resolution."""
     left, top, right, bottom = box
     most = min((bottom - top) / config.image_size[0], (right - left) / config.image_size[1])
     return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, most))
 
 
 def draw_view(rng: np.random.Generator, height: int, width: int, config: "DataConfig") -> tuple[Box, bool]:
-    """A random crop of a picture, and whether it is mirrored."""
+    """Draw the crop box of a picture, and whether to mirror it."""
     mirrored = config.hflip and rng.random() < 0.5
     return crop_box(rng, height, width, config), mirrored
 
 
 def train_view(picture: Picture, rng: np.random.Generator, config: "DataConfig") -> np.ndarray:
-    """A random crop, mirrored half of the time: uint8 [H, W, C]; the same of random frames of a clip: [F, H, W, C]."""
+    """A random crop, mirrored with probability 1/2 if `hflip`: uint8 [H, W, C]. A clip: [F, H, W, C]."""
     if picture.pixels.ndim == 4:
         frames = take_frames(picture.pixels, config.num_frames, config.frame_stride, rng)
         picture = picture._replace(pixels=frames)
@@ -82,12 +82,12 @@ def train_view(picture: Picture, rng: np.random.Generator, config: "DataConfig")
 
 
 def view_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """What draws the crop of one picture in one epoch."""
+    """The generator that draws the crop of one picture in one epoch."""
     return np.random.default_rng((seed, epoch, 1 + index))
 
 
 def centered(picture: Picture, config: "DataConfig", zoom: float = 1.0) -> np.ndarray:
-    """The middle of a picture in the shape of `image_size`: uint8 [H, W, C]; of a clip the middle frames."""
+    """The center crop of a picture, resampled to `image_size`: uint8 [H, W, C]. For a clip, of its middle frames."""
     if picture.pixels.ndim == 4:
         picture = picture._replace(pixels=take_frames(picture.pixels, config.num_frames, config.frame_stride))
     box = centered_box(*picture.size, config.image_size[1] / config.image_size[0], zoom)
@@ -95,11 +95,16 @@ def centered(picture: Picture, config: "DataConfig", zoom: float = 1.0) -> np.nd
 
 
 def crop_batch(pictures: Tensor, boxes: Tensor, mirrored: Tensor, size: tuple[int, int]) -> Tensor:
-    """A crop of each picture, resampled as `resized` does it: two products with matrices of bicubic weights.
+    """Crop each picture and resample it as `resized` does, by two products with matrices of bicubic weights.
 
-    pictures: uint8 [B, h, w, C]; boxes: fp32 [B, 4], left, top, right, bottom in their pixels; mirrored: bool [B];
-    size: H, W. Returns fp32 [B, C, H, W] in [-1, 1] on the device of the pictures, of 256 levels as `resized` gives.
-    That rounds and clips after each direction: some of its differ by a level, by more where a sharp edge overshoots.
+    Args:
+        pictures: uint8 [B, h, w, C].
+        boxes: fp32 [B, 4], left, top, right, bottom in pixels.
+        mirrored: bool [B].
+        size: H, W.
+
+    Returns fp32 [B, C, H, W] in [-1, 1], rounded to 256 levels, on the device of the pictures. `resized` rounds and
+    clips after each direction, so some values differ by a level, or by more where a sharp edge overshoots.
     """
     down = bicubic_weights(boxes[:, 1], boxes[:, 3], size[0], pictures.shape[1])  # [B, H, h]
     across = bicubic_weights(boxes[:, 0], boxes[:, 2], size[1], pictures.shape[2])  # [B, W, w]
@@ -109,9 +114,9 @@ def crop_batch(pictures: Tensor, boxes: Tensor, mirrored: Tensor, size: tuple[in
 
 
 def bicubic_weights(start: Tensor, end: Tensor, size: int, length: int) -> Tensor:
-    """Weights of `length` pixels in each of the `size` that start..end is resampled to: fp32 [B, size, length].
+    """Weights of `length` input pixels for each of `size` output pixels over start..end: fp32 [B, size, length].
 
-    Keys' bicubic kernel (a = -1/2), widened where pixels are left out, so that it averages them; as Pillow's BICUBIC.
+    Keys' bicubic kernel (a = -1/2), widened for downsampling so that it averages pixels, as in Pillow's BICUBIC.
     """
     scale = ((end - start) / size)[:, None, None]  # [B, 1, 1]
     center = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale

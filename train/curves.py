@@ -1,6 +1,6 @@
-"""The loss one should see: curves of runs that were made here, and how far a run is from the one of its recipe.
+"""Reference loss curves, and how far a run is from the curve of its recipe.
 
-`train/curves/*.json` holds each curve with its recipe; a run of the same recipe is compared with it,
+`train/curves/*.json` holds each reference curve with its recipe. A run with the same recipe is compared with it,
 whatever its seed.
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 from umd.train.run import RunConfig, to_plain
 
 FOLDER = Path(__file__).parent / "curves"
-WINDOW = 100  # steps of a point: their logged losses are averaged
+WINDOW = 100  # steps per point of a curve; the losses logged in them are averaged
 
 
 def recipe_of(config: RunConfig) -> dict[str, Any]:
-    """The settings that a loss depends on, but the seed."""
+    """The settings that the loss depends on, without the seed."""
     plain = to_plain(config)
     whole = ("model", "objective", "schedule", "batch_size", "epochs", "minutes", "steps", "init")
     data = ("source", "area_min", "area_max", "hflip", "holdout", "frame_stride")
@@ -32,20 +32,20 @@ def recipe_of(config: RunConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Curve:
-    """A reference: mean loss of each `WINDOW` steps, with its standard error."""
+    """A reference curve: mean loss of each `WINDOW` steps, with its standard error."""
 
-    name: str  # of the preset and its options
+    name: str  # preset and options
     recipe: dict[str, Any]
     made: dict[str, Any]
     points: list[tuple[int, float, float]]  # last step of the window, mean, standard error
 
     def at(self, step: int) -> tuple[float, float] | None:
-        """Mean and standard error of the window that ends at a step."""
+        """Mean and standard error of the window that ends at a step, None if no window ends there."""
         return next(((mean, error) for last, mean, error in self.points if last == step), None)
 
 
 def curves() -> list[Curve]:
-    """All that were made here."""
+    """Read all reference curves."""
     found = []
     for file in sorted(FOLDER.glob("*.json")):
         values = json.loads(file.read_text())
@@ -55,13 +55,13 @@ def curves() -> list[Curve]:
 
 
 def reference_of(config: RunConfig) -> Curve | None:
-    """The curve of a run's recipe, if one was made here."""
+    """The reference curve of a run's recipe, None if there is none."""
     recipe = recipe_of(config)
     return next((curve for curve in curves() if curve.recipe == recipe), None)
 
 
 def windows(rows: Sequence[Mapping[str, float]]) -> list[tuple[int, float, float]]:
-    """Points of the rows of a metrics.jsonl; a window that is not over is left out."""
+    """Average the rows of a metrics.jsonl to points (last step, mean, standard error). Omits an unfinished window."""
     points = []
     losses: list[float] = []
     for row in (row for row in rows if "loss" in row):
@@ -73,7 +73,7 @@ def windows(rows: Sequence[Mapping[str, float]]) -> list[tuple[int, float, float
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, to six digits."""
+    """Mean and standard error of the mean, to six digits."""
     n = len(values)
     mean = sum(values) / n
     variance = sum((value - mean) ** 2 for value in values) / max(n - 1, 1)
@@ -81,15 +81,15 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 class Comparison:
-    """A run beside its reference: fed with its logged losses, it says how far it is from it."""
+    """Compares a run with its reference: add logged losses, read from `note` how far the run is from the curve."""
 
     def __init__(self, curve: Curve | None):
         self.curve = curve
         self.losses: deque[float] = deque()
-        self.note = ""  # of the last whole window
+        self.note = ""  # about the last finished window
 
     def add(self, step: int, loss: float) -> float | None:
-        """One logged loss. Returns the reference's mean where a window ends, else None."""
+        """Add one logged loss. Returns the reference's mean if a window ends at this step, else None."""
         if self.curve is None:
             return None
         self.losses.append(loss)

@@ -1,8 +1,10 @@
-"""Training batches by NVIDIA DALI: its threads decode, on a GPU its JPEG hardware, and only the crop is kept.
+"""Training batches by NVIDIA DALI: its threads (on a GPU its JPEG hardware) decode only the crop of each picture.
 
-Which picture, which crop and whether mirrored come from Python, by (seed, epoch, index) as in `umd.train.data`; nothing
-random happens in the pipeline and it has no state. So batches are those of the Python loader up to the resize filter's
-rounding, for any number of threads and ranks, and `start` alone resumes in the middle of an epoch, also on other ranks.
+Python chooses picture, crop and mirroring by (seed, epoch, index), as in `umd.train.data`. The pipeline draws nothing
+at random and has no state. So:
+
+- Batches equal those of the Python loader up to rounding in the resize filter, for any number of threads and ranks.
+- `start` alone resumes in the middle of an epoch, also with another number of ranks.
 """
 
 import math
@@ -30,24 +32,24 @@ from umd.train.signals import StopRequest
 from umd.train.sources import LEAVE_OUT, ORIENTATION, ImageDataset, unreadable, upright_jpeg
 from umd.train.waiting import Prepared
 
-READERS = 8  # threads of a reading process, that wait for the disk
+READERS = 8  # threads per reader process, which wait for the disk
 INPUTS = ("encoded", "corner", "shape", "roi_start", "roi_end", "mirror")
 
 
 class Sample(NamedTuple):
-    """One picture as the pipeline takes it."""
+    """One picture as input of the pipeline."""
 
-    number: int  # index of the picture read: with `skip_broken`, perhaps a stand-in
+    number: int  # index of the picture that was read; with `skip_broken` possibly a replacement
     encoded: np.ndarray  # uint8 [bytes]
     corner: np.ndarray  # int32 [2], row and column where decoding starts
     shape: np.ndarray  # int32 [2], rows and columns to decode
-    roi_start: np.ndarray  # float32 [2], the crop within what is decoded
+    roi_start: np.ndarray  # float32 [2], top left of the crop within the decoded part
     roi_end: np.ndarray  # float32 [2]
     mirror: np.ndarray  # int32 []
 
 
 def build_pipeline(config: DataConfig, batch_size: int, device: torch.device):
-    """The one pipeline: decode and crop, resize, mirror, to [-1, 1]. On a GPU decoding is `mixed`."""
+    """Build the pipeline: decode and crop, resize, mirror, scale to [-1, 1]. On a GPU decoding is `mixed`."""
     from nvidia.dali import fn, pipeline_def, types
 
     on_gpu = device.type == "cuda"
@@ -85,7 +87,7 @@ def build_pipeline(config: DataConfig, batch_size: int, device: torch.device):
 
 
 class Encoded(NamedTuple):
-    """A batch as the reading processes hand it over, in few tensors."""
+    """A batch as reader processes pass it on, in few tensors."""
 
     numbers: Tensor  # int64 [B]
     encoded: Tensor  # uint8, all files one after another
@@ -93,21 +95,23 @@ class Encoded(NamedTuple):
     geometry: list[Tensor]  # the other inputs of the pipeline, [B, ...]
 
     def inputs(self) -> list[list[np.ndarray]]:
-        """The arrays of each of `INPUTS`."""
+        """For each of `INPUTS`, the list of its B arrays."""
         files = np.split(self.encoded.numpy(), self.ends[:-1].tolist())
         return [files, *(list(column.numpy()) for column in self.geometry)]
 
 
 class Samples(Dataset):
-    """(epoch, index) of a batch -> `Encoded`, or the UserError met. It runs in processes of its own: the one that
-    launches kernels has no time for eight threads of Python."""
+    """[(epoch, index)] of a batch -> `Encoded`, or the UserError that was raised.
+
+    Runs in reader processes, as eight Python threads would slow down the process that launches kernels.
+    """
 
     def __init__(self, dataset: ImageDataset, config: DataConfig, seed: int):
         self.dataset, self.config, self.seed = dataset, config, seed
         self.pool: ThreadPoolExecutor | None = None  # made by each process
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Encoded | UserError:
-        in_order: Callable = map  # in the training process, which could not end before threads that a disk holds
+        in_order: Callable = map  # no threads in the training process: it could not exit while a disk holds them
         if get_worker_info() is not None:
             self.pool = self.pool or ThreadPoolExecutor(READERS, thread_name_prefix="read")
             in_order = self.pool.map
@@ -128,11 +132,11 @@ def dali_batches(
     dataset: ImageDataset, config: DataConfig, keys: Iterator[list[tuple[int, int]]], seed: int, device: torch.device,
     stop: StopRequest | None = None,
 ) -> Batches:  # fmt: skip
-    """Batches of `keys`, (epoch, index) of each sample, as `umd.train.data.train_loader` promises them."""
+    """Yield the batches of `keys`, (epoch, index) of each sample, as documented at `umd.train.data.train_loader`."""
     labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)
-    waiting: deque[list[tuple[int, int]]] = deque()  # keys of what is not yet handed out
+    waiting: deque[list[tuple[int, int]]] = deque()  # keys of batches not yet yielded
     decoding: list[int] = []  # indices of the one batch in the pipeline
-    failed: UserError | None = None  # of the batch after it
+    failed: UserError | None = None  # error of the batch after it
     pipeline: Any = None
 
     def handed_over(keys: Iterator[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
@@ -141,7 +145,7 @@ def dali_batches(
             yield batch
 
     def read(keys: Iterator[list[tuple[int, int]]]) -> Prepared:
-        processes = -(-config.workers // 4)  # they wait for the disk and draw crops; decoding is DALI's
+        processes = -(-config.workers // 4)  # few: they only read files and draw crops; DALI decodes
         samples = Samples(dataset, config, seed)
         return Prepared(samples, handed_over(keys), processes, as_read, dataset.name, stop=stop)
 
@@ -167,12 +171,12 @@ def dali_batches(
                 continue
             try:
                 (views,) = pipeline.share_outputs()
-            except RuntimeError as error:  # names no file, or one of many
+            except RuntimeError as error:  # it names no file, or only one of several
                 leave_out_broken(dataset, decoding, error)
                 again = list(waiting)
                 waiting.clear()
                 reading.close()
-                pipeline, decoding, reading = None, [], read(chain(again, keys))  # with a stand-in
+                pipeline, decoding, reading = None, [], read(chain(again, keys))  # now with a replacement
                 continue
             x_start = to_torch(views, (len(decoding), config.channels, *config.image_size), device)
             pipeline.release_outputs()
@@ -192,7 +196,7 @@ def dali_batches(
 
 
 def to_torch(views: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """A copy of DALI's batch, which it will overwrite: float32 [B, C, H, W]."""
+    """Copy DALI's batch, whose memory DALI will overwrite, to a tensor: float32 [B, C, H, W]."""
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
     x = torch.empty(shape, device=device)
@@ -202,7 +206,7 @@ def to_torch(views: Any, shape: tuple[int, ...], device: torch.device) -> Tensor
 
 
 def read_sample(dataset: ImageDataset, config: DataConfig, seed: int, epoch: int, index: int) -> Sample:
-    """Read a picture's file and draw its crop. Raises UserError naming a file that holds no picture."""
+    """Read a picture's file and draw its crop. Raises UserError, naming the file, if it is not a picture."""
     used = index
     if index in dataset.broken:
         used, _ = dataset.read(index)
@@ -211,10 +215,10 @@ def read_sample(dataset: ImageDataset, config: DataConfig, seed: int, epoch: int
     except UserError:
         if not dataset.skip_broken:
             raise
-        used, _ = dataset.read(index)  # by Pillow, which finds it broken as well
+        used, _ = dataset.read(index)  # Pillow finds it broken too, and takes a replacement or raises
         encoded, (height, width) = read_encoded(dataset.pictures[used])
     (left, top, right, bottom), mirrored = draw_view(view_rng(seed, epoch, index), height, width, config)
-    # The filter reaches beyond the crop, as Pillow's does: two pixels of the result to each side.
+    # Like Pillow's, the filter reaches beyond the crop: by two pixels of the result on each side.
     across = 2 * max(1.0, (right - left) / config.image_size[1])
     down = 2 * max(1.0, (bottom - top) / config.image_size[0])
     x, y = max(0, math.floor(left - across)), max(0, math.floor(top - down))
@@ -231,15 +235,15 @@ def read_sample(dataset: ImageDataset, config: DataConfig, seed: int, epoch: int
 
 
 def read_encoded(file: Any) -> tuple[bytes, tuple[int, int]]:
-    """The bytes of an image file, and height and width of its picture, upright. Raises UserError if it is none."""
+    """Read an image file. Returns its bytes, and height and width of the upright picture. Raises UserError."""
     try:
         encoded = Path(file).read_bytes() if isinstance(file, str) else file.read()
         if (size := upright_jpeg(encoded)) is not None:
             return encoded, size
-        with Image.open(BytesIO(encoded)) as image:  # also what is no JPEG although it is called one
+        with Image.open(BytesIO(encoded)) as image:  # also accepts other formats with the suffix .jpg
             width, height = image.size
             orientation = image.getexif().get(ORIENTATION, 1)
-        if orientation != 1 and encoded[:2] == b"\xff\xd8":  # DALI knows of Exif alone, and XMP may say it
+        if orientation != 1 and encoded[:2] == b"\xff\xd8":  # DALI reads Exif only, but XMP may hold the orientation
             exif = Image.Exif()
             exif[ORIENTATION] = orientation
             segment = exif.tobytes()
@@ -250,7 +254,10 @@ def read_encoded(file: Any) -> tuple[bytes, tuple[int, int]]:
 
 
 def leave_out_broken(dataset: ImageDataset, indices: list[int], error: RuntimeError) -> None:
-    """Find out by Pillow what of a batch DALI could not decode. Raises UserError unless `skip_broken` leaves it out."""
+    """Find with Pillow the pictures of a batch that DALI could not decode, and mark them broken.
+
+    Raises UserError unless `skip_broken` is set.
+    """
     found = False
     for index in set(indices):
         try:

@@ -1,7 +1,7 @@
-"""Which pictures (`open_dataset`), in which order and crops (`train_loader`), how tested (`center_view`).
+"""Open a source (`open_dataset`), stream training batches (`train_loader`), read test pictures (`center_view`).
 
-Everything random is a pure function of (seed, epoch, index): batches do not depend on the number of
-workers or ranks, and a run resumed at any sample goes on with the very batches it would have seen.
+Everything random is a pure function of (seed, epoch, index). So batches do not depend on the number of workers or
+ranks, and a run resumed at any sample gets the very batches that it would have seen.
 """
 
 import importlib.util
@@ -48,25 +48,28 @@ from umd.train.waiting import Prepared, in_order
 __all__ = ["Batch", "DataConfig", "ImageDataset", "center_view", "centered_view_of_file"]
 __all__ += ["derive_seed", "describe", "open_dataset", "train_loader"]
 
-GROUP = 256  # blocks of an epoch in blocks whose images are mixed: 16,384 images
+GROUP = 256  # with --data.shuffle blocks: blocks whose images are mixed, 16,384 images
 
 
 @dataclass
 class Batch:
-    """x_start: float32 [B, C, H, W] in [-1, 1]; labels, indices: int64 [B]; labels None if unlabelled."""
+    """A training batch of B samples.
+
+    x_start: float32 [B, C, H, W], pixels in [-1, 1]. labels: int64 [B], None if unlabelled. indices: int64 [B].
+    """
 
     x_start: Tensor
     labels: Tensor | None
     indices: Tensor
 
 
-Batches = Generator[Batch, None, None]  # without end; `.close()` them or drop them to end their workers
+Batches = Generator[Batch, None, None]  # endless; `.close()` or drop it to end its workers
 
 
 def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDataset | LatentDataset:
-    """The pictures or stored latents of one split.
+    """Open the pictures or stored latents of one split.
 
-    Raises UserError if the source is missing, empty, damaged, unknown, or not what the model sees.
+    Raises UserError if the source is missing, empty, damaged, of an unknown kind, or does not fit the model.
     """
     path = Path(config.source).expanduser()
     if config.num_frames > 1:
@@ -110,15 +113,17 @@ def center_view(
     dataset: ImageDataset | LatentDataset, indices: Sequence[int] | np.ndarray | Tensor, config: DataConfig,
     zoom: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Pictures as they are tested: short side resized (to `zoom` times the size), centre cropped. float32 [n, C, H, W]
-    in [-1, 1]. Of a run on latents the means of their posteriors; stored ones of the first view, without zoom.
+    """Read pictures for testing: resize the short side to `zoom` times the model's size, then center-crop.
+
+    Returns float32 [n, C, H, W] in [-1, 1]. For a run on latents: the posterior means. For stored latents: the means of
+    the first view, without zoom.
     """
     if isinstance(dataset, LatentDataset):
         return dataset.means(indices)
     if tokenizer := tokenizer_of(config, pick_device()):
         x = center_view(dataset, indices, pixel_config(config, tokenizer.vae), zoom)
         return tokenizer.moments(x)[:, 0].cpu()
-    with ThreadPoolExecutor(max(1, config.workers)) as pool:  # Pillow lets go of the interpreter lock
+    with ThreadPoolExecutor(max(1, config.workers)) as pool:  # threads suffice: Pillow releases the GIL
         read = partial(read_centered, dataset, config, zoom)
         views = list(in_order(pool, read, indices, config.source))
     if not views:
@@ -131,7 +136,7 @@ def read_centered(dataset: ImageDataset, config: DataConfig, zoom: float, index:
 
 
 def centered_view_of_file(path: Path | str, config: DataConfig) -> Tensor:
-    """One image file as in `center_view`: float32 [1, C, H, W]. Raises UserError if it cannot be read."""
+    """Read one image file as `center_view` does: float32 [1, C, H, W]. Raises UserError if it cannot be read."""
     if tokenizer := tokenizer_of(config, pick_device()):
         return tokenizer.moments(centered_view_of_file(path, pixel_config(config, tokenizer.vae)))[:, 0].cpu()
     picture = decode(path) if config.num_frames == 1 else whole(decode_clip(Path(path)))
@@ -141,7 +146,7 @@ def centered_view_of_file(path: Path | str, config: DataConfig) -> Tensor:
 
 
 def as_model_input(views: Tensor) -> Tensor:
-    """uint8 [B, H, W, C] or [B, F, H, W, C] to float32 [B, C, ...] in [-1, 1], on the same device."""
+    """Convert uint8 [B, H, W, C] or [B, F, H, W, C] to float32 [B, C, ...] in [-1, 1], on the same device."""
     return views.movedim(-1, 1).contiguous().float().div_(127.5).sub_(1)
 
 
@@ -149,15 +154,15 @@ def as_model_input(views: Tensor) -> Tensor:
 
 
 def derive_seed(seed: int, *keys: int) -> int:
-    """A 63-bit seed for one use of randomness: a pure function of the run's seed and e.g. the step."""
+    """A 63-bit seed for one use of randomness, a pure function of the run's seed and the keys, e.g. the step."""
     return int(np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def epoch_order(size: int, seed: int, epoch: int, blocks: np.ndarray | None = None) -> np.ndarray:
-    """The order of an epoch, int64 [size]: sorted Philox words, the same in every version of NumPy.
+    """The order of the samples in an epoch, int64 [size]. It sorts Philox words, so every version of NumPy agrees.
 
-    blocks: the block of each sample, int64 [size] from 0. The blocks are put into a random order, then the samples of
-    each `GROUP` of them.
+    blocks: number of each sample's block, int64 [size], from 0. If given, the blocks are shuffled, then the samples
+    within each group of `GROUP` blocks.
     """
     random = np.random.Philox(np.random.SeedSequence((seed, epoch)))
     words = random.random_raw(size)
@@ -171,7 +176,7 @@ def sample_keys(
     size: int, *, batch_size: int, seed: int, start: int = 0, places: Sequence[int] | None = None,
     blocks: np.ndarray | None = None,
 ) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
-    """(epoch, index) of the samples at `places` of each whole batch (None: of all), without end."""
+    """Yield for each batch, without end, (epoch, index) of the samples at `places` in it (None: of all samples)."""
     places = range(batch_size) if places is None else places
     order = lru_cache(maxsize=2)(lambda epoch: epoch_order(size, seed, epoch, blocks))
     for first in count(start, batch_size):
@@ -182,12 +187,12 @@ def sample_keys(
 def has_dali() -> bool:
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # no package of NVIDIA's at all
+    except ModuleNotFoundError:  # not even the parent package nvidia is installed
         return False
 
 
 def choose_loader(dataset: ImageDataset, wanted: str) -> str:
-    """`dali` or `python`. Raises UserError where DALI is wanted and cannot read the pictures."""
+    """Resolve --data.loader to `dali` or `python`. Raises UserError if DALI is wanted and cannot read the pictures."""
     if wanted == "python" or isinstance(dataset, ClipDataset) or (wanted == "auto" and not has_dali()):
         return "python"
     if not has_dali():
@@ -207,7 +212,7 @@ def choose_loader(dataset: ImageDataset, wanted: str) -> str:
 
 
 def reader(dataset: ImageDataset | LatentDataset, config: DataConfig) -> str:
-    """Who prepares the training batches, in words."""
+    """Say in words how training batches are read, for the log."""
     if isinstance(dataset, LatentDataset):
         return "read from shards" + (f" in blocks of {BLOCK}" if config.shuffle == "blocks" else "")
     if isinstance(dataset, PixelDataset):
@@ -218,7 +223,7 @@ def reader(dataset: ImageDataset | LatentDataset, config: DataConfig) -> str:
 
 
 class TrainViews(Dataset):
-    """(epoch, index) -> (view [H, W, C], index asked for, index used), or the UserError met on the way."""
+    """(epoch, index) -> (view uint8 [H, W, C], requested index, used index), or the UserError that was raised."""
 
     def __init__(self, dataset: ImageDataset, config: DataConfig, seed: int):
         self.dataset, self.config, self.seed = dataset, config, seed
@@ -228,7 +233,7 @@ class TrainViews(Dataset):
         try:
             used, picture = self.dataset.read(index, partial(self.shrink, epoch, index))
             return train_view(picture, view_rng(self.seed, epoch, index), self.config), index, used
-        except UserError as error:  # raised here, it would reach the user inside a worker's stack trace
+        except UserError as error:  # raised here, it would reach the user inside a worker's traceback
             return error
 
     def shrink(self, epoch: int, index: int, height: int, width: int) -> int:
@@ -237,7 +242,7 @@ class TrainViews(Dataset):
 
 
 def collate(items: list) -> tuple[Tensor, np.ndarray, np.ndarray] | UserError:
-    """views uint8 [B, H, W, C], indices asked for [B], indices used [B]."""
+    """Stack items to views uint8 [B, H, W, C], requested indices [B], used indices [B]; or return the first error."""
     error = next((item for item in items if isinstance(item, UserError)), None)
     if error is not None:
         return error
@@ -256,15 +261,18 @@ def train_loader(
     device: torch.device | str = "cpu",
     stop: StopRequest | None = None,
 ) -> Batches:
-    """Training batches without end: one permutation of the dataset after another, batches across the seams.
+    """Training batches without end: one permutation of the dataset per epoch; a batch may span two epochs.
 
-    Of a run on latents they are drawn from the posteriors, anew each epoch, stored or of pictures encoded here.
-    batch_size: samples of all ranks together.
-    places: which of these this rank gets, in this order; None: all.
-    start: samples already seen by all ranks together; the batches go on from there.
-    device: where the batch ends up; towards a GPU the pictures travel as bytes from pinned memory.
-    stop: while a batch is waited for, its `requested` ends that by `umd.train.waiting.Stopped`.
-    Batches raise UserError where a picture cannot be read, a process that reads dies, or the disk stalls for an hour.
+    For a run on latents, x_start is drawn anew in each epoch from the posteriors, stored or of pictures encoded here.
+
+    Args:
+        batch_size: samples per batch, over all ranks.
+        start: samples already seen by all ranks together; the batches go on from there.
+        places: positions in the whole batch that this rank gets, in this order. None: all.
+        device: device of the batch. To a GPU, pictures are copied as bytes from pinned memory.
+        stop: once its `requested` is set, waiting for a batch longer than `stop.patience` seconds raises `Stopped`.
+
+    Batches raise UserError if a picture cannot be read, a reader process dies, or the disk stalls for an hour.
     """
     places = range(batch_size) if places is None else places
     if batch_size < 1 or start < 0 or seed < 0:
@@ -294,7 +302,7 @@ def train_loader(
         prepared = partial(Prepared, StoredCrops(dataset, config, seed), keys, config.workers, as_read, *rest)
         return batches(prepared, dataset, device, partial(crop_batch, size=config.image_size))
     if choose_loader(dataset, config.loader) == "dali":
-        from umd.train.dali import dali_batches  # which imports this file
+        from umd.train.dali import dali_batches  # late: it imports this file
 
         return dali_batches(dataset, config, keys, seed, device, stop)
     prepared = partial(Prepared, TrainViews(dataset, config, seed), keys, config.workers, collate, *rest)
@@ -305,7 +313,10 @@ def batches(
     start: Callable[[], Prepared], dataset: ImageDataset | LatentDataset, device: torch.device,
     convert: Callable[..., Tensor],
 ) -> Batches:  # fmt: skip
-    """What is prepared, from the first batch asked for on, moved to `device` and put in the model's form."""
+    """Yield prepared batches, moved to `device` and converted to the model's input by `convert`.
+
+    start: starts the workers, at the first batch.
+    """
     labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)
     prepared = start()
     try:

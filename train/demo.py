@@ -1,4 +1,4 @@
-"""`umd demo`: the whole method on real images within a time budget, ending in a report page."""
+"""`umd demo`: run the whole method on real images within a time budget, and write a report page."""
 
 import platform
 import shutil
@@ -37,7 +37,7 @@ from umd.train.sample import Drawer
 from umd.train.settings import OptimConfig
 from umd.train.shards import progress, share
 
-# Shares of the time budget, in the order of the parts. The rest is for starting, reading data and writing the page.
+# Fractions of the time budget, in the order of the parts. The rest is for start-up, reading data and the page.
 SHARES = {
     "pretrain": 0.27, "probe": 0.08, "finetune": 0.35, "sample": 0.07, "mae": 0.05, "diffmae": 0.10, "inpaint": 0.03,
     "frechet": 0.03,
@@ -46,16 +46,16 @@ SHOWN = 8  # pictures of each kind on the page
 
 
 class Clock:
-    """Time left of the budget, and the parts as they end."""
+    """Keeps the time budget, and records each finished part."""
 
     def __init__(self, minutes: float):
         self.start, self.budget = time.monotonic(), 60 * minutes
         self.parts: list[Part] = []
 
     def share(self, part: str) -> float:
-        """Seconds for a part: its share of the budget, or of what is left if the parts before it took longer.
+        """Seconds for a part: its share of the budget, scaled down if the parts before it took longer.
 
-        A second at least: a training of no minutes would take its epochs instead.
+        At least 1 s, as a run with 0 minutes would train for its epochs instead.
         """
         left = self.start + self.budget - time.monotonic()
         names = list(SHARES)
@@ -67,14 +67,14 @@ class Clock:
 
 
 def run_demo(demo: Demo, console: Console) -> Path:
-    """Run it; returns the path of the page. Raises UserError for data without labels or a folder of something else."""
+    """Run the demo. Returns the path of the page. Raises UserError if data has no labels or `out` is not a demo's."""
     check_folder(demo.out)
     with alone_in(demo.out, "demo"):
         return make_demo(demo, console)
 
 
 def make_demo(demo: Demo, console: Console) -> Path:
-    """`run_demo` in a folder that is its own; an earlier demo there is removed."""
+    """`run_demo` once the folder is locked. Removes an earlier demo in it."""
     clock = Clock(demo.minutes)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     for name in ("pretrain", "finetune", "mae", "diffmae"):
@@ -113,8 +113,8 @@ def make_demo(demo: Demo, console: Console) -> Path:
     x = held_out.repeat(8, 1, 1, 1)
     with torch.no_grad(), autocast(device, dtype):
         rate = len(x) / evaluate.timed(lambda: model.represent(x), device)
-    most = int(seconds * rate / 3)  # two networks read each image; the rest is for the probe itself
-    candidates = first_of_each(train_set.labels, 2 * shots)  # more than the shots, so that their draws differ
+    most = int(seconds * rate / 3)  # two networks read each image; a third of the time is for the probe itself
+    candidates = first_of_each(train_set.labels, 2 * shots)  # twice the shots, so that draws differ between seeds
     test_ids = first_of_each(test_set.labels, len(test_set))[: max(most - len(candidates), 400)]
     recognition = Recognition(pre, Probe(shots, l2=PROBE_L2, allow_fewer=True), candidates, test_ids)
     share(recognition.jobs(), console, "pictures read")
@@ -153,7 +153,7 @@ def make_demo(demo: Demo, console: Console) -> Path:
     for shown in (SHOWN, SHOWN // 2, SHOWN // 4):  # fewer pictures on a slow machine, rather than too few steps
         labels = torch.arange(len(classes)).repeat_interleave(shown)
         call = evaluate.seconds_a_call(generator, len(labels), dtype, labelled=True)
-        num_steps = int(np.clip(seconds / (3.2 * call), 10, 125))  # without guidance one call a step, with it two
+        num_steps = int(np.clip(seconds / (3.2 * call), 10, 125))  # one call per step without guidance, two with it
         if num_steps >= 25:
             break
     samples = {}
@@ -251,7 +251,7 @@ EMOJI_CREDIT = ". Pictures: Noto Emoji by Google (Apache 2.0) and Twemoji by Twi
 
 
 def command_of(demo: Demo) -> str:
-    """What to type to run this again."""
+    """The command line that runs this demo again."""
     if demo == replace(Demo(), minutes=demo.minutes, out=demo.out):
         return f"make demo MINUTES={demo.minutes:g}"
     source = f"--data.source {demo.data.source}"
@@ -261,11 +261,11 @@ def command_of(demo: Demo) -> str:
 def pretrain_config(demo: Demo) -> RunConfig:
     return RunConfig(
         out=demo.out / "pretrain",
-        # Four CLS tokens as in the released code: in a run of minutes they tell more of the classes than one does.
+        # Four CLS tokens, as in the released code: in a short run they carry more class information than one.
         model=model_config("UMD-Mi/4", image_size=(demo.size, demo.size), num_cls=4),
         objective=ObjectiveConfig(),
         data=demo.data,
-        optim=OptimConfig(lr=1e-2),  # 2.5e-3 at the batch of 64: the paper's rate is for 800 epochs
+        optim=OptimConfig(lr=1e-2),  # 2.5e-3 at batch 64; the paper's lower rate is for 800 epochs
         batch_size=64,
         minutes=1,
         seed=demo.seed,
@@ -276,7 +276,7 @@ def pretrain_config(demo: Demo) -> RunConfig:
 
 
 def other_configs(demo: Demo) -> dict[str, RunConfig]:
-    """The two methods that UMD's fillings are set beside: UMD's network as MAE, and DiffMAE-Ti/4."""
+    """Runs of the two methods that UMD's fillings are compared with: UMD's network as MAE, and DiffMAE-Ti/4."""
     pre, tiny = pretrain_config(demo), PRESETS["diffmae-tiny"][1]
     model = replace(pre.parts(ModelConfig, ObjectiveConfig)[0], adaLN=False, num_cls=1)
     mae = replace(pre, out=demo.out / "mae", model=model, objective=OBJECTIVES["mae"], optim=tiny.optim)
@@ -308,8 +308,10 @@ def fill_holes(
     generator: UMD, others: dict[str, AnyModel], x: Tensor, schedule: NoiseSchedule, seed: int, dtype: torch.dtype,
     clock: Clock, console: Console,
 ) -> tuple[list[list[np.ndarray]], str]:  # fmt: skip
-    """Rows of pictures [B, C, H, W], half of them with a hole in the middle, half with random patches hidden: masked,
-    MAE's answer, two fillings by UMD, two by DiffMAE, original. And how it was done."""
+    """Fill holes in pictures [B, C, H, W]: half of them in the center, half random patches.
+
+    Returns one row per picture (masked, MAE, two UMD samples, two DiffMAE samples, original), and a caption.
+    """
     mae, diffmae = others["mae"], others["diffmae"]
     assert isinstance(mae, UMD) and isinstance(diffmae, DiffMAE)
     P, half = generator.config.patch_size, len(x) // 2
@@ -331,14 +333,14 @@ def fill_holes(
 
 
 def check_folder(out: Path) -> None:
-    """Raise UserError for a folder of anything else than a demo."""
+    """Raise UserError if the folder holds anything but a demo."""
     found = {path.name for path in out.iterdir()} - {LOCK_FILE} if out.is_dir() else set()
     if found and not found & {"pretrain", "record.json", "report.html"}:
         raise UserError(f"{out} is not empty and holds no demo; choose another folder with --out")
 
 
 def spread(labels: np.ndarray, count: int) -> np.ndarray:
-    """Indices of `count` images, the classes in turn."""
+    """Choose `count` images, taking the classes in turn. Returns their indices."""
     by_class = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     turns = [indices[(7 * turn) % len(indices)] for turn in range(count) for indices in by_class]
     return np.array(turns[:count])
@@ -347,7 +349,10 @@ def spread(labels: np.ndarray, count: int) -> np.ndarray:
 def frechet_distances(
     samples: Tensor, train_set, test_set, config: RunConfig, seconds: float, device: torch.device, console: Console
 ) -> list[tuple[str, str, float]]:
-    """Distances of samples, and of as many training images, to the held-out images; as many as the time allows."""
+    """Fréchet distances to held-out images: of samples, and of as many training images (the floor).
+
+    seconds: time budget, which limits the number of images. Returns rows (name, what, distance); [] if not available.
+    """
     try:
         start = time.monotonic()
         small = center_view(test_set, np.arange(min(8, len(test_set))), config.data).to(device)

@@ -1,7 +1,7 @@
-"""The processes that train together: how they meet, what they tell each other, and how all end when one does.
+"""The ranks of a run: how they connect, communicate, and all end when one of them fails.
 
-torchrun and deepspeed start one process a GPU and say in the environment who it is (RANK, WORLD_SIZE, LOCAL_RANK); for
-Slurm's srun `umd.machine.environment.slurm_ranks` does. Without them a process is alone, and nothing here communicates.
+torchrun and deepspeed start one process per GPU and set RANK, WORLD_SIZE and LOCAL_RANK in its environment. For Slurm's
+srun, `umd.machine.environment.slurm_ranks` sets them. Without them, a process is alone and nothing here communicates.
 """
 
 import atexit
@@ -26,35 +26,35 @@ from umd.errors import UserError
 from umd.machine.device import pick_device
 from umd.train.settings import ParallelConfig
 
-BEAT_SECONDS = 2.0  # between signs of life
-CONTROL_SECONDS = 7200.0  # that ranks wait for what one of them does alone; `Watch` tells sooner of one that is gone
-GONE_SECONDS = 20.0  # without one: longer than anything that keeps the interpreter lock, shorter than torchrun's kill
+BEAT_SECONDS = 2.0  # between heartbeats
+CONTROL_SECONDS = 7200.0  # longest wait for what one rank does alone; `Watch` notices a dead rank much sooner
+GONE_SECONDS = 20.0  # without a heartbeat: longer than anything holds the GIL, shorter than torchrun waits to kill
 
 
 class World:
-    """This process among those that train together: `rank` of `size`, computing on `device`."""
+    """This process among the ranks of a run: `rank` of `size`, computing on `device`."""
 
     def __init__(
         self, rank: int, size: int, device: torch.device, watch: "Watch | None" = None,
         control: dist.ProcessGroup | None = None,
     ):  # fmt: skip
-        """control: a group of host memory for what may take long on one rank; None: the one of the steps."""
+        """control: process group in host memory for what may take one rank long. None: the default group."""
         self.rank, self.size, self.device, self.watch, self.control = rank, size, device, watch, control
 
     @property
     def main(self) -> bool:
-        """The one that prints, logs, draws and writes."""
+        """Whether this is rank 0, which prints, logs, draws and writes."""
         return self.rank == 0
 
     def mean_(self, values: Tensor) -> Tensor:
-        """`values` averaged over the ranks, in place; on a GPU queued, not waited for."""
+        """Average `values` over the ranks, in place. On a GPU this is queued, not waited for."""
         if self.size > 1:
             dist.all_reduce(values)
             values /= self.size
         return values
 
     def gather(self, values: Tensor) -> Tensor:
-        """[n] of each rank as [size·n], rank after rank, on every rank."""
+        """Concatenate [n] of each rank to [size * n], in order of rank, on every rank."""
         if self.size == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.size)]
@@ -62,7 +62,7 @@ class World:
         return torch.cat(parts)
 
     def agree(self, value: Any) -> Any:
-        """What rank 0 passed, on every rank."""
+        """Broadcast rank 0's value. Returns it on every rank."""
         if self.size == 1:
             return value
         box = [value]
@@ -70,12 +70,12 @@ class World:
         return box[0]
 
     def barrier(self) -> None:
-        """Until all ranks are here; on the host, and for as long as it takes."""
+        """Wait on the host until all ranks have arrived, for up to CONTROL_SECONDS."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
     def collect(self, value: Any) -> list[Any]:
-        """What each rank passed, rank after rank, on rank 0; [] elsewhere."""
+        """Gather one value per rank. Returns the list in order of rank on rank 0, [] on the others."""
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.main else None
@@ -83,14 +83,14 @@ class World:
         return values or []
 
     def sum(self, values: Tensor) -> Tensor:
-        """A tensor of the host, added up over the ranks in place, on every rank."""
+        """Sum a CPU tensor over the ranks, in place, on every rank."""
         if self.size > 1:
             dist.all_reduce(values, group=self.control)
         return values
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The ranks run the body after rank 0 has: it fills the caches that they then read."""
+        """Run the body on rank 0 first, then on the others, which read the caches that rank 0 has filled."""
         if not self.main:
             self.agree(None)
         yield
@@ -99,10 +99,10 @@ class World:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """What torch raises when another rank ended or hangs becomes a UserError.
+        """Turn torch's exception into a UserError if another rank ended or hangs.
 
-        Gloo raises whenever an exchange fails or takes too long, NCCL only while its ranks connect: later its watchdog
-        thread aborts the process, and `Watch` tells before it does.
+        Gloo raises whenever an exchange fails or takes too long. NCCL raises only while its ranks connect. Later, its
+        watchdog thread aborts the process, and `Watch` prints the reason before that.
         """
         try:
             yield
@@ -121,7 +121,7 @@ def is_lost_connection(error: RuntimeError) -> bool:
 
 
 def launched() -> tuple[int, int, int]:
-    """(rank, size, local rank) that a launcher gave this process; (0, 1, 0) without one."""
+    """(rank, size, local rank) from the launcher's environment variables; (0, 1, 0) without a launcher."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if not all(name in os.environ for name in names):
         return 0, 1, 0
@@ -129,15 +129,17 @@ def launched() -> tuple[int, int, int]:
     return rank, size, local
 
 
-_world: World | None = None  # of this process, once several have met
+_world: World | None = None  # set once the ranks have connected; None in a single process
 _meeting = False
 
 
 def join(device: str, config: ParallelConfig, out: Path) -> World:
-    """Meet the other processes, once, and return this one's place among them.
+    """Connect to the other ranks, once per process. Returns this rank's World.
 
-    An exchange of NCCL that fails or takes longer than `config.timeout` leaves what each rank was doing in `out`/nccl.
-    Raises UserError if not all come within that time, or there are more processes on a host than GPUs.
+    If an NCCL exchange fails or takes longer than `config.timeout` seconds, each rank's last exchanges are written to
+    `out`/nccl.
+
+    Raises UserError if not all ranks connect within that time, or if a host has more processes than GPUs.
     """
     global _world, _meeting
     rank, size, local = launched()
@@ -173,7 +175,7 @@ def join(device: str, config: ParallelConfig, out: Path) -> World:
             f"ranks came ({str(error).splitlines()[0][:200]}): a host is down, or cannot reach that "
             "address. Try `ssh HOST true` for each host of a hostfile, and take dead ones out"
         ) from error
-    # A connection of its own: waiting for a key would keep the others' exchanges waiting too.
+    # A clone has its own connection: on a shared one, waiting for a key would block other exchanges.
     watch = Watch(dist.distributed_c10d._get_default_store().clone(), rank, size, trace)  # type: ignore[attr-defined]
     watch.start()
     _world = World(rank, size, where, watch)
@@ -183,8 +185,11 @@ def join(device: str, config: ParallelConfig, out: Path) -> World:
 
 
 def control_group(timeout: float) -> dist.ProcessGroup:
-    """A group in host memory, for what rank 0 does alone, such as listing a million files: NCCL's time-out would end
-    the run meanwhile. Its ranks connect within `timeout` seconds; then they wait for each other much longer."""
+    """A gloo process group for waiting on what rank 0 does alone, such as listing a million files.
+
+    On NCCL's group, its time-out would end the run meanwhile. The ranks must connect within `timeout` seconds. After
+    that, they wait for each other up to max(timeout, CONTROL_SECONDS).
+    """
     try:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     except RuntimeError as error:
@@ -198,16 +203,16 @@ def control_group(timeout: float) -> dist.ProcessGroup:
 
 
 def trace_exchanges(folder: Path, rank: int, timeout: float) -> Path:
-    """Have torch's flight recorder write the last exchanges of each rank when one fails or takes longer than `timeout`
-    seconds. Returns this rank's file, `folder`/rank_N.
+    """Have torch's flight recorder write each rank's last exchanges when one fails or takes longer than `timeout` s.
 
-    Torch takes its settings from the environment when the ranks meet; what is set there already stays. Files of an
-    earlier time-out keep, beside `folder`, the time they were written in their folder's name.
+    Returns this rank's file, `folder`/rank_N. Torch reads the settings from the environment when the ranks connect;
+    variables that are already set stay. Files of an earlier time-out are moved to a folder next to `folder`, named by
+    the time they were written.
     """
     settings = {
-        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",  # exchanges that are remembered
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",  # exchanges to remember
         ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
-        # Of a watchdog that hangs itself: torch's default, and never less than an exchange may take.
+        # Limit for a watchdog that itself hangs: torch's default, but never shorter than an exchange may take.
         ("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC",): str(max(480, math.ceil(timeout))),
     }
     for names, value in settings.items():
@@ -217,7 +222,7 @@ def trace_exchanges(folder: Path, rank: int, timeout: float) -> Path:
         if name in os.environ:
             return Path(f"{os.environ[name]}{rank}")
     folder = folder.absolute()
-    if rank == 0:  # hosts share the run's folder, and torch makes none
+    if rank == 0:  # once is enough, as hosts share the run's folder; torch does not create it
         if any(folder.glob("rank_*")):
             written = time.localtime(folder.stat().st_mtime)
             folder.rename(folder.with_name(f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S', written)}"))
@@ -227,7 +232,7 @@ def trace_exchanges(folder: Path, rank: int, timeout: float) -> Path:
 
 
 def leave() -> None:
-    """End in good order: the others are told that this silence is none of a dead process."""
+    """End normally: tell the other ranks that missing heartbeats do not mean a dead process."""
     if _world is None or _world.watch is None:
         return
     if getattr(sys, "last_value", None) is not None:  # a stack trace was printed
@@ -237,9 +242,10 @@ def leave() -> None:
 
 
 def end_all(message: str, code: int) -> bool:
-    """A process fails: once the ranks have met this ends all of them, and the first to come here prints.
+    """End the run because this process failed.
 
-    Before that it returns whether this process should print: what is wrong with the arguments, rank 0 tells alone.
+    Once the ranks have connected: end all of them; the first to call this prints the message. Before that: return
+    whether this process should print the message, so that only rank 0 reports wrong arguments.
     """
     if _world is not None and _world.watch is not None:
         _world.watch.fail(message, code)
@@ -247,11 +253,11 @@ def end_all(message: str, code: int) -> bool:
 
 
 class Watch(threading.Thread):
-    """Signs of life through the launcher's key-value store; a collective would wait for a dead rank without end.
+    """Heartbeats through the launcher's key-value store, as a collective would wait for a dead rank without end.
 
-    Every rank counts up a key of its own and looks at that of its right neighbour. Who finds it standing still, or
-    fails itself, leaves the word for all. When torch's flight recorder writes `trace`, this rank's file, an exchange of
-    NCCL failed or took too long: that is told in the minute before torch aborts the process.
+    Every rank increments its own key and watches the key of rank + 1. A rank that sees no heartbeat, or fails itself,
+    tells all ranks through the store. If torch's flight recorder writes `trace`, this rank's file, an NCCL exchange has
+    failed or timed out; this thread prints that in the minute before torch aborts the process.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, trace: Path | None = None):
@@ -275,7 +281,7 @@ class Watch(threading.Thread):
                 left = self.store.add(f"left/{self.neighbour}", 0)
                 if modified(self.trace) != self.trace_before:
                     self._tell_of_trace()
-            except RuntimeError:  # the store went down with its process; at a good end nobody needs it any more
+            except RuntimeError:  # the process that hosts the store has ended; at a normal end that is fine
                 if not self.leaving.is_set():
                     self._say("the process that the ranks met at is gone; every rank stops. " + GO_ON)
                     os._exit(1)
@@ -297,23 +303,23 @@ class Watch(threading.Thread):
         self.trace_before = modified(self.trace)
 
     def fail(self, message: str, code: int) -> None:
-        """End this process and have the others end; the first of them prints."""
+        """End this process and make the others end. The first rank to fail prints its message."""
         self.leaving.set()
         try:
             first = self.store.add("told", 1) == 1
             if first:
                 self._say(message)
             else:
-                time.sleep(1)  # a launcher that sees a process end kills the others, and one of them is speaking
+                time.sleep(1)  # the launcher kills all once one ends, and another rank is still printing
             self.store.add("ended", 1)
-            if self.rank == 0:  # the store may live here
+            if self.rank == 0:  # this process may host the store
                 time.sleep(1.5 * BEAT_SECONDS)
         except RuntimeError:
             self._say(message)
         os._exit(code)
 
     def leave(self) -> None:
-        """A good end. Rank 0, where the store may live, goes last."""
+        """End normally. Rank 0, which may host the store, ends last."""
         self.leaving.set()
         with contextlib.suppress(RuntimeError):
             self.store.add(f"left/{self.rank}", 1)
@@ -329,7 +335,7 @@ class Watch(threading.Thread):
 
 
 def modified(file: Path | None) -> int | None:
-    """When it was written last, in nanoseconds; None if it is not there."""
+    """Time of a file's last change, in nanoseconds. None if it does not exist."""
     try:
         return None if file is None else file.stat().st_mtime_ns
     except OSError:

@@ -1,4 +1,4 @@
-"""A loss that is not a number ends a run, before its weights are saved."""
+"""End a run whose loss is NaN or infinite, before its weights are saved."""
 
 import json
 import math
@@ -16,7 +16,7 @@ class Diverged(UserError):
 
 
 def check_finite(run: "Run", step: "Sent", values: list[float]) -> None:
-    """Stop the run if the loss of a finished step, or its gradient, is not a number; its weights are never saved."""
+    """Raise Diverged if a finished step's loss or gradient norm is NaN or infinite. Its weights are never saved."""
     *numbers, norm, _, _ = values
     if all(map(math.isfinite, values)):
         return

@@ -1,4 +1,4 @@
-"""`umd embed RUN SOURCE`: the representation of pictures, as .npz and Parquet."""
+"""`umd embed RUN SOURCE`: write the representation of pictures as .npz and Parquet."""
 
 import os
 import zipfile
@@ -26,12 +26,12 @@ from umd.train.weights import weights_identity
 
 
 def embed(run: Path, source: Path, options: Embed, config: RunConfig, console: Console) -> None:
-    """Read all pictures of a source, whatever its splits, and write both files; or do this rank's share of the work.
+    """Embed all pictures of a source, of all splits, and write both files. Ranks other than 0 only share the work.
 
-    Raises UserError for a source without pictures, a place that cannot be written, and without pyarrow.
+    Raises UserError if the source has no pictures, the output cannot be written, or pyarrow is missing.
     """
     try:
-        import pyarrow  # noqa: F401 (asked for before the work begins)
+        import pyarrow  # noqa: F401 (so that it is missed before the work begins)
     except ImportError:
         raise UserError("Parquet is written by pyarrow: pip install pyarrow") from None
     config = at_size(config, options.image_size)
@@ -41,7 +41,7 @@ def embed(run: Path, source: Path, options: Embed, config: RunConfig, console: C
     check_place(*files)
     if rank_and_size()[0] == 0 and (there := [str(file) for file in files if file.exists()]):
         console.print(f"{' and '.join(there)} will be replaced", highlight=False, markup=False, soft_wrap=True)
-    kept = run if os.access(run, os.W_OK) else out.parent  # a run that is only to be read
+    kept = run if os.access(run, os.W_OK) else out.parent  # for a read-only run
     config = replace(config, data=replace(config.data, source=str(source), holdout=0.0))
     found = [part for part in (open_dataset(config.data, "train"), open_dataset(config.data, "test")) if len(part)]
     weights = weights_identity(run, options.ema)
@@ -70,7 +70,7 @@ def all_of(dataset: Dataset) -> np.ndarray:
 
 
 def names_in(dataset: Dataset, splits: bool) -> list[str]:
-    """A name for each picture: its file's, or its number; of several splits the split in front of it."""
+    """A name for each picture: its file name, or its number. splits: put the name of the split before the number."""
     pictures: Sequence[Any] = getattr(dataset, "pictures", range(0))
     numbered = isinstance(pictures, np.ndarray | Rows | range)
     names = map(str, range(len(dataset)) if numbered else pictures)
@@ -80,7 +80,10 @@ def names_in(dataset: Dataset, splits: bool) -> list[str]:
 def write_npz(
     path: Path, parts: Iterator[np.ndarray], names: Sequence[str], labels: np.ndarray | None, classes: Sequence[str]
 ) -> None:
-    """features fp32 [N, D] a part [n, D] in memory at a time, names, labels int64 [N], classes; whole or not at all."""
+    """Write features fp32 [N, D], names, labels int64 [N] and classes to a .npz, atomically.
+
+    parts: the features in parts [n, D], one in memory at a time.
+    """
     first = next(parts)
     others = {"names": np.array(names)}
     if labels is not None:
@@ -99,7 +102,10 @@ def write_npz(
 def write_parquet(
     path: Path, parts: Iterator[np.ndarray], names: Sequence[str], labels: np.ndarray | None, classes: Sequence[str]
 ) -> int:
-    """A row a picture: name, features, and with labels label and class; whole or not at all. Returns D."""
+    """Write a Parquet file, atomically, with one row per picture: name, features, and if labelled label and class.
+
+    parts: the features in parts [n, D], one in memory at a time. Returns D.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -122,7 +128,7 @@ def write_parquet(
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """Where a file is written until it is whole."""
+    """Temporary path for writing `path`, renamed to it at the end of the block."""
     made = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield made

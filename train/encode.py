@@ -1,7 +1,7 @@
-"""`umd encode-latents` and `umd inspect`: pictures to a folder of latents, and what such a folder holds.
+"""`umd encode-latents` and `umd inspect`: encode pictures to a folder of latents, and show what such a folder holds.
 
-A shard is encoded by one process and depends on nothing but its number and the settings. So ranks need not talk
-(`umd.train.shards`), and whoever finds the last shard done writes the header.
+A shard depends only on its number and the settings. So ranks encode shards without communicating
+(`umd.train.shards`), and the rank that finds all shards done writes the header.
 """
 
 import hashlib
@@ -49,13 +49,13 @@ from umd.train.waiting import in_order
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 NO_PICTURE = "give another --out, or --decode 0 for none"
-BATCH = 32  # pictures held at a time, each in all its views
+BATCH = 32  # pictures in memory at a time, each in all its views
 
 
 def encode(options: EncodeLatents, console: Console) -> Path:
-    """Encode this rank's shards that are not there yet, and finish the folder if those were the last. Returns it.
+    """Encode this rank's missing shards. If they were the last ones, finish the folder. Returns the folder.
 
-    Raises UserError for a source, VAE or size that will not do, a folder of other latents, and a full disk.
+    Raises UserError if source, VAE or size are unsuitable, the folder holds other latents, or the disk is full.
     """
     if not options.data.vae:
         raise UserError("pictures are encoded by a VAE: name one with --data.vae, a hub id or a folder")
@@ -109,7 +109,7 @@ def say(console: Console, text: str) -> None:
 
 
 class Encoder:
-    """Makes the bytes of a split's shards."""
+    """Encodes the shards of one split."""
 
     def __init__(
         self, tokenizer: Tokenizer, dataset: ImageDataset, config: DataConfig, options: EncodeLatents,
@@ -139,7 +139,7 @@ class Encoder:
         return shard_bytes(self.recipe, self.split, torch.cat([empty, *parts]), labels, rows, kept, left_out)
 
     def load(self, index: int) -> tuple[int, np.ndarray | None]:
-        """A picture's views uint8 [V, H, W, C]; None if it cannot be read and may be left out."""
+        """Read a picture's views, uint8 [V, H, W, C]. None if it cannot be read and `skip_broken` is set."""
         try:
             picture = self.dataset.picture(index)
         except UserError:
@@ -149,13 +149,13 @@ class Encoder:
         if self.split == "test" or self.options.crop == "center":
             middle = centered(picture, self.config)
             return index, np.stack([middle, middle[:, ::-1]][: self.views])
-        seed = derive_seed(self.options.seed, 1)  # that of a run's loader
+        seed = derive_seed(self.options.seed, 1)  # the same as in the loader of a run
         return index, np.stack(
             [train_view(picture, view_rng(seed, view, index), self.config) for view in range(self.views)]
         )
 
     def moments(self, pictures: np.ndarray, names: list[str]) -> Tensor:
-        """uint8 [n, V, H, W, C] to moments [n, V, M, C, h, w] in the type of the store."""
+        """Encode uint8 [n, V, H, W, C] to moments [n, V, M, C, h, w] in the dtype of the store."""
         x = as_model_input(torch.from_numpy(pictures).flatten(0, 1).to(self.tokenizer.device))
         with autocast(x.device, pick_dtype(self.options.precision, x.device)):
             moments = self.tokenizer.moments(x)
@@ -177,7 +177,7 @@ def pictures(config: DataConfig, split: Literal["train", "test"]) -> ImageDatase
 
 
 def picture_names(dataset: ImageDataset, source: str) -> list[str]:
-    """Files relative to the source; of arrays the positions."""
+    """Name of each picture: its path relative to the source, or its position in an array."""
     if isinstance(dataset.pictures, np.ndarray | Rows):
         return list(map(str, range(len(dataset))))
     root = f"{Path(source).expanduser()}{os.sep}"
@@ -203,7 +203,7 @@ def source_identity(config: DataConfig, datasets: dict[str, ImageDataset], names
 
 
 def given_list(config: DataConfig) -> str:
-    """The path of a list of pictures to leave out, wherever a later command is run; "" for the source's own."""
+    """Absolute path of the given quarantine list, valid from any folder. "" for the source's own list."""
     return str(Path(config.quarantine).expanduser().resolve()) if config.quarantine else ""
 
 
@@ -211,7 +211,10 @@ def given_list(config: DataConfig) -> str:
 
 
 def inspect(folder: Path, options: Inspect, console: Console) -> None:
-    """Raises UserError if the folder is not whole, or the VAE is another."""
+    """Print a folder's contents, check its shards, and draw a few pictures.
+
+    Raises UserError if the folder is incomplete or damaged, or the VAE is not the one that encoded it.
+    """
     if is_pixels(folder):
         out = options.out or folder / "pictures.png"
         check_place(*([out] if options.decode else []), instead=NO_PICTURE)

@@ -1,10 +1,10 @@
-"""How far a network's predictions are off at each model time, on the same pictures, noise and masks for every network.
+"""Prediction errors of a network at several timesteps, with the same pictures, noise and masks for every network.
 
-    eps      mean (ε̂ - ε)² over all values, nothing hidden
-    x_start  mean (x̂0 - x0)², nothing hidden; of a network that predicts ε alone, from it
-    hidden   mean (x̂0 - x0)² over hidden patches: at t = 0 with the run's noise-free mask ratio, else with its other one
+    eps      mean (ε̂ - ε)² over all values, nothing masked
+    x_start  mean (x̂0 - x0)², nothing masked; if the network predicts only ε, x̂0 follows from ε̂
+    hidden   mean (x̂0 - x0)² over masked patches; mask ratio: mask_ratio_no_noise at t = 0, else mask_ratio
 
-Labels are not told (the null class).
+The network gets no labels (null class).
 """
 
 from collections.abc import Mapping
@@ -34,12 +34,12 @@ NAMES = {"eps": "ε̂", "x_start": "x̂0", "hidden": "x̂0 of hidden patches"}
 
 
 def error_times(T: int) -> list[int]:
-    """Model times of the curves: 0, 1, a twentieth of T and each tenth."""
+    """Timesteps of the curves: 0, 1, T/20 and all multiples of T/10."""
     return sorted({0, 1, max(1, T // 20), *(max(1, T * k // 10) for k in range(1, 11))})
 
 
 class Errors:
-    """Errors of a run on up to `count` held-out pictures (training ones where nothing is held out)."""
+    """Errors of a run on up to `count` held-out pictures, or training pictures if none are held out."""
 
     def __init__(self, config: RunConfig, count: int, ema: bool, out: Path | None = None):
         dataset = open_dataset(config.data, "test")
@@ -67,10 +67,13 @@ class Errors:
         return lambda x, ids: picture_errors(self.model, self.objective, x.to(self.device), ids, self.times, self.dtype)
 
     def entry(self) -> dict[str, Any]:
-        """{key, settings, times, pictures, curves: {name: {mean, se}}}; NaN where a curve has no value at a time."""
+        """{key, settings, times, pictures, curves: {name: {mean, se}}}. None where a curve has no value at a time.
+
+        A curve without any value is left out.
+        """
         curves = {}
         for name in NAMES:
-            values = self.features.read(name).double().numpy()  # [n, times], a file's missing value is -1
+            values = self.features.read(name).double().numpy()  # [n, times]; -1 in a file is a missing value
             mean = np.where((values < 0).any(0), np.nan, values.mean(0))
             if np.isfinite(mean).any():
                 se = values.std(0, ddof=min(1, len(values) - 1)) / len(values) ** 0.5
@@ -84,7 +87,7 @@ class Errors:
 
 
 def number(value: float) -> float | None:
-    """To six digits; None for NaN, which JSON has not."""
+    """Round to six digits. None for NaN, which JSON lacks."""
     return float(f"{value:.6g}") if np.isfinite(value) else None
 
 
@@ -92,9 +95,9 @@ def number(value: float) -> float | None:
 def picture_errors(
     model: UMD, objective: Objective, x: Tensor, ids: Tensor, times: list[int], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Errors of each of pictures [B, C, H, W]: by name [B, times]; -1 where there is none.
+    """Errors of each picture x [B, C, H, W], as {name: [B, times]}. -1: no value.
 
-    ids: int64 [B], which pictures they are: noise and masks are functions of them.
+    ids: int64 [B], indices of the pictures. Noise and masks are functions of them.
     """
     config, schedule = model.config, objective.schedule
     rows = ids.to(x.device) << 32
@@ -122,7 +125,7 @@ def picture_errors(
 def hidden_error(
     model: UMD, objective: Objective, x: Tensor, eps: Tensor, order: Tensor, t: Tensor, keep: int, dtype: torch.dtype
 ) -> Tensor:
-    """Each picture's mean (x̂0 - x0)² over the patches behind the first `keep` of its order: [B]."""
+    """Mean (x̂0 - x0)² of each picture over the masked patches, those after the first `keep` of its order: [B]."""
     B, L = order.shape
     noised = bool(t[0] > 0)
     ids_keep = ids_keep_from_noise(order, (keep,) * B)
@@ -138,8 +141,8 @@ def hidden_error(
 
 
 def draw_errors(entries: list[Mapping[str, Any]], path: Path) -> None:
-    """The curves of the record as a picture."""
-    from umd.report.figures import error_curves  # here: matplotlib takes a second of every start
+    """Draw the curves of the entries to a picture file."""
+    from umd.report.figures import error_curves  # late: importing matplotlib takes a second
 
     runs = [(f"step {e['settings']['weights']['step']}", e["times"], e["curves"]) for e in entries]
     error_curves(runs, NAMES, path)

@@ -1,4 +1,4 @@
-"""What commands on a finished run begin with: its network, schedule, VAE and denoiser; and what a call costs."""
+"""Load what commands on a finished run need: network, noise schedule, VAE, denoiser; and time a network call."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -39,9 +39,9 @@ def schedule_of(config: ScheduleConfig) -> NoiseSchedule:
 def open_run(
     config: RunConfig, ema: bool = True, step: int | None = None
 ) -> tuple[AnyModel, torch.device, torch.dtype]:
-    """The network of a run on this machine's device, and the autocast type.
+    """Load the network of a run. Returns network, device and autocast dtype.
 
-    step: its checkpoint's; None: the newest.
+    ema: use the EMA weights if the run has them. step: step of the checkpoint; None: the newest.
     """
     device, dtype = take_device(own_device(config.device), config.precision)
     path = config.out if step is None else checkpoint_path(config.checkpoints, step)
@@ -51,27 +51,27 @@ def open_run(
 def open_run_of(
     kind: type[M], config: RunConfig, ema: bool = True, step: int | None = None
 ) -> tuple[M, torch.device, torch.dtype]:
-    """`open_run` of a run whose network is known to be of this kind."""
+    """`open_run` for a network known to be of class `kind`, which is asserted."""
     model, device, dtype = open_run(config, ema, step)
     assert isinstance(model, kind)
     return model, device, dtype
 
 
 def open_tokenizer(config: RunConfig, vae: str, device: torch.device) -> Tokenizer | None:
-    """The VAE that turns a run's samples into pictures, found at `vae` if given; None for a run on pixels.
+    """Load the VAE that decodes a run's samples, from `vae` if given. None for a run on pixels.
 
-    Raises UserError if it is not to be had, or not of the run.
+    Raises UserError if the VAE is missing or not the run's.
     """
     if not vae or config.data.vae_hash:
         return tokenizer_of(replace(config.data, vae=vae or config.data.vae), device)
-    tokenizer = load_tokenizer(vae, device)  # imported weights do not say which VAE they were trained behind
+    tokenizer = load_tokenizer(vae, device)  # imported weights do not record their VAE
     if tokenizer.vae.channels != config.model.channels or config.model.channels in (1, 3):
         raise UserError(f"{config.out} is a run on pixels; leave out --vae")
     return tokenizer
 
 
 def denoiser(model: UMD, dtype: torch.dtype, times: Sequence[int] = (), labels: Tensor | None = None) -> Denoise:
-    """`model.denoise` under autocast, for the samplers. times, labels: all that it will be asked for, if known."""
+    """`model.denoise` under autocast, as the samplers call it. times, labels: all that will occur, if known."""
     conditions = make_conditions(model, times, labels) if times else None
 
     def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
@@ -83,19 +83,19 @@ def denoiser(model: UMD, dtype: torch.dtype, times: Sequence[int] = (), labels: 
 
 @contextmanager
 def sampling_progress(console: Console | None, what: str) -> Iterator[Callable[[int, int, Tensor, Tensor], None]]:
-    """A progress bar as the samplers' callback."""
+    """Show a progress bar; yields the callback for the samplers."""
     with Progress(console=console, transient=True, disable=console is None or not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda i, n, x_t, x_start: bar.update(task, completed=i + 1, total=n)
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of three calls."""
+    """Median time of three calls, in seconds."""
     return statistics.median(seconds_of(call, device) for _ in range(3))
 
 
 def seconds_a_call(model: UMD, batch: int, dtype: torch.dtype, labelled: bool) -> float:
-    """Measured seconds of one network call on `batch` images."""
+    """Measure one network call on `batch` images, in seconds."""
     device = next(model.parameters()).device
     x = torch.zeros(batch, model.config.channels, *model.config.image_size, device=device)
     t = torch.ones(batch, dtype=torch.int64, device=device)
@@ -109,7 +109,10 @@ def show_done(bar: Progress, task: TaskID, done: int) -> None:
 
 
 def frechet(samples: Tensor, reference: Tensor, console: Console | None = None) -> tuple[str, float]:
-    """(name, distance) of samples to images, both [N, C, H, W] in [-1, 1]; the name is FID only with InceptionV3."""
+    """Fréchet distance between samples and reference images, both [N, C, H, W] in [-1, 1].
+
+    Returns (name, distance). The name is FID only with InceptionV3.
+    """
     network, name = default_features()
     statistics: list[FeatureStatistics] = []
     for what, images in (("samples", samples), ("reference", reference)):

@@ -1,9 +1,9 @@
-"""`umd export`: a run for the tools that people already use.
+"""`umd export`: write a run in the format of another library.
 
 timm           the encoder at t = 0 as a ViT: timm.create_model("local-dir:FOLDER", pretrained=True)
-transformers   the same as ViTModel; an imported MAE whole, as ViTMAEForPreTraining
-diffusers      the generator as a pipeline, with this network as its component
-hub            this network, for `umd.hub.UMDModel.from_pretrained`
+transformers   the same as ViTModel; an imported MAE with its decoder, as ViTMAEForPreTraining
+diffusers      the generator as a pipeline, with UMD's network as its component
+hub            UMD's network, for `umd.hub.UMDModel.from_pretrained`
 small-vision   the UMD authors' names, .npz
 """
 
@@ -36,10 +36,10 @@ from umd.train.weights import load_model, weights_identity
 
 
 def export(options: Export, config: RunConfig, console: Console) -> None:
-    """Write the folder, with a model card.
+    """Write the export folder with a model card.
 
     Raises:
-        UserError: a network that has no counterpart there, or a folder that holds other things.
+        UserError: the library has no counterpart of the network, or the folder holds other things.
     """
     folder = options.out or options.run / options.kind
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -65,7 +65,7 @@ def export(options: Export, config: RunConfig, console: Console) -> None:
 
 
 def folded(model: UMD, tool: str) -> dict[str, Tensor]:
-    """The encoder at t = 0 as a plain ViT, by this project's names. Raises UserError where there is none."""
+    """Fold the encoder at t = 0 to a plain ViT. Returns weights under our names. Raises UserError if it cannot be."""
     if model.config.cond_tokens:
         raise UserError(
             f"this network without adaLN has a condition token that every block sees anew; {tool}'s ViT has none"
@@ -77,7 +77,7 @@ def write_timm(model: UMD, folder: Path, config: RunConfig) -> str:
     c = model.config
     H, W = c.image_size
     weights = give_encoder(folded(model, "timm"), c)
-    if c.num_cls > 1:  # timm calls the others registers
+    if c.num_cls > 1:  # timm calls further CLS tokens registers
         weights["cls_token"], weights["reg_token"] = weights["cls_token"][:, :1], weights["cls_token"][:, 1:]
     arguments: dict[str, Any] = dict(
         img_size=[H, W], patch_size=c.patch_size, in_chans=c.channels, embed_dim=c.hidden_size, depth=c.depth,
@@ -180,7 +180,7 @@ def write_diffusers(model: UMD, folder: Path, config: RunConfig) -> str:
 
 
 def copy_vae(config: RunConfig, folder: Path) -> list[str | None]:
-    """The run's VAE into the pipeline, and its entry of the index; [None, None] for a run on pixels."""
+    """Copy the run's VAE into the pipeline. Returns its entry for the index; [None, None] for a run on pixels."""
     from umd.train.latents import tokenizer_of
 
     tokenizer = tokenizer_of(config.data)
@@ -194,7 +194,7 @@ def write_hub(model: UMD, folder: Path, config: RunConfig) -> str:
     from umd.hub import UMDModel
 
     UMDModel.of(model).save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # ours says more
+    (folder / "README.md").unlink(missing_ok=True)  # our model card replaces it
     return 'model = umd.hub.UMDModel.from_pretrained("{folder}")'
 
 
@@ -211,7 +211,7 @@ WRITERS = {
 
 
 def give_encoder(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """An encoder by timm's names."""
+    """Rename an encoder's weights to timm's names."""
     links = vit_links(config)
     return {link.theirs: link.to_theirs(weights[name]).contiguous() for name, link in links.items() if name in weights}
 
@@ -225,19 +225,19 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def push(folder: Path, repo: str) -> None:
-    """Upload a folder. Raises UserError with what the hub says."""
+    """Upload a folder to the Hugging Face hub. Raises UserError with the hub's message."""
     try:
         from huggingface_hub import HfApi
 
         api = HfApi()
         api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder)
-    except Exception as error:  # no network, no login, no such user: each is an exception of its own there
+    except Exception as error:  # no network, no login, no such user: each raises its own kind
         raise UserError(f"{folder} is written, but could not be pushed to {repo}: {error}") from error
 
 
 def model_card(options: Export, model: UMD, config: RunConfig, usage: str) -> str:
-    """Markdown with the hub's header: recipe, data, scores, commit."""
+    """Write the model card in Markdown with the hub's header: usage, recipe, data, scores, commit."""
     weights = weights_identity(options.run, options.ema)
     folder = Path(umd.__file__).parent / "templates"
     environment = jinja2.Environment(
@@ -263,7 +263,7 @@ def length_of(config: RunConfig) -> str:
 
 
 def read_scores(run: Path) -> str:
-    """The run's table of `umd evaluate`, if it has one."""
+    """The run's table from `umd evaluate`, "" if there is none."""
     try:
         return (run / "scores.md").read_text().strip()
     except OSError:
@@ -271,7 +271,7 @@ def read_scores(run: Path) -> str:
 
 
 def commit() -> str:
-    """Of the checkout that this code lies in, if it is one."""
+    """Git commit of this code, "" if it is not a checkout."""
     try:
         found = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(umd.__file__).parent, capture_output=True, text=True, timeout=10

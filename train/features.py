@@ -1,7 +1,7 @@
-"""Features of pictures, made by any number of ranks and kept on disk under the name of all that they depend on.
+"""Features of pictures, computed by any number of ranks and kept on disk, keyed by everything that they depend on.
 
-Pictures are read a batch at a time while the batch before is with the network, which always sees `CALL` of them: the
-rounding of a product depends on its size, and so a feature would on its company.
+A batch of pictures is read while the network works on the batch before. The network always sees `CALL` pictures at a
+time: the rounding of a matrix product depends on its size, so a feature would depend on the batch size.
 """
 
 import json
@@ -32,18 +32,18 @@ from umd.train.settings import DataConfig
 from umd.train.shards import Advance, Job
 from umd.train.sources import Rows
 
-CALL = 64  # pictures of every call of a network
+CALL = 64  # pictures per network call
 
 Dataset = ImageDataset | LatentDataset
-Pictures = Callable[[np.ndarray], Tensor]  # of indices int64 [n]: float32 [n, C, H, W]
-Extract = Callable[[Tensor, Tensor], Mapping[str, Tensor]]  # of pictures [CALL, C, H, W] and their indices [CALL]
+Pictures = Callable[[np.ndarray], Tensor]  # indices int64 [n] -> float32 [n, C, H, W]
+Extract = Callable[[Tensor, Tensor], Mapping[str, Tensor]]  # pictures [CALL, C, H, W], indices [CALL] -> features
 
 
 @dataclass(frozen=True)
 class Features:
     """Features of the pictures `ids` (int64 [n]), in files of `folder`.
 
-    recipe: all that they depend on but the pictures' choice; the folder is named by both.
+    recipe: everything that they depend on, except the choice of pictures. Both name the folder.
     """
 
     root: Path
@@ -65,7 +65,7 @@ class Features:
         return [self.folder / f"{first:08d}.safetensors" for first, _ in spans(len(self.ids), self.per_file)]
 
     def jobs(self, pictures: Pictures, extract: Extract) -> list[Job]:
-        """What is to be done for the files."""
+        """The jobs that compute the files."""
         self.write_recipe()
         return [
             Job(file, last - first, partial(extracted, self.ids[first:last], pictures, extract))
@@ -73,14 +73,14 @@ class Features:
         ]
 
     def write_recipe(self) -> None:
-        """Say in the folder what lies there."""
+        """Write the recipe into the folder, for people who look there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "recipe.json").exists():
             write_whole(self.folder / "recipe.json", json.dumps(self.settings, indent=1).encode())
 
     def read(self, name: str) -> Tensor:
-        """All features of one name: float32 [n, ...]. Raises UserError for a file that is not whole."""
-        whole: Tensor | None = None  # made once, and filled part by part
+        """Read all features of one name: float32 [n, ...]. Raises UserError for an incomplete file."""
+        whole: Tensor | None = None  # allocated once, filled part by part
         for first, part in self.parts(name):
             whole = torch.empty(len(self.ids), *part.shape[1:]) if whole is None else whole
             whole[first : first + len(part)] = part
@@ -88,7 +88,7 @@ class Features:
         return whole
 
     def parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Features of one name a file at a time, with the place of the first. Raises UserError as `read`."""
+        """Yield (position of the first, features) of one name, file by file. Raises UserError as `read` does."""
         for file, (first, last) in zip(self.files, spans(len(self.ids), self.per_file), strict=True):
             try:
                 with safe_open(file, "pt") as opened:
@@ -105,7 +105,7 @@ class Features:
 
 
 def extracted(ids: np.ndarray, pictures: Pictures, extract: Extract, advance: Advance) -> bytes:
-    """The features of some pictures as a safetensors file."""
+    """Compute the features of pictures `ids`. Returns the bytes of a safetensors file."""
     found: dict[str, list[Tensor]] = {}
     done = 0
     for here, x in read_ahead(ids, pictures):
@@ -125,9 +125,9 @@ def extracted(ids: np.ndarray, pictures: Pictures, extract: Extract, advance: Ad
 
 
 def read_ahead(ids: np.ndarray, pictures: Pictures) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Batches of up to `CALL` indices with their pictures; the next is read meanwhile."""
+    """Yield batches of up to `CALL` (indices, pictures). The next batch is read in the background."""
     batches = [ids[first:last] for first, last in spans(len(ids), CALL)]
-    gpu = torch.cuda.current_device() if torch.cuda.is_available() else None  # a thread begins with the first
+    gpu = torch.cuda.current_device() if torch.cuda.is_available() else None  # a new thread would use GPU 0
     begin = (lambda: None) if gpu is None else partial(torch.cuda.set_device, gpu)
     with ThreadPoolExecutor(1, initializer=begin) as reader:
         coming = reader.submit(pictures, batches[0])
@@ -139,10 +139,14 @@ def read_ahead(ids: np.ndarray, pictures: Pictures) -> Iterator[tuple[np.ndarray
 
 
 def identity_of(dataset: Dataset, ids: np.ndarray) -> dict[str, Any]:
-    """Which pictures features are of: how many the split has, and a digest of those with indices `ids`.
+    """Identify the pictures of features: size of the split, and a digest of the pictures with indices `ids`.
 
-    Of files it is of their names, sizes and times of change, of arrays of all bytes, of latents of their checksums, of
-    stored pictures of the recipe.
+    The digest is over:
+
+    - files: names, sizes and times of change,
+    - arrays: all bytes,
+    - latents: the recipe, and all shards of the split with their checksums,
+    - stored pictures: the recipe, and the split's entry in the header.
     """
     digest = sha256()
     if isinstance(dataset, LatentDataset):
@@ -155,14 +159,14 @@ def identity_of(dataset: Dataset, ids: np.ndarray) -> dict[str, Any]:
             digest.update(np.ascontiguousarray(dataset.pictures[ids[first:last]]).data)
     else:
         pictures = dataset.pictures
-        with ThreadPoolExecutor(16) as pool:  # waiting for the disk, mostly
+        with ThreadPoolExecutor(16) as pool:  # threads mostly wait for the disk
             for stamp in pool.map(lambda i: stamp_of(pictures[i]), ids.tolist()):
                 digest.update(stamp.encode("utf-8", "surrogateescape"))
     return {"images": len(dataset), "split": dataset.split, "sha256": digest.hexdigest()}
 
 
 def stamp_of(picture: Any) -> str:
-    """Name, size and time of change of a file, of a folder of frames those of all, of a tar's member its place too."""
+    """Name, size and time of change of a file. Of a folder: of all its frames. Of a tar member: also its position."""
     if not isinstance(picture, str | Path):  # a member of a tar
         return f"{picture} {os.stat(picture.tar).st_mtime_ns} {picture.offset} {picture.size};"
     path = Path(picture)
@@ -171,15 +175,15 @@ def stamp_of(picture: Any) -> str:
 
 
 def pictures_of(dataset: Dataset, config: DataConfig, zoom: float = 1.0) -> Pictures:
-    """Reads pictures as they are tested, in as many threads as this rank has cores. zoom: see `center_view`."""
+    """A function that reads pictures as `center_view` does, in one thread per core of this rank."""
     return lambda ids: center_view(dataset, ids, replace(config, num_workers=own_cores()), zoom)
 
 
 def spans(total: int, size: int) -> list[tuple[int, int]]:
-    """0..total cut into (first, last) of `size`."""
+    """Cut 0..total into ranges (first, last) of `size`; last is exclusive."""
     return list(pairwise([*range(0, total, size), total]))
 
 
 def name_of(settings: Mapping[str, Any]) -> str:
-    """A short name of settings: the same for the same ones."""
+    """A short digest of settings; equal settings have equal names."""
     return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""What `umd finetune` can do with a pre-trained run, and the recipe of each task."""
+"""`umd finetune`: its options, and the recipe of each task."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,18 +15,21 @@ Task = Literal["generate", "classify", "linear"]
 
 @dataclass(frozen=True)
 class Finetune:
-    """Go on with a pre-trained run, with labels."""
+    """Fine-tune a pre-trained run on labelled pictures."""
 
     task: Task = "generate"
-    """generate: class-conditional samples; classify: a classifier of all weights, by MAE's recipe; linear: a linear
-    layer on frozen features (linear probing). It decides the defaults of the other options."""
+    """generate: train a class-conditional generator. classify: train all weights as a classifier, by MAE's recipe.
+    linear: train a linear layer on frozen features (linear probe). The task sets the defaults of all other options."""
     from_scratch: bool = False
-    """The same classifier and budget with weights of its own, to compare with."""
+    """For --task classify: start from new weights, as a baseline with the same network and budget."""
     run: Annotated[RunConfig, arg(name="")] = field(default_factory=RunConfig)
 
 
 def default_finetune(pretrained: RunConfig, init: Path, arguments: list[str]) -> Finetune:
-    """The recipe of the task that the arguments name. Raises UserError for a run that the task cannot start from."""
+    """Build the recipe of the task named by `--task` in the arguments, as defaults for the other options.
+
+    Raises UserError for a run that the task cannot start from.
+    """
     task, from_scratch = task_of(arguments), "--from-scratch" in arguments
     if pretrained.is_classifier:
         raise UserError(f"{init} is a classifier already; fine-tune the run that it started from")
@@ -54,9 +57,10 @@ def task_of(arguments: list[str]) -> Task:
 
 
 def finetune(init: Path, options: Finetune, named: bool, console: Console) -> None:
-    """Train it. named: the pictures were named on the command line, so that others than the run's are wanted.
+    """Fine-tune the run `init` as the options say.
 
-    Raises UserError for pictures without labels, and for others than those that the run was trained on.
+    named: --data.source was on the command line, so pictures other than the run's are intended.
+    Raises UserError for pictures without labels, and, unless named, for pictures the run was not trained on.
     """
     from umd.train.classify import check_classes  # here: help and a mistyped option do not wait for torch
     from umd.train.data import open_dataset

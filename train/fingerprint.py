@@ -1,6 +1,6 @@
-"""What a run was trained on, known again: by its classes, and by names and pictures, wherever they lie.
+"""Recognise the data that a run was trained on, by classes, names and contents of pictures, in whatever folder.
 
-The fingerprint is part of each checkpoint's state, under `source`.
+The fingerprint of the data is part of each checkpoint's state, under `source`.
 """
 
 import hashlib
@@ -26,22 +26,23 @@ from umd.train.sources import Rows
 from umd.train.tars import TarMember
 from umd.train.weights import saved_weights
 
-SAMPLE = 256  # pictures that are looked at one by one: those whose names have the smallest sums
-HEAD = 4096  # bytes that are read of each
-READERS = 16  # threads that wait for the disk
-NAMED = 3  # classes that a message names
+SAMPLE = 256  # pictures compared one by one: those whose names have the smallest CRC-32
+HEAD = 4096  # bytes read from each of them
+READERS = 16  # threads, which wait for the disk
+NAMED = 3  # most classes that a message names
 
 Dataset = ImageDataset | LatentDataset
 
 
 def fingerprint(dataset: Dataset) -> dict[str, Any]:
-    """What is known again, as JSON holds it:
+    """Compute the fingerprint of a dataset, as a dict of JSON values:
 
-    images: how many pictures. classes: names in order, [] without labels.
-    labels, names: digests of the labels and of all names, in order.
-    sample: by name of up to `SAMPLE` pictures a CRC-32: of a file's size and first bytes, or of a stored row.
-    sha256: of classes, labels and the bytes of 8 pictures (all that earlier versions kept, beside the number).
-    shards: of latents, a digest of the sizes of their shards, which the order in blocks depends on.
+    - images: number of pictures.
+    - classes: class names in order, [] without labels.
+    - labels, names: digests of all labels and all names, in order.
+    - sample: name -> CRC-32 for up to `SAMPLE` pictures, over a file's size and first bytes, or over a stored row.
+    - sha256: digest of classes, labels and the bytes of 8 pictures. (Earlier versions kept only this and images.)
+    - shards: latents only; digest of the shard sizes, on which --data.shuffle blocks depends.
     """
     names, sums, head = contents(dataset)
     rows = np.sort(np.argsort(sums, kind="stable")[:SAMPLE]).tolist()
@@ -66,7 +67,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
 
 
 def agreed_fingerprint(dataset: Dataset, world: World) -> dict[str, Any]:
-    """Rank 0's fingerprint, on every rank. Raises UserError on a rank that sees others, e.g. on a disk of its host."""
+    """Rank 0's fingerprint, on every rank. Raises UserError on a rank that sees other data, e.g. on a local disk."""
     found = world.agree(fingerprint(dataset) if world.main else None)
     here = len(dataset), list(dataset.class_names)
     if here != (found["images"], found["classes"]):
@@ -78,8 +79,12 @@ def agreed_fingerprint(dataset: Dataset, world: World) -> dict[str, Any]:
 
 
 def contents(dataset: Dataset) -> tuple[Callable[[int], str], np.ndarray, Callable[[int], int]]:
-    """Of each picture its name, relative to the source; the CRC-32 of that, uint32 [N]; and a CRC-32 that tells it from
-    another picture of this name."""
+    """What identifies the N pictures of a dataset. Returns three items:
+
+    - a function: index -> name, relative to the source,
+    - the CRC-32 of all names, uint32 [N],
+    - a function: index -> CRC-32 of the contents, to detect another picture under the same name.
+    """
     if isinstance(dataset, LatentDataset):
         names = list(chain.from_iterable(shard.about["names"] for shard in dataset.shards))
         return names.__getitem__, sums_of(names), lambda row: int(dataset.crc32[0, row])
@@ -97,12 +102,12 @@ def contents(dataset: Dataset) -> tuple[Callable[[int], str], np.ndarray, Callab
 
 
 def sums_of(names: Iterable[str]) -> np.ndarray:
-    """CRC-32 of each: uint32 [N]."""
+    """CRC-32 of each name: uint32 [N]."""
     return np.fromiter((zlib.crc32(name.encode("utf-8", "surrogateescape")) for name in names), np.uint32)
 
 
 def head_of(picture: str | TarMember) -> int:
-    """Of the size and first bytes of a file; of a folder of frames, of their names; -1 where it cannot be read."""
+    """CRC-32 of a file's size and first `HEAD` bytes, or of the names in a folder of frames. -1 if unreadable."""
     try:
         if isinstance(picture, TarMember):
             return zlib.crc32(picture.read()[:HEAD], picture.size & 0xFFFFFFFF)
@@ -115,7 +120,7 @@ def head_of(picture: str | TarMember) -> int:
 
 
 def stored(dataset: Dataset, index: int) -> bytes:
-    """A picture's bytes as they lie; of a folder of frames, the names; nothing of a file that went away."""
+    """A picture's bytes as stored. For a folder of frames: their names. b"" for a file that is gone."""
     if isinstance(dataset, LatentDataset):
         return dataset.bits(index).tobytes()
     picture = dataset.pictures[index]
@@ -135,11 +140,11 @@ def stored(dataset: Dataset, index: int) -> bytes:
 
 class Difference(NamedTuple):
     said: str  # what differs, in words
-    others: bool  # whether classes or pictures are others; False: some came or went
+    others: bool  # True: other classes or pictures. False: some pictures were added or removed
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> Difference | None:
-    """What differs between two fingerprints; None if nothing does. One of an earlier version tells less."""
+    """Compare two fingerprints. None if they agree in the entries that both have; earlier versions have fewer."""
     if all(before[name] == now[name] for name in before.keys() & now.keys() if name != "shards"):
         return None
     more = now["images"] - before["images"]
@@ -149,7 +154,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> Difference 
     if renamed := classes_differ(before["classes"], now["classes"]):
         return Difference("; ".join(filter(None, [renamed, count])), True)
     gone, new, changed, stayed = compared(before["sample"], now["sample"])
-    both = stayed + len(changed) + min(len(gone), len(new))  # would be in both, if some only came, or only went
+    both = stayed + len(changed) + min(len(gone), len(new))  # common part, if all were only added or removed
     said = [count] if count else []
     said += [f"{names[0]} is {what}" for what, names in (("gone", gone), ("new", new)) if names]
     said += [f"{len(changed)} of {both} looked at are others, e.g. {changed[0]}"] if changed else []
@@ -159,7 +164,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> Difference 
 
 
 def classes_differ(before: list[str], now: list[str]) -> str:
-    """ "class 'cat' became 'kitty'": how the classes are others; "" if they are the same."""
+    """Say how class names differ, e.g. "class 'cat' became 'kitty'". "" if they are equal."""
     if before == now:
         return ""
     if not before or not now:
@@ -177,9 +182,10 @@ def classes_differ(before: list[str], now: list[str]) -> str:
 
 
 def compared(before: Mapping[str, int], now: Mapping[str, int]) -> tuple[list[str], list[str], list[str], int]:
-    """Of the pictures that both samples would hold: names that are gone, new, of another picture; and how many stayed.
+    """Compare two samples in the range of CRC-32 values that both cover.
 
-    A whole sample holds all names whose sums are below its largest.
+    A full sample (`SAMPLE` pictures) covers all names with a CRC-32 up to its largest.
+    Returns names that are gone, names that are new, names whose picture changed, and the number of unchanged ones.
     """
     sums = [dict(zip(sample, sums_of(sample).tolist(), strict=True)) for sample in (before, now)]
     limit = min((max(found.values()) for found in sums if len(found) >= SAMPLE), default=1 << 32)
@@ -198,7 +204,7 @@ def in_words(images: int, classes: list[str]) -> str:
 
 
 def trained_on(run: Path) -> tuple[str, dict[str, Any]] | None:
-    """The source of a run, and its fingerprint; None of imported weights."""
+    """The source of a run and its fingerprint. None for imported weights."""
     state = saved_weights(run)[0].state
     if not state.get("source"):
         return None
@@ -206,7 +212,7 @@ def trained_on(run: Path) -> tuple[str, dict[str, Any]] | None:
 
 
 def with_source(config: RunConfig, source: str) -> RunConfig:
-    """The run with other pictures, where some are named."""
+    """The run with another source, if `source` is not ""."""
     if not source:
         return config
     return absolute(replace(config, data=replace(config.data, source=source, quarantine="")))
@@ -216,11 +222,16 @@ def check_trained_on(
     run: Path, config: RunConfig, mend: str, say: Callable[[str], object], wanted: bool = False,
     dataset: Dataset | None = None,
 ) -> None:  # fmt: skip
-    """Compare the pictures that a command reads with those that a run was trained on, before it works on them.
+    """Compare the pictures that a command will read with those that a run was trained on. Report any difference.
 
-    mend: what to do where others are wanted. wanted: they are; so they are where config.yaml names another source.
-    dataset: the training split of `config`, where it is open already.
-    Says what differs; raises UserError where the classes or the pictures are others, and nobody asked for them.
+    Args:
+        mend: for the error message: what to do if other pictures are intended.
+        say: prints a difference that is no error.
+        wanted: other pictures are intended. A source in `config` other than the run's also means that.
+        dataset: the training split of `config`, if it is already open.
+
+    Raises:
+        UserError: the source's classes or pictures have changed, and other pictures are not intended.
     """
     if (known := trained_on(run)) is None:
         return

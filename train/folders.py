@@ -1,4 +1,4 @@
-"""Folders of image files: a subfolder a class, or images directly inside; `train/` and `test/` or `val/` are splits."""
+"""Folders of image files: one subfolder per class, or images directly inside. Splits: `train/`, `test/`, `val/`."""
 
 import logging
 import os
@@ -20,13 +20,13 @@ from umd.train.waiting import in_order
 
 log = logging.getLogger("umd")
 
-# Above this many files the headers are left to the first read: a million of them would hold up every start.
+# With more files than this, headers are not checked at the start: a million would delay every start.
 HEADER_CHECK_LIMIT = 20_000
-LISTERS = 16  # threads that wait for the disk
+LISTERS = 16  # threads, which wait for the disk
 
 
 def open_folder(root: Path, split: str, holdout: float, skip_broken: bool, quarantine: Quarantine) -> ImageDataset:
-    """The images of one split. Raises UserError if the folder has none, or is laid out in no known way."""
+    """Open the images of one split. Raises UserError if the folder has none, or has an unknown layout."""
     subfolders, beside = listing(root)
     tests = [name for name in ("test", "val") if name in subfolders]
     if ("train" in subfolders) != bool(tests):
@@ -80,19 +80,19 @@ def open_folder(root: Path, split: str, holdout: float, skip_broken: bool, quara
 
 
 class Found(NamedTuple):
-    """Image files of a folder."""
+    """The image files of a folder."""
 
-    files: Names  # relative to it: those in its class folders, then those directly inside
-    labels: np.ndarray  # int64 [N]; -1 directly inside
+    files: Names  # paths relative to the folder: those in class folders, then those directly inside
+    labels: np.ndarray  # int64 [N]; -1 for files directly inside
     class_names: list[str]
-    notes: list[str]  # what is told of the rest
+    notes: list[str]  # messages about what is not read
 
     def take(self, rows: np.ndarray) -> "Found":
         return Found(self.files.take(rows), self.labels[rows], self.class_names, self.notes)
 
 
 def scan(root: Path) -> Found:
-    """The image files of a folder, listed or as they were listed before. Classes may be empty."""
+    """List the image files of a folder, or take the list kept from before. Classes may be empty."""
     arrays = kept("folder, notes", root, lambda: walk(root))
     class_names = list(Names(arrays["classes"], arrays["class_ends"]))
     labels = np.repeat(np.arange(-1, len(class_names)), arrays["counts"])
@@ -101,8 +101,10 @@ def scan(root: Path) -> Found:
 
 
 def walk(root: Path) -> tuple[Arrays, list[Path], int]:
-    """Names of the image files and of the class folders; how many files lie directly inside, and in each class; what is
-    told of the rest; and all folders that were listed."""
+    """List a folder. Returns arrays, all folders that were listed, and the number of image files.
+
+    The arrays hold: names of image files and class folders, number of files directly inside and in each class, notes.
+    """
     here, outside = entries(root), above(root)
     subfolders, loose = sorted(here.folders + here.links), sorted(here.files)
     with ThreadPoolExecutor(LISTERS) as pool:
@@ -124,9 +126,9 @@ def walk(root: Path) -> tuple[Arrays, list[Path], int]:
 
 
 def without(found: Found, root: Path, left_out: Collection[str]) -> Found:
-    """Without what is in quarantine: files, and class folders (which end in /). Their classes have other numbers then.
+    """Remove quarantined files and class folders (paths that end in /). Removing a class renumbers the others.
 
-    Raises UserError if nothing is left of all, or of a class, or if images lie beside class folders.
+    Raises UserError if no image is left, a class has no image left, or images lie next to class folders.
     """
     files, labels, class_names, notes = found
     if left_out:
@@ -156,8 +158,10 @@ def without(found: Found, root: Path, left_out: Collection[str]) -> Found:
 
 
 def level_note(root: Path, found: Found, splits: bool) -> str:
-    """What to give in the place of a folder whose class folders hold no pictures themselves, but the folders that look
-    like the classes; "" if they hold some. splits: whether it is a split of the source."""
+    """Message if the class folders hold only folders of pictures, as when the source is one level too high.
+
+    It names the folder to give instead. "" if the class folders hold pictures. splits: root is a split of the source.
+    """
     files, class_names = found.files, found.class_names
     if not class_names or not len(files) or any(name.count("/") < 2 for name in files):
         return ""
@@ -180,7 +184,7 @@ def level_note(root: Path, found: Found, splits: bool) -> str:
 
 
 def check_headers(paths: Names, skip_broken: bool) -> np.ndarray:
-    """Rows of the files whose header Pillow can read. Raises UserError at a bad one unless `skip_broken`."""
+    """Indices of the files whose header Pillow can read. Raises UserError at a bad one unless `skip_broken`."""
     if len(paths) > HEADER_CHECK_LIMIT:
         return np.arange(len(paths))
     with ThreadPoolExecutor(LISTERS) as pool:
@@ -194,7 +198,7 @@ def check_headers(paths: Names, skip_broken: bool) -> np.ndarray:
 
 
 def header_error(path: str) -> str | None:
-    """What is wrong with the header of an image file, or None. Reads no pixels."""
+    """Say what is wrong with the header of an image file, None if nothing. Reads no pixels."""
     try:
         with Image.open(path):
             return None

@@ -1,4 +1,4 @@
-"""The weights of a run's two heads: measured on held-out pictures, kept with the run under the name of its weights."""
+"""How to weigh a run's two heads (x̂0 and ε̂): measured on held-out pictures, kept in the run for each checkpoint."""
 
 import json
 from dataclasses import dataclass
@@ -29,33 +29,33 @@ if TYPE_CHECKING:
     from umd.train.loop import Run
 
 PICTURES = 128
-CALL = 32  # pictures at a time
+CALL = 32  # pictures per network call
 
 
 @dataclass(frozen=True)
 class Heads:
-    """x̂0's weight at some model times."""
+    """The weight of the x̂0 head at some timesteps."""
 
     times: list[int]
     weights: list[float]
 
     @staticmethod
     def of(products: Tensor, schedule: NoiseSchedule) -> "Heads":
-        """From `head_products`; to three digits, which are the same on every rank."""
+        """Compute the weights from `head_products`, rounded to three digits so that all ranks agree."""
         return Heads(head_times(schedule.num_steps), [round(weight, 3) for weight in head_weights(products)])
 
     def at_all_times(self, schedule: NoiseSchedule) -> Tensor:
-        """Float64 [T + 1]."""
+        """The weights interpolated to all timesteps: float64 [T + 1]."""
         return between(self.times, self.weights, schedule.num_steps)
 
 
 def heads_file(run: Path, weights: dict[str, Any]) -> Path:
-    """Where the heads of some weights (see `weights_identity`) are kept."""
+    """The file that keeps the heads of a checkpoint's weights (see `weights_identity`)."""
     return run / f"heads-{weights['sha256'][:12]}.json"
 
 
 def read_heads(file: Path) -> Heads | None:
-    """What was measured, or None. Raises UserError for a damaged file."""
+    """Read measured heads, None if there are none. Raises UserError if the file is damaged."""
     try:
         values = json.loads(file.read_text())
         return Heads(list(map(int, values["times"])), list(map(float, values["x_start"])))
@@ -73,8 +73,10 @@ def write_heads(file: Path, weights: dict[str, Any], heads: Heads, about: dict[s
 def measured(
     network: UMD, config: RunConfig, schedule: NoiseSchedule, dtype: torch.dtype, rank: int = 0, size: int = 1
 ) -> tuple[Tensor, dict[str, Any]]:
-    """One rank's share of `head_products` on up to 128 pictures (held-out ones, where there are any), and what they are
-    of. Raises UserError for pictures that cannot be read."""
+    """Measure one rank's share of `head_products` on up to 128 pictures, held-out ones if there are any.
+
+    Returns the products, float64 [times, 3], and {pictures, split}. Raises UserError if a picture cannot be read.
+    """
     dataset = open_dataset(config.data, "test")
     if len(dataset) == 0:
         dataset = open_dataset(config.data, "train")
@@ -94,9 +96,9 @@ def measured(
 
 
 def heads_of(config: RunConfig, weights: dict[str, Any], network: UMD, dtype: torch.dtype, console: Console) -> Heads:
-    """The heads of a finished run, measured now if they were not, or of other weights.
+    """The heads of a finished run's weights; measured now if they were not before.
 
-    Raises UserError where they cannot be: no pictures, or a network of one head.
+    Raises UserError if that is impossible: no pictures, or a network with one head.
     """
     check_two_heads(network)
     file = heads_file(config.out, weights)
@@ -107,9 +109,9 @@ def heads_of(config: RunConfig, weights: dict[str, Any], network: UMD, dtype: to
     products, about = measured(network, config, schedule, dtype)
     heads = Heads.of(products, schedule)
     try:
-        write_heads(file, weights, heads, about)  # another rank writes the same
+        write_heads(file, weights, heads, about)  # every rank writes the same
         where = f"kept in {file}"
-    except OSError as error:  # a run that is only to be read
+    except OSError as error:  # a read-only run
         where = f"not kept ({error.strerror or error})"
     console.print(
         f"the heads of these weights were not measured yet: done on {about['pictures']} pictures, {where}",
@@ -119,18 +121,18 @@ def heads_of(config: RunConfig, weights: dict[str, Any], network: UMD, dtype: to
 
 
 def check_two_heads(network: UMD) -> None:
-    """Raise UserError for a network that does not predict x̂0 and ε̂ apart."""
+    """Raise UserError if the network does not have separate heads for x̂0 and ε̂."""
     if network.config.outputs != "x_start_eps":
         raise UserError(f"this network predicts {network.config.outputs} alone; leave out --predict both")
 
 
 def keep_heads(run: "Run", log: RunLog | NoLog) -> None:
-    """Measure the heads of a run that ends, and keep them beside its checkpoint. All ranks call this together."""
+    """Measure the heads at the end of a run and keep them in its folder. All ranks call this together."""
     config, world, objective = run.config, run.world, run.objective
     if not isinstance(objective, Objective) or objective.config.no_noise_prob == 1:
         return  # a classifier or DiffMAE, or a network that never saw noise
     if objective.model.outputs != "x_start_eps":
-        return  # one head
+        return  # a network with one head
     reason, products = "", None
     about: dict[str, Any] = {}
     with run.parallel.averaged(run.ema) as network:
@@ -149,7 +151,7 @@ def keep_heads(run: "Run", log: RunLog | NoLog) -> None:
     try:
         heads = Heads.of(products, objective.schedule)
     except UserError:
-        return  # of one head
+        return  # a network with one head
     weights = weights_identity(config.out)
     file = heads_file(config.out, weights)
     write_heads(file, weights, heads, about)

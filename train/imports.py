@@ -1,4 +1,4 @@
-"""`umd import`: published weights as a run of ours, which sample, probe, evaluate and fine-tune like any other."""
+"""`umd import`: make a run of published weights, so that sample, probe, evaluate and finetune work on it."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +28,8 @@ def import_run(options: Import, console: Console) -> None:
     """Write the run folder.
 
     Raises:
-        UserError: the folder holds a run; or as `load_published` and `load_small_vision`.
+        UserError: the folder already holds a run, or the weights are not as `load_published` or `load_small_vision`
+            expect.
     """
     out = options.out
     if (out / "config.yaml").exists() or (out / "checkpoints").exists():
@@ -55,7 +56,7 @@ def import_run(options: Import, console: Console) -> None:
 
 
 def imported_config(model: ModelConfig | ClassifierConfig, out: Path, norm_pix: bool = False) -> RunConfig:
-    """The run that such a network is of: its process and objective as published; optimiser and data are defaults."""
+    """The run of a published network: noise schedule and objective as published, optimizer and data by default."""
     if isinstance(model, ClassifierConfig):
         return RunConfig(out=out, model=model, objective=ClassifierObjectiveConfig())
     kinds: dict[str, tuple[ObjectiveConfig, ScheduleName]] = {
@@ -68,13 +69,13 @@ def imported_config(model: ModelConfig | ClassifierConfig, out: Path, norm_pix: 
     objective, schedule = kinds[model.outputs]
     data = DataConfig() if model.channels in (1, 3) else DataConfig(source="latents/train")
     settings: dict[str, Any] = dict(model=model, objective=objective, schedule=ScheduleConfig(schedule), data=data)
-    if model.outputs in ("eps", "eps_sigma", "edm"):  # DiT's and MaskDiT's optimiser
+    if model.outputs in ("eps", "eps_sigma", "edm"):  # DiT's and MaskDiT's optimizer
         settings["optim"] = replace(OptimConfig(), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup=0.0)
     return RunConfig(out=out, **settings)
 
 
 def what_next(config: RunConfig) -> str:
-    """Commands that make sense of the imported network."""
+    """Suggest the commands that work on the imported network."""
     run, model = config.out, config.model
     if not isinstance(model, ModelConfig):
         return f"umd probe {run}"

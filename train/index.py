@@ -1,7 +1,7 @@
-"""Lists of a million files: names in one array of bytes, kept on disk for the next start and mapped by every process.
+"""Lists of a million files: names in one array of bytes, kept on disk and memory-mapped by every process.
 
-A Python string costs 60 bytes and more, and a forked worker that looks at one copies the page it lies in: eight ranks
-of eight workers would hold a million names 72 times. Here the kernel holds one copy.
+A Python string takes at least 60 bytes, and a forked worker that reads one copies its memory page (reference counts).
+Eight ranks with eight workers each would hold a million names 72 times. Here all share one copy in the page cache.
 """
 
 import hashlib
@@ -22,17 +22,20 @@ from umd.files import write_whole
 
 log = logging.getLogger("umd")
 
-INDEXED_FROM = 20_000  # files: what is smaller is listed in less time than it takes to look
-SETTLED = 2.0  # seconds: a folder that changed later might change again within the clock tick of its time stamp
+INDEXED_FROM = 20_000  # files; a shorter list is made as fast as it is checked
+SETTLED = 2.0  # seconds; a folder that changed more recently might change again within one tick of its time stamp
 TYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 Arrays = dict[str, np.ndarray]
 
 
 class Names(Sequence[str]):
-    """Strings [N] as one array of bytes. Any of them may be taken, in any order, without copying the bytes.
+    """N strings in one array of bytes. A selection, in any order, shares the bytes.
 
-    data: uint8, all of them one after another; ends: int64 [M], where each ends.
-    rows: int64 [N], which of the M; None: all. prefix: what each begins with.
+    Args:
+        data: uint8, M strings one after another.
+        ends: int64 [M], end of each string in data.
+        rows: int64 [N], indices of the selected strings. None: all M.
+        prefix: put before each string.
     """
 
     def __init__(self, data: np.ndarray, ends: np.ndarray, rows: np.ndarray | None = None, prefix: str = ""):
@@ -48,13 +51,13 @@ class Names(Sequence[str]):
         return len(self.ends if self.rows is None else self.rows)
 
     def __getitem__(self, index):  # slices are not needed
-        index = range(len(self))[index]  # negative ones too; IndexError beyond
+        index = range(len(self))[index]  # handles negative indices; IndexError if out of range
         row = index if self.rows is None else int(self.rows[index])
         start = int(self.ends[row - 1]) if row else 0
         return self.prefix + self.data[start : int(self.ends[row])].tobytes().decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
-        """All of them, faster than one by one."""
+        """Iterate over all strings, faster than by index."""
         if self.rows is not None:
             yield from map(self.__getitem__, range(len(self)))
             return
@@ -64,7 +67,7 @@ class Names(Sequence[str]):
             start = end
 
     def sums(self) -> np.ndarray:
-        """CRC-32 of each, without the prefix: uint32 [N]."""
+        """CRC-32 of each string without the prefix: uint32 [N]."""
         rows = np.arange(len(self.ends)) if self.rows is None else self.rows
         ends, data = self.ends[rows], memoryview(self.data.tobytes())
         starts = np.where(rows > 0, self.ends[rows - 1], 0)
@@ -72,7 +75,7 @@ class Names(Sequence[str]):
         return np.fromiter((zlib.crc32(data[start:end]) for start, end in places), np.uint32, len(rows))
 
     def first_without(self, *suffixes: str) -> str | None:
-        """The first that ends with none of these, in capitals or not; None if there is none."""
+        """The first string that ends with none of these suffixes (case ignored). None if there is none."""
         rows = np.arange(len(self)) if self.rows is None else self.rows
         ends = self.ends[rows]
         lengths = ends - np.where(rows > 0, self.ends[rows - 1], 0)
@@ -86,7 +89,7 @@ class Names(Sequence[str]):
         return None if good.all() else self[int(good.argmin())]
 
     def take(self, rows: np.ndarray) -> "Names":
-        """Those at some places, int64 [n]."""
+        """Select the strings at indices `rows`, int64 [n]."""
         return Names(self.data, self.ends, rows if self.rows is None else self.rows[rows], self.prefix)
 
 
@@ -94,12 +97,16 @@ class Names(Sequence[str]):
 
 
 def kept(what: str, source: Path, make: Callable[[], tuple[Arrays, list[Path], int]]) -> Arrays:
-    """What `make` finds out about a source: its arrays, the folders or files they were read from, and how many files
-    they list. The next call maps the arrays from disk, unless one of the former has changed meanwhile."""
+    """Cache the arrays that `make` returns for a source.
+
+    make: returns the arrays, the folders or files that they were made from, and the number of files listed. The next
+        call maps the arrays from disk, unless one of these folders or files has changed.
+    what: distinguishes several lists of one source.
+    """
     name = hashlib.sha256(f"{what} {os.path.abspath(source)}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
     try:
         file = cache_folder() / f"{name}.safetensors"
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # the user has no home folder
         return make()[0]
     if (found := mapped(file)) is not None:
         return found
@@ -111,7 +118,7 @@ def kept(what: str, source: Path, make: Callable[[], tuple[Arrays, list[Path], i
         return arrays
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        flat = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # `save` takes it for granted
+        flat = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # as `save` requires
         sums = {name: zlib.crc32(array.data) for name, array in flat.items()}
         about = {"source": str(source), "stamps": json.dumps(stamps), "crc32": json.dumps(sums)}
         write_whole(file, save(flat, about))
@@ -127,7 +134,7 @@ def cache_folder() -> Path:
 
 
 def mapped(file: Path) -> Arrays | None:
-    """The arrays of a list, memory-mapped; None if there is none, it is damaged, or what it was made of has changed."""
+    """Memory-map the arrays of a kept list. None if there is none, it is damaged, or its source has changed."""
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
@@ -144,13 +151,15 @@ def mapped(file: Path) -> Arrays | None:
                 return None
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
-        return None  # made anew
+        return None  # the caller makes it again
 
 
 def stamp(path: Path | str) -> list[int] | None:
-    """Of a folder or file: time (ns) its contents changed, size of a file, number, time (ns) anything changed; None if
-    it is gone. Adding, removing and renaming an entry change a folder's times. Not the device: hosts number a network
-    disk each in their own way."""
+    """mtime (ns), size (files only), inode number and ctime (ns) of a folder or file. None if it is gone.
+
+    Adding, removing or renaming an entry changes a folder's times. The device number is not used, as hosts number a
+    network disk differently.
+    """
     try:
         status = os.stat(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""Inpainting with a trained network: which pictures, which hole, and the rows of the picture sheet."""
+"""`umd inpaint`: choose pictures and hole, fill the hole with a trained network, write the results."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -38,11 +38,11 @@ from umd.train.sources import flatten
 log = logging.getLogger("umd")
 
 DEFAULT_IMAGES = 6
-VIEWS = 6  # of a sample on its way
+VIEWS = 6  # intermediate predictions shown per sample
 
 
 def inpaint_run(run: Path, options: Inpaint, config: RunConfig, console: Console) -> None:
-    """Fill holes in the pictures that the options name, or in held-out ones, and write them."""
+    """Fill holes in the pictures of --image, or in held-out ones, and write the results."""
     out = options.out or run / "inpainting.png"
     out = out if out.suffix.lower() == ".png" else out.with_name(f"{out.name}.png")
     check_out(out, options, console)
@@ -61,18 +61,18 @@ def inpaint_run(run: Path, options: Inpaint, config: RunConfig, console: Console
 
 
 class Fillings(NamedTuple):
-    """B pictures [B, C, H, W], filled n times each."""
+    """B pictures, each filled n times."""
 
-    original: Tensor
-    masked: Tensor  # 0, which is grey, where the hole is
+    original: Tensor  # [B, C, H, W]
+    masked: Tensor  # [B, C, H, W], with 0 (grey) in the hole
     samples: Tensor  # [B, n, C, H, W]
-    steps: Tensor  # [B, n, V, C, H, W], what was predicted on the way, first to last call
+    steps: Tensor  # [B, n, V, C, H, W], predictions of x_start during sampling, first to last call
 
 
 def pictures_and_mask(
     config: RunConfig, images: tuple[Path, ...], mask: str, seed: int, mask_ratio: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """Pictures [B, C, H, W] (held-out ones if none are named) and the hole [B, 1, H, W]: 0 keep, 1 remove."""
+    """Read pictures [B, C, H, W] (if none are given, held-out ones) and the hole [B, 1, H, W]: 0 keep, 1 remove."""
     if images:
         x = torch.cat([centered_view_of_file(path, config.data) for path in images])
     else:
@@ -95,8 +95,10 @@ def check_predicts_pixels(config: RunConfig) -> None:
 
 
 def check_out(out: Path, options: Inpaint, console: Console) -> None:
-    """Says, before the sampling, that earlier fillings are replaced. Raises UserError where `write_fillings` would
-    fail, or write over what it was given."""
+    """Check the output before sampling, and say so if earlier results will be replaced.
+
+    Raises UserError if `write_fillings` would fail or overwrite an input.
+    """
     folder, steps = out.with_suffix(""), out.with_name(f"{out.stem}-steps.png")
     check_place(out, steps, folder / "1-masked.png")
     given = {path.resolve() for path in (*options.image, Path(options.mask))}
@@ -107,7 +109,7 @@ def check_out(out: Path, options: Inpaint, console: Console) -> None:
 
 
 def check_mp4(config: RunConfig) -> None:
-    """Raises UserError where `save_mp4` would fail, before the sampling."""
+    """Raise UserError before sampling if `save_mp4` would fail."""
     if getattr(config.model, "num_frames", 1) == 1:
         raise UserError(f"{config.out} is a run on images, and an MP4 is a clip; leave out --mp4")
     pyav()
@@ -117,10 +119,11 @@ def hole_mask(
     mask: str, x: Tensor, patch_size: int, seed: int = 0, mask_ratio: float = 0.5, tubelet_size: int = 1,
     photos: Sequence[Path] = (),
 ) -> Tensor:  # fmt: skip
-    """The hole [B, 1, H, W], or of clips [B, 1, F, H, W], 1 where pixels are removed: `center`, `left`, `random`
-    patches, `frames` (the middle half of a clip), or a PNG's white part in every frame.
+    """Make the hole [B, 1, H, W], for clips [B, 1, F, H, W]: 0 keep, 1 remove.
 
-    photos: the files that x was read from, for `drawn_mask`.
+    mask: `center`, `left`, `random` (patches), `frames` (the middle half of a clip), or a PNG whose white part is the
+        hole in every frame.
+    photos: the files from which x was read, for `drawn_mask`.
     """
     B, _, *frames, H, W = x.shape
     hole = torch.zeros(B, 1, *frames, H, W)
@@ -141,7 +144,7 @@ def hole_mask(
     elif mask == "frames":
         if not frames:
             raise UserError("the mask frames is for clips, and this run is on images: center, left, random, or a PNG")
-        F = frames[0] // tubelet_size  # whole tubelets, so that some are left
+        F = frames[0] // tubelet_size  # mask whole tubelets, so that some stay visible
         hole[:, :, F // 4 * tubelet_size : (F - F // 4) * tubelet_size] = 1
         if F // 4 == 0:
             raise UserError(f"the mask frames needs clips of at least 4 tubelets; this model's have {F}")
@@ -161,9 +164,9 @@ def hole_mask(
 
 
 def drawn_mask(name: str, drawn: Image.Image, size: tuple[int, int], photos: Sequence[Path]) -> Image.Image:
-    """A mask at the model's H and W: cut and resized as photos are, by the nearest pixel, where it is of another size.
+    """A drawn mask at the model's size (H, W). A mask of the photos' size is cropped and resized as they are.
 
-    Raises UserError for one that has neither the model's size nor that of each photo.
+    Resizing takes the nearest pixel. Raises UserError if the mask has neither the model's size nor that of every photo.
     """
     H, W = size
     if drawn.size == (W, H):
@@ -184,7 +187,7 @@ def drawn_mask(name: str, drawn: Image.Image, size: tuple[int, int], photos: Seq
 def fill_with(
     config: RunConfig, model: AnyModel, x: Tensor, hole: Tensor, options: Inpaint, dtype: torch.dtype, console: Console
 ) -> Fillings:
-    """Fill pictures as a run can: by samples, or where it saw no noise (an MAE) by its one answer."""
+    """Fill pictures with a run's network: by sampling, or, if it was trained without noise (MAE), by one prediction."""
     if getattr(config.objective, "no_noise_prob", 0) == 1:
         assert isinstance(model, UMD)
         answer = reconstruct(model, x, hole, dtype)[:, None]  # [B, 1, C, H, W]
@@ -202,8 +205,11 @@ def fillings(
     resample: int, seed: int, dtype: torch.dtype, eta: float = 1.0, clip: bool = True, capture: Capture = "auto",
     console: Console | None = None,
 ) -> Fillings:  # fmt: skip
-    """Fill pictures [B, C, H, W] `samples` times: a DiffMAE all at once, its encoder run once; a UMD one by one."""
-    steps: list[Tensor] = []  # of one sampling
+    """Fill each picture of x [B, C, H, W] `samples` times.
+
+    A DiffMAE draws all samples at once and runs its encoder once. A UMD draws them one by one.
+    """
+    steps: list[Tensor] = []  # predictions of one sampling
 
     def watch(update: Callable) -> Callable:
         def callback(i: int, n: int, x_t: Tensor, x_start: Tensor) -> None:
@@ -239,8 +245,10 @@ def fillings(
 
 @torch.no_grad()
 def reconstruct(model: UMD, x: Tensor, hole: Tensor, dtype: torch.dtype) -> Tensor:
-    """An MAE's filling [B, C, H, W] of a hole [B, 1, H, W]: every patch it touches in one pass without noise; the kept
-    pixels come back bit for bit."""
+    """Fill a hole [B, 1, H, W] with an MAE: one noise-free pass that masks every patch the hole touches.
+
+    Returns [B, C, H, W]. Pixels outside the hole are unchanged, bit for bit.
+    """
     config = model.config
     B, L, P = len(x), config.num_patches, config.patch_size
     mask = ops.patchify(hole, P).amax(-1) > 0  # [B, L], 1 remove
@@ -249,24 +257,27 @@ def reconstruct(model: UMD, x: Tensor, hole: Tensor, dtype: torch.dtype) -> Tens
     keep, ids_keep = tuple((L - mask.sum(1)).tolist()), (~mask).flatten().nonzero()[:, 0]
     visible = ops.patchify(x, P).flatten(0, 1).index_select(0, ids_keep)  # [sum K, C·P·P]
     with autocast(x.device, dtype):
-        clean = torch.zeros(1, dtype=torch.int64, device=x.device)  # t = 0, of all pictures
+        clean = torch.zeros(1, dtype=torch.int64, device=x.device)  # t = 0 for all pictures
         prediction = model(visible, ids_keep, layout(config, keep, (0,) * B, x.device), clean)
     x_start, _ = model.to_images(prediction.to(x.dtype))
     return torch.where(hole.bool(), x_start, x)
 
 
 def write_fillings(filled: Fillings, out: Path, show: Callable[[Tensor], np.ndarray] = rgb, mp4: bool = False) -> None:
-    """Write `out`, a row of masked input, samples and original a picture; NAME-steps.png, a row a sample on its way;
-    and the folder NAME with the pictures one by one in their own size: 1-masked.png, 1-sample-1.png, 1-original.png.
+    """Write the results next to `out`, NAME.png:
 
-    Of clips each of these is a row of frames in `out` and a GIF in the folder, with `mp4` an MP4 too; on the way the
-    middle frame is shown.
+    - NAME.png: one row per picture (masked input, samples, original).
+    - NAME-steps.png: one row per sample with its intermediate predictions.
+    - NAME/: single files in their own size, 1-masked.png, 1-sample-1.png, 1-original.png and so on.
+
+    For clips, each entry of NAME.png is a row of frames, NAME-steps.png shows the middle frame, and the files in NAME/
+    are GIFs, with `mp4` also MP4s.
     """
     clips = filled.original.ndim == 5
 
     def frames(x: Tensor) -> np.ndarray:  # [B, C, F, H, W] or [B, C, H, W] to uint8 [B, F, H, W, 3], F = 1 for images
         x = x if clips else x[:, :, None]
-        shown = show(x.transpose(1, 2).flatten(0, 1))  # larger than x where a VAE decodes it
+        shown = show(x.transpose(1, 2).flatten(0, 1))  # larger than x if a VAE decodes it
         return shown.reshape(len(x), x.shape[2], *shown.shape[1:])
 
     B, n = filled.samples.shape[:2]
@@ -297,7 +308,7 @@ def write_fillings(filled: Fillings, out: Path, show: Callable[[Tensor], np.ndar
 
 
 def save_gif(frames: np.ndarray, path: Path, seconds_a_frame: float = 0.1) -> None:
-    """Write uint8 [F, H, W, 3] as a GIF that plays again and again."""
+    """Write uint8 [F, H, W, 3] as a GIF that loops forever."""
     path.parent.mkdir(parents=True, exist_ok=True)
     (first, *rest), encoded = [Image.fromarray(frame) for frame in frames], BytesIO()
     first.save(encoded, "GIF", save_all=True, append_images=rest, duration=int(1000 * seconds_a_frame), loop=0)
@@ -305,7 +316,7 @@ def save_gif(frames: np.ndarray, path: Path, seconds_a_frame: float = 0.1) -> No
 
 
 def save_mp4(frames: np.ndarray, path: Path, frames_a_second: int = 10) -> None:
-    """Write uint8 [F, H, W, 3] as H.264; an odd side repeats its last row or column, since players want even ones.
+    """Write uint8 [F, H, W, 3] as an H.264 MP4. An odd side repeats its last row or column, as players want even sides.
 
     Raises UserError without PyAV or its H.264 encoder.
     """

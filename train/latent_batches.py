@@ -1,4 +1,4 @@
-"""Training batches of latents: read from shards a batch at a time, drawn from the posteriors of their pictures."""
+"""Training batches of latents: read from shards one batch at a time, and drawn from the pictures' posteriors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class StoredViews(Dataset):
-    """[(epoch, index)] of a batch -> (moments as stored [B, M, C, h, w], indices, indices), or the UserError met."""
+    """[(epoch, index)] of a batch -> (moments as stored [B, M, C, h, w], indices, indices), or the UserError raised."""
 
     def __init__(self, dataset: LatentDataset, block: int):
         self.dataset, self.block = dataset, block
@@ -33,7 +33,7 @@ class StoredViews(Dataset):
 
 
 def as_read(batch: Any) -> Any:
-    """In the place of a collate function: a batch is read as one."""
+    """Collate function that does nothing, as a batch is already read as one."""
     return batch
 
 
@@ -41,7 +41,7 @@ def drawn_latents(
     loader: "Batches", moments: Callable[[Tensor], Tensor], size: int,
     *, batch_size: int, seed: int, start: int, places: Sequence[int],
 ) -> "Batches":  # fmt: skip
-    """The loader's batches with latents drawn from `moments(x_start)`, by (seed, epoch, index)."""
+    """The loader's batches with x_start replaced by a draw from `moments(x_start)`, keyed by (seed, epoch, index)."""
     offsets = torch.tensor(places)
     try:
         for first, batch in zip(count(start, batch_size), loader, strict=False):

@@ -1,15 +1,15 @@
-"""Latents on disk, encoded once and read in every epoch: shards, the header over them, and the dataset they make.
+"""Latents on disk, encoded once and read in every epoch: shards, their common header, and the dataset.
 
     folder/train-00000-of-00003.safetensors    moments [V, n, M, C, h, w], labels, indices, crc32 [V, n]
            test-00000-of-00001.safetensors
-           latents.json                        what all share; size, checksum and count of each; written last
+           latents.json                        the recipe; size, checksum and count of each shard; written last
 
-n images of V views (crops) each; M = 2 for mean and std of a VAE's posterior, 1 for the one latent of a VQ model.
-A shard's own header repeats the recipe and lists the pictures it was made from. In format 1, which is still read, the
-views of an image lie beside each other: [n, V, ...].
+A shard has n images with V views (crops) each. M = 2 for mean and std of a VAE's posterior, 1 for the latent of a VQ
+model. Each shard's own header repeats the recipe and lists the pictures it was made from. Format 1, which can still be
+read, stores the views of an image next to each other: [n, V, ...].
 
-Rows, of one view of one image, are read by `pread` alone, never mapped: a map's read-ahead would bring many times the
-row from the disk, and what goes wrong there would end the process without a word.
+A row is one view of one image. Rows are read by `pread`, never memory-mapped: the read-ahead of a map would read many
+times the row from the disk, and an I/O error in it would kill the process without a message.
 """
 
 import zlib
@@ -52,18 +52,18 @@ VAE_FIELDS = {"name": str, "kind": str, "sha256": str, "channels": int, "factor"
 )
 SOURCE = {"path": str, "holdout": float | int, "quarantined?": {"train": int, "test": int}}
 RECIPE = {"vae": VAE_FIELDS, "shape": [int], "dtype": str, "class_names": [str]}
-# What is asked of a header (`amiss`). Folders that were not encoded here may lack a crop and a source.
+# What a valid header has (checked by `amiss`). Folders encoded by another program may lack crop and source.
 PATTERN = {
     "recipe": RECIPE | {"crop?": CROP | {"image_size": [int]}, "source?": SOURCE},
     "splits": {"train?": SPLIT, "test?": SPLIT},
     "quarantine?": str,
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# What they are read as: numpy has no bf16.
+# Integer dtypes in which latents are read, as numpy has no bf16.
 BITS: dict[str, np.dtype] = {"bf16": np.dtype("<i2"), "fp16": np.dtype("<i2"), "fp32": np.dtype("<i4")}
-OPEN_FILES = 512  # held by a process; half of what most systems allow
-BLOCK = 64  # images of a block: 1 MiB of 32x32x4 latents in 16 bits, large enough for any disk
-AHEAD = 512  # blocks a process remembers to have asked for: two groups of an epoch in blocks
+OPEN_FILES = 512  # most files that a process keeps open; half of what most systems allow
+BLOCK = 64  # images per block: 1 MiB of 32x32x4 latents in 16 bits, large enough for any disk
+AHEAD = 512  # blocks that a process remembers as requested: two groups of an epoch in blocks
 
 
 # Shards
@@ -77,9 +77,14 @@ def shard_bytes(
     recipe: dict, split: str, moments: Tensor, labels: np.ndarray | None, indices: np.ndarray, names: Sequence[str],
     left_out: Sequence[str] = (),
 ) -> bytes:  # fmt: skip
-    """A shard: a function of its arguments alone, so that whoever encodes it writes the same bytes.
+    """Serialise a shard. The bytes depend only on the arguments, so any rank that encodes it writes the same file.
 
-    moments: [n, V, M, C, h, w] in the type of the store; labels, indices: int64 [n]; names: of the n pictures.
+    Args:
+        moments: [n, V, M, C, h, w] in the dtype of the store.
+        labels: int64 [n], or None.
+        indices: int64 [n], of the pictures in the source.
+        names: of the n pictures.
+        left_out: names of pictures that could not be read.
     """
     moments = moments.transpose(0, 1).contiguous()  # [V, n, ...]: an epoch reads one view
     rows = (view.flatten().view(torch.uint8).numpy() for view in moments.flatten(0, 1))
@@ -95,7 +100,7 @@ def shard_bytes(
         "split": split,
         "names": list(names),
         "left_out": list(left_out),
-        "values": second.numel() // second.shape[2],  # of each channel
+        "values": second.numel() // second.shape[2],  # number per channel
         "sum": values[:, :, 0].sum((0, 1, 3, 4)).tolist(),
         "sum_of_squares": second.sum((0, 1, 3, 4)).tolist(),
     }
@@ -106,8 +111,10 @@ def shard_bytes(
 
 
 def finish(folder: Path, recipe: dict, shards: dict[str, int], quarantine: str = "") -> dict:
-    """Check every shard, byte for byte, and write the header. `shards`: how many each split has; quarantine: the list
-    that was given of pictures left out."""
+    """Check every shard, byte for byte, and write latents.json. Returns the header.
+
+    shards: number of shards of each split. quarantine: the quarantine list that was given, for the record.
+    """
     splits = {}
     for split, total in shards.items():
         found, entries = finished(folder, [shard_name(split, number, total) for number in range(total)], recipe)
@@ -124,7 +131,7 @@ def finish(folder: Path, recipe: dict, shards: dict[str, int], quarantine: str =
         splits[split] = {
             "images": sum(entry["images"] for entry in entries),
             "left_out": left_out,
-            "mean": mean.tolist(),  # of each channel, of latents as they are sampled
+            "mean": mean.tolist(),  # per channel, over latents drawn from the posterior
             "std": std.tolist(),
             "shards": entries,
         }
@@ -133,12 +140,12 @@ def finish(folder: Path, recipe: dict, shards: dict[str, int], quarantine: str =
 
 
 def is_latents(path: Path) -> bool:
-    """Whether a folder holds latents, or the beginnings of them."""
+    """Whether a folder holds latents, complete or unfinished."""
     return is_store(path, "latents")
 
 
 def read_header(folder: Path) -> dict:
-    """latents.json. Raises UserError if the folder is none of latents, is not finished, or is damaged."""
+    """Read latents.json. Raises UserError if the folder holds no latents, is unfinished, or is damaged."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: expected one that umd encode-latents wrote")
     if not is_latents(folder):
@@ -148,9 +155,9 @@ def read_header(folder: Path) -> dict:
 
 @dataclass
 class LatentDataset:
-    """Stored latents of one split. As a dataset it has the attributes of an `ImageDataset`.
+    """Stored latents of one split of N images with V views. Has the attributes of an `ImageDataset`.
 
-    labels: int64 [N] indices into `class_names`, or None. crc32: uint32 [V, N], of each view.
+    labels: int64 [N] indices into `class_names`, or None. crc32: uint32 [V, N], checksum of each view.
     """
 
     folder: Path
@@ -169,7 +176,7 @@ class LatentDataset:
         self.opened = lru_cache(OPEN_FILES)(lambda shard: OpenFile(self.shards[shard].path))
         self.expect = lru_cache(AHEAD)(lambda shard, start, size, epoch: self.opened(shard).expect(start, size))
 
-    def __reduce__(self) -> tuple:  # for processes that are not forked
+    def __reduce__(self) -> tuple:  # pickled for worker processes that are spawned, not forked
         return type(self), tuple(getattr(self, each.name) for each in fields(self))
 
     def __len__(self) -> int:
@@ -189,22 +196,28 @@ class LatentDataset:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Of one view of one image: (M, C, h, w)."""
+        """Shape of a row, one view of one image: (M, C, h, w)."""
         return self.shards[0].tensors["moments"][0][2:]
 
     @property
     def blocks(self) -> np.ndarray:
-        """The block of `BLOCK` neighbours in a shard that each image is of: int64 [N], numbered from 0."""
+        """Number of each image's block, int64 [N], from 0. A block is `BLOCK` neighbours in a shard."""
         firsts = np.cumsum([0, *(-(-self.sizes // BLOCK))])
         return np.concatenate([first + np.arange(n) // BLOCK for first, n in zip(firsts, self.sizes, strict=False)])
 
     def read(self, indices: np.ndarray, epochs: np.ndarray, block: int = 1) -> np.ndarray:
-        """Moments as they are stored, integers [B, M, C, h, w]: of each image the view `epoch` modulo the views.
+        """Read moments as stored: integers [B, M, C, h, w]. Of each image, take view `epoch` modulo V.
 
-        indices, epochs: int64 [B]. Every row is compared with its checksum.
-        block: images of a shard that the disk is to read together. The disk begins with all rows, or all of their
-        blocks, before the first is waited for; what another process of this host had it read is in memory already.
-        Raises UserError naming the shard, and of a damaged row the picture.
+        All reads are announced to the system before the first one is waited for. Every row is compared with its
+        checksum. Blocks that another process of this host has read are in memory already.
+
+        Args:
+            indices, epochs: int64 [B].
+            block: number of neighbours in a shard that the disk reads together.
+
+        Raises:
+            UserError: a shard cannot be read or a row is damaged. The message names the shard, and the picture of a
+                damaged row.
         """
         shards, views = np.searchsorted(self.ends, indices, "right") - 1, epochs % len(self.crc32)
         images, crc32 = indices - self.ends[shards], self.crc32[views, indices].tolist()
@@ -239,15 +252,15 @@ class LatentDataset:
         return encode_command(self.header, self.folder)
 
     def bits(self, index: int, view: int = 0) -> np.ndarray:
-        """One view's moments as they are stored, integers [M, C, h, w]. Raises UserError if they are damaged."""
+        """Read one view's moments as stored: integers [M, C, h, w]. Raises UserError if they are damaged."""
         return self.read(np.array([index]), np.array([view]))[0]
 
     def typed(self, bits: Tensor) -> Tensor:
-        """Stored integers [...] as the floating-point numbers that they are, in the type of the store."""
+        """Reinterpret stored integers [...] as floating-point numbers in the dtype of the store."""
         return bits.view(DTYPES[self.dtype])
 
     def means(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        """The most likely latents of the first views: fp32 [n, C, h, w]."""
+        """Posterior means of the first views: fp32 [n, C, h, w]."""
         chosen = np.asarray(indices, dtype=np.int64)
         if not len(chosen):
             return torch.empty(0, *self.header["recipe"]["shape"])
@@ -255,10 +268,10 @@ class LatentDataset:
 
 
 def open_latents(folder: Path, split: str, config: "DataConfig | None" = None) -> LatentDataset:
-    """The stored latents of a split.
+    """Open the stored latents of a split.
 
-    Raises UserError if the folder is none of latents, unfinished or damaged, or, given a config, if they are of another
-    shape than the model's or of another VAE than the run's.
+    Raises UserError if the folder holds no latents, is unfinished or damaged. With a config, also if the shape differs
+    from the model's or the VAE from the run's.
     """
     header = read_header(folder)
     recipe = header["recipe"]
@@ -284,7 +297,10 @@ def open_latents(folder: Path, split: str, config: "DataConfig | None" = None) -
 
 
 def check_vae(found: str, expected: str, what: str) -> None:
-    """Raise UserError if a VAE is known and another is found. `what` begins the sentence, up to its verb."""
+    """Raise UserError if `expected` is not "" and differs from `found` (SHA-256 of VAEs).
+
+    what: beginning of the error message, including its verb.
+    """
     if expected and found != expected:
         raise UserError(
             f"{what} another VAE ({found[:12] or 'none'}) than was used before ({expected[:12]}); "
@@ -294,7 +310,7 @@ def check_vae(found: str, expected: str, what: str) -> None:
 
 
 def with_vae(config: "DataConfig", dataset: object) -> "DataConfig":
-    """The settings with the VAE that the latents are of, by name and hash; for pixels as they are."""
+    """The settings with name and hash of the VAE that encodes the dataset. Unchanged for a run on pixels."""
     if isinstance(dataset, LatentDataset):
         stored = dataset.vae
         if config.vae not in ("", stored.name):
@@ -308,13 +324,13 @@ def with_vae(config: "DataConfig", dataset: object) -> "DataConfig":
 
 
 def check_run_vae(saved: dict, config: "DataConfig", folder: Path) -> None:
-    """Raise UserError if a checkpoint's state is of a run on latents of another VAE."""
+    """Raise UserError if the checkpoint is from a run on latents of another VAE."""
     before = saved.get("config", {}).get("data", {}).get("vae_hash", "")
     check_vae(config.vae_hash, before, f"{folder} was trained on latents, and {config.source} is of")
 
 
 def tokenizer_of(config: "DataConfig", device: torch.device | str = "cpu") -> Tokenizer | None:
-    """The VAE of a run, None for one on pixels. Raises UserError if it is not to be had or is another."""
+    """Load the VAE of a run. None for a run on pixels. Raises UserError if it is missing or not the run's."""
     if not config.vae_hash:
         return None
     try:
@@ -329,6 +345,6 @@ def tokenizer_of(config: "DataConfig", device: torch.device | str = "cpu") -> To
 
 
 def pixel_config(config: "DataConfig", vae: VAE) -> "DataConfig":
-    """Settings for the pictures that become latents of `config`."""
+    """Settings for the pictures that the VAE encodes to the latents of `config`."""
     height, width = (side * vae.factor for side in config.image_size)
     return replace(config, image_size=(height, width), channels=3, vae="", vae_hash="")

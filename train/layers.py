@@ -1,4 +1,4 @@
-"""`umd probe RUN --layers`: how much of the classes each block tells, at several noise levels."""
+"""`umd probe RUN --layers`: few-shot accuracy of every block at several timesteps."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ REPRESENTATION = "representation"
 
 
 class Layers:
-    """Few-shot accuracy of every block's averaged patch tokens, and of the representation, at model times."""
+    """Few-shot accuracy of every block's averaged patch tokens, and of the representation, at several timesteps."""
 
     def __init__(self, config: RunConfig, options: Probe):
         self.probe = Recognition(config, options)
@@ -66,7 +66,7 @@ class Layers:
         ]
 
     def accuracies(self) -> dict[int, dict[str, dict[str, float]]]:
-        """{time: {layer: {mean, std}}}, averaged over classes."""
+        """{time: {layer: {mean, std}}} of the accuracy averaged over classes."""
         probe, options = self.probe, self.probe.options
         found: dict[int, dict[str, dict[str, float]]] = {}
         for time in self.times:
@@ -82,7 +82,7 @@ class Layers:
 
 
 def probe_layers(run: Path, options: Probe, config: RunConfig, console: Console) -> None:
-    """Print the table, write RUN/layers.json and RUN/layers.png; or do this rank's share of the work."""
+    """Print the table and write RUN/layers.json and RUN/layers.png. Ranks other than 0 only share the work."""
     record_file, curves = ((options.out or run) / f"layers.{kind}" for kind in ("json", "png"))
     check_place(record_file, curves)
     layers = Layers(own_pictures(run, config, options.source, console), options)
@@ -100,7 +100,7 @@ def probe_layers(run: Path, options: Probe, config: RunConfig, console: Console)
     console.print(table)
     record: dict[str, Any] = {"settings": layers.probe.held_out.settings, "shots": options.shots}
     record |= {"accuracy": {str(time): row for time, row in found.items()}}
-    from umd.report.figures import layer_curves  # here: matplotlib takes a second of every start
+    from umd.report.figures import layer_curves  # late: importing matplotlib takes a second
 
     write_whole(record_file, json.dumps(record, indent=1).encode())
     layer_curves({str(run): found}, curves, options.shots)

@@ -1,7 +1,7 @@
-"""What lies in a folder: pictures, folders of them, and what is no part of either and is told.
+"""List a folder: pictures, class folders, and notes on everything that is not read.
 
-Each real folder is read once within a class, so links that lead back end. Links to files and to other folders are
-followed: an ImageNet of links is common.
+Links to files and folders are followed, as an ImageNet made of links is common. Within a class, each real folder is
+read once, so a link that leads back does not loop.
 """
 
 import heapq
@@ -18,15 +18,15 @@ from umd.errors import UserError
 from umd.files import again_if_stale
 
 COMMON_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # known to Pillow, and decoded by another program or none
-# Folders that file servers, archives and programs keep beside what is stored, in small letters.
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow lists them but cannot decode them by itself
+# Folders that file servers, archives and programs create next to the data, in lower case.
 SERVICE = {
     "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "__macosx",
     "__pycache__", "lost+found",
 }  # fmt: skip
-UNTOLD = {"thumbs.db", "desktop.ini", "quarantine.json"}  # files that nobody misses
+UNTOLD = {"thumbs.db", "desktop.ini", "quarantine.json"}  # files left out without a note
 HEIF = {".heic", ".heif", ".hif"}
-NAMED = 5  # suffixes, or folders, that a line names
+NAMED = 5  # most suffixes or folders that a note names
 
 Identity = tuple[int, int]  # device and inode
 
@@ -36,21 +36,21 @@ Identity = tuple[int, int]  # device and inode
 
 @lru_cache(None)
 def image_suffixes() -> frozenset[str]:
-    """Of all files that Pillow reads here, in small letters; .heic among them where pillow-heif is installed."""
+    """Suffixes of all files that Pillow reads here, in lower case; with .heic if pillow-heif is installed."""
     formats = Image.registered_extensions()
     return frozenset(s for s, kind in formats.items() if kind in Image.OPEN and kind not in NO_PICTURES)
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is read as a picture, by its name."""
+    """Whether a file is read as a picture, judged by its name."""
     small = name.lower()
-    # Pillow loads all its readers to tell its suffixes; most folders need the common ones only.
+    # Pillow loads all its readers to list its suffixes; most folders have only common ones.
     known = small.endswith(COMMON_SUFFIXES) or small[small.rfind(".") :] in image_suffixes()
     return known and name[0] != "."
 
 
 def is_hidden(name: str) -> bool:
-    """Whether the name of a file or folder is of what programs keep for themselves, and no part of a source."""
+    """Whether a file or folder name belongs to some program's own files, which are no part of a source."""
     return name[:1] == "." or name.lower() in SERVICE
 
 
@@ -58,21 +58,21 @@ def is_hidden(name: str) -> bool:
 
 
 class Entries(NamedTuple):
-    """What lies directly in a folder, without what is hidden."""
+    """The entries directly in a folder, without hidden ones."""
 
     folders: list[str]
-    links: list[str]  # to folders
+    links: list[str]  # links to folders
     files: list[str]  # pictures
-    others: Counter[str]  # files that are not read, by suffix
+    others: Counter[str]  # number of files that are not read, by suffix
     identity: Identity  # of the folder itself
 
 
 class Below(NamedTuple):
-    """A class folder with all folders in it; paths are relative to the source."""
+    """A class folder with all its subfolders. Paths are relative to the source."""
 
-    files: list[str]  # pictures, by the parts of their paths
-    folders: dict[str, Identity]  # that were read
-    passed: list[str]  # links to folders that had been read, or that the class lies in
+    files: list[str]  # pictures, sorted by the parts of their paths
+    folders: dict[str, Identity]  # folders that were read
+    passed: list[str]  # links not followed: to folders already read, or to parents of the class
     others: Counter[str]
 
 
@@ -83,7 +83,7 @@ def listing(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def entries(folder: Path, is_read: Callable[[str], bool] = is_image) -> Entries:
-    """What lies directly in a folder. is_read: of a file's name. Raises UserError if it cannot be listed."""
+    """List the entries directly in a folder. is_read: file name -> bool. Raises UserError if it cannot be listed."""
     try:
         return again_if_stale(lambda: look_at(folder, is_read), folder)
     except OSError as error:
@@ -103,13 +103,13 @@ def look_at(folder: Path, is_read: Callable[[str], bool]) -> Entries:
                 if entry.is_dir():
                     if not is_hidden(name):
                         (links if entry.is_symlink() else folders).append(name)
-                # A link to nowhere is told when it is read; what opens a FIFO, a socket or a device may wait for ever.
+                # A dead link counts as a file and fails when read. FIFOs, sockets and devices do not: opening may hang.
                 elif is_read(name):
                     if entry.is_file() or not os.path.exists(entry.path):
                         files.append(name)
                 elif name.lower() not in UNTOLD:
                     others[suffix_of(name)] += 1
-            except OSError:  # of a link: whether to a folder is not to be known
+            except OSError:  # a link whose target cannot be examined
                 if not is_read(name):
                     raise
                 files.append(name)
@@ -117,7 +117,7 @@ def look_at(folder: Path, is_read: Callable[[str], bool]) -> Entries:
 
 
 def above(folder: Path) -> frozenset[Identity]:
-    """A folder and all that it lies in, wherever links lead: a link from below to one of these leads back."""
+    """Identities of a folder and all its parents. A link from below to one of them leads back."""
     real = Path(os.path.realpath(folder))
     return frozenset((s.st_dev, s.st_ino) for path in (real, *real.parents) for s in (os.stat(path),))
 
@@ -125,11 +125,11 @@ def above(folder: Path) -> frozenset[Identity]:
 def files_below(
     root: Path, name: str, outside: frozenset[Identity], is_read: Callable[[str], bool] = is_image
 ) -> Below:
-    """The pictures in a class folder and all folders in it. outside: `above` of the root."""
+    """List the pictures in a class folder and all its subfolders. outside: `above` of the root."""
     found = Below([], {}, [], Counter())
     seen, left, links = set(outside), [name], list[str]()
     while left or links:
-        below = left.pop() if left else heapq.heappop(links)  # links last and sorted: who is passed over is no chance
+        below = left.pop() if left else heapq.heappop(links)  # links last and sorted, so the result is deterministic
         here = entries(root / below, is_read)
         if here.identity in seen:
             found.passed.append(below)
@@ -149,7 +149,7 @@ def files_below(
 
 
 def notes_of(below: list[Below], loose: Counter[str]) -> list[str]:
-    """What was passed over in a folder of classes, a line each. loose: files that are not read directly in it."""
+    """Notes on what is not read in a folder of classes. loose: files directly in it that are not read, by suffix."""
     notes = []
     if passed := [path for part in below for path in part.passed]:
         notes.append(f"links that lead back to folders already read are passed over: {named(passed)}")
@@ -164,7 +164,7 @@ def notes_of(below: list[Below], loose: Counter[str]) -> list[str]:
 
 
 def unread(others: Mapping[str, int]) -> str:
-    """How many files of which suffix are not read, and what to do where they are pictures."""
+    """Say how many files of which suffix are not read, and what to do if they are pictures."""
     counts = Counter(others).most_common()
     kinds = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in counts[:NAMED]]
     if len(counts) > NAMED:
@@ -181,13 +181,13 @@ def unread(others: Mapping[str, int]) -> str:
 
 
 def suffix_of(name: str) -> str:
-    """The suffix in small letters, "" without one; with the one before it where it is a number, as in `.jpeg.1`."""
+    """A file name's suffix in lower case, "" without one. A number keeps the suffix before it, as in `.jpeg.1`."""
     stem, suffix = os.path.splitext(name.lower())
     return os.path.splitext(stem)[1] + suffix if suffix[1:].isdigit() else suffix
 
 
 def no_pictures(folder: Path | str, others: Mapping[str, int]) -> str:
-    """Why a folder has none, and what to do."""
+    """Error message for a folder without pictures: why it has none, and what to do."""
     if not others:
         return f"{folder} has no images"
     return (

@@ -1,4 +1,4 @@
-"""How many pictures a second the loaders prepare on this machine: one row of `umd doctor`, and rows of `umd bench`."""
+"""Measure how many pictures per second the loaders prepare on this machine, for `umd doctor` and `umd bench`."""
 
 import resource
 import time
@@ -22,7 +22,7 @@ BATCH = 32
 
 @contextmanager
 def photographs(count: int, height: int = 375, width: int = 500) -> Iterator[Path]:
-    """A folder of JPEGs as large and as detailed as ImageNet's, about 110 kB each."""
+    """Make a temporary folder of JPEGs as large and detailed as ImageNet's, about 110 kB each."""
     with TemporaryDirectory() as folder:
         for seed in range(count):
             rng = np.random.default_rng(seed)
@@ -35,12 +35,12 @@ def photographs(count: int, height: int = 375, width: int = 500) -> Iterator[Pat
 
 
 def rates(folder: Path, loader: str, size: int, workers: int, batches: int = 8) -> tuple[float, float]:
-    """(images per second, CPU seconds per image) of a loader once it runs, workers included."""
+    """(images per second, CPU seconds per image) of a loader in steady state, workers included."""
     config = DataConfig(str(folder), (size, size), holdout=0, num_workers=workers)
     config = replace(config, loader=loader)  # type: ignore[arg-type]
     stream = train_loader(open_dataset(config, "train"), config, batch_size=BATCH, seed=0, device=pick_device())
     try:
-        for _ in islice(stream, 3):  # what is read ahead
+        for _ in islice(stream, 3):  # skip the batches that were read ahead
             pass
         start, cpu = time.perf_counter(), cpu_seconds()
         for _ in islice(stream, batches):
@@ -52,13 +52,13 @@ def rates(folder: Path, loader: str, size: int, workers: int, batches: int = 8) 
 
 
 def cpu_seconds() -> float:
-    """Of this process and of the workers that have ended."""
+    """CPU time of this process and of workers that have ended."""
     usage = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(one.ru_utime + one.ru_stime for one in usage)
 
 
 def loader_row() -> Row:
-    """Who reads JPEG files here, and how fast."""
+    """The row of `umd doctor` about what reads JPEG files here, and how fast."""
     workers = DataConfig().workers
     with photographs(BATCH) as folder:
         told = [f"Pillow {rates(folder, 'python', 64, workers)[0]:.0f} images/s with {workers} processes"]

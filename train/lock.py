@@ -1,9 +1,12 @@
-"""One command at a time in a folder: a lock that says who holds it, and that nobody has to clear away.
+"""A lock on a folder, so that one command at a time works in it. A stale lock is taken over automatically.
 
-The file `lock.json` names host, process and start. It is taken over without a question where its process is gone. On
-the same machine the system tells that. Of another machine, where a job was queued again, nobody can: there the holder
-gives a sign of life every few seconds, and a lock without one for `WATCH_SECONDS` is taken over. That is watched, so no
-clocks are compared. `flock` would be simpler, but on NFS it may hold for one host alone, or outlive a host that died.
+The file `lock.json` names host, process and start time of its holder. It is stale if that process is gone:
+
+- On the same machine, the system knows whether the process lives.
+- On another machine, the holder writes a heartbeat every few seconds. A lock without one for `WATCH_SECONDS` is stale.
+  The waiting process measures this itself, so clocks of two machines are never compared.
+
+`flock` would be simpler, but on NFS it may hold on one host only, or outlive a host that died.
 """
 
 import contextlib
@@ -23,17 +26,17 @@ from umd.errors import UserError
 from umd.files import make_folder, write_whole
 
 LOCK_FILE = "lock.json"
-BEAT_SECONDS = 5.0  # between signs of life
-WATCH_SECONDS = 60.0  # without one: longer than anything that keeps the interpreter lock, or a name in an NFS cache
-SETTLE_SECONDS = 1.0  # in which another process that takes over the same lock would have written
+BEAT_SECONDS = 5.0  # between heartbeats
+WATCH_SECONDS = 60.0  # without a heartbeat: longer than anything holds the GIL, or NFS caches a file name
+SETTLE_SECONDS = 1.0  # wait after writing; another process that takes over the same lock has written by then
 
 
 @contextmanager
 def alone_in(out: Path, command: str = "umd") -> Iterator[None]:
-    """The folder is this process's while the block runs. Raises UserError, naming the holder, if it is another's.
+    """Hold the folder's lock while the block runs. Raises UserError, naming the holder, if another process holds it.
 
-    Where the block still runs and someone else has taken the folder (this process was suspended for minutes), the
-    process ends at once: what it would write belongs to another run.
+    If another process takes over the lock while the block runs (this one was suspended for minutes), this process ends
+    at once, before it writes into another run.
     """
     make_folder(out, "give another --out")
     lock, me = out / LOCK_FILE, describe(command)
@@ -51,7 +54,7 @@ def alone_in(out: Path, command: str = "umd") -> Iterator[None]:
 
 
 def describe(command: str) -> dict[str, Any]:
-    """Who this process is."""
+    """What identifies this process, as written to the lock."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -64,7 +67,7 @@ def describe(command: str) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """What process numbers are numbers of: a boot of a machine, and in it a container. "" where nothing tells."""
+    """Identifies the scope of process ids: this boot of the machine, and the container. "" if unknown."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -72,18 +75,18 @@ def machine() -> str:
 
 
 def ticks(pid: int) -> int | None:
-    """When a process of this machine began, which tells it from a later one of its number. None: it is gone."""
+    """Start time of a process, to tell it from a later process with the same id. None if it is gone."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if state in "ZX" else int(rest[18])  # field 22 of proc(5); a zombie writes no more
+    return None if state in "ZX" else int(rest[18])  # field 22 of proc(5); a zombie counts as gone
 
 
 def read(lock: Path) -> tuple[dict[str, Any] | None, int]:
-    """What the lock says ({} if it cannot be understood, None if there is none), and its last sign of life."""
+    """Read a lock. Returns its contents ({} if unreadable, None if there is no lock) and its last heartbeat."""
     try:
-        with lock.open("rb") as file:  # opened: NFS may answer for a name from memory, but not for an open file
+        with lock.open("rb") as file:  # open it first: NFS may answer from its cache for a name, not for an open file
             seen = os.fstat(file.fileno()).st_mtime_ns
             holder = json.loads(file.read())
     except FileNotFoundError:
@@ -94,7 +97,7 @@ def read(lock: Path) -> tuple[dict[str, Any] | None, int]:
 
 
 def take(lock: Path, me: dict[str, Any]) -> None:
-    """Write the lock, new or over one whose holder is gone. Raises UserError if its holder is at work."""
+    """Write the lock, if there is none or it is stale. Raises UserError if its holder is at work."""
     data = json.dumps(me, indent=1).encode()
     try:
         with open(lock, "xb") as file:
@@ -120,7 +123,7 @@ def take(lock: Path, me: dict[str, Any]) -> None:
 
 
 def at_work(lock: Path, holder: dict[str, Any]) -> bool:
-    """Whether a lock's holder lives. On another machine its signs of life are waited for."""
+    """Whether a lock's holder is alive. For a holder on another machine, wait for a heartbeat."""
     if holder.get("machine") and holder["machine"] == machine():
         return ticks(holder.get("pid", 0)) == holder.get("ticks")
     before, until = read(lock), WATCH_SECONDS
@@ -129,7 +132,7 @@ def at_work(lock: Path, holder: dict[str, Any]) -> bool:
         f"taken over if that gives no sign of life for {WATCH_SECONDS:.0f} s",
         file=sys.stderr, flush=True,
     )  # fmt: skip
-    while until > 0:  # counted in looks: a disk that stalls does not make a living holder look dead
+    while until > 0:  # counts reads, not time: a stalled disk does not make a holder look dead
         time.sleep(min(1.0, WATCH_SECONDS / 10))
         until -= min(1.0, WATCH_SECONDS / 10)
         now = read(lock)
@@ -141,11 +144,11 @@ def at_work(lock: Path, holder: dict[str, Any]) -> bool:
 
 
 def beat(lock: Path, me: dict[str, Any], ended: threading.Event) -> None:
-    """Signs of life until the block has ended."""
+    """Write heartbeats until `ended` is set."""
     while not ended.wait(BEAT_SECONDS):
-        with contextlib.suppress(OSError):  # a disk that is full or stalls is told by those who need it
+        with contextlib.suppress(OSError):  # whoever needs the disk reports that it is full or stalls
             holder, _ = read(lock)
-            if holder is None:  # removed by hand
+            if holder is None:  # someone removed the lock file
                 write_whole(lock, json.dumps(me, indent=1).encode())
             elif holder == me:
                 os.utime(lock)

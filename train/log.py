@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, scalars and pictures for TensorBoard or W&B, a progress bar."""
+"""The log of a run: metrics.jsonl, scalars and pictures for TensorBoard and W&B, a progress bar."""
 
 import json
 import secrets
@@ -18,15 +18,18 @@ from umd.files import write_whole
 from umd.images import save_png
 from umd.train.curves import WINDOW, Comparison, Curve
 
-PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw a bar in
+PLAIN_SECONDS = 10.0  # between progress lines if there is no terminal for a bar
 
 
 class RunLog:
-    """Writes the rows and pictures of a run that goes on from step `start`; later rows of a killed one are dropped.
+    """Writes metrics and pictures of a run from step `start` on. Rows of later steps, of a killed run, are removed.
 
-    project: of Weights & Biases, to which they go as well, with `settings`; "": not. reference: what losses are
-    compared with.
-    Raises UserError if W&B is asked for and cannot be used.
+    Args:
+        project: Weights & Biases project to log to as well, with `settings`. "": none.
+        reference: curve to compare losses with, or None.
+
+    Raises:
+        UserError: a W&B project is given and wandb cannot be used.
     """
 
     def __init__(
@@ -54,13 +57,13 @@ class RunLog:
         self._last_line = 0.0
 
     def __enter__(self) -> "RunLog":
-        # TensorBoard's thread prints the stack of an error, a full disk, that it also hands to this one to raise.
+        # TensorBoard's thread would print a traceback for a full disk, though this thread raises the error too.
         threading.excepthook = lambda hook: None if hook.exc_type is OSError else threading.__excepthook__(hook)
         self._bar.start()
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        """Close all. What cannot be written any more is told unless something else ended the run."""
+        """Close all files. Raise an error of writing unless another error ended the run."""
         try:
             with self._writes(), ExitStack() as last_first:
                 last_first.callback(setattr, threading, "excepthook", threading.__excepthook__)
@@ -74,7 +77,7 @@ class RunLog:
 
     @contextmanager
     def _writes(self) -> Iterator[None]:
-        """A full disk, or one that went away, becomes a UserError; TensorBoard's thread meets it a little earlier."""
+        """Turn a full or missing disk into a UserError. (TensorBoard's thread may notice it a little earlier.)"""
         try:
             yield
         except OSError as error:
@@ -84,7 +87,7 @@ class RunLog:
             ) from error
 
     def row(self, row: dict) -> None:
-        """One logged step, also on disk if the process is killed right after."""
+        """Log one step. The row is flushed, so it survives a kill right after."""
         if (loss := self._beside.add(row["step"], row["loss"])) is not None:
             row = row | {"loss_reference": loss}
             self.say(f"mean loss of the last {WINDOW} steps {self._beside.note}")
@@ -96,7 +99,7 @@ class RunLog:
             self.say(f"{self._bar.tasks[0].completed:4.0%}  {note}")
 
     def scores(self, row: dict, **settings: float) -> None:
-        """Values of a step, without a line about it. settings: what they were made with, which is no curve."""
+        """Log values of a step without printing a line. settings: how they were made; kept in the row, not plotted."""
         with self._writes():
             self._rows.write(json.dumps(row | settings) + "\n")
             self._rows.flush()
@@ -110,7 +113,7 @@ class RunLog:
         self._bar.update(self._task, completed=min(share, 1.0))
 
     def picture(self, name: str, sheet: np.ndarray, step: int) -> None:
-        """uint8 [H, W, 3] to images/NAME-STEP.png and to TensorBoard."""
+        """Write a picture, uint8 [H, W, 3], to images/NAME-STEP.png and to TensorBoard."""
         with self._writes():
             save_png(sheet, self.out / "images" / f"{name}-{step:08d}.png")
             self._board.add_image(name, sheet, step, dataformats="HWC")
@@ -120,7 +123,7 @@ class RunLog:
             self._wandb.log({name: wandb.Image(sheet)}, step=step)
 
     def say(self, text: str) -> None:
-        # as it is: a path must not be broken at the width of the terminal, nor brackets in it be taken for markup
+        # unformatted, so that rich neither wraps a path nor takes its brackets for markup
         self.console.print(f"{self.name}: {text}", highlight=False, markup=False, soft_wrap=True)
 
     def _drop_rows_after(self, start: int) -> None:
@@ -130,7 +133,7 @@ class RunLog:
 
 
 class NoLog:
-    """The log of a rank that writes none."""
+    """The log of a rank that does not log: ignores everything."""
 
     def __enter__(self) -> "NoLog":
         return self
@@ -155,7 +158,7 @@ class NoLog:
 
 
 def open_wandb(out: Path, project: str, settings: dict | None):
-    """The W&B run of this folder, the same one when it is resumed. Raises UserError if wandb cannot be used."""
+    """Open the W&B run of this folder; a resumed run keeps its W&B run. Raises UserError if wandb cannot be used."""
     try:
         import wandb
     except ImportError as error:
@@ -173,7 +176,7 @@ def open_wandb(out: Path, project: str, settings: dict | None):
 
 
 def read_metrics(file: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """Read the rows of a metrics.jsonl. Skips a last line that a kill has cut short."""
     rows = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:

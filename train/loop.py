@@ -1,4 +1,4 @@
-"""A training run: set up, steps, end. The step itself is `umd/train/step.py`."""
+"""A training run: set up, make steps, end. The step itself is in `umd/train/step.py`."""
 
 import math
 import signal
@@ -49,28 +49,33 @@ from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type
 from umd.train.waiting import Stopped
 from umd.train.zero import Zero
 
-BuildObjective = Callable[..., AnyObjective]  # `build_objective`, or one like it
-DRAWS = 2  # of the corruptions: 2 numbers them by (seed, step, sample), 1 had a generator a micro-batch
-PATIENCE = 15.0  # seconds that one of several ranks, asked to stop, still waits for its batch: the others need it
+BuildObjective = Callable[..., AnyObjective]  # signature of `build_objective`
+DRAWS = 2  # version of the random draws: 2 keys them by (seed, step, sample), 1 had one generator per micro-batch
+PATIENCE = 15.0  # seconds that a rank asked to stop still waits for its batch, which the other ranks need
 
 
 def train(
     config: RunConfig, console: Console | None = None, name: str = "train", build: BuildObjective = build_objective
 ) -> Path:
-    """Train to the end of the run, or go on with the run in `config.out`. Returns the last checkpoint.
+    """Train to the end of the run. If `config.out` holds a run, resume it. Returns the path of the last checkpoint.
 
-    build: makes the objective, of network, configuration, schedule and number of pictures; an ablation brings its own.
+    A step is a pure function of (weights, optimizer, EMA, step number), because data order, crops, noise and masks are
+    derived from the seed. So:
 
-    A step is a pure function of (weights, optimiser, EMA, step number): data order, crops, noise and masks are
-    derived from the seed, so a resumed run is the run that was never stopped, to the bit on a CPU. A sample's draws
-    depend on its place in the whole batch, so any number of ranks and micro-batches makes the same steps, up to
-    rounding. Classifiers mix pictures within a micro-batch: there ranks times micro-batches must stay as they were.
+    - A resumed run equals one that was never stopped, bit for bit on a CPU.
+    - The draws of a sample depend on its place in the whole batch, so any number of ranks and micro-batches makes the
+      same steps, up to rounding. Exception: classifiers mix pictures within a micro-batch, so ranks * micro-batches
+      must not change.
+
+    Args:
+        build: makes the objective from network config, objective config, schedule and number of pictures. Ablations
+            pass their own.
 
     Raises:
-        UserError: settings that do not fit together, data that cannot be read, another run in `config.out`, or one that
-            is at work there.
-        Diverged: NaN or infinite loss; the last good checkpoint is kept and the batch is described in `nan-dump.json`.
-        KeyboardInterrupt, SystemExit(143), SystemExit(138): after saving, on Ctrl-C, SIGTERM or SIGUSR1.
+        UserError: settings do not fit together, data cannot be read, or `config.out` holds another run or one that is
+            still at work.
+        Diverged: the loss is NaN or infinite. The last good checkpoint is kept; `nan-dump.json` describes the batch.
+        KeyboardInterrupt, SystemExit(143), SystemExit(138): on Ctrl-C, SIGTERM or SIGUSR1, after saving.
     """
     world = join(config.device, config.parallel, config.out)
     with world.explained(), alone_in(config.out, name) if world.main else nullcontext(), side_stream(world.device):
@@ -78,7 +83,7 @@ def train(
 
 
 def train_rank(config: RunConfig, world: World, console: Console, name: str, build: BuildObjective) -> Path:
-    """`train` on one of the ranks. Only rank 0 prints, logs, draws and writes."""
+    """Run `train` on one rank. Only rank 0 prints, logs, draws and writes."""
     run = set_up(config, world, build)
     settings = to_plain(run.config)
     reference = reference_of(config)
@@ -102,16 +107,16 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str, bui
 
 
 class Run:
-    """What a training run holds on one rank, and how far it is."""
+    """The state of a training run on one rank: its parts, and how far it is."""
 
     def __init__(self, config: RunConfig, world: World, dataset: ImageDataset | LatentDataset):
         self.config, self.world, self.dataset = config, world, dataset
-        self.number, self.seconds = 0, 0.0  # steps done, time trained
+        self.number, self.seconds = 0, 0.0  # steps done, seconds of training
         self.saved_path: Path | None = None
         self.saved_step: int | None = None
         self.show: Callable[[Tensor], np.ndarray] = rgb
         self.distance: Distance | None = None
-        self.looked = 0.0  # time trained when the clock was last looked at
+        self.looked = 0.0  # `seconds` at the last check of what is due
 
     # Set by `set_up`.
     model: AnyModel
@@ -121,7 +126,7 @@ class Run:
     step: TrainStep
     dtype: torch.dtype
     captured: bool  # whether the step is recorded as a CUDA graph
-    saved: dict  # the state of the checkpoint that the run goes on from; {} of a new one
+    saved: dict  # state of the checkpoint that the run resumes from; {} for a new run
     source: dict  # fingerprint of the dataset
     background: BackgroundSave | None
     held_out: ImageDataset | LatentDataset | None
@@ -129,7 +134,7 @@ class Run:
 
     @property
     def micro_batches(self) -> int:
-        """Of a step, over all ranks."""
+        """Micro-batches per step, over all ranks."""
         return self.world.size * self.config.accumulate
 
     @property
@@ -142,7 +147,7 @@ class Run:
         return self.config.minutes > 0 and self.config.steps == 0
 
     def progress(self) -> float:
-        """Share of the run that is done."""
+        """Fraction of the run that is done."""
         if self.by_clock:
             return self.seconds / (60 * self.config.minutes)
         return self.number / self.total_steps
@@ -153,8 +158,8 @@ class Run:
         return sum(self.objective.step_flops(self.step.micro, part) for part in parts)
 
     def save(self) -> None:
-        """Write a checkpoint, in the background where there is one. All ranks call this together."""
-        self.written()  # it holds the memory that is filled next
+        """Write a checkpoint, in the background if there is a background writer. All ranks call this together."""
+        self.written()  # the write before must be done: its memory is reused
         tensors = self.parallel.tensors(self.ema)
         state = {"config": to_plain(self.config), "seconds": self.seconds, "draws": DRAWS}
         state |= {"images_seen": self.number * self.config.batch_size}
@@ -165,22 +170,27 @@ class Run:
             write(self.config.checkpoints, self.number, tensors, state, keep=self.config.keep)
 
     def written(self) -> None:
-        """Until the checkpoint in the background is on the disk. All ranks call this together: a slow disk is waited
-        for here, and not in an exchange of a step, whose time-out would end the run."""
+        """Wait until the background checkpoint is on the disk. All ranks call this together.
+
+        Waiting in an exchange of the next step instead would let a slow disk run into the time-out and end the run.
+        """
         if self.background is not None:
             self.background.wait()
             self.world.barrier()
 
     def due(self, minutes: float, every: int | None) -> bool:
-        """Whether it is time for what happens every so many steps, or else when the minutes of training pass a multiple
-        of so many, however often the run was stopped. The same on all ranks, whose `seconds` are the same numbers."""
+        """Whether something periodic is due: every `every` steps, or, if that is None, every `minutes` of training.
+
+        Minutes count over the whole run, however often it was stopped. All ranks have the same `seconds`, and so get
+        the same answer.
+        """
         if every is not None:
             return every > 0 and self.number % every == 0
         return minutes > 0 and self.seconds // (60 * minutes) > self.looked // (60 * minutes)
 
 
 def set_up(config: RunConfig, world: World, build: BuildObjective = build_objective) -> Run:
-    """Data, network, optimiser and step of a run, new or as its newest checkpoint has them."""
+    """Make data, network, optimizer and step of a run, and load its newest checkpoint if there is one."""
     device = world.device
     if device.type == "cpu":
         keep_freed_memory()
@@ -205,7 +215,7 @@ def set_up(config: RunConfig, world: World, build: BuildObjective = build_object
             f"the model has {config.model.num_classes} classes but {dataset.name} has {len(dataset.class_names)}; "
             "fine-tune on a labelled source, one class for each row of the label table"
         )
-    objective.step_flops(micro, Part(0, run.micro_batches))  # a batch too small for its noise-free share fails here
+    objective.step_flops(micro, Part(0, run.micro_batches))  # raises if the batch is too small for its noise-free share
 
     torch.manual_seed(derive_seed(config.seed, 0))
     run.model = model = build_model(config.model)
@@ -213,7 +223,7 @@ def set_up(config: RunConfig, world: World, build: BuildObjective = build_object
     set_recompute_gelu(model, config.recompute_gelu and not config.checkpointing)
     run.source = agreed_fingerprint(dataset, world)
     run.saved_path, saved = newest_checkpoint(config, world, run.source)
-    world.barrier()  # rank 0 reads the files twice, to check them
+    world.barrier()  # rank 0 takes longer: it reads the files twice, to check them
     if saved is not None:
         saved = replace(saved, tensors={part: split(named, model) for part, named in saved.tensors.items()})
         load_model_state(model, saved.tensors["model"])
@@ -242,15 +252,15 @@ def set_up(config: RunConfig, world: World, build: BuildObjective = build_object
     if classifies and config.draws:
         with world.main_first():
             run.held_out = open_held_out(config)
-    elif config.draws:  # read once, for all ranks
+    elif config.draws:  # rank 0 reads them once for all ranks
         run.preview = world.agree(preview_images(config, device).cpu() if world.main else None).to(device)
-    # On one CPU a copy and a thread would take from the step what they save.
+    # On a single CPU process, the copy and the thread would cost the step as much as they save.
     run.background = BackgroundSave() if world.size > 1 or device.type == "cuda" else None
     return run
 
 
 def announce(run: Run, log: RunLog | NoLog) -> None:
-    """What is trained on what, and in what a run that goes on is another than it was."""
+    """Log network, data and device, and, for a resumed run, what differs from before."""
     config, dataset, device = run.config, run.dataset, run.world.device
     log.say(f"{describe(dataset)}; {reader(dataset, config.data)}")
     for note in getattr(dataset, "notes", ()):
@@ -284,16 +294,19 @@ def announce(run: Run, log: RunLog | NoLog) -> None:
 
 
 class Sent(NamedTuple):
-    """A step that was queued, and what its line in the log says beside what the device finds."""
+    """A step that was queued, with the host's part of its log line."""
 
-    turn: int  # of `Told`
+    turn: int  # as returned by `Told.send`
     number: int
     indices: Tensor
-    row: dict[str, float] | None  # None: this step has no line
+    row: dict[str, float] | None  # None: this step has no log line
 
 
 def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profiler | NoProfiler) -> bool:
-    """Steps until the run is done or asked to stop; returns whether it was asked to. The last step is looked at."""
+    """Make steps until the run is done or asked to stop. Returns whether it was stopped before its end.
+
+    The last step's loss has been read and checked when this returns.
+    """
     config, world, objective, before = run.config, run.world, run.objective, run.number
     labelled = config.model.num_classes > 0
     places = [place for part in run.step.parts for place in objective.places(run.step.micro, part)]
@@ -305,10 +318,10 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
     told = Told(world, len(run.step.metrics))
     rate = Rate(run)
     sent: Sent | None = None
-    elapsed, asked = 0.0, False  # seconds of the last step; whether any rank is asked to stop
+    elapsed, asked = 0.0, False  # seconds of the last step; whether any rank has been asked to stop
 
     def settle() -> None:
-        """Read the last step sent, if it was not, and write its line."""
+        """Wait for the last step sent, if it has not been read, check its loss and write its log line."""
         nonlocal sent, asked
         if sent is None:
             return
@@ -316,7 +329,7 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
         values = told.read(step.turn)
         check_finite(run, step, values)
         *numbers, norm, seconds, stopping = values
-        if world.size > 1:  # ranks stop and count time by what all of them know, which is a step old
+        if world.size > 1:  # ranks stop and count time by numbers that all of them share, which are one step old
             run.seconds += seconds
         asked = stopping > 0
         rate.steps += 1
@@ -347,7 +360,7 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
             lr = config.peak_lr * lr_scale(run.progress(), config.optim.warmup, config.optim.decay)
             metrics = run.step(batch.x_start, batch.labels if labelled else None, batch.indices, lr)
             turn = told.send(metrics, elapsed, stop.requested is not None)
-            settle()  # the step before: the device works on this one meanwhile and is not kept waiting
+            settle()  # reads the previous step while the device works on this one
             run.number += 1
             elapsed = time.perf_counter() - started
             run.seconds += elapsed if world.size == 1 else 0
@@ -365,7 +378,7 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
             evaluates = run.due(config.evaluate_minutes, None) and run.progress() < 1
             run.looked = run.seconds
             if saves or draws or evaluates:
-                settle()  # weights of a loss that is not finite are never saved
+                settle()  # so that weights with a non-finite loss are never saved
                 with rate.paused():
                     if saves:
                         run.save()
@@ -380,16 +393,17 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
 
 
 def end(run: Run, log: RunLog | NoLog, stop: StopRequest, stopped: bool, before: int) -> Path:
-    """The last checkpoint, and the last pictures. Returns the checkpoint's path; raises what a stop request asks for.
+    """Save the last checkpoint and draw the last pictures. Returns the checkpoint's path.
 
-    before: steps that were done when this process took the run up.
+    before: number of steps done when this process started.
+    Raises KeyboardInterrupt or SystemExit(128 + signal) if the run was stopped.
     """
     if run.saved_path is None or run.saved_step != run.number:
         run.save()
     run.written()
     assert run.saved_path is not None
     if stopped:
-        reason = stop.requested or signal.SIGTERM  # another rank's
+        reason = stop.requested or signal.SIGTERM  # None here: another rank was asked to stop
         log.say(f"stopped by {reason.name} at step {run.number}; saved {run.saved_path}; run the same command to go on")
         if reason is signal.SIGINT:
             raise KeyboardInterrupt
@@ -405,7 +419,7 @@ def end(run: Run, log: RunLog | NoLog, stop: StopRequest, stopped: bool, before:
 
 
 def keep_work(run: Run, log: RunLog | NoLog, before: int) -> None:
-    """Save the last step where no batch comes any more. Of several ranks the others wait in a step, for this one."""
+    """Save the last step when no more batches come. Only in a single process: other ranks would wait in a step."""
     if run.world.size > 1 or run.number == before:
         return
     if run.saved_step != run.number:
@@ -415,7 +429,7 @@ def keep_work(run: Run, log: RunLog | NoLog, before: int) -> None:
 
 
 def give_up(run: Run, stop: StopRequest, error: Stopped) -> None:
-    """End all ranks, unsaved: asked to stop, this one has no batch, and the others wait for it in a step."""
+    """End all ranks without saving: this rank was asked to stop and has no batch, and the others wait for it."""
     if run.background is not None:
         run.background.wait()
     reason = stop.requested or signal.SIGTERM
@@ -427,7 +441,7 @@ def give_up(run: Run, stop: StopRequest, error: Stopped) -> None:
 
 @contextmanager
 def finished(background: BackgroundSave | None) -> Iterator[None]:
-    """Whatever ends the block, a checkpoint that is being written is written."""
+    """However the block ends, finish writing the checkpoint in the background."""
     try:
         yield
     finally:

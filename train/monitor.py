@@ -1,6 +1,6 @@
-"""What a training run looks at on its way: its rate, pictures, a classifier's scores, a Fréchet distance.
+"""Monitoring during training: speed, pictures, a classifier's scores, a Fréchet distance.
 
-Every rank does its share of what takes time, so that none waits for another.
+All ranks share the slow work, so that none waits for another.
 """
 
 import math
@@ -35,13 +35,15 @@ from umd.train.sampling import GROUP, clips
 if TYPE_CHECKING:
     from umd.train.loop import Run
 
-STEPS = 50  # of DDIM; fewer than for published scores, as often enough for a curve
-GUIDANCE = 1.5  # with labels: the paper's for scores
+STEPS = 50  # DDIM steps; fewer than for published scores, but enough for a curve
+GUIDANCE = 1.5  # cfg_scale with labels: the paper's for scores
 
 
 def shower(run: "Run", log: RunLog | NoLog) -> Callable[[Tensor], np.ndarray]:
-    """What makes pictures of tensors on this rank. All ranks call this together: if one that draws lacks the VAE, all
-    of them do without, so that their pictures fit into one sheet."""
+    """A function that turns tensors into pictures on this rank. All ranks call this together.
+
+    If one rank that draws lacks the VAE, all do without, so that their pictures fit into one sheet.
+    """
     world, data = run.world, run.config.data
     assert run.preview is not None, "only for runs that draw"
     show: Callable[[Tensor], np.ndarray] = rgb
@@ -59,7 +61,7 @@ def shower(run: "Run", log: RunLog | NoLog) -> Callable[[Tensor], np.ndarray]:
 
 
 def draw(run: "Run", log: RunLog | NoLog) -> None:
-    """Pictures of what the network makes of held-out ones; of a classifier its scores. All ranks call this together."""
+    """Draw the network's reconstructions of held-out pictures; score a classifier. All ranks call this together."""
     world = run.world
     with run.parallel.averaged(run.ema) as network:
         if isinstance(network, Classifier):
@@ -76,13 +78,13 @@ def draw(run: "Run", log: RunLog | NoLog) -> None:
 
 
 class Distance:
-    """The Fréchet distance of `config.evaluate_count` samples to the held-out pictures, by all ranks together.
+    """The Fréchet distance of `config.evaluate_count` samples to the held-out pictures, computed by all ranks.
 
-    The pictures' statistics are made once and kept in the run's folder, under the name of all that they depend on.
+    The pictures' statistics are computed once and kept in the run's folder, keyed by everything they depend on.
     """
 
     def __init__(self, run: "Run", log: RunLog | NoLog):
-        """All ranks call this together. Raises UserError if something is missing, before there is training to lose."""
+        """All ranks call this together. Raises UserError before training starts if something is missing."""
         config, self.world = run.config, run.world
         self.run, self.count = run, config.evaluate_count
         with self.world.main_first():
@@ -119,7 +121,7 @@ class Distance:
         return self.network.outputs(x.to(self.world.device)).pooled
 
     def __call__(self, network: UMD) -> float:
-        """The distance, on every rank."""
+        """Draw samples from `network` and return their distance, on every rank."""
         config, world = self.run.config, self.world
         classes, objective = network.config.num_classes, self.run.objective
         assert isinstance(objective, Objective), "a UMD's"
@@ -127,16 +129,16 @@ class Distance:
         drawer = Drawer(
             network, objective.schedule, labels, self.count, num_steps=self.steps,
             cfg_scale=self.cfg_scale, eta=1.0, seed=0, clip=clips(config, self.tokenizer), dtype=self.run.dtype,
-            batch=GROUP, tokenizer=self.tokenizer, capture="off",  # a recording might fail, and end the run
+            batch=GROUP, tokenizer=self.tokenizer, capture="off",  # a failed recording would end the run
         )  # fmt: skip
         statistics = FeatureStatistics(self.network.num_features, self.network.name)
-        for first, last in spans(self.count, GROUP)[world.rank :: world.size]:  # what the network sees at once
+        for first, last in spans(self.count, GROUP)[world.rank :: world.size]:  # one network call each
             statistics.update(self.features(from_uint8(drawer.pictures(first, last))))
         return merged(statistics, world).distance(self.reference)
 
 
 def merged(statistics: FeatureStatistics, world: World) -> FeatureStatistics:
-    """The statistics of all ranks' features, on every rank."""
+    """Merge the feature statistics of all ranks. Returns them on every rank."""
     count = world.sum(torch.tensor([float(statistics.count)], dtype=torch.float64))
     mean = world.sum(statistics.mean * statistics.count) / count
     offset = statistics.mean - mean
@@ -147,7 +149,7 @@ def merged(statistics: FeatureStatistics, world: World) -> FeatureStatistics:
 
 
 def evaluate(run: "Run", log: RunLog | NoLog) -> None:
-    """Log the Fréchet distance of the averaged network. All ranks call this together."""
+    """Log the Fréchet distance of the EMA network. All ranks call this together."""
     made = run.distance
     assert made is not None, "made at the start of every run that has some"
     with run.parallel.averaged(run.ema) as network:
@@ -163,7 +165,7 @@ def evaluate(run: "Run", log: RunLog | NoLog) -> None:
 
 
 class Rate:
-    """Images a second and MFU since the last line of the log, without the time for saving and drawing."""
+    """Images per second and MFU since the last log line, without the time for saving and drawing."""
 
     def __init__(self, run: "Run"):
         self.images, self.device = run.config.batch_size, run.world.device
@@ -172,7 +174,7 @@ class Rate:
         self.steps, self.since = 0, time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """What the line of a step says; a new window begins."""
+        """The values for a log line. Starts a new window."""
         took, steps = time.perf_counter() - self.since, self.steps
         self.steps, self.since = 0, time.perf_counter()
         mfu = steps * self.flops / took / self.peak

@@ -1,4 +1,4 @@
-"""AdamW with UMD's decay mask, and the learning-rate curve of its recipes."""
+"""AdamW without weight decay on some parameters, gradient clipping, and the learning-rate schedule."""
 
 import math
 from typing import Literal
@@ -17,8 +17,10 @@ from umd.spans import span
 
 
 def lr_scale(progress: float, warmup: float, decay: Literal["cosine", "none"] = "cosine") -> float:
-    """Share of the peak rate at `progress` of the run (0 to 1): linear warm-up from 0, then half a cosine to 0 or no
-    decay."""
+    """Learning rate over its peak at `progress` of the run (0 to 1).
+
+    Linear warm-up from 0 in the first `warmup` of the run, then half a cosine to 0, or no decay.
+    """
     if progress < warmup:
         return progress / warmup
     if decay == "none":
@@ -30,12 +32,12 @@ def adamw(
     model: AnyModel, lr: float, betas: tuple[float, float], weight_decay: float, layer_decay: float = 1.0,
     fused: str = "auto",
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """Fused AdamW over two groups: parameters in `model.no_weight_decay()`, and the others.
+    """Fused AdamW with two parameter groups: parameters in `model.no_weight_decay()`, and all others.
 
-    With a layer decay two for each layer; `lr_multiplier` of a group is its rate's share of the run's.
+    With a layer decay, there are two groups per layer. `lr_multiplier` of a group is its learning rate over the run's.
 
     Raises:
-        UserError: apex is asked for and is not to be had.
+        UserError: `fused` is apex, and apex is missing or the model is not on a GPU.
     """
     undecayed = model.no_weight_decay()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -58,13 +60,13 @@ def adamw(
     check_apex(named[0][1].device)
     from apex.optimizers import FusedAdam
 
-    # It counts steps a group and not a parameter; given from the start, checkpoints find the count there.
+    # FusedAdam counts steps per group, not per parameter. Set from the start, so that checkpoints find the count.
     groups = [group | {"step": 0} for group in groups if group["params"]]
     return FusedAdam(groups, lr=lr, betas=betas, eps=1e-8, adam_w_mode=True)
 
 
 def check_apex(device: torch.device) -> None:
-    """Raise UserError if FusedAdam of NVIDIA's apex cannot be used there."""
+    """Raise UserError if FusedAdam of NVIDIA's apex cannot be used on this device."""
     if lacks := apex_lacks():
         raise UserError(
             "optim.fused apex needs NVIDIA's apex (github.com/NVIDIA/apex, not PyPI's package), and here it is "
@@ -75,16 +77,19 @@ def check_apex(device: torch.device) -> None:
 
 
 def runs_compiled(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `clipped_step` takes the step in one compiled pass, whose gradients may be bf16 beside fp32 weights."""
+    """Whether `clipped_step` makes the step in one compiled CPU pass, which takes bf16 gradients of fp32 weights."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     ours = all(ops.use_cpu_path(p) and p.dtype == torch.float32 and p.is_contiguous() for p in params)
     return ours and isinstance(optimizer, torch.optim.AdamW) and not ops.compiler_lacks()
 
 
 def narrow_gradients(model: AnyModel, optimizer: torch.optim.Optimizer) -> None:
-    """Under bf16 autocast on a CPU, where `optimizer` makes compiled steps, each of one backward pass: keep the
-    gradients of the weights whose products are in bf16 as those products come, the same numbers in half the memory.
-    That of the adaLN projection, made in fp32, is rounded to bf16, as autocast would. There is then no sum to round."""
+    """Keep weight gradients in bf16 if the optimizer makes compiled steps. For bf16 autocast on a CPU.
+
+    Gradients of bf16 products are bf16 already, so this halves their memory without changing them. The gradient of the
+    adaLN projection, an fp32 product, is rounded to bf16, as autocast would. Each step must have one backward pass, so
+    that no sum of gradients is rounded.
+    """
     if not runs_compiled(optimizer):
         return
     for module in model.modules():
@@ -93,8 +98,10 @@ def narrow_gradients(model: AnyModel, optimizer: torch.optim.Optimizer) -> None:
 
 
 def rates_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Move AdamW's learning rates to the device, where a CUDA graph reads what they are at each replay. Returns whether
-    they are there: apex keeps them on the host, and on the CPU there is nothing to gain."""
+    """Move AdamW's learning rates to the device, where a CUDA graph reads their current value at each replay.
+
+    Returns whether they were moved. They are not for apex, which keeps them on the host, nor on the CPU.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if not isinstance(optimizer, torch.optim.AdamW) or ops.use_cpu_path(params[0]):
         return False
@@ -105,7 +112,7 @@ def rates_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give each group its share of the run's learning rate. Waits for no device."""
+    """Set each group's learning rate to `lr` times its multiplier. Does not wait for the device."""
     for group in optimizer.param_groups:
         rate = lr * group["lr_multiplier"]
         if isinstance(group["lr"], Tensor):
@@ -115,9 +122,9 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    """A step of `adamw`'s optimiser with a gradient of global norm at most `max_norm` (0: any). Returns the norm, [].
+    """Clip the gradient to a global norm of `max_norm` (0: no clipping) and make a step. Returns the norm before, [].
 
-    AdamW divides the gradient on its way; clip_grad_norm_ would read and write all of it once more.
+    AdamW's kernel scales the gradient as it reads it. clip_grad_norm_ would read and write all gradients once more.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     with span("clip"):
@@ -128,8 +135,8 @@ def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
             _compiled_step(optimizer, 1.0 if scale is None else 1 / float(scale))
             return norm
         if isinstance(optimizer, torch.optim.AdamW):
-            optimizer.grad_scale = scale  # type: ignore[attr-defined]  # as torch's GradScaler hands it over
-        elif scale is not None:  # apex's has no such way in
+            optimizer.grad_scale = scale  # type: ignore[attr-defined]  # the attribute that torch's GradScaler sets
+        elif scale is not None:  # apex's optimizer has no such attribute
             torch._foreach_div_(gradients, scale)
         optimizer.step()
     return norm
@@ -138,7 +145,7 @@ def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
 @torch.no_grad()
 def _compiled_step(optimizer: torch.optim.Optimizer, scale: float) -> None:
     for group in optimizer.param_groups:
-        lists: list[list[Tensor]] = [[] for _ in range(6)]  # the last but one is amsgrad's, and stays empty
+        lists: list[list[Tensor]] = [[] for _ in range(6)]  # the last but one is for amsgrad and stays empty
         optimizer._init_group(group, *lists)  # type: ignore[attr-defined]
         weights, gradients, averages, squares, _, steps = lists
         if weights:
@@ -148,14 +155,14 @@ def _compiled_step(optimizer: torch.optim.Optimizer, scale: float) -> None:
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
-    """The norm of all of them as one vector, [], fp32 or fp64.
+    """Norm of all gradients as one vector: [], fp32 or fp64.
 
-    On the CPU compiled, or by BLAS's dot, which takes two thirds of the time of torch's norm there and, in fp32, is
-    fifty times as accurate.
+    On a CPU, it is computed by a compiled kernel or by BLAS's dot. The latter takes two thirds of the time of torch's
+    norm and is fifty times as accurate in fp32.
     """
     if not gradients:
         return torch.zeros(())
-    if not ops.use_cpu_path(gradients[0]):  # get_total_norm does the same on a GPU, and elsewhere a call a tensor
+    if not ops.use_cpu_path(gradients[0]):  # as torch's get_total_norm does on a GPU
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if {g.dtype for g in gradients} <= {torch.float32, torch.bfloat16} and not ops.compiler_lacks():
         return ops.square_sum(gradients).sqrt().float()

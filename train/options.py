@@ -1,4 +1,7 @@
-"""The options of each command. Imports no torch: help and a mistyped option are answered at once."""
+"""The options of each command, one dataclass each.
+
+Imports no torch, so that `--help` and a mistyped option are answered at once.
+"""
 
 import os
 from dataclasses import dataclass, field, replace
@@ -32,19 +35,18 @@ Kind = Literal["timm", "transformers", "diffusers", "hub", "small-vision"]
 
 @dataclass(frozen=True)
 class Demo:
-    """Pretrain, probe, fine-tune with labels, sample and inpaint beside MAE and DiffMAE, on real images, within a time
-    budget."""
+    """Pretrain UMD, MAE and DiffMAE on real images within a time budget; probe, fine-tune, sample and inpaint."""
 
     minutes: Positive = 15.0
-    """Time budget of the whole."""
+    """Time budget of the whole demo, in minutes."""
     out: Path = Path("runs/demo")
-    """Folder of the runs and of report.html; an earlier demo there is replaced."""
+    """Folder of the runs and of report.html. An earlier demo in it is replaced."""
     data: DataConfig = DataConfig()
-    """Default: colour emoji from a pip package."""
+    """Training images. Default: colour emoji from a pip package."""
     size: Count = 32
-    """Side of the images."""
+    """Height and width of the images, in pixels."""
     seed: Seed = 0
-    """Of everything."""
+    """Seed of everything random."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -52,15 +54,15 @@ class Demo:
 
 @dataclass(frozen=True)
 class CheckData:
-    """Read every image of a source once; list those that no reader shall use, with the reason. Exits with 0 if all
-    are usable, with 1 if some are listed (runs then leave these out), and with 2 if there is nothing to read."""
+    """Read every image of a source once and list the unusable ones with the reason. Later runs leave them out. Exit
+    code 0: all images are usable. 1: some are listed. 2: there is nothing to read."""
 
     min_side: Count = 16
-    """Fewest pixels that the shorter side of a picture must have."""
+    """Smallest allowed length of a picture's shorter side, in pixels."""
     workers: Processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    """Processes that read."""
+    """Number of reader processes. Default: one per core."""
     out: Path | None = None
-    """Where the list goes; default: quarantine.json in the source, where runs find it by themselves."""
+    """File for the list. Default: quarantine.json in the source, where every run finds it."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -68,21 +70,21 @@ class CheckData:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where and how the run of a preset would go."""
+    """The cluster that a run is planned for."""
 
     gpu: Literal["a100-40", "a100-80", "h100", "h200", "l40s"] = "a100-80"
-    """Type of the GPUs."""
+    """GPU model."""
     gpus: Count = 8
-    """How many, of all nodes."""
+    """Number of GPUs in all nodes together."""
     gpus_per_node: Count = 8
-    """How many in one node."""
+    """Number of GPUs in one node."""
     network: Positive = 200
-    """Gbit/s of the network for each GPU, between nodes."""
+    """Network bandwidth per GPU between nodes, in Gbit/s."""
     images: Annotated[int, number(int, 1, 10**12)] = IMAGENET
-    """Pictures in the training set; default: ImageNet."""
+    """Pictures in the training set. Default: ImageNet-1k."""
     disk: NonNegative = 1.0
-    """GB/s at which one process hashes, writes and flushes a checkpoint; 0: measured in the run's folder, with a file
-    as large as a checkpoint."""
+    """Rate at which one process hashes, writes and flushes a checkpoint, in GB/s.
+    0: measure it in the run's folder with a file as large as a checkpoint."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -90,7 +92,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Planned:
-    """What a run would need: memory, time and communication, counted and by roofline, without the GPUs."""
+    """Estimate a run's memory, time and communication from counts and a roofline model. Needs no GPU."""
 
     cluster: Annotated[Cluster, arg(name="")] = field(default_factory=Cluster)
     run: Annotated[RunConfig, arg(name="")] = field(default_factory=RunConfig)
@@ -98,32 +100,32 @@ class Planned:
 
 @dataclass(frozen=True)
 class EncodeLatents:
-    """Encode pictures once, for every epoch of runs on latents. The same command goes on after a stop; under torchrun
-    each rank takes its share."""
+    """Encode pictures to latents once, so that runs on latents need no VAE in each step. To resume, repeat the command.
+    Under torchrun the ranks share the work."""
 
     data: DataConfig = field(default_factory=DataConfig)
     recipe: Literal["pretrain", "finetune"] | None = None
-    """Crops of one of the paper's recipes, in the place of --data.area-min: pretrain covers 0.8 of a picture or more,
-    finetune 0.95. A run refuses latents of other crops than its own."""
+    """Take the crop area from a recipe of the paper: at least 0.8 of a picture (pretrain) or 0.95 (finetune).
+    It replaces --data.area-min. A run refuses latents whose crops differ from its own setting."""
     out: Path = Path("latents/train")
     """Folder to write."""
     image_size: tuple[Count, Count] = (256, 256)
-    """Height and width at which pictures are encoded."""
+    """Height and width at which pictures are encoded, in pixels."""
     views: Count = 4
-    """Views stored of each training picture; epoch e learns from view e modulo this."""
+    """Crops (views) stored for each training picture. Epoch e trains on view e modulo this number."""
     crop: Literal["random", "center"] = "random"
-    """random: view v is what a run on pixels with this seed would see in epoch v. center: the middle, and its mirror
-    image as the second view. Held-out pictures have one view, their middle."""
+    """random: view v is the crop that a run on pixels with this seed sees in epoch v.
+    center: the center crop; the second view is its mirror image. Held-out pictures have only their center crop."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """Type of the stored means and standard deviations."""
+    """dtype of the stored means and standard deviations."""
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
-    """Autocast type of the encoder."""
+    """Autocast dtype of the encoder. auto: bf16 where the device multiplies it, else fp32."""
     shard_images: Count = 4096
-    """Pictures a shard."""
+    """Pictures per shard."""
     seed: Seed = 0
-    """Of crops and flips."""
+    """Seed of crops and flips."""
     device: str = "auto"
-    """auto (under torchrun each rank takes its GPU), cpu, cuda or cuda:N."""
+    """auto, cpu, cuda or cuda:N. auto under torchrun: each rank takes its own GPU."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -140,24 +142,24 @@ class EncodeLatents:
 
 @dataclass(frozen=True)
 class EncodePixels:
-    """Store pictures small, once, for every epoch of runs at 64x64 and its like. The same command goes on after a stop;
-    under torchrun each rank makes its share."""
+    """Decode and shrink pictures once, so that runs at 64x64 or so read fast. To resume, repeat the command. Under
+    torchrun the ranks share the work."""
 
     source: Annotated[str, arg(name="data.source")] = "emoji"
-    """A folder of images, .tar files, or what else pretrain reads."""
+    """A folder of images, .tar files, or any other source that pretrain reads."""
     out: Path = Path("pixels/train")
     """Folder to write."""
     size: tuple[Count, Count] = (96, 96)
-    """Height and width that each picture is squeezed to: 1.5 times what the model sees, so that the narrowest crop (2/3
-    of a side, of four fifths of the area) has as many pixels as the model."""
+    """Height and width to which each picture is squeezed. Take 1.5 times the model's image size:
+    the narrowest crop (2/3 of a side, 4/5 of the area) then has as many pixels as the model sees."""
     shard_images: Count = 4096
-    """Pictures a shard."""
+    """Pictures per shard."""
     holdout: Annotated[Share, arg(name="data.holdout")] = 0.2
-    """Share kept for the test split where the source has no split of its own."""
+    """Fraction of the pictures held out as the test split, if the source has no test split."""
     skip_broken: Annotated[bool, arg(name="data.skip-broken")] = False
-    """Leave unreadable images out, with a count, instead of stopping."""
+    """Leave unreadable images out and report their number. Off: stop at the first."""
     quarantine: Annotated[str, arg(name="data.quarantine")] = ""
-    """List of files to leave out, as umd check-data writes it; default: quarantine.json in the source."""
+    """List of files to leave out, written by umd check-data. Default: quarantine.json in the source."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -165,20 +167,20 @@ class EncodePixels:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Print what a folder of latents or of stored pictures holds, compare it with its checksums, and draw a few."""
+    """Print what a folder of latents or stored pictures holds, verify its checksums, and draw a few of them."""
 
     decode: CountOrZero = 16
-    """Latents decoded, spread over the split; 0: none, and no VAE is needed."""
+    """Number of latents to decode, spread over the split. 0: none; no VAE is needed then."""
     split: Literal["train", "test"] = "train"
-    """Which are decoded."""
+    """Split to decode from."""
     check: bool = True
     """Read every shard and compare it with its checksum."""
     vae: str = ""
-    """The VAE, where it no longer lies where it lay."""
+    """Hub id or folder of the VAE. Needed only if it has moved since the latents were encoded."""
     device: str = "auto"
-    """Where to decode."""
+    """Device that decodes: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
-    """Where the PNG goes; default: FOLDER/decoded.png."""
+    """PNG file to write. Default: FOLDER/decoded.png."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -186,25 +188,25 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn."""
+    """The sampler and its guidance."""
 
     sampler: SamplerName = "ddim"
-    """ddim, ddpm, or a solver of diffusers, for few steps and without noise: dpm++, heun (two calls a step), unipc."""
+    """ddim, ddpm, or a solver of diffusers for few deterministic steps: dpm++, heun (2 network calls a step), unipc."""
     steps: Count | None = None
-    """Steps; default of ddim and ddpm the paper's, 125 for pixels and 250 for latents; of the others 25."""
+    """Denoising steps. Default: 125 for pixels and 250 for latents (paper; ddim and ddpm), 25 for other samplers."""
     eta: Share = 1.0
-    """Noise of DDIM: 1 as in the paper, 0 deterministic."""
+    """Noise of ddim: 1 as in the paper, 0 deterministic."""
     predict: Literal["auto", "eps", "x_start", "both"] = "auto"
-    """Which of the network's predictions leads: the noise, the image, or both, weighted at each time as held-out
-    pictures tell; auto: both where that was measured when the run ended, else eps."""
+    """Network output that leads: eps (noise), x_start (image), or both, weighted per timestep.
+    The weights of both are measured on held-out pictures. auto: both if the run's end has measured them, else eps."""
     cfg_interval: tuple[Count, Count] | None = None
-    """Guidance at these model times alone, from and to (1: least noise, 1000: most); default: at all."""
+    """First and last timestep with guidance (1: least noise, 1000: most). Default: all timesteps."""
     cfg_schedule: GuidanceSchedule = "constant"
-    """Guidance over time: constant, or growing towards the picture (linear, cosine) with the same mean."""
+    """Guidance over time: constant, or growing towards the final image (linear, cosine) with the same mean."""
     cfg_channels: CountOrZero = 0
-    """Guide only so many channels, the first ones; 0: all. DiT's code guides 3 of its latents' 4."""
+    """Guide only the first N channels. 0: all. DiT's code guides 3 of its 4 latent channels."""
     capture: Capture = "auto"
-    """Replay a denoising step as one CUDA graph; auto: on a GPU, of more than a few steps."""
+    """Replay a denoising step as one CUDA graph. auto: on a GPU, for more than a few steps."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -212,30 +214,30 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Sample(Sampling):
-    """Draw samples from a run: a PNG grid, an .npz as ADM's evaluator reads it (arr_0: uint8 images [N, H, W, C],
-    arr_1: labels [N]; classes: the name of each label) and a .json of all settings. The same command goes on after a
-    stop; under torchrun each rank draws its share."""
+    """Draw samples from a run. Writes a PNG grid, an .npz for ADM's evaluator (arr_0: uint8 images [N, H, W, C],
+    arr_1: labels [N], classes: label names) and a .json of all settings. To resume, repeat the command. Under torchrun
+    the ranks share the work."""
 
     classes: tuple[str, ...] = ()
-    """Which classes, by name or number; default: all. A run without labels is sampled unconditionally."""
+    """Classes to draw, by name or number. Default: all. A run without labels is sampled unconditionally."""
     per_class: Count = 8
-    """Samples of each class (of all, without labels)."""
+    """Samples per class. For a run without labels: samples in all."""
     count: CountOrZero = 0
-    """Samples in all instead, each of a class drawn at random."""
+    """Samples in all, of random classes, instead of --per-class. 0: use --per-class."""
     balanced: bool = False
-    """With count: as many of each class, in turn."""
+    """With --count: take the classes in turn, so that each gets the same number."""
     cfg_scale: Scale = 4.0
-    """Guidance; 1: none. The paper uses 1.5 for scores, 4.0 for pictures."""
+    """Guidance scale. 1: no guidance. The paper uses 1.5 for scores and 4.0 for pictures."""
     seed: Seed = 0
-    """Sample i of a seed is the same picture, byte for byte, on any number of ranks and at any batch."""
+    """Seed. Sample i of a seed has the same bytes on any number of ranks and with any --batch."""
     batch: Count = 64
-    """Images of one denoising loop, rounded up to groups of 32, which the network always sees together; up to 64."""
+    """Images per denoising loop: at most 64, rounded up to a multiple of 32. The network always sees 32 at a time."""
     ema: bool = True
-    """Averaged weights, where the run has them."""
+    """Use the EMA weights if the run has them."""
     vae: str = ""
-    """Of a run on latents, its VAE where it no longer lies where it lay: hub id or folder."""
+    """For a run on latents: hub id or folder of its VAE. Needed only if the VAE has moved."""
     out: Path | None = None
-    """Where the PNG goes, .npz and .json beside it; default: RUN/samples.png."""
+    """PNG file to write; the .npz and .json go beside it. Default: RUN/samples.png."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -245,31 +247,31 @@ class Sample(Sampling):
 
 @dataclass(frozen=True)
 class Inpaint:
-    """Fill a hole in images with a run: PNG grids of masked input, samples and original, and single files."""
+    """Fill a hole in images with a run. Writes PNG grids (masked input, samples, original) and single files."""
 
     image: tuple[Path, ...] = ()
-    """Picture files; default: held-out images of the run's data."""
+    """Picture files. Default: held-out images of the run's data."""
     mask: str = "center"
-    """center, left, random (patches), frames (the middle half of a clip), or a PNG: white is filled, black is kept. It
-    has the size of the pictures and is cut and resized with them, or that of the model."""
+    """Region to fill: center, left, random (patches), frames (the middle half of a clip), or a PNG file.
+    PNG: white is filled, black kept; either of the pictures' size (cropped and resized with them) or of the model's."""
     mask_ratio: InnerShare = 0.5
-    """Share of patches that the random mask hides, about."""
+    """Probability with which the random mask hides each patch."""
     samples: Count = 3
-    """Samples an image; an MAE has one answer."""
+    """Samples per image. An MAE always gives one."""
     steps: Count = 50
     """Denoising steps."""
     sampler: Literal["ddpm", "ddim"] = "ddpm"
-    """ddpm: fresh noise at each step; ddim: none but the first."""
+    """ddpm: add fresh noise at each step. ddim: use only the initial noise."""
     resample: Count = 2
-    """Times a UMD repeats each step to harmonise hole and surroundings (RePaint); a DiffMAE has no need to."""
+    """Repeats of each denoising step, which blend hole and surroundings (RePaint). UMD only; DiffMAE needs none."""
     seed: Seed = 0
-    """Of noise and random masks."""
+    """Seed of noise and random masks."""
     capture: Capture = "auto"
-    """Replay a denoising step as one CUDA graph; auto: on a GPU, of more than a few steps."""
+    """Replay a denoising step as one CUDA graph. auto: on a GPU, for more than a few steps."""
     out: Path | None = None
-    """Where the PNG goes; default: RUN/inpainting.png. Beside it NAME-steps.png, and the folder NAME of files."""
+    """PNG file to write. Default: RUN/inpainting.png. NAME-steps.png and a folder NAME of single files go beside it."""
     mp4: bool = False
-    """Write clips as MP4 too, beside the GIF; needs PyAV (pip install av)."""
+    """For clips: also write MP4 beside the GIF. Needs PyAV (pip install av)."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -277,34 +279,34 @@ class Inpaint:
 
 @dataclass(frozen=True)
 class Probe:
-    """Few-shot probe on the held-out split, beside raw pixels and an untrained network. The same command goes on after
-    a stop; under torchrun each rank reads its share of the pictures."""
+    """Few-shot probe of the representation on the held-out split, compared with raw pixels and an untrained network.
+    To resume, repeat the command. Under torchrun the ranks share the pictures."""
 
     shots: Count = 100
-    """Labelled training images a class."""
+    """Labelled training images per class."""
     pool: CountOrZero = 100_000
-    """Shots are drawn from so many training images, a random part, as published; a class gives what the part has of it.
-    0: from all."""
+    """Draw the shots from a random subset of this many training images, as published. Classes may get fewer shots.
+    0: draw from all training images."""
     allow_fewer: bool = False
-    """Let a class with fewer images give all it has."""
+    """Accept a class with fewer images than --shots; it gives all it has. Off: stop with an error."""
     l2: tuple[Positive, ...] = (1024.0,)
-    """Ridge penalty; of several, one is chosen on a part of the shots."""
+    """Ridge penalty. Of several values, one is chosen on a part of the shots."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
-    """Draws of the shots."""
+    """Seeds of the random draw of shots; one probe per seed."""
     linear: bool = False
-    """Also MAE's linear probe and nearest neighbours, on every training picture."""
+    """Also run MAE's linear probe and nearest neighbours, on all training pictures."""
     image_size: tuple[Count, Count] | None = None
-    """Height and width at which the pictures are read, and the network's positions interpolated; None: the run's."""
+    """Height and width at which pictures are read; position embeddings are interpolated. None: the run's image size."""
     layers: bool = False
-    """Instead: of every block, at the model times below, as a table and a curve."""
+    """Probe every block at the timesteps of --times instead, and write a table and a curve."""
     times: tuple[CountOrZero, ...] = (0, 1, 10, 25, 50, 100, 200, 400, 700)
-    """Model times of --layers; 0: noise-free."""
+    """Timesteps for --layers. 0: noise-free."""
     ema: bool = False
-    """Averaged weights, where the run has them."""
+    """Use the EMA weights if the run has them."""
     source: str = ""
-    """Pictures to probe on, as in --data.source; default: those that the run was trained on."""
+    """Pictures to probe on, as in --data.source. Default: the run's training source."""
     out: Path | None = None
-    """Folder of what is written, e.g. of a run that is only to be read; default: RUN."""
+    """Folder to write to, e.g. if the run's folder is read-only. Default: RUN."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "l2", "seeds", "times")
@@ -312,55 +314,54 @@ class Probe:
 
 @dataclass(frozen=True)
 class Evaluate(Sampling):
-    """Score a run: samples against real pictures (Fréchet and kernel distances, Inception Score, precision, recall) and
-    the representation (few-shot and linear probe, nearest neighbours). Writes scores.json and scores.md into the run;
-    the defaults are the paper's, but for --predict. The same command goes on after a stop; under torchrun each rank
-    does its share."""
+    """Score a run's samples (Fréchet and kernel distances, Inception Score, precision, recall) and its
+    representation (few-shot and linear probe, nearest neighbours). Writes scores.json and scores.md into the run.
+    Defaults are the paper's, except --predict. To resume, repeat the command. Under torchrun ranks share the work."""
 
     count: Count = 50_000
-    """Samples."""
+    """Number of samples."""
     cfg_scale: tuple[Scale, ...] = (1.0, 1.5)
-    """Guidance, scored one by one; 1: none. Of a run without labels only 1."""
+    """Guidance scales, each scored separately. 1: no guidance. A run without labels takes only 1."""
     seed: Seed = 0
-    """Of the samples."""
+    """Seed of the samples."""
     balanced: bool = False
-    """As many samples of each class, in turn, instead of classes drawn at random."""
+    """Take the classes in turn, so that each gets the same number of samples. Off: draw classes at random."""
     ema: bool = True
-    """Averaged weights for the samples, where the run has them; the representation is read without."""
+    """Sample with the EMA weights if the run has them. The representation is always read without EMA."""
     batch: Count = 64
-    """Images of one denoising loop; no score depends on it."""
+    """Images per denoising loop. Affects speed and memory, not the scores."""
     vae: str = ""
-    """Of a run on latents, its VAE where it no longer lies where it lay: hub id or folder."""
+    """For a run on latents: hub id or folder of its VAE. Needed only if the VAE has moved."""
     features: Literal["auto", "inception", "dinov2", "efficientnet"] = "auto"
-    """Feature network of the distances, which are named after it: FID only with InceptionV3. auto: InceptionV3 where
-    its weights are, else EfficientNet-Lite0."""
+    """Feature network of the distances. Each distance is named after it; only InceptionV3 gives FID.
+    auto: InceptionV3 if its weights are found, else EfficientNet-Lite0."""
     weights: Path | None = None
-    """InceptionV3's weights (a file) or DINOv2's (a folder as transformers saves it)."""
+    """Weights of InceptionV3 (a file) or DINOv2 (a folder saved by transformers)."""
     reference: Path | None = None
-    """Statistics to measure against: an .npz of this command or of ADM's evaluator; default: made of the real pictures,
-    once, and kept in the run as reference-NAME.npz."""
+    """Reference statistics: an .npz from this command or from ADM's evaluator.
+    Default: computed once from the real pictures and kept in the run as reference-NAME.npz."""
     split: Literal["test", "train"] = "test"
-    """Which of the run's pictures are the real ones; test: the held-out."""
+    """Split of the run's data that gives the real pictures. test: held-out pictures."""
     source: str = ""
-    """Pictures in the place of the run's, as in --data.source; default: those that it was trained on."""
+    """Pictures to use instead of the run's, as in --data.source. Default: the run's training source."""
     pictures: str = ""
-    """Of a run on latents, the source of its real pictures; default: its stored latents, as the VAE decodes them."""
+    """For a run on latents: source of the real pictures. Default: its stored latents, decoded by the VAE."""
     few: bool = False
-    """Take distances of fewer pictures than there are features too: they compare at equal counts only."""
+    """Allow distances of fewer pictures than the network has features. Compare them only at equal counts."""
     generation: bool = True
     """Score samples."""
     recognition: bool = True
     """Score the representation."""
     shots: Count = 100
-    """Labelled training images a class of the few-shot probe."""
+    """Labelled training images per class for the few-shot probe."""
     allow_fewer: bool = False
-    """Let a class with fewer images give all it has."""
+    """Accept a class with fewer images than --shots; it gives all it has. Off: stop with an error."""
     linear: bool = True
-    """Also the linear probe and nearest neighbours, which read every training picture."""
+    """Also run the linear probe and nearest neighbours, which read all training pictures."""
     errors: CountOrZero = 512
-    """Held-out pictures of the error curves by model time; 0: no curves."""
+    """Held-out pictures for the curves of error against timestep. 0: no curves."""
     out: Path | None = None
-    """Folder of what is written, e.g. of a run that is only to be read; default: RUN."""
+    """Folder to write to, e.g. if the run's folder is read-only. Default: RUN."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "cfg_scale")
@@ -369,15 +370,15 @@ class Evaluate(Sampling):
 @dataclass(frozen=True)
 class Embed:
     """Write the representation of pictures: features.npz (features fp32 [N, D], names, labels, classes) and
-    features.parquet (a row a picture). The same command goes on after a stop; under torchrun each rank reads its
-    share."""
+    features.parquet (one row per picture). To resume, repeat the command. Under torchrun the ranks share the
+    pictures."""
 
     out: Path | None = None
-    """The files without their suffix; default: RUN/features-SOURCE."""
+    """Path of both files, without suffix. Default: RUN/features-SOURCE."""
     image_size: tuple[Count, Count] | None = None
-    """Height and width at which the pictures are read, and the network's positions interpolated; None: the run's."""
+    """Height and width at which pictures are read; position embeddings are interpolated. None: the run's image size."""
     ema: bool = True
-    """Averaged weights, where the run has them."""
+    """Use the EMA weights if the run has them."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -385,20 +386,20 @@ class Embed:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Few-shot probe of a run's representation on other sets of pictures: each subfolder of FOLDER is one, with a
-    folder a class, in train/ and test/ or not. The same command goes on after a stop; under torchrun each rank reads
-    its share of the pictures."""
+    """Few-shot probe of a run's representation on other datasets. Each subfolder of FOLDER is one dataset with one
+    folder per class, optionally inside train/ and test/. To resume, repeat the command. Under torchrun the ranks share
+    the pictures."""
 
     shots: Count = 10
-    """Labelled training images a class."""
+    """Labelled training images per class."""
     allow_fewer: bool = False
-    """Let a class with fewer images give all it has."""
+    """Accept a class with fewer images than --shots; it gives all it has. Off: stop with an error."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
-    """Draws of the shots."""
+    """Seeds of the random draw of shots; one probe per seed."""
     ema: bool = False
-    """Averaged weights, where the run has them."""
+    """Use the EMA weights if the run has them."""
     out: Path | None = None
-    """Folder of what is written, e.g. of a run that is only to be read; default: RUN."""
+    """Folder to write to, e.g. if the run's folder is read-only. Default: RUN."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "seeds")
@@ -406,20 +407,20 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Import:
-    """Import published weights as a run of ours."""
+    """Import published weights as a run."""
 
     kind: Annotated[Literal["dit", "mae", "maskdit", "small-vision"], Positional]
-    """dit: facebookresearch/DiT's .pt, or a folder of diffusers; mae: facebookresearch/mae's .pth, pre-trained or
-    fine-tuned, or a folder of transformers; maskdit: Anima-Lab/MaskDiT's .pt; small-vision: the UMD authors' JAX code,
-    its checkpoint folder or .npz."""
+    """dit: .pt file of facebookresearch/DiT, or a diffusers folder.
+    mae: .pth file of facebookresearch/mae (pre-trained or fine-tuned), or a transformers folder.
+    maskdit: .pt file of Anima-Lab/MaskDiT. small-vision: checkpoint folder or .npz of the UMD authors' JAX code."""
     path: Annotated[Path, Positional]
-    """The file or folder."""
+    """Weights file or folder."""
     out: Path = Path("runs/imported")
     """Folder of the new run."""
     source: str = ""
-    """Pictures that the run is probed and evaluated with: a folder, or what else `--data.source` takes."""
+    """Pictures to probe and evaluate the run with, as in --data.source."""
     num_heads: CountOrZero = 0
-    """Attention heads, which weights do not tell; 0: those of the published network of this width."""
+    """Number of attention heads; the weights do not contain it. 0: as in the published network of this width."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -427,21 +428,22 @@ class Import:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run's network for another tool."""
+    """Export a run's network to the format of another library."""
 
     kind: Annotated[Kind, Positional]
-    """timm: the encoder as a ViT; transformers: the same as ViTModel, or an MAE as ViTMAE; diffusers: the generator as
-    a pipeline; hub: the whole network, for from_pretrained; small-vision: the UMD authors' .npz."""
+    """timm: the encoder as a timm ViT. transformers: the encoder as ViTModel, or an MAE as ViTMAE.
+    diffusers: the generator as a pipeline. hub: the whole network, for from_pretrained.
+    small-vision: an .npz for the UMD authors' code."""
     run: Annotated[Path, Positional]
-    """The run."""
+    """Folder of the run."""
     out: Path | None = None
-    """Folder to write, new or empty; default: RUN/KIND."""
+    """Folder to write; must be new or empty. Default: RUN/KIND."""
     image_size: tuple[Count, Count] | None = None
-    """Height and width of the exported network, its positions interpolated; None: the run's."""
+    """Image size (height, width) of the exported network; position embeddings are interpolated. None: the run's."""
     ema: bool = True
-    """Averaged weights, where the run has them."""
+    """Use the EMA weights if the run has them."""
     push: str = ""
-    """Also upload the folder as this repository (USER/NAME) of the Hugging Face hub; log in with `hf auth login`."""
+    """Also upload the folder to this Hugging Face hub repository (USER/NAME). Log in first with `hf auth login`."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

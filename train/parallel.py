@@ -1,7 +1,7 @@
-"""How weights, gradients, optimiser and EMA lie over the ranks: all on one, DDP, or DeepSpeed's ZeRO (zero.py).
+"""How weights, gradients, optimizer and EMA are spread over ranks: one process, DDP, or DeepSpeed's ZeRO (zero.py).
 
-The three classes have the same methods, and their checkpoints the same files: whole fp32 tensors by the network's own
-names. So a run may go on with another number of ranks, another stage, or alone.
+The three classes have the same methods and the same checkpoint files: whole fp32 tensors under the network's own names.
+So a run may be resumed with another number of ranks, another ZeRO stage, or in one process.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,14 +23,17 @@ from umd.train.distributed import World
 from umd.train.optim import clipped_step
 from umd.train.settings import ParallelConfig
 
-DDP_BELOW = 1_000_000_000  # weights: 16 bytes each fit beside the activations, and DDP sends least and waits least
+DDP_BELOW = 1_000_000_000  # weights; below, 16 bytes per weight fit beside the activations, and DDP communicates least
 
 Tensors = dict[str, Tensor]
 
 
 def strategy(config: ParallelConfig, world: World, num_weights: int) -> str:
-    """alone, ddp or zero. Stage 0 partitions nothing: that is DDP, without the optimizer step that DeepSpeed takes
-    on zero gradients before a bf16 run of stage 0, and with the gradient norm that it lacks in fp32."""
+    """Choose `alone`, `ddp` or `zero`.
+
+    ZeRO stage 0 shards nothing, so it becomes `ddp`. (DeepSpeed's own stage 0 makes an optimizer step on zero gradients
+    before a bf16 run, and has no gradient norm in fp32.)
+    """
     if world.size == 1:
         return "alone"
     if config.strategy == "ddp" or config.zero_stage == 0:
@@ -39,35 +42,34 @@ def strategy(config: ParallelConfig, world: World, num_weights: int) -> str:
 
 
 def static_compile(call: Callable[..., Any], backend: str | Callable = "inductor") -> Callable[..., Any]:
-    """A network, or a function, through torch.compile, with all lengths as constants: a second layout makes a second
-    graph.
+    """Compile a network or function with torch.compile, all lengths as constants. A second layout gets its own graph.
 
-    Left to itself, torch makes symbols of lengths that were others before, in another network too, and compiles half as
-    long again, for lengths that never change.
+    By default, torch would turn lengths that differ from earlier ones (even of another network) into symbols. That
+    takes half as long again to compile, for lengths that never change.
     """
     return torch.compile(call, backend=backend, dynamic=False)
 
 
 class LossStep(nn.Module):
-    """The forward pass of a micro-batch to its loss as one module, which DDP and DeepSpeed can wrap."""
+    """Forward pass of a micro-batch up to its loss, as one module that DDP and DeepSpeed can wrap."""
 
     def __init__(
         self, network: Callable[..., Tensor], objective: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype
     ):
-        """network, objective: of one kind; the objective takes the corruptions that it drew."""
+        """network, objective: of the same kind. The objective must be the one that draws the corruptions."""
         super().__init__()
         self.network, self.objective, self.dtype = network, objective, dtype
 
     def forward(self, x_start: Tensor, corruption: AnyCorruption) -> tuple[Tensor, Tensor]:
-        """x_start [B, C, H, W] to (loss [], its parts [3])."""
+        """x_start: [B, C, H, W]. Returns (loss [], its parts [3])."""
         with span("forward"), autocast(x_start.device, self.dtype):
             return self.objective(self.network, x_start, corruption)
 
 
 class Alone:
-    """One process has it all."""
+    """Everything in one process."""
 
-    weights: HasParameters  # what the EMA averages here
+    weights: HasParameters  # parameters that this rank's EMA averages
 
     def __init__(
         self, model: AnyModel, loss: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int, clip: float
@@ -80,35 +82,35 @@ class Alone:
         return str(device)
 
     def forward_backward(self, x_start: Tensor, corruption: AnyCorruption, last: bool) -> tuple[Tensor, Tensor]:
-        """Add the gradient of one micro-batch; `last` is the last of the step. Returns (loss [], parts [3])."""
+        """Add the gradient of one micro-batch. last: it is the last one of the step. Returns (loss [], parts [3])."""
         loss, parts = self.loss(x_start, corruption)
         with span("backward"):
             (loss / self.accumulate).backward()
         return loss.detach(), parts
 
     def update(self) -> Tensor:
-        """One optimiser step; returns the norm of the whole gradient before clipping, []."""
+        """Make one optimizer step. Returns the norm of the whole gradient before clipping, []."""
         norm = clipped_step(self.optimizer, self.clip)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def tensors(self, ema: EMA | None) -> dict[str, Tensors]:
-        """What a checkpoint holds, by the names in memory. All ranks call this together; only rank 0's is whole."""
+        """The tensors of a checkpoint, by their names in memory. All ranks call this; only rank 0 gets all of them."""
         parts: dict[str, Tensors] = {"model": {**dict(self.model.named_parameters())}}
         parts["optimizer"] = optimizer_tensors(self.optimizer, self.model)
         return parts | ({} if ema is None else {"ema": ema.state_dict()})
 
     def load(self, parts: Mapping[str, Tensors], ema: EMA | None) -> None:
-        """Put back optimiser and EMA, by the names in memory; the weights were there before this was made."""
+        """Load optimizer and EMA state, by names in memory. The weights were loaded before this object was made."""
         load_optimizer_tensors(self.optimizer, self.model, parts["optimizer"])
         if ema is not None:
             ema.load_state_dict(parts["ema"])
 
     @contextmanager
     def averaged(self, ema: EMA | None) -> Iterator[AnyModel]:
-        """The network with averaged weights on every rank, for as long as the block runs. All ranks call this together.
+        """The network with EMA weights, on every rank, while the block runs. All ranks call this together.
 
-        The weights are overwritten and put back where they lie, which is where a recorded step reads them.
+        The weights are overwritten in place and restored after, as a recorded step reads them from this memory.
         """
         if ema is None:
             yield self.model
@@ -118,19 +120,19 @@ class Alone:
 
 
 class Shard:
-    """One rank's piece of each parameter: fp32 [n] views into the flattened weights, from `starts[name]` on."""
+    """One rank's shard of each parameter: fp32 [n] views into the flattened parameter, from `starts[name]` on."""
 
     def __init__(self, model: nn.Module, world: World, starts: Mapping[str, int], pieces: Tensors):
         self.world, self.starts, self.pieces = world, starts, pieces
         self.host: dict[str, Tensors] = {}
-        # ZeRO 3 leaves parameters empty and keeps their shapes beside them.
+        # ZeRO 3 leaves parameters empty and keeps their shapes in ds_shape.
         self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self.pieces.items())
 
     def cut(self, whole: Mapping[str, Tensor]) -> Tensors:
-        """This rank's pieces of whole tensors."""
+        """Cut this rank's shards from whole tensors."""
         return {
             name: whole[name].flatten()[self.starts[name] : self.starts[name] + len(piece)]
             for name, piece in self.pieces.items()
@@ -138,16 +140,16 @@ class Shard:
 
     @torch.no_grad()
     def gather(self, pieces: Mapping[str, Tensor], part: str) -> Tensors:
-        """Whole tensors on rank 0's host, one at a time through the device; nothing on the other ranks.
+        """Gather whole tensors in rank 0's host memory, one at a time through the device. {} on the other ranks.
 
-        The memory is that of the last call for the same part, and from a GPU the copies are only queued.
+        Memory is reused in the next call for the same part. From a GPU, the copies are only queued.
         """
         whole = self.host.setdefault(part, {})
         for name, shape in self.shapes.items():
             buffer = torch.zeros(shape.numel(), device=self.world.device)
             if name in pieces:
                 buffer[self.starts[name] : self.starts[name] + len(pieces[name])] = pieces[name]
-            dist.reduce(buffer, dst=0)  # a sum of zeros and one piece at each place
+            dist.reduce(buffer, dst=0)  # exact: at each position only one rank is not zero
             if self.world.main:
                 if name not in whole:
                     whole[name] = torch.empty(shape, pin_memory=buffer.is_cuda)
@@ -156,18 +158,18 @@ class Shard:
 
     @torch.no_grad()
     def everywhere(self, pieces: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors on every rank's device, one after another; each is overwritten by the next."""
+        """Yield (name, whole tensor) on every rank's device, one at a time. The next one overwrites the tensor."""
         buffer = torch.empty(max(shape.numel() for shape in self.shapes.values()), device=self.world.device)
         for name, shape in self.shapes.items():
             whole = buffer[: shape.numel()].zero_()
             if name in pieces:
                 whole[self.starts[name] : self.starts[name] + len(pieces[name])] = pieces[name]
-            dist.all_reduce(whole)  # a sum of zeros and one piece at each place
+            dist.all_reduce(whole)  # exact: at each position only one rank is not zero
             yield name, whole.view(shape)
 
 
 class DDP(Alone):
-    """Everything on every rank but the EMA, of which each keeps and updates an equal share."""
+    """DDP: everything on every rank, except the EMA, of which each rank keeps and updates an equal shard."""
 
     weights: Shard
     loss: DistributedDataParallel
@@ -175,7 +177,7 @@ class DDP(Alone):
     def __init__(
         self, model: AnyModel, loss: nn.Module, optimizer: Any, accumulate: int, clip: float, world: World, wire: str
     ):
-        """wire: type in which gradients are sent, fp32 or bf16."""
+        """wire: dtype in which gradients are sent, fp32 or bf16."""
         wrapped = DistributedDataParallel(loss, gradient_as_bucket_view=True)
         if wire == "bf16":
             wrapped.register_comm_hook(None, bf16_compress_hook)
@@ -192,7 +194,7 @@ class DDP(Alone):
         return f"{self.weights.world.size} x {device.type}, DDP"
 
     def forward_backward(self, x_start: Tensor, corruption: AnyCorruption, last: bool) -> tuple[Tensor, Tensor]:
-        self.loss.require_backward_grad_sync = last  # what DDP's no_sync() sets
+        self.loss.require_backward_grad_sync = last  # the flag behind DDP's no_sync()
         return super().forward_backward(x_start, corruption, last)
 
     def tensors(self, ema: EMA | None) -> dict[str, Tensors]:

@@ -1,12 +1,12 @@
-"""Pictures on disk at a small size: no JPEG is decoded while training. Shards, the header over them, and their dataset.
+"""Pictures stored on disk at a small size, so that training decodes no JPEG: shards, header, dataset, encoding.
 
     folder/pixels-train-00000-of-00003.safetensors    uint8 [n, S, S', 3], sizes [n, 2], labels, indices, crc32 [n]
            pixels-test-00000-of-00001.safetensors
-           pixels.json                                what all share, and how many images each has; written last
+           pixels.json                                the recipe, and the images of each shard; written last
 
-A picture is squeezed to S x S' whole, whatever its shape; `sizes` has the height and width of its own. A crop is drawn
-for that size, as from the file, and cut from the squeezed picture, which stretches it back. So a run sees the crops it
-would see of the files, with the resampling done in two steps.
+A whole picture, of any shape, is squeezed to S x S'. `sizes` has its original height and width. A crop is drawn for the
+original size, as from the file, then cut from the squeezed picture, which undoes the squeezing. So a run sees the crops
+that it would see of the files, resampled in two steps.
 """
 
 import math
@@ -55,16 +55,16 @@ Split = Literal["train", "test"]
 SPLIT = {"images": int, "left_out": int, "shards": [{"file": str, "images": int, "crc32?": int}]}
 SOURCE = {"path": str, "holdout": float | int}
 RECIPE = {"size": [int], "source": SOURCE, "class_names": [str], "shard_images": int}
-PATTERN = {"recipe": RECIPE, "splits": {"train": SPLIT, "test": SPLIT}, "quarantine?": str}  # of a header: see `amiss`
+PATTERN = {"recipe": RECIPE, "splits": {"train": SPLIT, "test": SPLIT}, "quarantine?": str}  # see `amiss`
 
 
 def is_pixels(path: Path) -> bool:
-    """Whether a folder holds stored pictures, or the beginnings of them."""
+    """Whether a folder holds stored pictures, complete or unfinished."""
     return is_store(path, "pixels")
 
 
 class PixelRows(Rows):
-    """The squeezed pictures of some shards, read where they are asked for. A sum is compared at the first reading."""
+    """The squeezed pictures of some shards, read on access. The first read of a picture compares its checksum."""
 
     def __init__(self, shards: Sequence[Shard], size: Sequence[int], command: str):
         self.shards, self.shape, self.command = shards, (*size, 3), command
@@ -81,7 +81,7 @@ class PixelRows(Rows):
         return found if np.ndim(index) else found[0]
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Pictures at int64 [n]: uint8 [n, S, S', 3]. Raises UserError if a shard is gone, or not what was written."""
+        """Read pictures at indices int64 [n]: uint8 [n, S, S', 3]. Raises UserError if a shard is gone or damaged."""
         out = np.empty((len(indices), *self.shape), np.uint8)
         size, buffer = math.prod(self.shape), out.reshape(-1).data
         numbers = np.searchsorted(self.ends, indices, "right")
@@ -104,7 +104,7 @@ class PixelRows(Rows):
 
 @dataclass
 class PixelDataset(ImageDataset):
-    """Stored pictures of one split. sizes: int64 [N, 2], height and width of the files."""
+    """The stored pictures of one split. sizes: int64 [N, 2], original heights and widths."""
 
     header: dict[str, Any] = field(default_factory=dict)
     sizes: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
@@ -116,7 +116,7 @@ class PixelDataset(ImageDataset):
 
 
 def open_pixels(folder: Path, split: Split, config: "DataConfig") -> PixelDataset:
-    """The stored pictures of a split. Raises UserError if they are damaged, or smaller than what the model sees."""
+    """Open the stored pictures of a split. Raises UserError if they are damaged or smaller than the model's images."""
     header = read_header(folder / HEADER, PATTERN, (FORMAT,))
     size, entries = header["recipe"]["size"], header["splits"][split]["shards"]
     if config.channels != 3:
@@ -148,8 +148,10 @@ def open_pixels(folder: Path, split: Split, config: "DataConfig") -> PixelDatase
 
 
 class StoredCrops(Dataset):
-    """[(epoch, index)] of a batch -> pictures uint8 [B, S, S', 3], crops float32 [B, 4] in their pixels, whether each
-    is mirrored [B], indices, indices; or the UserError met."""
+    """[(epoch, index)] of a batch -> (pictures, crops, mirrored, indices, indices), or the UserError that was raised.
+
+    pictures: uint8 [B, S, S', 3]. crops: float32 [B, 4], in pixels of the squeezed pictures. mirrored: bool [B].
+    """
 
     def __init__(self, dataset: PixelDataset, config: "DataConfig", seed: int):
         self.dataset, self.config, self.seed = dataset, config, seed
@@ -175,8 +177,10 @@ class StoredCrops(Dataset):
 
 
 def encode_pixels(options: EncodePixels, console: Console) -> None:
-    """Make this rank's shards, and the header if those were the last. Raises UserError for a source that will not do, a
-    folder of other shards, and a full disk."""
+    """Make this rank's shards. If they were the last ones, write the header.
+
+    Raises UserError if the source is unsuitable, the folder holds other shards, or the disk is full.
+    """
     from umd.train.data import open_dataset
     from umd.train.encode import SPLITS, given_list, picture_names, say, source_identity
     from umd.train.settings import DataConfig
@@ -234,7 +238,7 @@ def encode_pixels(options: EncodePixels, console: Console) -> None:
 def shard_of(
     dataset: ImageDataset, ids: np.ndarray, config: "DataConfig", recipe: dict[str, Any], advance: Advance
 ) -> bytes:
-    """A shard: a function of the pictures and the recipe alone, so that whoever makes it writes the same bytes."""
+    """Serialise a shard. The bytes depend only on pictures and recipe, so any rank writes the same file."""
 
     def load(index: int) -> tuple[int, np.ndarray, tuple[int, int]] | None:
         try:
@@ -271,7 +275,7 @@ def shard_of(
 
 
 def inspect_pixels(folder: Path, split: Split, count: int, check: bool, out: Path, console: Console) -> None:
-    """Print what a folder holds, compare every picture with its sum, and draw a few as they are tested."""
+    """Print what a folder holds, compare every picture with its checksum, and draw a few center crops."""
     from umd.train.encode import SPLITS
     from umd.train.settings import DataConfig
 

@@ -1,8 +1,9 @@
-"""`umd plan`: memory, time and communication of a run on a cluster that need not be there.
+"""`umd plan`: estimate memory, time and communication of a run on a cluster, without the cluster.
 
-Memory and operations are counted (`umd.train.step_counts`); time is a roofline: each operation takes as long as its
-arithmetic or its memory traffic, at the shares of the data sheet's figures that such operations usually reach.
-Gradients are sent as they come, bucket after bucket; what the link has to do behind the backward pass is waited for.
+- Memory and operations are counted (`umd.train.step_counts`).
+- Time is a roofline: an operation takes as long as its arithmetic or its memory traffic, whichever is longer, at the
+  fraction of the data sheet's rates that such operations usually reach.
+- Gradients are sent bucket by bucket during the backward pass. Communication that ends after it is waited for.
 """
 
 import math
@@ -30,21 +31,21 @@ from umd.train.spread import check_gelu, check_strategy
 from umd.train.step_counts import StepCounts, as_on_gpu, count_gpu_step
 from umd.train.zero import deepspeed_config
 
-DDP_BUCKET = 25 * 2**20 // 4  # weights of a bucket, torch's default
-# From one kernel to the next: replayed as a CUDA graph; launched one by one, by a quick host and by one measured beside
-# an H200 (bench/results/gpu). torch.compile has fewer.
+DDP_BUCKET = 25 * 2**20 // 4  # fp32 gradients per bucket, torch's default
+# Seconds from one kernel to the next, (best, usual): replayed as a CUDA graph; launched one by one by a fast host, and
+# by the host of an H200 (bench/results/gpu). torch.compile has fewer kernels.
 REPLAYED, LAUNCHED = (2e-6, 2e-6), (10e-6, 60e-6)
-TERM_SECONDS = 25.0  # for a save: torchrun, and Slurm unless it is set otherwise, kill 30 s after SIGTERM
-SIGNAL_SECONDS = 300  # before the end of its time, that launch/slurm.sbatch asks for the signal
+TERM_SECONDS = 25.0  # for a save: torchrun, and Slurm by default, kill 30 s after SIGTERM
+SIGNAL_SECONDS = 300  # launch/slurm.sbatch asks for the signal this long before the job's time limit
 
 
-# Shares of the data sheet's FLOP/s and bandwidth: what large operations reach, and what these often do.
+# Fractions of the data sheet's (FLOP/s, bandwidth): reached by large operations, and usual for the operations here.
 BEST, USUAL = (0.75, 0.85), (0.45, 0.65)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one GPU holds (bytes) and does in a step."""
+    """The estimates for one GPU: memory in bytes, and the work of one step."""
 
     how: str
     micro: int
@@ -54,16 +55,16 @@ class Plan:
     ema: float
     activations: float
     buckets: float
-    peak: float  # of all of these together: not all are full at once
+    peak: float  # largest sum of the above at one time; they do not peak together
     flops_per_image: float
     moved: float  # bytes read and written in a step
-    seconds: tuple[float, float]  # best, usual; without communication that does not hide
-    kernels: int  # of a step's forward and backward passes
-    captured: bool  # as one CUDA graph
-    sent: float  # bytes each GPU sends in a step
-    exchange: float  # seconds that takes
-    hidden: float  # of them, beside the passes at the best of `seconds`
-    checkpoint: float  # bytes
+    seconds: tuple[float, float]  # (best, usual) time of a step, without exposed communication
+    kernels: int  # in a step's forward and backward passes
+    captured: bool  # recorded as one CUDA graph
+    sent: float  # bytes that each GPU sends in a step
+    exchange: float  # seconds that sending takes
+    hidden: float  # seconds of it that overlap with the passes, at the best of `seconds`
+    checkpoint: float  # bytes of a checkpoint
 
 
 def bf16_or_fp32(config: RunConfig) -> torch.dtype:
@@ -71,16 +72,16 @@ def bf16_or_fp32(config: RunConfig) -> torch.dtype:
 
 
 def how_spread(config: RunConfig, gpus: int, num_weights: int) -> str:
-    """alone, ddp, or zero1 to zero3, as the training loop would choose."""
+    """The strategy that the training loop would choose: alone, ddp, or zero1 to zero3."""
     world = World(0, gpus, torch.device("cpu"))
     how = strategy(config.parallel, world, num_weights)
     return f"zero{config.parallel.zero_stage}" if how == "zero" else how
 
 
 def states(how: str, num_weights: int, gpus: int, bf16: bool) -> tuple[float, float, float, float]:
-    """Bytes of weights, gradients, optimiser and EMA on each GPU.
+    """Bytes of (weights, gradients, optimizer, EMA) on each GPU.
 
-    ZeRO in bf16 computes with bf16 weights, and keeps fp32 ones beside AdamW's two moments, in each rank's part.
+    ZeRO in bf16 computes with bf16 weights. Each rank's shard of the optimizer keeps fp32 weights and AdamW's moments.
     """
     P = num_weights
     if how == "alone":
@@ -88,22 +89,25 @@ def states(how: str, num_weights: int, gpus: int, bf16: bool) -> tuple[float, fl
     if how == "ddp":
         return 4 * P, 4 * P, 8 * P, 4 * P / gpus
     low = 2 if bf16 else 4
-    weights = low * P + (low * P / gpus if how == "zero3" else 0)  # stage 3 keeps what it gathered, up to 1e9 weights
+    weights = low * P + (low * P / gpus if how == "zero3" else 0)  # stage 3 keeps gathered weights, up to 1e9
     gradients = 4 * P if how == "zero1" else 4 * P / gpus
     return weights, gradients, 12 * P / gpus, 4 * P / gpus
 
 
 def checkpoint_bytes(num_weights: int, ema: bool) -> float:
-    """Weights, AdamW's two moments and the EMA, whole and in fp32, whatever the ranks."""
+    """Bytes of a checkpoint: weights, AdamW's two moments and the EMA, whole and in fp32, for any number of ranks."""
     return 4 * num_weights * (4 if ema else 3)
 
 
 def disk_rate(folder: Path, size: float) -> float:
-    """Bytes/s at which a file of `size` bytes is hashed, written and flushed in `folder`, or in the nearest one above
-    that is there. Raises OSError, e.g. for a full disk; the file is removed."""
+    """Measure the rate in bytes/s at which a file of `size` bytes is hashed, written and flushed in `folder`.
+
+    If the folder does not exist, take its nearest existing parent. The file is removed. Raises OSError, e.g. if the
+    disk is full.
+    """
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     file = there / ".unfinished-disk-rate"
-    block = torch.randn(min(1 << 26, math.ceil(size / 4)))  # no disk makes random bits fewer
+    block = torch.randn(min(1 << 26, math.ceil(size / 4)))  # random, so that no disk compresses it
     try:
         began = time.perf_counter()
         write_safetensors(file, {str(i): block for i in range(math.ceil(size / block.nbytes))})
@@ -113,18 +117,20 @@ def disk_rate(folder: Path, size: float) -> float:
 
 
 def stopping(size: float, rate: float, step: float) -> tuple[float, float]:
-    """(seconds from SIGTERM to a saved state, seconds ahead that USR1 is needed).
+    """Returns (seconds from SIGTERM to a saved state, seconds before the end at which USR1 must come).
 
-    size, rate, step: bytes of a checkpoint, bytes/s of the disk, seconds of a step. Two steps pass until all ranks
-    know. A checkpoint may be on its way to the disk already: SIGTERM then leaves at least that one, USR1 waits for it.
+    size: bytes of a checkpoint. rate: bytes/s of the disk. step: seconds of a step.
+
+    Two steps pass until all ranks know of the signal. At that time an earlier checkpoint may still be being written:
+    after SIGTERM that one suffices in the worst case, while USR1 allows time for both.
     """
     return 2 * step + size / rate, 2 * step + 2 * size / rate
 
 
 def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = None, device: str = "cuda") -> Plan:
-    """Raises UserError if the batch does not divide.
+    """Estimate a run on a cluster. Raises UserError if ranks * accumulate does not divide the batch size.
 
-    counts: of one micro-batch, if they are known already. device: what the ranks compute on; buckets differ.
+    counts: counts of one micro-batch, if already known. device: device type of the ranks; gradient buckets differ.
     """
     ranks = cluster.gpus * config.accumulate
     micro, left = divmod(config.batch_size, ranks)
@@ -153,8 +159,8 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
         bucket = zero["reduce_bucket_size"]
         copies = 2 if zero["overlap_comm"] and how != "zero3" else 1
         buckets = copies * (4 if how == "zero1" or not bf16 else 2) * zero["reduce_bucket_size"]
-    # The most of gradients and activations at one time. Activations go while gradients come; those of earlier
-    # micro-batches, DDP's buckets and what ZeRO sums up in fp32 are there before.
+    # Peak of gradients plus activations. Activations are freed as gradients appear. Gradients of earlier micro-batches,
+    # DDP's buckets and ZeRO's fp32 sums exist before.
     both = gradients + counts.activations
     if config.accumulate == 1 and (how == "alone" or (how == "zero1" and not bf16)):
         both = max(counts.with_gradients, gradients)
@@ -166,13 +172,13 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
     flops = objective.step_flops(micro, Part(0, ranks))
     rate = gpu.bf16 if bf16 else gpu.fp32
     state_traffic = 2 * optimizer + gradients + weights + 2 * ema
-    seconds, passes = [], []  # passes: of a micro-batch, the seconds before each operation
+    seconds, passes = [], []  # passes: for a micro-batch, the start time of each operation
     captured = config.capture == "on" or (config.capture == "auto" and how == "alone" and not config.compile)
     for (compute, memory), launch in zip((BEST, USUAL), REPLAYED if captured else LAUNCHED, strict=True):
         times = roofline(counts.operations, compute * rate, memory * gpu.bandwidth, launch)
         passes.append(times)
         seconds.append(config.accumulate * times[-1] + state_traffic / (memory * gpu.bandwidth))
-    # Between nodes there are as many rings as GPUs in a node, each through a network card of its own.
+    # Between nodes there are as many rings as GPUs in a node, each through its own network card.
     link = gpu.link
     if cluster.gpus > cluster.gpus_per_node:
         link = min(link, cluster.gpus_per_node * cluster.network * 1e9 / 8)
@@ -194,9 +200,9 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
 
 
 def roofline(operations: Sequence[tuple[int, int]], rate: float, bandwidth: float, launch: float) -> list[float]:
-    """Seconds from the start of a micro-batch until so many operations are done: those before each, and all.
+    """Start time of each operation in a micro-batch, and the end time of the last, in seconds.
 
-    launch: seconds from one kernel to the next, at least, on average.
+    operations: (FLOPs, bytes) of each. launch: average minimum time from one kernel to the next, in seconds.
     """
     times = [0.0, *accumulate(max(flops / rate, moved / bandwidth) for flops, moved in operations)]
     slower = max(1.0, launch * len(operations) / times[-1]) if times[-1] else 1.0
@@ -207,32 +213,34 @@ def communication(
     how: str, num_weights: int, gpus: int, micro_batches: int, width: int,
     ready: Sequence[tuple[int, float]], end: float, bucket: int, speed: float,
 ) -> tuple[float, float]:  # fmt: skip
-    """(bytes that each GPU sends in a step by rings, seconds of that beside which it computes nothing).
+    """Returns (bytes that each GPU sends in a step by ring exchanges, seconds in which it sends but computes nothing).
 
-    width: bytes of a number that is sent. ready, end, bucket, speed: of `overrun`; end counts from a forward's start.
+    width: bytes per number sent. ready, end, bucket, speed: as in `overrun`; end counts from the start of the forward.
     """
     ring = (gpus - 1) / gpus * width
     if how == "alone":
         return 0.0, 0.0
-    if how == "ddp":  # gradients summed, once a step
+    if how == "ddp":  # gradients are summed once per step
         return 2 * ring * num_weights, overrun(ready, end, bucket, 2 * ring, speed)
-    if how == "zero3":  # weights gathered forward and, with gradients scattered, backward, for every micro-batch
+    if how == "zero3":  # per micro-batch: gather weights in forward and backward, scatter gradients in backward
         forward = max(0.0, ring * num_weights / speed - end / 3)
         waited = micro_batches * (forward + overrun(ready, end, bucket, 2 * ring, speed))
         return 3 * ring * num_weights * micro_batches, waited
     times = micro_batches if how == "zero2" else 1
     waited = times * overrun(ready, end, bucket, ring, speed)
-    # Weights are gathered after the step, with nothing to hide it.
+    # Weights are gathered after the step, when no computation overlaps.
     return (times + 1) * ring * num_weights, waited + ring * num_weights / speed
 
 
 def overrun(ready: Sequence[tuple[int, float]], end: float, bucket: int, per_weight: float, speed: float) -> float:
-    """Seconds between the end of a backward pass and that of its exchange.
+    """Seconds from the end of a backward pass to the end of its gradient exchange.
 
-    ready: (weights, seconds) of each gradient, in the order in which they come. Of `bucket` weights or more they are
-    sent, `per_weight` bytes each, one bucket after another at `speed` bytes/s; the last bucket is what is left.
+    ready: (number of weights, time in s) of each gradient, in order of appearance.
+    end: time at which the backward pass ends, in s.
+    bucket: once this many weights are ready, they are sent. The rest is sent as the last bucket.
+    per_weight: bytes sent per weight. speed: bytes/s of the link, which sends one bucket after another.
     """
-    free, waiting = 0.0, 0  # when the link is free; weights in the open bucket
+    free, waiting = 0.0, 0  # time at which the link is free; weights in the open bucket
     for i, (weights, seconds) in enumerate(ready, 1):
         waiting += weights
         if waiting >= bucket or i == len(ready):
@@ -282,7 +290,7 @@ def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console)
     console.print(what + (", checkpointing" if config.checkpointing else ""), highlight=False)
     console.print(memory)
     console.print(rest)
-    if plan.peak > 0.92 * gpu.memory:  # torch's allocator and CUDA itself need some
+    if plan.peak > 0.92 * gpu.memory:  # torch's allocator and CUDA itself need memory too
         console.print(
             "[yellow]does not fit[/]: raise --accumulate, set --recompute-gelu or --checkpointing, or "
             "--parallel.strategy zero with a higher --parallel.zero-stage",
@@ -292,7 +300,10 @@ def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console)
 
 
 def checkpoint_line(config: RunConfig, cluster: Cluster, plan: Plan, step: float) -> str:
-    """Bytes and seconds of a save, and whether a stopped run has these. step: seconds of a step."""
+    """Say how large a checkpoint is, how long saving takes, and whether a stopped run has that long.
+
+    step: seconds of a step.
+    """
     rate = 1e9 * cluster.disk or disk_rate(config.out, plan.checkpoint)
     term, ahead = stopping(plan.checkpoint, rate, step)
     line = f"{plan.checkpoint / 1e9:.2f} GB, written in {plan.checkpoint / rate:.1f} s at {rate / 1e9:.2f} GB/s"
@@ -315,7 +326,7 @@ def launches(plan: Plan) -> str:
 
 
 def gelu_choice(config: RunConfig, plan: Plan, other: Plan) -> str:
-    """What it costs to keep GELU's output, and to make it again. other: with the other setting of recompute_gelu."""
+    """Compare keeping GELU's output with recomputing it. other: the plan with the other setting of recompute_gelu."""
     kept, again = (other, plan) if config.recompute_gelu else (plan, other)
     more = [1e3 * (b - a) for a, b in zip(kept.seconds, again.seconds, strict=True)]
     return (

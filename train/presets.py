@@ -20,7 +20,7 @@ def _pixels(name: str, objective: str, out: str, side: int = 64, num_cls: int = 
 
 
 def _latents(name: str, objective: str, out: str, **changes: Any) -> RunConfig:
-    """On the 32x32x4 latents of 256x256 pictures, with the linear schedule."""
+    """A run on 32x32x4 latents of 256x256 pictures, with the linear noise schedule."""
     return replace(
         _pixels(name, objective, out, side=32, schedule=ScheduleConfig("linear"), **changes),
         model=model_config(name, image_size=(32, 32), channels=4, adaLN=objective != "mae"),
@@ -29,7 +29,7 @@ def _latents(name: str, objective: str, out: str, **changes: Any) -> RunConfig:
 
 
 def _diffmae(name: str, out: str, model: dict[str, Any], mask_ratio: float = 0.75, **changes: Any) -> RunConfig:
-    """MAE's recipe, on which DiffMAE's is built: batch 4096, crops of a fifth of the picture and more."""
+    """A DiffMAE run with MAE's recipe, on which DiffMAE's is built: batch 4096, crops of at least 0.2 of the area."""
     return RunConfig(
         out=Path("runs") / out,
         model=diffmae_config(name, **model),
@@ -85,7 +85,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
         _diffmae(
             "DiffMAE-Ti/4", "diffmae-tiny", dict(image_size=(32, 32)), batch_size=64, minutes=10, save_every=200,
             draw_every=200, optim=OptimConfig(lr=1e-2), data=DataConfig(hflip=True),
-            # With the paper's 0.8 few steps of a short run have so little noise that detail is there to be learned.
+            # With the paper's rho of 0.8, a short run sees too few timesteps with little noise to learn detail.
             schedule=ScheduleConfig("linear_rho", rho=1.0),
         ),
     ),

@@ -1,4 +1,4 @@
-"""Pictures of what a model does: reconstructions of masked images, predictions from noise."""
+"""Pictures of a model's work: reconstructions of masked images, predictions from noise, samples."""
 
 from collections.abc import Callable, Sequence
 
@@ -22,9 +22,9 @@ from umd.train.run import RunConfig
 from umd.train.settings import DataConfig
 
 PREVIEW_IMAGES = 8
-MOST_CLASSES = 16  # of which samples are shown
+MOST_CLASSES = 16  # most classes for which samples are shown
 
-Rows = dict[str, list[np.ndarray]]  # of each sheet its rows of pictures, uint8 [n, H, W, 3]
+Rows = dict[str, list[np.ndarray]]  # name of a sheet -> its rows of pictures, uint8 [n, H, W, 3]
 Triplet = tuple[np.ndarray, np.ndarray, np.ndarray]  # masked input, reconstruction, original: uint8 [H, W, 3]
 
 
@@ -33,11 +33,13 @@ def reconstructions(
     model: UMD, objective: Objective, x_start: Tensor, timestep: int, seed: int = 0, dtype: torch.dtype = torch.float32,
     show: Callable[[Tensor], np.ndarray] | None = None, share: slice = slice(None),
 ) -> list[Triplet]:  # fmt: skip
-    """Hide patches of images [B, C, H, W], at model time `timestep` (0: noise-free), and let the model predict x̂0.
+    """Mask patches of images x_start [B, C, H, W] at `timestep` (0: noise-free), and predict x̂0.
 
-    Where patches are visible the model predicts no pixels: noise-free ones are shown as they are, of noised ones the
-    predicted noise is taken out. show: see `picture_maker`; default `rgb`. share: which of the images; they are
-    masked and noised as among all of them.
+    The model predicts no pixels of visible patches. Noise-free visible patches are shown as they are. Of noised ones,
+    the predicted noise is removed.
+
+    show: makes pictures, see `picture_maker`; default `rgb`.
+    share: images to use; their masks and noise do not depend on it.
     """
     show = show or rgb
     noised, device, P = timestep > 0, x_start.device, model.config.patch_size
@@ -69,7 +71,7 @@ def reconstructions(
         visible = objective.schedule.xstart_from_eps(seen, c.timesteps, rest[0])
     predicted = torch.where(pixels, predicted, visible)
     shown, hidden = show(seen), mask.view(B, *model.config.grid_size).bool().cpu().numpy()
-    side = P * shown.shape[1] // x_start.shape[2]  # of a patch in the picture
+    side = P * shown.shape[1] // x_start.shape[2]  # pixels per patch in the picture
     return [
         (masked_view(s, m, side), p, o)
         for s, m, p, o in zip(shown, hidden, show(predicted), show(x_start), strict=True)
@@ -77,8 +79,10 @@ def reconstructions(
 
 
 def with_moments_of(x_start: Tensor, predicted: Tensor, patch_size: int) -> Tensor:
-    """Normalised patches as pixels: each with mean and deviation of the true one, which is all they lack.
-    [B, C, H, W] both."""
+    """Turn normalised patches (norm_pix) into pixels, with the mean and deviation of the true patches.
+
+    x_start, predicted: [B, C, H, W].
+    """
     target, patches = (ops.patchify(x, patch_size) for x in (x_start, predicted))
     variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
     H, W = x_start.shape[2:]
@@ -90,7 +94,7 @@ def denoisings(
     model: UMD, objective: Objective, x_start: Tensor, timestep: int, seed: int = 0, dtype: torch.dtype = torch.float32,
     show: Callable[[Tensor], np.ndarray] | None = None, share: slice = slice(None),
 ) -> list[Triplet]:  # fmt: skip
-    """As `reconstructions`, of a network that denoises and fills nothing (DiT, MaskDiT): nothing is masked."""
+    """As `reconstructions`, but without masking, for a network that only denoises (DiT, MaskDiT)."""
     show, device = show or rgb, x_start.device
     noise = torch.randint(2**62, (len(x_start),), generator=torch.Generator(device).manual_seed(seed), device=device)
     x_start = x_start[share]
@@ -105,9 +109,9 @@ def filled_rows(
     model: DiffMAE, objective: DiffMAEObjective, x: Tensor, dtype: torch.dtype, show: Callable[[Tensor], np.ndarray],
     clip: bool, share: slice,
 ) -> Rows:  # fmt: skip
-    """A sheet of held-out pictures in four rows: masked, the first call's x̂0 (an MAE's answer), a sample, original.
+    """A sheet of DiffMAE fillings in four rows: masked, first call's x̂0 (as an MAE would fill), sample, original.
 
-    Of clips the middle frame is shown. Empty where the model predicts other things than pixels.
+    Of clips, the middle frame is shown. {} if the model does not predict pixels.
     """
     if objective.config.target != "pixels":
         return {}
@@ -125,22 +129,22 @@ def filled_rows(
 
 
 def picture_maker(config: DataConfig, device: torch.device) -> Callable[[Tensor], np.ndarray]:
-    """What makes pictures uint8 [B, H', W', 3] of a run's tensors [B, C, H, W]: `rgb`, or its VAE's decoder.
+    """A function from a run's tensors [B, C, H, W] to pictures, uint8 [B, H', W', 3]: `rgb`, or its VAE's decoder.
 
-    Raises UserError if the run is on latents and its VAE is not to be had, or is another.
+    Raises UserError if the run is on latents and its VAE is missing or not the run's.
     """
     tokenizer = tokenizer_of(config, device)
     return rgb if tokenizer is None else lambda z: to_uint8(tokenizer.decode(z))
 
 
 def rgb(x: Tensor) -> np.ndarray:
-    """[B, C, H, W] in [-1, 1] to uint8 [B, H, W, 3]; of other than 3 channels the first is shown as grey."""
+    """Convert [B, C, H, W] in [-1, 1] to uint8 [B, H, W, 3]. If C is not 3, show the first channel as grey."""
     x = x if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1)
     return to_uint8(x)
 
 
 def preview_images(config: RunConfig, device: torch.device) -> Tensor:
-    """A few held-out images (of the training split where nothing is held out): [n, C, H, W]."""
+    """Read a few held-out images, or training images if none are held out: [n, C, H, W]."""
     dataset = open_dataset(config.data, "test")
     if len(dataset) == 0:
         dataset = open_dataset(config.data, "train")
@@ -152,8 +156,11 @@ def preview_rows(
     model: AnyModel, objective: AnyObjective, x: Tensor, dtype: torch.dtype, show: Callable[[Tensor], np.ndarray],
     clip: bool, rank: int = 0, size: int = 1,
 ) -> Rows:  # fmt: skip
-    """One rank's share of the sheets by name: masked input, reconstruction and original as three rows of pictures; with
-    labels, a sample of each class. The ranks' rows side by side are those of one."""
+    """One rank's share of the sheets, by name. The rows of all ranks side by side make the sheets of one process.
+
+    - Masked input, reconstruction and original, as three rows of pictures.
+    - With labels: a sample of each class.
+    """
     rows: Rows = {}
     share = share_of(len(x), rank, size)
     if isinstance(model, DiffMAE) and isinstance(objective, DiffMAEObjective):
@@ -179,25 +186,25 @@ def preview_rows(
         samples = ddim_sample(
             denoise, (len(labels), *x.shape[1:]), objective.schedule, num_steps=25, labels=labels,
             null_label=classes, cfg_scale=2.0, clip=clip, first_sample=share.start, device=x.device,
-            capture="off",  # a picture is not worth a recording that might fail and end the run
+            capture="off",  # a failed recording would end the run
         )  # fmt: skip
         rows["samples"] = [show(samples)]
     return rows
 
 
 def share_of(count: int, rank: int, size: int) -> slice:
-    """A rank's contiguous share of `count` things; empty for some ranks of many."""
+    """A rank's contiguous share of `count` items. May be empty if there are more ranks than items."""
     return slice(count * rank // size, count * (rank + 1) // size)
 
 
 def has_share(rank: int, size: int, pictures: int, classes: int) -> bool:
-    """Whether a rank draws anything of so many held-out pictures and a sample of each class."""
+    """Whether a rank has a share of `pictures` held-out pictures or of one sample for each of `classes`."""
     shares = (share_of(count, rank, size) for count in (pictures, min(classes, MOST_CLASSES)))
     return any(share.start < share.stop for share in shares)
 
 
 def sheets(of_ranks: Sequence[Rows]) -> dict[str, np.ndarray]:
-    """The ranks' rows put side by side, as sheets uint8 [H', W', 3]."""
+    """Join the ranks' rows side by side to sheets, uint8 [H', W', 3]."""
     found = {}
     for name in dict.fromkeys(name for rows in of_ranks for name in rows):
         parts = [rows[name] for rows in of_ranks if name in rows]

@@ -1,6 +1,6 @@
-"""`umd probe`: what a frozen network tells of classes, at any size of data and on any number of ranks.
+"""`umd probe`: classify with a frozen network's representation, for data of any size and on any number of ranks.
 
-Shots are drawn first, from the labels alone; only their pictures and the held-out ones are read, once for all networks.
+Shots are drawn first, from the labels. Only the shots' pictures and the held-out ones are read, once for all networks.
 """
 
 import json
@@ -37,13 +37,15 @@ from umd.train.run import RunConfig, at_size
 from umd.train.shards import Job, others_work, share
 from umd.train.weights import weights_identity
 
-NOISED_PROBE_INDEX = 50  # schedule index at which networks that never saw a noise-free image are read
-MOST_PIXELS = 3072  # of a picture as features; larger ones are averaged down
+NOISED_PROBE_INDEX = 50  # schedule index at which a network that never saw noise-free images is probed
+MOST_PIXELS = 3072  # values of a picture as raw features; larger pictures are averaged down
 
 
 def probe(run: Path, options: Probe, config: RunConfig, console: Console) -> None:
-    """Probe a run, print the table and write RUN/probe.json; or do this rank's share of the work. With --layers see
-    `probe_layers`."""
+    """Probe a run, print the table and write RUN/probe.json. Ranks share the work; the last one writes.
+
+    With --layers, see `probe_layers`.
+    """
     config = at_size(config, options.image_size)
     if options.layers:
         from umd.train.layers import probe_layers
@@ -63,13 +65,16 @@ def probe(run: Path, options: Probe, config: RunConfig, console: Console) -> Non
 
 
 def tell_notes(console: Console, *datasets: Dataset) -> None:
-    """What is odd about the pictures, each once."""
+    """Print the datasets' notes about odd files, each once."""
     for note in dict.fromkeys(note for dataset in datasets for note in getattr(dataset, "notes", ())):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 def own_pictures(run: Path, config: RunConfig, source: str, console: Console) -> RunConfig:
-    """The run with the pictures that its representation is scored on; told, or refused, where they are others."""
+    """The run with the pictures to score its representation on: `source`, or its own if that is "".
+
+    Reports if they differ from the training data. Raises UserError if they are missing, or have changed unintended.
+    """
     config = with_source(config, source)
     if not (source or config.data.source == "emoji" or Path(config.data.source).expanduser().exists()):
         raise UserError(f"the pictures of {run} are not at {config.data.source}: give --source with where they lie now")
@@ -89,10 +94,10 @@ def print_rows(rows: Sequence[dict[str, Any]], title: str, console: Console) -> 
 
 
 class Recognition:
-    """Probes of a run's representation: which pictures they need, and their results once these are read.
+    """Probes of a run's representation: the pictures they need, and the results once features are computed.
 
-    candidates, test_ids: which training and held-out pictures may be used; None: all.
-    Raises UserError for data without labels or held-out pictures, and a class without enough of them.
+    candidates, test_ids: indices of training and held-out pictures that may be used. None: all.
+    Raises UserError if there are no labels, no held-out pictures, or too few pictures of a class.
     """
 
     def __init__(
@@ -113,7 +118,7 @@ class Recognition:
         drawn = [candidates[torch.cat(draw).numpy()] for draw in draws]
         chosen = np.unique(np.concatenate(drawn))
         self.draws = [[torch.from_numpy(np.searchsorted(chosen, candidates[i.numpy()])) for i in d] for d in draws]
-        weights = weights_identity(config.out, options.ema)  # a run that still trains may save others meanwhile
+        weights = weights_identity(config.out, options.ema)  # fixed now, as a run that still trains may save newer ones
         self.model, self.device, self.dtype = open_run(config, options.ema, weights["step"])
         recipe = probe_recipe(config, weights, self.device, self.dtype)
         root = (options.out or config.out) / "features"
@@ -132,7 +137,7 @@ class Recognition:
         return found
 
     def fewshot(self) -> dict[str, ProbeResult]:
-        """By the features' names: the network's, and of its floors."""
+        """Few-shot results by name of features: the network's, raw pixels', and an untrained network's."""
         options = self.options
         train_labels, test_labels = (self.labels(f) for f in (self.shots, self.held_out))
         return {
@@ -145,13 +150,13 @@ class Recognition:
         }  # fmt: skip
 
     def labels(self, features: Features) -> Tensor:
-        """Of the pictures that features are of: int64 [n]."""
+        """Labels of the pictures of some features: int64 [n]."""
         dataset = self.test if features is self.held_out else self.train
         assert dataset.labels is not None
         return torch.from_numpy(dataset.labels[features.ids])
 
     def entry(self) -> dict[str, Any]:
-        """All results in plain numbers: rows for people, the whole records, and the settings."""
+        """All results as plain values: rows to print, full results, and settings."""
         options, ours = self.options, names_of(self.config)[0]
         results: dict[str, Any] = {name: asdict(result) for name, result in self.fewshot().items()}
         rows = [
@@ -174,7 +179,7 @@ class Recognition:
                     "spread": None,
                 },
             ]
-        # The pictures say what the source is, and no result depends on where it is written.
+        # Without `source`, as the pictures identify it, and `out`, which no result depends on.
         shots = {name: value for name, value in asdict(options).items() if name not in ("source", "out")}
         settings = self.held_out.settings | {"shots": shots, "train": self.whole.settings["data"]}
         return {
@@ -187,7 +192,7 @@ class Recognition:
 
 
 def labelled(config: RunConfig) -> tuple[Dataset, Dataset]:
-    """Training and held-out pictures. Raises UserError where none are held out, or without labels."""
+    """Open training and held-out pictures. Raises UserError if none are held out, or there are no labels."""
     train, test = open_dataset(config.data, "train"), open_dataset(config.data, "test")
     if len(test) == 0:
         raise UserError(
@@ -207,12 +212,12 @@ def one_class(dataset: Dataset) -> str:
 
 
 def several(dataset: Dataset) -> str:
-    """What to do about a source of one class."""
+    """Advice for a source with only one class."""
     return "; ".join(getattr(dataset, "notes", [])) or "use one subfolder a class"
 
 
 def published_zoom(config: RunConfig) -> float:
-    """The published crop: the short side is resized to int(256/246 · size), and the middle of that size cut out."""
+    """Zoom of the published crop: resize the short side to int(256/246 * size), then center-crop to size."""
     size = config.model.image_size[0]
     return int(size * 256 / 246) / size
 
@@ -220,7 +225,7 @@ def published_zoom(config: RunConfig) -> float:
 def probe_recipe(
     config: RunConfig, weights: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What features depend on beside the pictures."""
+    """Everything that features depend on, except the pictures."""
     return {
         "weights": weights,
         "layer": "representation",
@@ -233,25 +238,25 @@ def probe_recipe(
 
 
 def of(dataset: Dataset, ids: np.ndarray) -> dict[str, Any]:
-    """Which pictures, and how they are cropped."""
+    """What identifies pictures as features see them: the pictures, and how they are cropped."""
     crop = "stored" if isinstance(dataset, LatentDataset) else "short side to int(256/246 size), centre"
     return {"data": identity_of(dataset, ids), "crop": crop}
 
 
 def clean_time(config: RunConfig) -> int:
-    """The model time at which a network is read: 0, or a little noise for one that never saw a noise-free image."""
+    """Timestep at which a network is probed: 0, or one with little noise if it never saw noise-free images."""
     return NOISED_PROBE_INDEX + 1 if getattr(config.objective, "no_noise_prob", 1) == 0 else 0
 
 
 def names_of(config: RunConfig) -> tuple[str, str, str]:
-    """The network's features, then their floors."""
+    """Names of the network's features, and of the two baselines: raw pixels, untrained network."""
     h, w = pixel_size(config)
     whole = (h, w) == tuple(config.model.image_size)
     return kind_of(config.model), "raw pixels" if whole else f"pixels at {h}x{w}", "untrained network, gates opened"
 
 
 def pixel_size(config: RunConfig) -> tuple[int, int]:
-    """Height and width at which a picture's values are features."""
+    """Height and width of the pictures whose values are the raw-pixel features."""
     h, w = config.model.image_size
     while h * w * config.model.channels > MOST_PIXELS and h % 2 == 0 and w % 2 == 0:
         h, w = h // 2, w // 2
@@ -259,7 +264,7 @@ def pixel_size(config: RunConfig) -> tuple[int, int]:
 
 
 def with_floors(config: RunConfig, model: AnyModel, dtype: torch.dtype) -> Extract:
-    """Representations of the network and of an untrained one, and the pictures' values: features [B, D] by name."""
+    """Extract features [B, D] by name: representations of the network and an untrained one, and raw pixels."""
     device = next(model.parameters()).device
     torch.manual_seed(config.seed)
     untrained = open_gates(build_model(model.config)).to(device).eval().requires_grad_(False)
@@ -278,7 +283,7 @@ def with_floors(config: RunConfig, model: AnyModel, dtype: torch.dtype) -> Extra
 
 
 def representation(config: RunConfig, model: AnyModel, dtype: torch.dtype) -> Extract:
-    """Representations [B, D], under the name of the network."""
+    """Extract the network's representation [B, D], under the network's name."""
     device, name = next(model.parameters()).device, names_of(config)[0]
     schedule, time = schedule_of(config.schedule), clean_time(config)
 
@@ -292,7 +297,10 @@ def representation(config: RunConfig, model: AnyModel, dtype: torch.dtype) -> Ex
 
 
 def noised(x: Tensor, ids: Tensor, schedule: NoiseSchedule, time: int) -> tuple[Tensor, Tensor | None]:
-    """Pictures [B, C, ...] at a model time, int64 [1] (None: 0); the noise is a function of the picture's index."""
+    """Noise pictures [B, C, ...] to a timestep. Returns them and the timestep, int64 [1] (None: 0).
+
+    The noise is a function of the picture's index.
+    """
     if time == 0:
         return x, None
     timesteps = torch.full((1,), time, device=x.device)
@@ -302,17 +310,17 @@ def noised(x: Tensor, ids: Tensor, schedule: NoiseSchedule, time: int) -> tuple[
 
 
 def open_gates(model: AnyModel) -> AnyModel:
-    """Set every gate of an untrained adaLN-zero network to 1: as made, its blocks do nothing and CLS sees no image."""
+    """Set every gate of an untrained adaLN-zero network to 1. With gates at 0, its CLS tokens would see no image."""
     if isinstance(model, UMD) and model.adaLN_modulation is not None:
         with torch.no_grad():
             for i, offsets in enumerate(model.adaLN_modulation.offsets[:-1]):
-                if i != model.config.depth or model.decoder_embed is None:  # that one is a norm's, without gates
+                if i != model.config.depth or model.decoder_embed is None:  # that one is a norm's and has no gates
                     offsets.view(6, -1)[[2, 5]] = 1
     return model
 
 
 def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:
-    """Indices of up to `count` images of each class, the whole in random but fixed order."""
+    """Choose up to `count` images per class. Returns their indices in a random but fixed order."""
     order = np.random.default_rng(0).permutation(len(labels))
     chosen = np.concatenate([order[labels[order] == c][:count] for c in np.unique(labels)])
     return order[np.isin(order, chosen)]

@@ -1,4 +1,4 @@
-"""`--profile`: some steps of a run under torch.profiler, as a trace, two tables and a record of GPU memory."""
+"""`--profile`: record some steps of a run with torch.profiler; write a trace, two tables and a GPU memory record."""
 
 import math
 from collections import defaultdict
@@ -13,24 +13,24 @@ from umd.errors import UserError
 from umd.spans import PARTS, spans_on
 from umd.train.trace import Trace, Work, read_trace, readable
 
-WAIT, WARMUP, ACTIVE = 10, 2, 3  # steps left alone, while kernels compile; that the profiler starts in; recorded
-MAX_ALLOCATIONS = 1_000_000  # in the record of memory; of more, the last
+WAIT, WARMUP, ACTIVE = 10, 2, 3  # steps: not recorded, while kernels compile; profiler warm-up; recorded
+MAX_ALLOCATIONS = 1_000_000  # in the memory record; of more, the last ones are kept
 TOP = 25
 
 
 class NoProfiler:
-    """Of a run, or a rank, that is not profiled."""
+    """Profiler of a run or rank that is not profiled: does nothing."""
 
     def step(self) -> None:
         pass
 
 
 class Profiler:
-    """Records some steps; see `profiled`."""
+    """Records some training steps; see `profiled`."""
 
     def __init__(self, folder: Path, device: torch.device, say: Callable[[str], None], steps: float = math.inf):
         self.folder, self.device, self.say = folder, device, say
-        active = int(min(ACTIVE, max(steps - 1, 1)))  # the first step with the profiler is not one to record
+        active = int(min(ACTIVE, max(steps - 1, 1)))  # the profiler's first step is a warm-up
         warmup = int(min(WARMUP, steps - active))
         self.wait = int(min(WAIT, steps - active - warmup))
         self.last = self.wait + warmup + active
@@ -42,14 +42,14 @@ class Profiler:
         self._begin_or_end()
 
     def step(self) -> None:
-        """A training step is over."""
+        """Call this after every training step."""
         self.done += 1
         if self.wait < self.done <= self.last:
             self.torch.step()
         self._begin_or_end()
 
     def close(self) -> None:
-        """Training is over."""
+        """Call this after training."""
         self.recording.close()
         if self.done < self.last:
             self.say(f"no profile: training ended after {self.done} steps, the profiler needed {self.last}")
@@ -74,7 +74,7 @@ class Profiler:
             recorded.export_chrome_trace(str(file))
             (self.folder / "top.md").write_text(report(read_trace(file), self.device), encoding="utf-8")
             if self.device.type == "cuda":
-                # A pickle, which torch writes and its viewer reads; we never do.
+                # A pickle for torch's memory viewer; this project never loads it.
                 torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
                 memory = "memory.pickle (drag it to https://pytorch.org/memory_viz)"
         except (OSError, RuntimeError, UserError) as error:
@@ -90,11 +90,11 @@ class Profiler:
 def profiled(
     on: bool, out: Path, device: torch.device, say: Callable[[str], None], steps: float = math.inf
 ) -> Iterator[Profiler | NoProfiler]:
-    """Yields what is told `step()` behind every training step; it records some of them, into `out / "profile"`.
+    """Yield a profiler whose `step()` is called after every training step. It records some, to `out / "profile"`.
 
-    on: False: nothing happens.
-    say: is told where the files are, or why there are none: a full disk does not end the run.
-    steps: how many are to come, if that is known; of less than 15, fewer are left alone and recorded.
+    on: False: record nothing.
+    say: prints where the files are, or why there are none. A full disk does not end the run.
+    steps: number of steps to come, if known. If below 15, fewer steps are skipped and recorded.
     """
     if not on or steps < 1:
         yield NoProfiler()
@@ -107,7 +107,7 @@ def profiled(
 
 
 def report(trace: Trace, device: torch.device) -> str:
-    """Two tables in Markdown: time by part of a step, and the kernels (on a CPU the ops) that take most of it."""
+    """Write two Markdown tables: time by part of a step, and the kernels (on a CPU: ops) that take most time."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     steps, total = trace.steps or 1, sum(work.ms for work in trace.work)
     text = f"# {steps} training steps under the profiler\n\n{name}; a step took {trace.step_ms or 0:.1f} ms.\n"
@@ -141,7 +141,7 @@ def report(trace: Trace, device: torch.device) -> str:
 
 
 def _row(trace: Trace, work: Work) -> tuple[str, ...]:
-    """What is summed up in a line of the table."""
+    """Cells of a table row that sum up some work."""
     part = f"{work.part}, backward" if work.backward else work.part
     return (readable(work.name), work.op, part) if trace.on_gpu else (work.name, part)
 

@@ -1,4 +1,4 @@
-"""Files that `umd check-data` found unusable: the list, which every reader leaves out, and a run's copy of it."""
+"""The quarantine list: files that `umd check-data` found unusable and every run leaves out."""
 
 import json
 from collections import Counter
@@ -11,24 +11,27 @@ from umd.files import write_whole
 
 @dataclass(frozen=True)
 class Quarantine:
-    """Reasons by path relative to the source; a path that ends in / is a class folder without a usable image."""
+    """Reasons by path, relative to the source. A path that ends in / is a class folder without any usable image."""
 
     path: Path | None = None
     reasons: dict[str, str] = field(default_factory=dict)
 
     def under(self, folder: str) -> dict[str, str]:
-        """The entries below a folder of the source, relative to it."""
+        """The entries below a folder of the source, with paths relative to that folder."""
         prefix = f"{folder}/" if folder else ""
         return {path.removeprefix(prefix): why for path, why in self.reasons.items() if path.startswith(prefix)}
 
 
 def default_path(source: Path) -> Path:
-    """Where the list of a source lies: in a folder of images or tars, or beside a tar."""
+    """Default path of a source's list: in a folder of images or tars, or next to a single tar."""
     return source / "quarantine.json" if source.is_dir() else source.with_suffix(".quarantine.json")
 
 
 def read_quarantine(source: Path, given: str) -> Quarantine:
-    """The list `given`, or that of the source, or an empty one. Raises UserError if it is missing or damaged."""
+    """Read the list at `given`, else the source's own, else return an empty one.
+
+    Raises UserError if the given list is missing, or a list is damaged.
+    """
     path = Path(given).expanduser() if given else default_path(source)
     if not given and not path.exists():
         return Quarantine()
@@ -41,7 +44,7 @@ def read_quarantine(source: Path, given: str) -> Quarantine:
 
 
 def count(reasons: dict[str, str]) -> int:
-    """Files of a list; the class folders in it are no pictures."""
+    """Number of files in a list; class folders do not count."""
     return sum(not path.endswith("/") for path in reasons)
 
 
@@ -50,13 +53,13 @@ def share_lost(reasons: dict[str, str], left: int) -> float:
 
 
 def summary(reasons: dict[str, str], left: int) -> str:
-    """Count, share and reasons in words: `7 in quarantine (1.40 %: 4 truncated, 3 damaged)`."""
+    """Say count, fraction and reasons: `7 in quarantine (1.40 %: 4 truncated, 3 damaged)`."""
     counts = ", ".join(f"{n} {reason}" for reason, n in Counter(reasons.values()).most_common())
     return f"{count(reasons)} in quarantine ({share_lost(reasons, left):.2%}: {counts})"
 
 
 def record_quarantine(reasons: dict[str, str], left: int, out: Path) -> None:
-    """Write quarantine.json into a run's folder: what the run leaves out of its training split, and why."""
+    """Write quarantine.json into a run's folder: files that the run leaves out of its training split, with reasons."""
     listed = [{"path": path, "reason": reason} for path, reason in sorted(reasons.items())]
     record = {
         "images": left, "left_out": count(reasons), "share": share_lost(reasons, left),

@@ -1,4 +1,4 @@
-"""Crops of stored latents: which a recipe has, which command makes them, and whether they are a run's."""
+"""Crops of stored latents: the crops of a recipe, the command that makes them, and whether they fit a run."""
 
 import shlex
 from pathlib import Path
@@ -9,14 +9,14 @@ from umd.errors import UserError
 if TYPE_CHECKING:
     from umd.train.settings import DataConfig
 
-AREA_MIN = {"pretrain": 0.8, "finetune": 0.95}  # smallest share of a picture that a crop covers, in the paper's recipes
-Crops = tuple[float, float, bool]  # smallest and largest share, whether mirrored half of the time
+AREA_MIN = {"pretrain": 0.8, "finetune": 0.95}  # smallest fraction of a picture's area in a crop, from the paper
+Crops = tuple[float, float, bool]  # smallest and largest fraction of the area; mirrored with probability 1/2 or never
 
 
 def crops_of(recipe: dict) -> Crops | None:
-    """What the stored crops are as settings of a run; None where a folder does not say, for it was not encoded here.
+    """The stored crops, as settings of a run. None if the folder does not say (encoded by another program).
 
-    The middle is a crop of the whole picture, as far as its shape allows; mirrored if its mirror image is stored.
+    A center crop counts as an area of 1 to 1, and as mirrored if the mirror image is stored.
     """
     crop = recipe.get("crop")
     if crop is None:
@@ -27,13 +27,13 @@ def crops_of(recipe: dict) -> Crops | None:
 
 
 def check_crops(header: dict, folder: Path, config: "DataConfig") -> None:
-    """Raise UserError if a run is to learn from other crops than are stored; it says how the right ones are made."""
+    """Raise UserError, with the command that makes the right crops, if the stored crops are not as a run's settings."""
     stored, asked = crops_of(header["recipe"]), (config.area_min, config.area_max, config.hflip)
     if stored is None or stored == asked:
         return
     areas = f"{exact(asked[0])}-{exact(asked[1])}"
     name = next((name for name, area in AREA_MIN.items() if asked[:2] == (area, 1)), areas)
-    beside = folder.resolve() if folder.name in ("", "..") else folder  # these are no names
+    beside = folder.resolve() if folder.name in ("", "..") else folder  # "" and ".." are not names to extend
     out = beside.with_name(f"{folder.resolve().name}-{name}{'' if asked[2] else '-unmirrored'}")
     crop = {**header["recipe"]["crop"], "kind": "random", "area_min": asked[0], "area_max": asked[1], "hflip": asked[2]}
     command = encode_command({**header, "recipe": {**header["recipe"], "crop": crop}}, out)
@@ -54,13 +54,15 @@ def in_words(crops: Crops) -> str:
 
 
 def exact(number: float) -> str:
-    """The shortest digits that are read as this number again: 1, 0.8, 0.3333333333333333."""
+    """The shortest text that parses to exactly this number: 1, 0.8, 0.3333333333333333."""
     return repr(float(number)).removesuffix(".0")
 
 
 def encode_command(header: dict, folder: Path) -> str:
-    """The `umd encode-latents` or `encode-pixels` command that makes a folder with this header; of foreign headers as
-    far as they say."""
+    """The `umd encode-latents` or `encode-pixels` command that makes a folder with this header.
+
+    Options that another program's header does not contain are left out.
+    """
     recipe = header["recipe"]
     crop, source = recipe.get("crop", {}), recipe.get("source", {})
     words = ["umd", "encode-pixels" if "size" in recipe else "encode-latents"]

@@ -1,7 +1,7 @@
-"""What samples are measured against: statistics of real pictures, made once and named by all that they depend on.
+"""Reference statistics of real pictures, which samples are measured against. Computed once, keyed by their settings.
 
-Distances to one reference are never compared with distances to another: of other pictures, another size, resize filter
-or feature network (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation").
+Distances to different references do not compare, if pictures, size, resize filter or feature network differ
+(Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation").
 """
 
 import json
@@ -25,9 +25,9 @@ from umd.train.features import Dataset, Extract, Features, Pictures, identity_of
 from umd.train.latents import LatentDataset
 from umd.train.settings import DataConfig
 
-MOST_KEPT = 10_000  # pictures whose features a reference keeps, for precision, recall and kernel distances
-MOST_SCORED = 50_000  # pictures of the noise floor, as many as published scores are of
-NEIGHBOURS = 3  # balls of precision and recall reach to this one
+MOST_KEPT = 10_000  # most pictures whose features a reference keeps, for precision, recall and kernel distances
+MOST_SCORED = 50_000  # most pictures scored for the noise floor, as in published scores
+NEIGHBOURS = 3  # precision and recall use balls that reach to the third nearest neighbour
 RESIZE = "short side by Pillow's antialiased bicubic filter, centre crop"
 Moments = tuple[Tensor, Tensor]  # mean [D] and covariance [D, D], float64
 DECODED = ("stored latents, decoded by the VAE", f"{RESIZE}, encoded and decoded by the VAE")
@@ -37,19 +37,19 @@ DECODED = ("stored latents, decoded by the VAE", f"{RESIZE}, encoded and decoded
 class Reference:
     """Statistics of real pictures."""
 
-    settings: dict[str, Any]  # all that they depend on
-    count: int  # of pictures; 0: the file does not tell
+    settings: dict[str, Any]  # everything that the statistics depend on
+    count: int  # number of pictures; 0: unknown
     pooled: Moments
     spatial: Moments | None
-    features: Tensor | None  # pooled, fp32 [up to MOST_KEPT, D]; None: the file has none
-    floor: dict[str, float]  # scores of one half of the pictures against the other; {}: unknown
+    features: Tensor | None  # pooled features, fp32 [up to MOST_KEPT, D]; None: the file has none
+    floor: dict[str, float]  # noise floor: scores of one half of the pictures against the other; {}: unknown
 
     @property
     def name(self) -> str:
         return name_of(self.settings)
 
     def save(self, path: Path) -> None:
-        """Write an .npz with ADM's names (mu, sigma, mu_s, sigma_s) and what else is known, whole or not at all."""
+        """Write an .npz, atomically, with ADM's names (mu, sigma, mu_s, sigma_s) and all other fields."""
         arrays = {"mu": self.pooled[0].numpy(), "sigma": self.pooled[1].numpy(), "count": np.array(self.count)}
         if self.spatial is not None:
             arrays |= {"mu_s": self.spatial[0].numpy(), "sigma_s": self.spatial[1].numpy()}
@@ -61,7 +61,7 @@ class Reference:
 
 
 def outputs_of(network: FeatureNetwork) -> Extract:
-    """The network's outputs by name: pooled [B, D], spatial [B, S], logits [B, K], as many as it has."""
+    """Extract the network's outputs by name: pooled [B, D], and if it has them spatial [B, S], logits [B, K]."""
     device = next(network.parameters()).device
 
     @torch.inference_mode()
@@ -75,7 +75,7 @@ def outputs_of(network: FeatureNetwork) -> Extract:
 def real_pictures(
     root: Path, dataset: Dataset, config: DataConfig, network: FeatureNetwork, tokenizer: Tokenizer | None
 ) -> tuple[Features, Pictures]:
-    """Features of a split's pictures as the network of a run would have them, to be made by jobs."""
+    """Features of a split's pictures at the size of a run's samples, to be computed by jobs."""
     if tokenizer is None:
         resize, vae = RESIZE, None
     else:
@@ -101,7 +101,7 @@ def real_pictures(
 def stored_pictures(
     root: Path, file: Path, network: FeatureNetwork, size: list[int]
 ) -> tuple[Features, Pictures] | None:
-    """Features of the pictures (arr_0) in one of ADM's reference files, to be made by jobs; None if it holds none."""
+    """Features of the pictures (arr_0) in an ADM reference file, to be computed by jobs. None if it has no pictures."""
     with np.load(file, allow_pickle=False) as arrays:
         if "arr_0" not in arrays.files:
             return None
@@ -116,7 +116,7 @@ def stored_pictures(
 
 
 def reference_of(made: Features, network: FeatureNetwork) -> Reference:
-    """The statistics of features that are there, and their floor: the scores of one half against the other."""
+    """Compute a reference from finished features, with its noise floor: scores of one half against the other."""
     total = len(made.ids)
     order = np.random.default_rng(0).permutation(total)
     first, second = order[: total // 2][:MOST_SCORED], order[total // 2 :]
@@ -136,7 +136,7 @@ def reference_of(made: Features, network: FeatureNetwork) -> Reference:
 
 
 def summary(made: Features, name: str, some: np.ndarray) -> tuple[Moments, Moments | None]:
-    """Moments of all features of one name, and of those at the places `some`, where they are two or more."""
+    """Moments of all features of one name, and of those at positions `some` (None if fewer than two)."""
     chosen = torch.zeros(len(made.ids), dtype=torch.bool)
     chosen[torch.from_numpy(some)] = True
     whole = part = None
@@ -150,7 +150,7 @@ def summary(made: Features, name: str, some: np.ndarray) -> tuple[Moments, Momen
 
 
 def rows(made: Features, name: str, places: np.ndarray) -> Tensor:
-    """Features of one name at some places, in that order: float32 [len(places), ...]."""
+    """Features of one name at positions `places`, in that order: float32 [len(places), ...]."""
     at = np.argsort(places)
     found: Tensor | None = None
     for first, features in made.parts(name):
@@ -173,8 +173,10 @@ def moments(features: Tensor) -> Moments:
 def scores(
     reference: Reference, pooled: Tensor, spatial: Tensor | None, logits: Tensor | None, network: FeatureNetwork
 ) -> dict[str, float]:
-    """All scores of samples' features against a reference, by their names for this network. sFD of fewer pictures than
-    spatial features is left out."""
+    """All scores of samples' features against a reference, by name. The names depend on the network.
+
+    sFD is left out unless there are more pictures than spatial features.
+    """
     names, device = metric_names(network), next(network.parameters()).device
     values = {names["fd"]: frechet_distance(*moments(pooled), *reference.pooled)}
     if spatial is not None and reference.spatial is not None and len(spatial) > spatial.shape[1]:
@@ -192,11 +194,15 @@ def scores(
 def load_reference(
     path: Path, network: FeatureNetwork, size: list[int], resizes: Sequence[str], vae: str | None = None
 ) -> Reference:
-    """What `Reference.save` wrote, or one of ADM's files (mu, sigma, and mu_s, sigma_s), which do not say more.
+    """Load a file of `Reference.save`, or one of ADM's (mu, sigma, mu_s, sigma_s, without any settings).
 
-    size, resizes: height and width of the samples, and how real pictures may have come to it.
-    vae: the digest of the VAE that decodes the samples; real pictures that it, or none, has decoded are taken.
-    Raises UserError for a file that is neither, or is of another size, resize filter, VAE or feature network.
+    Args:
+        size: height and width of the samples.
+        resizes: accepted ways in which real pictures were resized to that size.
+        vae: digest of the VAE that decodes the samples. The real pictures must be decoded by it or by none.
+
+    Raises:
+        UserError: the file is neither, or its size, resize filter, VAE or feature network differ.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -250,7 +256,7 @@ def load_reference(
 
 
 def as_moments(held: dict[str, np.ndarray], mean: str, cov: str) -> Moments:
-    """Raises ValueError unless they are a vector and a square matrix of its size, and finite."""
+    """Read mean and covariance. Raises ValueError unless they are a vector and a square matrix of its size, finite."""
     mu, sigma = (torch.from_numpy(np.asarray(held[name], np.float64)) for name in (mean, cov))
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (mu.isfinite().all() and sigma.isfinite().all()):
         raise ValueError(f"{mean} is {list(mu.shape)} and {cov} {list(sigma.shape)}")

@@ -1,4 +1,4 @@
-"""What a run starts from: its own newest checkpoint, if it is still the same run, or the weights of another."""
+"""Start a run from its own newest checkpoint, if it is still the same run, or from the weights of another run."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,9 +17,9 @@ from umd.train.latents import check_run_vae
 from umd.train.run import RunConfig, differences, to_plain
 from umd.train.settings import DataConfig
 
-# What a run is. The rest (its length, what is saved and shown, where and how it computes) may change on the way.
+# Settings that define a run. All others (length, saving, logging, device, speed) may change when it is resumed.
 RUN = ("model", "objective", "schedule", "data", "optim", "batch_size", "seed")
-# `source` is compared by its pictures; the model and the VAE say the others, and are compared themselves.
+# Exceptions: `source` is compared by its pictures. The others follow from model and VAE, which are compared themselves.
 FREE = {
     "data": {"source", "image_size", "channels", "num_frames", "vae", "vae_hash"}
     | {"skip_broken", "quarantine", "loader", "num_workers"},
@@ -28,9 +28,9 @@ FREE = {
 
 
 def newest_checkpoint(config: RunConfig, world: World, source: dict) -> tuple[Path | None, Checkpoint | None]:
-    """The checkpoint this run goes on from, the same on every rank; its tensors wait on the CPU.
+    """The checkpoint that this run resumes from, the same on every rank, with tensors on the CPU. None: a new run.
 
-    source: `fingerprint` of what it will train on.
+    source: `fingerprint` of the dataset it will train on.
     """
     path = world.agree(latest_checkpoint(config.checkpoints) if world.main else None)
     if path is None:
@@ -44,7 +44,7 @@ def newest_checkpoint(config: RunConfig, world: World, source: dict) -> tuple[Pa
 
 
 def with_ema_of(config: RunConfig) -> RunConfig:
-    """Where `optim.ema` is left open, the EMA that the run in `config.out` has; a new run's is by the rule."""
+    """Resolve `optim.ema` None: to the rate of the run in `config.out`, or to the default for a new run."""
     path = latest_checkpoint(config.checkpoints) if config.optim.ema is None else None
     if path is None:
         return config.resolved()
@@ -53,8 +53,8 @@ def with_ema_of(config: RunConfig) -> RunConfig:
 
 
 def check_none_there(checkpoints: Path) -> None:
-    """Raise UserError if there are checkpoints of which none can be read: the run would silently begin anew."""
-    if any(not path.name.startswith(".") for path in checkpoints.glob("*")):  # hidden: a save that was not finished
+    """Raise UserError if there are checkpoints but none can be read. The run would silently start from scratch."""
+    if any(not path.name.startswith(".") for path in checkpoints.glob("*")):  # hidden: an unfinished save
         try:
             load_checkpoint(checkpoints, parts=[])
         except CheckpointError as error:
@@ -65,13 +65,13 @@ def check_none_there(checkpoints: Path) -> None:
 
 
 def check_same_run(saved: Checkpoint, config: RunConfig, source: dict) -> None:
-    """Raise UserError naming every setting that would make another run of the one in `config.out`."""
+    """Raise UserError, naming each setting, if `config` differs from the run in `config.out` in what defines a run."""
     before, now = saved.state.get("config", {}), to_plain(config)
     if had_no_clean_samples(before) and now["objective"].get("no_noise_prob") == 0:
         before = before | {"objective": before["objective"] | {"no_noise_prob": 0.0}}
     check_kind(before.get("model", {}), now["model"], config.out)
     check_run_vae(saved.state, config.data, config.out)
-    differ = [  # None: a setting that one of the two versions does not have
+    differ = [  # None: one of the two versions lacks this setting
         f"{name} {a}, not {b}"
         for name, a, b in differences({name: before.get(name) for name in RUN}, {name: now[name] for name in RUN})
         if None not in (a, b) and name.partition(".")[2] not in FREE.get(name.partition(".")[0], ())
@@ -96,15 +96,15 @@ def check_same_run(saved: Checkpoint, config: RunConfig, source: dict) -> None:
 
 
 def had_no_clean_samples(config: Mapping) -> bool:
-    """Whether no sample of the run's batches was ever noise-free, which is a share of 0 and is refused as any other."""
+    """Whether no_noise_prob is above 0 but too small for one noise-free sample per batch, so that it acted as 0."""
     share = config.get("objective", {}).get("no_noise_prob", 0)
     return share > 0 and int(config.get("batch_size", 0) * share) == 0
 
 
 def load_pretrained(model: AnyModel, init: Path, data: DataConfig) -> None:
-    """Weights of another run into `model`; label embeddings may be new, and pictures of another size.
+    """Load the weights of another run into `model`. Label embeddings may be new, and the image size may differ.
 
-    Raises UserError saying what differs.
+    Raises UserError, saying what differs, if the networks do not fit.
     """
     path = init / "checkpoints" if (init / "checkpoints").is_dir() else init
     if isinstance(model, Classifier):
@@ -113,7 +113,7 @@ def load_pretrained(model: AnyModel, init: Path, data: DataConfig) -> None:
     saved = load_checkpoint(path, parts=["model"])
     before, now = saved.state.get("config", {}).get("model", {}), to_plain(model.config)
     check_kind(before, now, init)
-    # Also those that change no shape, such as the heads.
+    # Compare all settings, as some change no shape, such as num_heads.
     differ = [f"{name} {before[name]}, not {now[name]}" for name in now if name in before and before[name] != now[name]]
     free = ("num_classes ", "image_size ", "residual_in_fp32 ")
     differ = [what for what in differ if not what.startswith(free)]
@@ -123,7 +123,7 @@ def load_pretrained(model: AnyModel, init: Path, data: DataConfig) -> None:
         )
     check_run_vae(saved.state, data, init)
     weights = saved.tensors["model"]
-    if before.get("num_classes") != now.get("num_classes"):  # of other classes: new ones
+    if before.get("num_classes") != now.get("num_classes"):  # other classes: keep new embeddings
         weights = {name: value for name, value in weights.items() if not name.startswith("y_embedder.")}
     if not isinstance(model, DiffMAE):
         grid = tuple(side // now["patch_size"] for side in before["image_size"])

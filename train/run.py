@@ -1,4 +1,4 @@
-"""What a run is: its configuration, the presets, and where its files lie."""
+"""The configuration of a run (`RunConfig`), its fine-tuning recipes, and config.yaml."""
 
 import dataclasses
 import difflib
@@ -39,7 +39,7 @@ class RunConfig:
     """A training run."""
 
     out: Path = Path("runs/umd")
-    """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, images/. A run there is resumed."""
+    """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, images/. A run in it is resumed."""
     model: AvoidSubcommands[AnyModelConfig] = field(default_factory=ModelConfig)
     objective: AvoidSubcommands[AnyObjectiveConfig] = field(default_factory=ObjectiveConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -47,59 +47,59 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     init: Path | None = None
-    """Start from the weights of this run or checkpoint (fine-tuning)."""
+    """Run or checkpoint whose weights this run starts from (fine-tuning). Default: new weights."""
     batch_size: Count = 1024
-    """Images a step, of all ranks together."""
+    """Images per step, over all ranks."""
     accumulate: Count = 1
-    """Micro-batches a step on each rank; ranks times this divides the batch."""
+    """Micro-batches per step on each rank. ranks * accumulate must divide the batch size."""
     epochs: NonNegative = 800
-    """Length of the run, where neither steps nor minutes are given."""
+    """Length of the run in epochs. Ignored if steps or minutes are given."""
     minutes: NonNegative = 0
-    """Length in minutes of training instead; the learning rate then follows the clock."""
+    """Length of the run in minutes of training; the learning rate then follows the clock. 0: use epochs."""
     steps: CountOrZero = 0
-    """Length in steps instead, before minutes and epochs."""
+    """Length of the run in steps. Takes precedence over minutes and epochs. 0: use those."""
     seed: Seed = 0
-    """Of weights, data order, crops, masks and noise."""
+    """Seed of weights, data order, crops, masks and noise."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Autocast type; auto is bf16 where the hardware multiplies it. Beside bf16 a GPU makes the products left
-    in fp32 (adaLN's) in TF32; with fp32 all are exact."""
+    """Autocast dtype. auto: bf16 where the device multiplies it, else fp32.
+    With bf16, a GPU computes the products left in fp32 (adaLN's) in TF32. With fp32, TF32 is off."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N; of several processes each takes the GPU of its own number."""
+    """auto, cpu, cuda or cuda:N. With several processes, each takes the GPU of its local rank."""
     attention: Literal["auto", "triton", "flash_attn", "varlen_attn", "sdpa", "matmul"] = "auto"
-    """Backend of self-attention; `umd doctor` tells which one auto is here."""
+    """Backend of self-attention. `umd doctor` shows which one auto takes on this machine."""
     gelu: Literal["ours", "transformer_engine"] = "ours"
-    """What makes GELU: our kernels, or Transformer Engine in the MLP's products; `umd doctor` tells if it can here."""
+    """GELU: our kernels, or Transformer Engine fused into the MLP's products. `umd doctor` shows if it works here."""
     compile: bool = False
     """Run the network through torch.compile."""
     capture: Literal["auto", "on", "off"] = "auto"
-    """Record the whole step as a CUDA graph and replay it. auto: on one GPU; with DDP ask for it; ZeRO cannot."""
+    """Record the whole step as a CUDA graph and replay it. auto: on one GPU. on: also with DDP. Not with ZeRO."""
     checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more FLOPs."""
+    """Recompute activations in the backward pass. Saves memory, costs a third more FLOPs."""
     recompute_gelu: bool = False
-    """On a GPU, make GELU's output again in the backward pass instead of keeping it: less memory, a few more bytes to
-    move, the same bits. `umd plan` has the figures of both; with checkpointing it changes nothing."""
+    """On a GPU, recompute GELU's output in the backward pass: less memory, slightly more memory traffic, same bits.
+    `umd plan` shows both amounts. No effect with --checkpointing."""
     save_minutes: NonNegative = 15
-    """Minutes of training between checkpoints; 0: none on the way. The last step is always saved."""
+    """Minutes of training between checkpoints. 0: only the last step. The last step is always saved."""
     save_every: Count | None = None
-    """Steps between checkpoints, instead of minutes."""
+    """Steps between checkpoints, instead of --save-minutes."""
     keep: Count = 3
-    """Checkpoints kept."""
+    """Number of checkpoints to keep; older ones are deleted."""
     log_every: Count = 10
     """Steps between log lines."""
     wandb: str = ""
-    """Log to this project of Weights & Biases as well (pip install wandb)."""
+    """Weights & Biases project to log to as well (pip install wandb)."""
     profile: bool = False
-    """Record 3 steps after the first 12: where their time goes, to profile/ in the folder of the run."""
+    """Profile 3 steps after the first 12 and write where their time goes to profile/ in the run's folder."""
     draw_minutes: NonNegative = 60
-    """Minutes of training between pictures of reconstructions (and samples, with labels), or for a classifier between
-    its scores on the held-out pictures; the last step always has them, and a UMD's two heads weighed. 0: never."""
+    """Minutes of training between pictures: reconstructions, with labels also samples. 0: never.
+    A classifier scores held-out pictures instead. Unless 0, the last step does so too, and weighs a UMD's two heads."""
     draw_every: CountOrZero | None = None
-    """Steps between pictures, instead of minutes; 0: never."""
+    """Steps between pictures, instead of --draw-minutes. 0: never."""
     evaluate_minutes: NonNegative = 0
-    """Minutes of training between Fréchet distances of samples to the held-out pictures, which the last step then has
-    too; 0: never. A curve to watch: `umd evaluate` has the scores to publish."""
+    """Minutes of training between Fréchet distances of samples to held-out pictures; also at the last step. 0: never.
+    The curve is for watching a run; `umd evaluate` gives the scores to publish."""
     evaluate_count: Annotated[int, number(int, 2)] = 2048
-    """Samples of such a distance."""
+    """Samples per Fréchet distance of --evaluate-minutes."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -118,27 +118,27 @@ class RunConfig:
             raise UserError("layer_decay is for classifiers; leave it at 1")
         frames = getattr(self.model, "num_frames", 1)
         data = replace(self.data, image_size=self.model.image_size, channels=self.model.channels, num_frames=frames)
-        object.__setattr__(self, "data", data)  # the model says what it sees
+        object.__setattr__(self, "data", data)  # image size, channels and frames follow the model
 
     @property
     def ema(self) -> float:
-        """`optim.ema`, with the released code's rule where that leaves it open."""
+        """EMA rate at batch 256: `optim.ema`, or the released code's default if that is None."""
         if self.optim.ema is not None:
             return self.optim.ema
         return 1e-4 if isinstance(self.model, ModelConfig) and self.model.num_classes > 0 else 0.0
 
     def resolved(self) -> "RunConfig":
-        """The same run with what is left open decided: whether it has an EMA."""
+        """This run with `optim.ema` set to the rate in force instead of None."""
         return replace(self, optim=replace(self.optim, ema=self.ema))
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after warm-up: `optim.lr` is for a batch of 256."""
+        """The learning rate after warm-up: `optim.lr`, which is for a batch of 256, scaled to the batch size."""
         return self.optim.lr * self.batch_size / 256
 
     @property
     def draws(self) -> bool:
-        """Whether the run shows pictures, or a classifier's scores."""
+        """Whether the run draws pictures (a classifier: held-out scores) as it trains."""
         return self.draw_minutes > 0 if self.draw_every is None else self.draw_every > 0
 
     @property
@@ -150,7 +150,7 @@ class RunConfig:
         return isinstance(self.model, ClassifierConfig)
 
     def parts(self, model: type[Model], objective: type[Objective]) -> tuple[Model, Objective]:
-        """Network and objective of a run that is known to be of these kinds."""
+        """Network and objective, typed. The caller knows that they are of these classes; it is asserted."""
         assert isinstance(self.model, model) and isinstance(self.objective, objective)
         return self.model, self.objective
 
@@ -160,8 +160,10 @@ class RunConfig:
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """The run with the places it reads named from the root, so that it is the same run from any folder. Names that are
-    no paths here (`emoji`, a source of another machine) stay."""
+    """The run with absolute paths for its source, quarantine list and init, so that it is the same run from any folder.
+
+    A name that is not an existing path (`emoji`, a path on another machine) stays as it is.
+    """
 
     def whole(path: str) -> str:
         there = path not in ("", "emoji") and Path(path).expanduser().exists()
@@ -172,14 +174,17 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def with_classes(config: RunConfig, num_classes: int) -> RunConfig:
-    """The run with this many classes. Raises UserError for a DiffMAE."""
+    """The run with this number of classes. Raises UserError for a DiffMAE, which takes no labels."""
     if isinstance(config.model, DiffMAEConfig):
         raise UserError("a DiffMAE takes no labels to generate by; pretrain a UMD for that, or give --task classify")
     return replace(config, model=replace(config.model, num_classes=num_classes))
 
 
 def at_size(config: RunConfig, image_size: tuple[int, int] | None) -> RunConfig:
-    """The run on pictures of another size, None: its own; `load_model` interpolates its positions."""
+    """The run with another image size (height, width). None: unchanged. `load_model` interpolates the positions.
+
+    Raises UserError if the network is not a UMD and the size differs.
+    """
     if image_size is None or tuple(image_size) == config.model.image_size:
         return config
     if not isinstance(config.model, ModelConfig):
@@ -188,9 +193,10 @@ def at_size(config: RunConfig, image_size: tuple[int, int] | None) -> RunConfig:
 
 
 def finetune_config(pretrained: RunConfig, init: Path, num_classes: int, out: Path) -> RunConfig:
-    """The paper's recipe for class-conditional generation (its Table 5) on a pre-trained run.
+    """The paper's recipe for class-conditional generation (Table 5), starting from a pre-trained run.
 
-    Its learning rate for a batch of 256 is that of pre-training, 1.5e-4 in the paper's presets.
+    The learning rate for a batch of 256 stays that of pre-training (1.5e-4 in the paper's presets).
+    Raises UserError for an MAE as published, and for a DiffMAE: neither can generate from labels.
     """
     outputs = getattr(pretrained.model, "outputs", "x_start_eps")
     if outputs == "x_start":
@@ -198,7 +204,7 @@ def finetune_config(pretrained: RunConfig, init: Path, num_classes: int, out: Pa
             f"{init} is an MAE as published: it knows no noise level, and cannot learn to generate; "
             "--task classify trains a classifier on it"
         )
-    noised = outputs != "x_start_eps"  # DiT's and MaskDiT's networks, which predict nothing of noise-free pictures
+    noised = outputs != "x_start_eps"  # DiT and MaskDiT networks predict nothing for noise-free pictures
     return replace(
         with_classes(pretrained, num_classes),
         out=out,
@@ -215,11 +221,13 @@ def finetune_config(pretrained: RunConfig, init: Path, num_classes: int, out: Pa
 
 
 def classify_config(pretrained: RunConfig, init: Path, out: Path, linear: bool, from_scratch: bool) -> RunConfig:
-    """MAE's recipes for a classifier on a pre-trained run: of all weights (its Table 9), or of the last layer alone
-    (Table 10, with AdamW in the place of LARS, which is for batches of thousands).
+    """MAE's recipe for a classifier that starts from a pre-trained run.
 
-    A run whose own rate is k times the paper's (small networks, short runs) has √k times MAE's for all weights.
-    from_scratch: all weights, and none from the run.
+    - linear False: train all weights (MAE's Table 9). If the run's learning rate is k times the paper's (small
+      networks, short runs), the rate is √k times MAE's.
+    - linear True: train the last layer only (MAE's Table 10, with AdamW instead of LARS, which is for batches of
+      thousands).
+    - from_scratch: train all weights from new ones, as a baseline with the same network and recipe.
     """
     large = pretrained.model.depth > 12
     layer_decay = 1.0 if linear or from_scratch else 0.75 if large else 0.65
@@ -247,7 +255,7 @@ def classify_config(pretrained: RunConfig, init: Path, out: Path, linear: bool, 
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses, tuples and paths as what YAML and JSON hold."""
+    """Convert dataclasses to dicts, tuples to lists and paths to strings, for YAML and JSON."""
     if dataclasses.is_dataclass(value):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, list | tuple):
@@ -256,10 +264,14 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(cls: type, values: Mapping[str, Any], where: str, within: str = "") -> Any:
-    """The dataclass that `to_plain` was given.
+    """Rebuild a dataclass `cls` from what `to_plain` made of it.
 
-    where: the file. within: the name of these settings in it, `optim.`.
-    Raises UserError naming file and setting: one that is not known, of another type, or outside its range.
+    Args:
+        where: name of the file, for error messages.
+        within: prefix of these settings in the file, e.g. `optim.`, for error messages.
+
+    Raises:
+        UserError: a setting is unknown, of the wrong type, or outside its range. The message names file and setting.
     """
     hints = get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
@@ -307,7 +319,7 @@ def from_plain(cls: type, values: Mapping[str, Any], where: str, within: str = "
 
 
 def in_words(hint: Any) -> str:
-    """What a setting of this type is: `a number`, `2 whole numbers`, `one of auto, bf16`."""
+    """Describe a type for an error message: `a number`, `2 of these: a whole number`, `one of auto, bf16`."""
     args = get_args(hint) or (hint,)
     if get_origin(hint) is tuple:
         return f"{len(args)} of these: {in_words(args[0])}"
@@ -320,7 +332,7 @@ def in_words(hint: Any) -> str:
 
 
 def differences(before: Mapping, now: Mapping, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(name, before, now) of each setting that differs, e.g. ("optim.lr", 0.1, 0.2); None where there is none."""
+    """List each setting that differs as (name, before, now), e.g. ("optim.lr", 0.1, 0.2). A missing one is None."""
     found = []
     for key in dict.fromkeys([*now, *before]):
         a, b = before.get(key), now.get(key)
@@ -332,15 +344,15 @@ def differences(before: Mapping, now: Mapping, prefix: str = "") -> list[tuple[s
 
 
 def write_config(config: RunConfig) -> None:
-    """Write `config.yaml` into the run folder, whole or not at all."""
+    """Write `config.yaml` into the run folder, atomically."""
     config.out.mkdir(parents=True, exist_ok=True)
     write_whole(config.out / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False).encode())
 
 
 def read_config(path: Path) -> RunConfig:
-    """The configuration of a run folder or of a config.yaml. Raises UserError if there is none or it is damaged.
+    """Read the configuration from a run folder or a config.yaml. Raises UserError if it is missing or damaged.
 
-    A folder that was moved or copied since is the run's folder now.
+    For a folder, `out` is set to that folder, as it may have been moved or copied.
     """
     file = path / "config.yaml" if path.is_dir() else path
     try:

@@ -1,7 +1,7 @@
-"""`umd sample`: images of a run, streamed to disk by any number of ranks.
+"""`umd sample`: draw images from a run, streamed to disk by any number of ranks.
 
-No bit of an image depends on who draws it when. Its noise is a function of (seed, number, step); and the network always
-sees the same `GROUP` images in one call, because the rounding of a product depends on its size.
+An image has the same bits on any rank and in any batch. Its noise is a function of (seed, number, step), and the
+network always sees the same `GROUP` images per call, as the rounding of a product depends on its size.
 """
 
 import difflib
@@ -42,12 +42,15 @@ from umd.train.sampling import GROUP, chosen_guidance, clips, draw_recipe, predi
 from umd.train.shards import Advance, Job, others_work, rank_and_size, share
 from umd.train.weights import class_names, weights_identity
 
-SHARD = 64  # images a file while they are drawn
-MOST_SHOWN = 256  # images in the grid
+SHARD = 64  # images per temporary file
+MOST_SHOWN = 256  # most images in the grid
 
 
 def drawn_labels(classes: Sequence[int], count: int, balanced: bool, seed: int) -> Tensor:
-    """The classes of `count` samples, int64 [count]: in turn, or each at random. More samples begin with the same."""
+    """Choose classes for `count` samples, int64 [count]: in turn (balanced), or at random.
+
+    A larger count starts with the same labels.
+    """
     if balanced:
         places = np.arange(count) % len(classes)
     else:
@@ -57,11 +60,11 @@ def drawn_labels(classes: Sequence[int], count: int, balanced: bool, seed: int) 
 
 
 class Drawer:
-    """Draws images by their numbers, the same bits in whatever order and company.
+    """Draws images by number. An image has the same bits in any order and batch.
 
     Args:
         labels: int64 [count], or None.
-        batch: images of one denoising loop, rounded up to whole groups.
+        batch: images per denoising loop, at most SHARD, rounded up to whole groups.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Drawer:
         self.device = next(model.parameters()).device
         self.group = min(GROUP, count)
         self.batch = -(-min(batch, SHARD) // self.group) * self.group
-        # Of all labels, and not of a batch's: the rounding of this product too depends on its size.
+        # Conditions of all labels, not only of a batch's, as the rounding of this product also depends on its size.
         known = None if labels is None else labels.unique()
         times = list(dict.fromkeys(sampler_times(sampler, num_steps, schedule)))
         conditions = make_conditions(model, times, known)
@@ -92,13 +95,13 @@ class Drawer:
         )  # fmt: skip
 
     def x_start(self, first: int, last: int, advance: Advance = lambda done: None) -> Tensor:
-        """Images first..last-1, as the network has them: [n, C, H, W]. `first` is that of a group."""
+        """Draw images first..last-1 as the network outputs them: [n, C, H, W]. `first` must start a group."""
         assert first % self.group == 0, "a group is drawn whole"
         drawn = []
         for start in range(first, last, self.batch):
             labels = None
             if self.labels is not None:
-                labels = self.labels[:1].repeat(self.batch)  # of the ones too many: any
+                labels = self.labels[:1].repeat(self.batch)  # any label for padding
                 here = self.labels[start : min(start + self.batch, last)]
                 labels[: len(here)] = here
 
@@ -109,15 +112,15 @@ class Drawer:
         return torch.cat(drawn)[: last - first]
 
     def pictures(self, first: int, last: int, advance: Advance = lambda done: None) -> np.ndarray:
-        """The same as pictures, uint8 [n, H, W, C]; of latents the VAE's."""
+        """Draw images first..last-1 as pictures, uint8 [n, H, W, C]. Latents are decoded by the VAE."""
         x = self.x_start(first, -(-last // self.group) * self.group, advance)
-        if self.tokenizer is not None:  # by groups, as the network
+        if self.tokenizer is not None:  # decode in groups, for the same bits
             x = torch.cat([self.tokenizer.decode(z) for z in x.split(self.group)])
         return to_uint8(x[: last - first])
 
 
 def in_calls_of(rows: int, denoise: Denoise) -> Denoise:
-    """The denoiser in calls of exactly so many rows, which divide the batch."""
+    """Split each call of a denoiser into calls of exactly `rows` rows, which must divide the batch."""
 
     def call(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
         parts = [
@@ -130,7 +133,7 @@ def in_calls_of(rows: int, denoise: Denoise) -> Denoise:
 
 
 def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> None:
-    """Draw what `options` ask for and write it, or go on with what is there of it."""
+    """Draw samples and write them. If the command was stopped before, continue from its temporary files."""
     if config.is_classifier:
         raise UserError(f"{run} is a classifier and draws nothing; sample the run that it started from")
     files = places(run, options)
@@ -138,7 +141,7 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
         raise UserError("a DiffMAE fills holes in pictures and draws none without: use `umd inpaint`")
     classes = check_classes(config, options.classes, options.balanced)
     count = options.count or options.per_class * max(len(classes), 1)
-    weights = weights_identity(config.out, options.ema)  # a run that still trains may save others meanwhile
+    weights = weights_identity(config.out, options.ema)  # fixed now, as a run that still trains may save newer ones
     model, device, dtype = evaluate.open_run_of(UMD, config, options.ema, weights["step"])
     tokenizer = evaluate.open_tokenizer(config, options.vae, device)
     cfg_scale = options.cfg_scale if classes else 1.0
@@ -176,7 +179,7 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
                 [job.path for job in jobs], count, labels, 16 if options.count else options.per_class, files, recipe,
                 class_names(config) if classes else [],
             )  # fmt: skip
-        except FileNotFoundError:  # another rank that found the last part too was faster
+        except FileNotFoundError:  # another rank also found all parts done, and was faster
             if not is_there(files, recipe):
                 raise
         shutil.rmtree(folder, ignore_errors=True)
@@ -185,22 +188,24 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
 
 
 def places(run: Path, options: Sample) -> tuple[Path, Path, Path]:
-    """Where grid, samples and settings go. Raises UserError, before the work, where they cannot be written, or where
-    a file lies that no `umd sample` has written."""
+    """Paths of grid, samples and settings.
+
+    Raises UserError, before the work, if they cannot be written or would replace a file that is not of `umd sample`.
+    """
     png = options.out or run / "samples.png"
     known = png.suffix.lower() in (".png", ".npz", ".json")
     png = png.with_suffix(".png") if known else png.with_name(f"{png.name}.png")
     files = png, png.with_suffix(".npz"), png.with_suffix(".json")
     check_place(*files)
     there = next((file for file in files if file.exists()), None)
-    parts = png.parent.glob(f".{escape(png.stem)}-*")  # of a command that was stopped, perhaps while it wrote these
+    parts = png.parent.glob(f".{escape(png.stem)}-*")  # left by a stopped command
     if there and not settings_in(files[-1]) and not any(parts):
         raise UserError(f"{there} is there and is no result of umd sample; give another --out, or remove it")
     return files
 
 
 def settings_in(file: Path) -> dict[str, Any]:
-    """What samples beside this .json were drawn with; {} if it says nothing of samples."""
+    """Read the settings of samples from their .json. {} if the file holds none."""
     try:
         found = json.loads(file.read_text())
         return found if isinstance(found, dict) and "weights" in found else {}
@@ -209,7 +214,7 @@ def settings_in(file: Path) -> dict[str, Any]:
 
 
 def tell_replaced(files: Sequence[Path], recipe: dict[str, Any], console: Console) -> None:
-    """Say which samples the new ones will replace, while there is time to stop."""
+    """Say before drawing which existing samples will be replaced."""
     if rank_and_size()[0] == 0 and (before := settings_in(files[-1])):
         differ = ", ".join(name for name, *_ in differences(before, json.loads(json.dumps(recipe)))) or "nothing"
         text = f"{files[1]} holds other samples, and will be replaced; what differs: {differ}"
@@ -217,9 +222,9 @@ def tell_replaced(files: Sequence[Path], recipe: dict[str, Any], console: Consol
 
 
 def check_classes(config: RunConfig, asked: Sequence[str], balanced: bool) -> tuple[int, ...]:
-    """The numbers of the classes to draw, () of a run without labels.
+    """Numbers of the classes to draw, () for a run without labels.
 
-    asked: names or numbers; what is both is a name. Raises UserError for those that are unknown, or given twice.
+    asked: names or numbers. A text that is both counts as a name. Raises UserError if one is unknown or given twice.
     """
     known = getattr(config.model, "num_classes", 0)
     if balanced and not known:
@@ -243,7 +248,7 @@ def check_classes(config: RunConfig, asked: Sequence[str], balanced: bool) -> tu
 
 
 def is_there(files: Sequence[Path], recipe: dict[str, Any]) -> bool:
-    """Whether grid, samples and settings lie there, and are of these settings."""
+    """Whether grid, samples and settings exist and were made with this recipe."""
     if not all(file.exists() for file in files):
         return False
     try:
@@ -256,7 +261,10 @@ def put_together(
     parts: Sequence[Path], count: int, labels: Tensor | None, columns: int, files: Sequence[Path],
     recipe: dict[str, Any], names: Sequence[str],
 ) -> None:  # fmt: skip
-    """Grid, .npz and .json of the parts, in memory one part at a time. The .json comes last: with it all is there."""
+    """Write grid, .npz and .json from the parts, one part in memory at a time.
+
+    The .json comes last, so its existence means that all is there.
+    """
     png, npz, settings = files
     shown = np.concatenate([read_part(part) for part in parts[: -(-MOST_SHOWN // SHARD)]])[:MOST_SHOWN]
     settings.unlink(missing_ok=True)
@@ -267,7 +275,7 @@ def put_together(
 
 
 def read_part(part: Path) -> np.ndarray:
-    """Pictures uint8 [n, H, W, C]. Raises UserError for a file that is not whole, which is then drawn anew."""
+    """Read pictures, uint8 [n, H, W, C]. Raises UserError for an incomplete file, which is then drawn again."""
     try:
         return np.load(part, allow_pickle=False)
     except FileNotFoundError:
@@ -282,12 +290,14 @@ def read_part(part: Path) -> np.ndarray:
 def write_npz(
     path: Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], labels: np.ndarray, names: Sequence[str] = ()
 ) -> None:
-    """What `np.savez(path, images, labels, classes=names)` writes, from parts of the images: uint8 `shape` (arr_0),
-    int64 (arr_1), and where there are names the one of each label."""
+    """Write what `np.savez(path, images, labels, classes=names)` would, without holding all images in memory.
+
+    arr_0: uint8 `shape`, from `parts`. arr_1: int64 labels. classes: name of each label, if `names` are given.
+    """
     unfinished = path.with_name(f".unfinished-{path.name}-{socket.gethostname()}-{os.getpid()}")
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     try:
-        with zipfile.ZipFile(unfinished, "w") as archive:  # stored: uncompressed, and the same bytes everywhere
+        with zipfile.ZipFile(unfinished, "w") as archive:  # uncompressed, so the same bytes everywhere
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for part in parts:
@@ -302,7 +312,7 @@ def write_npz(
 
 
 def picture_bytes(drawer: Drawer, first: int, last: int, advance: Advance) -> bytes:
-    """Pictures first..last-1 as a .npy file."""
+    """Draw pictures first..last-1. Returns the bytes of a .npy file."""
     stream = io.BytesIO()
     np.save(stream, drawer.pictures(first, last, advance), allow_pickle=False)
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""How images are drawn: the options of all commands that draw, and the record of all that an image depends on."""
+"""Resolve the sampling options that several commands share, and record everything that an image depends on."""
 
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -18,8 +18,8 @@ from umd.train.heads import Heads, heads_file, heads_of, read_heads
 from umd.train.options import Sampling
 from umd.train.run import RunConfig
 
-GROUP = 32  # images of every call of the network
-FAST_STEPS = 25  # of the solvers of diffusers
+GROUP = 32  # images per network call
+FAST_STEPS = 25  # default steps of the solvers of diffusers
 
 
 def steps_of(options: Sampling, config: RunConfig) -> int:
@@ -37,7 +37,11 @@ def chosen_guidance(options: Sampling) -> Guidance:
 def prediction_of(
     options: Sampling, config: RunConfig, weights: dict[str, Any], model: UMD, dtype: torch.dtype, console: Console
 ) -> tuple[Prediction, Heads | None]:
-    """What leads in samples of a run's weights, with the heads for both, which are measured if they were not."""
+    """Resolve --predict for a run's weights. Returns the prediction and, for `both`, the heads' weights.
+
+    For an explicit `both`, the heads are measured if they have not been. Raises UserError for an output the network
+    does not have.
+    """
     if options.predict == "auto":
         heads = read_heads(heads_file(config.out, weights))
         return ("eps" if heads is None else "both"), heads
@@ -49,7 +53,7 @@ def prediction_of(
 
 
 def clips(config: RunConfig, tokenizer: Tokenizer | None) -> bool:
-    """Whether predicted images are held in [-1, 1]: pixels are, latents not."""
+    """Whether to clip predicted images to [-1, 1]: pixels yes, latents no."""
     return tokenizer is None and config.model.channels in (1, 3)
 
 
@@ -58,9 +62,9 @@ def draw_recipe(
     tokenizer: Tokenizer | None, count: int, options: Sampling, *, classes: Sequence[int], order: str,
     cfg_scale: float, seed: int, predict: Prediction, heads: Heads | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything that an image depends on, and that moves a score of many of them.
+    """Record everything that an image, or a score of many images, depends on.
 
-    Raises UserError for steps and guidance that cannot be had.
+    Raises UserError for impossible steps or guidance.
     """
     schedule, steps = schedule_of(config.schedule), steps_of(options, config)
     times = sampler_times(options.sampler, steps, schedule)
@@ -73,7 +77,7 @@ def draw_recipe(
         "labels": order,
         "cfg_scale": cfg_scale,
         "times": schedule.num_steps,
-        "cfg_interval": list(options.cfg_interval or (1, schedule.num_steps)) if guided else None,  # model times
+        "cfg_interval": list(options.cfg_interval or (1, schedule.num_steps)) if guided else None,  # timesteps
         "cfg_schedule": options.cfg_schedule if guided else None,
         "cfg_channels": options.cfg_channels if guided else None,  # 0: all
         "sampler": FULL_NAMES[options.sampler],

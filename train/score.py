@@ -1,7 +1,7 @@
-"""`umd evaluate RUN`: how good a run's samples are, and what its representation tells of classes, in one table.
+"""`umd evaluate RUN`: score a run's samples and its representation, in one table.
 
-All that takes long is cut into files (`train/shards.py`): ranks share them without talking, a stopped command goes on
-with those that are missing, and the rank that finds all of them there computes the scores.
+The long work is cut into files (`train/shards.py`). Ranks share them without communicating, a repeated command makes
+only missing ones, and a rank that finds all of them computes the scores.
 """
 
 import json
@@ -52,7 +52,7 @@ from umd.train.weights import weights_identity
 
 
 def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Console) -> None:
-    """Do this rank's share of the work; the rank that finds all of it done writes and prints the scores."""
+    """Do this rank's share of the work. A rank that finds all of it done writes and prints the scores."""
     config = with_source(config, options.source)
     out = options.out or run
     file, table, curves = out / "scores.json", out / "scores.md", out / "errors.png"
@@ -91,7 +91,7 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
 
 
 def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
-    """Why a part of the scores is left out."""
+    """The parts of the scores that are left out, each with the reason."""
     if config.is_classifier:
         raise UserError(
             f"{run} is a classifier, whose scores its training wrote; evaluate the run that it started from"
@@ -115,12 +115,12 @@ def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
 
 
 class Generation:
-    """Samples of a run at each guidance, and what they are measured against."""
+    """Samples of a run at each guidance scale, and the reference that they are measured against."""
 
     def __init__(self, config: RunConfig, options: Evaluate, console: Console):
         classes = check_classes(config, (), options.balanced)
         self.config, self.options = config, options
-        weights = weights_identity(config.out, options.ema)  # a run that still trains may save others meanwhile
+        weights = weights_identity(config.out, options.ema)  # fixed now, as a run that still trains may save newer ones
         self.model, self.device, self.dtype = evaluate.open_run_of(UMD, config, options.ema, weights["step"])
         self.tokenizer = evaluate.open_tokenizer(config, options.vae, self.device)
         self.network = open_features(options.features, options.weights).to(self.device).eval()
@@ -142,7 +142,7 @@ class Generation:
         self.open_reference()
 
     def check_count(self, count: int, what: str, mend: str) -> None:
-        """Raise UserError where a covariance of so many pictures is singular, unless that is asked for."""
+        """Raise UserError if the covariance of `count` pictures is singular, unless --few allows it."""
         D = self.network.num_features
         if count == 1:
             raise UserError(f"{count} {what} have no covariance; {mend}")
@@ -154,7 +154,7 @@ class Generation:
             )
 
     def open_reference(self) -> None:
-        """What samples are measured against: a file, or features of real pictures that are to be made by jobs."""
+        """Open the reference: a file, or features of real pictures that jobs will compute."""
         options, data = self.options, self.config.data
         self.given: Reference | None = None
         self.made: Features | None = None
@@ -185,7 +185,7 @@ class Generation:
         return load_reference(file, self.network, self.size, [RESIZE] if vae is None else [RESIZE, *DECODED], vae)
 
     def kept(self, made: Features) -> Path:
-        """The file of a reference that was made here."""
+        """The file that keeps a reference made by this command."""
         return self.out / f"reference-{name_of(made.settings)}.npz"
 
     def samples(self, recipe: Mapping[str, Any]) -> Features:
@@ -195,7 +195,7 @@ class Generation:
         found = [] if self.made is None else self.made.jobs(self.read, outputs_of(self.network))
         for recipe in self.recipes:
             features = self.samples(recipe)
-            drawer = cache(partial(self.drawer, recipe["cfg_scale"]))  # made for the first job that is not done
+            drawer = cache(partial(self.drawer, recipe["cfg_scale"]))  # made only if a job is not done
             found += [
                 Job(file, last - first, partial(self.drawn, drawer, first, last))
                 for file, (first, last) in zip(features.files, spans(self.options.count, CALL), strict=True)
@@ -214,25 +214,25 @@ class Generation:
         )  # fmt: skip
 
     def drawn(self, drawer: Any, first: int, last: int, advance: Advance) -> bytes:
-        """The features of samples first..last-1 as a safetensors file."""
+        """Draw samples first..last-1. Returns their features as the bytes of a safetensors file."""
         x = from_uint8(drawer().pictures(first, last, advance))
         whole = torch.cat([x, x[:1].expand(CALL - len(x), -1, -1, -1)])
         outputs = outputs_of(self.network)(whole, torch.arange(first, first + CALL))
         return save({name: value[: last - first].cpu().contiguous() for name, value in outputs.items()})
 
     def reference(self) -> Reference:
-        """What samples are measured against, kept as a file of its own where it was made here."""
+        """The reference. If it was made by this command, also keep it as a file."""
         if self.made is None:
             assert self.given is not None
             return self.given
         made = reference_of(self.made, self.network)
-        if self.given is not None:  # statistics of ADM's file, and the features of the pictures in it
+        if self.given is not None:  # an ADM file: its statistics, and features of its pictures
             return replace(self.given, features=made.features, floor=made.floor)
         made.save(self.kept(self.made))
         return made
 
     def entries(self) -> list[dict[str, Any]]:
-        """The scores at each guidance, with everything that moves them."""
+        """The scores at each guidance scale, with everything that they depend on."""
         reference = self.reference()
         found = []
         for recipe in self.recipes:
@@ -260,7 +260,7 @@ class Generation:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """What earlier evaluations of this run wrote, or an empty record."""
+    """Read the record of earlier evaluations of this run, or an empty one."""
     empty: dict[str, Any] = {"format": 1, "environment": {}, "generation": [], "recognition": []}
     try:
         record = json.loads(file.read_text())
@@ -272,7 +272,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def put(entries: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
-    """Add entries, in the place of those of the same settings."""
+    """Add new entries. They replace entries with the same settings."""
     for entry in new:
         entries[:] = [other for other in entries if other["key"] != entry["key"]] + [entry]
 
@@ -283,7 +283,7 @@ def environment() -> dict[str, str]:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """The scores as tables: a table a reference, for distances to others do not compare; then the representation's."""
+    """Write the scores as tables: one per reference, as distances to different ones do not compare; then the probes."""
     lines = []
     by_reference: dict[str, list[dict[str, Any]]] = {}
     for entry in record["generation"]:
@@ -311,7 +311,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def error_lines(entry: Mapping[str, Any]) -> list[str]:
-    """Errors by model time as a table."""
+    """Write the errors by timestep as a table."""
     curves = entry["curves"]
     what = (
         f"On {entry['pictures']} held-out pictures, with the same noise and masks for every network; ± standard error."
@@ -325,7 +325,7 @@ def error_lines(entry: Mapping[str, Any]) -> list[str]:
 
 
 def columns(entries: list[dict[str, Any]]) -> list[str]:
-    """A table of one column an entry; the last is the noise floor."""
+    """Write a table with one column per entry. The last column is the noise floor."""
     drawn = [entry["samples"] for entry in entries]
     rows = {
         "samples": [f"{s['count']}{' †' * e['few']}" for s, e in zip(drawn, entries, strict=True)],
@@ -345,7 +345,7 @@ def columns(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def guidance_of(samples: Mapping[str, Any]) -> str:
-    """The guidance of a recipe: its scale, and what is not as usual. Records of earlier versions say less."""
+    """Describe a recipe's guidance: its scale, and settings other than the default. Older records have fewer."""
     if samples["cfg_scale"] == 1:
         return "none"
     parts = [f"{samples['cfg_scale']:g}"]
@@ -367,7 +367,7 @@ def sampler_of(samples: Mapping[str, Any]) -> str:
 
 
 def described(about: Mapping[str, Any]) -> str:
-    """What a reference is, in a sentence."""
+    """Describe a reference in one sentence."""
     network = about["features"]
     count = f"{about['count']} pictures" if about.get("count") else "pictures whose number the file does not tell"
     size = "x".join(map(str, about["image_size"]))

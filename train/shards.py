@@ -1,7 +1,7 @@
-"""Long work cut into files: each rank makes its share of them, and a file that is there is done.
+"""Long work cut into files. Each rank makes its share of them; a file that exists is done.
 
-Ranks need not talk. A killed command goes on with the files that are missing, on any number of ranks, and no rank waits
-for another: whoever finds the last file made does what needs all of them.
+Ranks do not communicate or wait for each other. A repeated command makes the missing files, on any number of ranks. A
+rank that finds all files done does the work that needs all of them.
 """
 
 import errno
@@ -20,18 +20,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from umd.errors import UserError
 from umd.files import write_whole
 
-Advance = Callable[[float], None]  # takes the images that are done
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the largest file
-LINE_SECONDS = 30.0  # between lines of progress where there is no terminal
+Advance = Callable[[float], None]  # called with the number of images done
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded, file too large
+LINE_SECONDS = 30.0  # between progress lines if there is no terminal
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process among those that a launcher (torchrun, deepspeed) started; (0, 1) without one."""
+    """(rank, number of ranks) from the launcher (torchrun, deepspeed); (0, 1) without one."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def own_device(name: str) -> str:
-    """`name`, where auto is the GPU of this rank's own number."""
+    """Resolve `auto` to the GPU of this rank's local number. Other names stay."""
     if name == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
@@ -45,16 +45,18 @@ def own_device(name: str) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """A file to be made: its bytes are a function of nothing but what its name stands for."""
+    """A file to make. Its bytes depend only on what its name stands for."""
 
     path: Path
-    images: int  # that it stands for, in the progress
-    make: Callable[[Advance], bytes]  # may tell on the way how many of its images are done
+    images: int  # number of images it counts for in the progress
+    make: Callable[[Advance], bytes]  # returns the bytes; may report how many of its images are done
 
 
 def share(jobs: Sequence[Job], console: Console, what: str) -> bool:
-    """Make this rank's files that are not there, then some of those that another rank is far from; returns whether all
-    are there now. Raises UserError where the disk refuses."""
+    """Make this rank's missing files, then help other ranks. Returns whether all files exist now.
+
+    Raises UserError if a file cannot be written.
+    """
     rank, size = rank_and_size()
     total = sum(job.images for job in jobs)
     with progress(console, what, total, show=rank == 0) as advance_to:
@@ -67,7 +69,7 @@ def share(jobs: Sequence[Job], console: Console, what: str) -> bool:
                 job.path.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(job.path, data)
             except OSError as error:
-                if job.path in listed(jobs):  # another rank was faster, and cleared up
+                if job.path in listed(jobs):  # another rank made it meanwhile
                     continue
                 mend = "make room there" if error.errno in FULL else "see to it that files can be made there"
                 raise UserError(
@@ -82,35 +84,35 @@ def share(jobs: Sequence[Job], console: Console, what: str) -> bool:
 
 
 def next_job(jobs: Sequence[Job], there: set[Path], rank: int, size: int) -> Job | None:
-    """What a rank makes next: of every size-th file its first that is not there; None: nothing is left for it.
+    """The next file for a rank to make. None if nothing is left for it.
 
-    With all of its own there, it helps the others: after a node was lost all that is missing may be of few ranks. It
-    leaves a rank's first missing file, which that rank is making, and begins at the other end.
+    A rank owns every size-th file and makes its missing ones in order. Then it helps others: if a node was lost, the
+    missing files may all belong to a few ranks. A helper never takes a rank's first missing file, which that rank is
+    making, and starts from the last.
     """
     missing = [[job for job in jobs[other::size] if job.path not in there] for other in range(size)]
     if missing[rank]:
         return missing[rank][0]
     spare = sorted(((i, job) for own in missing for i, job in enumerate(own[1:])), key=lambda entry: -entry[0])
     far = spare[: (len(spare) + 1) // 2]
-    return far[rank * len(far) // size][1] if far else None  # helpers begin at different ones
+    return far[rank * len(far) // size][1] if far else None  # helpers start at different files
 
 
 def listed(jobs: Sequence[Job]) -> set[Path]:
-    """Files in the jobs' folders. Folders are listed: a network disk remembers for a while that a single file was not
-    there."""
+    """All files in the jobs' folders. Folders are listed, as a network disk may cache that a single file is missing."""
     folders = {job.path.parent for job in jobs}
     return {folder / name for folder in folders if folder.is_dir() for name in os.listdir(folder)}
 
 
 def images_done(jobs: Sequence[Job]) -> int:
-    """Images of the files that are there, of all ranks."""
+    """Number of images in the existing files of all ranks."""
     there = listed(jobs)
     return sum(job.images for job in jobs if job.path in there)
 
 
 @contextmanager
 def progress(console: Console, what: str, total: int, show: bool = True) -> Iterator[Advance]:
-    """Tells how much of `total` is done and the time left: a bar on a terminal, else a line every half a minute."""
+    """Show progress towards `total` and the time left: a bar on a terminal, else a line every LINE_SECONDS."""
     if not show:
         yield lambda done: None
         return
@@ -125,7 +127,7 @@ def progress(console: Console, what: str, total: int, show: bool = True) -> Iter
 
     def tell(done: float) -> None:
         nonlocal told, before
-        before = done if before < 0 else before  # done by an earlier process
+        before = done if before < 0 else before  # the first value was done by an earlier process
         now = time.monotonic()
         if now - told >= LINE_SECONDS and done > before:
             left = (now - began) * (total - done) / (done - before)
@@ -137,7 +139,7 @@ def progress(console: Console, what: str, total: int, show: bool = True) -> Iter
 
 
 def others_work() -> str:
-    """What a rank says that ends while others still work."""
+    """Message of a rank that ends while others still work."""
     rank, size = rank_and_size()
     return (
         f"rank {rank} of {size} is done; the last rank to finish puts the parts together (if none did, one was killed: "

@@ -1,4 +1,4 @@
-"""Signals that ask a training run to end, and which of its processes heed them."""
+"""Signals that stop a training run, and which of its processes react to them."""
 
 import multiprocessing
 import os
@@ -15,12 +15,12 @@ if hasattr(signal, "SIGUSR1"):  # not on Windows
 
 class StopRequest:
     requested: signal.Signals | None = None
-    patience = 0.0  # seconds that a batch is still waited for
+    patience = 0.0  # seconds to keep waiting for a batch after the request
 
 
 @contextmanager
 def stop_signal() -> Iterator[StopRequest]:
-    """Ctrl-C, SIGTERM and SIGUSR1 are noted and acted on after the step; a second Ctrl-C interrupts at once."""
+    """Note Ctrl-C, SIGTERM and SIGUSR1, so that the loop stops after its step. A second Ctrl-C interrupts at once."""
     stop = StopRequest()
 
     def note(number: int, _frame: object) -> None:
@@ -40,15 +40,16 @@ def stop_signal() -> Iterator[StopRequest]:
 
 
 def heed_parent_alone() -> None:
-    """For a process that prepares pictures: of Ctrl-C, SIGTERM and SIGUSR1 it heeds its parent's SIGTERM, no other.
+    """In a worker: ignore Ctrl-C, SIGTERM and SIGUSR1, except a SIGTERM from the parent process.
 
-    Terminals send signals to a group, Slurm's proctrack/linuxproc to every process of a step. The training process may
-    want a batch before it saves, and torch makes an exception of a loader's process that dies, wherever a step is.
+    Terminals send signals to the whole process group, and Slurm's proctrack/linuxproc to every process of a step. But
+    the training process may need one more batch before it saves, and torch raises when a worker dies, even in the
+    middle of a step.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
-    if hasattr(signal, "sigwaitinfo"):  # it tells who sent a signal
+    if hasattr(signal, "sigwaitinfo"):  # it says who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
         threading.Thread(target=end_with_parent, daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""Where pictures come from: the `ImageDataset` that every source becomes, single files, numpy files and idx files."""
+"""`ImageDataset`, which every source of pictures becomes; reading of image files, numpy files and idx files."""
 
 import contextlib
 import gzip
@@ -28,31 +28,31 @@ from umd.train.quarantine import summary
 if TYPE_CHECKING:
     from umd.train.latents import LatentDataset
 
-with contextlib.suppress(ImportError):  # in every process that decodes
+with contextlib.suppress(ImportError):  # at import, so that every process that decodes has it
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
 
 log = logging.getLogger("umd")
 
-ORIENTATION = 0x0112  # EXIF tag; 1: as stored, from 5 on height and width change places
-MAX_CLASSES = 1_000_000  # each has a name: a label beyond is a mistake, and would fill the memory with them
+ORIENTATION = 0x0112  # EXIF tag; 1: as stored; from 5 on, height and width are swapped
+MAX_CLASSES = 1_000_000  # a label beyond is a mistake, and class names would fill the memory
 FLOATS = "its pixels are floating-point numbers, with no word on which is black or white: convert it to 8 or 16 bits"
 LEAVE_OUT = (
     "`umd check-data` lists such files, which all commands then leave out; training, with --data.skip-broken, too"
 )
-CHECKED = 512 << 20  # bytes: a mapped array's checksum is not looked at beyond, where that would hold up a start
+CHECKED = 512 << 20  # bytes; the checksum of a larger mapped array is not checked, as that would delay the start
 IDX_NAME = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
 
 
 class Stored(Protocol):
-    """An image file that lies inside another, such as a tar; as text, where it lies."""
+    """An image file inside another file, such as a tar. str() gives its location."""
 
     def read(self) -> bytes: ...
 
 
 class Rows(Sequence[np.ndarray]):
-    """Some rows, int64 [N], of an array that is mapped from a file: read where they are asked for."""
+    """Rows `rows`, int64 [N], of an array that is memory-mapped from a file. Read on access."""
 
     def __init__(self, array: np.ndarray, rows: np.ndarray):
         self.array, self.rows = array, rows
@@ -66,9 +66,9 @@ class Rows(Sequence[np.ndarray]):
 
 @lru_cache(maxsize=256)
 def opened(path: str, stamp: tuple[int, int] | None = None) -> OpenFile:
-    """Each process opens a file once; forked workers share it.
+    """Open a file, once per process; forked workers share it.
 
-    stamp: its size and time of change (ns). Raises OSError if it has others: what lies where would be another's.
+    stamp: expected size and time of change (ns). Raises OSError if they differ, as positions in it may have changed.
     """
     file = OpenFile(Path(path))
     status = os.fstat(file.descriptor)
@@ -78,23 +78,22 @@ def opened(path: str, stamp: tuple[int, int] | None = None) -> OpenFile:
 
 
 class Picture(NamedTuple):
-    """A whole picture, perhaps at a fraction of its own size. Crops are in pixels of its own size."""
+    """A whole picture, possibly decoded at a fraction of its size. Crops are in pixels of the original size."""
 
     pixels: np.ndarray  # uint8 [h, w, C]; of a clip [F, h, w, C]
-    size: tuple[int, int]  # height and width of its own
-    scale: tuple[float, float] = (1.0, 1.0)  # h and w over those
+    size: tuple[int, int]  # original height and width
+    scale: tuple[float, float] = (1.0, 1.0)  # h and w over the original ones
 
 
-Shrink = Callable[[int, int], int]  # of height and width: 1, 2, 4 or 8, by which a JPEG may be decoded smaller
+Shrink = Callable[[int, int], int]  # height, width -> 1, 2, 4 or 8: factor by which a JPEG may be decoded smaller
 
 
 @dataclass
 class ImageDataset:
     """Pictures of one split, in a fixed order.
 
-    pictures: uint8 [N, h, w, C] (C = 1, 3 or 4: RGBA), in memory or mapped; or N image files: paths, or members of
-    tars.
-    labels: int64 [N] indices into `class_names`; None, with no class names, where the source has no labels.
+    pictures: uint8 [N, h, w, C] (C = 1, 3, or 4 for RGBA), in memory or mapped; or N image files: paths or tar members.
+    labels: int64 [N] indices into `class_names`. None, and no class names, if the source has no labels.
     """
 
     name: str
@@ -103,10 +102,10 @@ class ImageDataset:
     labels: np.ndarray | None = None
     class_names: list[str] = field(default_factory=list)
     skip_broken: bool = False
-    quarantined: dict[str, str] = field(default_factory=dict)  # reasons by file: what `umd check-data` left out
-    left_out: int = 0  # unreadable files left out when the dataset was opened
-    broken: set[int] = field(default_factory=set)  # indices found unreadable since
-    notes: list[str] = field(default_factory=list)  # what is told of the source where a command begins
+    quarantined: dict[str, str] = field(default_factory=dict)  # file -> reason, from `umd check-data`
+    left_out: int = 0  # number of unreadable files found when the dataset was opened
+    broken: set[int] = field(default_factory=set)  # indices found unreadable since then
+    notes: list[str] = field(default_factory=list)  # messages about the source, printed when a command begins
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -116,7 +115,7 @@ class ImageDataset:
         return self.left_out + len(self.broken)
 
     def picture(self, index: int, shrink: Shrink | None = None) -> Picture:
-        """A picture. `shrink` allows a fraction of its size. Raises UserError naming the file if it cannot be read."""
+        """Read a picture. shrink: allows decoding at a fraction of its size. Raises UserError if it cannot be read."""
         picture = self.pictures[index]
         if isinstance(picture, np.ndarray):
             return whole(picture)
@@ -126,7 +125,7 @@ class ImageDataset:
             raise UserError(f"{error}. {LEAVE_OUT}") from error
 
     def read(self, index: int, shrink: Shrink | None = None) -> tuple[int, Picture]:
-        """(index, picture); with `skip_broken`, the next of its class in place of an unreadable one."""
+        """Read a picture. Returns (index, picture). With `skip_broken`, the next of its class replaces a broken one."""
         for candidate in chain(range(index, len(self)), range(index)):
             same_class = self.labels is None or self.labels[candidate] == self.labels[index]
             if candidate in self.broken or not same_class:
@@ -140,14 +139,14 @@ class ImageDataset:
         raise UserError(f"no image can stand in for the unreadable {self.pictures[index]}: replace it.")
 
     def mark_broken(self, index: int) -> None:
-        """Count a picture as unreadable, and say so the first time."""
+        """Mark a picture as unreadable, and say so the first time."""
         if index not in self.broken:
             self.broken.add(index)
             log.warning("left out unreadable image %s", self.pictures[index])
 
 
 def describe(dataset: "ImageDataset | LatentDataset") -> str:
-    """One line for logs: name, split, number of images and classes, how many were unreadable."""
+    """One line for the log: name, split, number of images, classes and unreadable images."""
     classes = f"{len(dataset.class_names)} classes" if dataset.class_names else "no labels"
     quarantined = getattr(dataset, "quarantined", {})
     left_out = f", {summary(quarantined, len(dataset))}" if quarantined else ""
@@ -156,15 +155,15 @@ def describe(dataset: "ImageDataset | LatentDataset") -> str:
 
 
 def in_test_split(key: str, holdout: float) -> bool:
-    """Whether the item called `key` is held out: by a hash of its name, so that others may come and go."""
+    """Whether the item called `key` is held out. It depends only on a hash of its name, not on other items."""
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < holdout * 2**64
 
 
 def choose_split(keys: Iterable[str], split: str, holdout: float, name: str) -> np.ndarray:
-    """Rows (int64) of the items that belong to `split`; the test split may be empty, where `holdout` is 0.
+    """Indices (int64) of the items in `split`. The test split may be empty if `holdout` is 0.
 
-    Raises UserError if nothing is left to train on.
+    Raises UserError if no training items are left.
     """
     held_out = np.array([in_test_split(key, holdout) for key in keys])
     if split == "train" and held_out.all():
@@ -176,15 +175,15 @@ def choose_split(keys: Iterable[str], split: str, holdout: float, name: str) -> 
 
 
 def decode(file: str | Path | Stored, shrink: Shrink | None = None) -> Picture:
-    """Read an image file: uint8 [h, w, 1 or 3], upright as its EXIF tag says, on white where transparent.
+    """Read an image file: uint8 [h, w, 1 or 3], rotated by its EXIF tag, transparent parts on white.
 
-    shrink: see `Picture`; a JPEG decoder computes a half, a quarter or an eighth of the size from fewer frequencies.
+    shrink: see `Shrink`. A JPEG decoder gives 1/2, 1/4 or 1/8 of the size from fewer frequencies.
     """
     try:
         encoded = Path(file).read_bytes() if isinstance(file, str | Path) else file.read()
         if shrink is not None and (size := upright_jpeg(encoded)) is not None and (factor := shrink(*size)) > 1:
             height, width = (-(-side // factor) for side in size)
-            # what is odd about a file, strict says, and Pillow decides
+            # strict raises for anything unusual in a file; Pillow then decides
             with contextlib.suppress(ValueError):
                 small = simplejpeg.decode_jpeg(
                     encoded, "RGB", min_height=height, min_width=width, min_factor=1, strict=True
@@ -193,17 +192,17 @@ def decode(file: str | Path | Stored, shrink: Shrink | None = None) -> Picture:
                     return Picture(small, size, (1 / factor, 1 / factor))
         with Image.open(BytesIO(encoded)) as image:
             return whole(pixels(flatten(ImageOps.exif_transpose(image))))
-    except Exception as error:  # Pillow's readers raise many kinds on damaged data
+    except Exception as error:  # Pillow's readers raise many kinds of exceptions on damaged data
         raise UserError(unreadable(file, error)) from error
 
 
 def whole(array: np.ndarray) -> Picture:
-    """A picture [h, w, C], or a clip [F, h, w, C], in its own size."""
+    """Wrap a picture [h, w, C] or clip [F, h, w, C] in its original size."""
     return Picture(array, (array.shape[-3], array.shape[-2]))
 
 
 def upright_jpeg(encoded: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG whose pixels lie as they are shown; None for other files, and damaged ones."""
+    """Height and width of a JPEG that needs no rotation. None for all other files, and damaged ones."""
     if encoded[:2] != b"\xff\xd8":
         return None
     try:
@@ -217,7 +216,7 @@ def upright_jpeg(encoded: bytes) -> tuple[int, int] | None:
 
 
 def may_be_turned(encoded: bytes) -> bool:
-    """Whether a JPEG has an APP1 segment before its pixels, where Exif or XMP say how it lies, or an odd layout."""
+    """Whether a JPEG may need rotation: it has an APP1 segment (Exif, XMP) before its pixels, or an unusual layout."""
     at = 2
     while encoded[at] == 0xFF and 0xC0 <= encoded[at + 1] < 0xFF and not 0xD0 <= encoded[at + 1] <= 0xD9:
         if (marker := encoded[at + 1]) in (0xDA, 0xE1):  # SOS, APP1
@@ -227,8 +226,8 @@ def may_be_turned(encoded: bytes) -> bool:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """Any Pillow image as mode L or RGB; transparent parts become white."""
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
+    """Convert any Pillow image to mode L or RGB; transparent parts become white."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
         return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode == "F":
         raise ValueError(FLOATS)
@@ -240,7 +239,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def pixels(image: Image.Image) -> np.ndarray:
-    """Mode L or RGB to uint8 [h, w, 1 or 3]."""
+    """Convert an image of mode L or RGB to uint8 [h, w, 1 or 3]."""
     array = np.asarray(image)
     return array if array.ndim == 3 else array[..., None]
 
@@ -257,7 +256,7 @@ def unreadable(file: str | Path | Stored, error: Exception) -> str:
 
 
 def open_arrays(path: Path, split: str, holdout: float) -> ImageDataset:
-    """`.npy` (images) or `.npz` with images and labels, named as in `array_names`; nothing pickled."""
+    """Open a `.npy` with images, or a `.npz` with images and labels named as in `array_names`. Never unpickles."""
     try:
         plain = path.suffix == ".npy"
         stored = {"images": np.load(path, "r", allow_pickle=False)} if plain else ArrayFile(path)
@@ -285,7 +284,7 @@ def open_arrays(path: Path, split: str, holdout: float) -> ImageDataset:
 
 
 class ArrayFile(Mapping[str, np.ndarray]):
-    """Arrays of an .npz: mapped from the file where they are not compressed (np.savez), else read when asked for."""
+    """The arrays of an .npz. Uncompressed ones (np.savez) are memory-mapped, compressed ones read on access."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -305,7 +304,7 @@ class ArrayFile(Mapping[str, np.ndarray]):
         member = self.members[name]
         if member.compress_type == zipfile.ZIP_STORED:
             with self.path.open("rb") as file:
-                file.seek(member.header_offset + 26)  # the lengths of name and extra field end the local header
+                file.seek(member.header_offset + 26)  # the local header ends with the lengths of name and extra field
                 file.seek(sum(np.frombuffer(file.read(4), "<u2").tolist()), SEEK_CUR)
                 start = file.tell()
                 version = np.lib.format.read_magic(file)
@@ -325,7 +324,7 @@ class ArrayFile(Mapping[str, np.ndarray]):
 
 
 def check_sum(file: BinaryIO, member: zipfile.ZipInfo) -> None:
-    """Raise BadZipFile unless the bytes from here on are those that were stored, as zipfile does where it reads."""
+    """Raise BadZipFile if the bytes from here on do not have the member's CRC-32. (zipfile checks it when it reads.)"""
     sum_of, left = 0, member.file_size
     while left and (data := file.read(min(left, 1 << 20))):
         sum_of, left = zlib.crc32(data, sum_of), left - len(data)
@@ -334,7 +333,7 @@ def check_sum(file: BinaryIO, member: zipfile.ZipInfo) -> None:
 
 
 def array_names(stored: Mapping[str, Any], split: str | None = None) -> tuple[str, str | None] | None:
-    """Names of images and labels (or None) in a file: of one split, as in MedMNIST or Keras, or of all."""
+    """Names of images and labels (or None) in a file: of one split, as in MedMNIST and Keras, or without splits."""
     if split is None:
         images_as, labels_as = ["images", "x", "arr_0"], ["labels", "y", "arr_1"]
     else:
@@ -344,7 +343,7 @@ def array_names(stored: Mapping[str, Any], split: str | None = None) -> tuple[st
 
 
 def open_idx(path: Path, split: str, holdout: float) -> ImageDataset:
-    """`train-images-idx3-ubyte(.gz)` as in MNIST; labels and the `t10k` (or `test`) split lie beside it."""
+    """Open `train-images-idx3-ubyte(.gz)` as in MNIST. Labels and the `t10k` (or `test`) split lie beside it."""
     token = r"(train|t10k|test)(?=-images)"
     train, test = beside(path, token, ["train"]), beside(path, token, ["t10k", "test"])
     chosen = path
@@ -363,7 +362,7 @@ def open_idx(path: Path, split: str, holdout: float) -> ImageDataset:
 
 
 def beside(path: Path, pattern: str, replacements: list[str]) -> Path | None:
-    """The first existing file named like `path` with `pattern` replaced, compressed or not."""
+    """The first existing file, compressed or not, named like `path` with `pattern` replaced."""
     plain = path.name.removesuffix(".gz")
     if not re.search(pattern, plain):
         return None
@@ -373,7 +372,7 @@ def beside(path: Path, pattern: str, replacements: list[str]) -> Path | None:
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
-    """An idx file: 0, 0, 8 (its code for uint8), ndim, the sizes as big-endian uint32, then the bytes."""
+    """Read an idx file: bytes 0, 0, 8 (code for uint8), ndim; sizes as big-endian uint32; then the data."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             data = file.read()
@@ -400,7 +399,7 @@ def check_images(images: np.ndarray, what: str) -> None:
 
 
 def check_labels(labels: np.ndarray, what: str) -> np.ndarray:
-    """Labels as int64 [N]."""
+    """Check labels and convert them to int64 [N]."""
     if labels.ndim == 2 and labels.shape[1] == 1:  # MedMNIST
         labels = labels[:, 0]
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
@@ -414,7 +413,7 @@ def check_labels(labels: np.ndarray, what: str) -> np.ndarray:
 
 
 def count_classes(labels: dict) -> int:
-    """Classes over all splits, so that both have the same."""
+    """Number of classes over all splits, so that both splits have the same."""
     return max((1 + int(array.max(initial=-1)) for array in labels.values()), default=0)
 
 
@@ -426,7 +425,7 @@ def from_arrays(
     num_classes: int,
     holdout: float | None,
 ) -> ImageDataset:
-    """Images [N, H, W] or [N, H, W, C] and labels [N]; `holdout` where the file has no splits of its own."""
+    """Make a dataset of images [N, H, W] or [N, H, W, C] and labels [N]. holdout: None if the file has splits."""
     if labels is not None and len(labels) != len(images):
         raise UserError(f"{path} has {len(images)} images but {len(labels)} labels for {split}: expected as many.")
     images = images.reshape(*images.shape[:3], -1)  # [N, h, w, C]

@@ -1,4 +1,4 @@
-"""How a run's network, optimiser and loss are laid over its ranks."""
+"""Spread a run's network, optimizer and loss over its ranks, and check that the settings allow it."""
 
 import torch
 
@@ -16,7 +16,7 @@ from umd.train.zero import Zero
 def spread(
     config: RunConfig, world: World, model: AnyModel, objective: AnyObjective, peak_lr: float, dtype: torch.dtype
 ) -> Alone | DDP | Zero:
-    """The model, its optimiser and the forward pass, laid over the ranks."""
+    """Wrap the model, its optimizer and the forward pass as `Alone`, `DDP` or `Zero`."""
     how = strategy(config.parallel, world, sum(p.numel() for p in model.parameters()))
     check_strategy(config, how)
     if how == "ddp" and config.parallel.wire == "bf16" and world.device.type != "cuda":
@@ -38,7 +38,7 @@ def spread(
 
 
 def check_strategy(config: RunConfig, how: str) -> None:
-    """Raise UserError for settings that do not go with `how`: alone, ddp or zero."""
+    """Raise UserError for settings that are incompatible with `how`: alone, ddp or zero."""
     if how != "zero":
         return
     if config.is_classifier:
@@ -54,7 +54,7 @@ def check_strategy(config: RunConfig, how: str) -> None:
 
 
 def check_attention(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise UserError if the configured backend cannot run this network here."""
+    """Raise UserError if the configured attention backend cannot run this network on this device."""
     try:
         head_dim = config.model.hidden_size // config.model.num_heads
         ops.attention_backend(device, dtype, head_dim, backend=config.attention)
@@ -63,7 +63,7 @@ def check_attention(config: RunConfig, device: torch.device, dtype: torch.dtype)
 
 
 def check_gelu(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise UserError if what the configuration has for GELU cannot run this network here."""
+    """Raise UserError if the configured GELU cannot run this network on this device."""
     if config.gelu == "ours":
         return
     model = config.model

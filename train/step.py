@@ -1,10 +1,10 @@
-"""One training step, from a batch on the device to numbers on the device: for the loop, the benchmarks, the profiler.
+"""One training step, from a batch on the device to metrics on the device. Used by the loop, benchmarks and profiler.
 
-    load  the batch, the learning rate and the EMA's rate into memory of the step's own
-    run   corruption, forward, backward, clipping, optimiser, EMA
+    load  copies the batch, the learning rate and the EMA rate into the step's own memory
+    run   corruption, forward, backward, clipping, optimizer, EMA
 
-`run` takes nothing and returns nothing. It waits for nothing, makes no shape anew, and reads no number of the host that
-changes from step to step: on a GPU it can be recorded once as a CUDA graph and replayed.
+`run` takes and returns nothing. It never waits for the device, its shapes never change, and it reads no host value that
+changes between steps. So a GPU can record it once as a CUDA graph and replay it.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,26 +29,27 @@ from umd.train.parallel import DDP, Alone
 from umd.train.zero import Zero
 
 Capture = Literal["auto", "on", "off"]
-WARMUP = 11  # steps before a recording: after so many torch's DDP has laid out its buckets, and libraries are set up
+WARMUP = 11  # steps before recording; by then torch's DDP has laid out its buckets and libraries are set up
 
 
 class TrainStep:
-    """One step of one rank: its micro-batches, then one update.
+    """One training step on one rank: forward and backward of its micro-batches, then one update.
 
     Args:
-        parallel: network, loss and optimiser, laid over the ranks.
+        parallel: network, loss and optimizer, laid over the ranks.
         objective: draws the corruptions.
-        micro: samples of a micro-batch.
-        seed: of the corruptions, 0 <= seed < 2**63.
+        micro: samples per micro-batch.
+        seed: seed of the corruptions, 0 <= seed < 2**63.
         world: this rank among the others.
-        ema, ema_rate: the average of the weights and its rate at the end (see `warm_rate`), or None.
-        number: steps done before, of a run that goes on.
-        cast: type to copy the weights of linear layers to for each step; None: autocast casts them, one by one.
-        capture: record `run` as a CUDA graph; ask `capture_refusal` before.
+        ema, ema_rate: EMA of the weights, or None, and its final rate (see `warm_rate`).
+        number: steps done before, for a resumed run.
+        cast: dtype to which the weights of all linear layers are copied in each step. None: autocast casts them one by
+            one.
+        capture: record `run` as a CUDA graph. Check `capture_refusal` first.
 
     Attributes:
-        metrics: [1 + parts + 1]: the loss, its parts, and the gradient's norm before clipping, of this rank. float32,
-            or as wide as the weights; the next step overwrites it.
+        metrics: [1 + parts + 1]: the loss, its parts, and the gradient norm before clipping, of this rank. float32, or
+            the weights' dtype if wider. The next step overwrites it.
     """
 
     def __init__(
@@ -66,10 +67,10 @@ class TrainStep:
         self.metrics = torch.zeros(self.shares.shape[1] + 1, dtype=wide, device=self.device)
         self.shares = self.shares.to(self.metrics)
         self.step = torch.full((), number, dtype=torch.int64, device=self.device)
-        self.x_start: Tensor | None = None  # and the next two: made for the first batch
+        self.x_start: Tensor | None = None  # this and the next two are allocated for the first batch
         self.labels: Tensor | None = None
         self.indices: Tensor | None = None
-        # Held because a replayed graph reads the layouts in them, which a cache might let go of.
+        # Kept alive because a replayed graph reads their layouts, which a cache might evict.
         self.corruptions: list[AnyCorruption | None] = [None] * parallel.accumulate
         on_device = not isinstance(parallel, Zero) and rates_on_device(parallel.optimizer)
         self.ema_rate = torch.zeros((), dtype=wide, device=self.device) if on_device else None
@@ -77,10 +78,15 @@ class TrainStep:
         self.start: Callable[[], None] = Captured(self.run) if capture else self.run
 
     def __call__(self, x_start: Tensor, labels: Tensor | None, indices: Tensor, lr: float) -> Tensor:
-        """Make one step; returns `metrics`.
+        """Make one step. Returns `metrics`.
 
-        x_start [B, C, H, W] or clips [B, C, F, H, W], labels int64 [B] or None, indices int64 [B] of the dataset: this
-        rank's samples, micro-batch after micro-batch, each in the order of `objective.places`. lr: the learning rate.
+        B counts this rank's samples, micro-batch after micro-batch, each in the order of `objective.places`.
+
+        Args:
+            x_start: [B, C, H, W], or clips [B, C, F, H, W].
+            labels: int64 [B], or None.
+            indices: int64 [B], indices into the dataset.
+            lr: learning rate.
         """
         self.load(x_start, labels, indices, lr)
         self.start()
@@ -88,7 +94,7 @@ class TrainStep:
         return self.metrics
 
     def load(self, x_start: Tensor, labels: Tensor | None, indices: Tensor, lr: float) -> None:
-        """Copy what `run` needs to where it looks for it."""
+        """Copy a batch, the learning rate and the EMA rate to the memory that `run` reads."""
         if self.x_start is None or self.indices is None:
             self.x_start, self.indices = torch.empty_like(x_start), torch.empty_like(indices)
             self.labels = None if labels is None else torch.empty_like(labels)
@@ -103,7 +109,7 @@ class TrainStep:
                 self.ema_rate.fill_(self.ema.rate)
 
     def run(self) -> None:
-        """The step itself, on what was loaded."""
+        """Make the step on the loaded batch."""
         assert self.x_start is not None and self.indices is not None, "load comes first"
         self.metrics.zero_()
         with nullcontext() if self.cast is None else self.cast.fresh():
@@ -128,9 +134,9 @@ class TrainStep:
 
 
 class CastWeights:
-    """Copies of a network's linear weights and biases in a narrower type, made again by one call for each step.
+    """Copies of a network's linear weights and biases in a narrower dtype, refreshed by one call per step.
 
-    Autocast makes them one by one, and casts each of their gradients back.
+    Autocast would make the copies one by one and cast each gradient back separately.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype):
@@ -140,7 +146,7 @@ class CastWeights:
 
     @contextmanager
     def fresh(self) -> Iterator[None]:
-        """The layers use copies of the weights as they are now, until the block ends."""
+        """Refresh the copies and let the layers use them until the block ends."""
         with torch.no_grad():
             torch._foreach_copy_(self.copies, self.weights)
         for layer, weight, bias in zip(self.layers, self.copies[::2], self.copies[1::2], strict=True):
@@ -153,9 +159,9 @@ class CastWeights:
 
 
 class Captured:
-    """A function of no arguments as a CUDA graph: called `WARMUP` times as it is, then recorded and replayed.
+    """A function without arguments as a CUDA graph: called `WARMUP` times as it is, then recorded and replayed.
 
-    It must run on another stream than the default one (`side_stream`), which cannot be recorded.
+    It must run on a side stream (`side_stream`), as the default stream cannot be recorded.
     """
 
     def __init__(self, run: Callable[[], None]):
@@ -170,7 +176,7 @@ class Captured:
         if self.graph is None:
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
-                # thread_local: NCCL's watchdog asks for events meanwhile, which a recording would not bear otherwise.
+                # thread_local: NCCL's watchdog thread queries events meanwhile, which would break a global recording.
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     self.run()
             except RuntimeError as error:
@@ -186,7 +192,7 @@ ZERO_REFUSES = "does not go with ZeRO, where DeepSpeed decides on the host betwe
 
 
 def capture_refusal(device: torch.device, objective: AnyObjective, parallel: Alone | DDP | Zero, compiled: bool) -> str:
-    """Why a step is not recorded as a CUDA graph, as a sentence without its subject; "" if it can be."""
+    """Why a step cannot be recorded as a CUDA graph, as a sentence without its subject. "" if it can be."""
     if device.type != "cuda":
         return "needs a CUDA GPU"
     if isinstance(parallel, Zero):
@@ -201,11 +207,14 @@ def capture_refusal(device: torch.device, objective: AnyObjective, parallel: Alo
 
 
 def captures(choice: Capture, refusal: str, parallel: Alone | DDP | Zero, profiled: bool) -> bool:
-    """Whether to record the step. `auto`: on one GPU, where nothing speaks against it. With DDP it must be asked for
-    (`on`), and in a profiled run: of a replayed graph a profiler sees kernels, and not whose they are.
+    """Whether to record the step as a CUDA graph.
+
+    - auto: on one GPU, if there is no refusal and the run is not profiled. (In a replayed graph, a profiler sees
+      kernels but not which part of the step they belong to.)
+    - on: also with DDP and in a profiled run.
 
     Raises:
-        UserError: `on`, and it cannot be.
+        UserError: the choice is `on` and there is a refusal.
     """
     if choice == "on" and refusal:
         raise UserError(f"--capture on {refusal}; leave it at auto")
@@ -213,7 +222,7 @@ def captures(choice: Capture, refusal: str, parallel: Alone | DDP | Zero, profil
 
 
 def capture_row() -> Row:
-    """What `umd doctor` says about recording."""
+    """The row of `umd doctor` about CUDA graphs."""
     if pick_device().type != "cuda":
         return Row("CUDA graphs", "none: recording a training step needs a CUDA GPU")
     other = "not with ZeRO, classifiers, a file of features, --compile and apex"
@@ -222,8 +231,10 @@ def capture_row() -> Row:
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU, a stream that can be recorded; DDP too must be made on it. Each of the two streams waits for the other,
-    so what was queued before the block, and in it, is there for what is queued next."""
+    """On a GPU, run the block on a side stream, which a CUDA graph can record. DDP must be made on it too.
+
+    The side stream waits for work queued before the block, and work queued after the block waits for the side stream.
+    """
     if device.type != "cuda":
         yield
         return
@@ -235,13 +246,14 @@ def side_stream(device: torch.device) -> Iterator[None]:
 
 
 class Told:
-    """Numbers of a step on their way to the host, averaged over the ranks: sent when it is queued, read a step later.
+    """Bring the metrics of a step to the host, averaged over the ranks, without keeping the device waiting.
 
-    So the device always has a step before it when the host waits. Two buffers take turns.
+    They are sent when the step is queued and read one step later. So whenever the host waits, the device has another
+    step to work on. Two buffers take turns.
     """
 
     def __init__(self, world: World, size: int):
-        """size: numbers of a step; two of the host's are added."""
+        """size: number of metrics of a step. Two numbers of the host are added: seconds and stop request."""
         self.world, pinned = world, world.device.type == "cuda"
         self.hosts = [torch.zeros(2, pin_memory=pinned) for _ in range(2)]
         self.buffers = [torch.zeros(size + 2, pin_memory=pinned) for _ in range(2)]
@@ -249,7 +261,10 @@ class Told:
         self.turn = 0
 
     def send(self, metrics: Tensor, elapsed: float, stopping: bool) -> int:
-        """Queue the copies; returns what to give to `read`. Of the two buffers the other is free."""
+        """Queue the copies to the host. Returns the turn to pass to `read`.
+
+        metrics: [size], on the device. elapsed: seconds of the last step. stopping: whether this rank is asked to stop.
+        """
         self.turn = 1 - self.turn
         host = self.hosts[self.turn]
         host[0], host[1] = elapsed, stopping
@@ -260,14 +275,14 @@ class Told:
         return self.turn
 
     def read(self, turn: int) -> list[float]:
-        """The numbers, then the seconds and the share of ranks that are asked to stop; waits for that step."""
+        """Wait for that step. Returns its metrics, the seconds, and the fraction of ranks that are asked to stop."""
         if self.events:
             self.events[turn].synchronize()
         return self.buffers[turn].tolist()
 
 
 def cast_type(dtype: torch.dtype, parallel: Alone | DDP | Zero, compiled: bool) -> torch.dtype | None:
-    """The type that `TrainStep` copies weights to, or None: on the CPU, under a compiler and DeepSpeed others do it."""
+    """dtype to which `TrainStep` copies weights, or None if something else casts them (CPU, compiler, DeepSpeed)."""
     weight = next(iter(parallel.model.parameters()))
     wanted = dtype != torch.float32 and weight.dtype == torch.float32 and not ops.use_cpu_path(weight)
     return dtype if wanted and not compiled and not isinstance(parallel, Zero) else None

@@ -1,7 +1,7 @@
-"""What a training step holds and does, counted by running it on tensors without data (torch's fake tensors).
+"""Count a training step's memory and operations by running it on tensors without data (torch's fake tensors).
 
-The model, its autograd functions and the optimiser run as they are; only shapes and lifetimes are real. So the counts
-follow the code: whatever an op saves for its backward pass is found, and no constant has to be kept in step with it.
+Model, autograd functions and optimizer run unchanged; only shapes and lifetimes are real. So the counts follow the
+code: whatever an op saves for its backward pass is counted, and no constants have to be maintained.
 """
 
 import math
@@ -30,37 +30,37 @@ from umd.train.run import RunConfig
 from umd.train.step import TrainStep, cast_type
 
 aten = torch.ops.aten
-# The CPU's flash attention, in whose place the GPU's is counted: same arguments first, same shapes.
+# CPU flash attention is counted as the GPU's: the first arguments and the shapes are the same.
 STAND_INS = {
     aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
 }
-# These write what they are given first without reading it.
+# These ops write their first argument without reading it.
 OVERWRITES = (aten.copy_, aten.fill_, aten.zero_, aten._foreach_copy_)
-# These read of what they are given first no more than they return.
+# These ops read no more of their first argument than they return.
 LOOKUPS = (aten.embedding, aten.index_select, aten.gather, aten.index)
 
 EPILOGUES = ("linear_gelu", "gelu_gradient", "weight_and_bias_gradient")  # products of kernels/epilogues.py
 
-Lengths = Mapping[int, Sequence[int]]  # of the samples of a stream, by the memory of its `cu_seqlens`
+Lengths = Mapping[int, Sequence[int]]  # storage of a packing's `cu_seqlens` -> lengths of its samples
 
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Of one micro-batch, forward and backward. Bytes, unless said otherwise."""
+    """Counts of one micro-batch, forward and backward. In bytes unless said otherwise."""
 
     weights: int  # number of parameters
-    activations: int  # most at any time beside weights and gradients: saved for the backward pass, and in work
-    with_gradients: int  # most at any time with the gradients there are by then, in the weights' type
+    activations: int  # peak without weights and gradients: tensors saved for the backward pass, and temporary ones
+    with_gradients: int  # peak including the gradients that exist by then, in the weights' dtype
     operations: list[tuple[int, int]]  # (FLOPs, bytes read and written) of every operation that reads memory
-    gradients: list[tuple[int, int]]  # (weights, operations before it) of each gradient, in the order they come
+    gradients: list[tuple[int, int]]  # (weights, operations before it) of each gradient, in order of appearance
 
 
 class Ledger(TorchDispatchMode):
-    """Follows every tensor's memory from the operation that makes it to its release."""
+    """Tracks every tensor's memory from its creation to its release, and records every operation."""
 
     def __init__(self, apart: Iterable[Tensor], lengths: Lengths) -> None:
-        """apart: tensors whose memory is not counted, nor that of views of them. lengths: see `sample_lengths`."""
+        """apart: tensors whose memory, and that of their views, is not counted. lengths: see `sample_lengths`."""
         super().__init__()
         self.lengths = lengths
         self.apart = {x.untyped_storage()._cdata for x in apart}
@@ -106,13 +106,13 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def tensor_bytes(x: Tensor) -> int:
-    """Of its distinct elements: those of an expanded tensor count once."""
+    """Bytes of a tensor's distinct elements: an expanded dimension counts once."""
     sizes = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride]
     return math.prod(sizes) * x.element_size() if x.numel() else 0
 
 
 def moved(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
-    """Bytes that an operation reads and writes: each tensor that it is given once, each that it makes or changes."""
+    """Bytes that an operation reads and writes: each input once, plus each tensor that it makes or changes."""
     total = sum(tensor_bytes(x) for x in tensors((args, kwargs)))
     for argument, x in zip(func._schema.arguments, args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -131,9 +131,9 @@ def as_tuple(out: Any) -> tuple:
 
 
 def flops_of(func: Any, args: tuple, kwargs: dict, out: Any, lengths: Lengths) -> int:
-    """FLOPs of an operation: of products and attention, as torch's flop counter has them."""
+    """FLOPs of an operation, counted as by torch's flop counter: matrix products and attention only."""
     op = func.overloadpacket
-    if func.namespace == "umd":  # our attention makes the weights twice in the backward pass
+    if func.namespace == "umd":  # our attention computes its weights twice in the backward pass
         if op.__name__ in EPILOGUES:
             return 2 * len(args[0]) * (out[0] if op.__name__ == "weight_and_bias_gradient" else args[1]).numel()
         if op.__name__ not in ("short_attention_fwd", "short_attention_bwd"):
@@ -141,7 +141,7 @@ def flops_of(func: Any, args: tuple, kwargs: dict, out: Any, lengths: Lengths) -
         out, cu_seqlens = out[0] if op.__name__ == "short_attention_fwd" else args[2], args[-2]
         products = 2 if op.__name__ == "short_attention_fwd" else 7
         return 2 * products * out.shape[1] * out.shape[2] * sum(n * n for n in lengths[storage_of(cu_seqlens)])
-    if func.namespace == "torch_attn":  # forward: two products of queries and keys; backward: five, scores made again
+    if func.namespace == "torch_attn":  # 2 products per query and key forward; 5 backward, with recomputed scores
         backward = op is torch.ops.torch_attn._varlen_attn_backward
         first = args[1 if backward else 0]  # [N, H, d]
         queries, keys = (lengths[storage_of(x)] for x in (args[6:8] if backward else args[3:5]))
@@ -156,14 +156,14 @@ def storage_of(x: Tensor) -> int:
 
 
 def sample_lengths(layout: Iterable) -> Lengths:
-    """What a layout's packings know of their streams: an operation on tensors without data cannot read it."""
+    """Sample lengths of a layout's packings. Ops cannot read them from `cu_seqlens`, which has no data here."""
     packings = [packing for packing in layout if isinstance(packing, ops.Packing)]
     return {storage_of(p.cu_seqlens): [length for samples, length in p.runs for _ in range(samples)] for p in packings}
 
 
 def make_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> TrainStep:
-    """The step of one rank with `micro` of the batch's samples: autocast to `dtype`, parameters of type `weights`."""
-    # Schedules differ in numbers alone, and the linear ones look at theirs; but EDM's goes with its own network.
+    """Make the step of one rank with `micro` samples: autocast to `dtype`, parameters of dtype `weights`."""
+    # Cosine stands for all schedules but EDM's, as they differ in values only, and the linear ones read their values.
     schedule = NoiseSchedule("edm" if config.schedule.name == "edm" else "cosine")
     objective = build_objective(config.model, config.objective, schedule)
     torch.set_default_dtype(weights)  # fake parameters cannot be converted
@@ -177,7 +177,7 @@ def make_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.
     optimizer = adamw(model, optim.lr, optim.betas, optim.weight_decay)
     parallel = Alone(model, LossStep(model, objective, dtype), optimizer, 1, optim.clip)
     ema = EMA(model, config.ema) if config.ema else None
-    ranks = max(1, config.batch_size // micro)  # this is the first of so many
+    ranks = max(1, config.batch_size // micro)  # count as the first of this many ranks
     return TrainStep(
         parallel, objective, micro, 0, World(0, ranks, torch.device("cpu")), ema=ema, ema_rate=config.ema,
         cast=cast_type(dtype, parallel, compiled=False),
@@ -185,10 +185,10 @@ def make_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.
 
 
 def run_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> StepCounts:
-    """Count forward and backward of `make_step`'s step."""
+    """Count forward and backward pass of the step made by `make_step`."""
     step = make_step(config, micro, dtype, weights)
     model = step.parallel.model
-    # Numbers of samples and patches are all that the layouts know of a batch.
+    # A layout depends only on the numbers of samples and patches.
     corruption = step.objective.corrupt(micro, 0, torch.device("cpu"), labels_of(config, micro), part=step.parts[0])
     ledger = Ledger(model.parameters(), sample_lengths(getattr(corruption, "layout", ())))
     gradients = []
@@ -213,7 +213,7 @@ def labels_of(config: RunConfig, micro: int) -> Tensor | None:
 
 @contextmanager
 def without_data() -> Iterator[None]:
-    """Tensors made inside are torch's fake ones. They do not mix with others: what is cached of either goes."""
+    """Make tensors inside the block fake. Caches are cleared, as fake and real tensors do not mix."""
     forget()
     try:
         with FakeTensorMode():
@@ -224,8 +224,7 @@ def without_data() -> Iterator[None]:
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """`without_data`, and what runs is what would on a GPU: Triton's kernels where Triton is installed, and flash
-    attention."""
+    """`without_data`, with the ops of a GPU: Triton kernels, if Triton is installed, and flash attention."""
     with ops.cpu_paths(False), ops.kernels("auto"), without_data():
         yield
 
@@ -239,7 +238,7 @@ def count_step(
 
 
 def count_gpu_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> StepCounts:
-    """Counts as on a GPU, without one."""
+    """Count a step as it would run on a GPU, without a GPU."""
     with as_on_gpu(), ops.attention("auto"), ops.gelu_by(config.gelu):
         return run_step(config, micro, dtype, weights)
 

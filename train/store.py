@@ -1,9 +1,12 @@
-"""What stored latents and stored pictures share: shards, compared with their checksums, and the header over them.
+"""The common format of stored latents and stored pictures: shards with checksums, and the folder's header.
 
-A shard is a safetensors file of large rows (`moments` or `pixels`) and small tensors of int64: `indices`, `labels`,
-`sizes`, and `crc32`, the CRC-32 of each row. Its own header says how it was made. That and the small tensors have one
-CRC-32 more, which the folder's header repeats. So what changed outside of the rows, and a shard of another folder, is
-told when shards are opened; a row is compared when it is read. Shards of earlier versions lack that sum, and are read.
+A shard is a safetensors file with large rows (`moments` or `pixels`) and small int64 tensors: `indices`, `labels`,
+`sizes`, and `crc32` with the CRC-32 of each row. Its own header says how it was made.
+
+- One more CRC-32, of the shard's header and small tensors, stands in the shard and in the folder's header. It is
+  compared when a shard is opened, so damage there, or a shard from another folder, is noticed. (Shards of earlier
+  versions lack it and are still read.)
+- A row is compared with its CRC-32 when it is read.
 """
 
 import json
@@ -30,7 +33,7 @@ log = logging.getLogger("umd")
 
 SHARD = re.compile(r"(pixels-)?(train|test)-(\d{5})-of-(\d{5})\.safetensors")
 ROWS = {"latents": "moments", "pixels": "pixels"}  # the large tensor of each kind
-BYTES = {"I64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}  # of the types that shards have
+BYTES = {"I64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}  # bytes per element of the dtypes in shards
 ABOUT: dict[str, Any] = {  # see `amiss`
     "latents": {
         "format": int, "recipe": {"shape": [int]}, "names": [str], "left_out": [str], "values": int,
@@ -41,12 +44,12 @@ ABOUT: dict[str, Any] = {  # see `amiss`
 
 
 def kind_of(path: Path | str) -> str:
-    """latents or pixels: what a shard holds, by its name."""
+    """What a shard holds, by its name: `latents` or `pixels`."""
     return "pixels" if Path(path).name.startswith("pixels-") else "latents"
 
 
 def is_store(folder: Path, kind: str) -> bool:
-    """Whether a folder holds latents, or stored pictures, or the beginnings of them."""
+    """Whether a folder is a store of this kind (`latents` or `pixels`), complete or unfinished."""
     return folder.is_dir() and ((folder / f"{kind}.json").exists() or bool(shards_in(folder, kind)))
 
 
@@ -77,36 +80,36 @@ def same_command(path: Path | str) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """The header of a shard: where its tensors lie, and what it says of itself."""
+    """The header of a shard: positions of its tensors, and how it was made."""
 
     path: Path
     about: dict
-    tensors: dict[str, tuple[tuple[int, ...], int]]  # shape, first byte
+    tensors: dict[str, tuple[tuple[int, ...], int]]  # name -> (shape, position of the first byte)
 
     @property
     def images(self) -> int:
         return self.tensors["indices"][0][0]
 
     def array(self, name: str) -> np.ndarray:
-        """int64 values."""
+        """Read a small tensor: int64."""
         shape, start = self.tensors[name]
         try:
             return np.fromfile(self.path, "<i8", math.prod(shape), offset=start).reshape(shape)
-        except (OSError, ValueError) as error:  # ValueError: it has become shorter
+        except (OSError, ValueError) as error:  # ValueError: the file has become shorter
             raise unreadable(self.path, error) if isinstance(error, OSError) else changed(self.path) from error
 
     def crc32(self) -> np.ndarray:
-        """Of each row of latents: int64 [V, n]."""
+        """CRC-32 of each row of latents: int64 [V, n]."""
         found = self.array("crc32")
         return found if self.about["format"] > 1 else found.T
 
     def sum(self) -> int:
-        """The CRC-32 of all but the rows, as the file is now."""
+        """CRC-32 of everything but the rows, computed from the file as it is now."""
         return small_sum(self.about, {name: self.array(name) for name in self.tensors if name not in ROWS.values()})
 
 
 def small_sum(about: Mapping, small: Mapping[str, np.ndarray]) -> int:
-    """The CRC-32 of what a shard says of itself, and of its small tensors."""
+    """CRC-32 of a shard's header and its small tensors."""
     found = zlib.crc32(json.dumps({**about, "crc32": None}, sort_keys=True).encode())
     for name in sorted(small):
         found = zlib.crc32(np.ascontiguousarray(small[name], "<i8").data, found)
@@ -114,10 +117,10 @@ def small_sum(about: Mapping, small: Mapping[str, np.ndarray]) -> int:
 
 
 def shard_file(tensors: Mapping[str, Tensor], about: dict[str, Any]) -> bytes:
-    """A shard: a function of its arguments alone, so that whoever makes it writes the same bytes."""
+    """Serialise a shard. The bytes depend only on the arguments, so any rank writes the same file."""
     small = {name: tensor.numpy() for name, tensor in tensors.items() if name not in ROWS.values()}
     about = about | {"crc32": small_sum(about, small)}
-    # One entry: safetensors would write several in random order.
+    # One metadata entry, as safetensors would write several in random order.
     return save(dict(tensors), {"umd": json.dumps(about, sort_keys=True)})
 
 
@@ -126,7 +129,7 @@ def changed(path: Path) -> UserError:
 
 
 def read_shard(path: Path, command: str = "") -> Shard:
-    """The header of a shard. Raises UserError if the file is not a whole shard."""
+    """Read the header of a shard. Raises UserError if the file is not a complete shard."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -147,7 +150,7 @@ def read_shard(path: Path, command: str = "") -> Shard:
 
 
 def check_layout(kind: str, header: dict, about: dict) -> None:
-    """Raise an error of any type if the tensors are not those of a shard, one behind the other."""
+    """Raise any exception if the tensors are not those of a shard, stored one after the other."""
     if found := amiss(about, ABOUT[kind]):
         raise ValueError(found)
     end = 0
@@ -175,10 +178,10 @@ def check_layout(kind: str, header: dict, about: dict) -> None:
 
 
 def open_shards(folder: Path, entries: Sequence[Mapping], recipe: dict, command: str = "") -> list[Shard]:
-    """The shards that a header lists, all but their rows compared with their checksums.
+    """Open the shards that a header lists, and compare everything but their rows with their checksums.
 
-    entries: `file` of each, and what else the header says of it. Raises UserError naming a shard that is missing,
-    damaged, made with another recipe, or in the place of another.
+    entries: one per shard, with its `file` and the rest of its header entry.
+    Raises UserError, naming the shard, if one is missing, damaged, made with another recipe, or under a wrong name.
     """
     shards, last, without_sum = [], -1, False
     for entry in entries:
@@ -209,7 +212,7 @@ def open_shards(folder: Path, entries: Sequence[Mapping], recipe: dict, command:
 
 
 def impossible(shard: Shard, classes: int) -> bool:
-    """Whether a label is of no class, or a picture without height or width."""
+    """Whether a label is outside the classes, or a picture has no height or width."""
     labels = shard.array("labels") if classes else np.zeros(0)
     sizes = shard.array("sizes") if "sizes" in shard.tensors else np.ones(1)
     return bool((labels < 0).any() or (labels >= classes).any() or (sizes < 1).any())
@@ -217,14 +220,14 @@ def impossible(shard: Shard, classes: int) -> bool:
 
 @lru_cache(None)
 def tell_without_sum(folder: Path) -> None:
-    """Once for each folder."""
+    """Say that shards lack a checksum, once per folder."""
     log.warning(
         "%s is of an earlier version, whose labels and sizes have no checksum: only its rows are compared", folder
     )
 
 
 def check_rows(shard: Shard, command: str = "") -> None:
-    """Compare every row of a shard with its CRC-32, at the speed of reading."""
+    """Compare every row of a shard with its CRC-32. As fast as the disk reads."""
     sums = shard.array("crc32")
     _, start = shard.tensors[ROWS[kind_of(shard.path)]]
     starts = [first for _, first in shard.tensors.values() if first > start]
@@ -243,10 +246,10 @@ def check_rows(shard: Shard, command: str = "") -> None:
 
 
 def check_folder(folder: Path, kind: str, about: dict[str, Any], names: Collection[str]) -> None:
-    """Make the folder that shards are to be written to. Raises UserError if it cannot be, or holds shards of the other
-    kind, of other settings or damaged ones.
+    """Make the folder for new shards.
 
-    about: `format` and `recipe` of the shards to be written. names: of these.
+    about: `format` and `recipe` of the shards to write. names: their file names.
+    Raises UserError if the folder cannot be made, or holds damaged shards, or shards of another kind or recipe.
     """
     check_place(folder / "shard")
     other = next(each for each in ROWS if each != kind)
@@ -266,7 +269,7 @@ def check_folder(folder: Path, kind: str, about: dict[str, Any], names: Collecti
 
 
 def finished(folder: Path, names: Sequence[str], recipe: dict) -> tuple[list[Shard], list[dict[str, Any]]]:
-    """All shards of a split, compared byte for byte, and what the header is to say of each."""
+    """Compare all shards of a split byte for byte. Returns the shards, and the header's entry for each."""
     shards = open_shards(folder, [{"file": name} for name in names], recipe)
     for shard in shards:
         check_rows(shard)
@@ -274,8 +277,8 @@ def finished(folder: Path, names: Sequence[str], recipe: dict) -> tuple[list[Sha
 
 
 def write_header(path: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """Write the header of a folder whose shards are all there, and return it. What killed processes left goes."""
-    for leftover in path.parent.glob(".unfinished-*.safetensors-*"):  # no rank needs its own now
+    """Write the header of a folder whose shards are complete. Returns it. Removes leftovers of killed processes."""
+    for leftover in path.parent.glob(".unfinished-*.safetensors-*"):  # all shards exist, so no rank is writing one
         leftover.unlink(missing_ok=True)
     header = header | {"crc32": header_sum(header)}
     write_whole(path, json.dumps(header, indent=1).encode())
@@ -287,7 +290,7 @@ def header_sum(header: Mapping) -> int:
 
 
 def read_header(path: Path, pattern: dict[str, Any], formats: Sequence[int]) -> dict[str, Any]:
-    """A folder's header. Raises UserError if it is missing, damaged (see `amiss`), or of a later version."""
+    """Read a folder's header. Raises UserError if it is missing, damaged (see `amiss`), or of a later version."""
     kind, what = path.stem, "latents" if path.stem == "latents" else "pictures"
     again = f"run the same umd encode-{kind} command again"
     try:
@@ -313,16 +316,16 @@ def read_header(path: Path, pattern: dict[str, Any], formats: Sequence[int]) -> 
 
 
 def amiss(value: object, pattern: Any, name: str = "") -> str:
-    """What of a value from JSON is not as expected, in words; "" if nothing.
+    """Say what is wrong with a value from JSON. "" if nothing.
 
-    pattern: a type, a list of one pattern for all items, or a dict of patterns; a key that ends in ? may be missing.
+    pattern: a type; or a list with one pattern for all items; or a dict of patterns. Keys ending in ? are optional.
     """
     if isinstance(pattern, list):
         if not isinstance(value, list):
             return f"{name} is no list"
         (each,) = pattern
         nested = isinstance(each, dict | list)
-        items = (item for item in value if nested or not isinstance(item, each))  # thousands of names pass here
+        items = (item for item in value if nested or not isinstance(item, each))  # fast for long lists
         return next((found for item in items if (found := amiss(item, each, f"an item of {name}"))), "")
     if not isinstance(pattern, dict):
         return "" if isinstance(value, pattern) else f"{name} is {value!r}"

@@ -1,8 +1,9 @@
-"""WebDataset tars: where each picture lies in its tar, so that any of them can be read in any order.
+"""WebDataset tars, indexed by the position of each picture, so that pictures can be read in any order.
 
-A sample is a run of members with one key, the name up to its first dot: `000.jpg`, and `000.cls` with its class number.
-The same key further on is another sample: shards are appended to one another. Hidden members are no part of any.
-The index that DALI's `wds2idx` writes (`x.idx` beside `x.tar`) is used where it is; without, the tar is walked through.
+- A sample is a sequence of members with the same key, the name up to its first dot: `000.jpg`, and `000.cls` with its
+  class number. The same key later in the tar is another sample, as shards may be appended to each other.
+- Hidden members are ignored.
+- If DALI's `wds2idx` has written an index (`x.idx` next to `x.tar`), it is used. Otherwise the whole tar is scanned.
 """
 
 import os
@@ -30,13 +31,13 @@ class TarMember(NamedTuple):
     name: str
     offset: int
     size: int
-    stamp: tuple[int, int]  # size and time of change (ns) of the tar as it was listed
+    stamp: tuple[int, int]  # size and time of change (ns) of the tar when it was listed
 
     def __str__(self) -> str:
         return f"{self.tar}/{self.name}"
 
     def read(self) -> bytes:
-        """Raises OSError if the tar is gone, another, or shorter than it was."""
+        """Read the bytes. Raises OSError if the tar is gone, has changed, or has become shorter."""
         data = bytearray(self.size)
         if not opened(self.tar, self.stamp).read_into(memoryview(data), self.offset):
             raise OSError("the tar ends before: it has shrunk since it was listed")
@@ -44,13 +45,13 @@ class TarMember(NamedTuple):
 
 
 class Members(Sequence[TarMember]):
-    """Files in some tars, as a few arrays: see `Names`."""
+    """Files in several tars, stored compactly in a few arrays (see `Names`)."""
 
     def __init__(
         self, tars: Sequence[tuple[str, tuple[int, int]]], names: Names, tar: np.ndarray, offsets: np.ndarray,
         sizes: np.ndarray,
     ):  # fmt: skip
-        """tars: path and stamp of each. tar, offsets, sizes: int64 [N]."""
+        """tars: path and stamp of each tar. tar, offsets, sizes: int64 [N], for each file."""
         self.tars, self.names, self.tar, self.offsets, self.sizes = tars, names, tar, offsets, sizes
 
     def __len__(self) -> int:
@@ -64,13 +65,13 @@ class Members(Sequence[TarMember]):
         return Members(self.tars, self.names.take(rows), self.tar[rows], self.offsets[rows], self.sizes[rows])
 
     def keys(self) -> Iterator[str]:
-        """tar/name of each."""
+        """tar/name of each file."""
         bases = [os.path.basename(tar) for tar, _ in self.tars]
         return (f"{bases[tar]}/{name}" for tar, name in zip(self.tar.tolist(), self.names, strict=True))
 
 
 def is_tars(source: Path) -> bool:
-    """Whether a source is a tar, or a folder of tars, alone or in train/ beside test/ or val/."""
+    """Whether a source is a tar, or a folder of tars, directly or in train/ and test/ (or val/)."""
     return source.suffix == ".tar" or bool(tars_in(source) or tars_in(source / "train"))
 
 
@@ -79,7 +80,7 @@ def tars_in(folder: Path) -> list[Path]:
 
 
 def split_tars(source: Path) -> dict[str, list[Path]]:
-    """Tars by split, `train` and `test` (or `val`); all under "" where the source has no splits of its own."""
+    """Tars by split, `train` and `test` (or `val`). All under "" if the source has no splits of its own."""
     if source.suffix == ".tar":
         return {"": [source]}
     if tars_in(source):
@@ -94,7 +95,7 @@ def split_tars(source: Path) -> dict[str, list[Path]]:
 
 
 def members(tar: Path) -> list[TarMember]:
-    """Every file of a tar in its order. Raises UserError if the tar, or its index, is damaged."""
+    """List every file of a tar, in order. Raises UserError if the tar or its index is damaged."""
     index = tar.with_suffix(".idx")
     try:
         status = tar.stat()
@@ -109,7 +110,7 @@ def members(tar: Path) -> list[TarMember]:
 
 
 def walked(tar: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each member, by the headers of a tar, or of several one after another (`cat`)."""
+    """Yield (name, offset, size) of each member, from the headers of a tar or of several concatenated ones (`cat`)."""
     places: dict[str, tuple[int, int]] = {}
     with tar.open("rb") as file:
         start: int | None = 0
@@ -118,7 +119,7 @@ def walked(tar: Path) -> Iterator[tuple[str, int, int]]:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     name, place = member.name, (member.offset_data, member.size)
-                    if member.islnk() and member.linkname in places:  # so tar writes the second name of a file
+                    if member.islnk() and member.linkname in places:  # how tar stores a file's second name
                         place = places[member.linkname]
                     elif part_of_sample(name) and (member.issparse() or not (member.isfile() or member.isdir())):
                         kind = "a link or a device: write the tar with the files themselves (`tar -ch`)."
@@ -128,13 +129,15 @@ def walked(tar: Path) -> Iterator[tuple[str, int, int]]:
                         continue
                     places[name] = place
                     yield name, *place
-                end = archive.offset  # where tarfile ends without a word, whatever it met there
+                end = archive.offset  # tarfile stops here silently, even at damage
             start = after_end(file, end)
 
 
 def after_end(file: BinaryIO, end: int) -> int | None:
-    """Where another tar begins behind the empty blocks at `end`; None if nothing does. Raises ValueError if none are
-    there: what stands there is damaged, or cut off."""
+    """Position where another tar begins after the empty blocks at `end`. None if the file ends.
+
+    Raises ValueError if there are no empty blocks at `end`: the tar is damaged or cut off there.
+    """
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
@@ -149,13 +152,13 @@ def after_end(file: BinaryIO, end: int) -> int | None:
 
 
 def part_of_sample(name: str) -> bool:
-    """Whether a member is a picture or a class."""
+    """Whether a member is a picture or a class file."""
     base = os.path.basename(name)
     return is_image(base) or (base.partition(".")[2] == "cls" and not base.startswith("."))
 
 
 def read_index(index: Path) -> list[tuple[str, int, int]] | None:
-    """(name, offset, size) of each member from a v1.2 index; None if it gives no names, as older ones."""
+    """Read (name, offset, size) of each member from a v1.2 index. None if it has no names, as older versions."""
     head, *lines = index.read_text().splitlines()
     fields = [line.split(" ") for line in lines]
     if head.split()[:1] != ["v1.2"] or any(len(line) % 4 for line in fields):  # a space in a name
@@ -166,11 +169,11 @@ def read_index(index: Path) -> list[tuple[str, int, int]] | None:
 class TarSamples(NamedTuple):
     pictures: Members
     labels: np.ndarray | None  # int64 [N]
-    notes: list[str]  # what is told of the rest
+    notes: list[str]  # messages about what is not read
 
 
 def samples(tars: tuple[Path, ...]) -> TarSamples:
-    """Pictures of some tars, with their classes where every one has one; listed, or as they were listed before."""
+    """List the pictures of some tars, or take the list kept from before. Labels only if every picture has a class."""
     return listed(tars, tuple(str(stamp(path)) for tar in tars for path in (tar, tar.with_suffix(".idx"))))
 
 
@@ -186,15 +189,18 @@ def listed(tars: tuple[Path, ...], _stamps: tuple[str, ...]) -> TarSamples:
 
 
 def walk(tars: Sequence[Path]) -> tuple[Arrays, list[Path], int]:
-    """Names, places and classes (none, if they have none) of the pictures in some tars, the tars' stamps, and what is
-    told of samples without a picture; the tars and their indices."""
+    """List tars. Returns arrays, the tars and their index files, and the number of pictures.
+
+    The arrays hold names, positions and classes of the pictures (no classes if they have none), the tars' stamps, and
+    notes on samples without a picture.
+    """
     names: list[str] = []
     places: list[tuple[int, int, int]] = []
     labels: list[int] = []
     stamps: list[tuple[int, int]] = []
     others: Counter[str] = Counter()
     for number, tar in enumerate(tars):
-        alone: TarMember | None = None  # a class without a picture
+        alone: TarMember | None = None  # a class file without a picture
         before = len(names) - len(labels)
         every = members(tar)
         for _, sample in groupby((member for member in every if not in_hidden(member)), sample_key):
@@ -202,7 +208,7 @@ def walk(tars: Sequence[Path]) -> tuple[Arrays, list[Path], int]:
             parts = [member for member in whole if part_of_sample(member.name)]
             pictures = [member for member in parts if is_image(os.path.basename(member.name))]
             classes = [member for member in parts if member not in pictures]
-            if pictures:  # a sample's second picture, a mask or a depth, is not read
+            if pictures:  # only a sample's first picture is read; others are masks or depth
                 names.append(pictures[0].name)
                 places.append((number, pictures[0].offset, pictures[0].size))
                 labels += [read_class(member) for member in classes[:1]]
@@ -229,12 +235,12 @@ def walk(tars: Sequence[Path]) -> tuple[Arrays, list[Path], int]:
 
 
 def in_hidden(member: TarMember) -> bool:
-    """Whether a member, or a folder that it lies in, is hidden."""
+    """Whether a member, or one of its folders, is hidden."""
     return any(is_hidden(part) for part in member.name.split("/") if part not in (".", ".."))
 
 
 def sample_key(member: TarMember) -> str:
-    """Folder and name up to the first dot."""
+    """A member's key: folder, and name up to the first dot."""
     folder, base = os.path.split(member.name)
     return f"{folder}/{base.partition('.')[0]}"
 
@@ -250,7 +256,7 @@ def read_class(member: TarMember) -> int:
 
 
 def open_tars(source: Path, split: str, holdout: float, skip_broken: bool, quarantine: Quarantine) -> ImageDataset:
-    """The pictures of one split of a tar or a folder of tars. Raises UserError as `open_folder` does."""
+    """Open one split of a tar or a folder of tars. Raises UserError as `open_folder` does."""
     splits = split_tars(source)
     pictures, labels, notes = samples(tuple(splits.get(split) or splits[""]))
     every = [samples(tuple(tars)).labels for tars in splits.values()]

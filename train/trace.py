@@ -1,7 +1,7 @@
-"""Reads a trace that torch.profiler wrote, in Chrome's format: what ran in a step, for how long, in which part.
+"""Read a trace of torch.profiler (Chrome's format): what ran in a step, for how long, in which part of it.
 
-Ops, spans and launches are events of the host's threads and lie within one another in time. A kernel has the number
-of its launch; an arrow leads from an op to the one of the backward pass that makes its gradient.
+Ops, spans and launches are events on host threads, nested in time. A kernel has the correlation number of its launch.
+An arrow links an op to the backward op that computes its gradient.
 """
 
 import gzip
@@ -17,49 +17,49 @@ from typing import Any
 from umd.errors import UserError
 from umd.spans import PARTS
 
-NO_OP = "(in no op)"  # Python, and what torch does not see
+NO_OP = "(in no op)"  # Python, and work that torch does not see
 GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 HOST = ("cpu_op", "user_annotation", *LAUNCHES)
-ROUNDING = 0.002  # µs: an event may end this much after the one around it
+ROUNDING = 0.002  # µs; by rounding, an event may end this much after the event around it
 
 Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Work:
-    """A kernel or copy on a GPU; on a CPU an op, without the ops inside it."""
+    """On a GPU: a kernel or copy. On a CPU: an op, without the ops inside it."""
 
     name: str
-    op: str  # that launched the kernel, or the op itself; "" if not known
-    part: str  # of umd.spans.PARTS, "" outside of them
-    backward: bool  # whether it makes the gradient of that part
+    op: str  # the op that launched the kernel, or the op itself; "" if unknown
+    part: str  # one of umd.spans.PARTS, "" outside of them
+    backward: bool  # whether it computes the gradient of that part
     ms: float
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What ran in the steps of a trace, or in all of it where none are marked."""
+    """The work in the marked steps of a trace, or in the whole trace if no steps are marked."""
 
     path: Path
-    on_gpu: bool  # whether `work` is of a GPU
-    steps: int  # marked as ProfilerStep#; 0: none
+    on_gpu: bool  # whether `work` ran on a GPU
+    steps: int  # number of steps marked as ProfilerStep#; 0: none
     work: list[Work]
-    step_ms: float | None  # of a step by the host's clock; None: none are marked
-    idle_ms: float  # of all steps: gaps between kernels on the stream that computes most
-    launch_ms: float  # of all steps: the host in calls that launch kernels
+    step_ms: float | None  # time per step by the host's clock; None if no steps are marked
+    idle_ms: float  # over all steps: gaps between kernels on the busiest stream
+    launch_ms: float  # over all steps: host time in calls that launch kernels
 
 
 @dataclass(eq=False)
 class Span:
-    """An event of the host."""
+    """An event on a host thread."""
 
     name: str
     kind: str
     start: float  # µs
     end: float
-    correlation: int | None  # of a launch with its kernels
-    inside: float = 0.0  # µs of the events directly within
+    correlation: int | None  # number that a launch shares with its kernels
+    inside: float = 0.0  # µs of the events directly inside
     op: str = ""
     part: str = ""
     backward: bool = False
@@ -70,10 +70,10 @@ class Span:
 
 
 def read_trace(path: Path) -> Trace:
-    """The trace in a .json or .json.gz file, or in the folder of a run that was profiled.
+    """Read the trace from a .json or .json.gz file, or from the folder of a profiled run.
 
     Raises:
-        UserError: no such file, not a trace of torch.profiler, or nothing in it.
+        UserError: there is no such file, it is not a trace of torch.profiler, or it is empty.
     """
     if path.is_dir():
         path = path / "trace.json.gz" if path.name == "profile" else path / "profile" / "trace.json.gz"
@@ -89,7 +89,7 @@ def read_trace(path: Path) -> Trace:
         if marks:
             start, end = min(mark.start for mark in marks), max(mark.end for mark in marks)
             spans = [span for span in spans if start <= span.start < end]
-            # Those launched before run into the first step, of the last step into the time after it.
+            # Select kernels by launch: those of an earlier step may still run in the first, the last step's after it.
             launched = {span.correlation for span in spans} - {None}
             kernels = [e for e in kernels if correlation(e) in launched] or kernels
         work = gpu_work(kernels, spans) if on_gpu else cpu_work(spans)
@@ -132,18 +132,18 @@ def read_events(path: Path) -> list[Event]:
 
 
 def host_spans(events: list[Event]) -> list[Span]:
-    """The events of the host by their start, each with the op and the part of a step that it lies in."""
-    arrows: dict[Any, dict[str, tuple]] = defaultdict(dict)  # from the forward pass ("s") to the backward pass ("f")
+    """Host events in order of start time, each with the op and the part of the step around it."""
+    arrows: dict[Any, dict[str, tuple]] = defaultdict(dict)  # forward end ("s") and backward end ("f") of each arrow
     for e in events:
         if e.get("cat") == "fwdbwd":
             arrows[e["id"]][e["ph"]] = (e["pid"], e["tid"], e["ts"])
     forward_of = {ends["f"]: ends["s"] for ends in arrows.values() if len(ends) == 2}
     sources = set(forward_of.values())
     part_of: dict[tuple, str] = {}
-    stacks: dict[tuple, list[Span]] = defaultdict(list)  # of each thread, the events that are not over
+    stacks: dict[tuple, list[Span]] = defaultdict(list)  # open events of each thread
     spans = []
     host = [e for e in events if e.get("cat") in HOST and e.get("ph") == "X"]
-    # By time: what lies around an event, and the forward pass of a gradient, come before it.
+    # In order of time, so that enclosing events and the forward ops of gradients come first.
     for e in sorted(host, key=lambda e: (e["ts"], -e["dur"])):
         at = (e.get("pid"), e.get("tid"), e["ts"])
         span = Span(e["name"], e["cat"], e["ts"], e["ts"] + e["dur"], correlation(e))
@@ -168,7 +168,7 @@ def host_spans(events: list[Event]) -> list[Span]:
 
 
 def correlation(event: Event) -> int | None:
-    """The number that a launch and its kernels have in common."""
+    """The number that links a launch to its kernels."""
     return event.get("args", {}).get("correlation")
 
 
@@ -187,7 +187,7 @@ def gpu_work(kernels: list[Event], spans: list[Span]) -> list[Work]:
 
 
 def idle_time(kernels: list[Event]) -> float:
-    """µs between the first kernel and the end of the last on the stream that computes most, in which it has none."""
+    """Idle time in µs of the busiest stream, between its first kernel's start and its last kernel's end."""
 
     def stream(e: Event) -> tuple:
         return e.get("pid", 0), e.get("tid", 0)
@@ -202,7 +202,7 @@ def idle_time(kernels: list[Event]) -> float:
 
 
 def readable(name: str) -> str:
-    """A kernel's C++ name without namespaces, arguments and lambdas; others as they are."""
+    """Shorten a kernel's C++ name: remove namespaces, arguments and lambdas. Other names stay."""
     if "::" not in name or name.startswith(("aten::", "Mem")):
         return name
     name = name.removeprefix("void ").replace("operator()", "").replace("(anonymous namespace)::", "")

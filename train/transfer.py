@@ -1,9 +1,9 @@
-"""`umd transfer RUN FOLDER`: the paper's few-shot transfer (its Figure 2) over sets of pictures, a folder each.
+"""`umd transfer RUN FOLDER`: the paper's few-shot transfer (Figure 2) to other datasets, one folder each.
 
-    FOLDER/cifar100/train/<class>/…    FOLDER/cifar100/test/<class>/…     a set with splits of its own (val will do)
-    FOLDER/ucmerced/<class>/…                                             one without: a fifth is held out
+    FOLDER/cifar100/train/<class>/…    FOLDER/cifar100/test/<class>/…     a dataset with its own splits (or val/)
+    FOLDER/ucmerced/<class>/…                                             without splits: a fifth is held out
 
-The paper's sets: cifar100, stl10, dtd, pets, flowers102, food101, dogs, imagenet-v2, ucmerced. Any others will do.
+The paper uses cifar100, stl10, dtd, pets, flowers102, food101, dogs, imagenet-v2 and ucmerced. Others work too.
 """
 
 import json
@@ -25,10 +25,10 @@ PAPER = ("cifar100", "stl10", "dtd", "pets", "flowers102", "food101", "dogs", "i
 
 
 def transfer(run: Path, folder: Path, options: Transfer, config: RunConfig, console: Console) -> None:
-    """Probe every set of `folder`, print the table and write RUN/transfer.json; or this rank's share of the work.
+    """Probe every dataset in `folder`, print the table and write RUN/transfer.json. Ranks share the work.
 
-    A set that cannot be probed is a line that says why; the others are probed all the same. Raises UserError where none
-    can be.
+    A dataset that cannot be probed gets a line with the reason; the others are still probed. Raises UserError if none
+    can be probed.
     """
     if config.is_classifier:
         raise UserError(f"{run} is a classifier; probe the run that it started from")

@@ -1,4 +1,4 @@
-"""Who prepares batches, and how a run waits for them: a disk that stalls and a process that dies hold nobody up."""
+"""Prepare batches in workers and wait for them, so that no stalled disk or dead process blocks the run forever."""
 
 import errno
 import logging
@@ -29,9 +29,9 @@ log = logging.getLogger("umd")
 T = TypeVar("T")
 U = TypeVar("U")
 
-POLL_SECONDS = 1.0  # between looks at whether the run is asked to stop
-STALL_SECONDS, STALLS = 60, 60  # how long a run waits for a batch before it says so, and how often it does
-END_SECONDS = 2.0  # that processes have to end before they are killed; in a stalled disk they end by nothing else
+POLL_SECONDS = 1.0  # between checks for a stop request
+STALL_SECONDS, STALLS = 60, 60  # seconds without a batch until a warning; number of these until the run ends
+END_SECONDS = 2.0  # that workers have to end before they are killed; only a kill ends one in a stalled disk
 DEATHS = {
     "SIGKILL": "most likely the host had no memory left (`dmesg` tells); fewer --data.num-workers need less",
     "SIGBUS": "a file that was read through memory has shrunk, its disk failed, or /dev/shm is full",
@@ -40,7 +40,7 @@ MORE_SHM = "A container has more with docker run --shm-size 8g or --ipc host; --
 
 
 class Stopped(Exception):
-    """The run is asked to stop, and no batch comes."""
+    """The run was asked to stop while no batch was available."""
 
 
 class NotYet(Exception):
@@ -48,11 +48,11 @@ class NotYet(Exception):
 
 
 def start_worker(_: int) -> None:
-    """Leave signals and warnings to the training process."""
-    log.disabled = True  # what is left out, the training process tells
-    # The thread that hands batches over prints a stack trace if the training process leaves in mid-handshake.
+    """Set up a worker: leave signals and warnings to the training process."""
+    log.disabled = True  # the training process reports files that are left out
+    # The thread that sends batches would print a traceback if the training process ends during a handshake.
     sys.excepthook = lambda *_: None
-    # A batch that cannot be handed over would be waited for without end.
+    # Otherwise the training process would wait forever for a batch that could not be sent.
     Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
     heed_parent_alone()
 
@@ -63,9 +63,9 @@ def end_worker(error: BaseException, _: object) -> None:
 
 
 def handed_over(collate: Callable[[list], Any], items: list) -> Any:
-    """In a worker: a batch with its tensors in shared memory; pickled, to go through a pipe, where that has no room.
+    """In a worker: collate a batch and move its tensors to shared memory. If that is full, pickle it for a pipe.
 
-    Torch would move them there in a thread of the worker that can tell nobody of its failure.
+    Torch would move tensors in a thread of the worker, whose failure nobody would notice.
     """
     batch = collate(items)
     try:
@@ -78,10 +78,13 @@ def handed_over(collate: Callable[[list], Any], items: list) -> Any:
 
 
 class Prepared(Iterator[Any]):
-    """Batches of a dataset, prepared by that many processes; by none: by a thread of this one, when asked for.
+    """Iterator over batches of a dataset, prepared by `workers` processes, or if 0 by a thread on request.
 
-    keys: of each batch, what the dataset takes. source: whose disk it is, in words. device: towards a GPU what
-    processes prepare comes in pinned memory. stop: whose `requested` ends the waiting by `Stopped`.
+    Args:
+        keys: for each batch, the keys to pass to the dataset.
+        source: name of the source, for messages.
+        device: if it is a GPU, batches of worker processes come in pinned memory.
+        stop: if its `requested` is set while a batch is waited for, `Stopped` is raised after `stop.patience` seconds.
     """
 
     def __init__(
@@ -89,9 +92,9 @@ class Prepared(Iterator[Any]):
         device: torch.device | None = None, stop: StopRequest | None = None,
     ):  # fmt: skip
         self.source, self.stop = source, stop or StopRequest()
-        # Forked workers share the pictures' memory; elsewhere than on Linux forking is not safe.
+        # Forked workers share the pictures' memory. Forking is safe on Linux only.
         fork = workers > 0 and sys.platform == "linux"
-        self.piped = False  # whether it was told that batches come through pipes
+        self.piped = False  # whether the warning about pipes was printed
         loader = DataLoader(
             dataset,
             batch_sampler=keys,
@@ -100,24 +103,26 @@ class Prepared(Iterator[Any]):
             pin_memory=workers > 0 and device is not None and device.type == "cuda",
             worker_init_fn=start_worker,
             multiprocessing_context=multiprocessing.get_context("fork") if fork else None,
-            generator=torch.Generator(),  # its own, so that the global one stays untouched
+            generator=torch.Generator(),  # its own, so that the global generator is not used
         )
         try:
             if workers:
-                multiprocessing.Queue()  # as torch makes first, and prints a stack trace where it cannot
+                multiprocessing.Queue()  # torch makes one first, and would print a traceback on failure
             self.loading = without_handler(lambda: iter(loader))
-        except OSError as error:  # of their locks, pipes or processes
+        except OSError as error:  # no more locks, pipes or processes
             raise UserError(
                 f"cannot start the {workers} processes that read {source} ({error.strerror or error}): shared memory "
                 f"(/dev/shm), or your processes or open files (ulimit -u, -n), are used up. {MORE_SHM}"
             ) from error
         self.workers: list[Any] = getattr(self.loading, "_workers", [])
-        # A worker that is killed in the middle of a message leaves who reads it waiting: that is a thread, always.
+        # A worker killed in the middle of a message blocks its reader forever. So the reader is always a thread.
         self.items = ReadByThread(self.loading)
 
     def __next__(self) -> Any:
-        """Tells of a disk that stalls. Raises UserError if it does so for an hour, or if a process has died; `Stopped`
-        where the run is asked to stop."""
+        """Wait for the next batch, with a warning each minute that the disk stalls.
+
+        Raises UserError if it stalls for an hour or a worker has died, and `Stopped` if the run was asked to stop.
+        """
         began, told, asked = time.monotonic(), 0, 0.0
         while True:
             self.check_alive()
@@ -151,7 +156,7 @@ class Prepared(Iterator[Any]):
                     f"too many open files: {len(self.workers)} processes hand over batches of {self.source}; raise the "
                     "limit (`ulimit -n 65536`) or set fewer --data.num-workers"
                 ) from error
-            for _ in range(20 if self.workers else 0):  # torch tells of a dead process in many ways, perhaps before it
+            for _ in range(20 if self.workers else 0):  # torch may notice a dying worker before it has exited
                 self.check_alive()
                 time.sleep(0.05)
             raise
@@ -173,13 +178,13 @@ class Prepared(Iterator[Any]):
         raise UserError(f"a process that reads {self.source} (pid {dead.pid}) was ended {how}{why}.") from None
 
     def close(self) -> None:
-        """End the workers. Not left to the garbage collector: a traceback may hold them."""
+        """End the workers. Call it explicitly, as a traceback may keep this object alive."""
         self.items.close()
         if not self.workers:
             return
-        if sys.is_finalizing():  # by a generator that nobody closed: the workers are gone, and no thread starts
+        if sys.is_finalizing():  # called by an unclosed generator: the workers are gone, and threads cannot start
             return
-        # Torch asks them to end, by locks that one which died may hold: a thread may be left with that.
+        # Torch's shutdown takes locks that a dead worker may hold. So it runs in a thread that may be left behind.
         end = threading.Thread(target=self.loading._shutdown_workers, name="end workers", daemon=True)
         end.start()
         end.join(END_SECONDS)
@@ -189,8 +194,11 @@ class Prepared(Iterator[Any]):
 
 
 def without_handler(start: Callable[[], Any]) -> Any:
-    """What `start` returns, without the handler for SIGCHLD that torch sets there: it raises wherever a step is when a
-    process dies, and half a step is none that can be saved. `Prepared` looks at each batch."""
+    """Call `start` and remove the SIGCHLD handler that torch sets in it.
+
+    The handler raises in the middle of a step when a worker dies, and half a step cannot be saved. `Prepared` checks
+    its workers at each batch instead.
+    """
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         return start()
     before = signal.getsignal(signal.SIGCHLD)
@@ -203,9 +211,11 @@ def without_handler(start: Callable[[], Any]) -> Any:
 def in_order(
     pool: Executor, work: Callable[[T], U], items: Iterable[T], source: object, ahead: int | None = None
 ) -> Iterator[U]:
-    """`pool.map(work, items)`, that tells of a disk that stalls. ahead: so many are worked on meanwhile; None: all.
+    """`pool.map(work, items)` with a warning when the disk stalls.
 
-    Raises UserError if a process of the pool has died."""
+    source: name of the source, for messages. ahead: number of items submitted in advance; None: all.
+    Raises UserError if a process of the pool has died.
+    """
     waiting: deque[Future[U]] = deque()
     try:
         for item in items:
@@ -230,8 +240,10 @@ def awaited(future: "Future[U]", source: object) -> U:
 
 
 class ReadByThread:
-    """An iterator read by a thread, one item for each asked for: who asks need not wait, and a thread that a stalled
-    disk holds is left behind."""
+    """Reads an iterator in a thread, one item per request, so that the caller never blocks for long.
+
+    If a stalled disk holds the thread, it is left behind.
+    """
 
     def __init__(self, items: Iterator[Any]):
         self.items, self.pending = items, False
@@ -247,7 +259,7 @@ class ReadByThread:
                 self.read.put((None, error))
 
     def __next__(self) -> Any:
-        """Raises NotYet if the item is not read within a second; it is what the next call returns."""
+        """The next item. Raises NotYet if it is not read within a second; the next call then returns it."""
         if not self.pending:
             self.asked.put(True)
         self.pending = True

@@ -1,4 +1,4 @@
-"""Networks of finished runs."""
+"""Load the networks of finished runs."""
 
 import json
 from dataclasses import replace
@@ -16,8 +16,11 @@ from umd.train.run import RunConfig, from_plain
 
 
 def saved_weights(path: Path, ema: bool = True) -> tuple[Checkpoint, str]:
-    """The checkpoint of a run folder, a folder of checkpoints, or one checkpoint, without its tensors; and the part
-    with the weights: `ema`, if that is asked for and there, or `model`. Raises UserError as `load_model` does."""
+    """Find the checkpoint of a run folder, a folder of checkpoints, or a single checkpoint.
+
+    Returns it without tensors, and the part with the weights: `ema` if wanted and available, else `model`.
+    Raises UserError as `load_model` does.
+    """
     path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     saved = load_checkpoint(path, parts=[])
     if "model" not in saved.state.get("config", {}):
@@ -26,7 +29,7 @@ def saved_weights(path: Path, ema: bool = True) -> tuple[Checkpoint, str]:
 
 
 def weights_identity(path: Path, ema: bool = True) -> dict[str, Any]:
-    """Which weights `load_model` takes: {step, part, sha256}."""
+    """Identify the weights that `load_model` would load: {step, part, sha256}."""
     saved, part = saved_weights(path, ema)
     files = json.loads((saved.path / STATE).read_text())["files"]
     return {"step": saved.step, "part": part, "sha256": files[f"{part}.safetensors"]["sha256"]}
@@ -35,13 +38,14 @@ def weights_identity(path: Path, ema: bool = True) -> dict[str, Any]:
 def load_model(
     path: Path, ema: bool = True, device: torch.device | str = "cpu", image_size: tuple[int, int] | None = None
 ) -> AnyModel:
-    """The network of a run folder, a folder of checkpoints, or one checkpoint, in eval mode.
+    """Load the network of a run folder, a folder of checkpoints, or a single checkpoint, in eval mode.
 
-    ema: take the averaged weights where the checkpoint has them.
-    image_size: of a UMD, height and width to read it at: its positions are interpolated.
+    Args:
+        ema: use the EMA weights if the checkpoint has them.
+        image_size: UMD only: another image size (height, width); position embeddings are interpolated.
 
     Raises:
-        UserError: nothing there, damaged, or not a checkpoint of this network.
+        UserError: there is no checkpoint, it is damaged, or it does not fit its network.
     """
     saved, part = saved_weights(path, ema)
     values = saved.state["config"]["model"]
@@ -57,7 +61,7 @@ def load_model(
 
 
 def class_names(config: RunConfig) -> list[str]:
-    """The names of a run's classes, by their numbers, as it was trained; [] where it does not know."""
+    """Class names of a run by number, as it was trained. [] if unknown."""
     state = saved_weights(config.out)[0].state
     names = (state.get("source") or {}).get("classes", [])
     return names if len(names) == getattr(config.model, "num_classes", 0) else []

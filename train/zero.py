@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: optimiser, gradients and weights in parts over the ranks."""
+"""DeepSpeed's ZeRO: optimizer state, gradients and weights sharded over the ranks."""
 
 import contextlib
 import logging
@@ -18,16 +18,16 @@ from umd.methods import AnyCorruption, AnyModel, build_model
 from umd.train.distributed import World
 from umd.train.parallel import Shard, Tensors, copy_into
 
-DEEPSPEED_VERSION = "0.19.8"  # whose private fields `flat_tensors` reads; setup.py and constraints.txt pin it
+DEEPSPEED_VERSION = "0.19.8"  # `flat_tensors` reads its private fields; setup.py and constraints.txt pin it
 
-# Where parameters lie in a flat tensor: (name, start in the parameter, length, place in the tensor).
+# Positions of parameters in a flat tensor: (name, start in the parameter, length, start in the flat tensor).
 Places = list[tuple[str, int, int, int]]
 
 
 class Zero:
-    """DeepSpeed's ZeRO 1 to 3: each rank has a part of optimiser and EMA, and of gradients (2) and weights (3).
+    """DeepSpeed's ZeRO stages 1 to 3. Each rank has a shard of optimizer and EMA, in 2 of gradients, in 3 of weights.
 
-    In bf16 the ranks hold the weights in bf16 and their part in fp32; gradients are summed in fp32.
+    In bf16, ranks hold the weights in bf16, and their own shard in fp32. Gradients are summed in fp32.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Zero:
         whole = {name: p.detach().float().clone() for name, p in model.named_parameters()}
         num_weights = sum(p.numel() for p in model.parameters())
         settings = deepspeed_config(stage, micro, accumulate, clip, dtype, world.device, num_weights)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints memory figures
-            if stage == 3:  # each parameter is cut as it comes to the device, which never holds all of them
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # DeepSpeed prints memory figures
+            if stage == 3:  # each parameter is sharded on its way to the device, which never holds all of them
                 for module in model.modules():
                     if isinstance(module, Linear):
                         module.splits = False
@@ -59,7 +59,7 @@ class Zero:
             {name: start for _, places in self.flats for name, start, _, _ in places},
             {name: piece for flat, places in self.flats for name, piece in views(flat, places).items()},
         )
-        with torch.no_grad():  # DeepSpeed made them from weights already rounded to bf16
+        with torch.no_grad():  # DeepSpeed made the fp32 shards from weights already rounded to bf16
             for name, piece in self.weights.cut(whole).items():
                 self.weights.pieces[name].copy_(piece)
 
@@ -70,7 +70,7 @@ class Zero:
         loss, parts = self.engine(x_start, corruption)
         self.engine.backward(loss)
         if not last:
-            self.engine.step()  # counts the micro-batch, no more
+            self.engine.step()  # only counts the micro-batch
         return loss.detach(), parts
 
     def update(self) -> Tensor:
@@ -105,7 +105,7 @@ class Zero:
 
     @contextmanager
     def averaged(self, ema: EMA | None) -> Iterator[AnyModel]:
-        """A network of its own on every rank: DeepSpeed's holds the weights in bf16, or a part of them."""
+        """A separate network on every rank, as DeepSpeed's holds weights in bf16, or only a shard of them."""
         copy = build_model(self.model.config).to(self.weights.world.device)
         pieces = self.weights.pieces if ema is None else ema.state_dict()
         copy_into(dict(copy.named_parameters()), self.weights.everywhere(pieces))
@@ -113,9 +113,10 @@ class Zero:
 
 
 def flat_tensors(engine: Any, optimizer: Any, model: AnyModel, world: World, stage: int) -> list[tuple[Tensor, Places]]:
-    """The flat fp32 tensors that DeepSpeed optimises on this rank, and where each parameter lies in them.
+    """The flat fp32 tensors that DeepSpeed optimizes on this rank, and the positions of parameters in them.
 
-    The only reader of its private fields but for ds_shape in `Shard`. Raises UserError if this DeepSpeed lacks them.
+    This is the only code that reads DeepSpeed's private fields, besides ds_shape in `Shard`. Raises UserError if the
+    installed DeepSpeed lacks them.
     """
     flats: list[tuple[Tensor, Places]]
     try:
@@ -124,7 +125,7 @@ def flat_tensors(engine: Any, optimizer: Any, model: AnyModel, world: World, sta
             flats = [(flat, []) for flat in zero.fp32_partitioned_groups_flat]
             for name, p in model.named_parameters():
                 group, place, share = zero.grad_position[zero.get_param_id(p)]
-                whole = p.ds_numel  # type: ignore[attr-defined]  # DeepSpeed's
+                whole = p.ds_numel  # type: ignore[attr-defined]  # set by DeepSpeed
                 length = min(share, whole - world.rank * share)  # the last rank's share is padded
                 if length > 0:
                     flats[group][1].append((name, world.rank * share, length, place))
@@ -154,7 +155,7 @@ def deepspeed_config(
     stage: int, micro: int, accumulate: int, clip: float, dtype: torch.dtype, device: torch.device, num_weights: int
 ) -> dict:
     bf16 = dtype == torch.bfloat16
-    # DeepSpeed sets a bucket aside whole, however small the network; on a CPU a large one saves nothing.
+    # DeepSpeed allocates whole buckets, even for a small network. On a CPU a large bucket saves nothing.
     bucket = min(2**26 if device.type == "cuda" else 2**20, num_weights)
     return {
         "train_micro_batch_size_per_gpu": micro,
@@ -182,7 +183,7 @@ def import_deepspeed(device: torch.device):
             f"ZeRO is DeepSpeed's, and it does not import here ({error}); "
             f"pip install deepspeed=={DEEPSPEED_VERSION}, or use --parallel.strategy ddp"
         ) from error
-    if deepspeed.__version__.partition("+")[0] != DEEPSPEED_VERSION:  # + is a build of one's own
+    if deepspeed.__version__.partition("+")[0] != DEEPSPEED_VERSION:  # after + : a local build
         warnings.warn(
             f"found DeepSpeed {deepspeed.__version__}, expected {DEEPSPEED_VERSION}: with another one "
             f"checkpoints of ZeRO may be wrong; pip install deepspeed=={DEEPSPEED_VERSION}",
@@ -190,6 +191,6 @@ def import_deepspeed(device: torch.device):
         )
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)  # its calls
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Its shared-memory exchange serves inference only, and every CPU run would first compile it for a minute.
+    # DeepSpeed's shared-memory exchange is for inference only, and a CPU run would first compile it for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
