@@ -256,7 +256,7 @@ LIBRARIES = {"timm": "timm", "transformers": "transformers", "diffusers": "diffu
 
 
 def length_of(config: RunConfig) -> str:
-    for unit in ("epochs", "steps", "minutes"):
+    for unit in ("steps", "minutes", "epochs"):  # the order in which a run obeys them
         if value := getattr(config, unit):
             return f"{value:g} {unit}"
     return ""

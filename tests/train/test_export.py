@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,10 @@ from umd.hub import UMDModel
 from umd.model import UMD
 from umd.peers import DIT, MAE
 from umd.published import load_published
-from umd.train.export import export
+from umd.train.export import export, length_of
 from umd.train.imports import import_run, imported_config
 from umd.train.options import Export, Import
+from umd.train.presets import PRESETS
 from umd.train.run import read_config, write_config
 from umd.train.weights import load_model
 
@@ -195,3 +196,9 @@ def test_what_has_no_counterpart_is_refused(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     refused("timm", "is there already", out="full")
+
+
+def test_a_card_names_the_length_that_the_run_obeys():
+    assert length_of(PRESETS["umd-tiny"][1]) == "10 minutes"
+    assert length_of(replace(PRESETS["umd-tiny"][1], steps=7)) == "7 steps"
+    assert length_of(PRESETS["umd-b4"][1]) == "800 epochs"
