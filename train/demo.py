@@ -95,7 +95,7 @@ def make_demo(demo: Demo, console: Console) -> Path:
     rows = read_metrics(pre.out / "metrics.jsonl")
     clock.done(
         "Pre-training", since, f"{rows[-1]['step']} steps of {pre.batch_size} images without labels" if rows else "",
-        f"umd pretrain umd-tiny --minutes {pre.minutes:.1f} --out {pre.out}",
+        f"umd pretrain umd-tiny --minutes {pre.minutes:.2g} --out {pre.out}",
     )  # fmt: skip
     model, _, _ = evaluate.open_run_of(UMD, pre)
     held_out = center_view(test_set, spread(test_set.labels, SHOWN), pre.data).to(device)
@@ -143,7 +143,7 @@ def make_demo(demo: Demo, console: Console) -> Path:
     rows = read_metrics(fine.out / "metrics.jsonl")
     clock.done(
         "Fine-tuning with labels", since, f"{rows[-1]['step']} steps, nothing masked" if rows else "",
-        f"umd finetune {pre.out} --minutes {fine.minutes:.1f} --batch-size {fine.batch_size} --optim.lr 1.2e-2 "
+        f"umd finetune {pre.out} --minutes {fine.minutes:.2g} --batch-size {fine.batch_size} --optim.lr 1.2e-2 "
         f"--out {fine.out}",
     )  # fmt: skip
     generator, _, _ = evaluate.open_run_of(UMD, fine)
@@ -299,7 +299,7 @@ def train_other(config: RunConfig, clock: Clock, console: Console) -> AnyModel:
     title = "DiffMAE" if config.is_diffmae else "MAE"
     clock.done(
         f"{title}, to compare", since, f"{rows[-1]['step']} steps without labels" if rows else "",
-        f"umd pretrain {preset} --minutes {config.minutes:.1f} --out {config.out}",
+        f"umd pretrain {preset} --minutes {config.minutes:.2g} --out {config.out}",
     )  # fmt: skip
     return evaluate.open_run(config)[0]
 

@@ -30,18 +30,18 @@ from umd.train.curves import reference_of
 from umd.train.data import ImageDataset, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import GO_ON, World, end_all, join
 from umd.train.diverged import check_finite
-from umd.train.fingerprint import agreed_fingerprint, difference
+from umd.train.fingerprint import agreed_fingerprint
 from umd.train.heads import keep_heads
 from umd.train.latents import LatentDataset, with_vae
 from umd.train.lock import alone_in
 from umd.train.log import NoLog, RunLog
-from umd.train.monitor import Distance, Rate, draw, evaluate, shower
+from umd.train.monitor import Distance, Rate, announce, draw, evaluate, shower
 from umd.train.optim import lr_scale
 from umd.train.parallel import DDP, Alone
 from umd.train.preview import preview_images, rgb
 from umd.train.profile import NoProfiler, Profiler, profiled
 from umd.train.quarantine import record_quarantine
-from umd.train.resume import load_pretrained, newest_checkpoint, with_ema_of
+from umd.train.resume import DRAWS, load_pretrained, newest_checkpoint, with_ema_of
 from umd.train.run import RunConfig, absolute, to_plain, write_config
 from umd.train.signals import StopRequest, stop_signal
 from umd.train.spread import check_attention, check_gelu, spread
@@ -50,7 +50,6 @@ from umd.train.waiting import Stopped
 from umd.train.zero import Zero
 
 BuildObjective = Callable[..., AnyObjective]  # signature of `build_objective`
-DRAWS = 2  # version of the random draws: 2 keys them by (seed, step, sample), 1 had one generator per micro-batch
 PATIENCE = 15.0  # seconds that a rank asked to stop still waits for its batch, which the other ranks need
 
 
@@ -84,7 +83,12 @@ def train(
 
 def train_rank(config: RunConfig, world: World, console: Console, name: str, build: BuildObjective) -> Path:
     """Run `train` on one rank. Only rank 0 prints, logs, draws and writes."""
-    run = set_up(config, world, build)
+
+    def say(text: str) -> None:
+        if world.main:
+            console.print(f"{name}: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    run = set_up(config, world, build, say)
     settings = to_plain(run.config)
     reference = reference_of(config)
     writer: RunLog | NoLog = NoLog()
@@ -189,8 +193,13 @@ class Run:
         return minutes > 0 and self.seconds // (60 * minutes) > self.looked // (60 * minutes)
 
 
-def set_up(config: RunConfig, world: World, build: BuildObjective = build_objective) -> Run:
-    """Make data, network, optimizer and step of a run, and load its newest checkpoint if there is one."""
+def set_up(
+    config: RunConfig, world: World, build: BuildObjective = build_objective,
+    say: Callable[[str], object] = lambda text: None,
+) -> Run:  # fmt: skip
+    """Make data, network, optimizer and step of a run, and load its newest checkpoint if there is one.
+
+    `say` is told of the data as soon as they are open: the optimizer brings in Dynamo, two seconds of a start."""
     device = world.device
     if device.type == "cpu":
         keep_freed_memory()
@@ -206,6 +215,9 @@ def set_up(config: RunConfig, world: World, build: BuildObjective = build_object
     with world.main_first():
         dataset = open_dataset(config.data, "train")
         config = replace(config, data=with_vae(config.data, dataset))
+    say(f"{describe(dataset)}; {reader(dataset, config.data)}")
+    for note in getattr(dataset, "notes", ()):
+        say(note)
     run = Run(config, world, dataset)
     run.dtype = dtype
     schedule = NoiseSchedule(config.schedule.name, config.schedule.num_steps, config.schedule.rho)
@@ -257,40 +269,6 @@ def set_up(config: RunConfig, world: World, build: BuildObjective = build_object
     # On a single CPU process, the copy and the thread would cost the step as much as they save.
     run.background = BackgroundSave() if world.size > 1 or device.type == "cuda" else None
     return run
-
-
-def announce(run: Run, log: RunLog | NoLog) -> None:
-    """Log network, data and device, and, for a resumed run, what differs from before."""
-    config, dataset, device = run.config, run.dataset, run.world.device
-    log.say(f"{describe(dataset)}; {reader(dataset, config.data)}")
-    for note in getattr(dataset, "notes", ()):
-        log.say(note)
-    weights = sum(p.numel() for p in run.model.parameters())
-    log.say(
-        f"{weights / 1e6:.1f} M parameters on {run.parallel.place(device)}, "
-        f"{'bf16' if run.dtype == torch.bfloat16 else 'fp32'}, "
-        f"{run.flops() / config.batch_size / 1e9:.2f} GFLOP an image"
-        + (", the step a CUDA graph" if run.captured else "")
-        + (f"; goes on at step {run.number}" if run.number else "")
-    )
-    if (curve := reference_of(config)) is not None:
-        log.say(f"a reference run of this recipe was made here: {curve.name}, {curve.made['device']}")
-    if not run.saved:
-        return
-    if run.saved.get("draws") != DRAWS and not isinstance(run.model, Classifier):
-        log.say("the run was begun by an earlier version: it goes on with other noise and masks than it would have had")
-    before = run.saved["micro_batches"]
-    if before != run.micro_batches and isinstance(run.model, Classifier):
-        log.say(
-            f"the run had {before} micro-batches a step and now has {run.micro_batches} (ranks x accumulate): it goes "
-            "on with other mixtures of pictures than it would have had"
-        )
-    if (found := difference(run.saved["source"], run.source)) is not None:
-        log.say(
-            f"{config.data.source} changed: the run had {run.saved['source']['images']} pictures there and now has "
-            f"{len(dataset)} ({found.said}); it goes on with them in another order than it would have had. For a run "
-            f"on these from its first step, from the weights so far: --init {config.out}, and another --out"
-        )
 
 
 class Sent(NamedTuple):

@@ -22,13 +22,16 @@ from umd.metrics import FeatureStatistics
 from umd.model import UMD
 from umd.objective import Objective
 from umd.train.classify import show_scores
+from umd.train.curves import reference_of
 from umd.train.data import open_dataset
 from umd.train.distributed import World
 from umd.train.features import read_ahead, spans
+from umd.train.fingerprint import difference
 from umd.train.latents import tokenizer_of
 from umd.train.log import NoLog, RunLog
 from umd.train.preview import has_share, picture_maker, preview_rows, rgb, sheets
 from umd.train.reference import real_pictures
+from umd.train.resume import DRAWS
 from umd.train.sample import Drawer, drawn_labels
 from umd.train.sampling import GROUP, clips
 
@@ -37,6 +40,37 @@ if TYPE_CHECKING:
 
 STEPS = 50  # DDIM steps; fewer than for published scores, but enough for a curve
 GUIDANCE = 1.5  # cfg_scale with labels: the paper's for scores
+
+
+def announce(run: "Run", log: RunLog | NoLog) -> None:
+    """Log network, data and device, and, for a resumed run, what differs from before."""
+    config, dataset, device = run.config, run.dataset, run.world.device
+    weights = sum(p.numel() for p in run.model.parameters())
+    log.say(
+        f"{weights / 1e6:.1f} M parameters on {run.parallel.place(device)}, "
+        f"{'bf16' if run.dtype == torch.bfloat16 else 'fp32'}, "
+        f"{run.flops() / config.batch_size / 1e9:.2f} GFLOP an image"
+        + (", the step a CUDA graph" if run.captured else "")
+        + (f"; goes on at step {run.number}" if run.number else "")
+    )
+    if (curve := reference_of(config)) is not None:
+        log.say(f"a reference run of this recipe was made here: {curve.name}, {curve.made['device']}")
+    if not run.saved:
+        return
+    if run.saved.get("draws") != DRAWS and not isinstance(run.model, Classifier):
+        log.say("the run was begun by an earlier version: it goes on with other noise and masks than it would have had")
+    before = run.saved["micro_batches"]
+    if before != run.micro_batches and isinstance(run.model, Classifier):
+        log.say(
+            f"the run had {before} micro-batches a step and now has {run.micro_batches} (ranks x accumulate): it goes "
+            "on with other mixtures of pictures than it would have had"
+        )
+    if (found := difference(run.saved["source"], run.source)) is not None:
+        log.say(
+            f"{config.data.source} changed: the run had {run.saved['source']['images']} pictures there and now has "
+            f"{len(dataset)} ({found.said}); it goes on with them in another order than it would have had. For a run "
+            f"on these from its first step, from the weights so far: --init {config.out}, and another --out"
+        )
 
 
 def shower(run: "Run", log: RunLog | NoLog) -> Callable[[Tensor], np.ndarray]:

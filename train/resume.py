@@ -17,6 +17,7 @@ from umd.train.latents import check_run_vae
 from umd.train.run import RunConfig, differences, to_plain
 from umd.train.settings import DataConfig
 
+DRAWS = 2  # version of the random draws: 2 keys them by (seed, step, sample), 1 had one generator per micro-batch
 # Settings that define a run. All others (length, saving, logging, device, speed) may change when it is resumed.
 RUN = ("model", "objective", "schedule", "data", "optim", "batch_size", "seed")
 # Exceptions: `source` is compared by its pictures. The others follow from model and VAE, which are compared themselves.
