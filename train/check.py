@@ -143,6 +143,8 @@ def check_data(source: Path, options: CheckData, console: Console) -> Path:
     source = source.expanduser()
     out = options.out or default_path(source)
     if source.exists():
+        if out.exists() and not is_list(out):
+            raise UserError(f"{out} is there and is no list of umd check-data; give another --out, or remove it")
         check_place(
             out, instead=f"give another place, e.g. --out {source.stem}.json; runs read it by --data.quarantine"
         )
@@ -177,6 +179,15 @@ def check_data(source: Path, options: CheckData, console: Console) -> Path:
     write_whole(out, json.dumps(report, indent=1).encode())
     print_findings(report, out, console)
     return out
+
+
+def is_list(path: Path) -> bool:
+    """Whether a file is a list as `check_data` writes it."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"source", "files"} <= found.keys()
 
 
 def print_findings(report: dict, out: Path, console: Console) -> None:

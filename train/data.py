@@ -71,6 +71,8 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDa
 
     Raises UserError if the source is missing, empty, damaged, of an unknown kind, or does not fit the model.
     """
+    if not config.source:
+        raise UserError("no pictures were named: data.source is empty; give --data.source path/to/images")
     path = Path(config.source).expanduser()
     if config.num_frames > 1:
         return open_clips(

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from umd.errors import UserError
-from umd.files import check_place
+from umd.files import check_apart, check_place
 from umd.train.data import open_dataset
 from umd.train.evaluate import open_run
 from umd.train.features import Dataset, Features, pictures_of
@@ -38,6 +38,8 @@ def embed(run: Path, source: Path, options: Embed, config: RunConfig, console: C
     out = options.out or run / f"features-{source.stem}"
     out = out.with_suffix("") if out.suffix in (".npz", ".parquet") else out
     files = out.with_name(f"{out.name}.npz"), out.with_name(f"{out.name}.parquet")
+    for file in files:
+        check_apart(file, source)
     check_place(*files)
     if rank_and_size()[0] == 0 and (there := [str(file) for file in files if file.exists()]):
         console.print(f"{' and '.join(there)} will be replaced", highlight=False, markup=False, soft_wrap=True)

@@ -210,6 +210,13 @@ def given_list(config: DataConfig) -> str:
 # Inspecting
 
 
+def check_picture(out: Path, options: Inspect) -> None:
+    """Raise UserError, before the shards are read, where the drawn pictures could not be written."""
+    if options.decode and options.out is not None and out.exists():
+        raise UserError(f"{out} is there; give another --out, or remove it")
+    check_place(*([out] if options.decode else []), instead=NO_PICTURE)
+
+
 def inspect(folder: Path, options: Inspect, console: Console) -> None:
     """Print a folder's contents, check its shards, and draw a few pictures.
 
@@ -217,11 +224,11 @@ def inspect(folder: Path, options: Inspect, console: Console) -> None:
     """
     if is_pixels(folder):
         out = options.out or folder / "pictures.png"
-        check_place(*([out] if options.decode else []), instead=NO_PICTURE)
+        check_picture(out, options)
         inspect_pixels(folder, options.split, options.decode, options.check, out, console)
         return
     out = options.out or folder / "decoded.png"
-    check_place(*([out] if options.decode else []), instead=NO_PICTURE)
+    check_picture(out, options)
     header = read_header(folder)
     datasets = {split: open_latents(folder, split) for split in SPLITS}
     show(folder, header, console)

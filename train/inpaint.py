@@ -1,6 +1,7 @@
 """`umd inpaint`: choose pictures and hole, fill the hole with a trained network, write the results."""
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +19,7 @@ from umd.classifier import Classifier
 from umd.config import Capture
 from umd.diffmae import DiffMAE, fill
 from umd.errors import UserError
-from umd.files import check_place, write_whole
+from umd.files import check_apart, check_place, write_whole
 from umd.images import grid, save_png
 from umd.machine.device import autocast
 from umd.masking import layout
@@ -45,7 +46,7 @@ def inpaint_run(run: Path, options: Inpaint, config: RunConfig, console: Console
     """Fill holes in the pictures of --image, or in held-out ones, and write the results."""
     out = options.out or run / "inpainting.png"
     out = out if out.suffix.lower() == ".png" else out.with_name(f"{out.name}.png")
-    check_out(out, options, console)
+    check_out(out, options, config.data.source, console)
     check_predicts_pixels(config)
     if options.mp4:
         check_mp4(config)
@@ -94,12 +95,19 @@ def check_predicts_pixels(config: RunConfig) -> None:
         raise UserError(f"{config.out} predicts another target than pixels ({target}) and cannot fill a hole")
 
 
-def check_out(out: Path, options: Inpaint, console: Console) -> None:
+OWN = re.compile(r"\d+-(masked|original|sample-\d+)\.(png|gif|mp4)$")  # files that `write_fillings` writes
+
+
+def check_out(out: Path, options: Inpaint, source: str, console: Console) -> None:
     """Check the output before sampling, and say so if earlier results will be replaced.
 
     Raises UserError if `write_fillings` would fail or overwrite an input.
     """
     folder, steps = out.with_suffix(""), out.with_name(f"{out.stem}-steps.png")
+    check_apart(folder, source)
+    others = [path.name for path in folder.iterdir() if not OWN.match(path.name)] if folder.is_dir() else []
+    if others:
+        raise UserError(f"{folder} is there and holds other files ({others[0]}); give another --out, or remove it")
     check_place(out, steps, folder / "1-masked.png")
     given = {path.resolve() for path in (*options.image, Path(options.mask))}
     if found := next((path for path in (out, steps) if path.resolve() in given), None):

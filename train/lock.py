@@ -39,7 +39,7 @@ def alone_in(out: Path, command: str = "umd") -> Iterator[None]:
     at once, before it writes into another run.
     """
     make_folder(out, "give another --out")
-    lock, me = out / LOCK_FILE, describe(command)
+    lock, me = out / LOCK_FILE, describe(command) | {"folder": out.stat().st_ino}
     take(lock, me)
     ended = threading.Event()
     beating = threading.Thread(target=beat, args=(lock, me, ended), name="lock", daemon=True)
@@ -124,6 +124,8 @@ def take(lock: Path, me: dict[str, Any]) -> None:
 
 def at_work(lock: Path, holder: dict[str, Any]) -> bool:
     """Whether a lock's holder is alive. For a holder on another machine, wait for a heartbeat."""
+    if holder.get("folder", inode := lock.parent.stat().st_ino) != inode:  # a copied folder brought its lock along
+        return False
     if holder.get("machine") and holder["machine"] == machine():
         return ticks(holder.get("pid", 0)) == holder.get("ticks")
     before, until = read(lock), WATCH_SECONDS

@@ -19,6 +19,7 @@ from umd.checkpoint import BackgroundSave, checkpoint_path, load_model_state, sa
 from umd.classifier import Classifier
 from umd.ema import EMA, ema_rate
 from umd.errors import UserError
+from umd.files import check_apart
 from umd.layers import set_recompute_gelu
 from umd.machine.device import keep_freed_memory, take_device
 from umd.methods import AnyModel, AnyObjective, build_model, build_objective
@@ -76,6 +77,8 @@ def train(
         Diverged: the loss is NaN or infinite. The last good checkpoint is kept; `nan-dump.json` describes the batch.
         KeyboardInterrupt, SystemExit(143), SystemExit(138): on Ctrl-C, SIGTERM or SIGUSR1, after saving.
     """
+    if Path(config.data.source).expanduser().exists():
+        check_apart(config.out, config.data.source)
     world = join(config.device, config.parallel, config.out)
     with world.explained(), alone_in(config.out, name) if world.main else nullcontext(), side_stream(world.device):
         return train_rank(with_ema_of(absolute(config)), world, console or Console(), name, build)

@@ -197,7 +197,7 @@ def labelled(config: RunConfig) -> tuple[Dataset, Dataset]:
     if len(test) == 0:
         raise UserError(
             f"a probe needs held-out images, and of {train.name} none is held out (data.holdout is "
-            f"{config.data.holdout:g}); give it a test/ folder beside train/, or train with a larger --data.holdout"
+            f"{config.data.holdout:g}); give it a test/ folder beside train/, or more pictures"
         )
     for part, what in ((train, ""), (test, ", held out,")):
         if part.labels is None:

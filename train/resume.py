@@ -75,7 +75,9 @@ def check_same_run(saved: Checkpoint, config: RunConfig, source: dict) -> None:
     differ = [  # None: one of the two versions lacks this setting
         f"{name} {a}, not {b}"
         for name, a, b in differences({name: before.get(name) for name in RUN}, {name: now[name] for name in RUN})
-        if None not in (a, b) and name.partition(".")[2] not in FREE.get(name.partition(".")[0], ())
+        if None not in (a, b)
+        and not (name == "objective.target" and same_source(a, b))
+        and name.partition(".")[2] not in FREE.get(name.partition(".")[0], ())
     ]
     trained_on, source_before = saved.state.get("source") or {}, before.get("data", {}).get("source", "")
     found = difference(trained_on, source) if trained_on else Difference("nothing is known of the others", False)

@@ -18,6 +18,7 @@ from umd.config import (
     ClassifierConfig,
     ClassifierObjectiveConfig,
     DiffMAEConfig,
+    DiffMAEObjectiveConfig,
     ModelConfig,
     ObjectiveConfig,
     ScheduleConfig,
@@ -169,7 +170,10 @@ def absolute(config: RunConfig) -> RunConfig:
         there = path not in ("", "emoji") and Path(path).expanduser().exists()
         return os.path.abspath(Path(path).expanduser()) if there else path
 
-    data = replace(config.data, source=whole(config.data.source), quarantine=whole(config.data.quarantine))
+    source, quarantine, vae = (whole(path) for path in (config.data.source, config.data.quarantine, config.data.vae))
+    data = replace(config.data, source=source, quarantine=quarantine, vae=vae)
+    if isinstance(config.objective, DiffMAEObjectiveConfig) and config.objective.target.endswith(".npy"):
+        config = replace(config, objective=replace(config.objective, target=whole(config.objective.target)))
     return replace(config, data=data, init=None if config.init is None else Path(whole(str(config.init))))
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from umd.errors import UserError
-from umd.files import check_place, write_whole
+from umd.files import check_apart, check_place, write_whole
 from umd.train.run import differences
 
 log = logging.getLogger("umd")
@@ -251,6 +251,9 @@ def check_folder(folder: Path, kind: str, about: dict[str, Any], names: Collecti
     about: `format` and `recipe` of the shards to write. names: their file names.
     Raises UserError if the folder cannot be made, or holds damaged shards, or shards of another kind or recipe.
     """
+    source = about["recipe"].get("source", {}).get("path", "")
+    if source and Path(source).exists():
+        check_apart(folder, source)
     check_place(folder / "shard")
     other = next(each for each in ROWS if each != kind)
     if is_store(folder, other):

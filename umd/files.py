@@ -94,6 +94,13 @@ def check_place(*files: Path, instead: str = "give another --out") -> None:
             raise UserError(f"cannot write {file} ({error.strerror or error}); {instead}") from error
 
 
+def check_apart(out: Path, source: str | Path, instead: str = "give another --out") -> None:
+    """Raise UserError where an output would lie among the pictures of a source, or write over them."""
+    here, data = out.expanduser().resolve(), Path(source).expanduser().resolve()
+    if here == data or (data.is_dir() and data in here.parents):
+        raise UserError(f"{out} lies in the data that are read ({source}), which would be spoiled; {instead}")
+
+
 def make_folder(path: Path, instead: str = "give another one to write to") -> None:
     """Make a folder and its parents. Raises UserError if that fails, e.g. below a file."""
     try:

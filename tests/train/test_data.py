@@ -723,3 +723,8 @@ def test_unknown_sources(tmp_path, name):
     problem = "does not exist" if name == "nowhere" else "is of no kind that can be read"
     with pytest.raises(UserError, match=f"{name} {problem}: expected emoji, a folder of images"):
         opened(tmp_path / name)
+
+
+def test_an_empty_source_is_not_the_current_folder():
+    with pytest.raises(UserError, match="no pictures were named: data.source is empty"):
+        open_dataset(DataConfig(source=""), "train")

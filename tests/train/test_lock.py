@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,12 @@ def test_a_killed_holder_is_in_nobodys_way(tmp_path, holder, reaped):
     with alone_in(tmp_path):
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_a_copied_folder_is_the_originals(tmp_path, holder):
+    shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-copy"))
+    with alone_in(tmp_path.with_name(f"{tmp_path.name}-copy")):
+        assert holder.poll() is None
 
 
 def test_a_later_process_of_the_same_number_is_another(tmp_path):

@@ -41,6 +41,11 @@ COMMANDS = [
     "transfer run pictures --out file",
     "embed run pictures --out file/x",
     "check-data pictures --out folder.png",
+    "check-data pictures --out pictures/a/1.png",
+    "embed run pictures --out pictures/x",
+    "inpaint run --out pictures",
+    "pretrain umd-tiny --data.source pictures --out pictures/run",
+    "encode-pixels --data.source pictures --size 8 8 --out pictures",
     "encode-pixels --data.source pictures --size 8 8 --out file",
     "pretrain umd-tiny --data.source gone --out file",
 ]
