@@ -261,7 +261,7 @@ def check_folder(folder: Path, kind: str, about: dict[str, Any], names: Collecti
     for path in shards_in(folder, kind):
         before = read_shard(path).about
         was, will = ({"format": found["format"], **found["recipe"]} for found in (before, about))
-        differ = [name for name, *_ in differences(was, will)]
+        differ = sorted(name for name, *_ in differences(was, will))
         if path.name not in names:
             differ = differ or ["number of shards"]
         if differ:

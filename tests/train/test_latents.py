@@ -372,7 +372,7 @@ def test_training_from_stored_latents_is_training_from_latents_encoded_in_the_st
     stored = run("stored")
     in_step = replace(run("in-step"), data=DataConfig(source=str(source), vae=str(vaes["kl"]), num_workers=0))
     half = encode(replace(options, dtype="fp16", out=tmp_path / "half"), QUIET)
-    rounded = replace(run("half"), data=DataConfig(source=str(half), num_workers=0))
+    rounded = replace(run("rounded"), data=DataConfig(source=str(half), num_workers=0))
     for config in (stored, in_step, rounded):
         train(config, QUIET)
     assert len(losses(stored)) == 10 and losses(stored)[-1] < losses(stored)[0]
