@@ -17,6 +17,7 @@ from umd.machine.device import (
     pick_dtype,
     take_device,
 )
+from umd.machine.gpus import sheet_flops
 
 CPU = torch.device("cpu")
 
@@ -110,3 +111,12 @@ def test_keeping_freed_memory_changes_no_result():
     keep_freed_memory()
     keep_freed_memory()  # any number of times
     assert torch.ones(1 << 22).sum() == 1 << 22
+
+
+def test_a_gpu_is_known_by_its_name_in_the_driver():
+    """NVIDIA's data sheets, dense bf16; a name that holds another's is not taken for it."""
+    known = {
+        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA GH200 480GB": 989e12, "NVIDIA A100-SXM4-40GB": 312e12,
+        "NVIDIA L40S": 362e12, "NVIDIA L40": 181e12, "NVIDIA A40": 150e12, "Tesla T4": None,
+    }  # fmt: skip
+    assert {name: sheet_flops(name) for name in known} == known

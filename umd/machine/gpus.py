@@ -23,10 +23,10 @@ GPUS = {
     "l40s": Gpu(48 * GiB, 362e12, 91.6e12, 0.864e12, 32e9),
 }
 # Dense bf16 FLOP/s of GPUs for which `umd plan` has no data.
-OTHERS = {"B200": 2250e12, "A40": 150e12, "L40": 181e12, "4090": 165e12}
+OTHERS = {"GH200": 989e12, "B200": 2250e12, "A40": 150e12, "L40": 181e12, "4090": 165e12}
 
 
 def sheet_flops(name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by its driver name, e.g. "NVIDIA H100 80GB HBM3"; None if it is unknown."""
-    sheets = {kind.partition("-")[0].upper(): gpu.bf16 for kind, gpu in GPUS.items()} | {"GH200": 989e12} | OTHERS
+    sheets = {kind.partition("-")[0].upper(): gpu.bf16 for kind, gpu in GPUS.items()} | OTHERS
     return next((sheets[kind] for kind in sorted(sheets, key=len, reverse=True) if kind in name), None)
