@@ -25,7 +25,7 @@ from umd.train.quarantine import default_path
 from umd.train.signals import end_when_orphaned
 from umd.train.sources import FLOATS, flatten
 from umd.train.tars import is_tars, samples, split_tars
-from umd.train.waiting import in_order
+from umd.train.waiting import in_order, processes_explained
 
 CHUNK = 32  # files that a process takes at a time
 OUTSIDE, EMPTY = "outside a class folder", "empty class"
@@ -152,7 +152,9 @@ def check_data(source: Path, options: CheckData, console: Console) -> Path:
     for note in notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     jobs = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
-    with ProcessPoolExecutor(options.workers, get_context("spawn"), end_when_orphaned) as pool:
+    with processes_explained(options.workers, source, "close other programs"):
+        pool = ProcessPoolExecutor(options.workers, get_context("spawn"), end_when_orphaned)
+    with pool:
         done = track(
             in_order(pool, partial(examine_files, min_side=options.min_side), jobs, source, 4 * options.workers),
             description=f"reading {len(files)} images", total=len(jobs), console=console, transient=True,

@@ -89,7 +89,10 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDa
             "from latents: make one with umd encode-latents, or give --data.vae to encode in each step."
         )
     if config.source == "emoji":
-        return open_emoji(split, config.holdout)
+        dataset = open_emoji(split, config.holdout)
+        if path.exists():
+            dataset.notes.append("data.source emoji is the built-in set, not what is here under that name: ./emoji is")
+        return dataset
     if path.is_dir() or (path.suffix == ".tar" and path.exists()):
         opened = open_tars if is_tars(path) else open_folder
         quarantine = read_quarantine(path, config.quarantine)

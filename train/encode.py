@@ -21,7 +21,7 @@ from torch import Tensor
 
 from umd.errors import UserError
 from umd.files import check_place, sha256
-from umd.images import grid, save_png, to_uint8
+from umd.images import grid, png_path, save_png, to_uint8
 from umd.machine.device import autocast, pick_dtype, take_device
 from umd.tokenizer import Tokenizer, load_tokenizer
 from umd.train.crops import centered, train_view, view_rng
@@ -223,11 +223,11 @@ def inspect(folder: Path, options: Inspect, console: Console) -> None:
     Raises UserError if the folder is incomplete or damaged, or the VAE is not the one that encoded it.
     """
     if is_pixels(folder):
-        out = options.out or folder / "pictures.png"
+        out = png_path(options.out or folder / "pictures.png")
         check_picture(out, options)
         inspect_pixels(folder, options.split, options.decode, options.check, out, console)
         return
-    out = options.out or folder / "decoded.png"
+    out = png_path(options.out or folder / "decoded.png")
     check_picture(out, options)
     header = read_header(folder)
     datasets = {split: open_latents(folder, split) for split in SPLITS}

@@ -43,6 +43,8 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     - sample: name -> CRC-32 for up to `SAMPLE` pictures, over a file's size and first bytes, or over a stored row.
     - sha256: digest of classes, labels and the bytes of 8 pictures. (Earlier versions kept only this and images.)
     - shards: latents only; digest of the shard sizes, on which --data.shuffle blocks depends.
+
+    A run whose `objective.target` is a file also keeps, as `target`, its `file_digest`.
     """
     names, sums, head = contents(dataset)
     rows = np.sort(np.argsort(sums, kind="stable")[:SAMPLE]).tolist()
@@ -66,9 +68,25 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     return found
 
 
-def agreed_fingerprint(dataset: Dataset, world: World) -> dict[str, Any]:
-    """Rank 0's fingerprint, on every rank. Raises UserError on a rank that sees other data, e.g. on a local disk."""
+def file_digest(file: Path) -> str:
+    """A digest of a large file: of its size, and its bytes at 64 places."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for place in np.linspace(0, max(size - HEAD, 0), 64).astype(int).tolist():
+            opened.seek(place)
+            digest.update(opened.read(HEAD))
+    return digest.hexdigest()
+
+
+def agreed_fingerprint(dataset: Dataset, world: World, target: str = "") -> dict[str, Any]:
+    """Rank 0's fingerprint, on every rank. target: what the objective predicts, perhaps a .npy file.
+
+    Raises UserError on a rank that sees other data, e.g. on a local disk.
+    """
     found = world.agree(fingerprint(dataset) if world.main else None)
+    if target.endswith(".npy"):
+        found["target"] = world.agree(file_digest(Path(target)) if world.main else None)
     here = len(dataset), list(dataset.class_names)
     if here != (found["images"], found["classes"]):
         raise UserError(

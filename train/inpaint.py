@@ -20,7 +20,7 @@ from umd.config import Capture
 from umd.diffmae import DiffMAE, fill
 from umd.errors import UserError
 from umd.files import check_apart, check_place, write_whole
-from umd.images import grid, save_png
+from umd.images import grid, png_path, save_png
 from umd.machine.device import autocast
 from umd.masking import layout
 from umd.methods import AnyModel
@@ -44,14 +44,13 @@ VIEWS = 6  # intermediate predictions shown per sample
 
 def inpaint_run(run: Path, options: Inpaint, config: RunConfig, console: Console) -> None:
     """Fill holes in the pictures of --image, or in held-out ones, and write the results."""
-    out = options.out or run / "inpainting.png"
-    out = out if out.suffix.lower() == ".png" else out.with_name(f"{out.name}.png")
+    out = png_path(options.out or run / "inpainting.png")
     check_out(out, options, config.data.source, console)
     check_predicts_pixels(config)
     if options.mp4:
         check_mp4(config)
-    model, device, dtype = open_run(config)
     x, hole = pictures_and_mask(config, options.image, options.mask, options.seed, options.mask_ratio)
+    model, device, dtype = open_run(config)
     filled = fill_with(config, model, x.to(device), hole.to(device), options, dtype, console)
     write_fillings(filled, out, picture_maker(config.data, device), options.mp4)
     for line in (

@@ -35,9 +35,12 @@ SETTLE_SECONDS = 1.0  # wait after writing; another process that takes over the 
 def alone_in(out: Path, command: str = "umd") -> Iterator[None]:
     """Hold the folder's lock while the block runs. Raises UserError, naming the holder, if another process holds it.
 
+    A folder that was made for it and is empty at the end is removed.
+
     If another process takes over the lock while the block runs (this one was suspended for minutes), this process ends
     at once, before it writes into another run.
     """
+    new = not out.exists()
     make_folder(out, "give another --out")
     lock, me = out / LOCK_FILE, describe(command) | {"folder": out.stat().st_ino}
     take(lock, me)
@@ -51,6 +54,9 @@ def alone_in(out: Path, command: str = "umd") -> Iterator[None]:
         beating.join()
         if read(lock)[0] == me:
             lock.unlink(missing_ok=True)
+        if new:
+            with contextlib.suppress(OSError):  # it is not empty
+                out.rmdir()
 
 
 def describe(command: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The log of a run: metrics.jsonl, scalars and pictures for TensorBoard and W&B, a progress bar."""
 
 import json
+import os
 import secrets
 import threading
 import time
@@ -58,7 +59,7 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         # TensorBoard's thread would print a traceback for a full disk, though this thread raises the error too.
-        threading.excepthook = lambda hook: None if hook.exc_type is OSError else threading.__excepthook__(hook)
+        threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
         self._bar.start()
         return self
 
@@ -81,9 +82,13 @@ class RunLog:
         try:
             yield
         except OSError as error:
+            where = os.fsdecode(error.filename or self.out)
+            mend = "make room there, or mount it again"
+            if not self.out.exists():
+                mend = f"{self.out} was moved or removed; move it back"
             raise UserError(
-                f"cannot write to {error.filename or self.out} ({error.strerror or error}): make room there, or mount "
-                "it again; then the same command goes on from the last checkpoint"
+                f"cannot write to {where} ({error.strerror or error}): {mend}; then the same command goes on from the "
+                "last checkpoint"
             ) from error
 
     def row(self, row: dict) -> None:

@@ -89,6 +89,9 @@ def check_same_run(saved: Checkpoint, config: RunConfig, source: dict) -> None:
     shards = source.get("shards"), trained_on.get("shards")
     if config.data.shuffle == "blocks" and None not in shards and shards[0] != shards[1]:
         differ.append("data.source in shards of other sizes, which --data.shuffle blocks takes in another order")
+    targets = trained_on.get("target"), source.get("target")
+    if None not in targets and targets[0] != targets[1]:
+        differ.append(f"other targets than {now['objective']['target']} holds now")
     if config.init is not None and not same_source(before.get("init") or "", config.init):
         differ.append(f"init {before.get('init')}, not {config.init}")
     if differ:

@@ -27,7 +27,7 @@ from umd.config import Capture, Prediction, SamplerName
 from umd.errors import UserError
 from umd.files import check_place, flush, write_whole
 from umd.guidance import Denoise, Guidance
-from umd.images import grid, save_png, to_uint8
+from umd.images import grid, png_path, save_png, to_uint8
 from umd.machine.device import autocast
 from umd.model import UMD
 from umd.schedule import NoiseSchedule
@@ -38,7 +38,7 @@ from umd.train.features import name_of, spans
 from umd.train.heads import Heads
 from umd.train.options import Sample
 from umd.train.run import RunConfig, differences
-from umd.train.sampling import GROUP, chosen_guidance, clips, draw_recipe, prediction_of
+from umd.train.sampling import GROUP, check_sampling, chosen_guidance, clips, draw_recipe, prediction_of
 from umd.train.shards import Advance, Job, others_work, rank_and_size, share
 from umd.train.weights import class_names, weights_identity
 
@@ -141,6 +141,7 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
         raise UserError("a DiffMAE fills holes in pictures and draws none without: use `umd inpaint`")
     classes = check_classes(config, options.classes, options.balanced)
     count = options.count or options.per_class * max(len(classes), 1)
+    check_sampling(options, config)
     weights = weights_identity(config.out, options.ema)  # fixed now, as a run that still trains may save newer ones
     model, device, dtype = evaluate.open_run_of(UMD, config, options.ema, weights["step"])
     tokenizer = evaluate.open_tokenizer(config, options.vae, device)
@@ -192,9 +193,7 @@ def places(run: Path, options: Sample) -> tuple[Path, Path, Path]:
 
     Raises UserError, before the work, if they cannot be written or would replace a file that is not of `umd sample`.
     """
-    png = options.out or run / "samples.png"
-    known = png.suffix.lower() in (".png", ".npz", ".json")
-    png = png.with_suffix(".png") if known else png.with_name(f"{png.name}.png")
+    png = png_path(options.out or run / "samples.png", ".npz", ".json")
     files = png, png.with_suffix(".npz"), png.with_suffix(".json")
     check_place(*files)
     there = next((file for file in files if file.exists()), None)

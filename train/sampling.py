@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from umd.config import Prediction
+from umd.config import ModelConfig, Prediction
 from umd.errors import UserError
 from umd.guidance import Guidance
 from umd.model import UMD
-from umd.schedulers import CLASSES, FULL_NAMES, sampler_times
+from umd.schedulers import CLASSES, FULL_NAMES, check_settings, sampler_times
 from umd.tokenizer import Tokenizer
 from umd.train.evaluate import schedule_of
 from umd.train.heads import Heads, heads_file, heads_of, read_heads
@@ -34,21 +34,29 @@ def chosen_guidance(options: Sampling) -> Guidance:
     return Guidance(options.cfg_interval, options.cfg_schedule, options.cfg_channels)
 
 
+def check_sampling(options: Sampling, config: RunConfig) -> None:
+    """Raise UserError, before the network is loaded, for steps, guidance or an output that this run cannot have."""
+    schedule = schedule_of(config.schedule)
+    check_settings(options.sampler, options.eta, options.capture)
+    times = sampler_times(options.sampler, steps_of(options, config), schedule)
+    chosen_guidance(options).scales(1.0, times, schedule.num_steps)
+    assert isinstance(config.model, ModelConfig)
+    if options.predict in ("eps", "x_start") and options.predict not in config.model.heads:
+        raise UserError(f"this network predicts no {options.predict}; leave out --predict {options.predict}")
+
+
 def prediction_of(
     options: Sampling, config: RunConfig, weights: dict[str, Any], model: UMD, dtype: torch.dtype, console: Console
 ) -> tuple[Prediction, Heads | None]:
     """Resolve --predict for a run's weights. Returns the prediction and, for `both`, the heads' weights.
 
-    For an explicit `both`, the heads are measured if they have not been. Raises UserError for an output the network
-    does not have.
+    For an explicit `both`, the heads are measured if they have not been.
     """
     if options.predict == "auto":
         heads = read_heads(heads_file(config.out, weights))
         return ("eps" if heads is None else "both"), heads
     if options.predict == "both":
         return "both", heads_of(config, weights, model, dtype, console)
-    if options.predict not in model.config.heads:
-        raise UserError(f"this network predicts no {options.predict}; leave out --predict {options.predict}")
     return options.predict, None
 
 
@@ -62,14 +70,10 @@ def draw_recipe(
     tokenizer: Tokenizer | None, count: int, options: Sampling, *, classes: Sequence[int], order: str,
     cfg_scale: float, seed: int, predict: Prediction, heads: Heads | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Record everything that an image, or a score of many images, depends on.
-
-    Raises UserError for impossible steps or guidance.
-    """
+    """Record everything that an image, or a score of many images, depends on."""
     schedule, steps = schedule_of(config.schedule), steps_of(options, config)
     times = sampler_times(options.sampler, steps, schedule)
     guided = cfg_scale != 1
-    chosen_guidance(options).scales(cfg_scale, times, schedule.num_steps)
     recipe = {
         "weights": weights,
         "count": count,

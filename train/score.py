@@ -46,7 +46,7 @@ from umd.train.reference import (
 )
 from umd.train.run import RunConfig
 from umd.train.sample import Drawer, check_classes, drawn_labels
-from umd.train.sampling import chosen_guidance, clips, draw_recipe, prediction_of, steps_of
+from umd.train.sampling import check_sampling, chosen_guidance, clips, draw_recipe, prediction_of, steps_of
 from umd.train.shards import Advance, Job, others_work, share
 from umd.train.weights import weights_identity
 
@@ -119,6 +119,7 @@ class Generation:
 
     def __init__(self, config: RunConfig, options: Evaluate, console: Console):
         classes = check_classes(config, (), options.balanced)
+        check_sampling(options, config)
         self.config, self.options = config, options
         weights = weights_identity(config.out, options.ema)  # fixed now, as a run that still trains may save newer ones
         self.model, self.device, self.dtype = evaluate.open_run_of(UMD, config, options.ema, weights["step"])

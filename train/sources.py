@@ -147,7 +147,8 @@ class ImageDataset:
 
 def describe(dataset: "ImageDataset | LatentDataset") -> str:
     """One line for the log: name, split, number of images, classes and unreadable images."""
-    classes = f"{len(dataset.class_names)} classes" if dataset.class_names else "no labels"
+    count = len(dataset.class_names)
+    classes = f"{count} class{'es' * (count > 1)}" if count else "no labels"
     quarantined = getattr(dataset, "quarantined", {})
     left_out = f", {summary(quarantined, len(dataset))}" if quarantined else ""
     left_out += f", {dataset.num_broken} unreadable left out" if dataset.num_broken else ""

@@ -12,8 +12,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, wait
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.queues import Queue
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -36,7 +38,8 @@ DEATHS = {
     "SIGKILL": "most likely the host had no memory left (`dmesg` tells); fewer --data.num-workers need less",
     "SIGBUS": "a file that was read through memory has shrunk, its disk failed, or /dev/shm is full",
 }
-MORE_SHM = "A container has more with docker run --shm-size 8g or --ipc host; --data.num-workers 0 needs none"
+MORE_SHM = "A container has more with docker run --shm-size 8g or --ipc host"
+NO_WORKERS = "--data.num-workers 0 needs none"
 
 
 class Stopped(Exception):
@@ -77,6 +80,21 @@ def handed_over(collate: Callable[[list], Any], items: list) -> Any:
     return batch
 
 
+@contextmanager
+def processes_explained(number: int, source: str | Path, instead: str) -> Iterator[None]:
+    """Turn an OSError of starting processes, for want of locks, pipes or processes, into a UserError.
+
+    instead: advice that ends the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot start the {number} processes that read {source} ({error.strerror or error}): shared memory "
+            f"(/dev/shm), or your processes or open files (ulimit -u, -n), are used up. {MORE_SHM}; {instead}"
+        ) from error
+
+
 class Prepared(Iterator[Any]):
     """Iterator over batches of a dataset, prepared by `workers` processes, or if 0 by a thread on request.
 
@@ -105,15 +123,10 @@ class Prepared(Iterator[Any]):
             multiprocessing_context=multiprocessing.get_context("fork") if fork else None,
             generator=torch.Generator(),  # its own, so that the global generator is not used
         )
-        try:
+        with processes_explained(workers, source, NO_WORKERS):
             if workers:
                 multiprocessing.Queue()  # torch makes one first, and would print a traceback on failure
             self.loading = without_handler(lambda: iter(loader))
-        except OSError as error:  # no more locks, pipes or processes
-            raise UserError(
-                f"cannot start the {workers} processes that read {source} ({error.strerror or error}): shared memory "
-                f"(/dev/shm), or your processes or open files (ulimit -u, -n), are used up. {MORE_SHM}"
-            ) from error
         self.workers: list[Any] = getattr(self.loading, "_workers", [])
         # A worker killed in the middle of a message blocks its reader forever. So the reader is always a thread.
         self.items = ReadByThread(self.loading)
@@ -164,7 +177,11 @@ class Prepared(Iterator[Any]):
             return batch
         if not self.piped:
             self.piped = True
-            log.warning("/dev/shm has no room for batches: they come through pipes, which is slower. %s", MORE_SHM)
+            log.warning(
+                "/dev/shm has no room for batches: they come through pipes, which is slower. %s; %s",
+                MORE_SHM,
+                NO_WORKERS,
+            )
         return pickle.loads(batch)
 
     def check_alive(self) -> None:

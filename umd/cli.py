@@ -152,14 +152,14 @@ def parse(cls_or_function, name: str, arguments: list[str], default=None):
         default: an instance whose values are the defaults.
 
     Raises:
-        UserError: a number is outside the range of its field.
+        UserError: a number is outside the range of its field, or a path is empty.
     """
     import tyro
 
-    from umd.ranges import OutOfRange, named
+    from umd.ranges import PATHS, OutOfRange, named
 
     kwargs = {} if default is None else {"default": default}
-    with joined_lines(), contextlib.ExitStack() as quiet:
+    with joined_lines(), PATHS, contextlib.ExitStack() as quiet:
         if silent(name.split()[0]):
             quiet.enter_context(contextlib.redirect_stderr(quiet.enter_context(open(os.devnull, "w"))))
         try:
@@ -174,7 +174,8 @@ def with_length(default: "RunConfig", arguments: list[str]) -> "RunConfig":
     given = {a.partition("=")[0].removeprefix("--") for a in arguments if a.startswith("--")} & set(lengths)
     # 1 is a placeholder: the option's own value replaces it when tyro reads the options.
     epochs, steps, minutes = (int(name in given) for name in lengths)
-    return replace(default, epochs=epochs, steps=steps, minutes=minutes) if given else default
+    shown = wants_help(arguments)  # the help shows the preset's length, not the placeholder
+    return replace(default, epochs=epochs, steps=steps, minutes=minutes) if given and not shown else default
 
 
 def wants_help(arguments: list[str]) -> bool:
@@ -190,7 +191,7 @@ def take_paths(arguments: list[str], name: str, paths: str) -> tuple[list[Path],
     """
     found: list[Path] = []
     for path in paths.split():
-        if len(found) < len(arguments) and not arguments[len(found)].startswith("-"):
+        if len(found) < len(arguments) and arguments[len(found)] and not arguments[len(found)].startswith("-"):
             found.append(Path(arguments[len(found)]))
         elif wants_help(arguments):
             return [*found, *map(Path, paths.split()[len(found) :])], ["--help"]

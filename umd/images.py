@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from umd.errors import UserError
 from umd.files import write_whole
+
+OTHER_KINDS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf", ".svg")
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
@@ -40,6 +43,17 @@ def save_png(image: np.ndarray, path: Path | str, scale: int = 1) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, encoded.getvalue())
     return path
+
+
+def png_path(out: Path, *others: str) -> Path:
+    """`out` as the path of a PNG file. others: suffixes of files beside it that may stand for it.
+
+    Raises UserError for the suffix of another kind of picture.
+    """
+    suffix = out.suffix.lower()
+    if suffix in OTHER_KINDS:
+        raise UserError(f"{out} would be no {suffix[1:].upper()}: pictures are written as PNG; give a name with .png")
+    return out.with_suffix(".png") if suffix in (".png", *others) else out.with_name(f"{out.name}.png")
 
 
 HIDDEN = 168  # the grey of a removed patch

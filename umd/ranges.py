@@ -1,7 +1,8 @@
 """Ranges of numeric settings.
 
 A dataclass field names its range by its type, e.g. `lr: Positive`. `check_ranges` refuses numbers outside it. The
-command line's help shows the range: `--optim.lr FLOAT>0`, `--optim.betas 0≤FLOAT<1 0≤FLOAT<1`.
+command line's help shows the range: `--optim.lr FLOAT>0`, `--optim.betas 0≤FLOAT<1 0≤FLOAT<1`. `PATHS` refuses empty
+paths.
 """
 
 import dataclasses
@@ -9,9 +10,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
-from tyro.constructors import PrimitiveConstructorSpec
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from umd.errors import UserError
 
@@ -102,6 +104,28 @@ Share = Annotated[float, number(float, 0, 1)]
 ShareBelowOne = Annotated[float, number(float, 0, below=1)]
 ShareAboveZero = Annotated[float, number(float, above=0, at_most=1)]
 InnerShare = Annotated[float, number(float, above=0, below=1)]
+
+
+PATHS = ConstructorRegistry()  # in this context tyro refuses an empty path, which would be the current folder
+
+
+@PATHS.primitive_rule
+def path_spec(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1, metavar="PATH", instance_from_str=lambda words: given_path(words[0]),
+        is_instance=lambda x: isinstance(x, Path), str_from_instance=lambda x: [str(x)],
+    )  # fmt: skip
+
+
+def given_path(word: str) -> Path:
+    """The path of an option. Raises UserError if it is empty, as `--out "$OUT"` is without that variable."""
+    if not word:
+        raise UserError(
+            'a path is empty (""), perhaps from an unset variable: give a path, or . for the current folder'
+        )
+    return Path(word)
 
 
 def ranges_in(hint: Any) -> Iterator[Range]:

@@ -51,6 +51,15 @@ def sampler_times(name: SamplerName, num_steps: int, schedule: NoiseSchedule) ->
     return times if name != "heun" else [times[0], *np.repeat(times[1:], 2).tolist()]
 
 
+def check_settings(name: SamplerName, eta: float, capture: Capture) -> None:
+    """Raise UserError for an unknown sampler, and for settings that it does not have."""
+    check_name(name)
+    if name != "ddim" and eta != 1:
+        raise UserError(f"eta is {eta:g}, and it is DDIM's alone; leave it out with {name}")
+    if name not in ("ddim", "ddpm") and capture == "on":
+        raise UserError(f"--capture on is for ddim and ddpm; a step of {name} is decided on the host: leave it at auto")
+
+
 def open_sampler(
     name: SamplerName, denoise: Denoise, shape: tuple[int, int, int, int], schedule: NoiseSchedule, *, num_steps: int,
     eta: float, capture: Capture, **arguments: Any,
@@ -60,16 +69,12 @@ def open_sampler(
     Raises UserError for an unknown sampler, and for settings that it does not have: eta other than 1 except with ddim,
     capture "on" except with ddim and ddpm, steps out of range.
     """
-    check_name(name)
-    if name != "ddim" and eta != 1:
-        raise UserError(f"eta is {eta:g}, and it is DDIM's alone; leave it out with {name}")
+    check_settings(name, eta, capture)
     if name in ("ddim", "ddpm"):
         ancestral = name == "ddpm"
         return DDIM(
             denoise, shape, schedule, num_steps=num_steps, eta=eta, capture=capture, ancestral=ancestral, **arguments
         )
-    if capture == "on":
-        raise UserError(f"--capture on is for ddim and ddpm; a step of {name} is decided on the host: leave it at auto")
     return Solver(name, denoise, shape, schedule, num_steps=num_steps, **arguments)
 
 

@@ -365,6 +365,13 @@ def test_emoji_have_the_nine_groups_of_unicode_in_both_splits(emoji):
     assert describe(train) == f"emoji train: {len(train)} images, 9 classes"
 
 
+def test_a_folder_named_like_the_built_in_set_is_mentioned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not open_dataset(DataConfig("emoji"), "train").notes
+    (tmp_path / "emoji").mkdir()
+    assert "not what is here under that name: ./emoji is" in open_dataset(DataConfig("emoji"), "train").notes[0]
+
+
 def test_no_emoji_is_there_twice(emoji, split_of):
     assert len(split_of) == len(emoji["train"]) + len(emoji["test"])
 
@@ -546,7 +553,7 @@ def test_file_that_is_no_image_is_named_when_opened(tmp_path):
         opened(tmp_path, holdout=0)
     dataset = opened(tmp_path, holdout=0, skip_broken=True)
     assert len(dataset) == 1 and dataset.num_broken == 1
-    assert describe(dataset).endswith("train: 1 images, 1 classes, 1 unreadable left out")
+    assert describe(dataset).endswith("train: 1 images, 1 class, 1 unreadable left out")
     (tmp_path / "a" / "x.png").unlink()
     with pytest.raises(UserError, match="none of the 1 training images"):
         opened(tmp_path, holdout=0, skip_broken=True)

@@ -29,7 +29,7 @@ def full_after_a_row(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("what", ["row", "picture", "nothing"])
+@pytest.mark.parametrize("what", ["row", "picture", "scalar"])
 def test_a_full_disk_is_told(tmp_path, what):
     threads = threading.active_count()
     with (
@@ -40,6 +40,8 @@ def test_a_full_disk_is_told(tmp_path, what):
             log.row(ROW | {"step": 2})
         elif what == "picture":
             log.picture("samples", np.zeros((8, 8, 3), np.uint8), 2)
+        else:
+            log._board.add_scalar("loss", 0.5, 2)  # TensorBoard's thread writes it, now or at the end
     assert read_metrics(tmp_path / "metrics.jsonl") == [ROW]
     assert threading.active_count() == threads and threading.excepthook is threading.__excepthook__
     assert not [*tmp_path.rglob("*.png"), *tmp_path.rglob(".unfinished*")]

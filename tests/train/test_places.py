@@ -32,6 +32,8 @@ def place(tmp_path, make_run):
 
 COMMANDS = [
     "sample run --out folder.png",
+    "sample run --out picture.jpg",
+    "inpaint run --out picture.webp",
     "sample run --out file/x.png",
     "inpaint run --out folder.png",
     "inpaint run --image pictures/a/1.png --out pictures/a/1.png",
@@ -59,7 +61,9 @@ def test_a_place_that_cannot_be_is_told_before_the_work(place, monkeypatch, caps
     with pytest.raises(SystemExit) as ended:
         main(command.split())
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and "--out" in said and "Traceback" not in said, said
+    assert ended.value.code == 2 and ("--out" in said or "give a name with .png" in said) and "Traceback" not in said, (
+        said
+    )
     assert "gone" not in said
     assert {path for path in place.rglob("*") if path.is_file()} == before
 

@@ -136,8 +136,11 @@ def test_a_feature_target_trains_and_says_that_it_fills_no_holes(project, tmp_pa
     count = len(open_dataset(DataConfig(source=str(project / "pictures"), image_size=(8, 8)), "train"))
     features = np.random.default_rng(0).standard_normal((count, 16, 4), dtype=np.float32)
     np.save(tmp_path / "features.npy", features)
-    done(
+    command = (
         f"pretrain diffmae-tiny --data.source {project / 'pictures'} --out {tmp_path / 'run'} --steps 3 {TINY} "
         f"--objective.target {tmp_path / 'features.npy'} --model.target-size 4"
     )
+    done(command)
     assert "predicts another target than pixels" in refused(f"inpaint {tmp_path / 'run'}")
+    np.save(tmp_path / "features.npy", 2 * features)
+    assert "other targets than" in refused(command)

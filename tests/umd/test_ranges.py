@@ -160,6 +160,13 @@ def test_the_option_is_named_as_it_was_written():
     assert str(named(error, ["--other", "1"])) == "seed -1: must be at least 0"  # of a preset or a default
 
 
+@pytest.mark.parametrize("command", ["sample run --out", "inpaint run --image a.png", "bench step --json"])
+def test_an_empty_path_is_refused(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command.split(), ""])
+    assert ended.value.code == 2 and 'a path is empty (""), perhaps from an unset variable' in capsys.readouterr().err
+
+
 def test_a_docstring_of_two_lines_is_shown_as_one_paragraph():
     from tyro import _strings
 
