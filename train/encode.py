@@ -253,18 +253,24 @@ def decoded(dataset: LatentDataset, tokenizer: Tokenizer, count: int) -> np.ndar
     return grid(to_uint8(tokenizer.decode(dataset.means(chosen))), columns=min(count, 8))
 
 
+def crops_in_words(crop: dict) -> str:
+    height, width = crop["image_size"]
+    kind = "the middle"
+    if crop["kind"] == "random":
+        kind = f"random crops of {crop['area_min']:g} to {crop['area_max']:g} of the area"
+    mirrored = "mirrored" if crop["hflip"] else "not mirrored"
+    return f"{height}x{width}, {kind}, {mirrored}, {crop['views']} views, seed {crop['seed']}"
+
+
 def show(folder: Path, header: dict, console: Console) -> None:
-    recipe, vae, crop = header["recipe"], header["recipe"]["vae"], header["recipe"]["crop"]
+    recipe, vae, source = header["recipe"], header["recipe"]["vae"], header["recipe"].get("source", {})
     table = Table(box=None, show_header=False, title=str(folder), title_justify="left")
-    crops = f"{crop['kind']} crops" if crop["kind"] == "random" else "the middle"
-    areas = f" of {crop['area_min']:g} to {crop['area_max']:g} of the area" if crop["kind"] == "random" else ""
     for name, text in (
         ("latents", f"{' x '.join(map(str, recipe['shape']))} (channels, height, width), {recipe['dtype']}"),
         ("VAE", f"{vae['name']} ({vae['kind']}, {vae['sha256'][:12]})"),
         ("scale, shift", f"{vae['scale']:g}, {vae['shift']:g}"),
-        ("pictures", f"{crop['image_size'][0]}x{crop['image_size'][1]}, {crops}{areas}, "
-         f"{'' if crop['hflip'] else 'not '}mirrored, {crop['views']} views, seed {crop['seed']}"),
-        ("source", recipe["source"]["path"]),
+        ("pictures", crops_in_words(recipe["crop"]) if "crop" in recipe else "not encoded by umd, crops unknown"),
+        ("source", source.get("path", "unknown")),
         ("classes", str(len(recipe["class_names"])) if recipe["class_names"] else "no labels"),
     ):  # fmt: skip
         table.add_row(f"[bold]{name}[/]", text)
@@ -273,7 +279,7 @@ def show(folder: Path, header: dict, console: Console) -> None:
     for split, entry in header["splits"].items():
         size = sum(shard["bytes"] for shard in entry["shards"]) / 2**30
         statistics = (" ".join(f"{value:.3f}" for value in entry[name]) for name in ("mean", "std"))
-        left_out = len(entry["left_out"]) + recipe["source"].get("quarantined", {}).get(split, 0)
+        left_out = len(entry["left_out"]) + source.get("quarantined", {}).get(split, 0)
         counts = (entry["images"], left_out, len(entry["shards"]))
         table.add_row(split, *map(str, counts), f"{size:.3g}", *statistics)
     console.print(table)

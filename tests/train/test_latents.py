@@ -35,8 +35,8 @@ from umd.ops import philox_randn, sample_posterior
 from umd.tokenizer import load_tokenizer
 from umd.train.crops import train_view, view_rng
 from umd.train.data import as_model_input, center_view, derive_seed, open_dataset, train_loader
-from umd.train.encode import encode, inspect
-from umd.train.latents import HEADER, open_latents, shard_name
+from umd.train.encode import encode, inspect, show
+from umd.train.latents import HEADER, open_latents, read_header, shard_name
 from umd.train.log import read_metrics
 from umd.train.loop import train
 from umd.train.options import EncodeLatents, Inspect
@@ -615,6 +615,13 @@ def test_inspect_prints_and_decodes(folder, vaes, tmp_path):
     sheet = np.asarray(Image.open(tmp_path / "few.png"))
     assert sheet.shape == (20, 5 * 18 + 2, 3)
     assert np.array_equal(sheet[2:18, 2:18], expected[0]) and np.array_equal(sheet[2:18, 20:36], expected[1])
+
+
+def test_inspect_shows_latents_that_another_program_made(folder):
+    header, console = read_header(folder), Console(file=io.StringIO(), width=200)
+    del header["recipe"]["crop"], header["recipe"]["source"]
+    show(folder, header, console)
+    assert "not encoded by umd, crops unknown" in console.file.getvalue()
 
 
 def test_latents_the_model_cannot_see(folder):
