@@ -23,7 +23,7 @@ from umd.train.latents import LatentDataset
 from umd.train.pixels import PixelRows
 from umd.train.run import RunConfig, absolute
 from umd.train.sources import Rows
-from umd.train.tars import TarMember
+from umd.train.tars import Members, TarMember
 from umd.train.weights import saved_weights
 
 SAMPLE = 256  # pictures compared one by one: those whose names have the smallest CRC-32
@@ -115,7 +115,9 @@ def contents(dataset: Dataset) -> tuple[Callable[[int], str], np.ndarray, Callab
     if isinstance(pictures, Names):
         relative = Names(pictures.data, pictures.ends, pictures.rows)
         return relative.__getitem__, relative.sums(), lambda row: head_of(pictures[row])
-    keys = list(pictures.keys()) if hasattr(pictures, "keys") else list(map(str, pictures))
+    if isinstance(pictures, Members):
+        return pictures.key, sums_of(pictures.keys()), lambda row: head_of(pictures[row])
+    keys = list(map(str, pictures))
     return keys.__getitem__, sums_of(keys), lambda row: head_of(pictures[row])
 
 

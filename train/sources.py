@@ -155,10 +155,16 @@ def describe(dataset: "ImageDataset | LatentDataset") -> str:
     return f"{dataset.name} {dataset.split}: {len(dataset)} images, {classes}{left_out}"
 
 
+def held_out(keys: Iterable[str], holdout: float) -> np.ndarray:
+    """Whether each item is held out: bool [N]. It depends only on a hash of the item's name, not on other items."""
+    digests = b"".join(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8] for key in keys)
+    below = math.ceil(holdout * 2**64)  # 2**64, for a holdout of 1, is no uint64
+    return np.frombuffer(digests, ">u8") <= np.uint64(max(below - 1, 0)) if below else np.zeros(len(digests) // 8, bool)
+
+
 def in_test_split(key: str, holdout: float) -> bool:
-    """Whether the item called `key` is held out. It depends only on a hash of its name, not on other items."""
-    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") < holdout * 2**64
+    """`held_out` for one item."""
+    return bool(held_out([key], holdout)[0])
 
 
 def choose_split(keys: Iterable[str], split: str, holdout: float, name: str) -> np.ndarray:
@@ -166,10 +172,10 @@ def choose_split(keys: Iterable[str], split: str, holdout: float, name: str) -> 
 
     Raises UserError if no training items are left.
     """
-    held_out = np.array([in_test_split(key, holdout) for key in keys])
-    if split == "train" and held_out.all():
+    held = held_out(keys, holdout)
+    if split == "train" and held.all():
         raise UserError(f"no image of {name} is left to train on at holdout={holdout}: lower it.")
-    return np.flatnonzero(held_out == (split == "test"))
+    return np.flatnonzero(held == (split == "test"))
 
 
 # Pictures

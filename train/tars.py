@@ -69,6 +69,9 @@ class Members(Sequence[TarMember]):
         bases = [os.path.basename(tar) for tar, _ in self.tars]
         return (f"{bases[tar]}/{name}" for tar, name in zip(self.tar.tolist(), self.names, strict=True))
 
+    def key(self, index: int) -> str:
+        return f"{os.path.basename(self.tars[int(self.tar[index])][0])}/{self.names[index]}"
+
 
 def is_tars(source: Path) -> bool:
     """Whether a source is a tar, or a folder of tars, directly or in train/ and test/ (or val/)."""

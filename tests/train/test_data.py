@@ -33,7 +33,7 @@ from umd.train.data import (
     train_loader,
 )
 from umd.train.settings import DataConfig
-from umd.train.sources import decode, in_test_split
+from umd.train.sources import decode, held_out, in_test_split
 
 
 def tiny(n: int, h: int = 10, w: int = 12) -> ImageDataset:
@@ -485,6 +485,13 @@ def test_class_folders_and_a_stable_holdout(tmp_path):
     before = set(test.pictures)
     write(tmp_path / "ape" / "new.png")
     assert before <= set(opened(tmp_path, "test").pictures)  # nothing moves when a picture is added
+
+
+@pytest.mark.parametrize("holdout", [0, 2**-64, 0.2, 1 - 2**-53, 1])
+def test_a_hash_of_the_name_decides_what_is_held_out(holdout):
+    names = [f"{i}.png" for i in range(200)] + ["b\udcff.png"]
+    first = [int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") for name in names]
+    assert held_out(names, holdout).tolist() == [number < holdout * 2**64 for number in first]
 
 
 def test_holdout_share():
