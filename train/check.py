@@ -21,11 +21,11 @@ from umd.files import check_place, write_whole
 from umd.train.folders import level_note, scan
 from umd.train.listing import listing
 from umd.train.options import CheckData
+from umd.train.pools import in_order, processes_explained
 from umd.train.quarantine import default_path
 from umd.train.signals import end_when_orphaned
 from umd.train.sources import FLOATS, flatten
 from umd.train.tars import is_tars, samples, split_tars
-from umd.train.waiting import in_order, processes_explained
 
 CHUNK = 32  # files that a process takes at a time
 OUTSIDE, EMPTY = "outside a class folder", "empty class"

@@ -28,6 +28,7 @@ from umd.train.index import Names
 from umd.train.latent_batches import StoredViews, as_read, drawn_latents
 from umd.train.latents import BLOCK, LatentDataset, is_latents, open_latents, pixel_config, tokenizer_of
 from umd.train.pixels import PixelDataset, StoredCrops, is_pixels, open_pixels
+from umd.train.pools import in_order
 from umd.train.quarantine import read_quarantine
 from umd.train.recipes import check_crops
 from umd.train.settings import DataConfig
@@ -43,7 +44,7 @@ from umd.train.sources import (
     whole,
 )
 from umd.train.tars import Members, is_tars, open_tars
-from umd.train.waiting import Prepared, in_order
+from umd.train.waiting import Prepared
 
 __all__ = ["Batch", "DataConfig", "ImageDataset", "center_view", "centered_view_of_file"]
 __all__ += ["derive_seed", "describe", "open_dataset", "train_loader"]

@@ -40,12 +40,12 @@ from umd.train.latents import (
 )
 from umd.train.options import EncodeLatents, Inspect
 from umd.train.pixels import inspect_pixels, is_pixels
+from umd.train.pools import in_order
 from umd.train.recipes import encode_command
 from umd.train.settings import DataConfig
 from umd.train.shards import Advance, Job, others_work, own_device, share
 from umd.train.sources import ImageDataset, Rows
 from umd.train.store import check_folder, damaged
-from umd.train.waiting import in_order
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 NO_PICTURE = "give another --out, or --decode 0 for none"

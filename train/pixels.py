@@ -29,6 +29,7 @@ from umd.images import grid, save_png
 from umd.train.crops import centered, draw_view, resized, shrink_for, view_rng
 from umd.train.latents import is_latents, shard_name
 from umd.train.options import EncodePixels
+from umd.train.pools import in_order
 from umd.train.recipes import encode_command
 from umd.train.shards import Advance, Job, others_work, share
 from umd.train.sources import ImageDataset, Picture, Rows, opened
@@ -44,7 +45,6 @@ from umd.train.store import (
     unreadable,
     write_header,
 )
-from umd.train.waiting import in_order
 
 if TYPE_CHECKING:
     from umd.train.settings import DataConfig

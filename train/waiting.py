@@ -9,15 +9,11 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.queues import Queue
-from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,20 +21,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
 from umd.errors import UserError
+from umd.train.pools import DEATHS, MORE_SHM, STALL_SECONDS, processes_explained
 from umd.train.signals import StopRequest, heed_parent_alone
 
 log = logging.getLogger("umd")
-T = TypeVar("T")
-U = TypeVar("U")
 
 POLL_SECONDS = 1.0  # between checks for a stop request
-STALL_SECONDS, STALLS = 60, 60  # seconds without a batch until a warning; number of these until the run ends
+STALLS = 60  # times STALL_SECONDS without a batch until the run ends
 END_SECONDS = 2.0  # that workers have to end before they are killed; only a kill ends one in a stalled disk
-DEATHS = {
-    "SIGKILL": "most likely the host had no memory left (`dmesg` tells); fewer --data.num-workers need less",
-    "SIGBUS": "a file that was read through memory has shrunk, its disk failed, or /dev/shm is full",
-}
-MORE_SHM = "A container has more with docker run --shm-size 8g or --ipc host"
 NO_WORKERS = "--data.num-workers 0 needs none"
 
 
@@ -78,21 +68,6 @@ def handed_over(collate: Callable[[list], Any], items: list) -> Any:
     except RuntimeError:
         return pickle.dumps(batch)
     return batch
-
-
-@contextmanager
-def processes_explained(number: int, source: str | Path, instead: str) -> Iterator[None]:
-    """Turn an OSError of starting processes, for want of locks, pipes or processes, into a UserError.
-
-    instead: advice that ends the message.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot start the {number} processes that read {source} ({error.strerror or error}): shared memory "
-            f"(/dev/shm), or your processes or open files (ulimit -u, -n), are used up. {MORE_SHM}; {instead}"
-        ) from error
 
 
 class Prepared(Iterator[Any]):
@@ -223,37 +198,6 @@ def without_handler(start: Callable[[], Any]) -> Any:
         return start()
     finally:
         signal.signal(signal.SIGCHLD, before)
-
-
-def in_order(
-    pool: Executor, work: Callable[[T], U], items: Iterable[T], source: object, ahead: int | None = None
-) -> Iterator[U]:
-    """`pool.map(work, items)` with a warning when the disk stalls.
-
-    source: name of the source, for messages. ahead: number of items submitted in advance; None: all.
-    Raises UserError if a process of the pool has died.
-    """
-    waiting: deque[Future[U]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if ahead is not None and len(waiting) > ahead:
-                yield awaited(waiting.popleft(), source)
-        while waiting:
-            yield awaited(waiting.popleft(), source)
-    except BrokenExecutor as error:
-        raise UserError(
-            f"a process that reads {source} was ended: {DEATHS['SIGKILL'].partition(';')[0]}; try fewer --workers"
-        ) from error
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
-def awaited(future: "Future[U]", source: object) -> U:
-    while not wait([future], STALL_SECONDS).done:
-        log.warning("no answer for %d s: the disk of %s has stalled, this waits", STALL_SECONDS, source)
-    return future.result()
 
 
 class ReadByThread:

@@ -477,9 +477,9 @@ def test_class_folders_and_a_stable_holdout(tmp_path):
     (tmp_path / "notes.txt").write_text("not an image")
     train, test = opened(tmp_path), opened(tmp_path, "test")
     assert train.class_names == test.class_names == ["cat", "dog"] and len(train) + len(test) == 80
-    for dataset, held_out in ((train, False), (test, True)):
+    for dataset, held in ((train, False), (test, True)):
         names = [Path(path).relative_to(tmp_path).as_posix() for path in dataset.pictures]
-        assert [in_test_split(name, 0.2) for name in names] == [held_out] * len(names)
+        assert [in_test_split(name, 0.2) for name in names] == [held] * len(names)
         assert [train.class_names[label] for label in dataset.labels] == [name.split("/")[0] for name in names]
     assert train.picture(0).pixels.shape == (7, 9, 3) and train.picture(0).pixels.dtype == np.uint8
     before = set(test.pictures)

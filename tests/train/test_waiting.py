@@ -24,9 +24,10 @@ from umd.errors import UserError
 from umd.train.data import has_dali
 from umd.train.log import read_metrics
 from umd.train.loop import train
+from umd.train.pools import in_order
 from umd.train.run import RunConfig
 from umd.train.settings import DataConfig
-from umd.train.waiting import Prepared, in_order
+from umd.train.waiting import Prepared
 
 TINY = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=1, decoder_depth=1, num_heads=2)
 QUIET = Console(quiet=True)
@@ -120,7 +121,7 @@ def test_a_process_that_dies_is_told_and_the_last_step_saved(endless, number, hi
 
 
 def test_a_disk_that_stalls_at_the_start_is_told(monkeypatch, caplog):
-    monkeypatch.setattr("umd.train.waiting.STALL_SECONDS", 0.05)
+    monkeypatch.setattr("umd.train.pools.STALL_SECONDS", 0.05)
     let_go = threading.Event()
     with ThreadPoolExecutor(2) as pool:
         answers = in_order(pool, lambda i: (let_go.wait(0.3 * i), i)[1], range(3), "pictures")
