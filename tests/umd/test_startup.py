@@ -10,7 +10,8 @@ LINES = [
     ["plan", "umd-l2", "--help"], ["finetune", "--help"], ["finetune", "nowhere"], ["sample", "--help"], ["sample"],
     ["inpaint", "--help"], ["probe", "nowhere"], ["evaluate", "--help"], ["embed", "nowhere", "x"],
     ["transfer", "--help"], ["encode-latents", "--help"], ["encode-pixels", "--help"], ["inspect", "--help"],
-    ["import", "--help"], ["export", "timm", "nowhere"], ["check-data", "--help"], ["demo", "--help"], ["sampel"],
+    ["import", "--help"], ["export", "timm", "nowhere"], ["check-data", "--help"], ["check-data", "nowhere"],
+    ["demo", "--help"], ["sampel"],
 ]  # fmt: skip
 
 
@@ -23,7 +24,7 @@ def loaded(code: str) -> set[str]:
 
 def test_help_and_mistakes_are_answered_without_torch():
     code = f"from umd import cli\nfor line in {LINES}:\n    try: cli.main(line)\n    except SystemExit: pass"
-    assert not {"torch", "matplotlib"} & loaded(code)
+    assert not {"torch", "matplotlib"} & loaded(f"{code}\nimport umd.train.check")
 
 
 @pytest.mark.parametrize("module", ["umd.train.loop", "umd.train.sample"])
