@@ -173,7 +173,7 @@ def training_rows(bench: DiffMAEBench, console: Console) -> list[Row]:
             pipe = stack.enter_context(own_process(serve, bench, name))
             made = pipe.recv()
             if isinstance(made, ImportError):
-                console.print(f"[yellow]{name} left out: {made}; pip install transformers")
+                console.print(f"{name} left out: {made}; pip install transformers")
             else:
                 pipes[name], flops[name] = pipe, made
         seconds: dict[str, list[float]] = {name: [] for name in pipes}

@@ -70,7 +70,7 @@ def gather(plan: Plan, todo: list[Chain], out: Path) -> dict[str, Any]:
         for piece in pieces(plan, chain, out):
             file = out / chain.id / f"{piece.name}.json"
             if file.exists():
-                results[piece.name] = json.loads(file.read_text())
+                results[piece.name] = json.loads(file.read_text("utf-8"))
         entry = {"data": chain.data, "method": chain.method.name if chain.method else "floors", "seed": chain.seed}
         if chain.method is not None:
             entry |= {"ends": ends(plan, chain), "step_flops": step_flops(plan, chain)}
@@ -92,7 +92,7 @@ class Watch:
         """Print a line for each newly finished piece. Returns their number."""
         new = [entry for entry in self.files if entry[2] not in self.seen and entry[2].exists()]
         for chain, piece, file in new:
-            result = json.loads(file.read_text())
+            result = json.loads(file.read_text("utf-8"))
             self.seen[file] = result["seconds"]
             shown = ", ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float) and "seconds" not in k)
             self.say(f"{chain.id} {piece.name}: {shown} ({result['seconds']:.0f} s)")

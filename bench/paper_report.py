@@ -241,7 +241,7 @@ def write_report(record: Mapping[str, Any], out: Path, figures: Path) -> None:
     figures.mkdir(parents=True, exist_ok=True)
     write_whole(figures / "paper.json", (json.dumps(record, indent=1) + "\n").encode())
     file = figures / "paper.md"
-    text = file.read_text() if file.exists() else f"# The paper in small\n\n{BEGIN}\n{END}\n"
+    text = file.read_text("utf-8") if file.exists() else f"# The paper in small\n\n{BEGIN}\n{END}\n"
     before, after = text.split(BEGIN)[0], text.split(END)[-1]
     pictures = [
         "![Accuracy and distance against compute and images; while fine-tuning](paper.png)",

@@ -131,10 +131,10 @@ def classified(start: str, rate: float, seed: int, search: bool, plan: Compariso
         seed=seed,
     )
     file = out / "scores.json"
-    scores = json.loads(file.read_text()) if file.exists() else {}
+    scores = json.loads(file.read_text("utf-8")) if file.exists() else {}
     if scores.get("step") != plan.steps:
         train(config, console, f"{start} {rate:g}")
-        scores = json.loads(file.read_text())
+        scores = json.loads(file.read_text("utf-8"))
     return scores
 
 

@@ -365,7 +365,7 @@ def measure(bench: StepBench, console: Console) -> list[Row]:
             with row_process(bench, name) as pipe:
                 made = pipe.recv()
                 if isinstance(made, ImportError):
-                    console.print(f"[yellow]{name} left out: {made}; pip install diffusers transformers")
+                    console.print(f"{name} left out: {made}; pip install diffusers transformers")
                     continue
                 pairs = [(ask(ours), ask(pipe)) for _ in range(bench.repeats)]
             counts[name], seconds[name] = made, [b for _, b in pairs]

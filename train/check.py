@@ -143,11 +143,11 @@ def check_data(source: Path, options: CheckData, console: Console) -> Path:
     source = source.expanduser()
     out = options.out or default_path(source)
     if source.exists():
-        if out.exists() and not is_list(out):
-            raise UserError(f"{out} is there and is no list of umd check-data; give another --out, or remove it")
         check_place(
             out, instead=f"give another place, e.g. --out {source.stem}.json; runs read it by --data.quarantine"
         )
+        if out.exists() and not is_list(out):
+            raise UserError(f"{out} is there and is no list of umd check-data; give another --out, or remove it")
     files, classes, findings, notes = files_of(source)
     for note in notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
@@ -197,6 +197,7 @@ def print_findings(report: dict, out: Path, console: Console) -> None:
     for reason, count in report["counts"].items():
         first = next(entry for entry in report["files"] if entry["reason"] == reason)
         table.add_row(str(count), reason, f"{first['path']}{', ...' if count > 1 else ''}")
-    console.print(table)
+    if report["counts"]:
+        console.print(table)
     lost = f"{report['left_out']} of {report['images']} images in quarantine ({report['share']:.2%})"
     console.print(f"{lost}; written: {out}", highlight=False, markup=False, soft_wrap=True)

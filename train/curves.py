@@ -48,7 +48,7 @@ def curves() -> list[Curve]:
     """Read all reference curves."""
     found = []
     for file in sorted(FOLDER.glob("*.json")):
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text("utf-8"))
         values["points"] = [tuple(point) for point in values["points"]]
         found.append(Curve(**values))
     return found

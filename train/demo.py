@@ -86,7 +86,7 @@ def make_demo(demo: Demo, console: Console) -> Path:
     classes = train_set.class_names
     device, dtype = take_device("auto", "auto")
     schedule = evaluate.schedule_of(pre.schedule)
-    console.rule(f"[bold]UMD demo[/]: {demo.minutes:g} minutes, {describe(train_set)}")
+    console.rule(f"UMD demo: {demo.minutes:g} minutes, {describe(train_set)}")
 
     since = time.monotonic()
     seconds = clock.share("pretrain")
@@ -215,7 +215,7 @@ def make_demo(demo: Demo, console: Console) -> Path:
     save_record(record, demo.out)
     page = write_report(record, demo.out / "report.html")
     took = (time.monotonic() - clock.start) / 60
-    console.rule(f"[bold]{page}[/] after {took:.1f} minutes")
+    console.rule(f"{page} after {took:.1f} minutes")
     return page
 
 

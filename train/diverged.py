@@ -2,7 +2,11 @@
 
 import json
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from umd.errors import UserError
 from umd.files import write_whole
@@ -13,6 +17,16 @@ if TYPE_CHECKING:
 
 class Diverged(UserError):
     """The loss became NaN or infinite."""
+
+
+def check_weights(run: "Run", weights: Mapping[str, Tensor]) -> None:
+    """Raise Diverged if weights are NaN or infinite, after the last step's update. All ranks call this together."""
+    finite = [weight.isfinite().all() for weight in weights.values()]  # none on ranks that do not write
+    if not run.world.agree(bool(torch.stack(finite).all()) if finite else True):
+        raise Diverged(
+            f"the weights are not finite after step {run.number} and are not saved; last good checkpoint: "
+            f"{run.saved_path or 'none'}; start again with a lower lr"
+        )
 
 
 def check_finite(run: "Run", step: "Sent", values: list[float]) -> None:

@@ -101,6 +101,11 @@ def write_npz(
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
+def utf8(name: str) -> str:
+    """A file name, with bytes that are no UTF-8 as \\xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def write_parquet(
     path: Path, parts: Iterator[np.ndarray], names: Sequence[str], labels: np.ndarray | None, classes: Sequence[str]
 ) -> int:
@@ -117,9 +122,12 @@ def write_parquet(
             here, D = slice(done, done + len(part)), part.shape[1]
             done += len(part)
             values = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), D)
-            columns = {"name": pa.array(names[here]), "features": values}
+            columns = {"name": pa.array(list(map(utf8, names[here]))), "features": values}
             if labels is not None:
-                columns |= {"label": pa.array(labels[here]), "class": pa.array([classes[k] for k in labels[here]])}
+                columns |= {
+                    "label": pa.array(labels[here]),
+                    "class": pa.array([utf8(classes[k]) for k in labels[here]]),
+                }
             table = pa.table(columns)
             writer = writer or pq.ParquetWriter(made, table.schema)
             writer.write_table(table)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from umd.errors import UserError
@@ -273,7 +274,7 @@ def show(folder: Path, header: dict, console: Console) -> None:
         ("source", source.get("path", "unknown")),
         ("classes", str(len(recipe["class_names"])) if recipe["class_names"] else "no labels"),
     ):  # fmt: skip
-        table.add_row(f"[bold]{name}[/]", text)
+        table.add_row(Text(name, "bold"), text)
     console.print(table)
     table = Table("split", "pictures", "left out", "shards", "GiB", "channel means", "channel stds", box=None)
     for split, entry in header["splits"].items():

@@ -64,9 +64,12 @@ def open_tokenizer(config: RunConfig, vae: str, device: torch.device) -> Tokeniz
     """
     if not vae or config.data.vae_hash:
         return tokenizer_of(replace(config.data, vae=vae or config.data.vae), device)
+    on_pixels = UserError(f"{config.out} is a run on pixels; leave out --vae")
+    if config.model.channels in (1, 3):
+        raise on_pixels
     tokenizer = load_tokenizer(vae, device)  # imported weights do not record their VAE
-    if tokenizer.vae.channels != config.model.channels or config.model.channels in (1, 3):
-        raise UserError(f"{config.out} is a run on pixels; leave out --vae")
+    if tokenizer.vae.channels != config.model.channels:
+        raise on_pixels
     return tokenizer
 
 

@@ -265,7 +265,7 @@ def length_of(config: RunConfig) -> str:
 def read_scores(run: Path) -> str:
     """The run's table from `umd evaluate`, "" if there is none."""
     try:
-        return (run / "scores.md").read_text().strip()
+        return (run / "scores.md").read_text("utf-8").strip()
     except OSError:
         return ""
 

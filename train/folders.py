@@ -137,6 +137,8 @@ def without(found: Found, root: Path, left_out: Collection[str]) -> Found:
         labels = np.append(in_use.cumsum() - 1, -1)[labels]
         class_names = [name for name, used in zip(class_names, in_use, strict=True) if used]
         files, labels, class_names, _ = Found(files, labels, class_names, notes).take(np.flatnonzero(keep))
+    if not class_names and not len(files) and len(found.files):
+        raise UserError(f"all {len(found.files)} images of {root} are in quarantine: replace them, or remove the list.")
     if not class_names and not len(files):
         raise UserError(
             f"{no_pictures(root, entries(root).others)}: expected one subfolder per class, or images directly inside "

@@ -57,7 +57,7 @@ def heads_file(run: Path, weights: dict[str, Any]) -> Path:
 def read_heads(file: Path) -> Heads | None:
     """Read measured heads, None if there are none. Raises UserError if the file is damaged."""
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text("utf-8"))
         return Heads(list(map(int, values["times"])), list(map(float, values["x_start"])))
     except FileNotFoundError:
         return None

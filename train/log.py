@@ -3,10 +3,13 @@
 import json
 import os
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -132,8 +135,15 @@ class RunLog:
         self.console.print(f"{self.name}: {text}", highlight=False, markup=False, soft_wrap=True)
 
     def _drop_rows_after(self, start: int) -> None:
+        """Keep the rows up to `start`. If others are more than a kill leaves, keep the whole old file as well."""
         file = self.out / "metrics.jsonl"
-        kept = [row for row in read_metrics(file) if row["step"] <= start]
+        rows, damaged = parsed(file)
+        if rows and (damaged or not start):
+            old = next(path for i in count(1) if not (path := self.out / f"metrics-old-{i}.jsonl").exists())
+            shutil.copyfile(file, old)
+            why = f"{damaged} damaged lines" if damaged else "rows of a run whose checkpoints are gone"
+            self.say(f"{file} has {why}; it is kept as {old.name}, and goes on from step {start}")
+        kept = [row for row in rows if row["step"] <= start]
         write_whole(file, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
@@ -164,10 +174,9 @@ class NoLog:
 
 def open_wandb(out: Path, project: str, settings: dict | None):
     """Open the W&B run of this folder; a resumed run keeps its W&B run. Raises UserError if wandb cannot be used."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("wandb is not installed: pip install wandb, or leave out --wandb") from error
+    check_wandb()
+    import wandb
+
     file = out / "wandb-id"
     if not file.exists():
         write_whole(file, secrets.token_hex(4).encode())
@@ -181,11 +190,25 @@ def open_wandb(out: Path, project: str, settings: dict | None):
 
 
 def read_metrics(file: Path) -> list[dict]:
-    """Read the rows of a metrics.jsonl. Skips a last line that a kill has cut short."""
-    rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    """Read the rows of a metrics.jsonl. Skips damaged lines."""
+    return parsed(file)[0]
+
+
+def parsed(file: Path) -> tuple[list[dict], int]:
+    """The rows of a metrics.jsonl, and the number of damaged lines, without a last one that a kill cut short."""
+    rows, damaged = [], 0
+    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+            row = json.loads(line)
+            if not isinstance(row["step"], int):
+                raise ValueError("a step is a number")
+            rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            damaged += line.endswith(b"\n")
+    return rows, damaged
+
+
+def check_wandb() -> None:
+    """Raise UserError if wandb is not installed."""
+    if find_spec("wandb") is None:
+        raise UserError("wandb is not installed: pip install wandb, or leave out --wandb")

@@ -30,12 +30,12 @@ from umd.train.classify import open_held_out
 from umd.train.curves import reference_of
 from umd.train.data import ImageDataset, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import GO_ON, World, end_all, join
-from umd.train.diverged import check_finite
+from umd.train.diverged import check_finite, check_weights
 from umd.train.fingerprint import agreed_fingerprint
 from umd.train.heads import keep_heads
 from umd.train.latents import LatentDataset, with_vae
 from umd.train.lock import alone_in
-from umd.train.log import NoLog, RunLog
+from umd.train.log import NoLog, RunLog, check_wandb
 from umd.train.monitor import Distance, Rate, announce, draw, evaluate, shower
 from umd.train.optim import lr_scale
 from umd.train.parallel import DDP, Alone
@@ -77,8 +77,10 @@ def train(
         Diverged: the loss is NaN or infinite. The last good checkpoint is kept; `nan-dump.json` describes the batch.
         KeyboardInterrupt, SystemExit(143), SystemExit(138): on Ctrl-C, SIGTERM or SIGUSR1, after saving.
     """
-    if Path(config.data.source).expanduser().exists():
+    if config.data.source and Path(config.data.source).expanduser().exists():
         check_apart(config.out, config.data.source)
+    if config.wandb:
+        check_wandb()
     world = join(config.device, config.parallel, config.out)
     with world.explained(), alone_in(config.out, name) if world.main else nullcontext(), side_stream(world.device):
         return train_rank(with_ema_of(absolute(config)), world, console or Console(), name, build)
@@ -171,6 +173,7 @@ class Run:
         state = {"config": to_plain(self.config), "seconds": self.seconds, "draws": DRAWS}
         state |= {"images_seen": self.number * self.config.batch_size}
         state |= {"micro_batches": self.micro_batches, "source": self.source}
+        check_weights(self, tensors["model"])
         write = save_checkpoint if self.background is None else self.background.save
         self.saved_step, self.saved_path = self.number, checkpoint_path(self.config.checkpoints, self.number)
         if self.world.main:

@@ -292,7 +292,7 @@ def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console)
     console.print(rest)
     if plan.peak > 0.92 * gpu.memory:  # torch's allocator and CUDA itself need memory too
         console.print(
-            "[yellow]does not fit[/]: raise --accumulate, set --recompute-gelu or --checkpointing, or "
+            "does not fit: raise --accumulate, set --recompute-gelu or --checkpointing, or "
             "--parallel.strategy zero with a higher --parallel.zero-stage",
             highlight=False,
         )

@@ -38,6 +38,7 @@ from umd.train.shards import Job, others_work, share
 from umd.train.weights import weights_identity
 
 NOISED_PROBE_INDEX = 50  # schedule index at which a network that never saw noise-free images is probed
+FEW = 50  # held-out pictures; with fewer the table says so
 MOST_PIXELS = 3072  # values of a picture as raw features; larger pictures are averaged down
 
 
@@ -60,6 +61,8 @@ def probe(run: Path, options: Probe, config: RunConfig, console: Console) -> Non
         console.print(others_work(), highlight=False)
         return
     entry = recognition.entry()
+    if (n := entry["test_images"]) < FEW:
+        console.print(f"only {n} held-out pictures: each is {100 / n:.0f} % of an accuracy", soft_wrap=True)
     print_rows(entry["rows"], f"{config.out}: probes on {entry['test_images']} held-out pictures", console)
     write_whole(file, json.dumps(entry["results"], indent=1).encode())
 

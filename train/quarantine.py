@@ -36,7 +36,9 @@ def read_quarantine(source: Path, given: str) -> Quarantine:
     if not given and not path.exists():
         return Quarantine()
     try:
-        return Quarantine(path, {entry["path"]: entry["reason"] for entry in json.loads(path.read_text())["files"]})
+        return Quarantine(
+            path, {entry["path"]: entry["reason"] for entry in json.loads(path.read_text("utf-8"))["files"]}
+        )
     except OSError as error:
         raise UserError(f"cannot read quarantine list {path} ({error.strerror}): umd check-data writes one.") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -37,7 +37,7 @@ Objective = TypeVar("Objective", bound=AnyObjectiveConfig)
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A training run."""
+    """Train a network without labels; `umd finetune` goes on with labels."""
 
     out: Path = Path("runs/umd")
     """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, images/. A run in it is resumed."""
@@ -49,7 +49,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     init: Path | None = None
     """Run or checkpoint whose weights this run starts from (fine-tuning). Default: new weights."""
-    batch_size: Count = 1024
+    batch_size: Annotated[int, number(int, 1, 100_000)] = 1024
     """Images per step, over all ranks."""
     accumulate: Count = 1
     """Micro-batches per step on each rank. ranks * accumulate must divide the batch size."""
@@ -362,9 +362,9 @@ def read_config(path: Path) -> RunConfig:
     try:
         values = yaml.safe_load(file.read_bytes())  # bytes: YAML itself tells UTF-8 from UTF-16
     except OSError as error:
-        raise UserError(
-            f"no run configuration at {file}; expected a run folder with config.yaml, or a YAML file"
-        ) from error
+        if file.exists():
+            raise UserError(f"cannot read {file} ({error.strerror or error}); check its permissions") from error
+        raise UserError(f"no run configuration at {file}; expected the folder of a run, with config.yaml") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date with a 13th month
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f" in line {mark.line + 1}"

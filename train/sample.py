@@ -206,7 +206,7 @@ def places(run: Path, options: Sample) -> tuple[Path, Path, Path]:
 def settings_in(file: Path) -> dict[str, Any]:
     """Read the settings of samples from their .json. {} if the file holds none."""
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text("utf-8"))
         return found if isinstance(found, dict) and "weights" in found else {}
     except (OSError, ValueError):
         return {}
@@ -251,7 +251,7 @@ def is_there(files: Sequence[Path], recipe: dict[str, Any]) -> bool:
     if not all(file.exists() for file in files):
         return False
     try:
-        return json.loads(files[-1].read_text()) == recipe
+        return json.loads(files[-1].read_text("utf-8")) == recipe
     except (OSError, ValueError):
         return False
 

@@ -39,7 +39,9 @@ def check_sampling(options: Sampling, config: RunConfig) -> None:
     schedule = schedule_of(config.schedule)
     check_settings(options.sampler, options.eta, options.capture)
     times = sampler_times(options.sampler, steps_of(options, config), schedule)
-    chosen_guidance(options).scales(1.0, times, schedule.num_steps)
+    guidance = chosen_guidance(options)
+    guidance.scales(1.0, times, schedule.num_steps)
+    guidance.check(config.model.channels)
     assert isinstance(config.model, ModelConfig)
     if options.predict in ("eps", "x_start") and options.predict not in config.model.heads:
         raise UserError(f"this network predicts no {options.predict}; leave out --predict {options.predict}")

@@ -57,6 +57,8 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
     out = options.out or run
     file, table, curves = out / "scores.json", out / "scores.md", out / "errors.png"
     check_place(file, table, curves)
+    if options.reference is not None and not options.reference.is_file():
+        raise UserError(f"there is no file {options.reference}, which --reference names")
     left_out = reasons(run, config, options)
     for what, reason in left_out.items():
         console.print(f"{what} is left out: {reason}", highlight=False)
@@ -264,7 +266,7 @@ def read_record(file: Path) -> dict[str, Any]:
     """Read the record of earlier evaluations of this run, or an empty one."""
     empty: dict[str, Any] = {"format": 1, "environment": {}, "generation": [], "recognition": []}
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         return empty
     except (OSError, ValueError) as error:

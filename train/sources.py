@@ -255,7 +255,11 @@ def unreadable(file: str | Path | Stored, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         reason = "it is not an image"
-    mend = "check its path" if isinstance(error, FileNotFoundError) else "replace or remove it"
+    mends: dict[type, str] = {
+        FileNotFoundError: "check its path",
+        PermissionError: "give yourself the right to read it (chmod)",
+    }
+    mend = mends.get(type(error), "replace or remove it")
     return f"cannot read image {file} ({reason}): {mend}"
 
 

@@ -162,7 +162,7 @@ def part_of_sample(name: str) -> bool:
 
 def read_index(index: Path) -> list[tuple[str, int, int]] | None:
     """Read (name, offset, size) of each member from a v1.2 index. None if it has no names, as older versions."""
-    head, *lines = index.read_text().splitlines()
+    head, *lines = index.read_text("utf-8").splitlines()
     fields = [line.split(" ") for line in lines]
     if head.split()[:1] != ["v1.2"] or any(len(line) % 4 for line in fields):  # a space in a name
         return None

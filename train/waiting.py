@@ -100,7 +100,8 @@ class Prepared(Iterator[Any]):
         )
         with processes_explained(workers, source, NO_WORKERS):
             if workers:
-                multiprocessing.Queue()  # torch makes one first, and would print a traceback on failure
+                # A loader makes about as many, and where it fails in the middle, it prints a traceback when deleted.
+                _ = [multiprocessing.Queue() for _ in range(workers + 4)]
             self.loading = without_handler(lambda: iter(loader))
         self.workers: list[Any] = getattr(self.loading, "_workers", [])
         # A worker killed in the middle of a message blocks its reader forever. So the reader is always a thread.

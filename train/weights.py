@@ -31,7 +31,7 @@ def saved_weights(path: Path, ema: bool = True) -> tuple[Checkpoint, str]:
 def weights_identity(path: Path, ema: bool = True) -> dict[str, Any]:
     """Identify the weights that `load_model` would load: {step, part, sha256}."""
     saved, part = saved_weights(path, ema)
-    files = json.loads((saved.path / STATE).read_text())["files"]
+    files = json.loads((saved.path / STATE).read_text("utf-8"))["files"]
     return {"step": saved.step, "part": part, "sha256": files[f"{part}.safetensors"]["sha256"]}
 
 
@@ -45,7 +45,7 @@ def load_model(
         image_size: UMD only: another image size (height, width); position embeddings are interpolated.
 
     Raises:
-        UserError: there is no checkpoint, it is damaged, or it does not fit its network.
+        UserError: there is no checkpoint, it is damaged, its weights are not finite, or do not fit its network.
     """
     saved, part = saved_weights(path, ema)
     values = saved.state["config"]["model"]
@@ -55,6 +55,8 @@ def load_model(
     if image_size is not None and image_size != config.image_size and isinstance(config, ModelConfig):
         resized = replace(config, image_size=image_size)
         config, weights = resized, resized_state(weights, config.grid_size, resized.grid_size)
+    if not all(bool(weight.isfinite().all()) for weight in weights.values() if weight.is_floating_point()):
+        raise UserError(f"{saved.path} holds weights that are NaN or infinite: its run diverged; take an earlier one")
     model = build_model(config)
     load_model_state(model, weights)
     return model.to(device).eval().requires_grad_(False)

@@ -375,7 +375,7 @@ def _document(path: Path) -> dict:
 
 def _read_document(path: Path) -> dict:
     try:
-        document = json.loads((path / STATE).read_text())
+        document = json.loads((path / STATE).read_text("utf-8"))
         version = document["format"]
     except FileNotFoundError:
         raise _damaged(path, f"has no {STATE}") from None

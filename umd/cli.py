@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from umd.errors import UserError
 from umd.machine.environment import prepare
@@ -29,7 +30,7 @@ from umd.machine.environment import prepare
 if TYPE_CHECKING:
     from umd.train.run import RunConfig
 
-console = Console()
+console = Console(markup=False, highlight=False)  # names of files and classes may hold brackets
 # PyTorch's messages when memory is short or a tensor size overflows.
 OUT_OF_MEMORY = re.compile(r"(out of|not enough) memory|(can't|unable to) allocate|calculation overflowed", re.I)
 TOGETHER = ("pretrain", "finetune")  # commands that all ranks run together; only rank 0 prints
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments[0] in ("-V", "--version"):
         import umd
 
-        console.print(f"umd {umd.__version__}", highlight=False)
+        console.print(f"umd {umd.__version__}")
         return
     name = arguments[0]
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without file name and source line
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def silent(command: str = "") -> bool:
-    """Whether this process prints nothing: it runs a command of `TOGETHER` and is not rank 0."""
+    """Whether this process prints nothing: not rank 0 of a command of `TOGETHER`."""
     return int(os.environ.get("RANK", 0)) > 0 and command in TOGETHER
 
 
@@ -96,30 +97,25 @@ def fail(message: str, command: str) -> None:
 
         if not end_all(message, 2):
             sys.exit(2)
-    Console(stderr=True).print(f"[bold red]umd:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    line = Text.assemble(("umd:", "bold red"), " ", message)
+    Console(stderr=True, highlight=False).print(line, soft_wrap=True)
     sys.exit(2)
 
 
-def escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
 def say(text: str) -> None:
-    """Print a line unchanged: no wrapping at the terminal's width (it would break paths), no markup in brackets."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print a line without wrapping at the terminal's width, which would break paths."""
+    console.print(text, soft_wrap=True)
 
 
 def print_help() -> None:
-    console.print("[bold]umd[/]: unified masked diffusion. One masked autoencoder that recognises and generates.\n")
+    console.print("umd: unified masked diffusion. One masked autoencoder that recognises and generates.\n")
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, command in COMMANDS.items():
-        table.add_row(f"  [bold]{name}[/]", command.what)
+        table.add_row(Text(f"  {name}", "bold"), command.what)
     console.print(table)
-    console.print("\n[bold]umd COMMAND --help[/] lists a command's options. First steps:\n")
+    console.print("\numd COMMAND --help lists a command's options. First steps:\n")
     for line in (
-        "umd demo                                         all of it in 15 minutes, on real images",
+        "umd demo                                         all of it in 17 minutes, on real images",
         "umd pretrain umd-tiny --data.source my/images --out runs/mine",
         "umd finetune runs/mine --out runs/mine-labels    class folders give the labels",
         "umd sample runs/mine-labels --cfg-scale 4",
@@ -169,9 +165,12 @@ def parse(cls_or_function, name: str, arguments: list[str], default=None):
 
 
 def with_length(default: "RunConfig", arguments: list[str]) -> "RunConfig":
-    """Drop the preset's run length if the user gives one of --epochs, --steps or --minutes, in whatever unit."""
+    """Drop what a preset says in another unit than the user: the run's length, the times of saving and drawing."""
     lengths = ("epochs", "steps", "minutes")
-    given = {a.partition("=")[0].removeprefix("--") for a in arguments if a.startswith("--")} & set(lengths)
+    options = {a.partition("=")[0].removeprefix("--") for a in arguments if a.startswith("--")}
+    default = replace(default, save_every=None) if "save-minutes" in options else default
+    default = replace(default, draw_every=None) if "draw-minutes" in options else default
+    given = options & set(lengths)
     # 1 is a placeholder: the option's own value replaces it when tyro reads the options.
     epochs, steps, minutes = (int(name in given) for name in lengths)
     shown = wants_help(arguments)  # the help shows the preset's length, not the placeholder
@@ -202,6 +201,12 @@ def take_paths(arguments: list[str], name: str, paths: str) -> tuple[list[Path],
     return found, arguments[len(found) :]
 
 
+def check_run(path: Path, name: str) -> None:
+    """Raise UserError if RUN is given as a file."""
+    if path.is_file():
+        raise UserError(f"{path} is a file; give the folder of the run, e.g. `umd {name} {path.parent}`")
+
+
 def preset_or_config(arguments: list[str], command: str, show: Callable[["RunConfig"], object]):
     """Read the first argument, a preset or a config.yaml or its folder: (its name, its RunConfig, the other arguments).
 
@@ -221,7 +226,7 @@ def preset_or_config(arguments: list[str], command: str, show: Callable[["RunCon
             say(f"usage: umd {command} PRESET|CONFIG.yaml [options]; `umd {command} --help` lists the options\n")
         table = Table(box=None, show_header=False, padding=(0, 2))
         for name, (what, _) in PRESETS.items():
-            table.add_row(f"  [bold]{name}[/]", what)
+            table.add_row(Text(f"  {name}", "bold"), what)
         console.print(table)
         made = ", ".join(curve.name for curve in curves())
         say(f"\nA run is compared with the loss curve of a run of its recipe, where there is one: {made}.")
@@ -231,8 +236,10 @@ def preset_or_config(arguments: list[str], command: str, show: Callable[["RunCon
         return name, PRESETS[name][1], rest
     if name.endswith((".yaml", ".yml")) or Path(name).is_dir():
         return name, read_config(Path(name)), rest
-    near = difflib.get_close_matches(name, PRESETS, n=1)
+    near = difflib.get_close_matches(name.lower(), PRESETS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(PRESETS)}, or a config.yaml"
+    if os.sep in name:
+        raise UserError(f"there is no run at {name}; for a new one give a preset: {', '.join(PRESETS)}")
     raise UserError(f"unknown preset {name!r}; {hint}")
 
 
@@ -270,6 +277,7 @@ def finetune(arguments: list[str]) -> None:
     from umd.train.run import RunConfig, read_config
 
     (init,), rest = take_paths(arguments, "finetune", "RUN")
+    check_run(init, "finetune")
     default = default_finetune(RunConfig() if wants_help(rest) and not init.exists() else read_config(init), init, rest)
     options: Finetune = parse(Finetune, f"finetune {init}", rest, replace(default, run=with_length(default.run, rest)))
     finetune(init, options, any(a.partition("=")[0] == "--data.source" for a in rest), console)
@@ -430,6 +438,8 @@ def run(name: str, arguments: list[str]) -> None:
     from umd.train.run import read_config
 
     paths, rest = take_paths(arguments, name, command.paths)
+    if command.paths.startswith("RUN"):
+        check_run(paths[0], name)
     options = parse(getattr(classes, command.options), " ".join([name, *map(str, paths)]), rest)
     config = [read_config(paths[0])] if command.paths.startswith("RUN") else []
     module, _, function = command.run.partition(":")

@@ -82,9 +82,10 @@ class ViTConfig:
         check_ranges(self)
         H, W = self.image_size
         if H % self.patch_size or W % self.patch_size:
+            near = [max(side // self.patch_size, 1) * self.patch_size for side in (H, W)]
             raise UserError(
                 f"image size {H}x{W} is not divisible by patch size {self.patch_size}; "
-                f"use {H - H % self.patch_size}x{W - W % self.patch_size} or another patch size"
+                f"use {near[0]}x{near[1]} or another patch size"
             )
         if int(self.hidden_size * self.mlp_ratio) < 1:
             raise UserError(f"mlp_ratio {self.mlp_ratio} of width {self.hidden_size} leaves no MLP; use e.g. 4")

@@ -44,7 +44,7 @@ def load_small_vision(path: Path | str, tree: str = "params") -> dict[str, np.nd
     path = Path(path)
     last = path.with_name(f"{path.name}-LAST")
     if last.is_file():
-        path = path.with_name(f"{path.name}-{last.read_text().strip()}")
+        path = path.with_name(f"{path.name}-{last.read_text('utf-8').strip()}")
     if path.is_dir():
         names = {file.name.replace("~", "/"): file for file in path.iterdir() if "~" in file.name}
         return {

@@ -240,7 +240,7 @@ def _load_dinov2(folder: Path) -> nn.Module:
     """Load transformers' Dinov2Model in float32. Raises ValueError for another model, or if weights are missing."""
     from transformers import Dinov2Model
 
-    settings = json.loads((folder / "config.json").read_text())
+    settings = json.loads((folder / "config.json").read_text("utf-8"))
     kind = settings.get("model_type") if isinstance(settings, dict) else None
     if kind != "dinov2":
         raise ValueError(f"model_type is {kind}, expected dinov2")

@@ -84,6 +84,8 @@ def check_place(*files: Path, instead: str = "give another --out") -> None:
         make_folder(file.parent, instead)
         if file.is_dir():
             raise UserError(f"{file} is a folder, and a file is to be written there; {instead}")
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file} is a device or pipe, and a file is to be written there; {instead}")
         trial = file.with_name(f".unfinished-trial-{os.getpid()}-{secrets.token_hex(4)}")
         try:
             try:

@@ -43,6 +43,11 @@ class Guidance:
     channels: int = 0
     """Guide only so many first channels; 0: all. DiT's code guides 3 of its 4."""
 
+    def check(self, channels: int) -> None:
+        """Raise UserError if images have fewer channels than are to be guided."""
+        if not 0 <= self.channels <= channels:
+            raise UserError(f"cfg_channels is {self.channels}; these images have {channels} channels, 0 is all")
+
     def scales(self, cfg_scale: float, times: Sequence[int], T: int) -> list[float]:
         """s(t) at each of `times`; 1 means no guidance. Raises UserError for an invalid interval or schedule."""
         if self.schedule not in STRENGTH:
@@ -105,8 +110,7 @@ class Estimator:
             raise UserError(
                 f"guidance (cfg_scale={cfg_scale:g}) needs labels and a model trained with them; else use 1"
             )
-        if not 0 <= guidance.channels <= channels:
-            raise UserError(f"cfg_channels is {guidance.channels}; these images have {channels} channels, 0 is all")
+        guidance.check(channels)
         scales = guidance.scales(cfg_scale, times, schedule.num_steps)
         self.denoise, self.schedule, self.predict = denoise, schedule, predict
         self.labels, self.null_label, self.cfg_scale = labels, null_label, cfg_scale

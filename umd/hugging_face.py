@@ -63,7 +63,7 @@ def read_config(folder: Path, class_name: str) -> dict[str, Any]:
     """Read a folder's config.json. Raises UserError if it is missing, no JSON, or not of class `class_name`."""
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"there is no {file}; expected a folder that save_pretrained wrote") from error
     except ValueError as error:

@@ -85,11 +85,20 @@ def number(
         if math.isfinite(bound):
             shown = f"{bound:g}{before}{shown}" if after else f"{shown}{behind}{bound:g}"
     return Range(
-        nargs=1, metavar=shown, instance_from_str=lambda words: kind(words[0]),
+        nargs=1, metavar=shown, instance_from_str=lambda words: read_number(kind, words[0]),
         is_instance=lambda x: isinstance(x, (int, kind)) and not isinstance(x, bool),
         str_from_instance=lambda x: [str(x)], at_least=at_least,
         at_most=MOST if kind is int and at_most == math.inf else at_most, above=above, below=below,
     )  # fmt: skip
+
+
+def read_number(kind: type, word: str) -> Any:
+    """An int or float. Raises ValueError, in words for a user, for anything else."""
+    try:
+        return kind(word)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number, as 0.5 or 1e-4"
+        raise ValueError(f"{word!r} is not {what}") from None
 
 
 Count = Annotated[int, number(int, 1)]

@@ -6,6 +6,9 @@ Latents are scaled as diffusion models use them: z = (the autoencoder's latent -
 import hashlib
 import json
 import re
+import socket
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -112,6 +115,8 @@ def load_tokenizer(name: str, device: torch.device | str = "cpu") -> Tokenizer:
     local = Path(name).expanduser()
     if not local.exists() and not HUB_ID.fullmatch(name):
         raise UserError(f"there is no VAE at {name}: there is no such folder")
+    if not local.exists():
+        check_hub(name)
     path = str(local.resolve()) if local.exists() else name
     config, subfolder = find_config(path)
     kind = config.get("_class_name")
@@ -130,6 +135,24 @@ def load_tokenizer(name: str, device: torch.device | str = "cpu") -> Tokenizer:
         )
     network = network.to(device).eval().requires_grad_(False)
     return Tokenizer(network, identity(path, kind, network))
+
+
+def check_hub(name: str) -> None:
+    """Raise UserError if a hub id is not cached and the hub has no address here. Its library would try for minutes."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    places = ("config.json", "vae/config.json", "vqvae/config.json")
+    cached = any(isinstance(try_to_load_from_cache(name, place), str) for place in places)
+    if cached or constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    host = urllib.parse.urlparse(constants.ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise UserError(
+            f"there is no VAE at {name}: no such folder, it is not in the cache of the Hugging Face hub, and {host} "
+            f"cannot be reached ({error.strerror})"
+        ) from error
 
 
 def find_config(path: str) -> tuple[dict, str | None]:

@@ -55,7 +55,7 @@ def build(folder: Path) -> Path:
         CannotCompile: there is no compiler, or it fails.
         OSError: the folder cannot be written.
     """
-    recipe = "\n".join([SOURCE.read_text(), compiler(), FLAGS, _processor()])
+    recipe = "\n".join([SOURCE.read_text("utf-8"), compiler(), FLAGS, _processor()])
     library = folder / f"cpu-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library

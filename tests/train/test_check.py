@@ -178,16 +178,19 @@ def test_splits_are_checked_and_left_out_apart(tmp_path):
     assert test.quarantined == {"a/2.jpg": "truncated"}
 
 
-def test_the_exit_code_tells_whether_files_are_listed(tmp_path):
+def test_the_exit_code_tells_whether_files_are_listed(tmp_path, capsys):
     """As of `md5sum -c` and `grep`: scripts tell clean data from data with something wrong, and both from a mistake."""
-    for name in ("1.jpg", "2.jpg"):
+    for name in ("[red]1.jpg", "2.jpg"):
         (tmp_path / name).write_bytes(jpeg(1))
     main(["check-data", str(tmp_path), "--workers", "1"])  # all usable: it returns, which is 0
-    for left in ("1.jpg", "2.jpg"):  # some of the files bad, then all
+    for left in ("[red]1.jpg", "2.jpg"):  # some of the files bad, then all
         (tmp_path / left).write_bytes(b"")
         with pytest.raises(SystemExit) as ended:
             main(["check-data", str(tmp_path), "--workers", "1"])
         assert ended.value.code == 1
+        assert ("[red]1.jpg" in capsys.readouterr().out) == (left != "2.jpg")  # an example is shown
+    with pytest.raises(UserError, match="all 2 images of .* are in quarantine"):
+        open_dataset(DataConfig(str(tmp_path)), "train")
     assert json.loads((tmp_path / "quarantine.json").read_bytes())["left_out"] == 2
 
 

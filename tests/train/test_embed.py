@@ -1,5 +1,7 @@
 """`umd embed`: the files hold what the network says of each picture."""
 
+import os
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -44,6 +46,12 @@ def test_class_folders(run, tmp_path):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model.represent(x.contiguous())
     np.testing.assert_allclose(arrays["features"], expected.numpy(), atol=0.02)
+
+
+def test_a_name_that_is_no_utf8(run, tmp_path):
+    Image.new("RGB", (9, 9)).save(os.fsencode(tmp_path) + b"/\xff.png", "PNG")
+    main(["embed", f"{run[0]}", f"{tmp_path}", "--out", f"{run[0] / 'odd'}"])
+    assert pq.read_table(run[0] / "odd.parquet").to_pydict()["name"][0].endswith("\\xff.png")
 
 
 def test_arrays_without_labels_in_two_splits(run, tmp_path):

@@ -1,9 +1,11 @@
 """A run's log on a disk that takes no more."""
 
+import json
 import resource
 import sys
 import threading
 from contextlib import contextmanager
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -45,6 +47,20 @@ def test_a_full_disk_is_told(tmp_path, what):
     assert read_metrics(tmp_path / "metrics.jsonl") == [ROW]
     assert threading.active_count() == threads and threading.excepthook is threading.__excepthook__
     assert not [*tmp_path.rglob("*.png"), *tmp_path.rglob(".unfinished*")]
+
+
+def test_damaged_rows_are_left_out_and_the_whole_file_kept(tmp_path):
+    file, rows = tmp_path / "metrics.jsonl", [ROW | {"step": step} for step in (1, 2, 3)]
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    file.write_bytes(b"".join([lines[0], b"<<<<<<<\n", lines[1], b'{"a": 1}\n', b"\xff\xfe\n", lines[2], b'{"step']))
+    before = file.read_bytes()
+    with RunLog(tmp_path, console := Console(file=StringIO(), width=500), 2, "test"):
+        assert read_metrics(file) == rows[:2]
+    assert (tmp_path / "metrics-old-1.jsonl").read_bytes() == before
+    assert "has 3 damaged lines; it is kept as metrics-old-1.jsonl, and goes on from step 2" in console.file.getvalue()
+    with RunLog(tmp_path, console, 0, "test"):  # a new run, where one was whose checkpoints are gone
+        assert read_metrics(file) == []
+    assert read_metrics(tmp_path / "metrics-old-2.jsonl") == rows[:2]
 
 
 def test_what_ended_the_run_is_what_is_told(tmp_path):

@@ -250,6 +250,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert dump["draws"] == {"seed": derive_seed(good.seed, 2), "step": 6, "parts": 1}
 
 
+def test_weights_that_the_last_step_ruined_are_not_saved(tiny):
+    config = tiny(steps=1)
+    config = replace(config, optim=replace(config.optim, lr=1e300))
+    with pytest.raises(Diverged, match="weights are not finite after step 1 and are not saved"):
+        train(config, QUIET)
+    assert list_checkpoints(config.checkpoints) == []
+    model = UMD(TINY)
+    with torch.no_grad():
+        model.head.weight[0, 0] = math.nan
+    path = save_checkpoint(
+        config.checkpoints, 1, {"model": dict(model.named_parameters())}, {"config": {"model": to_plain(TINY)}}
+    )
+    with pytest.raises(UserError, match=f"{path.name} holds weights that are NaN or infinite"):
+        load_model(config.out)
+
+
 def test_infinite_weights_stop_at_the_first_step(tiny, tmp_path):
     model = UMD(TINY)
     with torch.no_grad():

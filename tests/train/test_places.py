@@ -44,6 +44,7 @@ COMMANDS = [
     "embed run pictures --out file/x",
     "check-data pictures --out folder.png",
     "check-data pictures --out pictures/a/1.png",
+    "check-data pictures --out /dev/full",
     "embed run pictures --out pictures/x",
     "inpaint run --out pictures",
     "pretrain umd-tiny --data.source pictures --out pictures/run",

@@ -139,6 +139,10 @@ def test_a_length_replaces_that_of_the_preset_whatever_its_unit():
     ):
         config = cli.parse(RunConfig, "pretrain", options, cli.with_length(default, options))
         assert (config.epochs, config.steps, config.minutes) == length
+    options = ["--save-minutes", "1", "--draw-minutes=2"]
+    config = cli.parse(RunConfig, "pretrain", options, cli.with_length(default, options))
+    assert default.save_every and config.save_every is config.draw_every is None
+    assert (config.save_minutes, config.draw_minutes) == (1, 2)
 
 
 # A whole project

@@ -128,7 +128,7 @@ def test_help_shows_ranges(capsys):
     with pytest.raises(SystemExit):
         cli.parse(RunConfig, "x", ["--help"])
     shown = capsys.readouterr().out
-    for option in ("--batch-size INT≥1", "--optim.betas 0≤FLOAT<1 0≤FLOAT<1", "--optim.lr FLOAT>0"):
+    for option in ("--batch-size 1≤INT≤100000", "--optim.betas 0≤FLOAT<1 0≤FLOAT<1", "--optim.lr FLOAT>0"):
         assert option in shown
     assert "--save-every {None}|INT≥1" in shown
 
