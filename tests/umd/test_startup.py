@@ -1,5 +1,6 @@
 """What a start does not wait for."""
 
+import os
 import subprocess
 import sys
 
@@ -25,6 +26,13 @@ def loaded(code: str) -> set[str]:
 def test_help_and_mistakes_are_answered_without_torch():
     code = f"from umd import cli\nfor line in {LINES}:\n    try: cli.main(line)\n    except SystemExit: pass"
     assert not {"torch", "matplotlib"} & loaded(f"{code}\nimport umd.train.check")
+
+
+def test_help_in_an_encoding_that_lacks_its_characters():
+    env = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    line = [sys.executable, "-m", "umd.cli", "sample", "--help"]
+    done = subprocess.run(line, capture_output=True, env=env, check=True)
+    assert b"--per-class INT?1" in done.stdout
 
 
 @pytest.mark.parametrize("module", ["umd.train.loop", "umd.train.sample"])

@@ -1,5 +1,6 @@
 """Environment variables that must be set before libraries are loaded. Imports no torch."""
 
+import io
 import os
 import re
 import sys
@@ -13,14 +14,18 @@ GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")  # exist with the NVIDIA driver, and 
 
 
 def prepare(restart: bool) -> None:
-    """Set environment variables for this process. Variables that are already set stay as they are.
+    """Set up this process. Environment variables that are already set stay as they are.
 
+    - Output in an encoding without a character, such as ≥ in Latin-1, shows ? instead.
     - Ranks started by srun: torchrun's variables (see `slurm_ranks`).
     - GOMP_SPINCOUNT: how long a waiting OpenMP thread spins before it sleeps. Long spinning is a little faster on a
       free machine and many times slower on a busy one (docs/performance.md).
     - GLIBC_TUNABLES, on Linux without a GPU (with one, tensors are not in glibc's memory). glibc reads it when a
       program starts, so Python is restarted; `restart` False leaves this out.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     os.environ.update(slurm_ranks(os.environ))
     if "OMP_WAIT_POLICY" not in os.environ:
         free = hasattr(os, "getloadavg") and os.getloadavg()[0] < (os.cpu_count() or 1) / 4
