@@ -193,6 +193,8 @@ def places(run: Path, options: Sample) -> tuple[Path, Path, Path]:
 
     Raises UserError, before the work, if they cannot be written or would replace a file that is not of `umd sample`.
     """
+    if options.out is not None and options.out.is_dir():
+        raise UserError(f"{options.out} is a folder; give a file in it, e.g. --out {options.out / 'samples.png'}")
     png = png_path(options.out or run / "samples.png", ".npz", ".json")
     files = png, png.with_suffix(".npz"), png.with_suffix(".json")
     check_place(*files)

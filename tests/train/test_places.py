@@ -32,6 +32,7 @@ def place(tmp_path, make_run):
 
 COMMANDS = [
     "sample run --out folder.png",
+    "sample run --out pictures",
     "sample run --out picture.jpg",
     "inpaint run --out picture.webp",
     "sample run --out file/x.png",
