@@ -33,7 +33,8 @@ def test_rows_of_every_way(tmp_path):
     ]
     for row in rows:
         assert 0 < row["min_seconds"] <= row["seconds"] <= row["max_seconds"]
-        assert row["bytes"] == 0 or row["cache"] == "cold"
+    for cold, warm in zip(rows[::2], rows[1::2], strict=True):
+        assert warm["bytes"] <= cold["bytes"] / 4  # none, unless the system needs its memory in between
 
 
 def test_what_cannot_be_measured():
