@@ -27,7 +27,7 @@ from umd.train.loop import train
 from umd.train.presets import PRESETS
 from umd.train.run import RunConfig, classify_config
 from umd.train.settings import DataConfig
-from umd.train.sources import in_test_split
+from umd.train.splits import in_test_split
 
 HOLDOUT = 0.2  # as in DataConfig, since the pre-training has seen the other pictures
 SEARCH_SEED = 1000

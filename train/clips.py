@@ -18,10 +18,10 @@ from umd.train.sources import (
     Picture,
     Shrink,
     check_labels,
-    choose_split,
     decode,
     whole,
 )
+from umd.train.splits import choose_split
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif", ".mpg", ".m4v")
 

@@ -21,7 +21,8 @@ from PIL import Image
 
 from umd.errors import UserError
 from umd.files import written_whole
-from umd.train.sources import ImageDataset, choose_split, decode
+from umd.train.sources import ImageDataset, decode
+from umd.train.splits import choose_split
 
 log = logging.getLogger("umd")
 

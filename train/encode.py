@@ -156,10 +156,14 @@ class Encoder:
         )
 
     def moments(self, pictures: np.ndarray, names: list[str]) -> Tensor:
-        """Encode uint8 [n, V, H, W, C] to moments [n, V, M, C, h, w] in the dtype of the store."""
-        x = as_model_input(torch.from_numpy(pictures).flatten(0, 1).to(self.tokenizer.device))
+        """Encode uint8 [n, V, H, W, C] to moments [n, V, M, C, h, w] in the dtype of the store.
+
+        The VAE always sees `BATCH` pictures, as rounding depends on their number: shards of any size have equal rows.
+        """
+        whole = np.concatenate([pictures, pictures[:1].repeat(BATCH - len(pictures), axis=0)])
+        x = as_model_input(torch.from_numpy(whole).flatten(0, 1).to(self.tokenizer.device))
         with autocast(x.device, pick_dtype(self.options.precision, x.device)):
-            moments = self.tokenizer.moments(x)
+            moments = self.tokenizer.moments(x)[: len(pictures) * self.views]
         stored = moments.to(DTYPES[self.options.dtype]).cpu().unflatten(0, (-1, self.views))
         finite = stored.isfinite().flatten(1).all(1)
         if not finite.all():

@@ -16,7 +16,8 @@ from umd.train.index import Arrays, Names, kept
 from umd.train.listing import COMMON_SUFFIXES, above, entries, files_below, listing, named, no_pictures, notes_of
 from umd.train.pools import in_order
 from umd.train.quarantine import Quarantine
-from umd.train.sources import LEAVE_OUT, ImageDataset, choose_split, in_test_split, unreadable
+from umd.train.sources import LEAVE_OUT, ImageDataset, unreadable
+from umd.train.splits import choose_split, in_test_split
 
 log = logging.getLogger("umd")
 

@@ -21,7 +21,8 @@ from umd.errors import UserError
 from umd.train.index import Arrays, Names, kept, stamp
 from umd.train.listing import is_hidden, is_image, no_pictures, suffix_of, unread
 from umd.train.quarantine import Quarantine
-from umd.train.sources import MAX_CLASSES, ImageDataset, choose_split, opened
+from umd.train.sources import MAX_CLASSES, ImageDataset, opened
+from umd.train.splits import choose_split
 
 
 class TarMember(NamedTuple):

@@ -33,7 +33,8 @@ from umd.train.data import (
     train_loader,
 )
 from umd.train.settings import DataConfig
-from umd.train.sources import decode, held_out, in_test_split
+from umd.train.sources import decode
+from umd.train.splits import held_out, in_test_split
 
 
 def tiny(n: int, h: int = 10, w: int = 12) -> ImageDataset:
