@@ -21,7 +21,7 @@ from umd.train.sources import (
     decode,
     whole,
 )
-from umd.train.splits import choose_split
+from umd.train.splits import choose_split, hashes_of
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif", ".mpg", ".m4v")
 
@@ -77,7 +77,7 @@ def open_clips(
         labels = np.array([class_names.index(name.parts[0]) for name in names], dtype=np.int64)
         found = Found(Names.of(map(str, names)), labels, class_names, notes)
         notes += filter(None, [level_note(path, found, splits=False)])
-    rows = choose_split(map(str, names), split, holdout, str(path))
+    rows = choose_split(hashes_of(map(str, names)), split, holdout, str(path))
     return ClipDataset(
         name=path.name,
         split=split,
@@ -117,7 +117,11 @@ def open_clip_arrays(path: Path, split: str, holdout: float) -> ClipDataset:
         )
     if own_labels is not None and len(own_labels) != len(clips):
         raise UserError(f"{path} has {len(clips)} {split} clips and {len(own_labels)} labels; expected as many")
-    rows = np.arange(len(clips)) if own_splits else choose_split(map(str, range(len(clips))), split, holdout, str(path))
+    rows = (
+        np.arange(len(clips))
+        if own_splits
+        else choose_split(hashes_of(map(str, range(len(clips)))), split, holdout, str(path))
+    )
     return ClipDataset(
         name=path.stem,
         split=split,

@@ -22,7 +22,7 @@ from PIL import Image
 from umd.errors import UserError
 from umd.files import written_whole
 from umd.train.sources import ImageDataset, decode
-from umd.train.splits import choose_split
+from umd.train.splits import choose_split, hashes_of
 
 log = logging.getLogger("umd")
 
@@ -65,7 +65,7 @@ def open_emoji(split: str, holdout: float) -> ImageDataset:
     Raises UserError if one of the two packages is missing.
     """
     images, labels, bases = load()
-    rows = choose_split(bases, split, holdout, "emoji")
+    rows = choose_split(hashes_of(bases), split, holdout, "emoji")
     return ImageDataset("emoji", split, images[rows], labels[rows], list(GROUPS))
 
 

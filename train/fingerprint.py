@@ -6,7 +6,7 @@ The fingerprint of the data is part of each checkpoint's state, under `source`.
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
@@ -18,7 +18,7 @@ import numpy as np
 from umd.errors import UserError
 from umd.train.data import ImageDataset, open_dataset
 from umd.train.distributed import World
-from umd.train.index import Names
+from umd.train.index import Names, sums_of
 from umd.train.latents import LatentDataset
 from umd.train.pixels import PixelRows
 from umd.train.run import RunConfig, absolute
@@ -116,14 +116,9 @@ def contents(dataset: Dataset) -> tuple[Callable[[int], str], np.ndarray, Callab
         relative = Names(pictures.data, pictures.ends, pictures.rows)
         return relative.__getitem__, relative.sums(), lambda row: head_of(pictures[row])
     if isinstance(pictures, Members):
-        return pictures.key, sums_of(pictures.keys()), lambda row: head_of(pictures[row])
+        return pictures.key, pictures.sums.astype(np.uint32), lambda row: head_of(pictures[row])
     keys = list(map(str, pictures))
     return keys.__getitem__, sums_of(keys), lambda row: head_of(pictures[row])
-
-
-def sums_of(names: Iterable[str]) -> np.ndarray:
-    """CRC-32 of each name: uint32 [N]."""
-    return np.fromiter((zlib.crc32(name.encode("utf-8", "surrogateescape")) for name in names), np.uint32)
 
 
 def head_of(picture: str | TarMember) -> int:

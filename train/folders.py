@@ -17,7 +17,7 @@ from umd.train.listing import COMMON_SUFFIXES, above, entries, files_below, list
 from umd.train.pools import in_order
 from umd.train.quarantine import Quarantine
 from umd.train.sources import LEAVE_OUT, ImageDataset, unreadable
-from umd.train.splits import choose_split, in_test_split
+from umd.train.splits import choose_split, hashes_of, in_test_split
 
 log = logging.getLogger("umd")
 
@@ -44,7 +44,7 @@ def open_folder(root: Path, split: str, holdout: float, skip_broken: bool, quara
         others += [f"{len(beside):,} images"] if beside else []
         notes += [f"not read, beside train/ and {tests[0]}/ in {root}: {named(others)}"] if others else []
     else:
-        found = found.take(choose_split(found.files, split, holdout, str(root)))
+        found = found.take(choose_split(hashes_of(found.files), split, holdout, str(root)))
     class_names = found.class_names
     labels = found.labels if class_names else None
     if tests and split == "test" and labels is not None:

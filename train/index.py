@@ -92,6 +92,11 @@ class Names(Sequence[str]):
         return Names(self.data, self.ends, rows if self.rows is None else self.rows[rows], self.prefix)
 
 
+def sums_of(names: Iterable[str]) -> np.ndarray:
+    """CRC-32 of each name: uint32 [N]."""
+    return np.fromiter((zlib.crc32(name.encode("utf-8", "surrogateescape")) for name in names), np.uint32)
+
+
 # On disk
 
 

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from umd.errors import UserError
 from umd.files import OpenFile
 from umd.train.quarantine import summary
-from umd.train.splits import choose_split
+from umd.train.splits import choose_split, hashes_of
 
 if TYPE_CHECKING:
     from umd.train.latents import LatentDataset
@@ -417,7 +417,7 @@ def from_arrays(
     if labels is not None and len(labels) != len(images):
         raise UserError(f"{path} has {len(images)} images but {len(labels)} labels for {split}: expected as many.")
     images = images.reshape(*images.shape[:3], -1)  # [N, h, w, C]
-    rows = None if holdout is None else choose_split(map(str, range(len(images))), split, holdout, str(path))
+    rows = None if holdout is None else choose_split(hashes_of(map(str, range(len(images)))), split, holdout, str(path))
     pictures: np.ndarray | Rows = images
     if rows is not None:
         pictures = Rows(images, rows) if isinstance(images, np.memmap) else images[rows]

@@ -9,24 +9,28 @@ import numpy as np
 from umd.errors import UserError
 
 
-def held_out(keys: Iterable[str], holdout: float) -> np.ndarray:
-    """Whether each item is held out: bool [N]. It depends only on a hash of the item's name, not on other items."""
+def hashes_of(keys: Iterable[str]) -> np.ndarray:
+    """The first eight bytes of the SHA-256 of each key: uint64 [N]."""
     digests = b"".join(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8] for key in keys)
+    return np.frombuffer(digests, ">u8").astype(np.uint64)
+
+
+def held_out(hashes: np.ndarray, holdout: float) -> np.ndarray:
+    """Whether each item is held out: bool [N]. It depends only on the hash of its own name."""
     below = math.ceil(holdout * 2**64)  # 2**64, for a holdout of 1, is no uint64
-    return np.frombuffer(digests, ">u8") <= np.uint64(max(below - 1, 0)) if below else np.zeros(len(digests) // 8, bool)
+    return hashes <= np.uint64(max(below - 1, 0)) if below else np.zeros(len(hashes), bool)
 
 
 def in_test_split(key: str, holdout: float) -> bool:
-    """`held_out` for one item."""
-    return bool(held_out([key], holdout)[0])
+    return bool(held_out(hashes_of([key]), holdout)[0])
 
 
-def choose_split(keys: Iterable[str], split: str, holdout: float, name: str) -> np.ndarray:
+def choose_split(hashes: np.ndarray, split: str, holdout: float, name: str) -> np.ndarray:
     """Indices (int64) of the items in `split`. The test split may be empty if `holdout` is 0.
 
     Raises UserError if no training items are left.
     """
-    held = held_out(keys, holdout)
+    held = held_out(hashes, holdout)
     if split == "train" and held.all():
         raise UserError(f"no image of {name} is left to train on at holdout={holdout}: lower it.")
     return np.flatnonzero(held == (split == "test"))

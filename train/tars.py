@@ -9,7 +9,7 @@
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -18,11 +18,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from umd.errors import UserError
-from umd.train.index import Arrays, Names, kept, stamp
+from umd.train.index import Arrays, Names, kept, stamp, sums_of
 from umd.train.listing import is_hidden, is_image, no_pictures, suffix_of, unread
 from umd.train.quarantine import Quarantine
 from umd.train.sources import MAX_CLASSES, ImageDataset, opened
-from umd.train.splits import choose_split
+from umd.train.splits import choose_split, hashes_of
 
 
 class TarMember(NamedTuple):
@@ -50,10 +50,11 @@ class Members(Sequence[TarMember]):
 
     def __init__(
         self, tars: Sequence[tuple[str, tuple[int, int]]], names: Names, tar: np.ndarray, offsets: np.ndarray,
-        sizes: np.ndarray,
+        sizes: np.ndarray, hashes: np.ndarray, sums: np.ndarray,
     ):  # fmt: skip
-        """tars: path and stamp of each tar. tar, offsets, sizes: int64 [N], for each file."""
+        """tars: path and stamp of each. The rest, int64 [N], is of each file: hashes and sums are of its key."""
         self.tars, self.names, self.tar, self.offsets, self.sizes = tars, names, tar, offsets, sizes
+        self.hashes, self.sums = hashes, sums
 
     def __len__(self) -> int:
         return len(self.tar)
@@ -63,15 +64,20 @@ class Members(Sequence[TarMember]):
         return TarMember(tar, self.names[index], int(self.offsets[index]), int(self.sizes[index]), stamp)
 
     def take(self, rows: np.ndarray) -> "Members":
-        return Members(self.tars, self.names.take(rows), self.tar[rows], self.offsets[rows], self.sizes[rows])
+        arrays = (self.tar, self.offsets, self.sizes, self.hashes, self.sums)
+        return Members(self.tars, self.names.take(rows), *(array[rows] for array in arrays))
 
-    def keys(self) -> Iterator[str]:
+    def keys(self) -> list[str]:
         """tar/name of each file."""
-        bases = [os.path.basename(tar) for tar, _ in self.tars]
-        return (f"{bases[tar]}/{name}" for tar, name in zip(self.tar.tolist(), self.names, strict=True))
+        return keys_of([tar for tar, _ in self.tars], self.tar, self.names)
 
     def key(self, index: int) -> str:
         return f"{os.path.basename(self.tars[int(self.tar[index])][0])}/{self.names[index]}"
+
+
+def keys_of(tars: Sequence[str | Path], tar: np.ndarray, names: Iterable[str]) -> list[str]:
+    bases = [os.path.basename(path) for path in tars]
+    return [f"{bases[number]}/{name}" for number, name in zip(tar.tolist(), names, strict=True)]
 
 
 def is_tars(source: Path) -> bool:
@@ -183,11 +189,12 @@ def samples(tars: tuple[Path, ...]) -> TarSamples:
 
 @lru_cache(maxsize=2)  # opening a split reads both
 def listed(tars: tuple[Path, ...], _stamps: tuple[str, ...]) -> TarSamples:
-    arrays = kept(f"tars, notes {[str(tar) for tar in tars]}", tars[0].parent, lambda: walk(tars))
+    arrays = kept(f"tars, hashes {[str(tar) for tar in tars]}", tars[0].parent, lambda: walk(tars))
     names = Names(arrays["names"], arrays["ends"])
     stamps = map(tuple, arrays["stamps"].tolist())
     stamped = list(zip(map(str, tars), stamps, strict=True))
-    pictures = Members(stamped, names, arrays["tar"], arrays["offsets"], arrays["sizes"])
+    columns = [arrays[name] for name in ("tar", "offsets", "sizes", "hashes", "sums")]
+    pictures = Members(stamped, names, *columns)
     notes = list(Names(arrays["notes"], arrays["note_ends"]))
     return TarSamples(pictures, np.array(arrays["labels"]) if len(arrays["labels"]) else None, notes)
 
@@ -231,6 +238,8 @@ def walk(tars: Sequence[Path]) -> tuple[Arrays, list[Path], int]:
         raise UserError(f"{len(labels)} of the {len(names)} samples of {tars[0].parent} have a .cls: give all one.")
     texts, (tar, offsets, sizes) = Names.of(names), np.array(places, dtype=np.int64).T
     arrays = {"names": texts.data, "ends": texts.ends, "tar": tar, "offsets": offsets, "sizes": sizes}
+    keys = keys_of(tars, tar, names)
+    arrays |= {"hashes": hashes_of(keys).view(np.int64), "sums": sums_of(keys).astype(np.int64)}
     arrays |= {"labels": np.array(labels, dtype=np.int64), "stamps": np.array(stamps, dtype=np.int64)}
     notes = Names.of([unread(others)] if others else [])
     arrays |= {"notes": notes.data, "note_ends": notes.ends}
@@ -268,11 +277,15 @@ def open_tars(source: Path, split: str, holdout: float, skip_broken: bool, quara
         raise UserError(f"one split of {source} has .cls members and the other has none: give both.")
     num_classes = max((int(labels.max()) + 1 for labels in every if labels is not None), default=0)
     folder = "" if "" in splits else splits[split][0].parent.name
-    rows = np.arange(len(pictures)) if folder else choose_split(pictures.keys(), split, holdout, str(source))
+    rows = (
+        np.arange(len(pictures))
+        if folder
+        else choose_split(pictures.hashes.view(np.uint64), split, holdout, str(source))
+    )
     reasons = quarantine.under(folder)
     quarantined = {}
     if reasons:
-        keys = list(pictures.keys())
+        keys = pictures.keys()
         quarantined = {keys[row]: reasons[keys[row]] for row in rows.tolist() if keys[row] in reasons}
         good = np.array([row for row in rows.tolist() if keys[row] not in reasons], dtype=np.int64)
         if len(rows) and not len(good):

@@ -144,9 +144,9 @@ class OpenFile:
         self.descriptor = os.open(path, os.O_RDONLY)
         self._advise(0, 0, "POSIX_FADV_RANDOM")
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: at exit, `os` may be gone first
         if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+            close(self.descriptor)
 
     def _advise(self, start: int, size: int, advice: str) -> None:
         if hasattr(os, advice):  # Linux only

@@ -34,7 +34,7 @@ from umd.train.data import (
 )
 from umd.train.settings import DataConfig
 from umd.train.sources import decode
-from umd.train.splits import held_out, in_test_split
+from umd.train.splits import hashes_of, held_out, in_test_split
 
 
 def tiny(n: int, h: int = 10, w: int = 12) -> ImageDataset:
@@ -492,7 +492,7 @@ def test_class_folders_and_a_stable_holdout(tmp_path):
 def test_a_hash_of_the_name_decides_what_is_held_out(holdout):
     names = [f"{i}.png" for i in range(200)] + ["b\udcff.png"]
     first = [int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") for name in names]
-    assert held_out(names, holdout).tolist() == [number < holdout * 2**64 for number in first]
+    assert held_out(hashes_of(names), holdout).tolist() == [number < holdout * 2**64 for number in first]
 
 
 def test_holdout_share():
