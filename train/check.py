@@ -25,7 +25,7 @@ from umd.train.pools import in_order, processes_explained
 from umd.train.quarantine import default_path
 from umd.train.signals import end_when_orphaned
 from umd.train.sources import FLOATS, flatten
-from umd.train.tars import is_tars, samples, split_tars
+from umd.train.tars import beside, is_tars, samples, split_tars
 
 CHUNK = 32  # files that a process takes at a time
 OUTSIDE, EMPTY = "outside a class folder", "empty class"
@@ -110,7 +110,7 @@ def files_of(source: Path) -> Listed:
             keys = found.pictures.keys()
             files += [(prefix + key, member) for key, member in zip(keys, found.pictures, strict=True)]
             notes += found.notes
-        return Listed(files, {}, [], notes)
+        return Listed(files, {}, [], [*notes, *beside(source)])
     subfolders, loose = listing(source)
     tests = [name for name in ("test", "val") if name in subfolders]
     if "train" not in subfolders or not tests:

@@ -29,7 +29,7 @@ from umd.train.data import Batch, Batches
 from umd.train.latent_batches import as_read
 from umd.train.settings import DataConfig
 from umd.train.signals import StopRequest
-from umd.train.sources import LEAVE_OUT, ORIENTATION, ImageDataset, unreadable, upright_jpeg
+from umd.train.sources import LEAVE_OUT, ORIENTATION, Changed, ImageDataset, unreadable, upright_jpeg
 from umd.train.waiting import Prepared
 
 READERS = 8  # threads per reader process, which wait for the disk
@@ -249,6 +249,8 @@ def read_encoded(file: Any) -> tuple[bytes, tuple[int, int]]:
             segment = exif.tobytes()
             encoded = b"\xff\xd8\xff\xe1" + (2 + len(segment)).to_bytes(2, "big") + segment + encoded[2:]
         return encoded, (width, height) if orientation >= 5 else (height, width)
+    except Changed:
+        raise
     except Exception as error:  # as in `decode`
         raise UserError(f"{unreadable(file, error)}. {LEAVE_OUT}") from error
 

@@ -138,7 +138,7 @@ class RunLog:
         """Keep the rows up to `start`. If others are more than a kill leaves, keep the whole old file as well."""
         file = self.out / "metrics.jsonl"
         rows, damaged = parsed(file)
-        if rows and (damaged or not start):
+        if damaged or (rows and not start):
             old = next(path for i in count(1) if not (path := self.out / f"metrics-old-{i}.jsonl").exists())
             shutil.copyfile(file, old)
             why = f"{damaged} damaged lines" if damaged else "rows of a run whose checkpoints are gone"

@@ -32,7 +32,7 @@ from umd.train.options import EncodePixels
 from umd.train.pools import in_order
 from umd.train.recipes import encode_command
 from umd.train.shards import Advance, Job, others_work, share
-from umd.train.sources import ImageDataset, Picture, Rows, opened
+from umd.train.sources import Changed, ImageDataset, Picture, Rows, opened
 from umd.train.store import (
     Shard,
     check_folder,
@@ -243,8 +243,8 @@ def shard_of(
     def load(index: int) -> tuple[int, np.ndarray, tuple[int, int]] | None:
         try:
             picture = dataset.picture(index, lambda h, w: shrink_for((0, 0, w, h), config))
-        except UserError:
-            if not config.skip_broken:
+        except UserError as error:
+            if not config.skip_broken or isinstance(error, Changed):
                 raise
             return None
         height, width = picture.size

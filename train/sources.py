@@ -4,7 +4,6 @@ import contextlib
 import gzip
 import logging
 import math
-import os
 import re
 import zipfile
 import zlib
@@ -64,17 +63,14 @@ class Rows(Sequence[np.ndarray]):
         return np.asarray(self.array[self.rows[index]])
 
 
+class Changed(UserError):
+    """A source changed while it is read. Other than a broken picture, this ends a run also with `skip_broken`."""
+
+
 @lru_cache(maxsize=256)
 def opened(path: str, stamp: tuple[int, int] | None = None) -> OpenFile:
-    """Open a file, once per process; forked workers share it.
-
-    stamp: expected size and time of change (ns). Raises OSError if they differ, as positions in it may have changed.
-    """
-    file = OpenFile(Path(path))
-    status = os.fstat(file.descriptor)
-    if stamp and (status.st_size, status.st_mtime_ns) != stamp:
-        raise OSError("it was replaced or changed since it was listed: give the command again")
-    return file
+    """Open a file, once per process; forked workers share it. stamp: tells its versions apart."""
+    return OpenFile(Path(path))
 
 
 class Picture(NamedTuple):
@@ -121,6 +117,8 @@ class ImageDataset:
             return whole(picture)
         try:
             return decode(picture, shrink)
+        except Changed:
+            raise
         except UserError as error:
             raise UserError(f"{error}. {LEAVE_OUT}") from error
 
@@ -132,8 +130,8 @@ class ImageDataset:
                 continue
             try:
                 return candidate, self.picture(candidate, shrink)
-            except UserError:
-                if not self.skip_broken:
+            except UserError as error:
+                if not self.skip_broken or isinstance(error, Changed):
                     raise
                 self.mark_broken(candidate)
         raise UserError(f"no image can stand in for the unreadable {self.pictures[index]}: replace it.")
@@ -176,6 +174,8 @@ def decode(file: str | Path | Stored, shrink: Shrink | None = None) -> Picture:
                     return Picture(small, size, (1 / factor, 1 / factor))
         with Image.open(BytesIO(encoded)) as image:
             return whole(pixels(flatten(ImageOps.exif_transpose(image))))
+    except Changed:
+        raise
     except Exception as error:  # Pillow's readers raise many kinds of exceptions on damaged data
         raise UserError(unreadable(file, error)) from error
 

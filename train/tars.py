@@ -19,9 +19,9 @@ import numpy as np
 
 from umd.errors import UserError
 from umd.train.index import Arrays, Names, kept, stamp, sums_of
-from umd.train.listing import is_hidden, is_image, no_pictures, suffix_of, unread
+from umd.train.listing import is_hidden, is_image, listing, named, no_pictures, suffix_of, unread
 from umd.train.quarantine import Quarantine
-from umd.train.sources import MAX_CLASSES, ImageDataset, opened
+from umd.train.sources import MAX_CLASSES, Changed, ImageDataset, opened
 from umd.train.splits import choose_split, hashes_of
 
 
@@ -38,10 +38,13 @@ class TarMember(NamedTuple):
         return f"{self.tar}/{self.name}"
 
     def read(self) -> bytes:
-        """Read the bytes. Raises OSError if the tar is gone, has changed, or has become shorter."""
-        data = bytearray(self.size)
-        if not opened(self.tar, self.stamp).read_into(memoryview(data), self.offset):
-            raise OSError("the tar ends before: it has shrunk since it was listed")
+        """Read the bytes. Raises Changed if the tar is not as it was when it was listed, OSError if it is gone."""
+        data, file = bytearray(self.size), opened(self.tar, self.stamp)
+        whole = file.read_into(memoryview(data), self.offset)
+        status = os.fstat(file.descriptor)  # after reading: what was read before a change is right
+        if not whole or (status.st_size, status.st_mtime_ns) != self.stamp:
+            how = "was replaced or changed" if whole else "has shrunk"
+            raise Changed(f"{self.tar} {how} since it was listed, seen at {self.name}; give the command again")
         return bytes(data)
 
 
@@ -86,7 +89,23 @@ def is_tars(source: Path) -> bool:
 
 
 def tars_in(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.tar")) if folder.is_dir() else []
+    found = folder.glob("*.tar") if folder.is_dir() else ()
+    return sorted(path for path in found if not is_hidden(path.name))
+
+
+def beside(source: Path) -> list[str]:
+    """Notes on class folders and pictures that lie beside tars, and are not read."""
+    if not source.is_dir():
+        return []
+    own = () if tars_in(source) else ("train", "test", "val")
+    roots = [source] if not own else [source, *(source / name for name in own if tars_in(source / name))]
+    notes = []
+    for root in roots:
+        folders, images = listing(root)
+        others = [f"{name}/" for name in folders if root != source or name not in own]
+        others += [f"{len(images):,} images"] if images else []
+        notes += [f"not read, beside the tars in {root}: {named(others)}"] if others else []
+    return notes
 
 
 def split_tars(source: Path) -> dict[str, list[Path]]:
@@ -210,6 +229,7 @@ def walk(tars: Sequence[Path]) -> tuple[Arrays, list[Path], int]:
     labels: list[int] = []
     stamps: list[tuple[int, int]] = []
     others: Counter[str] = Counter()
+    further = 0  # pictures of a sample behind its first
     for number, tar in enumerate(tars):
         alone: TarMember | None = None  # a class file without a picture
         before = len(names) - len(labels)
@@ -221,6 +241,7 @@ def walk(tars: Sequence[Path]) -> tuple[Arrays, list[Path], int]:
             classes = [member for member in parts if member not in pictures]
             if pictures:  # only a sample's first picture is read; others are masks or depth
                 names.append(pictures[0].name)
+                further += len(pictures) - 1
                 places.append((number, pictures[0].offset, pictures[0].size))
                 labels += [read_class(member) for member in classes[:1]]
             else:
@@ -241,7 +262,8 @@ def walk(tars: Sequence[Path]) -> tuple[Arrays, list[Path], int]:
     keys = keys_of(tars, tar, names)
     arrays |= {"hashes": hashes_of(keys).view(np.int64), "sums": sums_of(keys).astype(np.int64)}
     arrays |= {"labels": np.array(labels, dtype=np.int64), "stamps": np.array(stamps, dtype=np.int64)}
-    notes = Names.of([unread(others)] if others else [])
+    note = f"not read: {further:,} further pictures of samples, whose names are the same up to the first dot"
+    notes = Names.of([*([unread(others)] if others else []), *([note] if further else [])])
     arrays |= {"notes": notes.data, "note_ends": notes.ends}
     indices = [index for tar in tars if (index := tar.with_suffix(".idx")).exists()]
     return arrays, [*tars, *indices], len(names)
@@ -299,5 +321,5 @@ def open_tars(source: Path, split: str, holdout: float, skip_broken: bool, quara
         class_names=[str(label) for label in range(num_classes)],
         skip_broken=skip_broken,
         quarantined=quarantined,
-        notes=notes,
+        notes=[*notes, *beside(source)],
     )

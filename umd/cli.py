@@ -57,14 +57,15 @@ def main(arguments: list[str] | None = None) -> None:
 
         console.print(f"umd {umd.__version__}")
         return
-    name = arguments[0]
+    name, *rest = arguments
+    rest = [re.sub(r"^--[^=]*", lambda option: option[0].replace("_", "-"), word) for word in rest]
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without file name and source line
     try:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean `umd {near[0]}`?" if near else "`umd --help` lists the commands"
             raise UserError(f"unknown command {name!r}; {hint}")
-        run(name, arguments[1:])
+        run(name, rest)
     except UserError as error:
         fail(str(error), name)
     except (MemoryError, RuntimeError) as error:
@@ -85,8 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
         fail(f"{where}{error.strerror or error}; {what}", name)
 
 
-def silent(command: str = "") -> bool:
-    """Whether this process prints nothing: not rank 0 of a command of `TOGETHER`."""
+def silent(command: str = "") -> bool:  # a rank other than 0 of a command of TOGETHER
     return int(os.environ.get("RANK", 0)) > 0 and command in TOGETHER
 
 
@@ -202,9 +202,8 @@ def take_paths(arguments: list[str], name: str, paths: str) -> tuple[list[Path],
 
 
 def check_run(path: Path, name: str) -> None:
-    """Raise UserError if RUN is given as a file."""
     if path.is_file():
-        raise UserError(f"{path} is a file; give the folder of the run, e.g. `umd {name} {path.parent}`")
+        raise UserError(f"{path} is a file; umd {name} takes the folder: {path.parent}")
 
 
 def preset_or_config(arguments: list[str], command: str, show: Callable[["RunConfig"], object]):
@@ -311,6 +310,7 @@ def report(arguments: list[str]) -> None:
         say("usage: umd report RUN: write the report page of a demo again")
         return
     (run,), rest = take_paths(arguments, "report", "RUN")
+    check_run(run, "report")
     if rest:
         raise UserError(f"umd report takes one folder, e.g. `umd report runs/demo`; got also {' '.join(rest)}")
     from umd.report.page import load_record, write_report
@@ -438,7 +438,7 @@ def run(name: str, arguments: list[str]) -> None:
     from umd.train.run import read_config
 
     paths, rest = take_paths(arguments, name, command.paths)
-    if command.paths.startswith("RUN"):
+    if command.paths:
         check_run(paths[0], name)
     options = parse(getattr(classes, command.options), " ".join([name, *map(str, paths)]), rest)
     config = [read_config(paths[0])] if command.paths.startswith("RUN") else []
