@@ -200,7 +200,8 @@ def run_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.d
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         parameter.register_post_accumulate_grad_hook(hook)
     with ledger, nullcontext() if step.cast is None else step.cast.fresh():
-        x_start = torch.zeros(micro, config.model.channels, *config.model.image_size)
+        frames = [config.data.num_frames] if config.data.num_frames > 1 else []
+        x_start = torch.zeros(micro, config.model.channels, *frames, *config.model.image_size)
         step.parallel.forward_backward(x_start, corruption, last=True)
         ledger.look()
     num_weights = sum(p.numel() for p in model.parameters())

@@ -429,6 +429,13 @@ def test_the_printed_plan_of_a_preset_holds_together():
     assert plan.peak == pytest.approx(parts)  # under DDP all are full at once
 
 
+def test_clips_are_planned_too():
+    config = PRESETS["diffmae-video-l"][1]
+    plan = print_plan(config, Cluster(gpus=64), "diffmae-video-l", Console(quiet=True))
+    objective = build_objective(config.model, config.objective, NoiseSchedule("linear_rho", rho=0.8))
+    assert plan.flops_per_image == objective.step_flops(8) / 8
+
+
 @pytest.mark.parametrize("rate", [0, 1e-4])
 def test_bytes_of_a_checkpoint_are_those_of_a_run(rate, tmp_path):
     np.savez(tmp_path / "tiny.npz", images=np.zeros((8, 16, 16, 3), np.uint8))
