@@ -205,7 +205,8 @@ def set_up(
 ) -> Run:  # fmt: skip
     """Make data, network, optimizer and step of a run, and load its newest checkpoint if there is one.
 
-    `say` is told of the data as soon as they are open: the optimizer brings in Dynamo, two seconds of a start."""
+    `say` is told of the data as soon as they are open, before the optimizer, whose first use imports Dynamo (2 s).
+    """
     device = world.device
     if device.type == "cpu":
         keep_freed_memory()
