@@ -39,13 +39,13 @@ SHOWN = 32  # samples kept as pictures
 class Sizes:
     """Sizes of the measurements."""
 
-    train_images: int = 10_000  # most training pictures for probes
+    train_images: int = 5_000  # most training pictures for probes
     test_images: int = 5_000  # most held-out pictures for probes
     shots: int = 100  # per class
     epochs: int = 90  # of the linear probe
     samples: int = 1312  # more than the 1280 features, so that their covariance is not singular
     reference: int = 5_000  # most held-out pictures that samples are measured against
-    sampling_steps: int = 50
+    sampling_steps: int = 12
     classes: dict[str, int] = field(default_factory=lambda: {"fashion": 10, "emoji": 9})
 
 

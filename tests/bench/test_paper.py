@@ -103,7 +103,7 @@ def test_every_training_of_a_chain_begins_with_the_same_warm_up():
     plan = Plan()
     for method in METHODS:
         chain = Chain("fashion", method)
-        assert pieces(plan, chain, Path("x"))[0].name == f"pretrain-{plan.steps // 8}"
+        assert pieces(plan, chain, Path("x"))[0].name == f"pretrain-{plan.steps // 4}"
         config = run_config(plan, chain, Path("x"))
         assert config.optim.decay == "none" and config.optim.warmup == 0.5
 
