@@ -3,60 +3,23 @@
 import json
 import statistics
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from umd.bench.options import AdaLNBench
 from umd.bench.step import WARMUP, machine
 from umd.bench.training import Step, on_batch, timed, train_step
-from umd.config import AdaLNProjection, ModelConfig, ObjectiveConfig, model_config
+from umd.config import AdaLNProjection, ObjectiveConfig
 from umd.machine.device import keep_freed_memory, take_device
 from umd.model import UMD
 from umd.objective import Objective
-from umd.ranges import Count, CountOrZero, check_ranges
 from umd.schedule import NoiseSchedule
 
 PROJECTIONS: tuple[AdaLNProjection, ...] = get_args(AdaLNProjection)
-
-
-@dataclass(frozen=True)
-class AdaLNBench:
-    """Compare adaLN's projections: weights, FLOPs and time of a training step."""
-
-    model: str = "UMD-B/4"
-    """Model size and patch size, as UMD-SIZE/PATCH."""
-    image_size: Count = 64
-    """Height and width of the images (pixels) or latents."""
-    channels: Count = 3
-    """Channels: 3 for images, 4 for latents."""
-    shallower: Count = 1
-    """Divide the encoder and decoder depth by this. The ratios stay about the same and memory shrinks."""
-    rank: Count = 64
-    """Rank of the low_rank projection."""
-    batch: Count = 16
-    """Images per step."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Autocast dtype."""
-    repeats: CountOrZero = 5
-    """Measured rounds; each runs every row once. 0: only count weights and FLOPs."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Device to measure on."""
-    json: Path | None = None
-    """JSON file for the rows."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-    def config(self, projection: AdaLNProjection) -> ModelConfig:
-        whole = model_config(self.model, image_size=(self.image_size, self.image_size), channels=self.channels)
-        depth, decoder_depth = (max(n // self.shallower, 1) for n in (whole.depth, whole.decoder_depth))
-        return replace(
-            whole, depth=depth, decoder_depth=decoder_depth, adaLN_projection=projection, adaLN_rank=self.rank
-        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +41,7 @@ def training_step(bench: AdaLNBench, model: UMD) -> Step:
 def run(bench: AdaLNBench, console: Console) -> list[Row]:
     """Measure all projections, print the table, write the JSON. Returns the rows."""
     keep_freed_memory()
-    take_device(bench.device, bench.dtype)
+    bench = replace(bench, device=str(take_device(bench.device, bench.dtype)[0]))
     counts: dict[str, tuple[int, int, float]] = {}
     steps: dict[str, Step] = {}
     for projection in PROJECTIONS:

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from rich.console import Console
@@ -27,9 +26,9 @@ from torch import Tensor
 from umd import ops
 from umd.bench import audit_step, liger_cases
 from umd.bench.count_bytes import Launch, TorchBytes, interpreted, record
-from umd.bench.op_cases import DTYPES, OPS, SHAPES, Inputs, dtype_name
+from umd.bench.op_cases import DTYPES, OPS, Inputs, dtype_name
+from umd.bench.options import Audit
 from umd.errors import UserError
-from umd.ranges import check_ranges, number
 from umd.train.signals import end_when_orphaned
 
 # GPU and its memory bandwidth in bytes per second, from NVIDIA's data sheets.
@@ -38,53 +37,6 @@ GPUS = {
     "sm_90": ("H100 SXM", 3350e9),
     "sm_100": ("B200", 8000e9),
 }
-
-
-@dataclass(frozen=True)
-class Audit:
-    """Count memory traffic and read compiled kernels for an A100, H100 or B200. Needs no GPU."""
-
-    step: bool = False
-    """Audit every operation of a whole bf16 training step instead. Goes with --models, --batch, --json and --chart."""
-    models: tuple[str, ...] = ()
-    """Models that give the shapes: UMD-B/4 (D = 768), UMD-L/2 (1024), UMD-XL/2 (1152). Default: the first two.
-    With --step, models whose step is audited: UMD-B/4, UMD-L/2, DiT-L/2, "eager DiT-L/2" (diffusers). Default: all."""
-    batch: Annotated[int, number(int, 2)] = 128
-    """With --step: images per step. At least 2, one noised and one noise-free."""
-    ops: tuple[str, ...] = ()
-    """Ops to audit. Default: all, and liger-kernel's norms if it is installed."""
-    dtype: str = "bf16"
-    """dtype of tokens and predictions: bf16, fp16 or fp32. Images and modulation tables are fp32, as in training."""
-    samples: Annotated[int, number(int, 2)] = 16
-    """Images in the batch; an even number."""
-    arch: tuple[str, ...] = tuple(GPUS)
-    """Architectures: sm_80 (A100), sm_90 (H100), sm_100 (B200)."""
-    kernel: str = ""
-    """Audit this @triton.jit function instead of our ops, written package.module:name. Needs --call."""
-    call: str = ""
-    """Python expression that launches --kernel on CPU tensors. Names: torch and those of the kernel's module."""
-    json: Path | None = None
-    """JSON file for the rows."""
-    chart: Path | None = None
-    """PNG file for the bar chart."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        networks = audit_step.NETWORKS if self.step else SHAPES
-        for name, known in (("models", networks), ("ops", CASES), ("arch", GPUS)):
-            if unknown := [x for x in getattr(self, name) if x not in known]:
-                raise UserError(f"{name} must be of {', '.join(known)}; got {unknown[0]!r}")
-        apart = ("ops", "dtype", "samples", "arch", "kernel", "call") if self.step else ("batch",)
-        for name in apart:
-            if getattr(self, name) != getattr(Audit, name):
-                with_or_without = "without" if self.step else "with"
-                raise UserError(f"--{name} goes {with_or_without} --step: leave out one of them")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.samples % 2:
-            raise UserError(f"samples must be even, got {self.samples}")
-        if bool(self.kernel) != bool(self.call):
-            raise UserError("kernel and call go together: the function, and an expression that launches it")
 
 
 @dataclass(frozen=True)

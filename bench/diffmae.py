@@ -12,8 +12,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 from rich import box
@@ -21,9 +19,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from umd.bench.options import DiffMAEBench
 from umd.bench.step import (
     WARMUP,
-    StepBench,
     autocast,
     count_flops,
     images,
@@ -33,46 +31,11 @@ from umd.bench.step import (
     vit_mae_step,
 )
 from umd.bench.training import Step, on_batch, timed, train_step
-from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, diffmae_config
+from umd.config import OBJECTIVES, DiffMAEObjectiveConfig
 from umd.diffmae import DiffMAE
 from umd.machine.device import keep_freed_memory, take_device
 from umd.objective import DiffMAEObjective
-from umd.ranges import Count, InnerShare, check_ranges, number
 from umd.schedule import NoiseSchedule
-
-
-@dataclass(frozen=True)
-class DiffMAEBench:
-    """Time DiffMAE's denoising step, and its training step compared with MAE's and UMD's."""
-
-    model: str = "DiffMAE-B/4"
-    """Model size and patch size, as DiffMAE-SIZE/PATCH. MAE and UMD get the same encoder."""
-    image_size: Count = 64
-    """Height and width of the images, in pixels."""
-    batch: Annotated[int, number(int, 2)] = 16
-    """Images per step. At least 2, as UMD needs one noised and one noise-free image."""
-    mask_ratio: InnerShare = 0.75
-    """Fraction of patches that DiffMAE and MAE mask and predict. UMD keeps its own two mask ratios."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """bf16 (autocast) or fp32."""
-    repeats: Count = 5
-    """Measured rounds; each runs every row once."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Device to measure on."""
-    json: Path | None = None
-    """JSON file for the rows."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-    def config(self) -> DiffMAEConfig:
-        return diffmae_config(self.model, image_size=(self.image_size, self.image_size))
-
-    def step_bench(self) -> StepBench:
-        return StepBench(
-            model=self.model.replace("DiffMAE", "UMD"), image_size=self.image_size, batch=self.batch, dtype=self.dtype,
-            device=self.device,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -201,7 +164,7 @@ def rows_of(part: str, seconds: dict[str, list[float]], flops: dict[str, int], b
 def run(bench: DiffMAEBench, console: Console) -> list[Row]:
     """Measure, print the table and the ratios, write the JSON. Returns the rows."""
     keep_freed_memory()
-    take_device(bench.device, bench.dtype)
+    bench = replace(bench, device=str(take_device(bench.device, bench.dtype)[0]))
     rows = filling_rows(bench, console) + training_rows(bench, console)
     print_rows(bench, rows, console)
     if bench.json is not None:

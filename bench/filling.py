@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from umd import ops
-from umd.bench.reproduce import Reproduce
+from umd.bench.options import Reproduce
 from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, ScheduleConfig, model_config
 from umd.diffmae import DiffMAE, fill, pixel_mask
 from umd.errors import UserError

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from umd import ops
 from umd.bench.first_light import Part
-from umd.bench.step import StepBench, images, network
+from umd.bench.options import StepBench
+from umd.bench.step import images, network
 from umd.bench.training import on_batch, train_step, with_modulation
 from umd.config import OBJECTIVES, ModelConfig, model_config
 from umd.model import UMD

@@ -27,8 +27,9 @@ from umd.bench.device_time import time_calls
 from umd.bench.first_light import Part, Row, read_rows
 from umd.bench.first_light_checks import setting_of, synchronize
 from umd.bench.op_cases import OPS, Inputs, Side
+from umd.bench.options import StepBench
 from umd.bench.plain_dit import plain_dit_step
-from umd.bench.step import StepBench, count_flops, dit_step, images, network, umd_step
+from umd.bench.step import count_flops, dit_step, images, network, umd_step
 from umd.bench.training import Step, host_time, on_batch, timed, train_step, with_modulation
 from umd.config import OBJECTIVES, Capture, ModelConfig
 from umd.machine.device import peak_flops, take_device

@@ -11,8 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch._functorch.config
@@ -23,54 +22,20 @@ from torch import Tensor
 
 from umd.bench.count_bytes import interpreted, tensor_bytes
 from umd.bench.device_time import Timing, copies_beyond, time_calls
-from umd.errors import UserError
-from umd.ranges import check_ranges, number
+from umd.bench.options import ATTENTION, KernelBench
+from umd.machine.device import take_device
 
 with interpreted(not torch.cuda.is_available()):  # Triton reads the variable when a kernel is defined
     from umd import ops
-    from umd.bench.op_cases import DTYPES, OPS, SHAPES, Inputs, LayerNorm, OpCase, Side, dtype_name
+    from umd.bench.op_cases import DTYPES, OPS, Inputs, LayerNorm, OpCase, Side, dtype_name
     from umd.train.parallel import static_compile
     from umd.train.step import side_stream
 
 # Share of noise-free samples in a packed batch. Of 256 patches, 160 are visible if noised and 64 if noise-free.
 STREAMS = {"noised": 0.0, "noise-free": 1.0, "mixed": 0.5}
-ATTENTION = ("varlen_attention", "varlen_cross_attention")
 BACKENDS: tuple[ops.Attention, ...] = ("triton", "flash_attn", "varlen_attn", "sdpa", "matmul")
 # Both layers of an MLP: PyTorch; our GELU, its output kept or recomputed; GELU fused into the products.
 MLPS = ("eager", "triton", "recompute_gelu", "transformer_engine")
-
-
-@dataclass(frozen=True)
-class KernelBench:
-    """Time each op on a GPU: eager PyTorch, torch.compile, our Triton kernels."""
-
-    models: tuple[str, ...] = ("UMD-B/4", "UMD-L/2", "UMD-XL/2") if torch.cuda.is_available() else ("UMD-Ti/4",)
-    """Models that give the shapes: UMD-B/4 (D = 768), UMD-L/2 (1024), UMD-XL/2 (1152), UMD-Ti/4 (192)."""
-    streams: tuple[str, ...] = ("noised", "noise-free")
-    """Samples in the packed batch: noised (161 tokens each), noise-free (65 tokens each), or mixed (half of each)."""
-    ops: tuple[str, ...] = ()
-    """Ops to time. Default: all, with self-attention, cross-attention and mlp."""
-    dtype: str = "bf16"
-    """dtype of tokens and predictions: bf16, fp16 or fp32."""
-    samples: Annotated[int, number(int, 2)] = 256 if torch.cuda.is_available() else 2
-    """Images in the batch; an even number."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cuda, or cpu for a smoke run without times."""
-    json: Path | None = None
-    """JSON file for the rows."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        names = [*OPS, *ATTENTION, "mlp"]
-        for name, known in (("models", SHAPES), ("streams", STREAMS), ("ops", names)):
-            if unknown := [x for x in getattr(self, name) if x not in known]:
-                raise UserError(f"{name} must be of {', '.join(known)}; got {unknown[0]!r}")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.samples % 2:
-            raise UserError(f"samples must be even, got {self.samples}")
-        if self.device not in ("cuda", "cpu") or (self.device == "cuda" and not torch.cuda.is_available()):
-            raise UserError(f"device must be cuda, where there is a GPU, or cpu; got {self.device!r}")
 
 
 @dataclass(frozen=True)
@@ -275,7 +240,11 @@ def time_backends(op: str, make: Callable[[], Inputs], notes: list[str], **shape
 
 def run(bench: KernelBench, console: Console) -> list[Row]:
     """Time all ops, print a table of the ops and one of attention, write the JSON. Returns the rows."""
-    with side_stream(torch.device(bench.device)):  # CUDA graphs cannot be recorded on the default stream
+    device, _ = take_device(bench.device, "fp32")
+    gpu = device.type == "cuda"
+    models = bench.models or (("UMD-B/4", "UMD-L/2", "UMD-XL/2") if gpu else ("UMD-Ti/4",))
+    bench = replace(bench, device=device.type, models=models, samples=bench.samples or (256 if gpu else 2))
+    with side_stream(device):  # CUDA graphs cannot be recorded on the default stream
         rows, copy, notes = measure(bench, console)
     if copy is None:
         title = "Smoke run on a CPU, kernels in Triton's interpreter: it shows that every row runs, and times none."

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from umd.bench.reproduce import Reproduce
+from umd.bench.options import Reproduce
 from umd.config import OBJECTIVES, model_config
 from umd.errors import UserError
 from umd.report.figures import layer_curves

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -25,15 +24,14 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from umd.bench.options import LoaderBench
 from umd.bench.step import WARMUP, count_flops, machine, own_process
 from umd.bench.training import LR, Step, train_step, with_modulation
-from umd.config import ModelConfig, ObjectiveConfig, model_config
-from umd.errors import UserError
-from umd.machine.device import keep_freed_memory, seconds_of, take_device
+from umd.config import ObjectiveConfig
+from umd.machine.device import keep_freed_memory, pick_device, seconds_of, take_device
 from umd.model import UMD
 from umd.objective import Objective
 from umd.ops import sample_posterior
-from umd.ranges import Count, ProcessesOrZero, check_ranges
 from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer, identity
 from umd.train import data
@@ -45,47 +43,6 @@ from umd.train.optim import clipped_step
 from umd.train.options import EncodePixels
 from umd.train.pixels import StoredCrops, encode_pixels
 from umd.train.settings import DataConfig
-
-
-@dataclass(frozen=True)
-class LoaderBench:
-    """Compare the cost of reading data with the training step that it feeds."""
-
-    groups: tuple[str, ...] = ("latents", "pictures", "steps")
-    """What to measure. latents: encoding compared with reading. steps: training on stored latents.
-    pictures: CPU time per image of every reader."""
-    model: str = "UMD-L/2"
-    """Model that trains, as UMD-SIZE/PATCH."""
-    shallower: Count = 4
-    """Divide the model's depths by this. The ratios between steps stay about the same and memory shrinks."""
-    latent_size: Count = 32
-    """Height and width of the latents. Pictures are 8 times as large."""
-    batch: Count = 16
-    """Samples per step."""
-    vae_channels: tuple[Count, Count, Count, Count] = (128, 256, 512, 512)
-    """Channels of the autoencoder's four levels. Default: Stable Diffusion's."""
-    stored: Count = 512
-    """Latents in the folder that is read."""
-    num_workers: ProcessesOrZero = 2
-    """Reader processes. 0: the training process reads."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """bf16 (autocast) or fp32."""
-    repeats: Count = 5
-    """Measured rounds."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Device to measure on."""
-    json: Path | None = None
-    """JSON file for rows and ratios."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if unknown := set(self.groups) - set(GROUPS):
-            raise UserError(f"unknown group {unknown.pop()!r}; expected of {', '.join(GROUPS)}")
-
-    def config(self) -> ModelConfig:
-        whole = model_config(self.model, image_size=(self.latent_size, self.latent_size), channels=4)
-        depth, decoder_depth = (max(n // self.shallower, 1) for n in (whole.depth, whole.decoder_depth))
-        return replace(whole, depth=depth, decoder_depth=decoder_depth)
 
 
 @dataclass(frozen=True)
@@ -345,6 +302,7 @@ def serve(bench: LoaderBench, maker: Maker, pipe: Connection) -> None:
 
 def run(bench: LoaderBench, console: Console) -> dict:
     """Measure all cases, print the tables, write the JSON. Returns {"settings", "rows", "ratios"}."""
+    bench = replace(bench, device=str(pick_device(bench.device)))
     rows, ratios = [], []
     for group in bench.groups:
         seconds: dict[str, list[float]] = {}

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from umd.bench.options import Reproduce
 from umd.bench.paper_plan import Chain, Name, Plan, chains, ends, pieces, ship, step_flops
 from umd.bench.paper_report import write_report
-from umd.bench.reproduce import Reproduce
 from umd.errors import UserError
 from umd.files import write_whole
 from umd.machine.device import pick_device

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from umd.bench.step import StepBench, baseline_step, images
+from umd.bench.options import StepBench
+from umd.bench.step import baseline_step, images
 from umd.bench.training import Step
 from umd.config import ModelConfig
 from umd.embedders import timestep_features

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,43 +16,17 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from umd.bench.options import ProbeBench
 from umd.bench.step import machine
 from umd.checkpoint import save_checkpoint
 from umd.config import model_config
-from umd.errors import UserError
 from umd.machine.device import peak_memory
 from umd.methods import build_model
-from umd.ranges import Count, check_ranges
 from umd.train.options import Probe
 from umd.train.probe import Recognition, print_rows
 from umd.train.run import RunConfig, read_config, to_plain, write_config
 from umd.train.settings import DataConfig
 from umd.train.shards import share
-
-
-@dataclass(frozen=True)
-class ProbeBench:
-    """Measure time, memory and reads of a few-shot probe on a folder of ImageNet's shape."""
-
-    train: Count = 250_000
-    """Training pictures."""
-    test: Count = 50_000
-    """Held-out pictures."""
-    classes: Count = 1000
-    """Number of classes. Each split has equally many pictures of each class."""
-    side: Count = 64
-    """Height and width of the JPEGs, in pixels."""
-    shots: Count = 100
-    """Labelled training images per class."""
-    model: str = "UMD-Ti/4"
-    """Model size and patch size, as UMD-SIZE/PATCH. It sees 32x32 pixels."""
-    json: Path | None = None
-    """JSON file for the figures."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if min(self.train, self.test) < self.classes:
-            raise UserError(f"each of {self.classes} classes needs a picture in either split")
 
 
 def run(bench: ProbeBench, console: Console) -> dict[str, float]:

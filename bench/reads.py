@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -23,43 +23,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from umd.bench.options import ReadsBench
 from umd.bench.step import machine
-from umd.errors import UserError
 from umd.files import flush
-from umd.ranges import Count, Processes, check_ranges
 from umd.train.data import sample_keys
 from umd.train.latent_batches import StoredViews
 from umd.train.latents import BLOCK, LatentDataset, finish, open_latents, shard_bytes, shard_name
 from umd.train.loader_rate import cpu_seconds
 
 Keys = list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class ReadsBench:
-    """Compare ways to read stored latents from a disk: images/s, bytes and read requests."""
-
-    folder: Path | None = None
-    """Folder on the disk to measure. Shards are written there and removed at the end. Default: a temporary folder."""
-    shards: Count = 16
-    """Number of shards. Each has 4096 images in 64 MiB: 32x32x4 latents in bf16, one view."""
-    count: Count = 16384
-    """Images read per measurement."""
-    batch: Count = 256
-    """Images per batch, over all processes."""
-    processes: tuple[Processes, ...] = (1, 8)
-    """Numbers of reader processes to measure. The processes of one measurement share the reads."""
-    repeats: Count = 3
-    """Measured rounds; each measures every way once."""
-    json: Path | None = None
-    """JSON file for the rows."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "processes")
-        if any(self.batch % n for n in self.processes):
-            raise UserError(f"batch must be divisible by each of processes, got {self.batch} and {self.processes}")
-        if not hasattr(os, "posix_fadvise"):
-            raise UserError("umd bench reads drops files from the system's memory, which needs Linux")
 
 
 @contextmanager

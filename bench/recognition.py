@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from umd.bench.reproduce import Reproduce
+from umd.bench.options import Reproduce
 from umd.config import OBJECTIVES, ClassifierConfig, ClassifierObjectiveConfig, ModelConfig, model_config
 from umd.report.figures import COLOURS, STYLE
 from umd.train.emoji import GROUPS, load

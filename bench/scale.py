@@ -21,34 +21,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from umd.bench.probe import ProbeBench, link_pictures
+from umd.bench.options import ProbeBench, ScaleBench
+from umd.bench.probe import link_pictures
 from umd.bench.step import machine
 from umd.errors import UserError
-from umd.ranges import Count
 
 TINY = "--model.hidden-size 32 --model.depth 1 --model.decoder-depth 1 --model.num-heads 2 --model.image-size 32 32"
 TINY += " --batch-size 64 --save-every 1 --draw-every 0 --device cpu --data.num-workers 2"
-
-
-@dataclass(frozen=True)
-class ScaleBench:
-    """Measure time and memory of commands on a folder or tar of ImageNet's size."""
-
-    train: Count = 1_281_000
-    """Training pictures."""
-    test: Count = 50_000
-    """Held-out pictures."""
-    classes: Count = 1000
-    """Number of classes."""
-    side: Count = 64
-    """Height and width of the JPEGs, in pixels."""
-    folder: Path | None = None
-    """Folder in which the pictures are made, and removed at the end. Default: a temporary folder."""
-    json: Path | None = None
-    """JSON file for the rows."""
-
-    def __post_init__(self) -> None:
-        ProbeBench(train=self.train, test=self.test, classes=self.classes, side=self.side)  # the same checks
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,45 +36,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from umd import ops
+from umd.bench.options import StepBench
 from umd.bench.training import Step, host_time, on_batch, our_optimizer, timed, train_step, with_modulation
-from umd.config import ModelConfig, ObjectiveConfig, model_config
+from umd.config import ObjectiveConfig
 from umd.errors import UserError
 from umd.machine.device import keep_freed_memory, pick_device, pick_dtype, take_device
 from umd.model import UMD
 from umd.objective import Objective
-from umd.ranges import Count, check_ranges, number
 from umd.schedule import NoiseSchedule
 from umd.train import step as training
 from umd.train.optim import clipped_step
 from umd.train.parallel import LossStep, static_compile
 
 WARMUP = 5  # rounds; before that, memory still grows, and a step's time includes touching new pages
-
-
-@dataclass(frozen=True)
-class StepBench:
-    """Time UMD's training step next to its baselines."""
-
-    model: str = "UMD-B/4"
-    """Model size and patch size, as UMD-SIZE/PATCH. Baselines take its width, encoder depth and heads."""
-    image_size: Count = 64
-    """Height and width of the images, in pixels."""
-    batch: Annotated[int, number(int, 2)] = 16
-    """Images per step. At least 2, one noised and one noise-free."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """bf16 (autocast) or fp32."""
-    repeats: Count = 5
-    """Rounds; each times a baseline and UMD in turn. A round has 1 step each; on a GPU 20, queued without waiting."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Device to measure on."""
-    json: Path | None = None
-    """JSON file for the rows."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-    def config(self) -> ModelConfig:
-        return model_config(self.model, image_size=(self.image_size, self.image_size))
 
 
 @dataclass(frozen=True)

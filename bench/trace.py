@@ -9,17 +9,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from umd.bench.options import TraceBench
 from umd.errors import UserError
-from umd.ranges import Count, check_ranges
 from umd.train.trace import Trace, read_trace, readable
 
 TOTAL, IDLE, LAUNCHING, STEP = WHOLE = ("total", "GPU idle", "host, launching", "step")  # groups with a single row
@@ -40,23 +37,6 @@ GROUPS = {
     "elementwise": r"elementwise|pointwise|triton_poi|gelu|silu|::(add|sub|rsub|mul|div|neg|abs|sqrt|rsqrt|pow|square"
     r"|exp|log|sin|cos|where|clamp|clamp_min|lerp|addcmul|addcdiv|sigmoid|tanh|bitwise_\w+?|eq|ne|lt|gt|le|ge)_?$",
 }
-
-
-@dataclass(frozen=True)
-class TraceBench:
-    """Show where two traces of torch.profiler differ, in time per step."""
-
-    a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-    """First trace: a .json or .json.gz written by torch.profiler, or the folder of a run made with --profile."""
-    b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
-    """Second trace, to compare with the first."""
-    steps: Count = 1
-    """Number of steps in a trace that does not mark its steps (ProfilerStep#)."""
-    json: Path | None = None
-    """JSON file for the rows."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 @dataclass(frozen=True)

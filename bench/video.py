@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from umd.bench.reproduce import Reproduce
+from umd.bench.options import Reproduce
 from umd.config import DiffMAEConfig, DiffMAEObjectiveConfig
 from umd.diffmae import DiffMAE, fill
 from umd.errors import UserError

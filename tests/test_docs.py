@@ -12,7 +12,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 
 from umd import cli
+from umd.bench import options as bench_options
 from umd.train.options import Demo, Evaluate
 from umd.train.presets import PRESETS
 from umd.train.run import RunConfig
@@ -206,8 +206,7 @@ def parse(words: list[str]) -> None:
     """Options of a `umd` command that is not run: by its own parser."""
     _, name, *rest = words
     if name == "bench" and rest:
-        module, options, _ = cli.BENCHES[rest[0]]
-        cli.parse(getattr(import_module(module), options), "bench", rest[1:])
+        cli.parse(getattr(bench_options, cli.BENCHES[rest[0]][0]), "bench", rest[1:])
     elif name == "demo":
         cli.parse(Demo, name, rest)
     elif name == "evaluate":

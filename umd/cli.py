@@ -329,35 +329,32 @@ def doctor(arguments: list[str]) -> None:
     print_report(console, [capture_row, loader_row])
 
 
-BENCHES = {  # name: (module, class of its options, what it measures)
-    "step": ("umd.bench.step", "StepBench", "a training step against its baselines"),
-    "loader": ("umd.bench.loader", "LoaderBench", "what data cost beside the step they feed"),
-    "adaln": ("umd.bench.adaln", "AdaLNBench", "weights, FLOPs and step time of adaLN's projections"),
-    "audit": ("umd.bench.audit", "Audit", "what kernels, or a whole step, need on an A100 or H100, without a GPU"),
-    "diffmae": ("umd.bench.diffmae", "DiffMAEBench", "DiffMAE: decoder steps against whole passes; training steps"),
-    "kernels": ("umd.bench.kernels", "KernelBench", "each op: eager, torch.compile, Triton; on a GPU"),
-    "probe": ("umd.bench.probe", "ProbeBench", "a few-shot probe on a folder of ImageNet's shape: time, memory, reads"),
-    "reads": ("umd.bench.reads", "ReadsBench", "ways to read stored latents from a disk: images/s, bytes, requests"),
-    "scale": (
-        "umd.bench.scale",
-        "ScaleBench",
-        "commands on a folder or tar of ImageNet's size: time and memory",
-    ),
-    "trace": ("umd.bench.trace", "TraceBench", "where two traces of torch.profiler differ: umd bench trace A B"),
-    "reproduce": ("umd.bench.reproduce", "Reproduce", "small trainings from scratch and the figures of docs/results"),
+BENCHES = {  # module in umd.bench: (class of its options, what it measures)
+    "step": ("StepBench", "a training step against its baselines"),
+    "loader": ("LoaderBench", "what data cost beside the step they feed"),
+    "adaln": ("AdaLNBench", "weights, FLOPs and step time of adaLN's projections"),
+    "audit": ("Audit", "what kernels, or a whole step, need on an A100 or H100, without a GPU"),
+    "diffmae": ("DiffMAEBench", "DiffMAE: decoder steps against whole passes; training steps"),
+    "kernels": ("KernelBench", "each op: eager, torch.compile, Triton; on a GPU"),
+    "probe": ("ProbeBench", "a few-shot probe on a folder of ImageNet's shape: time, memory, reads"),
+    "reads": ("ReadsBench", "ways to read stored latents from a disk: images/s, bytes, requests"),
+    "scale": ("ScaleBench", "commands on a folder or tar of ImageNet's size: time and memory"),
+    "trace": ("TraceBench", "where two traces of torch.profiler differ: umd bench trace A B"),
+    "reproduce": ("Reproduce", "small trainings from scratch and the figures of docs/results"),
 }
 
 
 def bench(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in BENCHES:
-        for name, (_, _, what) in BENCHES.items():
+        for name, (_, what) in BENCHES.items():
             say(f"usage: umd bench {name} [options]: {what}")
         sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
     name, rest = arguments[0], arguments[1:]
-    module = import_module(BENCHES[name][0])
-    options = parse(getattr(module, BENCHES[name][1]), f"bench {name}", rest)
+    from umd.bench import options as classes
+
+    options = parse(getattr(classes, BENCHES[name][0]), f"bench {name}", rest)
     check_results(options)
-    module.run(options, console)
+    import_module(f"umd.bench.{name}").run(options, console)
 
 
 def check_results(options: object) -> None:

@@ -5,7 +5,8 @@ import json
 import pytest
 from rich.console import Console
 
-from umd.bench.adaln import AdaLNBench, run
+from umd.bench.adaln import run
+from umd.bench.options import AdaLNBench
 from umd.cli import main
 from umd.errors import UserError
 

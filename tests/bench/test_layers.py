@@ -44,7 +44,7 @@ def test_pictures_that_are_not_there_are_named(tmp_path, monkeypatch):
     from rich.console import Console
 
     from umd.bench.layers import reproduce
-    from umd.bench.reproduce import Reproduce
+    from umd.bench.options import Reproduce
 
     monkeypatch.setattr("umd.bench.layers.SOURCE", tmp_path / "none.gz")
     with pytest.raises(UserError, match="apt-get install dataset-fashion-mnist"):

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from umd.bench.reads import WAYS, ReadsBench, stored
+from umd.bench.options import ReadsBench
+from umd.bench.reads import WAYS, stored
 from umd.cli import main
 from umd.errors import UserError
 

@@ -10,7 +10,8 @@ from rich.console import Console
 pytest.importorskip("diffusers", reason="the baseline DiT comes from diffusers: pip install diffusers")
 pytest.importorskip("transformers", reason="the baseline MAE comes from transformers: pip install transformers")
 
-from umd.bench.step import StepBench, count_flops, run, umd_step  # noqa: E402
+from umd.bench.options import StepBench  # noqa: E402
+from umd.bench.step import count_flops, run, umd_step  # noqa: E402
 from umd.config import ObjectiveConfig, model_config  # noqa: E402
 from umd.flops import step_flops  # noqa: E402
 from umd.kernels.linear import linear  # noqa: E402

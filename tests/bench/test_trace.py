@@ -9,7 +9,8 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
 from umd import cli
-from umd.bench.trace import TraceBench, group_of, run
+from umd.bench.options import TraceBench
+from umd.bench.trace import group_of, run
 from umd.errors import UserError
 
 

@@ -133,6 +133,7 @@ def others() -> list[tuple[str, str]]:
 CALLS = [*patches(), *norms(), *attention(), *others()]
 
 
+@pytest.mark.slow  # to be run before time on a GPU is spent, with the triton of that machine
 def test_every_variant_compiles():
     sources = [(path.stem, path.read_text()) for path in (ROOT / "kernels" / "triton").glob("*.py")]
     kernels = {f"{stem}:{name}" for stem, text in sources for name in re.findall(r"^def (_\w+_kernel)\(", text, re.M)}

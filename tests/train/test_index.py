@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from umd.bench.probe import ProbeBench, link_pictures
+from umd.bench.options import ProbeBench
+from umd.bench.probe import link_pictures
 from umd.errors import UserError
 from umd.train import index, tars
 from umd.train.data import open_dataset, train_loader

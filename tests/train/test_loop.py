@@ -154,14 +154,14 @@ def test_kill_9_between_saves_then_resume_is_the_run_never_stopped(tiny):
 def test_kill_9_during_a_save_then_resume_is_the_run_never_stopped(tiny):
     """Fine-tuning on labels, EMA, two micro-batches, bf16; stopped twice, each time half-way through a checkpoint."""
     straight = tiny(
-        "straight", steps=40, model=replace(TINY, num_classes=3), accumulate=2, optim={"ema": 0.1}, precision="bf16",
+        "straight", steps=20, model=replace(TINY, num_classes=3), accumulate=2, optim={"ema": 0.1}, precision="bf16",
         objective=ObjectiveConfig(no_noise_prob=0.25, class_dropout_prob=0.3), save_every=1, keep=2,
     )  # fmt: skip
     train(straight, QUIET)
 
     killed = replace(straight, out=straight.out.with_name("killed"))
     interrupted = 0
-    for step in (17, 24):
+    for step in (7, 13):
         process = start(killed)
         wait_for(process, lambda step=step: any(killed.checkpoints.glob(f"step-{step:08d}")))
         wait_for(process, lambda: any(killed.checkpoints.glob(".unfinished-step-*")))
@@ -173,7 +173,7 @@ def test_kill_9_during_a_save_then_resume_is_the_run_never_stopped(tiny):
     assert interrupted, "no kill came in the middle of a save"
     train(killed, QUIET)
     assert_same_run(straight, killed, {"model", "optimizer", "ema"})
-    assert sorted(path.name for path in killed.checkpoints.iterdir()) == ["step-00000039", "step-00000040"]
+    assert sorted(path.name for path in killed.checkpoints.iterdir()) == ["step-00000019", "step-00000020"]
 
 
 def test_workers_change_nothing(tiny):

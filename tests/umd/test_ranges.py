@@ -5,12 +5,12 @@ import inspect
 import math
 import re
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
 from umd import cli
+from umd.bench import options as bench_options
 from umd.config import ClassifierConfig, ClassifierObjectiveConfig, DiffMAEConfig, DiffMAEObjectiveConfig
 from umd.errors import UserError
 from umd.ranges import OutOfRange, named, number, ranges_in, ranges_of
@@ -39,7 +39,7 @@ COMMANDS: dict[type, list[str]] = {  # options of each command, and the argument
     Import: ["dit", "x"],
 }  # fmt: skip
 MUST = {"TraceBench": ["a", "b"], "Reproduce": ["paper"]}
-BENCHES = {getattr(import_module(module), name): MUST.get(name, []) for module, name, _ in cli.BENCHES.values()}
+BENCHES = {getattr(bench_options, name): MUST.get(name, []) for name, _ in cli.BENCHES.values()}
 ALL = COMMANDS | BENCHES
 
 

@@ -12,7 +12,7 @@ LINES = [
     ["inpaint", "--help"], ["probe", "nowhere"], ["evaluate", "--help"], ["embed", "nowhere", "x"],
     ["transfer", "--help"], ["encode-latents", "--help"], ["encode-pixels", "--help"], ["inspect", "--help"],
     ["import", "--help"], ["export", "timm", "nowhere"], ["check-data", "--help"], ["check-data", "nowhere"],
-    ["demo", "--help"], ["sampel"],
+    ["demo", "--help"], ["sampel"], ["bench", "step", "--help"], ["bench", "kernels", "--ops", "norm"],
 ]  # fmt: skip
 
 
