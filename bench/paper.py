@@ -118,7 +118,9 @@ class Watch:
 
 def reproduce(options: Reproduce, console: Console) -> None:
     device = str(pick_device(options.device))
-    plan = Plan(steps=options.steps or Plan.steps, device=device)
+    steps = options.steps or Plan.steps
+    finetune_steps = max(round(Plan.finetune_steps * steps / Plan.steps), 4)  # the same share of the work
+    plan = Plan(steps=steps, finetune_steps=finetune_steps, device=device)
     plan = replace(plan, seeds=tuple(options.seed + seed for seed in plan.seeds), ablation_seeds=(options.seed,))
     names: tuple[Name, ...] = ("fashion", "emoji") if options.data == "all" else (options.data,)
     if "fashion" in names and not Path(plan.fashion).exists():
