@@ -169,8 +169,9 @@ def floors(config: RunConfig, reference: Path, sizes: Sizes) -> dict[str, Any]:
     name = names_of(config)[0]
     found["pixels"] = accuracies(pixels, "pixels", config, sizes)
     found["untrained"] = accuracies(representation(config, untrained, torch.float32), name, config, sizes)
-    counts = {
-        split: len(pictures(config.data, split, count, published_zoom(config))[1])
+    labels = {
+        split: pictures(config.data, split, count, published_zoom(config))[1]
         for split, count in (("train", sizes.train_images), ("test", sizes.test_images))
     }
-    return found | {"counts": counts | {"reference": len(real["test"])}}
+    counts: dict[str, Any] = {split: len(these) for split, these in labels.items()} | {"reference": len(real["test"])}
+    return found | {"counts": counts | {"test_classes": labels["test"].bincount().tolist()}}

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -41,6 +41,8 @@ ABLATION_ORDER = [
     ("fd", "UMD", "UMD, noised 70 % masked"), ("shots", "UMD, noised not masked", "UMD"),
     ("fd", "UMD, noised not masked", "UMD"), ("shots", "UMD", "UMD, no adaLN"), ("fd", "UMD", "UMD, no adaLN"),
 ]  # fmt: skip
+# 97.5 % quantile of Student's t by degrees of freedom; the last stands for more. With 0, no spread is known.
+T95 = (0.0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31)
 Values = Sequence[float]
 
 
@@ -76,16 +78,23 @@ def by_method(record: Mapping[str, Any], data: str, end: str) -> dict[str, dict[
     return found
 
 
-def verdict(better: Values, worse: Values, more: bool, spread: float) -> tuple[str, float]:
+def pooled(groups: Iterable[Values]) -> tuple[float, int]:
+    """Standard deviation between seeds, taken to be the same in all groups, and its degrees of freedom."""
+    many = [values for values in groups if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in many)
+    squares = sum((len(values) - 1) * stdev(values) ** 2 for values in many)
+    return (math.sqrt(squares / freedom) if freedom else 0.0), freedom
+
+
+def verdict(better: Values, worse: Values, more: bool, spread: float, freedom: int) -> tuple[str, float]:
     """Judge the claim that `better` beats `worse`. Returns the verdict and the difference in the claim's direction.
 
-    The verdict is "holds", "is reversed", or "cannot be told" if the difference is within two standard errors.
-    spread: standard deviation between seeds, used for a method with one seed.
+    The verdict is "holds" or "is reversed" if Student's 95 % interval of the difference is without 0, else "cannot be
+    told". spread, freedom: of `pooled`.
     """
     difference = (fmean(better) - fmean(worse)) * (1 if more else -1)
-    errors = [stdev(v) if len(v) > 1 else spread for v in (better, worse)]
-    error = math.hypot(*(e / math.sqrt(len(v)) for e, v in zip(errors, (better, worse), strict=True)))
-    if abs(difference) <= 2 * error:
+    error = spread * math.sqrt(1 / len(better) + 1 / len(worse))
+    if abs(difference) <= T95[min(freedom, len(T95) - 1)] * error:
         return "cannot be told", difference
     return ("holds" if difference > 0 else "is reversed"), difference
 
@@ -138,10 +147,11 @@ def floor_rows(record: Mapping[str, Any], data: str, keys: Sequence[str], pad: i
     real = {"fd": floors["real"]["fd"], "kd": 1000 * floors["real"]["kd"]}
     rows |= {"*training pictures as samples*": real | {f"{k}_guided": v for k, v in real.items()}}
     found = [[name, *[""] * pad, *(shown(k, [r[k]] if k in r else None) for k in keys)] for name, r in rows.items()]
-    # Binomial error at a share of 1/2. All methods have the same pictures, so their differences have less error.
-    n = floors["counts"]["test"]
-    noise = [f"± {100 * math.sqrt(0.25 / n):.1f} at most" if MEASURES[k][1] else "" for k in keys]
-    return [*found, [f"*s.e. of a share of {n} pictures*", *[""] * pad, *noise]]
+    # Binomial error at a share of 1/2 in each class. All methods have the same pictures: differences have less error.
+    classes = floors["counts"]["test_classes"]
+    error = math.sqrt(sum(0.25 / n for n in classes)) / len(classes)
+    noise = [f"± {100 * error:.1f} at most" if MEASURES[k][1] else "" for k in keys]
+    return [*found, [f"*s.e. of a mean of {len(classes)} shares of {sum(classes)} pictures*", *[""] * pad, *noise]]
 
 
 def markdown(record: Mapping[str, Any]) -> list[str]:
@@ -178,13 +188,12 @@ def claims(found: Mapping[str, Mapping[str, Values]], order: Sequence[tuple[str,
         a, b = (found.get(name, {}).get(key) for name in (better, worse))
         if not a or not b:
             continue
-        many = [stdev(m[key]) for m in found.values() if len(m.get(key, ())) > 1]
-        spread = math.sqrt(fmean(s * s for s in many)) if many else 0.0
-        word, difference = verdict(a, b, MEASURES[key][2], spread)
+        spread, freedom = pooled(measures.get(key, ()) for measures in found.values())
+        word, difference = verdict(a, b, MEASURES[key][2], spread, freedom)
         scale = 100 if MEASURES[key][1] else 1
         lines.append(
             f"- {MEASURES[key][0].removesuffix(', %')}: {better} better than {worse}: **{word}** "
-            f"(by {scale * difference:.1f}{'' if many else ', one seed and no spread known'})"
+            f"(by {scale * difference:.1f}{'' if freedom else ', one seed and no spread known'})"
         )
     return [f"{title}:", "", *lines] if lines else []
 

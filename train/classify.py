@@ -118,9 +118,14 @@ def show_scores(
 
     log.scores({"step": step, "top-1": scores.top1, "top-5": scores.top5, "held_out_loss": scores.loss})
     log.picture("confusion", confusion_sheet(scores.confusion.numpy(), held_out.class_names), step)
+    log.say(write_scores(scores, held_out, step, config.out / "scores.json"))
+
+
+def write_scores(scores: Scores, dataset: Dataset, step: int, file: Path, split: str = "held-out") -> str:
+    """Write the scores as JSON. Returns them in one line."""
     record = {
-        "step": step, "top-1": scores.top1, "top-5": scores.top5, "images": len(held_out),
-        "classes": list(held_out.class_names), "confusion": scores.confusion.tolist(),
+        "step": step, "top-1": scores.top1, "top-5": scores.top5, "images": len(dataset),
+        "classes": list(dataset.class_names), "confusion": scores.confusion.tolist(),
     }  # fmt: skip
-    write_whole(config.out / "scores.json", json.dumps(record).encode())
-    log.say(f"step {step}: top-1 {scores.top1:.3f}, top-5 {scores.top5:.3f} on {len(held_out)} held-out pictures")
+    write_whole(file, json.dumps(record).encode())
+    return f"step {step}: top-1 {scores.top1:.3f}, top-5 {scores.top5:.3f} on {len(dataset)} {split} pictures"

@@ -22,7 +22,7 @@ from umd.methods import build_objective
 from umd.model import UMD
 from umd.objective import Objective
 from umd.ops import philox_randn_rows
-from umd.peers import normalized
+from umd.peers import mae_pixels, mae_target
 from umd.train.data import open_dataset
 from umd.train.evaluate import open_run, schedule_of
 from umd.train.features import Extract, Features, identity_of, name_of, pictures_of
@@ -133,9 +133,11 @@ def hidden_error(
     with autocast(x.device, dtype):
         prediction = model(objective.visible_patches(x, c), c.ids_keep, c.layout, c.timesteps)
     target = ops.patchify(x, model.config.patch_size)  # [B, L, C·P·P]
-    if objective.config.norm_pix:
-        target = normalized(target)
     predicted = prediction.to(target).view(B, L, -1)[..., : target.shape[-1]]
+    if objective.config.norm_pix:
+        target = mae_target(target, model.config, objective.config)
+    else:
+        predicted = mae_pixels(predicted, None, model.config, objective.config)
     hidden = torch.ones(B * L, device=x.device).index_fill(0, c.ids_keep, 0).view(B, L)
     return ((predicted - target) ** 2).mean(-1).mul(hidden).sum(1) / (L - keep)
 

@@ -63,7 +63,13 @@ def open_tokenizer(config: RunConfig, vae: str, device: torch.device) -> Tokeniz
     Raises UserError if the VAE is missing or not the run's.
     """
     if not vae or config.data.vae_hash:
-        return tokenizer_of(replace(config.data, vae=vae or config.data.vae), device)
+        tokenizer = tokenizer_of(replace(config.data, vae=vae or config.data.vae), device)
+        if tokenizer is None and config.model.channels not in (1, 3):
+            raise UserError(
+                f"{config.out} makes latents of {config.model.channels} channels, which a VAE turns into pictures; "
+                "give it, e.g. --vae stabilityai/sd-vae-ft-ema"
+            )
+        return tokenizer
     on_pixels = UserError(f"{config.out} is a run on pixels; leave out --vae")
     if config.model.channels in (1, 3):
         raise on_pixels

@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,13 +27,14 @@ from umd.config import ModelConfig, kind_of
 from umd.convert import to_small_vision
 from umd.errors import UserError
 from umd.files import check_place
-from umd.hugging_face import to_vit, to_vit_mae
+from umd.hugging_face import statistics, to_vit, to_vit_mae
 from umd.model import UMD
 from umd.published import give, mae_links, vit_links
+from umd.train import evaluate
 from umd.train.evaluate import schedule_of
 from umd.train.options import Export
 from umd.train.run import RunConfig, to_plain
-from umd.train.weights import load_model, weights_identity
+from umd.train.weights import load_model, saved_weights, weights_identity
 
 
 def export(options: Export, config: RunConfig, console: Console) -> None:
@@ -47,11 +49,13 @@ def export(options: Export, config: RunConfig, console: Console) -> None:
     made = folder.with_name(f".unfinished-{folder.name}-{os.getpid()}")
     check_place(made)
     model = load_model(options.run, options.ema, image_size=options.image_size)
+    if options.vae and options.kind != "diffusers":
+        raise UserError(f"--vae is part of a pipeline of diffusers; leave it out with {options.kind}")
     if not isinstance(model, UMD):
         raise UserError(f"{options.run} holds a {kind_of(config.model)}; a UMD, DiT, MAE or MaskDiT can be exported")
     made.mkdir()
     try:
-        usage = WRITERS[options.kind](model, made, config)
+        usage = WRITERS[options.kind](model, made, config, options)
         (made / "README.md").write_text(model_card(options, model, config, usage))
         if folder.exists():
             folder.rmdir()
@@ -73,8 +77,10 @@ def folded(model: UMD, tool: str) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in encoder_weights(model).items()}
 
 
-def write_timm(model: UMD, folder: Path, config: RunConfig) -> str:
+def write_timm(model: UMD, folder: Path, config: RunConfig, options: Export) -> str:
     c = model.config
+    if c.norm_eps > 1e-6:
+        raise UserError(f"timm's ViT has 1e-6 in its norms, this network {c.norm_eps:g}; export it to transformers")
     H, W = c.image_size
     weights = give_encoder(folded(model, "timm"), c)
     if c.num_cls > 1:  # timm calls further CLS tokens registers
@@ -85,9 +91,9 @@ def write_timm(model: UMD, folder: Path, config: RunConfig) -> str:
         no_embed_class=True, global_pool="token" if c.num_cls else "avg", fc_norm=False,
         act_layer="gelu_tanh" if c.gelu == "tanh" else "gelu",
     )  # fmt: skip
-    half = [0.5] * c.channels
+    mean, std = statistics(c.channels)[c.pixel_stats]
     pretrained = dict(
-        input_size=[c.channels, H, W], fixed_input_size=True, mean=half, std=half, interpolation="bicubic",
+        input_size=[c.channels, H, W], fixed_input_size=True, mean=mean, std=std, interpolation="bicubic",
         crop_pct=1.0, num_classes=0, pool_size=None, first_conv="patch_embed.proj", classifier="head",
     )  # fmt: skip
     write_json(
@@ -102,7 +108,7 @@ def write_timm(model: UMD, folder: Path, config: RunConfig) -> str:
     return usage
 
 
-def write_transformers(model: UMD, folder: Path, config: RunConfig) -> str:
+def write_transformers(model: UMD, folder: Path, config: RunConfig, options: Export) -> str:
     c = model.config
     if c.num_cls != 1:
         raise UserError(f"transformers' ViT has one CLS token, this network {c.num_cls}; export it to timm")
@@ -114,18 +120,20 @@ def write_transformers(model: UMD, folder: Path, config: RunConfig) -> str:
         num_channels=c.channels, layer_norm_eps=c.norm_eps, qkv_bias=True, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, hidden_act="gelu" if c.gelu == "exact" else "gelu_pytorch_tanh",
     )  # fmt: skip
+    mean, std = statistics(c.channels)[c.pixel_stats]
     processor: dict[str, Any] = dict(
-        do_normalize=True, do_rescale=True, do_resize=True, image_mean=[0.5] * c.channels,
-        image_std=[0.5] * c.channels, image_processor_type="ViTImageProcessor", rescale_factor=1 / 255,
+        do_normalize=True, do_rescale=True, do_resize=True, image_mean=mean, image_std=std,
+        image_processor_type="ViTImageProcessor", rescale_factor=1 / 255,
         size={"height": c.image_size[0], "width": c.image_size[1]}, resample=3,
     )  # fmt: skip
     write_json(folder / "preprocessor_config.json", processor)
-    if c.outputs == "x_start" and c.decoder_depth:
+    if is_mae(c):
         name, state = "ViTMAEForPreTraining", to_vit_mae(give(model, mae_links(c)))
         common |= dict(
             model_type="vit_mae", decoder_hidden_size=c.decoder_width, decoder_num_hidden_layers=c.decoder_depth,
             decoder_num_attention_heads=c.decoder_vit.num_heads,
-            decoder_intermediate_size=int(c.decoder_width * c.mlp_ratio), mask_ratio=0.75,
+            decoder_intermediate_size=int(c.decoder_width * c.mlp_ratio),
+            mask_ratio=getattr(config.objective, "mask_ratio_no_noise", 0.75),
             norm_pix_loss=getattr(config.objective, "norm_pix", False),
         )  # fmt: skip
         usage = 'model = transformers.ViTMAEForPreTraining.from_pretrained("{folder}")'
@@ -139,7 +147,15 @@ def write_transformers(model: UMD, folder: Path, config: RunConfig) -> str:
     return usage
 
 
-def write_diffusers(model: UMD, folder: Path, config: RunConfig) -> str:
+def is_mae(c: ModelConfig) -> bool:
+    """Whether the network is transformers' ViTMAE, decoder included."""
+    return (
+        c.outputs == "x_start" and c.embedding == "none" and c.norm_affine and c.decoder == "self"
+        and bool(c.decoder_depth and c.decoder_hidden_size)
+    )  # fmt: skip
+
+
+def write_diffusers(model: UMD, folder: Path, config: RunConfig, options: Export) -> str:
     try:
         import diffusers
 
@@ -153,14 +169,13 @@ def write_diffusers(model: UMD, folder: Path, config: RunConfig) -> str:
         )  # fmt: skip
     schedule = schedule_of(config.schedule)
     learned = model.config.outputs == "eps_sigma"
+    tokenizer = evaluate.open_tokenizer(config, options.vae, torch.device("cpu"))
     scheduler = dict(
-        num_train_timesteps=schedule.num_steps, trained_betas=schedule.betas.tolist(), clip_sample=not learned,
-        prediction_type="epsilon",
+        num_train_timesteps=schedule.num_steps, trained_betas=schedule.betas.tolist(),
+        clip_sample=not learned and tokenizer is None, prediction_type="epsilon", timestep_spacing="trailing",
     )  # fmt: skip
     cls: Any = diffusers.DDPMScheduler if learned else diffusers.DDIMScheduler
     extra = {"variance_type": "learned_range"} if learned else {"set_alpha_to_one": True}
-    if model.config.channels not in (1, 3):
-        scheduler["clip_sample"] = False
     cls(**scheduler, **extra).save_pretrained(folder / "scheduler")
     UMDTransformer.of(model).save_pretrained(folder / "transformer")
     (folder / "transformer" / "umd_transformer.py").write_text(
@@ -172,25 +187,17 @@ def write_diffusers(model: UMD, folder: Path, config: RunConfig) -> str:
         "_class_name": ["pipeline", "UMDPipeline"], "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", cls.__name__], "transformer": ["umd_transformer", "UMDTransformer"],
     }  # fmt: skip
-    index["vae"] = copy_vae(config, folder / "vae")
+    index["vae"] = [None, None]
+    if tokenizer is not None:
+        tokenizer.network.save_pretrained(folder / "vae")
+        index["vae"] = ["diffusers", tokenizer.vae.kind]
     write_json(folder / "model_index.json", index)
     call = "class_labels=[0, 1], guidance_scale=4.0" if model.config.num_classes else "num_images=4"
     usage = 'pipeline = diffusers.DiffusionPipeline.from_pretrained("{folder}", trust_remote_code=True)'
     return f"{usage}\nimages = pipeline({call}).images"
 
 
-def copy_vae(config: RunConfig, folder: Path) -> list[str | None]:
-    """Copy the run's VAE into the pipeline. Returns its entry for the index; [None, None] for a run on pixels."""
-    from umd.train.latents import tokenizer_of
-
-    tokenizer = tokenizer_of(config.data)
-    if tokenizer is None:
-        return [None, None]
-    tokenizer.network.save_pretrained(folder)
-    return ["diffusers", tokenizer.vae.kind]
-
-
-def write_hub(model: UMD, folder: Path, config: RunConfig) -> str:
+def write_hub(model: UMD, folder: Path, config: RunConfig, options: Export) -> str:
     from umd.hub import UMDModel
 
     UMDModel.of(model).save_pretrained(folder)
@@ -198,7 +205,7 @@ def write_hub(model: UMD, folder: Path, config: RunConfig) -> str:
     return 'model = umd.hub.UMDModel.from_pretrained("{folder}")'
 
 
-def write_small_vision(model: UMD, folder: Path, config: RunConfig) -> str:
+def write_small_vision(model: UMD, folder: Path, config: RunConfig, options: Export) -> str:
     params: dict[str, Any] = {f"params/{name}": value for name, value in to_small_vision(model).items()}
     np.savez(folder / "checkpoint.npz", **params)
     return "umd import small-vision {folder}/checkpoint.npz reads it again"
@@ -248,6 +255,7 @@ def model_card(options: Export, model: UMD, config: RunConfig, usage: str) -> st
         run=options.run.resolve().name, weights=weights, count=sum(p.numel() for p in model.parameters()),
         model=model.config, config=config, length=length_of(config), source=Path(config.data.source).name,
         version=umd.__version__, commit=commit(), scores=read_scores(options.run),
+        imported=saved_weights(options.run)[0].state.get("imported"),
         settings=json.dumps(to_plain(config), indent=1),
     )  # fmt: skip
 

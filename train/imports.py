@@ -1,7 +1,9 @@
 """`umd import`: make a run of published weights, so that sample, probe, evaluate and finetune work on it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +19,7 @@ from umd.config import (
 from umd.convert import from_small_vision, load_small_vision
 from umd.errors import UserError
 from umd.files import check_place
-from umd.published import load_published
+from umd.published import Published, load_published
 from umd.schedule import ScheduleName
 from umd.train.options import Import
 from umd.train.run import RunConfig, write_config
@@ -34,20 +36,19 @@ def import_run(options: Import, console: Console) -> None:
     out = options.out
     if (out / "config.yaml").exists() or (out / "checkpoints").exists():
         raise UserError(f"{out} holds a run already; give another --out")
+    new = not out.exists()
     check_place(out / "config.yaml")
-    model: ModelConfig | ClassifierConfig
-    norm_pix = False
-    if options.kind == "small-vision":
-        model, state = from_small_vision(load_small_vision(options.path))
-        tensors = {"model": state}
-        if ema := load_small_vision(options.path, "ema_params"):
-            tensors["ema"] = from_small_vision(ema)[1]
-    else:
-        model, tensors, norm_pix = load_published(options.kind, options.path, options.num_heads)
-    config = imported_config(model, out, norm_pix)
+    try:
+        model, tensors, told = weights_to_import(options)
+        config = imported_config(model, out, told)
+    except UserError:
+        if new:
+            out.rmdir()
+        raise
     if options.source:
         config = replace(config, data=replace(config.data, source=options.source))
-    written = save_checkpoint(out / "checkpoints", 0, tensors, {"config": {"model": asdict(model)}})
+    state = {"config": {"model": asdict(model)}, "imported": {"kind": options.kind, "file": options.path.name}}
+    written = save_checkpoint(out / "checkpoints", 0, tensors, state)
     write_config(config)
     weights = sum(tensor.numel() for tensor in tensors["model"].values())
     what = f"{weights / 1e6:.1f} M weights{', and their EMA' if 'ema' in tensors else ''}"
@@ -55,13 +56,31 @@ def import_run(options: Import, console: Console) -> None:
     console.print(what_next(config), highlight=False, soft_wrap=True)
 
 
-def imported_config(model: ModelConfig | ClassifierConfig, out: Path, norm_pix: bool = False) -> RunConfig:
-    """The run of a published network: noise schedule and objective as published, optimizer and data by default."""
+def weights_to_import(options: Import) -> Published:
+    """Read the published weights. Raises UserError as `load_published` and `from_small_vision`."""
+    if options.kind != "small-vision":
+        return load_published(options.kind, options.path, options.num_heads)
+    model, state = from_small_vision(load_small_vision(options.path))
+    tensors = {"model": state}
+    if ema := load_small_vision(options.path, "ema_params"):
+        averaged, tensors["ema"] = from_small_vision(ema)
+        if averaged != model:
+            raise UserError(f"{options.path} holds two networks: the average has other shapes than the weights")
+    return Published(model, tensors)
+
+
+def imported_config(
+    model: ModelConfig | ClassifierConfig, out: Path, told: Mapping[str, Any] = MappingProxyType({})
+) -> RunConfig:
+    """The run of a published network: noise schedule and objective as published, optimizer and data by default.
+
+    told: what the file tells of an MAE's objective.
+    """
     if isinstance(model, ClassifierConfig):
         return RunConfig(out=out, model=model, objective=ClassifierObjectiveConfig())
     kinds: dict[str, tuple[ObjectiveConfig, ScheduleName]] = {
         "x_start_eps": (ObjectiveConfig(), "cosine" if model.channels in (1, 3) else "linear"),
-        "x_start": (ObjectiveConfig(no_noise_prob=1.0, norm_pix=norm_pix), "cosine"),
+        "x_start": (ObjectiveConfig(no_noise_prob=1.0, **told), "cosine"),
         "eps": (ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.0), "linear"),
         "eps_sigma": (ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.0), "linear"),
         "edm": (ObjectiveConfig(no_noise_prob=0.0, mask_ratio=0.5), "edm"),

@@ -25,6 +25,7 @@ from umd.machine.device import autocast
 from umd.masking import layout
 from umd.methods import AnyModel
 from umd.model import UMD
+from umd.pixel_stats import unstandardize
 from umd.sampler import inpaint, model_times
 from umd.schedule import NoiseSchedule
 from umd.train.crops import centered_box
@@ -89,7 +90,8 @@ def pictures_and_mask(
 def check_predicts_pixels(config: RunConfig) -> None:
     if config.is_classifier:
         raise UserError(f"{config.out} is a classifier and cannot fill a hole; use the run that it started from")
-    target = getattr(config.objective, "target", "pixels")
+    target = "normalised patches" if getattr(config.objective, "norm_pix", False) else "pixels"
+    target = getattr(config.objective, "target", target)
     if target != "pixels":
         raise UserError(f"{config.out} predicts another target than pixels ({target}) and cannot fill a hole")
 
@@ -266,7 +268,9 @@ def reconstruct(model: UMD, x: Tensor, hole: Tensor, dtype: torch.dtype) -> Tens
     with autocast(x.device, dtype):
         clean = torch.zeros(1, dtype=torch.int64, device=x.device)  # t = 0 for all pictures
         prediction = model(visible, ids_keep, layout(config, keep, (0,) * B, x.device), clean)
-    x_start, _ = model.to_images(prediction.to(x.dtype))
+    x_start, *_ = model.to_images(prediction.to(x.dtype))
+    if config.pixel_stats == "imagenet":
+        x_start = ops.unpatchify(unstandardize(ops.patchify(x_start, P)), config.image_size, P)
     return torch.where(hole.bool(), x_start, x)
 
 

@@ -431,9 +431,8 @@ class Export:
     """Export a run's network to the format of another library."""
 
     kind: Annotated[Kind, Positional]
-    """timm: the encoder as a timm ViT. transformers: the encoder as ViTModel, or an MAE as ViTMAE.
-    diffusers: the generator as a pipeline. hub: the whole network, for from_pretrained.
-    small-vision: an .npz for the UMD authors' code."""
+    """timm: the encoder as a timm ViT. transformers: the encoder as ViTModel, or an MAE as ViTMAE. diffusers: the
+    generator as a pipeline. hub: the network, for from_pretrained. small-vision: .npz for the UMD authors' code."""
     run: Annotated[Path, Positional]
     """Folder of the run."""
     out: Path | None = None
@@ -442,6 +441,8 @@ class Export:
     """Image size (height, width) of the exported network; position embeddings are interpolated. None: the run's."""
     ema: bool = True
     """Use the EMA weights if the run has them."""
+    vae: str = ""
+    """For diffusers: VAE (folder or hub id) of imported weights on latents. It becomes part of the pipeline."""
     push: str = ""
     """Also upload the folder to this Hugging Face hub repository (USER/NAME). Log in first with `hf auth login`."""
 

@@ -15,6 +15,7 @@ from umd.masking import random_ids_keep
 from umd.methods import AnyModel, AnyObjective
 from umd.model import UMD
 from umd.objective import DiffMAEObjective, Objective
+from umd.peers import mae_pixels
 from umd.sampler import ddim_sample, model_times
 from umd.train.data import center_view, open_dataset
 from umd.train.latents import tokenizer_of
@@ -58,8 +59,8 @@ def reconstructions(
     with autocast(x_start.device, dtype):
         prediction = model(objective.visible_patches(x_start, c), c.ids_keep, c.layout, c.timesteps)
     predicted, *rest = model.to_images(prediction.float())
-    if objective.config.norm_pix:
-        predicted = with_moments_of(x_start, predicted, P)
+    if model.config.outputs == "x_start":
+        predicted = in_pixels(predicted, x_start, model, objective)
     mask = torch.ones(B * model.config.num_patches, device=x_start.device).index_fill(0, c.ids_keep, 0)
     mask = mask.view(B, -1)  # 0 keep, 1 remove
     pixels = mask.view(B, 1, *model.config.grid_size).repeat_interleave(P, 2).repeat_interleave(P, 3).bool()
@@ -78,15 +79,14 @@ def reconstructions(
     ]
 
 
-def with_moments_of(x_start: Tensor, predicted: Tensor, patch_size: int) -> Tensor:
-    """Turn normalised patches (norm_pix) into pixels, with the mean and deviation of the true patches.
+def in_pixels(predicted: Tensor, x_start: Tensor, model: UMD, objective: Objective) -> Tensor:
+    """The prediction of an MAE as images in -1..1, with norm_pix by the moments of the true patches.
 
-    x_start, predicted: [B, C, H, W].
+    predicted, x_start: [B, C, H, W].
     """
-    target, patches = (ops.patchify(x, patch_size) for x in (x_start, predicted))
-    variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-    H, W = x_start.shape[2:]
-    return ops.unpatchify(patches * (variance + 1e-6).sqrt() + mean, (H, W), patch_size)
+    P = model.config.patch_size
+    found = mae_pixels(ops.patchify(predicted, P), ops.patchify(x_start, P), model.config, objective.config)
+    return ops.unpatchify(found, model.config.image_size, P)
 
 
 @torch.no_grad()

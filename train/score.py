@@ -20,12 +20,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 import umd
+from umd.classifier import Classifier
+from umd.config import ModelConfig
 from umd.errors import UserError
 from umd.feature_networks import identity, open_features
 from umd.files import check_place, write_whole
 from umd.images import from_uint8
 from umd.model import UMD
-from umd.train import evaluate
+from umd.train import classify, evaluate
 from umd.train.data import open_dataset
 from umd.train.errors import NAMES, Errors, draw_errors
 from umd.train.features import CALL, Features, name_of, spans
@@ -47,7 +49,7 @@ from umd.train.reference import (
 from umd.train.run import RunConfig
 from umd.train.sample import Drawer, check_classes, drawn_labels
 from umd.train.sampling import check_sampling, chosen_guidance, clips, draw_recipe, prediction_of, steps_of
-from umd.train.shards import Advance, Job, others_work, share
+from umd.train.shards import Advance, Job, others_work, rank_and_size, share
 from umd.train.weights import weights_identity
 
 
@@ -55,6 +57,9 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
     """Do this rank's share of the work. A rank that finds all of it done writes and prints the scores."""
     config = with_source(config, options.source)
     out = options.out or run
+    if config.is_classifier:
+        score_classifier(run, options, config, console)
+        return
     file, table, curves = out / "scores.json", out / "scores.md", out / "errors.png"
     check_place(file, table, curves)
     if options.reference is not None and not options.reference.is_file():
@@ -94,10 +99,6 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
 
 def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
     """The parts of the scores that are left out, each with the reason."""
-    if config.is_classifier:
-        raise UserError(
-            f"{run} is a classifier, whose scores its training wrote; evaluate the run that it started from"
-        )
     found = {}
     if not options.generation:
         found["generation"] = "it was not asked for"
@@ -113,7 +114,28 @@ def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
         found["errors"] = "they were not asked for"
     elif config.is_diffmae:
         found["errors"] = "those of a DiffMAE are not measured"
+    elif isinstance(config.model, ModelConfig) and config.model.outputs == "x_start" and not config.model.decoder_depth:
+        found["errors"] = "the network has no decoder and predicts nothing"
     return found
+
+
+def score_classifier(run: Path, options: Evaluate, config: RunConfig, console: Console) -> None:
+    """Score a classifier on the pictures of --split. The first rank alone does it, and writes scores.json."""
+    file = (options.out or run) / "scores.json"
+    check_place(file)
+    if rank_and_size()[0]:
+        return
+    own_pictures(run, config, options.source, console)
+    dataset = open_dataset(config.data, options.split)
+    if not len(dataset) or dataset.labels is None:
+        what = "no labels" if len(dataset) else f"no {options.split} pictures"
+        raise UserError(f"{dataset.name} has {what} to score a classifier on; give --source, or --split train")
+    model, _, dtype = evaluate.open_run_of(Classifier, config, options.ema)
+    if (found := len(dataset.class_names)) != model.config.num_classes:
+        raise UserError(f"{run} tells {model.config.num_classes} classes apart, and {dataset.name} has {found}")
+    scores = classify.score(model, dataset, config.data, dtype)
+    line = classify.write_scores(scores, dataset, weights_identity(run, options.ema)["step"], file, options.split)
+    console.print(line, f"written: {file}", sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
 class Generation:

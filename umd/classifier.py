@@ -21,6 +21,7 @@ from umd.errors import UserError
 from umd.layers import Linear, residual
 from umd.model import UMD
 from umd.ops import Packing, pack
+from umd.pixel_stats import standardize
 
 
 @lru_cache(maxsize=16)
@@ -117,6 +118,8 @@ class Classifier(nn.Module):
         config, B = self.config, len(x)
         packing, block_packing = layout(config, B, x.device)
         patches = ops.patchify(to_images(x, config), config.patch_size).flatten(0, 1)  # [B·L, C·p·P·P]
+        if config.pixel_stats == "imagenet":
+            patches = standardize(patches)
         y = residual(self.x_embedder(patches), config)  # [B·L, D]
         y = y + self.pos_embed.to(y.dtype).repeat(B, 1)
         if self.cls_token is not None:

@@ -66,6 +66,9 @@ class ViTConfig:
     """Added to the variance in LayerNorm. ViTMAE of transformers uses 1e-12."""
     residual_in_fp32: bool = False
     """Keep the residual stream in fp32 while matrix products run in bf16, as DiT and MAE do under autocast."""
+    pixel_stats: Literal["half", "imagenet"] = "half"
+    """Pixels as the network sees them. half: in -1..1. imagenet: normalised by ImageNet's mean and standard deviation,
+    as in the published MAE. Pictures are given in -1..1 either way."""
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -87,6 +90,9 @@ class ViTConfig:
                 f"image size {H}x{W} is not divisible by patch size {self.patch_size}; "
                 f"use {near[0]}x{near[1]} or another patch size"
             )
+        method = getattr(self, "outputs", getattr(self, "kind", "x_start"))
+        if self.pixel_stats == "imagenet" and (self.channels != 3 or method not in ("x_start", "classifier")):
+            raise UserError("pixel_stats imagenet is for MAEs and classifiers of pictures with 3 channels; use half")
         if int(self.hidden_size * self.mlp_ratio) < 1:
             raise UserError(f"mlp_ratio {self.mlp_ratio} of width {self.hidden_size} leaves no MLP; use e.g. 4")
         if self.hidden_size % self.num_heads or self.hidden_size % 2:
@@ -422,7 +428,7 @@ def classifier_config(source: ViTConfig, **changes) -> ClassifierConfig:
     """
     same = (
         "image_size", "channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_cls",
-        "gelu", "norm_eps", "residual_in_fp32",
+        "gelu", "norm_eps", "residual_in_fp32", "pixel_stats",
     )  # fmt: skip
     values = {name: getattr(source, name) for name in same if name not in changes}
     if isinstance(source, DiffMAEConfig):

@@ -115,14 +115,19 @@ def to_small_vision(model: UMD) -> dict[str, np.ndarray]:
     """The inverse of `from_small_vision`: a flat flax tree with separate blocks.
 
     Raises:
-        UserError: small-vision has no such model: another embedding than the released one, norms without affine, or a
-            cross decoder.
+        UserError: small-vision has no such model; the message names the settings that it lacks.
     """
     config = model.config
-    if config.embedding != "released" or not config.norm_affine:
-        raise UserError("small-vision has no counterpart: use the released embedding and norms with affine")
-    if config.decoder != "self":
-        raise UserError("small-vision has no counterpart of the cross decoder")
+    fixed = dict(
+        embedding="released", norm_affine=True, decoder="self", gelu="tanh", outputs="x_start_eps", positions="learned",
+        norm_eps=1e-6, decoder_hidden_size=0, adaLN_projection="per_block", pixel_stats="half",
+    )  # fmt: skip
+    other = [f"{name} {value}" for name, value in fixed.items() if getattr(config, name) != value]
+    if config.decoder_num_heads not in (0, config.num_heads):
+        other.append("as many heads in the decoder")
+    other += [f"{name} above 0" for name in ("num_cls", "decoder_depth") if not getattr(config, name)]
+    if other:
+        raise UserError(f"small-vision has no counterpart of this network: it would need {', '.join(other)}")
     D, state, params = config.hidden_size, model.state_dict(), {}
     for name, paths in _paths(config).items():
         array = state[name].detach().cpu().numpy()

@@ -8,12 +8,13 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from umd.errors import UserError
+from umd.pixel_stats import IMAGENET_MEAN, IMAGENET_STD
 from umd.positions import sincos_positions
 
 State = dict[str, Tensor]
@@ -59,8 +60,20 @@ DIT_EMBEDDERS = {
 }
 
 
-def read_config(folder: Path, class_name: str) -> dict[str, Any]:
-    """Read a folder's config.json. Raises UserError if it is missing, no JSON, or not of class `class_name`."""
+# Fields of config.json that must be there, all of them numbers above 0.
+DIT_FIELDS = ("sample_size", "patch_size", "num_attention_heads", "attention_head_dim")
+MAE_FIELDS = ("num_attention_heads", "decoder_num_attention_heads", "layer_norm_eps")
+GELU = {
+    "gelu": "exact", "gelu_python": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh",
+    "gelu-approximate": "tanh",
+}  # fmt: skip
+
+
+def read_config(folder: Path, class_name: str, numbers: Sequence[str]) -> dict[str, Any]:
+    """Read a folder's config.json.
+
+    Raises UserError if it is missing, no JSON, not of class `class_name`, or without one of the `numbers`.
+    """
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text("utf-8"))
@@ -68,10 +81,48 @@ def read_config(folder: Path, class_name: str) -> dict[str, Any]:
         raise UserError(f"there is no {file}; expected a folder that save_pretrained wrote") from error
     except ValueError as error:
         raise UserError(f"{file} is no JSON: {error}") from error
-    found = config.get("_class_name") or ", ".join(config.get("architectures") or []) or config.get("model_type", "")
-    if class_name not in str(found):
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds a {type(config).__name__}; expected the settings of a {class_name}")
+    found = config.get("_class_name") or config.get("architectures") or config.get("model_type", "")
+    found = ", ".join(map(str, found)) if isinstance(found, list) else str(found)
+    if class_name not in found:
         raise UserError(f"{folder} holds a {found or 'network of no name'}; expected a {class_name}")
+    for name in numbers:
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise UserError(f"{file}: {name} must be a number above 0, and is {value!r}")
     return config
+
+
+def gelu_of(activation: str, folder: Path) -> Literal["tanh", "exact"]:
+    """Our name of an activation of transformers or diffusers. Raises UserError for all but GELUs."""
+    if activation not in GELU:
+        raise UserError(f"{folder} has the activation {activation!r}; a network here has GELU: {', '.join(GELU)}")
+    return GELU[activation]  # type: ignore[return-value]
+
+
+def pixel_stats_of(folder: Path, channels: int) -> Literal["half", "imagenet"]:
+    """The pixel statistics of an MAE's folder: of preprocessor_config.json if it is there, else ImageNet's.
+
+    Raises UserError for other statistics than ImageNet's and 0.5.
+    """
+    file = folder / "preprocessor_config.json"
+    if not file.exists():
+        return "imagenet" if channels == 3 else "half"
+    try:
+        config = json.loads(file.read_text("utf-8"))
+        found = list(config["image_mean"]), list(config["image_std"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read image_mean and image_std in {file}: {error}") from error
+    for name, stats in statistics(channels).items():
+        if found == stats:
+            return name
+    raise UserError(f"{file}: image_mean and image_std are {found}; expected ImageNet's, or 0.5 for all channels")
+
+
+def statistics(channels: int) -> dict[Literal["half", "imagenet"], tuple[list[float], list[float]]]:
+    """Mean and standard deviation of pixels in 0..1 by the name of our setting."""
+    return {"imagenet": (list(IMAGENET_MEAN), list(IMAGENET_STD)), "half": ([0.5] * channels, [0.5] * channels)}
 
 
 def renamed(state: State, names: Sequence[tuple[str, str]]) -> State:

@@ -23,6 +23,7 @@ from umd.errors import UserError
 from umd.layers import Linear, residual
 from umd.masking import Layout, layout
 from umd.modulation import build_modulation
+from umd.pixel_stats import standardize
 from umd.positions import sincos_positions
 from umd.schedule import edm_sigma
 from umd.spans import span
@@ -268,6 +269,8 @@ class UMD(nn.Module):
         Returns the tokens after the final norm, the CLS tokens of each sample first: [sum (num_cls + K), D].
         levels: if given, the stream behind each block is appended to it (see `Blocks`).
         """
+        if self.config.pixel_stats == "imagenet":
+            patches = standardize(patches)
         x = residual(self.x_embedder(patches), self.config)  # [sum K, D]
         x = ops.add_positions(x, ids_keep, self.pos_embed, batch.patches.num_samples)
         if self.cls_token is not None:

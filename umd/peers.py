@@ -18,6 +18,7 @@ from umd.config import ModelConfig, ObjectiveConfig
 from umd.errors import UserError
 from umd.model import SIGMA_DATA, edm_denoised
 from umd.objective import WORD, Corruption, Objective
+from umd.pixel_stats import standardize, unstandardize
 from umd.schedule import NoiseSchedule
 
 DIT: dict[str, Any] = dict(
@@ -91,8 +92,7 @@ class PeerObjective(Objective):
         visible = torch.zeros(len(x0) * L, dtype=wide, device=x0.device).index_fill(0, c.ids_keep, 1).view(len(x0), L)
         hidden, zero = 1 - visible, x0.new_zeros(())
         if self.model.outputs == "x_start":
-            target = normalized(x0) if self.config.norm_pix else x0
-            loss = over(hidden, (out[0] - target) ** 2)
+            loss = over(hidden, (out[0] - mae_target(x0, self.model, self.config)) ** 2)
             return loss, torch.stack([zero, zero, loss]).detach()
         eps = ops.patchify(ops.standard_noise(c.noise, x_start.to(wide)), P)
         if self.model.outputs == "edm":
@@ -130,6 +130,25 @@ def edm_sigma_of(c: Corruption) -> Tensor:
 def over(weight: Tensor, error: Tensor) -> Tensor:
     """Mean of an error [B, L, values] over the patches whose weight [B, L] is 1."""
     return (error.mean(-1) * weight).sum() / weight.sum()
+
+
+def mae_target(patches: Tensor, model: ModelConfig, config: ObjectiveConfig) -> Tensor:
+    """What an MAE predicts of true patches [..., C·P·P] in -1..1: with its pixel statistics, normalised by norm_pix."""
+    patches = standardize(patches) if model.pixel_stats == "imagenet" else patches
+    return normalized(patches) if config.norm_pix else patches
+
+
+def mae_pixels(predicted: Tensor, patches: Tensor | None, model: ModelConfig, config: ObjectiveConfig) -> Tensor:
+    """The inverse of `mae_target`: predicted patches [..., C·P·P] as pixels in -1..1.
+
+    patches: the true patches, whose mean and deviation norm_pix needs; else they may be None.
+    """
+    imagenet = model.pixel_stats == "imagenet"
+    if config.norm_pix:
+        assert patches is not None
+        variance, mean = torch.var_mean(standardize(patches) if imagenet else patches, dim=-1, keepdim=True)
+        predicted = predicted * (variance + 1e-6).sqrt() + mean
+    return unstandardize(predicted) if imagenet else predicted
 
 
 def normalized(patches: Tensor) -> Tensor:

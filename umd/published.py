@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from umd.config import ClassifierConfig, ModelConfig, ViTConfig
 from umd.errors import UserError
-from umd.hugging_face import dit_state, mae_state, read_config
+from umd.hugging_face import DIT_FIELDS, MAE_FIELDS, dit_state, gelu_of, mae_state, pixel_stats_of, read_config
 from umd.methods import build_model
 from umd.model import UMD
 from umd.peers import DIT, MAE, MASKDIT
@@ -50,7 +50,8 @@ def read_weights(path: Path) -> dict[str, Any]:
         what = f"it asks for {refused[1]}" if refused else "it is no checkpoint of PyTorch, or a part of one"
         raise UserError(f"cannot read {path} as weights alone: {what}; nothing of it was run") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
-        raise UserError(f"{path} is damaged, or only a part of a file: {str(error).splitlines()[0][:200]}") from error
+        why = (str(error).splitlines() or ["it ends too early"])[0][:200]
+        raise UserError(f"{path} is damaged, or only a part of a file: {why}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}; expected named tensors")
     return found
@@ -213,6 +214,10 @@ def take(state: State, links: Mapping[str, Link], config: ModelConfig | Classifi
         expected = build_model(config).state_dict()
     ours = {}
     for name, link in links.items():
+        if not state[link.theirs].is_floating_point():
+            raise UserError(f"{link.theirs} holds {state[link.theirs].dtype}, and weights are floating-point numbers")
+        if not state[link.theirs].isfinite().all():
+            raise UserError(f"{link.theirs} holds NaN or infinity: the training that wrote it had diverged")
         try:
             ours[name] = link.to_ours(state[link.theirs]).contiguous()
         except (RuntimeError, IndexError) as error:
@@ -234,8 +239,8 @@ def give(model: UMD, links: Mapping[str, Link]) -> State:
 
 
 def shape_of(state: State, name: str, ndim: int, source: str) -> tuple[int, ...]:
-    """The shape of a tensor of `ndim` dimensions. Raises UserError if there is none."""
-    if name not in state or state[name].ndim != ndim:
+    """The shape of a tensor of `ndim` dimensions, none of them 0. Raises UserError if there is none."""
+    if name not in state or state[name].ndim != ndim or not state[name].numel():
         found = f"{list(state[name].shape)}" if name in state else f"none, but {', '.join(list(state)[:3])}, …"
         raise UserError(f"this is not {source}: expected a tensor {name} of {ndim} dimensions, found {found}")
     return tuple(state[name].shape)
@@ -244,7 +249,7 @@ def shape_of(state: State, name: str, ndim: int, source: str) -> tuple[int, ...]
 def depth_of(state: State, blocks: str) -> int:
     """The number of blocks named `blocks`.0, `blocks`.1, …"""
     found = (re.match(rf"{re.escape(blocks)}\.(\d+)\.", name) for name in state)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    return len({match[1] for match in found if match})
 
 
 def heads_of(width: int, num_heads: int) -> int:
@@ -280,6 +285,10 @@ def from_dit(state: State, num_heads: int = 0) -> tuple[ModelConfig, State]:
     fields = vit_fields(state, "x_embedder.proj.weight", "pos_embed", "blocks", 0, num_heads, source)
     out = shape_of(state, "final_layer.linear.weight", 2, source)[0] // fields["patch_size"] ** 2
     classes = shape_of(state, "y_embedder.embedding_table.weight", 2, source)[0] - 1
+    if not classes:
+        raise UserError(
+            f"this is not {source}: its label table has one row, and needs one per class and the null class"
+        )
     outputs = "eps_sigma" if out == 2 * fields["channels"] else "eps"
     config = ModelConfig(**DIT | fields | dict(num_classes=classes, outputs=outputs))
     return config, take(state, dit_links(config), config, source)
@@ -338,18 +347,21 @@ def from_mae_classifier(state: State, num_heads: int = 0) -> tuple[ClassifierCon
     return config, ours
 
 
-def load_published(
-    kind: str, path: Path, num_heads: int = 0
-) -> tuple[ModelConfig | ClassifierConfig, dict[str, State], bool]:
+class Published(NamedTuple):
+    """A published network and its weights."""
+
+    config: ModelConfig | ClassifierConfig
+    tensors: dict[str, State]  # "model", and "ema" if the file has an average
+    objective: dict[str, Any] = {}  # what the file tells of an MAE's training: fields of `ObjectiveConfig`
+
+
+def load_published(kind: str, path: Path, num_heads: int = 0) -> Published:
     """Load published weights.
 
     Args:
         kind: dit, mae or maskdit.
         path: the authors' checkpoint; or a folder of diffusers (dit) or transformers (mae).
         num_heads: attention heads; 0: those of the published network of this width.
-
-    Returns:
-        (network, weights as {"model": …} with "ema" if the file has an average, whether MAE's target was normalised).
 
     Raises:
         UserError: the file is missing or damaged, contains code, or holds another network.
@@ -363,26 +375,37 @@ def load_published(
     config, model = take_state(weights_of(found, "model", "ema"), num_heads)
     tensors = {"model": model}
     if isinstance(found.get("ema"), Mapping):
-        tensors["ema"] = take_state(weights_of(found, "ema"), num_heads)[1]
+        averaged, tensors["ema"] = take_state(weights_of(found, "ema"), num_heads)
+        if averaged != config:
+            raise UserError(f"{path} holds two networks: the average of its weights has other shapes than the weights")
+    if kind == "mae" and config.channels == 3:
+        config = replace(config, pixel_stats="imagenet")
     options = found.get("args")
-    return config, tensors, bool(getattr(options, "norm_pix_loss", False))
+    objective = {"norm_pix": "norm_pix_loss", "mask_ratio_no_noise": "mask_ratio"}
+    told = {ours: getattr(options, theirs) for ours, theirs in objective.items() if hasattr(options, theirs)}
+    return Published(config, tensors, told)
 
 
-def from_folder(kind: str, folder: Path) -> tuple[ModelConfig, dict[str, State], bool]:
+def from_folder(kind: str, folder: Path) -> Published:
     """As `load_published`, from a folder written by `save_pretrained` of diffusers (dit) or transformers (mae)."""
     if kind == "maskdit":
         raise UserError(f"{folder} is a folder; MaskDiT's weights are a .pt file")
     if kind == "dit":
         folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-        config = read_config(folder, "DiTTransformer2DModel")
+        config = read_config(folder, "DiTTransformer2DModel", DIT_FIELDS)
         state = dit_state(weights_of(read_weights(weight_file(folder, "diffusion_pytorch_model"))), config)
         model, ours = from_dit(state, config["num_attention_heads"])
-        return replace(model, embedding="diffusers"), {"model": ours}, False
-    config = read_config(folder, "ViTMAE")
+        gelu = gelu_of(config.get("activation_fn", "gelu-approximate"), folder)
+        return Published(replace(model, embedding="diffusers", gelu=gelu), {"model": ours})
+    config = read_config(folder, "ViTMAE", MAE_FIELDS)
     state = mae_state(weights_of(read_weights(weight_file(folder, "model"))))
-    heads = config["num_attention_heads"], config["decoder_num_attention_heads"]
-    model, ours = from_mae(state, *heads)
-    return replace(model, norm_eps=config["layer_norm_eps"]), {"model": ours}, bool(config.get("norm_pix_loss"))
+    mae, ours = from_mae(state, config["num_attention_heads"], config["decoder_num_attention_heads"])
+    mae = replace(
+        mae, norm_eps=config["layer_norm_eps"], gelu=gelu_of(config.get("hidden_act", "gelu"), folder),
+        pixel_stats=pixel_stats_of(folder, mae.channels),
+    )  # fmt: skip
+    told = {"norm_pix": config.get("norm_pix_loss", False), "mask_ratio_no_noise": config.get("mask_ratio", 0.75)}
+    return Published(mae, {"model": ours}, told)
 
 
 def weight_file(folder: Path, name: str) -> Path:

@@ -20,7 +20,7 @@ from rich.console import Console
 from umd.bench.paper import carry_out, gather
 from umd.bench.paper_measures import Sizes
 from umd.bench.paper_plan import ABLATIONS, METHODS, Chain, OneHead, Plan, chains, ends, pieces, run_config, step_flops
-from umd.bench.paper_report import BEGIN, END, claims, mean_and_error, tuning_curve, verdict, write_report
+from umd.bench.paper_report import BEGIN, END, claims, mean_and_error, pooled, tuning_curve, verdict, write_report
 from umd.checkpoint import load_checkpoint, split
 from umd.config import ModelConfig, ObjectiveConfig
 from umd.errors import UserError
@@ -156,11 +156,13 @@ def test_mean_and_standard_error_in_closed_form():
 
 
 def test_a_claim_holds_is_reversed_or_cannot_be_told():
-    assert verdict([3.0, 3.2, 2.8], [1.0, 1.2, 0.8], True, 0.0)[0] == "holds"
-    assert verdict([3.0, 3.2, 2.8], [1.0, 1.2, 0.8], False, 0.0)[0] == "is reversed"
-    assert verdict([1.0, 3.0], [1.1, 2.7], True, 0.0)[0] == "cannot be told"
-    # One seed has the spread of the others: the error of the difference is √2 · 0.5, and twice that is 1.41.
-    assert verdict([2.5], [1.0], True, 0.5)[0] == "holds" and verdict([2.4], [1.0], True, 0.5)[0] == "cannot be told"
+    a, b = [3.0, 3.2, 2.8], [1.0, 1.2, 0.8]
+    spread, freedom = pooled([a, b, [9.0]])
+    assert (spread, freedom) == (pytest.approx(0.2), 4)
+    # Student's t with 4 degrees of freedom: 2.776 standard errors of 0.2 · √(1/3 + 1/3) are 0.453.
+    assert verdict(a, b, True, spread, freedom)[0] == "holds" and verdict(a, b, False, spread, 4)[0] == "is reversed"
+    assert verdict([1.46], [1.0], True, 0.2 / 3**0.5, 4)[0] == "holds"
+    assert verdict([1.45], [1.0], True, 0.2 / 3**0.5, 4)[0] == "cannot be told"
     found = {"UMD": {"shots": [0.5]}, "DiT": {"shots": [0.4]}}
     assert claims(found, [("shots", "UMD", "DiT"), ("shots", "MAE", "UMD")], "Order")[2:] == [
         "- 100-shot: UMD better than DiT: **holds** (by 10.0, one seed and no spread known)"

@@ -1,6 +1,7 @@
 """`umd import`: the authors' files become runs; what is no such file is told apart, and no code in it runs."""
 
 import argparse
+import json
 import os
 
 import numpy as np
@@ -149,7 +150,8 @@ def test_an_mae_probes_and_classifies(pictures, tmp_path, decoder, capsys):
     torch.save({"model": weights(mae_shapes(decoder))}, tmp_path / "mae.pth")
     run = tmp_path / "mae"
     main(["import", "mae", f"{tmp_path / 'mae.pth'}", "--out", f"{run}", "--num-heads", "2", "--source", f"{pictures}"])
-    main(["probe", f"{run}", "--shots", "5", "--l2", "1"])
+    main(["evaluate", f"{run}", "--shots", "5", "--errors", "4"])
+    assert ("no decoder" in capsys.readouterr().out) != decoder
     options = ["--steps", "1", "--batch-size", "8", "--draw-every", "0", "--data.num-workers", "0"]
     main(["finetune", f"{run}", "--task", "classify", "--out", f"{tmp_path / 'tuned'}", *options])
     for command in (["sample", f"{run}"], ["finetune", f"{run}"]):
@@ -163,8 +165,51 @@ def test_a_fine_tuned_mae_is_a_classifier(pictures, tmp_path):
     state["pos_embed"][0, 0] = 0.3  # learned in fine-tuning
     torch.save({"model": state}, tmp_path / "mae.pth")
     config, tensors, _ = load_published("mae", tmp_path / "mae.pth", num_heads=2)
-    assert (config.num_classes, config.pool) == (4, "mean_norm")
+    assert (config.num_classes, config.pool, config.pixel_stats) == (4, "mean_norm", "imagenet")
     assert torch.equal(tensors["model"]["cls_token"], state["cls_token"][0] + 0.3)
+
+
+def test_a_fine_tuned_mae_is_scored(pictures, tmp_path, capsys):
+    """A head that answers "dark" to all: right for the dark ones."""
+    state = weights(mae_shapes(classes=2))
+    state["head.weight"].zero_()
+    state["head.bias"] = torch.tensor([-1.0, 1.0])
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    run = tmp_path / "run"
+    main(["import", "mae", f"{tmp_path / 'mae.pth'}", "--out", f"{run}", "--num-heads", "2", "--source", f"{pictures}"])
+    main(["evaluate", f"{run}", "--split", "train"])
+    scores = json.loads((run / "scores.json").read_text())
+    bright, dark = scores["confusion"]
+    assert bright[0] == dark[0] == 0 and bright[1] + dark[1] == scores["images"] > 30
+    assert scores["top-1"] == dark[1] / scores["images"] and scores["top-5"] == 1
+    assert scores["classes"] == ["bright", "dark"]
+    torch.save({"model": weights(mae_shapes(classes=4))}, tmp_path / "four.pth")
+    main(["import", "mae", f"{tmp_path / 'four.pth'}", "--out", f"{tmp_path / 'four'}", "--num-heads", "2"])
+    with pytest.raises(SystemExit):
+        main(["evaluate", f"{tmp_path / 'four'}", "--source", f"{pictures}"])
+    assert "tells 4 classes apart, and" in capsys.readouterr().err
+
+
+def test_holes_are_filled_in_pixels(pictures, tmp_path, capsys):
+    """A decoder whose head gives 0 in the network's units: ImageNet's mean colour."""
+    state = weights(mae_shapes())
+    for name in ("decoder_pred.weight", "decoder_pred.bias"):
+        state[name].zero_()
+    for norm_pix in (False, True):
+        args = argparse.Namespace(norm_pix_loss=norm_pix, mask_ratio=0.6)
+        torch.save({"model": state, "args": args}, tmp_path / "mae.pth")
+        run = tmp_path / f"mae-{norm_pix}"
+        main(["import", "mae", f"{tmp_path / 'mae.pth'}", "--out", f"{run}", "--num-heads", "2"])
+        assert read_config(run).objective.mask_ratio_no_noise == 0.6
+        command = ["inpaint", f"{run}", "--image", f"{pictures / 'dark' / '0.png'}", "--mask", "left"]
+        if norm_pix:
+            with pytest.raises(SystemExit):
+                main(command)
+            assert "predicts another target than pixels (normalised patches)" in capsys.readouterr().err
+        else:
+            main(command)
+            with Image.open(run / "inpainting" / "1-sample-1.png") as filled:
+                assert np.unique(np.asarray(filled)[:, :4].reshape(-1, 3), axis=0).tolist() == [[124, 116, 104]]
 
 
 class Runs:
@@ -174,7 +219,7 @@ class Runs:
         return os.system, ("touch owned",)
 
 
-def test_what_is_no_such_file_is_refused(tmp_path, monkeypatch):
+def test_what_is_no_such_file_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     good = weights(dit_shapes())
 
@@ -195,6 +240,12 @@ def test_what_is_no_such_file_is_refused(tmp_path, monkeypatch):
     refused("dit", good | {"blocks.0.lora.weight": torch.zeros(2, 2)}, "has besides blocks.0.lora.weight")
     refused("dit", good | {"blocks.1.mlp.fc2.weight": torch.zeros(9, 4 * WIDTH)}, "blocks.1.mlp.fc2.weight [9, 128]")
     refused("dit", torch.zeros(3), "a Tensor")
+    refused("dit", good | {"blocks.99999999.x": torch.zeros(1)}, "lacks blocks.2.")
+    refused("dit", good | {"x_embedder.proj.weight": torch.zeros(32, 3, 0, 0)}, "not a DiT", "x_embedder.proj.weight")
+    refused("dit", good | {"y_embedder.embedding_table.weight": torch.zeros(1, 32)}, "label table has one row")
+    refused("dit", good | {"pos_embed": good["pos_embed"] * torch.nan}, "pos_embed holds NaN")
+    refused("dit", good | {"pos_embed": good["pos_embed"].int()}, "pos_embed holds torch.int32")
+    refused("dit", {"model": good, "ema": weights(dit_shapes(classes=5))}, "holds two networks")
     moved = weights(mae_shapes())
     moved["decoder_pos_embed"][0, 0] = 1
     refused("mae", moved, "CLS token")
@@ -203,6 +254,10 @@ def test_what_is_no_such_file_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="file.pt is damaged, or only a part"):
         load_published("dit", tmp_path / "file.pt", num_heads=2)
+    (tmp_path / "file.pt").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        main(["import", "dit", "file.pt", "--out", "run"])
+    assert "file.pt is damaged, or only a part of a file" in capsys.readouterr().err and not (tmp_path / "run").exists()
     (tmp_path / "file.pt").write_bytes(b"no checkpoint at all")
     with pytest.raises(UserError, match="no checkpoint of PyTorch"):
         load_published("dit", tmp_path / "file.pt", num_heads=2)

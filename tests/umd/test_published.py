@@ -1,6 +1,8 @@
 """DiT, MAE and MaskDiT run by their authors' code, and here with its weights: the same numbers (tests/data)."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +10,15 @@ import pytest
 import torch
 
 from umd import published
-from umd.config import ObjectiveConfig
+from umd.config import ModelConfig, ObjectiveConfig
 from umd.embedders import timestep_features
+from umd.errors import UserError
 from umd.guidance import Estimator, Guidance
 from umd.masking import ids_keep_from_noise, layout
 from umd.methods import build_objective
 from umd.model import UMD, edm_denoised
 from umd.ops import ddim_step, patchify, unpatchify
+from umd.peers import mae_pixels, mae_target
 from umd.sampler import _log_variances
 from umd.schedule import NoiseSchedule, edm_sigma
 
@@ -244,19 +248,69 @@ def random_weights(state):
     }
 
 
-def test_transformers_vit_mae(vit_mae):
+MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))  # ImageNet's
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_transformers_vit_mae(vit_mae, norm_pix):
+    """Its pictures are normalised by ImageNet's statistics, ours are in -1..1."""
     theirs, folder = vit_mae
-    config, tensors, norm_pix = published.load_published("mae", folder)
-    assert norm_pix and config.norm_eps == 1e-12
+    config, tensors, told = published.load_published("mae", folder)
+    assert told == {"norm_pix": True, "mask_ratio_no_noise": 0.75}
+    assert config.norm_eps == 1e-12 and config.pixel_stats == "imagenet"
     model = build(config, tensors["model"])
-    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(1))
-    out = theirs(pixel_values=x, noise=noise)
+    theirs.config.norm_pix_loss = norm_pix
+    out = theirs(pixel_values=(pixels - MEAN) / STD, noise=noise)
     ids = ids_keep_from_noise(noise, (4,) * 4)
-    objective = build_objective(config, ObjectiveConfig(no_noise_prob=1, norm_pix=True), NoiseSchedule("cosine"))
+    objective = build_objective(config, ObjectiveConfig(no_noise_prob=1, norm_pix=norm_pix), NoiseSchedule("cosine"))
     c = objective.corruption(torch.zeros(0, dtype=torch.int64), ids, torch.zeros(0, dtype=torch.int64), clean=4)
-    loss, _ = objective(model, x, c)
+    loss, _ = objective(model, 2 * pixels - 1, c)
     torch.testing.assert_close(loss, out.loss, rtol=1e-5, atol=1e-6)
+
+
+def test_what_mae_predicts_comes_back_as_pixels():
+    model, patches = ModelConfig(**published.MAE | dict(pixel_stats="imagenet")), torch.rand(2, 5, 48) * 2 - 1
+    for norm_pix in (True, False):
+        config = ObjectiveConfig(no_noise_prob=1, norm_pix=norm_pix)
+        found = mae_pixels(mae_target(patches, model, config), patches, model, config)
+        torch.testing.assert_close(found, patches, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="pixel_stats imagenet is for MAEs"):
+        ModelConfig(pixel_stats="imagenet")
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"hidden_act": "gelu_new"}, {"gelu": "tanh"}), ({"hidden_act": "relu"}, "the activation 'relu'"),
+        ({"num_attention_heads": None}, "num_attention_heads must be a number above 0, and is None"),
+        ({"num_attention_heads": "2"}, "num_attention_heads must be a number above 0, and is '2'"),
+        ({"architectures": "ViTModel", "model_type": ""}, "holds a ViTModel; expected a ViTMAE"),
+        ([], "holds a list"),
+    ],
+)  # fmt: skip
+def test_the_settings_of_a_folder_are_read(vit_mae, tmp_path, changes, found):
+    theirs, folder = vit_mae
+    shutil.copytree(folder, tmp_path / "mae")
+    file = tmp_path / "mae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes if changes else changes))
+    if isinstance(found, dict):
+        config = published.load_published("mae", tmp_path / "mae").config
+        assert {name: getattr(config, name) for name in found} == found
+        return
+    with pytest.raises(UserError, match=re.escape(found)):
+        published.load_published("mae", tmp_path / "mae")
+
+
+def test_the_pixels_of_a_folder_are_those_of_its_processor(vit_mae, tmp_path):
+    folder = shutil.copytree(vit_mae[1], tmp_path / "mae")
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    assert published.load_published("mae", folder).config.pixel_stats == "half"
+    file.write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.2] * 3}))
+    with pytest.raises(UserError, match="expected ImageNet's, or 0.5"):
+        published.load_published("mae", folder)
 
 
 def test_diffusers_dit(tmp_path):
