@@ -72,9 +72,13 @@ def gather(plan: Plan, todo: list[Chain], out: Path) -> dict[str, Any]:
             if file.exists():
                 results[piece.name] = json.loads(file.read_text("utf-8"))
         entry = {"data": chain.data, "method": chain.method.name if chain.method else "floors", "seed": chain.seed}
+        entry["longer"] = chain.longer
         if chain.method is not None:
             entry |= {"ends": ends(plan, chain), "step_flops": step_flops(plan, chain)}
-            entry |= {"finetune_steps": plan.finetune_steps, "objective": to_plain(chain.method.objective)}
+            entry |= {
+                "finetune_steps": plan.finetune_steps * chain.longer,
+                "objective": to_plain(chain.method.objective),
+            }
             entry |= {"adaLN": chain.method.adaLN, "leads": chain.method.leads, "ablation": chain.method.ablation}
         record["chains"].append(entry | {"results": results})
     return record

@@ -87,6 +87,7 @@ class Plan:
     seeds: tuple[int, ...] = (0, 1, 2)
     ablation_seeds: tuple[int, ...] = (0,)
     cfg_scales: tuple[float, ...] = (1.0, 1.5)  # no guidance, and the paper's for scores
+    longer: int = 8  # the UMD on Fashion-MNIST that is shipped trains and fine-tunes this many times as long
     sizes: Sizes = field(default_factory=Sizes)
     fashion: str = str(FASHION)
     save_every: int = 100
@@ -100,10 +101,12 @@ class Chain:
     data: Name
     method: Method | None
     seed: int = 0
+    longer: int = 1  # factor on all numbers of steps
 
     @property
     def id(self) -> str:
-        return f"{self.data}-{self.method.slug if self.method else 'floors'}-{self.seed}"
+        times = f"-{self.longer}-times" if self.longer > 1 else ""
+        return f"{self.data}-{self.method.slug if self.method else 'floors'}-{self.seed}{times}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def run_config(plan: Plan, chain: Chain, out: Path) -> RunConfig:
         data=DataConfig(plan.fashion if fashion else "emoji", num_workers=0),
         optim=OptimConfig(lr=plan.lr, warmup=WARMUP, decay="none", ema=1e-4),
         batch_size=plan.batch,
-        steps=plan.steps,
+        steps=plan.steps * chain.longer,
         seed=chain.seed,
         save_minutes=0,
         save_every=plan.save_every,
@@ -149,9 +152,9 @@ def step_flops(plan: Plan, chain: Chain) -> int:
 
 def ends(plan: Plan, chain: Chain) -> dict[str, int]:
     """Steps after which a method has seen as many images, or used as many FLOPs, as UMD at its end."""
-    ours = step_flops(plan, replace(chain, method=METHODS[-1]))
-    equal = {"images": plan.steps, "compute": round(plan.steps * ours / step_flops(plan, chain))}
-    return {"images": plan.steps} if chain.method and chain.method.ablation else equal
+    ours, steps = step_flops(plan, replace(chain, method=METHODS[-1])), plan.steps * chain.longer
+    equal = {"images": steps, "compute": round(steps * ours / step_flops(plan, chain))}
+    return {"images": steps} if chain.method and chain.method.ablation else equal
 
 
 def chains(plan: Plan, names: tuple[Name, ...]) -> list[Chain]:
@@ -161,7 +164,14 @@ def chains(plan: Plan, names: tuple[Name, ...]) -> list[Chain]:
         found.append(Chain(name, None))
         found += [Chain(name, method, seed) for seed in plan.seeds for method in METHODS]
         found += [Chain(name, method, seed) for method in ABLATIONS for seed in plan.ablation_seeds]
+        if name == "fashion":
+            found.append(shipped(plan))
     return found
+
+
+def shipped(plan: Plan) -> Chain:
+    """The training whose network is in docs/results/paper-umd."""
+    return Chain("fashion", METHODS[-1], plan.seeds[0], plan.longer)
 
 
 class OneHead(Objective):
@@ -206,7 +216,8 @@ def pieces(plan: Plan, chain: Chain, out: Path) -> list[Piece]:
         return [Piece("floors", "floors", FEATURE_SECONDS * count, partial(floors, pretrain, reference, sizes))]
     cost = step_flops(plan, chain)
     last, found, before = ends(plan, chain), [], 0
-    stops = {round(plan.steps * mark) for mark in plan.marks} | set(last.values())
+    stops = {round(pretrain.steps * mark) for mark in plan.marks} | set(last.values())
+    length = plan.finetune_steps * chain.longer
     for step in sorted(stops):
         config = replace(pretrain, steps=step)
         make: Callable[[], dict[str, Any]] = partial(trained, config, method)
@@ -216,9 +227,9 @@ def pieces(plan: Plan, chain: Chain, out: Path) -> list[Piece]:
         found.append(Piece(f"probe-{step}", "probe", PROBE_SECONDS, make))
         if step not in last.values():
             continue
-        curve = chain.seed == plan.seeds[0] and not method.ablation and step == last["images"]
-        marks = [round(plan.finetune_steps * mark) for mark in plan.finetune_marks] if curve else []
-        tuned = tuning(plan, config, sizes.classes[chain.data], marks)
+        curve = chain.seed == plan.seeds[0] and chain.longer == 1 and not method.ablation and step == last["images"]
+        marks = [round(length * mark) for mark in plan.finetune_marks] if curve else []
+        tuned = tuning(plan, config, sizes.classes[chain.data], length, marks)
         flops = build_objective(tuned.model, tuned.objective, schedule_of(tuned.schedule)).step_flops(plan.batch)
         make = partial(trained, tuned, method)
         found.append(Piece(f"finetune-{step}", "finetune", tuned.steps * flops / FLOPS, make))
@@ -246,25 +257,29 @@ def pieces(plan: Plan, chain: Chain, out: Path) -> list[Piece]:
     return found
 
 
-def tuning(plan: Plan, pretrained: RunConfig, classes: int, marks: list[int]) -> RunConfig:
-    """The paper's fine-tuning with labels, from the weights at the last step of pre-training."""
+def tuning(plan: Plan, pretrained: RunConfig, classes: int, steps: int, marks: list[int]) -> RunConfig:
+    """The paper's fine-tuning with labels, from the weights at the last step of pre-training.
+
+    marks: steps whose checkpoints are kept.
+    """
     out = pretrained.out.with_name(f"finetune-{pretrained.steps}")
     config = finetune_config(pretrained, pretrained.out, classes, out)
     every = min(marks) if marks else plan.save_every
-    keep = -(-plan.finetune_steps // every) if marks else 1
-    return replace(config, steps=plan.finetune_steps, save_every=every, keep=keep)
+    keep = -(-steps // every) if marks else 1
+    return replace(config, steps=steps, save_every=every, keep=keep)
 
 
 def ship(plan: Plan, out: Path, folder: Path) -> None:
-    """Export the fine-tuned UMD on Fashion-MNIST (first seed) as a run folder with only its EMA weights.
+    """Export the fine-tuned network of `shipped` as a run folder with only its EMA weights.
 
     `umd sample` and `umd probe` work on it. Does nothing if it is not trained yet, or the folder exists.
     """
-    chain = Chain("fashion", METHODS[-1], plan.seeds[0])
-    pretrained, done = run_config(plan, chain, out), out / chain.id / f"finetune-{plan.steps}.json"
+    chain = shipped(plan)
+    pretrained = run_config(plan, chain, out)
+    done = out / chain.id / f"finetune-{pretrained.steps}.json"
     if not done.exists() or (folder / "config.yaml").exists():
         return
-    tuned = tuning(plan, pretrained, plan.sizes.classes["fashion"], [])
+    tuned = tuning(plan, pretrained, plan.sizes.classes["fashion"], plan.finetune_steps * chain.longer, [])
     saved = load_checkpoint(tuned.checkpoints, parts=["ema"])
     config = replace(tuned, out=Path(folder.name), init=None, data=replace(tuned.data, source=str(FASHION)))
     state = {"config": to_plain(config), "images_seen": saved.state["images_seen"], "draws": saved.state["draws"]}

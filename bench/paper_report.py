@@ -67,11 +67,11 @@ def measured(chain: Mapping[str, Any], step: int) -> dict[str, float]:
     return found
 
 
-def by_method(record: Mapping[str, Any], data: str, end: str) -> dict[str, dict[str, list[float]]]:
+def by_method(record: Mapping[str, Any], data: str, end: str, longer: int = 1) -> dict[str, dict[str, list[float]]]:
     """method -> measure -> one value per seed, at equal `images` or `compute`."""
     found: dict[str, dict[str, list[float]]] = {}
-    for chain in record["chains"]:
-        if chain["data"] == data and "ends" in chain:
+    for chain in chains_of(record, data, longer=longer):
+        if "ends" in chain:
             step = chain["ends"].get(end, chain["ends"]["images"])
             for key, value in measured(chain, step).items():
                 found.setdefault(chain["method"], {}).setdefault(key, []).append(value)
@@ -111,8 +111,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
 
 
-def chains_of(record: Mapping[str, Any], data: str, method: str | None = None) -> list[Mapping[str, Any]]:
-    return [c for c in record["chains"] if c["data"] == data and (method is None or c["method"] == method)]
+def chains_of(
+    record: Mapping[str, Any], data: str, method: str | None = None, longer: int = 1
+) -> list[Mapping[str, Any]]:  # fmt: skip
+    found = [c for c in record["chains"] if c["data"] == data and c["longer"] == longer]
+    return [c for c in found if method in (None, c["method"])]
 
 
 def begun(record: Mapping[str, Any]) -> list[str]:
@@ -125,9 +128,9 @@ def names(record: Mapping[str, Any], data: str, ablation: bool) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def cost_columns(record: Mapping[str, Any], data: str, method: str, end: str) -> list[str]:
+def cost_columns(record: Mapping[str, Any], data: str, method: str, end: str, longer: int = 1) -> list[str]:
     """Steps, TFLOP and core seconds of pre-training up to the point `end`."""
-    chains = chains_of(record, data, method)
+    chains = chains_of(record, data, method, longer)
     step = chains[0]["ends"].get(end, chains[0]["ends"]["images"])
     seconds = [cpu_seconds(chain, step) for chain in chains if f"pretrain-{step}" in chain["results"]]
     return [str(step), f"{step * chains[0]['step_flops'] / 1e12:.1f}", f"{fmean(seconds):.0f}" if seconds else "–"]
@@ -176,9 +179,24 @@ def markdown(record: Mapping[str, Any]) -> list[str]:
         ]
         lines += ["### Ablations at equal images", ""]
         lines += table(["variant", "TFLOP", "CPU s", *(MEASURES[k][0] for k in keys)], rows)
-        lines += [*claims(found, ABLATION_ORDER, "Table 2's order"), ""]
+        lines += [*claims(found, ABLATION_ORDER, "Table 2's order"), "", *longer_table(record, data, keys)]
         lines += [*tuning_table(record, data), ""]
     return lines + spent(record)
+
+
+def longer_table(record: Mapping[str, Any], data: str, keys: Sequence[str]) -> list[str]:
+    """The UMD that trained longer, beside the others."""
+    longer = record["plan"]["longer"]
+    found = by_method(record, data, "images", longer).get("UMD")
+    if found is None:
+        return []
+    usual = by_method(record, data, "images").get("UMD", {})
+    rows = [
+        [name, *cost_columns(record, data, "UMD", "images", times), *(shown(k, measures.get(k)) for k in keys)]
+        for name, times, measures in (("UMD", 1, usual), (f"UMD, {longer} times as long", longer, found))
+    ]
+    head = ["method", "steps", "TFLOP", "CPU s", *(MEASURES[k][0] for k in keys)]
+    return [f"### {longer} times as long: the network in docs/results/paper-umd", "", *table(head, rows)]
 
 
 def claims(found: Mapping[str, Mapping[str, Values]], order: Sequence[tuple[str, str, str]], title: str) -> list[str]:
@@ -314,7 +332,8 @@ def samples(record: Mapping[str, Any], out: Path, path: Path) -> None:
     """Draw guided samples: one row per method, one column per class. Does nothing if there are none."""
     rows = []
     for chain in record["chains"]:
-        if "ends" in chain and not chain["ablation"] and chain["seed"] == record["plan"]["seeds"][0]:
+        usual = "ends" in chain and not chain["ablation"] and chain["longer"] == 1
+        if usual and chain["seed"] == record["plan"]["seeds"][0]:
             name = f"finetune-{chain['ends']['images']}-distance-{chain['finetune_steps']}-guidance-"
             name += f"{max(record['plan']['cfg_scales']):g}-{chain['leads']}.npz"
             files = list(out.glob(f"{chain['data']}-{chain['method'].lower()}-{chain['seed']}/{name}"))

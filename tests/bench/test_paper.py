@@ -36,7 +36,7 @@ SIZES = Sizes(
 )  # fmt: skip
 PLAN = Plan(
     width=16, depth=1, decoder_depth=1, heads=2, batch=20, steps=6, marks=(0.5,), finetune_steps=4,
-    finetune_marks=(0.5,), seeds=(0,), ablation_seeds=(), sizes=SIZES, save_every=1,
+    finetune_marks=(0.5,), seeds=(0,), ablation_seeds=(), longer=2, sizes=SIZES, save_every=1,
 )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_the_first_seed_of_the_four_methods_comes_first():
     assert [chain.id for chain in order[:5]] == [
         "fashion-floors-0", "fashion-mae-0", "fashion-dit-0", "fashion-maskdit-0", "fashion-umd-0"
     ]  # fmt: skip
-    assert len({chain.id for chain in order}) == len(order) == 2 * (1 + 4 * 3 + 6)
+    assert len({chain.id for chain in order}) == len(order) == 2 * (1 + 4 * 3 + 6) + 1
 
 
 def test_every_training_of_a_chain_begins_with_the_same_warm_up():
@@ -231,7 +231,7 @@ def test_a_killed_command_goes_on_and_tells_the_same(tmp_path):
     texts = [(tmp_path / name / "figures" / "paper.json").read_text() for name in ("whole", "killed")]
     whole, killed = (without_seconds(json.loads(text)) for text in texts)
     assert whole == killed
-    methods = [chain for chain in whole["chains"] if "ends" in chain]
+    methods = [chain for chain in whole["chains"] if "ends" in chain and chain["longer"] == 1]
     assert [chain["method"] for chain in methods] == [method.name for method in METHODS]
     for chain in methods:
         expected = {piece.name for piece in pieces(plan, Chain("fashion", method_of(chain)), tmp_path)}
@@ -242,7 +242,9 @@ def test_a_killed_command_goes_on_and_tells_the_same(tmp_path):
     assert "### Methods at equal compute" in text and "training pictures as samples" in text and " – |" in text
     folder = tmp_path / "whole" / "figures" / "paper-umd"
     shipped = load_model(folder)
-    trained = load_checkpoint(tmp_path / "whole" / "fashion-umd-0" / f"finetune-{plan.steps}" / "checkpoints")
+    run = tmp_path / "whole" / "fashion-umd-0-2-times" / f"finetune-{2 * plan.steps}"
+    trained = load_checkpoint(run / "checkpoints")
+    assert trained.step == 2 * plan.finetune_steps and "2 times as long" in text
     averaged = split(trained.tensors["ema"], shipped)
     assert all(torch.equal(p, averaged[name]) for name, p in shipped.named_parameters())
     assert read_config(folder).out == folder and len(list(folder.rglob("*.safetensors"))) == 1
@@ -258,7 +260,7 @@ def method_of(chain):
 @pytest.mark.timeout(1800)
 def test_a_chain_that_fails_does_not_cost_the_others_their_night(tmp_path):
     plan = replace(plan_on(tmp_path), lr=1e12)
-    with pytest.raises(UserError, match="4 chains failed"):
+    with pytest.raises(UserError, match="5 chains failed"):
         carry_out(plan, ("fashion",), tmp_path / "out", tmp_path / "figures", 1, Console(quiet=True))
     assert (tmp_path / "out" / "fashion-floors-0" / "floors.json").exists()
     assert "not finite" in (tmp_path / "out" / "fashion-umd-0" / "failed.txt").read_text()
