@@ -89,11 +89,16 @@ def pooled(groups: Iterable[Values]) -> tuple[float, int]:
 def verdict(better: Values, worse: Values, more: bool, spread: float, freedom: int) -> tuple[str, float]:
     """Judge the claim that `better` beats `worse`. Returns the verdict and the difference in the claim's direction.
 
-    The verdict is "holds" or "is reversed" if Student's 95 % interval of the difference is without 0, else "cannot be
-    told". spread, freedom: of `pooled`.
+    The verdict is "holds" or "is reversed" if the 95 % interval of the difference is without 0 (Welch's t-test), else
+    "cannot be told". spread, freedom: of `pooled`, for a method with one seed.
     """
     difference = (fmean(better) - fmean(worse)) * (1 if more else -1)
     error = spread * math.sqrt(1 / len(better) + 1 / len(worse))
+    if min(len(better), len(worse)) > 1:
+        parts = [stdev(v) ** 2 / len(v) for v in (better, worse)]
+        error = math.sqrt(sum(parts))
+        weights = sum(part**2 / (len(v) - 1) for part, v in zip(parts, (better, worse), strict=True))
+        freedom = int(error**4 / weights + 1e-9) if weights else 1  # rounded down: a wider interval
     if abs(difference) <= T95[min(freedom, len(T95) - 1)] * error:
         return "cannot be told", difference
     return ("holds" if difference > 0 else "is reversed"), difference

@@ -159,10 +159,16 @@ def test_a_claim_holds_is_reversed_or_cannot_be_told():
     a, b = [3.0, 3.2, 2.8], [1.0, 1.2, 0.8]
     spread, freedom = pooled([a, b, [9.0]])
     assert (spread, freedom) == (pytest.approx(0.2), 4)
-    # Student's t with 4 degrees of freedom: 2.776 standard errors of 0.2 · √(1/3 + 1/3) are 0.453.
     assert verdict(a, b, True, spread, freedom)[0] == "holds" and verdict(a, b, False, spread, 4)[0] == "is reversed"
-    assert verdict([1.46], [1.0], True, 0.2 / 3**0.5, 4)[0] == "holds"
-    assert verdict([1.45], [1.0], True, 0.2 / 3**0.5, 4)[0] == "cannot be told"
+    # Welch: equal spreads have 4 degrees of freedom, and 2.776 standard errors of 0.2 · √(1/3 + 1/3) are 0.453.
+    for difference, word in ((0.46, "holds"), (0.45, "cannot be told")):
+        assert verdict([x + difference for x in b], b, True, 9.0, 9)[0] == word
+    # One with no spread at all leaves 2 degrees of freedom: 4.303 standard errors of 0.2 / √3 are 0.497.
+    for difference, word in ((0.5, "holds"), (0.49, "cannot be told")):
+        assert verdict([x + difference for x in b], [1.0, 1.0, 1.0], True, 9.0, 9)[0] == word
+    # A single seed has the spread of the others: 2.776 times 0.1 · √2 are 0.393.
+    for difference, word in ((0.40, "holds"), (0.39, "cannot be told")):
+        assert verdict([1 + difference], [1.0], True, 0.1, 4)[0] == word
     found = {"UMD": {"shots": [0.5]}, "DiT": {"shots": [0.4]}}
     assert claims(found, [("shots", "UMD", "DiT"), ("shots", "MAE", "UMD")], "Order")[2:] == [
         "- 100-shot: UMD better than DiT: **holds** (by 10.0, one seed and no spread known)"
