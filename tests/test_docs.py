@@ -233,7 +233,7 @@ def test_a_command_runs(command, sandbox, colours, tmp_path, monkeypatch):
 def test_a_command_that_cannot_run_here_parses(command):
     words = shlex.split(command)
     if words[0] == "umd":
-        parse(words)
+        (umd if "--help" in words else parse)(words)
     for i, word in enumerate(words):
         if re.fullmatch(r"launch/\w+\.(sh|sbatch)", word):
             assert (ROOT / word).exists()
