@@ -277,7 +277,8 @@ def write_report(record: Mapping[str, Any], out: Path, figures: Path) -> None:
     before, after = text.split(BEGIN)[0], text.split(END)[-1]
     pictures = [
         "![Accuracy and distance against compute and images; while fine-tuning](paper.png)",
-        "![Guided samples of MAE, DiT, MaskDiT and UMD, a class a column](paper-samples.png)",
+        "![Guided samples](paper-samples.png)",
+        "*Guided samples, first seed. Rows: MAE, DiT, MaskDiT, UMD. The first columns are one sample of each class.*",
     ]
     numbers = "\n\n".join(["", *pictures, "\n".join(markdown(record))])
     write_whole(file, f"{before}{BEGIN}\n{numbers}\n{END}{after}".encode())
