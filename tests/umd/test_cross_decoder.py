@@ -274,5 +274,5 @@ def test_what_cannot_be_is_refused():
     for ratio in (0.0, -1.0, 1.1):
         with pytest.raises(UserError, match="must be above 0 and at most 1"):
             ObjectiveConfig(predict_ratio=ratio)
-    with pytest.raises(UserError, match="no counterpart of the cross decoder"):
+    with pytest.raises(UserError, match="no counterpart of this network: it would need decoder self"):
         to_small_vision(UMD(ModelConfig(**TINY, embedding="released")))
