@@ -221,6 +221,7 @@ def test_our_kernels_keep_the_gates_at_every_width():
     keeps_the_gates(audit(Audit(models=("UMD-B/4", "UMD-L/2"), ops=tuple(OPS))))
 
 
+@pytest.mark.slow
 def test_short_samples_with_rows_of_their_own_keep_the_gate():
     """68 tokens each: a table row is read, and its partial sums written and added, for few tokens."""
     jobs = [(count_op, name, "UMD-B/4", 8, "bf16", 68) for name in OPS if name.endswith("layer_norm")]
