@@ -79,8 +79,3 @@ def masked_view(image: np.ndarray, mask: np.ndarray, patch_size: int) -> np.ndar
         raise ValueError(f"A mask of {mask.size} does not fit {h}x{w} pixels in {patch_size}x{patch_size} patches.")
     hidden = np.asarray(mask).reshape(rows, columns).astype(bool).repeat(patch_size, 0).repeat(patch_size, 1)
     return np.where(hidden[..., None], np.uint8(HIDDEN), image)
-
-
-def reconstruction_sheet(originals: np.ndarray, masked: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Three rows of images, each uint8 [N, H, W, C]: masked inputs, reconstructions, originals. uint8 [H', W', 3]."""
-    return grid(np.concatenate([masked, reconstructions, originals]), columns=len(originals))

@@ -192,11 +192,6 @@ class FeatureStatistics:
         centred = features - mean
         self._add(len(features), mean.cpu(), (centred.T @ centred).cpu())
 
-    def merge(self, other: "FeatureStatistics") -> None:
-        """Add all images of `other`. Raises UserError if the two came from different networks."""
-        self._check_comparable(other)
-        self._add(other.count, other.mean, other.scatter)
-
     def distance(self, other: "FeatureStatistics") -> float:
         """Fréchet distance to `other`. Raises UserError if the two came from different networks."""
         self._check_comparable(other)

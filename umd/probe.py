@@ -275,8 +275,3 @@ def _choose_l2(features: Tensor, labels: Tensor, drawn: Sequence[Tensor], num_cl
     predictions = probe.predict(features[held_out]).cpu()  # [l2, N]
     scores = [class_averaged_accuracy(p, labels[held_out], num_classes) for p in predictions]
     return scores.index(max(scores))
-
-
-def raw_pixel_features(x: Tensor) -> Tensor:
-    """Images [N, C, H, W] as features [N, C·H·W]: the floor that every representation should beat."""
-    return x.flatten(1)

@@ -101,21 +101,6 @@ class NoiseSchedule:
         a, b = self._coefficients_like(x_t, timesteps)
         return (x_t - a * x_start) / b.masked_fill(b == 0, math.inf)
 
-    def v_from_eps(self, x_start: Tensor, timesteps: Tensor, eps: Tensor) -> Tensor:
-        """v = √ᾱ·ε - √(1-ᾱ)·x_start (Salimans and Ho 2022)."""
-        a, b = self._coefficients_like(x_start, timesteps)
-        return a * eps - b * x_start
-
-    def xstart_from_v(self, x_t: Tensor, timesteps: Tensor, v: Tensor) -> Tensor:
-        """x_start from x_t and v."""
-        a, b = self._coefficients_like(x_t, timesteps)
-        return a * x_t - b * v
-
-    def eps_from_v(self, x_t: Tensor, timesteps: Tensor, v: Tensor) -> Tensor:
-        """ε from x_t and v."""
-        a, b = self._coefficients_like(x_t, timesteps)
-        return b * x_t + a * v
-
     def _coefficients_like(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """The two coefficients at times [B], shaped [B, 1, ...] so that they multiply x [B, ...]."""
         if timesteps.shape != x.shape[:1]:

@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from umd.errors import UserError
-from umd.metrics import FeatureStatistics
 from umd.train.features import CALL, Features, extracted, name_of, read_ahead, spans
 from umd.train.shards import Job, images_done, next_job, share
 
@@ -46,15 +44,6 @@ def test_features_are_those_of_their_pictures_on_any_number_of_ranks(tmp_path):
     features = one.read("f")
     torch.testing.assert_close(features, pictures(ids).flatten(1) @ WEIGHTS)
     assert one.read("id").flatten().long().tolist() == ids.tolist()
-
-    whole, merged = FeatureStatistics(20, "test"), FeatureStatistics(20, "test")
-    whole.update(features)
-    for file in three.files:
-        part = FeatureStatistics(20, "test")
-        part.update(load_file(file)["f"])
-        merged.merge(part)
-    torch.testing.assert_close(merged.mean, whole.mean, rtol=0, atol=1e-10)
-    torch.testing.assert_close(merged.cov, whole.cov, rtol=0, atol=1e-10)
 
 
 def test_ranks_share_what_a_lost_rank_left(tmp_path):

@@ -13,7 +13,6 @@ from umd.probe import (
     draw_shots,
     fewshot_accuracy,
     fit_fewshot,
-    raw_pixel_features,
 )
 
 
@@ -255,8 +254,3 @@ class TestDrawShots:
         l2 = [1.0, 1024.0]
         of_shots = fewshot_accuracy(features[ids], labels[ids], *test, shots=10, num_classes=3, l2=l2, draws=places)
         assert of_shots == fewshot_accuracy(features, labels, *test, shots=10, num_classes=3, l2=l2)
-
-
-def test_raw_pixels_are_flattened():
-    x = torch.arange(24.0).reshape(2, 3, 2, 2)
-    assert torch.equal(raw_pixel_features(x)[1], torch.arange(12.0, 24.0))

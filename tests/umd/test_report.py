@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from umd.errors import UserError
-from umd.images import masked_view, reconstruction_sheet
+from umd.images import masked_view
 from umd.report import figures
 from umd.report.page import DemoRecord, Part, ProbeRow, load_record, probe_margins, save_record, write, write_report
 
@@ -423,13 +423,6 @@ def test_masked_view_hides_exactly_the_removed_patches():
         masked_view(image, np.zeros(5), 3)
     with pytest.raises(ValueError, match="4x4 patches"):
         masked_view(image, np.zeros(2), 4)
-
-
-def test_reconstruction_sheet_puts_a_picture_in_a_column():
-    a, b, c = (np.full((4, 5, 6, 3), value, np.uint8) for value in (10, 20, 30))
-    sheet = reconstruction_sheet(originals=a, masked=b, reconstructions=c)
-    assert sheet.shape == (3 * 5 + 4 * 2, 4 * 6 + 5 * 2, 3)
-    assert [sheet[row, 3, 0] for row in (4, 11, 18)] == [20, 30, 10]
 
 
 def test_writing_is_all_or_nothing(tmp_path):
