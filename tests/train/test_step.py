@@ -100,7 +100,7 @@ def rank_steps(out: str) -> None:
         torch.save(results, out)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_ranks_and_micro_batches_make_the_step_of_one_process(size, tmp_path):
     """Loss, its parts, and the gradient of every parameter; r0 = 0.05 of 40 samples leaves most parts without any."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)]
