@@ -62,9 +62,27 @@ def make_chain(plan: Plan, chain: Chain, out: Path) -> None:
             write_whole(file, json.dumps(result, indent=1).encode())
 
 
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON keeps it, without what the results do not depend on."""
+    values = asdict(plan) | {"fashion": Path(plan.fashion).name}
+    return {name: value for name, value in json.loads(json.dumps(values)).items() if name != "save_every"}
+
+
+def check_plan(plan: Plan, out: Path) -> None:
+    """Write `out`/plan.json, or compare it. Raises UserError if the pieces in `out` were made by another plan."""
+    file, ours = out / "plan.json", settings_of(plan)
+    if not file.exists():
+        write_whole(file, json.dumps(ours, indent=1).encode())
+        return
+    theirs = json.loads(file.read_text("utf-8"))
+    other = [f"{k} {theirs.get(k)}, now {ours.get(k)}" for k in theirs | ours if theirs.get(k) != ours.get(k)]
+    if other:
+        raise UserError(f"{out} holds results of another plan ({'; '.join(other)}); give another --out")
+
+
 def gather(plan: Plan, todo: list[Chain], out: Path) -> dict[str, Any]:
     """Collect the finished pieces, in the form of docs/results/paper.json."""
-    record: dict[str, Any] = {"plan": asdict(plan) | {"fashion": Path(plan.fashion).name}, "chains": []}
+    record: dict[str, Any] = {"plan": settings_of(plan), "chains": []}
     for chain in todo:
         results = {}
         for piece in pieces(plan, chain, out):
@@ -72,7 +90,7 @@ def gather(plan: Plan, todo: list[Chain], out: Path) -> dict[str, Any]:
             if file.exists():
                 results[piece.name] = json.loads(file.read_text("utf-8"))
         entry = {"data": chain.data, "method": chain.method.name if chain.method else "floors", "seed": chain.seed}
-        entry["longer"] = chain.longer
+        entry |= {"longer": chain.longer, "rate": chain.rate}
         if chain.method is not None:
             entry |= {"ends": ends(plan, chain), "step_flops": step_flops(plan, chain)}
             entry |= {
@@ -125,7 +143,7 @@ def reproduce(options: Reproduce, console: Console) -> None:
     steps = options.steps or Plan.steps
     finetune_steps = max(round(Plan.finetune_steps * steps / Plan.steps), 4)  # the same share of the work
     plan = Plan(steps=steps, finetune_steps=finetune_steps, device=device)
-    plan = replace(plan, seeds=tuple(options.seed + seed for seed in plan.seeds), ablation_seeds=(options.seed,))
+    plan = replace(plan, seeds=tuple(options.seed + seed for seed in plan.seeds))
     names: tuple[Name, ...] = ("fashion", "emoji") if options.data == "all" else (options.data,)
     if "fashion" in names and not Path(plan.fashion).exists():
         raise UserError(f"there is no {plan.fashion}: apt-get install dataset-fashion-mnist (Debian, Ubuntu)")
@@ -143,6 +161,7 @@ def carry_out(
         ship(plan, out, figures / "paper-umd")
 
     with alone_in(out, "bench reproduce paper"):
+        check_plan(plan, out)
         watch = Watch(plan, todo, out, workers, console)
         flops = sum(step_flops(plan, chain) * max(ends(plan, chain).values()) for chain in todo if chain.method)
         expected = sum(piece.expected for _, piece, _ in watch.files) / workers / 3600

@@ -1,7 +1,7 @@
 """The measures of `umd bench reproduce paper`: probes of the representation, distances of samples, noise floors."""
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +22,16 @@ from umd.metrics import frechet_distance, squared_mmd
 from umd.model import UMD
 from umd.probe import fewshot_accuracy
 from umd.sampler import ddim_sample, model_times
-from umd.train.data import center_view, open_dataset
+from umd.train.crops import train_view, view_rng
+from umd.train.data import as_model_input, center_view, open_dataset
 from umd.train.evaluate import denoiser, open_run_of, schedule_of
 from umd.train.features import CALL
 from umd.train.probe import names_of, open_gates, published_zoom, representation
+from umd.train.recipes import AREA_MIN
 from umd.train.reference import moments
 from umd.train.run import RunConfig
 from umd.train.settings import DataConfig
+from umd.train.sources import ImageDataset
 
 L2 = (1.0, 32.0, 1024.0)  # each draw of shots chooses one on a fifth of them; 1024 is the paper's
 BATCH = 64  # samples per denoising loop
@@ -56,6 +59,15 @@ def pictures(data: DataConfig, split: Literal["train", "test"], count: int, zoom
     assert dataset.labels is not None
     ids = np.random.default_rng(0).permutation(len(dataset))[:count]
     return center_view(dataset, ids, data, zoom), torch.from_numpy(dataset.labels[ids])
+
+
+def views(data: DataConfig, count: int) -> Tensor:
+    """Training pictures as fine-tuning sees them, cropped and mirrored: the best that a network can learn to draw."""
+    dataset, data = open_dataset(data, "train"), replace(data, area_min=AREA_MIN["finetune"])
+    assert isinstance(dataset, ImageDataset)
+    ids = np.random.default_rng(0).permutation(len(dataset))[:count].tolist()
+    drawn = [train_view(dataset.read(i)[1], view_rng(0, 0, i), data) for i in ids]
+    return as_model_input(torch.from_numpy(np.stack(drawn)))
 
 
 def probe(config: RunConfig, pretrained: RunConfig, step: int, sizes: Sizes) -> dict[str, Any]:
@@ -160,6 +172,7 @@ def floors(config: RunConfig, reference: Path, sizes: Sizes) -> dict[str, Any]:
     """Floors of the measures: training pictures scored as samples; raw pixels and an untrained network as features."""
     real = real_features(config, reference, sizes)
     found = {"real": distances(real["train"], real["test"])}
+    found["views"] = distances(features(views(config.data, sizes.samples)), real["test"])
 
     def pixels(x: Tensor, ids: Tensor) -> dict[str, Tensor]:
         return {"pixels": x.flatten(1)}

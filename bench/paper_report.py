@@ -2,10 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -29,21 +29,42 @@ MEASURES = {
     "kd": ("KD · 10³", False, False),
     "kd_guided": ("KD · 10³, guided", False, False),
 }
-# Claims of the paper's Tables 1 and 2: (measure, better method, worse method).
-ORDER = [
-    ("shots", "MAE", "UMD"), ("shots", "UMD", "MaskDiT"), ("shots", "UMD", "DiT"), ("shots", "MaskDiT", "DiT"),
-    ("fd", "DiT", "MaskDiT"), ("fd", "DiT", "UMD"), ("fd", "MaskDiT", "UMD"), ("fd", "UMD", "MAE"),
-    ("fd_guided", "DiT", "UMD"), ("fd_guided", "MaskDiT", "UMD"), ("fd_guided", "UMD", "MAE"),
+
+
+class Claim(NamedTuple):
+    """`better` beats `worse` in the paper, by whose numbers `theirs`."""
+
+    measure: str
+    better: str
+    worse: str
+    theirs: tuple[float, float]
+    worse_measure: str = ""  # if it is another
+
+
+UMD, X0, NOISE = "UMD", "UMD, only x0", "UMD, only noise"
+FEWER, MASKED, WHOLE = "UMD, fewer noise-free", "UMD, noised 70 % masked", "UMD, noised not masked"
+PLAIN = "UMD, no adaLN"
+TABLE1 = [
+    Claim("shots", "MAE", UMD, (36.6, 31.8)), Claim("shots", UMD, "MaskDiT", (31.8, 26.3)),
+    Claim("shots", UMD, "DiT", (31.8, 25.7)), Claim("shots", "MaskDiT", "DiT", (26.3, 25.7)),
+    Claim("fd", "DiT", "MaskDiT", (21.2, 22.1)), Claim("fd", "DiT", UMD, (21.2, 23.2)),
+    Claim("fd", "MaskDiT", UMD, (22.1, 23.2)), Claim("fd", UMD, "MAE", (23.2, 34.1)),
+    Claim("fd_guided", "DiT", UMD, (18.9, 19.8)), Claim("fd_guided", "MaskDiT", UMD, (19.0, 19.8)),
+    Claim("fd_guided", UMD, "MAE", (19.8, 26.8)),
 ]  # fmt: skip
-ABLATION_ORDER = [
-    ("fd_x0", "UMD", "UMD, only x0"), ("fd", "UMD", "UMD, only noise"), ("shots", "UMD", "UMD, fewer noise-free"),
-    ("fd", "UMD, fewer noise-free", "UMD"), ("shots", "UMD", "UMD, noised 70 % masked"),
-    ("fd", "UMD", "UMD, noised 70 % masked"), ("shots", "UMD, noised not masked", "UMD"),
-    ("fd", "UMD, noised not masked", "UMD"), ("shots", "UMD", "UMD, no adaLN"), ("fd", "UMD", "UMD, no adaLN"),
+TABLE2 = [
+    Claim("shots", X0, UMD, (31.3, 30.9)), Claim("shots", NOISE, UMD, (31.5, 30.9)),
+    Claim("shots", UMD, FEWER, (30.9, 27.7)), Claim("shots", UMD, MASKED, (30.9, 28.9)),
+    Claim("shots", WHOLE, UMD, (32.7, 30.9)), Claim("shots", UMD, PLAIN, (30.9, 26.1)),
+    Claim("fd_x0", UMD, UMD, (20.9, 23.2), "fd"), Claim("fd_x0", UMD, X0, (20.9, 26.7)),
+    Claim("fd", UMD, NOISE, (23.2, 25.0)), Claim("fd", FEWER, UMD, (22.3, 23.2)),
+    Claim("fd", UMD, MASKED, (23.2, 27.5)), Claim("fd", WHOLE, UMD, (21.1, 23.2)),
+    Claim("fd", UMD, PLAIN, (23.2, 25.4)),
 ]  # fmt: skip
-# 97.5 % quantile of Student's t by degrees of freedom; the last stands for more. With 0, no spread is known.
-T95 = (0.0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31)
+# 97.5 % quantile of Student's t by degrees of freedom.
+T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31)
 Values = Sequence[float]
+Seeds = Mapping[int, float]  # seed -> value
 
 
 def mean_and_error(values: Values) -> tuple[float, float | None]:
@@ -58,7 +79,9 @@ def measured(chain: Mapping[str, Any], step: int) -> dict[str, float]:
     start = f"finetune-{step}-distance-{chain['finetune_steps']}-guidance-"
     for name, result in results.items():
         if name.startswith(start):
-            scale, predict = name.removeprefix(start).split("-")
+            scale, predict, *more = name.removeprefix(start).split("-")
+            if more:  # with more sampling steps
+                continue
             if predict == "x_start" and scale == "1":
                 found["fd_x0"] = result["fd"]
             if predict == chain["leads"]:
@@ -67,48 +90,42 @@ def measured(chain: Mapping[str, Any], step: int) -> dict[str, float]:
     return found
 
 
-def by_method(record: Mapping[str, Any], data: str, end: str, longer: int = 1) -> dict[str, dict[str, list[float]]]:
-    """method -> measure -> one value per seed, at equal `images` or `compute`."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for chain in chains_of(record, data, longer=longer):
+def by_method(
+    record: Mapping[str, Any], data: str, end: str, longer: int = 1, rate: float = 1.0
+) -> dict[str, dict[str, dict[int, float]]]:  # fmt: skip
+    """method -> measure -> seed -> value, at equal `images` or `compute`."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for chain in chains_of(record, data, longer=longer, rate=rate):
         if "ends" in chain:
             step = chain["ends"].get(end, chain["ends"]["images"])
             for key, value in measured(chain, step).items():
-                found.setdefault(chain["method"], {}).setdefault(key, []).append(value)
+                found.setdefault(chain["method"], {}).setdefault(key, {})[chain["seed"]] = value
     return found
 
 
-def pooled(groups: Iterable[Values]) -> tuple[float, int]:
-    """Standard deviation between seeds, taken to be the same in all groups, and its degrees of freedom."""
-    many = [values for values in groups if len(values) > 1]
-    freedom = sum(len(values) - 1 for values in many)
-    squares = sum((len(values) - 1) * stdev(values) ** 2 for values in many)
-    return (math.sqrt(squares / freedom) if freedom else 0.0), freedom
+def paired(better: Seeds, worse: Seeds, more: bool) -> tuple[float, float | None]:
+    """Mean difference between runs of the same seed, in favour of `better`, and half the width of its 95 % interval.
 
-
-def verdict(better: Values, worse: Values, more: bool, spread: float, freedom: int) -> tuple[str, float]:
-    """Judge the claim that `better` beats `worse`. Returns the verdict and the difference in the claim's direction.
-
-    The verdict is "holds" or "is reversed" if the 95 % interval of the difference is without 0 (Welch's t-test), else
-    "cannot be told". spread, freedom: of `pooled`, for a method with one seed.
+    By Student's t of the differences. The half width is None with a single common seed.
     """
-    difference = (fmean(better) - fmean(worse)) * (1 if more else -1)
-    error = spread * math.sqrt(1 / len(better) + 1 / len(worse))
-    if min(len(better), len(worse)) > 1:
-        parts = [stdev(v) ** 2 / len(v) for v in (better, worse)]
-        error = math.sqrt(sum(parts))
-        weights = sum(part**2 / (len(v) - 1) for part, v in zip(parts, (better, worse), strict=True))
-        freedom = int(error**4 / weights + 1e-9) if weights else 1  # rounded down: a wider interval
-    if abs(difference) <= T95[min(freedom, len(T95) - 1)] * error:
-        return "cannot be told", difference
-    return ("holds" if difference > 0 else "is reversed"), difference
+    sign = 1 if more else -1
+    differences = [sign * (better[seed] - worse[seed]) for seed in better if seed in worse]
+    if len(differences) == 1:
+        return differences[0], None
+    return fmean(differences), T95[len(differences) - 1] * stdev(differences) / math.sqrt(len(differences))
 
 
-def shown(key: str, values: Values | None) -> str:
+def verdict(difference: float, half: float | None) -> str:
+    if half is None:
+        return "one seed"
+    return "not resolved" if abs(difference) <= half else "**holds**" if difference > 0 else "**reversed**"
+
+
+def shown(key: str, values: Seeds | None) -> str:
     if not values:
         return "–"
     scale = 100 if MEASURES[key][1] else 1
-    mean, error = mean_and_error([scale * value for value in values])
+    mean, error = mean_and_error([scale * value for value in values.values()])
     return f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
 
 
@@ -117,9 +134,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def chains_of(
-    record: Mapping[str, Any], data: str, method: str | None = None, longer: int = 1
-) -> list[Mapping[str, Any]]:  # fmt: skip
-    found = [c for c in record["chains"] if c["data"] == data and c["longer"] == longer]
+    record: Mapping[str, Any], data: str, method: str | None = None, longer: int = 1, rate: float = 1.0
+) -> list[Mapping[str, Any]]:
+    found = [c for c in record["chains"] if c["data"] == data and (c["longer"], c["rate"]) == (longer, rate)]
     return [c for c in found if method in (None, c["method"])]
 
 
@@ -151,15 +168,16 @@ def floor_rows(record: Mapping[str, Any], data: str, keys: Sequence[str], pad: i
     floors = next((c["results"].get("floors") for c in chains_of(record, data, "floors")), None)
     if floors is None:
         return []
-    rows = {"raw pixels": floors["pixels"], "untrained network": floors["untrained"]}
-    real = {"fd": floors["real"]["fd"], "kd": 1000 * floors["real"]["kd"]}
-    rows |= {"*training pictures as samples*": real | {f"{k}_guided": v for k, v in real.items()}}
-    found = [[name, *[""] * pad, *(shown(k, [r[k]] if k in r else None) for k in keys)] for name, r in rows.items()]
+    rows = {"raw pixels": floors["pixels"], "untrained UMD": floors["untrained"]}
+    for name, part in (("training pictures as samples", "real"), ("the same, cropped and mirrored", "views")):
+        real = {"fd": floors[part]["fd"], "kd": 1000 * floors[part]["kd"]}
+        rows |= {f"*{name}*": real | {f"{k}_guided": v for k, v in real.items()}}
+    found = [[name, *[""] * pad, *(shown(k, {0: r[k]} if k in r else None) for k in keys)] for name, r in rows.items()]
     # Binomial error at a share of 1/2 in each class. All methods have the same pictures: differences have less error.
     classes = floors["counts"]["test_classes"]
     error = math.sqrt(sum(0.25 / n for n in classes)) / len(classes)
     noise = [f"± {100 * error:.1f} at most" if MEASURES[k][1] else "" for k in keys]
-    return [*found, [f"*s.e. of a mean of {len(classes)} shares of {sum(classes)} pictures*", *[""] * pad, *noise]]
+    return [*found, [f"*sampling error of an accuracy on {sum(classes)} pictures*", *[""] * pad, *noise]]
 
 
 def markdown(record: Mapping[str, Any]) -> list[str]:
@@ -175,7 +193,7 @@ def markdown(record: Mapping[str, Any]) -> list[str]:
             ]
             head = ["method", "steps", "TFLOP", "CPU s", *(MEASURES[k][0] for k in keys)]
             lines += [f"### Methods at {title}", "", *table(head, rows + floor_rows(record, data, keys, 3))]
-            lines += [*claims(found, ORDER, f"Table 1's order at {title}"), ""]
+            lines += [*claims(found, TABLE1, f"The paper's Table 1 (equal images), and here at {title}"), ""]
         found = by_method(record, data, "images")
         some = ["UMD", *names(record, data, True)]
         rows = [
@@ -184,8 +202,8 @@ def markdown(record: Mapping[str, Any]) -> list[str]:
         ]
         lines += ["### Ablations at equal images", ""]
         lines += table(["variant", "TFLOP", "CPU s", *(MEASURES[k][0] for k in keys)], rows)
-        lines += [*claims(found, ABLATION_ORDER, "Table 2's order"), "", *longer_table(record, data, keys)]
-        lines += [*tuning_table(record, data), ""]
+        lines += [*claims(found, TABLE2, "The paper's Table 2"), "", *longer_table(record, data, keys)]
+        lines += [*tuning_table(record, data), *checks(record, data)]
     return lines + spent(record)
 
 
@@ -204,21 +222,50 @@ def longer_table(record: Mapping[str, Any], data: str, keys: Sequence[str]) -> l
     return [f"### {longer} times as long: the network in docs/results/paper-umd", "", *table(head, rows)]
 
 
-def claims(found: Mapping[str, Mapping[str, Values]], order: Sequence[tuple[str, str, str]], title: str) -> list[str]:
-    """One line for each comparison that the paper makes."""
-    lines = []
-    for key, better, worse in order:
-        a, b = (found.get(name, {}).get(key) for name in (better, worse))
-        if not a or not b:
+def claims(found: Mapping[str, Mapping[str, Seeds]], order: Sequence[Claim], title: str) -> list[str]:
+    """A table with a row for each comparison that the paper makes."""
+    rows = []
+    for key, better, worse, theirs, other in order:
+        a, b = found.get(better, {}).get(key), found.get(worse, {}).get(other or key)
+        if not a or not b or not (seeds := [seed for seed in a if seed in b]):
             continue
-        spread, freedom = pooled(measures.get(key, ()) for measures in found.values())
-        word, difference = verdict(a, b, MEASURES[key][2], spread, freedom)
-        scale = 100 if MEASURES[key][1] else 1
-        lines.append(
-            f"- {MEASURES[key][0].removesuffix(', %')}: {better} better than {worse}: **{word}** "
-            f"(by {scale * difference:.1f}{'' if freedom else ', one seed and no spread known'})"
-        )
-    return [f"{title}:", "", *lines] if lines else []
+        name, percent, more = MEASURES[key]
+        difference, half = paired(a, b, more)
+        scale = 100 if percent else 1
+        rows.append(
+            [name.removesuffix(", by x̂0") if other else name,
+             *((f"{better}, by x̂0", f"{worse}, by ε̂") if other else (better, worse)),
+             f"{theirs[0]}, {theirs[1]}", ", ".join(f"{scale * fmean(x[s] for s in seeds):.1f}" for x in (a, b)),
+             f"{scale * difference:+.1f}{'' if half is None else f' ± {scale * half:.1f}'}", verdict(difference, half)]
+        )  # fmt: skip
+    head = ["", "better", "worse", "in the paper", "here", "difference, 95 %", ""]
+    return [f"{title}:", "", *table(head, rows)] if rows else []
+
+
+def checks(record: Mapping[str, Any], data: str) -> list[str]:
+    """What another learning rate and more steps of sampling change, with the first seed."""
+    plan = record["plan"]
+    seed, rates, more = plan["seeds"][0], sorted([1.0, *plan["rates"]]), plan["more_sampling_steps"]
+    columns: dict[str, dict[str, float]] = {}
+    for key in ("shots", "fd"):
+        for rate in rates:
+            found = by_method(record, data, "images", rate=rate)
+            there = {name: found.get(name, {}).get(key, {}).get(seed) for name in names(record, data, False)}
+            columns[f"{MEASURES[key][0]}, rate × {rate:g}"] = {n: v for n, v in there.items() if v is not None}
+    last = columns[f"FD, {more} sampling steps"] = {}
+    for chain in chains_of(record, data):
+        if chain["seed"] == seed and not chain.get("ablation", True):
+            start = f"finetune-{chain['ends']['images']}-distance-{chain['finetune_steps']}"
+            if result := chain["results"].get(f"{start}-guidance-1-{chain['leads']}-steps-{more}"):
+                last[chain["method"]] = result["fd"]
+    columns = {head: values for head, values in columns.items() if values}
+    if len(columns) <= 2:  # nothing but the usual
+        return []
+    rows = [
+        [n, *("–" if n not in v else shown("shots" if "shot" in h else "fd", {seed: v[n]}) for h, v in columns.items())]
+        for n in names(record, data, False)
+    ]
+    return ["### Other learning rates, more sampling steps", "", *table(["first seed, equal images", *columns], rows)]
 
 
 def tuning_curve(chain: Mapping[str, Any]) -> dict[int, dict[str, float]]:
@@ -248,7 +295,7 @@ def tuning_table(record: Mapping[str, Any], data: str) -> list[str]:
     rows = []
     for name, curve in curves.items():
         for key in ("shots", "fd"):
-            values = [[curve[s][key]] if key in curve.get(s, {}) else None for s in steps]
+            values = [{0: curve[s][key]} if key in curve.get(s, {}) else None for s in steps]
             rows.append([f"{name}: {MEASURES[key][0]}", *(shown(key, value) for value in values)])
     head = ["while fine-tuning, first seed; after steps", *map(str, steps)]
     return ["### Fine-tuning with labels (Figure 4)", "", *table(head, rows)] if rows else []
@@ -338,7 +385,7 @@ def samples(record: Mapping[str, Any], out: Path, path: Path) -> None:
     """Draw guided samples: one row per method, one column per class. Does nothing if there are none."""
     rows = []
     for chain in record["chains"]:
-        usual = "ends" in chain and not chain["ablation"] and chain["longer"] == 1
+        usual = "ends" in chain and not chain["ablation"] and chain["longer"] == chain["rate"] == 1
         if usual and chain["seed"] == record["plan"]["seeds"][0]:
             name = f"finetune-{chain['ends']['images']}-distance-{chain['finetune_steps']}-guidance-"
             name += f"{max(record['plan']['cfg_scales']):g}-{chain['leads']}.npz"

@@ -17,10 +17,25 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from umd.bench.paper import carry_out, gather
+from umd.bench.paper import carry_out, check_plan, gather
 from umd.bench.paper_measures import Sizes
 from umd.bench.paper_plan import ABLATIONS, METHODS, Chain, OneHead, Plan, chains, ends, pieces, run_config, step_flops
-from umd.bench.paper_report import BEGIN, END, claims, mean_and_error, pooled, tuning_curve, verdict, write_report
+from umd.bench.paper_report import (
+    BEGIN,
+    END,
+    T95,
+    Claim,
+    by_method,
+    checks,
+    claims,
+    markdown,
+    mean_and_error,
+    measured,
+    paired,
+    tuning_curve,
+    verdict,
+    write_report,
+)
 from umd.checkpoint import load_checkpoint, split
 from umd.config import ModelConfig, ObjectiveConfig
 from umd.errors import UserError
@@ -36,7 +51,7 @@ SIZES = Sizes(
 )  # fmt: skip
 PLAN = Plan(
     width=16, depth=1, decoder_depth=1, heads=2, batch=20, steps=6, marks=(0.5,), finetune_steps=4,
-    finetune_marks=(0.5,), seeds=(0,), ablation_seeds=(), longer=2, sizes=SIZES, save_every=1,
+    finetune_marks=(0.5,), seeds=(0,), rates=(2.0,), more_sampling_steps=3, longer=2, sizes=SIZES, save_every=1,
 )  # fmt: skip
 
 
@@ -86,6 +101,8 @@ def test_the_ablations_cost_what_the_papers_hours_say():
     found = {method.name: hours(method.objective) for method in ABLATIONS}
     assert found["UMD, only x0"] == pytest.approx(60, abs=1)
     assert found["UMD, fewer noise-free"] == pytest.approx(70, abs=1)
+    fewest = hours(replace(METHODS[-1].objective, no_noise_prob=0.15))
+    assert fewest == pytest.approx(71, abs=0.5)  # as far from 70 as a share of 0.2: the hours leave 0.15 to 0.2
     assert found["UMD, noised 70 % masked"] == pytest.approx(48, abs=1)
     assert found["UMD, noised not masked"] == pytest.approx(74, abs=2)
 
@@ -95,7 +112,7 @@ def test_the_first_seed_of_the_four_methods_comes_first():
     assert [chain.id for chain in order[:5]] == [
         "fashion-floors-0", "fashion-mae-0", "fashion-dit-0", "fashion-maskdit-0", "fashion-umd-0"
     ]  # fmt: skip
-    assert len({chain.id for chain in order}) == len(order) == 2 * (1 + 4 * 3 + 6) + 1
+    assert len({chain.id for chain in order}) == len(order) == 2 * (1 + 4 * 3 + 6 * 3) + 1 + 2 * 4
 
 
 def test_every_training_of_a_chain_begins_with_the_same_warm_up():
@@ -105,7 +122,10 @@ def test_every_training_of_a_chain_begins_with_the_same_warm_up():
         chain = Chain("fashion", method)
         assert pieces(plan, chain, Path("x"))[0].name == f"pretrain-{plan.steps // 4}"
         config = run_config(plan, chain, Path("x"))
-        assert config.optim.decay == "none" and config.optim.warmup == 0.5
+        assert config.optim.decay == "none"
+        steps = [int(piece.name.split("-")[1]) for piece in pieces(plan, chain, Path("x")) if piece.kind == "pretrain"]
+        warmups = [config.optim.warmup * step for step in steps]  # in steps, of each piece that goes on
+        assert all(warmup <= done for warmup, done in zip(warmups[1:], steps, strict=False))
 
 
 @pytest.mark.parametrize(("head", "silent"), [("eps", slice(0, 16)), ("x0", slice(16, 32))])
@@ -155,23 +175,50 @@ def test_mean_and_standard_error_in_closed_form():
     assert mean_and_error([4.0]) == (4.0, None)
 
 
-def test_a_claim_holds_is_reversed_or_cannot_be_told():
-    a, b = [3.0, 3.2, 2.8], [1.0, 1.2, 0.8]
-    spread, freedom = pooled([a, b, [9.0]])
-    assert (spread, freedom) == (pytest.approx(0.2), 4)
-    assert verdict(a, b, True, spread, freedom)[0] == "holds" and verdict(a, b, False, spread, 4)[0] == "is reversed"
-    # Welch: equal spreads have 4 degrees of freedom, and 2.776 standard errors of 0.2 · √(1/3 + 1/3) are 0.453.
-    for difference, word in ((0.46, "holds"), (0.45, "cannot be told")):
-        assert verdict([x + difference for x in b], b, True, 9.0, 9)[0] == word
-    # One with no spread at all leaves 2 degrees of freedom: 4.303 standard errors of 0.2 / √3 are 0.497.
-    for difference, word in ((0.5, "holds"), (0.49, "cannot be told")):
-        assert verdict([x + difference for x in b], [1.0, 1.0, 1.0], True, 9.0, 9)[0] == word
-    # A single seed has the spread of the others: 2.776 times 0.1 · √2 are 0.393.
-    for difference, word in ((0.40, "holds"), (0.39, "cannot be told")):
-        assert verdict([1 + difference], [1.0], True, 0.1, 4)[0] == word
-    found = {"UMD": {"shots": [0.5]}, "DiT": {"shots": [0.4]}}
-    assert claims(found, [("shots", "UMD", "DiT"), ("shots", "MAE", "UMD")], "Order")[2:] == [
-        "- 100-shot: UMD better than DiT: **holds** (by 10.0, one seed and no spread known)"
+def test_a_claim_is_judged_by_students_t_of_runs_with_the_same_seed():
+    # Differences 1, 2, 3: mean 2, standard error 1/√3, and 4.303 of these at 2 degrees of freedom.
+    a, b = {0: 11.0, 1: 22.0, 2: 33.0}, {0: 10.0, 1: 20.0, 2: 30.0, 3: 99.0}
+    assert paired(a, b, True) == pytest.approx((2, 4.303 / math.sqrt(3)), rel=1e-3)
+    assert paired(b, a, True)[0] == paired(a, b, False)[0] == -2
+    assert paired({0: 1.0}, {0: 3.0}, False) == (2.0, None)
+    words = [verdict(2.0, 1.9), verdict(-2.0, 1.9), verdict(1.9, 2.0), verdict(-1.9, 2.0), verdict(2.0, None)]
+    assert words == ["**holds**", "**reversed**", "not resolved", "not resolved", "one seed"]
+    stats = pytest.importorskip("scipy.stats")
+    assert T95[1:] == pytest.approx([stats.t.ppf(0.975, n) for n in range(1, len(T95))], abs=0.006)
+
+
+def test_a_claim_takes_common_seeds_alone_and_may_compare_two_measures():
+    found = {"UMD": {"shots": {0: 0.5, 1: 0.9}, "fd": {0: 9.0}, "fd_x0": {0: 7.0}}, "DiT": {"shots": {0: 0.4}}}
+    order = [
+        Claim("shots", "UMD", "DiT", (31.8, 25.7)), Claim("shots", "MAE", "UMD", (36.6, 31.8)),
+        Claim("fd_x0", "UMD", "UMD", (20.9, 23.2), "fd"),
+    ]  # fmt: skip
+    assert claims(found, order, "Order")[4:] == [
+        "| 100-shot, % | UMD | DiT | 31.8, 25.7 | 50.0, 40.0 | +10.0 | one seed |",
+        "| FD | UMD, by x̂0 | UMD, by ε̂ | 20.9, 23.2 | 7.0, 9.0 | +2.0 | one seed |",
+        "",
+    ]
+
+
+def test_checks_are_no_rows_of_the_other_tables():
+    """Other rates and more sampling steps stand in a table of their own."""
+    results = {
+        "probe-6": {"shots": 0.5, "linear": 0.5, "knn": 0.5},
+        "finetune-6-distance-4-guidance-1-eps": {"fd": 9.0, "kd": 0.5},
+        "finetune-6-distance-4-guidance-1-eps-steps-3": {"fd": 8.0, "kd": 0.4},
+    }
+    entry = {"data": "fashion", "method": "UMD", "seed": 0, "longer": 1, "leads": "eps", "ablation": False}
+    entry |= {"ends": {"images": 6}, "finetune_steps": 4}
+    assert measured(entry | {"results": results}, 6)["fd"] == 9.0
+    faster = {"probe-6": {"shots": 0.7, "linear": 0.7, "knn": 0.7}}
+    chains = [entry | {"rate": 1.0, "results": results}, entry | {"rate": 2.0, "results": faster}]
+    record = {"plan": {"seeds": [0], "rates": [2.0], "more_sampling_steps": 3}, "chains": chains}
+    assert checks(record, "fashion")[2:] == [
+        "| first seed, equal images | 100-shot, %, rate × 1 | 100-shot, %, rate × 2 | FD, rate × 1 "
+        "| FD, 3 sampling steps |",
+        "| --- | --- | --- | --- | --- |",
+        "| UMD | 50.0 | 70.0 | 9.0 | 8.0 |",
+        "",
     ]
 
 
@@ -191,6 +238,29 @@ def test_words_around_the_numbers_stay(tmp_path):
     write_report(gather(plan, chains(plan, ("fashion",)), tmp_path), tmp_path, tmp_path)
     text = (tmp_path / "paper.md").read_text()
     assert text.startswith(f"Before.\n\n{BEGIN}\n") and text.endswith(f"{END}\n\nWhy.\n") and "old" not in text
+
+
+def test_results_of_another_plan_are_not_mixed(tmp_path):
+    plan = replace(PLAN, fashion=str(tmp_path / "a"))
+    check_plan(plan, tmp_path)
+    check_plan(replace(plan, fashion=str(tmp_path / "b" / "a"), save_every=7), tmp_path)
+    with pytest.raises(UserError, match=r"another plan \(steps 6, now 7; device cpu, now cuda\); give another --out"):
+        check_plan(replace(plan, steps=7, device="cuda"), tmp_path)
+
+
+def test_the_committed_tables_are_those_of_the_committed_numbers():
+    folder = Path(__file__).parents[2] / "docs" / "results"
+    record, text = json.loads((folder / "paper.json").read_text()), (folder / "paper.md").read_text("utf-8")
+    assert "\n".join(markdown(record)) in text
+    readme = (folder.parents[1] / "README.md").read_text("utf-8")
+    for row in readme.split("## The paper in small")[1].split("\n\n")[2].splitlines()[2:]:
+        name, *shown = (cell.strip() for cell in row.strip("|").split("|"))
+        images, compute = (by_method(record, "fashion", end)[name] for end in ("images", "compute"))
+        expected = [*((key, images) for key in ("shots", "knn", "fd")), *((key, compute) for key in ("shots", "fd"))]
+        for cell, (key, found) in zip(shown, expected, strict=True):
+            mean, error = mean_and_error([(100 if key in ("shots", "knn") else 1) * v for v in found[key].values()])
+            digits = 0 if key == "fd" else 1
+            assert cell == f"{mean:.{digits}f} ± {error:.{digits}f}", (name, key)
 
 
 # Who does it
@@ -237,7 +307,7 @@ def test_a_killed_command_goes_on_and_tells_the_same(tmp_path):
     texts = [(tmp_path / name / "figures" / "paper.json").read_text() for name in ("whole", "killed")]
     whole, killed = (without_seconds(json.loads(text)) for text in texts)
     assert whole == killed
-    methods = [chain for chain in whole["chains"] if "ends" in chain and chain["longer"] == 1]
+    methods = [c for c in whole["chains"] if "ends" in c and c["longer"] == c["rate"] == 1 and not c["ablation"]]
     assert [chain["method"] for chain in methods] == [method.name for method in METHODS]
     for chain in methods:
         expected = {piece.name for piece in pieces(plan, Chain("fashion", method_of(chain)), tmp_path)}
@@ -266,7 +336,7 @@ def method_of(chain):
 @pytest.mark.timeout(1800)
 def test_a_chain_that_fails_does_not_cost_the_others_their_night(tmp_path):
     plan = replace(plan_on(tmp_path), lr=1e12)
-    with pytest.raises(UserError, match="5 chains failed"):
+    with pytest.raises(UserError, match="15 chains failed"):
         carry_out(plan, ("fashion",), tmp_path / "out", tmp_path / "figures", 1, Console(quiet=True))
     assert (tmp_path / "out" / "fashion-floors-0" / "floors.json").exists()
     assert "not finite" in (tmp_path / "out" / "fashion-umd-0" / "failed.txt").read_text()
