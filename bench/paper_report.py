@@ -298,7 +298,7 @@ def tuning_table(record: Mapping[str, Any], data: str) -> list[str]:
             values = [{0: curve[s][key]} if key in curve.get(s, {}) else None for s in steps]
             rows.append([f"{name}: {MEASURES[key][0]}", *(shown(key, value) for value in values)])
     head = ["while fine-tuning, first seed; after steps", *map(str, steps)]
-    return ["### Fine-tuning with labels (Figure 4)", "", *table(head, rows)] if rows else []
+    return ["### Fine-tuning with labels (the paper's Figure 4)", "", *table(head, rows)] if rows else []
 
 
 def spent(record: Mapping[str, Any]) -> list[str]:

@@ -112,7 +112,7 @@ def files_of(source: Path) -> Listed:
             notes += found.notes
         return Listed(files, {}, [], [*notes, *beside(source)])
     subfolders, loose = listing(source)
-    tests = [name for name in ("test", "val") if name in subfolders]
+    tests = [name for name in ("val", "test") if name in subfolders]
     if "train" not in subfolders or not tests:
         return files_in(source, "")
     outside = Listed([], {}, [Finding(name, OUTSIDE) for name in loose], [])

@@ -29,11 +29,11 @@ LISTERS = 16  # threads, which wait for the disk
 def open_folder(root: Path, split: str, holdout: float, skip_broken: bool, quarantine: Quarantine) -> ImageDataset:
     """Open the images of one split. Raises UserError if the folder has none, or has an unknown layout."""
     subfolders, beside = listing(root)
-    tests = [name for name in ("test", "val") if name in subfolders]
+    tests = [name for name in ("val", "test") if name in subfolders]  # ImageNet's test/ has no labels
     if ("train" in subfolders) != bool(tests):
         raise UserError(
             f"{root} has {tests[0] if tests else 'train'}/ without its counterpart: "
-            "expected train/ beside test/ or val/; to have one folder split, give that folder itself."
+            "expected train/ beside val/ or test/; to have one folder split, give that folder itself."
         )
     folder = root / ("train" if split == "train" else tests[0]) if tests else root
     reasons = quarantine.under(folder.name if tests else "")

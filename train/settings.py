@@ -25,7 +25,8 @@ class DataConfig:
     """The pictures of a run and how they are read and cropped."""
 
     source: str = "emoji"
-    """`emoji`, a folder of images or latents, a `.npz` or `.npy` file, or an `*-images-idx3-ubyte(.gz)` file."""
+    """`emoji`, a folder of images, clips, tars, stored pictures or latents, or a file: `.npz`, `.npy`, `.tar`,
+    `*-images-idx3-ubyte(.gz)`."""
     image_size: Suppress[tuple[Count, Count]] = (32, 32)  # not an option: a run takes it from its model
     """Height and width that the model sees, in pixels or latent cells."""
     channels: Suppress[Count] = 3
@@ -47,7 +48,8 @@ class DataConfig:
     holdout: Share = 0.2
     """Fraction of the pictures held out as the test split, if the source has no test split."""
     skip_broken: bool = False
-    """Leave unreadable images out and report their number. Off: stop at the first."""
+    """Pass over unreadable images and report their number; in training another of the class stands in.
+    Off: stop at the first."""
     quarantine: str = ""
     """List of files to leave out, written by `umd check-data`. Default: quarantine.json in the source, if it exists."""
     loader: Literal["auto", "dali", "python"] = "auto"

@@ -114,10 +114,10 @@ def split_tars(source: Path) -> dict[str, list[Path]]:
         return {"": [source]}
     if tars_in(source):
         return {"": tars_in(source)}
-    tests = next((found for name in ("test", "val") if (found := tars_in(source / name))), [])
+    tests = next((found for name in ("val", "test") if (found := tars_in(source / name))), [])
     if not tests:
         raise UserError(
-            f"{source} has tars in train/ without a counterpart: expected some in test/ or val/; "
+            f"{source} has tars in train/ without a counterpart: expected some in val/ or test/; "
             f"to have the tars split, give {source / 'train'} itself."
         )
     return {"train": tars_in(source / "train"), "test": tests}

@@ -115,7 +115,7 @@ def print_help() -> None:
     console.print(table)
     console.print("\numd COMMAND --help lists a command's options. First steps:\n")
     for line in (
-        "umd demo                                         all of it in 17 minutes, on real images",
+        "umd demo                                         all of it in 15 minutes, on real images",
         "umd pretrain umd-tiny --data.source my/images --out runs/mine",
         "umd finetune runs/mine --out runs/mine-labels    class folders give the labels",
         "umd sample runs/mine-labels --cfg-scale 4",

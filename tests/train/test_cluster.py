@@ -130,3 +130,15 @@ def test_a_hostfile_with_a_dead_host_or_none(hosts, said, tmp_path):
     env = {**os.environ, "HOSTFILE": str(hostfile)}
     done = subprocess.run(["launch/deepspeed.sh", "umd-l2"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(said), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "run"), [("umd-l2 --steps 3", "pretrain umd-l2 --steps 3"), ("finetune runs/a", "finetune runs/a")]
+)
+def test_a_script_starts_a_preset_or_another_command(given, run, tmp_path):
+    started = tmp_path / "torchrun"
+    started.write_text('#!/bin/sh\necho "$@"\n')
+    started.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "GPUS": "8"}
+    done = subprocess.run(["launch/torchrun.sh", *given.split()], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == f"--standalone --nproc_per_node 8 -m umd.cli {run}\n"

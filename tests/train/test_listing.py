@@ -220,7 +220,9 @@ def test_a_held_out_split_one_level_too_deep_is_refused_with_what_to_move(tmp_pa
 
 
 def test_what_lies_beside_the_splits_is_told(tmp_path):
-    classes(tmp_path, "train/a", "test/a", "val/a", "unlabeled")
+    """Of ImageNet's three splits, test/ has no labels."""
+    classes(tmp_path, "train/a", "train/b", "test", "val/a", "val/b", "unlabeled")
     picture(tmp_path / "x.jpg")
     (note,) = opened(tmp_path).notes
-    assert note == f"not read, beside train/ and test/ in {tmp_path}: unlabeled/, val/, 1 images"
+    assert note == f"not read, beside train/ and val/ in {tmp_path}: test/, unlabeled/, 1 images"
+    assert set(opened(tmp_path, "test").labels.tolist()) == {0, 1}
