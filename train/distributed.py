@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -256,8 +256,11 @@ class Watch(threading.Thread):
     """Heartbeats through the launcher's key-value store, as a collective would wait for a dead rank without end.
 
     Every rank increments its own key and watches the key of rank + 1. A rank that sees no heartbeat, or fails itself,
-    tells all ranks through the store. If torch's flight recorder writes `trace`, this rank's file, an NCCL exchange has
-    failed or timed out; this thread prints that in the minute before torch aborts the process.
+    tells all ranks through the store. A second thread does what may hang or would be missed if this one hangs:
+
+    - It ends the process if the store does not answer, as its host is gone.
+    - It looks for `trace`, this rank's file of torch's flight recorder, on a disk that may stall. If it appears, an
+      NCCL exchange has failed or timed out, and the thread prints that in the minute before torch aborts the process.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, trace: Path | None = None):
@@ -266,31 +269,55 @@ class Watch(threading.Thread):
         self.neighbour = (rank + 1) % size
         self.trace, self.trace_before = trace, modified(trace)
         self.leaving = threading.Event()
+        self.farewell: Callable[[], None] | None = None  # called before this process ends for another rank's fault
+        self.turns = 0  # of this thread's loop
+        self.guard = threading.Thread(target=self._guard, daemon=True, name="watch-guard")
         self.store.set(f"host/{rank}", socket.gethostname())
 
+    def start(self) -> None:
+        super().start()
+        self.guard.start()
+
     def run(self) -> None:
-        beats, changed = 0, time.monotonic()
+        beats = missed = 0
         while not self.leaving.wait(BEAT_SECONDS):
             try:
                 self.store.add(f"beat/{self.rank}", 1)
                 if self.store.add("ended", 0) and not self.leaving.is_set():
                     if self.rank == 0:
                         time.sleep(1.5 * BEAT_SECONDS)
-                    os._exit(1)
+                    self._exit(1)
                 seen = self.store.add(f"beat/{self.neighbour}", 0)
                 left = self.store.add(f"left/{self.neighbour}", 0)
-                if modified(self.trace) != self.trace_before:
-                    self._tell_of_trace()
             except RuntimeError:  # the process that hosts the store has ended; at a normal end that is fine
                 if not self.leaving.is_set():
                     self._say("the process that the ranks met at is gone; every rank stops. " + GO_ON)
-                    os._exit(1)
+                    self._exit(1)
                 return
-            if seen != beats or left:
-                beats, changed = seen, time.monotonic()
-            elif time.monotonic() - changed > GONE_SECONDS:
+            self.turns += 1
+            # Turns are counted, not seconds: to a job that was suspended, its pause is no time without heartbeats.
+            beats, missed = seen, (0 if seen != beats or left else missed + 1)
+            if missed * BEAT_SECONDS > GONE_SECONDS:
                 host = self.store.get(f"host/{self.neighbour}").decode()
                 self.fail(f"rank {self.neighbour} on {host} is gone; every rank stops. {GO_ON}", 1)
+
+    def _guard(self) -> None:
+        turns = stuck = 0
+        while not self.leaving.wait(BEAT_SECONDS):
+            turns, stuck = self.turns, (0 if self.turns != turns else stuck + 1)
+            if stuck * BEAT_SECONDS > GONE_SECONDS:
+                self._say(
+                    f"rank {self.rank}: the host that the ranks met at does not answer; every rank stops. {GO_ON}"
+                )
+                self._exit(1)
+            if modified(self.trace) != self.trace_before:
+                with contextlib.suppress(RuntimeError):  # `run` notices that the store is gone
+                    self._tell_of_trace()
+
+    def _exit(self, code: int) -> None:
+        if self.farewell is not None:
+            self.farewell()
+        os._exit(code)
 
     def _tell_of_trace(self) -> None:
         assert self.trace is not None
@@ -316,7 +343,7 @@ class Watch(threading.Thread):
                 time.sleep(1.5 * BEAT_SECONDS)
         except RuntimeError:
             self._say(message)
-        os._exit(code)
+        self._exit(code)
 
     def leave(self) -> None:
         """End normally. Rank 0, which may host the store, ends last."""

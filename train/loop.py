@@ -99,6 +99,8 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str, bui
     writer: RunLog | NoLog = NoLog()
     if world.main:
         writer = RunLog(config.out, console, run.number, name, config.wandb, settings, reference)
+    if world.watch is not None and run.background is not None:
+        world.watch.farewell = run.background.linger
     left = math.inf if run.by_clock else run.total_steps - run.number
     with (
         writer as log, finished(run.background), stop_signal() as stop,
@@ -111,8 +113,11 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str, bui
         if config.evaluate_minutes and run.progress() < 1:
             run.distance = Distance(run, log)
         before = run.number
-        stopped = make_steps(run, log, stop, profiler)
-        return end(run, log, stop, stopped, before)
+        try:
+            stopped = make_steps(run, log, stop, profiler)
+            return end(run, log, stop, stopped, before)
+        finally:
+            run.step.release()
 
 
 class Run:
@@ -353,8 +358,6 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
             row["epoch"] = run.number * config.batch_size / len(run.dataset)
             logged = run.number % config.log_every == 0 or run.progress() >= 1
             sent = Sent(turn, run.number, batch.indices, row if logged else None)
-            if run.background is not None:
-                run.background.check()
             log.progress(run.progress())
             with rate.paused():
                 profiler.step()
@@ -362,6 +365,8 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
             draws = run.due(config.draw_minutes, config.draw_every) and run.progress() < 1
             evaluates = run.due(config.evaluate_minutes, None) and run.progress() < 1
             run.looked = run.seconds
+            if run.background is not None and (lost := run.background.check(wait=saves)):
+                log.say(f"{lost}; training goes on, and the next checkpoint is tried when it is due")
             if saves or draws or evaluates:
                 settle()  # so that weights with a non-finite loss are never saved
                 with rate.paused():

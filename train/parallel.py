@@ -142,7 +142,7 @@ class Shard:
     def gather(self, pieces: Mapping[str, Tensor], part: str) -> Tensors:
         """Gather whole tensors in rank 0's host memory, one at a time through the device. {} on the other ranks.
 
-        Memory is reused in the next call for the same part. From a GPU, the copies are only queued.
+        Memory is reused in the next call for the same part. The copies are done when this returns.
         """
         whole = self.host.setdefault(part, {})
         for name, shape in self.shapes.items():
@@ -154,6 +154,8 @@ class Shard:
                 if name not in whole:
                     whole[name] = torch.empty(shape, pin_memory=buffer.is_cuda)
                 whole[name].copy_(buffer.view(shape), non_blocking=True)
+        if self.world.main and self.world.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the caller looks for NaN on the host
         return whole
 
     @torch.no_grad()

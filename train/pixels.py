@@ -86,19 +86,22 @@ class PixelRows(Rows):
         size, buffer = math.prod(self.shape), out.reshape(-1).data
         numbers = np.searchsorted(self.ends, indices, "right")
         rows = indices - np.append(0, self.ends)[numbers]
-        places = zip(indices.tolist(), numbers.tolist(), rows.tolist(), strict=True)
-        for i, (index, number, row) in enumerate(places):
-            path, start = self.files[number]
-            picture = buffer[i * size : (i + 1) * size]
-            try:
+        places = list(zip(indices.tolist(), numbers.tolist(), rows.tolist(), strict=True))
+        try:
+            for _, number, row in places:  # so that the disk has the whole batch in its queue
+                path, start = self.files[number]
+                opened(path).expect(start + row * size, size)
+            for i, (index, number, row) in enumerate(places):
+                path, start = self.files[number]
+                picture = buffer[i * size : (i + 1) * size]
                 if not opened(path).read_into(picture, start + row * size):
                     raise damaged(path, "has become shorter", self.command)
-            except OSError as error:
-                raise unreadable(path, error, self.command) from error
-            if not self.checked[index]:
-                if zlib.crc32(picture) != self.crc32[index]:
-                    raise damaged(path, f"differs from its checksums in row {row}", self.command)
-                self.checked[index] = 1
+                if not self.checked[index]:
+                    if zlib.crc32(picture) != self.crc32[index]:
+                        raise damaged(path, f"differs from its checksums in row {row}", self.command)
+                    self.checked[index] = 1
+        except OSError as error:
+            raise unreadable(path, error, self.command) from error
         return out
 
 

@@ -77,6 +77,10 @@ class TrainStep:
         self.cast = None if cast is None else CastWeights(parallel.model, cast)
         self.start: Callable[[], None] = Captured(self.run) if capture else self.run
 
+    def release(self) -> None:
+        """Free the CUDA graph. NCCL does not end while a graph holds its exchanges: a rank would hang at exit."""
+        self.start = self.run
+
     def __call__(self, x_start: Tensor, labels: Tensor | None, indices: Tensor, lr: float) -> Tensor:
         """Make one step. Returns `metrics`.
 

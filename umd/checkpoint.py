@@ -18,7 +18,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,20 +122,20 @@ def _write(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], document: di
 class BackgroundSave:
     """Runs `save_checkpoint` in a thread, one save at a time, while training goes on.
 
-    The thread saves copies in host memory. The host does not wait for a GPU: copies queue behind the step, and the
-    thread waits for them. An error in the thread is raised by the next `check`, `save` or `wait`.
+    The thread saves copies in host memory, and waits for the GPU to make them. Its error is raised by the next `save`
+    or `wait`, or told by `check`.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._saving: Future | None = None
+        self._failed = False  # whether the last save did
         self._host: dict[str, dict[str, Tensor]] = {}  # host copies (pinned for a GPU), reused by each save
 
     def save(self, root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict, keep: int) -> Path:
         """Start `save_checkpoint` and return its path, before the checkpoint exists. Waits for an earlier save.
 
-        Pinned tensors are saved without another copy, as they are copies from a GPU: do not change them before `wait`.
-        """
+        Pinned tensors, copies from a GPU, are saved without another copy: do not change them before `wait`."""
         self.wait()
         for part, named in tensors.items():
             host = self._host.setdefault(part, {})
@@ -158,10 +158,23 @@ class BackgroundSave:
         self._saving = self._thread.submit(write)
         return checkpoint_path(root, step)
 
-    def check(self) -> None:
-        """Raise the error of the last save if it has ended with one. Does not wait."""
-        if self._saving is not None and self._saving.done():
+    def check(self, wait: bool = False) -> str:
+        """The error of the last save once it has ended (wait: wait for that), or "". Raises the second in a row."""
+        if self._saving is None or not (wait or self._saving.done()):
+            return ""
+        failed, self._failed = self._failed, False
+        try:
             self.wait()
+        except CheckpointError as error:
+            if failed:
+                raise
+            self._failed = True
+            return str(error)
+        return ""
+
+    def linger(self) -> None:
+        """Give the last save 25 s to end, before this process ends for another's fault. Raises nothing."""
+        wait([self._saving] if self._saving else [], 25.0)  # torchrun and Slurm kill after 30
 
     def wait(self) -> None:
         """Wait until the last save has ended; raise its error."""

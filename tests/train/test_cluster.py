@@ -142,3 +142,20 @@ def test_a_script_starts_a_preset_or_another_command(given, run, tmp_path):
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "GPUS": "8"}
     done = subprocess.run(["launch/torchrun.sh", *given.split()], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout == f"--standalone --nproc_per_node 8 -m umd.cli {run}\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "seconds", "queued"),
+    [(0, 9999, False), (2, 9999, False), (143, 9999, False), (1, 9999, True), (134, 9999, True), (1, 0, False)],
+)
+def test_a_job_that_a_fault_ended_is_queued_again(status, seconds, queued, tmp_path):
+    """srun ends with the status of the ranks; what the script asks of Slurm is written down."""
+    for name, line in (("srun", f"exit {status}"), ("scontrol", f'echo "$@" > {tmp_path}/asked')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SECONDS": str(seconds)}
+    env |= {"SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "launch/slurm.sbatch", "umd-l2"], cwd=ROOT, env=env, capture_output=True, text=True)
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 7\n" if queued else ""), done.stderr
+    assert done.returncode == (0 if queued else status)

@@ -459,6 +459,22 @@ def test_what_a_save_in_the_background_meets_is_raised_by_the_next_call(tmp_path
     assert load_checkpoint(tmp_path / "good").step == 1
 
 
+def test_one_lost_save_is_told_and_a_second_in_a_row_is_raised(tmp_path):
+    (tmp_path / "file").touch()
+    saves = BackgroundSave()
+
+    def save(name: str) -> str:
+        saves.save(tmp_path / name, 1, {"model": {"w": torch.zeros(3)}}, {}, keep=1)
+        return saves.check(wait=True)
+
+    assert saves.check() == "" == save("good")
+    for _ in range(2):
+        assert "Could not write checkpoint" in save("file") and save("good") == ""
+    assert save("file")
+    with pytest.raises(CheckpointError, match="Could not write checkpoint"):
+        save("file")
+
+
 # Ranks that end
 
 
@@ -494,22 +510,53 @@ def test_after_kill_9_of_a_rank_all_end_and_the_run_goes_on(folder):
     assert np.abs(column(killed, "loss") - column(straight, "loss")).max() <= 1e-5
 
 
-def test_a_rank_that_is_gone_is_noticed_without_an_exchange(folder):
-    """As with NCCL, where an exchange with a dead rank waits: rank 0 sleeps while rank 1 is killed."""
-    code = """
-import os, sys, time
+MEET = """
+import time
 from pathlib import Path
 from umd.train.distributed import ParallelConfig, join
 world = join("cpu", ParallelConfig(), Path("unused"))
 print("met", flush=True)
 time.sleep(300)
 """
-    first, second = start_ranks(["-c", code], 2)
+
+
+def test_a_rank_that_is_gone_is_noticed_without_an_exchange(folder):
+    """As with NCCL, where an exchange with a dead rank waits: rank 0 sleeps while rank 1 is killed."""
+    first, second = start_ranks(["-c", MEET], 2)
     assert first.stdout.readline() == second.stdout.readline() == "met\n"
     second.kill()
     codes, _, errors = ends([first], timeout=60)
     assert codes == [1]
     assert f"rank 1 on {socket.gethostname()} is gone; every rank stops" in errors[0]
+
+
+@pytest.mark.slow
+def test_a_host_of_the_store_that_does_not_answer_is_noticed(folder):
+    """As after a power cut: nothing closes the connection, and each question to the store waits for its answer."""
+    first, second = start_ranks(["-c", MEET], 2)
+    assert first.stdout.readline() == second.stdout.readline() == "met\n"
+    first.send_signal(signal.SIGSTOP)
+    try:
+        codes, _, errors = ends([second], timeout=60)
+    finally:
+        first.kill()
+    assert codes == [1] and "rank 1: the host that the ranks met at does not answer" in errors[0]
+
+
+@pytest.mark.slow
+def test_a_pause_of_all_ranks_is_no_missing_heartbeat(folder):
+    """As of a suspended job: longer than a rank may be without a heartbeat."""
+    ranks = start_ranks(["-c", MEET], 2)
+    assert [rank.stdout.readline() for rank in ranks] == ["met\n"] * 2
+    try:
+        for pause in (signal.SIGSTOP, signal.SIGCONT):
+            for rank in ranks:
+                rank.send_signal(pause)
+            time.sleep(25)
+        assert [rank.poll() for rank in ranks] == [None, None]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def test_an_exchange_of_gloo_that_takes_too_long_is_told(folder):
