@@ -1,5 +1,6 @@
 """The plan of `umd bench reproduce paper`: methods, sizes, and the pieces of each training."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -17,16 +19,23 @@ from umd.checkpoint import load_checkpoint, save_checkpoint
 from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, Prediction, ScheduleConfig
 from umd.flops import forward_flops
 from umd.methods import build_objective
+from umd.model import UMD
 from umd.objective import Corruption, Objective
 from umd.schedule import NoiseSchedule
-from umd.train.evaluate import schedule_of
+from umd.train.data import open_dataset
+from umd.train.evaluate import open_run_of, schedule_of
+from umd.train.heads import heads_of
 from umd.train.loop import train
+from umd.train.pixels import Split
 from umd.train.run import RunConfig, finetune_config, read_config, to_plain, write_config
 from umd.train.settings import DataConfig, OptimConfig
+from umd.train.sources import ImageDataset
+from umd.train.weights import weights_identity
 
 FASHION = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
 Name = Literal["fashion", "emoji"]
 Head = Literal["both", "x0", "eps"]
+SHIPPED_PICTURES: dict[Split, int] = {"train": 200, "test": 100}  # of each class
 WARMUP = 0.5  # fraction of the steps up to the first mark
 # Speeds of one core with AVX2; used only for the first estimate of the time left.
 FLOPS, FEATURE_SECONDS, PROBE_SECONDS = 2.4e10, 0.043, 22.0
@@ -290,9 +299,10 @@ def tuning(plan: Plan, pretrained: RunConfig, classes: int, steps: int, marks: l
 
 
 def ship(plan: Plan, out: Path, folder: Path) -> None:
-    """Export the fine-tuned network of `shipped` as a run folder with only its EMA weights.
+    """Export the fine-tuned network of `shipped` as a run folder with only its EMA weights, and some of its pictures.
 
-    `umd sample` and `umd probe` work on it. Does nothing if it is not trained yet, or is in the folder already.
+    `umd sample` and `umd probe` work on it where the data themselves are not at hand. Does nothing if it is not trained
+    yet, or is in the folder already.
     """
     chain = shipped(plan)
     pretrained = run_config(plan, chain, out)
@@ -300,7 +310,10 @@ def ship(plan: Plan, out: Path, folder: Path) -> None:
     if not done.exists():
         return
     tuned = tuning(plan, pretrained, plan.sizes.classes["fashion"], plan.finetune_steps * chain.longer, [])
-    config = replace(tuned, out=Path(folder.name), init=None, data=replace(tuned.data, source=str(FASHION)))
+    pictures = folder / "fashion-mnist.npz"
+    config = replace(
+        tuned, out=Path(folder.name), init=None, data=replace(tuned.data, source=os.path.relpath(pictures))
+    )
     if folder.exists():
         if read_config(folder) == replace(config, out=folder):
             return
@@ -308,4 +321,16 @@ def ship(plan: Plan, out: Path, folder: Path) -> None:
     saved = load_checkpoint(tuned.checkpoints, parts=["ema"])
     state = {"config": to_plain(config), "images_seen": saved.state["images_seen"], "draws": saved.state["draws"]}
     save_checkpoint(folder / "checkpoints", saved.step, {"model": saved.tensors["ema"]}, state, keep=1)
+    kept: dict[str, Any] = {}
+    for split, count in SHIPPED_PICTURES.items():
+        dataset = open_dataset(tuned.data, split)
+        assert isinstance(dataset, ImageDataset) and dataset.labels is not None
+        ids = np.sort(np.concatenate([np.flatnonzero(dataset.labels == c)[:count] for c in np.unique(dataset.labels)]))
+        kept |= {
+            f"{split}_images": np.stack([dataset.read(i)[1].pixels for i in ids.tolist()]),
+            f"{split}_labels": dataset.labels[ids],
+        }
+    np.savez_compressed(pictures, **kept)
     write_config(replace(config, out=folder))
+    model, _, dtype = open_run_of(UMD, config := read_config(folder))
+    heads_of(config, weights_identity(folder), model, dtype, Console(quiet=True))  # measures and keeps them

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -145,6 +146,7 @@ def sandbox(tmp_path_factory, vaes, make_run):
         for clip in range(10):
             pictures(f"clips/{clip}", 64, 8)
         Image.new("RGB", (20, 16), "teal").save("photo.png")
+        shutil.copytree(ROOT / "docs" / "results" / "paper-umd", "docs/results/paper-umd")
         Path("stabilityai").mkdir()
         Path("stabilityai/sd-vae-ft-ema").symlink_to(vaes["kl"])
         Path("path/to/vae").symlink_to(vaes["kl"])

@@ -113,10 +113,11 @@ class Drawer:
 
     def pictures(self, first: int, last: int, advance: Advance = lambda done: None) -> np.ndarray:
         """Draw images first..last-1 as pictures, uint8 [n, H, W, C]. Latents are decoded by the VAE."""
-        x = self.x_start(first, -(-last // self.group) * self.group, advance)
+        wanted, drawn = last - first, -(-last // self.group) * self.group - first  # groups are drawn whole
+        x = self.x_start(first, first + drawn, lambda done: advance(done * wanted / drawn))
         if self.tokenizer is not None:  # decode in groups, for the same bits
             x = torch.cat([self.tokenizer.decode(z) for z in x.split(self.group)])
-        return to_uint8(x[: last - first])
+        return to_uint8(x[:wanted])
 
 
 def in_calls_of(rows: int, denoise: Denoise) -> Denoise:

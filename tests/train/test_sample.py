@@ -90,6 +90,17 @@ def test_samples_are_those_of_the_sampler(run, tmp_path):
     assert np.abs(pictures - expected).mean() < 2, "bf16"
 
 
+def test_progress_counts_what_is_asked_for(run):
+    """40 images are two groups of 32."""
+    config, seen = read_config(run), []
+    model, _, dtype = evaluate.open_run(config)
+    drawer = Drawer(
+        model, evaluate.schedule_of(config.schedule), torch.arange(40) % 3, 40, num_steps=2, cfg_scale=1.0, eta=0.0,
+        seed=0, clip=True, dtype=dtype,
+    )  # fmt: skip
+    assert len(drawer.pictures(0, 40, seen.append)) == 40 == max(seen) and seen == sorted(seen)
+
+
 def test_what_is_there_is_kept_and_the_rest_is_drawn(run, tmp_path, monkeypatch):
     """Ended in the middle, the command goes on with the parts that are missing; finished, it draws nothing."""
     options = dict(count=200, steps=2)
