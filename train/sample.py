@@ -64,7 +64,7 @@ class Drawer:
 
     Args:
         labels: int64 [count], or None.
-        batch: images per denoising loop, at most SHARD, rounded up to whole groups.
+        batch: images per denoising loop, at most SHARD or `count`, rounded up to whole groups.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Drawer:
         self.labels, self.tokenizer = labels, tokenizer
         self.device = next(model.parameters()).device
         self.group = min(GROUP, count)
-        self.batch = -(-min(batch, SHARD) // self.group) * self.group
+        self.batch = -(-min(batch, SHARD, count) // self.group) * self.group
         # Conditions of all labels, not only of a batch's, as the rounding of this product also depends on its size.
         known = None if labels is None else labels.unique()
         times = list(dict.fromkeys(sampler_times(sampler, num_steps, schedule)))
