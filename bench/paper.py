@@ -74,7 +74,10 @@ def check_plan(plan: Plan, out: Path) -> None:
     if not file.exists():
         write_whole(file, json.dumps(ours, indent=1).encode())
         return
-    theirs = json.loads(file.read_text("utf-8"))
+    try:
+        theirs = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); give another --out, or remove {out}") from error
     other = [f"{k} {theirs.get(k)}, now {ours.get(k)}" for k in theirs | ours if theirs.get(k) != ours.get(k)]
     if other:
         raise UserError(f"{out} holds results of another plan ({'; '.join(other)}); give another --out")

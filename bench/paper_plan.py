@@ -314,10 +314,9 @@ def ship(plan: Plan, out: Path, folder: Path) -> None:
     config = replace(
         tuned, out=Path(folder.name), init=None, data=replace(tuned.data, source=os.path.relpath(pictures))
     )
-    if folder.exists():
-        if read_config(folder) == replace(config, out=folder):
-            return
-        shutil.rmtree(folder)
+    if (folder / "config.yaml").exists() and read_config(folder) == replace(config, out=folder):
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # of another plan, or left unfinished
     saved = load_checkpoint(tuned.checkpoints, parts=["ema"])
     state = {"config": to_plain(config), "images_seen": saved.state["images_seen"], "draws": saved.state["draws"]}
     save_checkpoint(folder / "checkpoints", saved.step, {"model": saved.tensors["ema"]}, state, keep=1)

@@ -246,25 +246,23 @@ def checks(record: Mapping[str, Any], data: str) -> list[str]:
     """What another learning rate and more steps of sampling change, with the first seed."""
     plan = record["plan"]
     seed, rates, more = plan["seeds"][0], sorted([1.0, *plan["rates"]]), plan["more_sampling_steps"]
-    columns: dict[str, dict[str, float]] = {}
+    columns: dict[str, dict[str, str]] = {}  # heading -> method -> value
     for key in ("shots", "fd"):
         for rate in rates:
             found = by_method(record, data, "images", rate=rate)
             there = {name: found.get(name, {}).get(key, {}).get(seed) for name in names(record, data, False)}
-            columns[f"{MEASURES[key][0]}, rate × {rate:g}"] = {n: v for n, v in there.items() if v is not None}
+            values = {name: shown(key, {seed: value}) for name, value in there.items() if value is not None}
+            columns[f"{MEASURES[key][0]}, rate × {rate:g}"] = values
     last = columns[f"FD, {more} sampling steps"] = {}
     for chain in chains_of(record, data):
         if chain["seed"] == seed and not chain.get("ablation", True):
             start = f"finetune-{chain['ends']['images']}-distance-{chain['finetune_steps']}"
             if result := chain["results"].get(f"{start}-guidance-1-{chain['leads']}-steps-{more}"):
-                last[chain["method"]] = result["fd"]
+                last[chain["method"]] = shown("fd", {seed: result["fd"]})
     columns = {head: values for head, values in columns.items() if values}
     if len(columns) <= 2:  # nothing but the usual
         return []
-    rows = [
-        [n, *("–" if n not in v else shown("shots" if "shot" in h else "fd", {seed: v[n]}) for h, v in columns.items())]
-        for n in names(record, data, False)
-    ]
+    rows = [[name, *(values.get(name, "–") for values in columns.values())] for name in names(record, data, False)]
     return ["### Other learning rates, more sampling steps", "", *table(["first seed, equal images", *columns], rows)]
 
 

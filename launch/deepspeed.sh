@@ -17,6 +17,6 @@ if [ -n "$dead" ]; then
     echo "umd: ssh does not reach$dead; take them out of $HOSTFILE, or mend them" >&2
     exit 2
 fi
-# A preset or a run is pre-trained; another command of umd comes first: finetune RUN, evaluate RUN, encode-latents.
+# The first word may be another command of umd than pretrain: finetune RUN, evaluate RUN, encode-latents.
 case ${1-} in finetune | evaluate | sample | probe | encode-latents | encode-pixels) ;; *) set -- pretrain "$@" ;; esac
 exec deepspeed --hostfile "$HOSTFILE" --module umd.cli "$@"

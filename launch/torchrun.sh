@@ -4,7 +4,7 @@
 # micro-batches, which make the same run. Run it again to go on after whatever stopped it.
 set -euo pipefail
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
-# A preset or a run is pre-trained; another command of umd comes first: finetune RUN, evaluate RUN, encode-latents.
+# The first word may be another command of umd than pretrain: finetune RUN, evaluate RUN, encode-latents.
 case ${1-} in finetune | evaluate | sample | probe | encode-latents | encode-pixels) ;; *) set -- pretrain "$@" ;; esac
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 exec torchrun --standalone --nproc_per_node "$GPUS" -m umd.cli "$@"

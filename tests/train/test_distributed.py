@@ -468,6 +468,9 @@ def test_one_lost_save_is_told_and_a_second_in_a_row_is_raised(tmp_path):
         return saves.check(wait=True)
 
     assert saves.check() == "" == save("good")
+    saves.save(tmp_path / "last", 1, {"model": {"w": torch.zeros(1 << 20)}}, {}, keep=1)
+    saves.linger()
+    assert load_checkpoint(tmp_path / "last").step == 1 and saves.check() == ""
     for _ in range(2):
         assert "Could not write checkpoint" in save("file") and save("good") == ""
     assert save("file")
@@ -515,6 +518,7 @@ import time
 from pathlib import Path
 from umd.train.distributed import ParallelConfig, join
 world = join("cpu", ParallelConfig(), Path("unused"))
+world.watch.farewell = lambda: print("finished", flush=True)
 print("met", flush=True)
 time.sleep(300)
 """
@@ -525,8 +529,8 @@ def test_a_rank_that_is_gone_is_noticed_without_an_exchange(folder):
     first, second = start_ranks(["-c", MEET], 2)
     assert first.stdout.readline() == second.stdout.readline() == "met\n"
     second.kill()
-    codes, _, errors = ends([first], timeout=60)
-    assert codes == [1]
+    codes, out, errors = ends([first], timeout=60)
+    assert codes == [1] and out == ["finished\n"]  # what it was writing
     assert f"rank 1 on {socket.gethostname()} is gone; every rank stops" in errors[0]
 
 
