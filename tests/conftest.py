@@ -123,7 +123,8 @@ def colours(monkeypatch) -> None:
             self.weight = torch.nn.Parameter(torch.eye(3), requires_grad=False)
 
         def outputs(self, x: torch.Tensor) -> Outputs:
+            x = x.expand(-1, 3, -1, -1)  # grey pictures too, as the real networks do
             mean, middle = x.mean((2, 3)) @ self.weight, x[:, :, 3:5, 3:5].mean((2, 3))
-            return Outputs(torch.cat([mean, middle], 1), x[:, :, ::4, ::4].flatten(1), 3 * mean)
+            return Outputs(torch.cat([mean, middle], 1), x[:, :, 0:8:4, 0:8:4].flatten(1), 3 * mean)
 
     monkeypatch.setattr("umd.train.score.open_features", lambda which, weights: Colours())
