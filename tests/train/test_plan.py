@@ -144,7 +144,7 @@ print(1024 * (kib("VmHWM") - before))
         ("activations", {"hidden_size": 64, "depth": 4, "decoder_depth": 2}, 128),
         pytest.param("weights", {"hidden_size": 320, "depth": 4, "decoder_depth": 2}, 8, marks=pytest.mark.slow),
         pytest.param("checkpointing", {"hidden_size": 128, "depth": 6, "decoder_depth": 2}, 96, marks=pytest.mark.slow),
-        ("bf16", {"hidden_size": 64, "depth": 4, "decoder_depth": 2}, 96),
+        pytest.param("bf16", {"hidden_size": 64, "depth": 4, "decoder_depth": 2}, 96, marks=pytest.mark.slow),
     ],
 )
 def test_memory_is_what_a_real_run_takes_at_its_peak(what, changes, batch):

@@ -143,7 +143,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     known = device.type == "cuda" and dtype == torch.bfloat16
     if known and (flops := sheet_flops(torch.cuda.get_device_name(device))):
         return flops
-    n = 8192 if device.type == "cuda" else 1024
+    n = 8192 if device.type == "cuda" else 512
     a = torch.ones(n, n, device=device, dtype=dtype)
     seconds = [seconds_of(lambda: a @ a, device) for _ in range(8)]
     return 2 * n**3 / statistics.median(sorted(seconds)[:4])
