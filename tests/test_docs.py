@@ -66,6 +66,7 @@ MADE_BY = {
     "runs/dit-xl2": "umd import dit DiT-XL-2-256x256.pt",
     "runs/diffmae-tiny": "umd pretrain diffmae-tiny --data.source path/to/images",
     "runs/diffmae-video-l": "umd pretrain diffmae-video-l",
+    "runs/mine-classify": "umd finetune runs/mine --task classify",
 }
 
 # What is not run: the beginning of the command, and why. Each must match one. They are parsed by `umd` and by bash.
@@ -251,8 +252,11 @@ def test_what_is_not_run_is_in_the_book():
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p.read_text(), "python")], ids=lambda p: p.stem)
 def test_the_python_of_a_page_runs(page, sandbox, monkeypatch):
     monkeypatch.chdir(sandbox)
-    names: dict = {"__name__": "__main__"}
+    names: dict = {"__name__": "__main__", "images": torch.rand(2, 3, 8, 8) * 2 - 1}
     for block in blocks(page.read_text(), "python"):
+        for run in re.findall(r"runs/[\w-]+", block):
+            if run in MADE_BY and not Path(run).exists():
+                make(shlex.split(MADE_BY[run]), run)
         exec(compile(block, page.name, "exec"), names)
 
 

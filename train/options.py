@@ -231,7 +231,7 @@ class Sample(Sampling):
     seed: Seed = 0
     """Seed. Sample i of a seed has the same bytes on any number of ranks and with any --batch."""
     batch: Count = 64
-    """Images per denoising loop: at most 64, rounded up to a multiple of 32. The network always sees 32 at a time."""
+    """Images per denoising loop: at most 64, rounded up to a multiple of 32. The network sees 32 a call, or all."""
     ema: bool = True
     """Use the EMA weights if the run has them."""
     vae: str = ""

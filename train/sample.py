@@ -1,7 +1,7 @@
 """`umd sample`: draw images from a run, streamed to disk by any number of ranks.
 
 An image has the same bits on any rank and in any batch. Its noise is a function of (seed, number, step), and the
-network always sees the same `GROUP` images per call, as the rounding of a product depends on its size.
+network sees the same `GROUP` images per call (all, if fewer are drawn), as a product's rounding depends on its size.
 """
 
 import difflib
