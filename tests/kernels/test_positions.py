@@ -66,7 +66,7 @@ def test_gradient_of_narrow_positions_is_rounded_once(device):
 
 @pytest.mark.parametrize(("D", "dtype"), [(1152, torch.float16), (1000, torch.bfloat16)], ids=str)
 def test_full_width(compare, device, D, dtype):
-    check(compare, [4, 0, 67], 70, D, dtype, torch.float32, device)
+    check(compare, [4, 0, 7], 10, D, dtype, torch.float32, device)
 
 
 def test_more_samples_than_a_program_takes_at_once(compare, device):
@@ -124,6 +124,7 @@ def test_only_what_is_asked_for_gets_a_gradient(device):
         assert {name for name, x in leaves.items() if x.grad is not None} == {wanted}
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 def test_repeats_to_the_bit(device):
     ids_keep, args = case([3, 5, 1] * 30, 6, 40, torch.bfloat16, torch.float32, device)
 
@@ -154,7 +155,8 @@ def test_compiles_whole(device):
     ids_keep, args = case([3, 2, 4], 6, 24, torch.bfloat16, torch.float32, device)
     leaves = [x.requires_grad_() for x in args.values()]
     op = on(ids_keep, 3)
-    y, compiled = op(*leaves), torch.compile(op, fullgraph=True)(*leaves)
+    compiler = "inductor" if device == "cuda" else "aot_eager"
+    y, compiled = op(*leaves), torch.compile(op, fullgraph=True, backend=compiler)(*leaves)
     assert torch.equal(y, compiled)
     for a, b in zip(*(torch.autograd.grad(z, leaves, y.detach()) for z in (compiled, y)), strict=True):
         torch.testing.assert_close(a, b)

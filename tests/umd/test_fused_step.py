@@ -67,44 +67,38 @@ class Census(TorchDispatchMode):
 
 
 def made(choice, name, device):
-    """Shapes of tensors as large as the noised samples of a batch, as the others, or as all; the shape of patches."""
+    """A step; the shapes of tensors as large as its noised samples, as the others, or as all; the shape of patches."""
     model, x_start, objective = setting(name, device)
     with backend.kernels(choice), Census(x_start) as census:
-        step(model, x_start, objective)
+        found = step(model, x_start, objective)
     n, clean = objective.split(B)
     kept, width = n * objective.keep_noised + clean * objective.keep_clean, 2 * x_start[0].numel() // CONFIG.num_patches
     assert {(B * CONFIG.num_patches, width), (kept, width // 2)} <= census.shapes  # the prediction; the visible patches
     sizes = {samples * x_start[0].numel() for samples in (n, clean, B) if samples}
-    return {shape for shape in census.shapes if math.prod(shape) in sizes}, (kept, width // 2)
+    return found, {shape for shape in census.shapes if math.prod(shape) in sizes}, (kept, width // 2)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_no_noise_no_x_t_no_target(device, name):
-    """But for the patches themselves, where none is masked."""
-    shapes, patches = made("triton", name, device)
+def test_the_step_of_the_definitions_without_noise_x_t_or_target(device, name):
+    """Nothing as large as images but the patches, where none is masked. The definitions make whole images."""
+    found, shapes, patches = made("triton", name, device)
     assert not shapes - {patches}
-
-
-@pytest.mark.parametrize("name", ["umd", "maskdit", "dit"])
-def test_the_definitions_make_them(device, name):
-    shapes, _ = made("reference", name, device)
-    assert any(len(shape) == 4 for shape in shapes)
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_same_seed_same_loss(device, name):
-    arguments = setting(name, device)
-    with backend.kernels("reference"):
-        expected = step(*arguments)
-    with backend.kernels("triton"):
-        found = step(*arguments)
-        again = step(*arguments)
+    expected, shapes, _ = made("reference", name, device)
+    assert name == "mae" or any(len(shape) == 4 for shape in shapes)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=0)
-    for (parameter, _), a, b in zip(arguments[0].named_parameters(), found[2], expected[2], strict=True):
+    for (parameter, _), a, b in zip(UMD(CONFIG).named_parameters(), found[2], expected[2], strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max(), parameter
-    assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])
-    assert all(torch.equal(a, b) for a, b in zip(found[2], again[2], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_same_seed_same_bits(name):
+    arguments = setting(name, "cuda")
+    with backend.kernels("triton"):
+        first, second = step(*arguments), step(*arguments)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert all(torch.equal(a, b) for a, b in zip(first[2], second[2], strict=True))
 
 
 @pytest.mark.slow
