@@ -10,8 +10,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses where bits must repeat
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# The same examples every time, and no limit on the clock: a busy machine is no fault of the code.
+hypothesis.settings.register_profile("umd", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("umd")
 
 # Without a GPU, kernels run in Triton's interpreter. Triton asks when a kernel is defined; programs that a test starts
 # are left alone.

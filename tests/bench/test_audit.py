@@ -55,12 +55,12 @@ def small():
 
 @pytest.fixture(scope="module")
 def ours():
-    """Rows of all ops at D = 768, on an A100 and an H100."""
+    """Rows of all ops at D = 768 on an H100. The slow test has every GPU."""
     few = ("scatter_tokens", "add_positions")  # whose sums weigh more than the gates allow in four samples
     samples = {name: 8 if name in few else 4 for name in OPS}
     jobs = [(count_op, name, "UMD-B/4", n, "bf16") for name, n in samples.items()]
     counted = [one for found in run_apart(True, jobs) for one in found]
-    return compile_counted(counted, ("sm_80", "sm_90"))
+    return compile_counted(counted, ("sm_90",))
 
 
 def test_a_copy_asks_for_what_it_moves(small):
@@ -191,8 +191,7 @@ def test_broadcast_dimensions_take_no_room(shape, data):
 def test_every_op_launches_its_kernels_in_every_direction(ours):
     backward = set(OPS) - {"gather_patches", "ddim_step", "sample_posterior", "column_sum"}
     expected = {(op, "forward") for op in OPS} | {(op, "backward") for op in backward}
-    for arch in ("sm_80", "sm_90"):
-        assert {(r.op, r.direction) for r in ours if r.arch == arch} == expected
+    assert {(row.op, row.direction) for row in ours} == expected
     assert all(kernel["kernel"].startswith("umd.kernels.") for row in ours for kernel in row.kernels)
 
 

@@ -40,6 +40,7 @@ def test_accuracy_is_averaged_over_classes():
     assert averaged_accuracy({"confusion": [[90, 10, 0], [1, 1, 0], [0, 0, 0]]}) == pytest.approx((0.9 + 0.5) / 2)
 
 
+@pytest.mark.slow
 def test_the_comparison_gives_all_starts_the_same_but_their_weights(tmp_path):
     plan = Comparison(
         tmp_path, ("UMD", "scratch"), pretraining=1, shots=2, steps=1, rates=(1e-3, 1e-2), seeds=(0, 1), scored=40,

@@ -115,7 +115,7 @@ def test_an_fp32_stream_with_branches_of_16_bits(device, rms):
     torch.testing.assert_close(alone, modulated_layer_norm_ref(r, packing, rms=rms).bfloat16())
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_packing(compare, device, data):
     lengths = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=6))

@@ -46,7 +46,7 @@ def test_lengths(compare, op, dtype, lengths):
     compare(on(op, packing), plain(packing), draw(packing, dtype=dtype))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(0, 7), min_size=1, max_size=6),
     H=st.integers(1, 3),

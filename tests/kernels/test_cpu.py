@@ -67,7 +67,7 @@ def leaves(*tensors):
     return [t.detach().clone().requires_grad_() for t in tensors]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 90), min_size=1, max_size=4), st.sampled_from([1, 3, 16, 40, 257]), st.booleans(),
     st.booleans(), st.integers(0, 2**31),
@@ -136,7 +136,7 @@ def test_the_same_bits_on_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 12), st.integers(1, 70), st.integers(1, 2100), st.sampled_from([torch.float32, BF16]))
 def test_few_rows_and_their_gradients(R, inputs, outputs, grad_dtype):
     generator = torch.Generator().manual_seed(R + inputs + outputs)
@@ -176,7 +176,7 @@ def test_adamw_is_torchs():
 
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.sampled_from([torch.float32, BF16])), max_size=4))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_sum_of_squares(kinds):
     generator = torch.Generator().manual_seed(len(kinds))
     tensors = [torch.randn(n, generator=generator).to(dtype) for n, dtype in kinds]
@@ -185,7 +185,7 @@ def test_sum_of_squares(kinds):
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_transpose(rows, columns):
     """Every number at its place, and none outside."""
     x = torch.arange(rows * columns, dtype=torch.int32).to(torch.int16).view(BF16).view(rows, columns)

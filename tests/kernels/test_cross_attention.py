@@ -147,7 +147,7 @@ def test_the_choice_off_the_cpu_sees_both_lengths():
     assert reason([0, 9], [3, 3]).startswith("has one dense batch")  # who has no queries asks nothing
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(lengths)
 def test_equals_the_definition_with_gradients(pairs):
     q, kv, packing, kv_packing = streams(pairs)

@@ -85,7 +85,7 @@ def test_sizes_beyond_one_program(device, shape, predictions):
     check(ddim_step, inputs(shape, device=device, predictions=predictions), False, True, cfg_scale=4.0)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9)),
     option=st.sampled_from(OPTIONS),

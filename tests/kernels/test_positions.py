@@ -75,7 +75,7 @@ def test_more_samples_than_a_program_takes_at_once(compare, device):
     check(compare, [(3 * s) % 6 for s in range(samples)], 5, 24, torch.bfloat16, torch.float32, device)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any),
     D=st.sampled_from([1, 8, 260]),

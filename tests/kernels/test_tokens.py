@@ -25,7 +25,7 @@ def prepend_by_loops(front, x, lengths):
     return torch.cat([part for pair in zip(front, rest, strict=True) for part in pair])
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6),
     n=st.integers(1, 3),
@@ -141,7 +141,7 @@ def test_scatter_with_more_samples_than_one_program_walks(compare, device, table
     check(compare, scatter_tokens, lengths, 5, 24, 2, torch.bfloat16, tables, device)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(0, 7), min_size=1, max_size=6),
     num_cls=st.integers(1, 3),
@@ -152,7 +152,7 @@ def test_scatter_any_packing(compare, device, lengths, num_cls, D, dtype):
     check(compare, scatter_tokens, lengths, 7, D, num_cls, dtype, device=device)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5), seed=st.integers(0, 100))
 def test_scatter_gradients_of_ones_are_counts(device, lengths, seed):
     """Each visible token is used once, the mask token at every hidden place, a position by every sample."""

@@ -75,7 +75,7 @@ def share_of(rank, ranks, share):
     return range(rank * share, (rank + 1) * share)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 23), st.integers(1, 5), st.integers(1, 4), st.integers(0, 200), st.integers(0, 3))
 def test_ranks_share_each_epoch_and_resume_anywhere(size, share, ranks, start, seed):
     def positions(start, count):
@@ -94,7 +94,7 @@ def test_ranks_share_each_epoch_and_resume_anywhere(size, share, ranks, start, s
     assert resumed == whole[start : start + len(resumed)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 9), st.integers(1, 7), st.integers(0, 5), st.integers(0, 2))
 def test_resumed_batches_are_bit_identical(size, batch_size, done, seed):
     whole = take(tiny(size), CONFIG, done + 3, batch_size=batch_size, seed=seed)

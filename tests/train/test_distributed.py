@@ -516,7 +516,9 @@ def test_after_kill_9_of_a_rank_all_end_and_the_run_goes_on(folder):
 MEET = """
 import time
 from pathlib import Path
+import umd.train.distributed as distributed
 from umd.train.distributed import ParallelConfig, join
+distributed.BEAT_SECONDS, distributed.GONE_SECONDS = 0.5, 4.0
 world = join("cpu", ParallelConfig(), Path("unused"))
 world.watch.farewell = lambda: print("finished", flush=True)
 print("met", flush=True)
@@ -556,20 +558,36 @@ def test_a_pause_of_all_ranks_is_no_missing_heartbeat(folder):
         for pause in (signal.SIGSTOP, signal.SIGCONT):
             for rank in ranks:
                 rank.send_signal(pause)
-            time.sleep(25)
+            time.sleep(6)
         assert [rank.poll() for rank in ranks] == [None, None]
     finally:
         for rank in ranks:
             rank.kill()
 
 
-def test_an_exchange_of_gloo_that_takes_too_long_is_told(folder):
+# The ranks have imported everything before they meet, as meeting is an exchange with a short time-out too.
+READY = """
+import os, time
+from pathlib import Path
+import umd.train.distributed
+def ready(size):
+    here = Path(os.environ["MEETING"])
+    (here / os.environ["RANK"]).touch()
+    while len(list(here.iterdir())) < size:
+        time.sleep(0.01)
+"""
+
+
+def test_an_exchange_of_gloo_that_takes_too_long_is_told(tmp_path):
     """Rank 1 sleeps instead."""
-    code = """
+    code = (
+        READY
+        + """
 import time, torch
 from pathlib import Path
 from umd.errors import UserError
 from umd.train.distributed import ParallelConfig, end_all, join
+ready(2)
 world = join("cpu", ParallelConfig(timeout=3), Path("unused"))
 if world.rank == 1:
     time.sleep(300)
@@ -579,18 +597,22 @@ try:
 except UserError as error:
     end_all(str(error), 2)
 """
-    codes, _, errors = ends(start_ranks(["-c", code], 2), timeout=60)
+    )
+    codes, _, errors = ends(start_ranks(["-c", code], 2, env={"MEETING": str(tmp_path)}), timeout=60)
     assert codes == [2, 1]
     assert errors[0].startswith("umd: rank 0 lost the others (") and "one of them ended or hangs" in errors[0]
 
 
-def test_ranks_wait_longer_for_what_one_does_alone_but_not_for_one_that_is_gone(folder):
+def test_ranks_wait_longer_for_what_one_does_alone_but_not_for_one_that_is_gone(tmp_path):
     """Rank 1 takes twice as long as an exchange of a step may, and is killed the second time."""
-    code = """
+    code = (
+        READY
+        + """
 import os, signal, time
 from pathlib import Path
 from umd.errors import UserError
 from umd.train.distributed import ParallelConfig, end_all, join
+ready(2)
 world = join("cpu", ParallelConfig(timeout=3), Path("unused"))
 try:
     with world.explained():
@@ -603,7 +625,8 @@ try:
 except UserError as error:
     end_all(str(error), 2)
 """
-    codes, out, errors = ends(start_ranks(["-c", code], 2), timeout=60)
+    )
+    codes, out, errors = ends(start_ranks(["-c", code], 2, env={"MEETING": str(tmp_path)}), timeout=60)
     assert codes == [2, -signal.SIGKILL]
     assert out == ["[{'rank': 0}, {'rank': 1}]\n", "[]\n"]
     assert errors[0].startswith("umd: rank 0 lost the others (")

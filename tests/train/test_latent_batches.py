@@ -38,7 +38,7 @@ def numbered(root: Path, sizes: list[int], views: int = 1) -> Path:
     return root
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),
     st.integers(1, 5),
@@ -104,7 +104,7 @@ def take(folder: Path, count: int, shuffle: str = "global", num_workers: int = 0
 # The order in blocks
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=600), st.integers(0, 5))
 def test_each_group_of_blocks_is_mixed_and_none_is_split(sizes, epoch):
     blocks, size = np.repeat(np.arange(len(sizes)), sizes), sum(sizes)

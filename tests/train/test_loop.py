@@ -74,7 +74,7 @@ def tiny(tmp_path, source):
 
 
 def start(config: RunConfig, prefix: tuple[str, ...] = ("nice",)) -> subprocess.Popen:
-    """`umd pretrain config.yaml` in a process group of its own, as in a terminal; slower than who watches it."""
+    """`umd pretrain config.yaml` in a process group of its own, as in a terminal; niced, so tests see each of its steps."""
     file = Path(f"{config.out}.yaml")
     file.parent.mkdir(exist_ok=True)
     file.write_text(yaml.safe_dump(to_plain(config)))
@@ -655,13 +655,10 @@ def test_what_is_printed_where_there_is_no_terminal(tiny, capsys):
 
 def test_a_run_by_the_clock_ends_in_time_with_the_rate_at_zero(tiny):
     config = tiny(steps=0, minutes=0.04)
-    began = time.monotonic()
     train(config, QUIET)
-    elapsed = time.monotonic() - began
     rows = read_metrics(config.out / "metrics.jsonl")
     longest = max(b["seconds"] - a["seconds"] for a, b in zip(rows, rows[1:], strict=False))
     assert 2.4 <= rows[-1]["seconds"] <= 2.4 + longest + 0.05
-    assert elapsed < 60, "reading data and saving are not part of the budget, but should not take long"
     peak = 0.03 * 8 / 256
     assert rows[-1]["lr"] <= peak * lr_scale(1 - longest / 2.4 - 0.02, 0.05)
     assert max(row["lr"] for row in rows) > 0.9 * peak

@@ -283,7 +283,7 @@ def test_the_plan_tells_both_figures_of_gelus_output():
     assert lines[0] == lines[1]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 10**9), st.integers(1, 256), st.booleans())
 def test_each_stage_holds_no_more_than_the_one_before(weights, gpus, bf16):
     held = [sum(states(how, weights, gpus, bf16)) for how in ("alone", "ddp", "zero1", "zero2")]
@@ -323,7 +323,7 @@ def test_what_a_backward_pass_hides_is_a_timeline():
     assert overrun(large_last, 10.0, 10, 1.0, 100.0) == pytest.approx(1000 / 100)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(st.integers(1, 100), st.floats(0, 10)), min_size=1, max_size=20),
     st.integers(1, 500), st.floats(0.1, 1000),

@@ -28,7 +28,7 @@ def numbered(count: int) -> torch.Tensor:
     return torch.arange(1.0, count + 1)[:, None, None, None].expand(-1, 3, 12, 10)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SEEDS, st.integers(1, 6), st.booleans(), st.floats(0, 1))
 def test_targets_are_distributions_with_the_shares_of_the_pixels(seed, count, cut, smoothing):
     labels = torch.arange(count)
@@ -78,7 +78,7 @@ def test_label_smoothing_is_the_closed_form(smoothing):
     assert len(parts) == 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SEEDS, st.tuples(st.integers(1, 40), st.integers(1, 40)))
 def test_erased_boxes_lie_inside_the_picture(seed, size):
     top, left, bottom, right = draw_erased(np.random.default_rng(seed), 1.0, size)

@@ -165,10 +165,11 @@ def batch_of(config: DiffMAEConfig, keep: tuple[int, ...]) -> dict:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["cross_self", "joint", "video"])
+@pytest.mark.parametrize("name", ["joint", "video"])
 def test_compiles_whole(name):
     torch._dynamo.reset()
-    model, arguments = trained(CONFIGS[name]).float(), batch_of(CONFIGS[name], (3, 3, 1))
+    config = replace(CONFIGS[name], depth=1, decoder_depth=1)
+    model, arguments = trained(config).float(), batch_of(config, (3, 3, 1))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**arguments), model(**arguments), rtol=1e-6, atol=1e-6)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from umd.errors import UserError
@@ -67,7 +67,6 @@ def test_other_numbers_of_steps(name, num_steps):
     assert (schedule.alphas_cumprod.diff() < 0).all() and schedule.alphas_cumprod[-1] > 0
 
 
-@settings(derandomize=True, deadline=None)
 @given(
     name=st.sampled_from(list(SCHEDULES)),
     time=st.integers(1, 1000),
