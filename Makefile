@@ -4,7 +4,8 @@ PYTHON  ?= python3
 MINUTES ?= 15
 RUN     ?= runs/demo
 # Bytecode is written even where the environment says not to: many tests start processes, which would all compile PyTorch.
-PYTEST  := PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+ALONE   := PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest
+PYTEST  := $(ALONE) -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: help demo test test-slow test-gpu lint docs clean
 
@@ -28,7 +29,7 @@ test: .venv/installed
 	$(PYTEST) -m 'not slow and not gpu'
 
 test-slow: .venv/installed
-	.venv/bin/python -m pytest -m 'slow and not gpu'
+	$(ALONE) -m 'slow and not gpu'
 
 # -v: a run that is cut off has told what failed.
 test-gpu: .venv/installed

@@ -1,6 +1,5 @@
 """`umd bench adaln`: weights, FLOPs and step time of each adaLN projection, measured in turn in one process."""
 
-import json
 import statistics
 from dataclasses import asdict, dataclass, replace
 from typing import get_args
@@ -14,6 +13,7 @@ from umd.bench.options import AdaLNBench
 from umd.bench.step import WARMUP, machine
 from umd.bench.training import Step, on_batch, timed, train_step
 from umd.config import AdaLNProjection, ObjectiveConfig
+from umd.files import write_json
 from umd.machine.device import keep_freed_memory, take_device
 from umd.model import UMD
 from umd.objective import Objective
@@ -72,19 +72,16 @@ def run(bench: AdaLNBench, console: Console) -> list[Row]:
         "weights, M",
         "of adaLN",
         "GFLOP an image",
-        "s a step",
+        "ms a step",
         "ratio",
         title=f"{what}, batch {bench.batch}, {where}",
     )
     for row in rows:
         cells = [f"{row.weights / 1e6:.1f}", f"{row.of_adaLN / 1e6:.1f}", f"{row.flops_per_image / 1e9:.2f}"]
-        cells += ["", ""] if row.seconds is None else [f"{row.seconds:.2f}", f"{row.ratio:.2f}"]
+        cells += ["", ""] if row.seconds is None else [f"{1e3 * row.seconds:.1f}", f"{row.ratio:.2f}"]
         table.add_row(row.projection, *cells)
     console.print(table)
     if bench.json is not None:
-        bench.json.parent.mkdir(parents=True, exist_ok=True)
         settings = {**asdict(bench), "json": None, "torch": torch.__version__, "threads": torch.get_num_threads()}
-        bench.json.write_text(
-            json.dumps({"settings": settings, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
-        )
+        write_json(bench.json, {"settings": settings, "rows": [asdict(row) for row in rows]})
     return rows

@@ -8,7 +8,6 @@
 So the audited code is the code that runs. `--step` audits a whole training step instead (`audit_step.py`).
 """
 
-import json
 import multiprocessing
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +28,7 @@ from umd.bench.count_bytes import Launch, TorchBytes, interpreted, record
 from umd.bench.op_cases import DTYPES, OPS, Inputs, dtype_name
 from umd.bench.options import Audit
 from umd.errors import UserError
+from umd.files import write_json
 from umd.train.signals import end_when_orphaned
 
 # GPU and its memory bandwidth in bytes per second, from NVIDIA's data sheets.
@@ -253,8 +253,7 @@ def run(options: Audit, console: Console) -> list:
         raise UserError("none of these ops launches a kernel of ours")
     print_rows(rows, console)
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        write_json(options.json, [asdict(row) for row in rows])
     if options.chart is not None and not options.kernel:
         draw(rows, options.chart)
     return rows

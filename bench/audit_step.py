@@ -5,7 +5,6 @@ roofline: arithmetic or memory traffic at the data sheet's rate, whichever takes
 kernels are slower than the roofline, or faster where they find their input in the cache.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,8 +18,10 @@ from torch import Tensor
 
 from umd import ops
 from umd.bench.record_step import KINDS, Call, record
+from umd.bench.step import diffusers_dit
 from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, model_config
 from umd.errors import UserError
+from umd.files import write_json
 from umd.machine.gpus import GPUS, Gpu
 from umd.methods import build_objective
 from umd.schedule import NoiseSchedule
@@ -144,20 +145,11 @@ def eager_step(config: ModelConfig, batch: int) -> Callable[[], None]:
         UserError: diffusers is not installed.
     """
     try:
-        from diffusers import DiTTransformer2DModel
+        model = diffusers_dit(config, config.depth + config.decoder_depth)
     except ImportError as error:
         raise UserError(
             f"{EAGER} needs diffusers ({error}): pip install diffusers, or leave it out of --models"
         ) from error
-
-    model = DiTTransformer2DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.hidden_size // config.num_heads,
-        in_channels=config.channels,
-        num_layers=config.depth + config.decoder_depth,
-        sample_size=config.image_size[0],
-        patch_size=config.patch_size,
-    )
     model.train()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
@@ -293,8 +285,7 @@ def run(models: tuple[str, ...], batch: int, rows: Path | None, chart: Path | No
     print_programs(steps, console)
     print_totals(steps, console)
     if rows is not None:
-        rows.parent.mkdir(parents=True, exist_ok=True)
-        rows.write_text(json.dumps([asdict(step) for step in steps], indent=1) + "\n")
+        write_json(rows, [asdict(step) for step in steps])
     if chart is not None:
         draw(steps, chart)
     return steps

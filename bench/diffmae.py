@@ -6,7 +6,6 @@
 All rows of a part run in turn. Read the ratios, not the seconds.
 """
 
-import json
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -33,6 +32,7 @@ from umd.bench.step import (
 from umd.bench.training import Step, on_batch, timed, train_step
 from umd.config import OBJECTIVES, DiffMAEObjectiveConfig
 from umd.diffmae import DiffMAE
+from umd.files import write_json
 from umd.machine.device import keep_freed_memory, take_device
 from umd.objective import DiffMAEObjective
 from umd.schedule import NoiseSchedule
@@ -168,8 +168,7 @@ def run(bench: DiffMAEBench, console: Console) -> list[Row]:
     rows = filling_rows(bench, console) + training_rows(bench, console)
     print_rows(bench, rows, console)
     if bench.json is not None:
-        bench.json.parent.mkdir(parents=True, exist_ok=True)
-        bench.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        write_json(bench.json, [asdict(row) for row in rows])
     return rows
 
 

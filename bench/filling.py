@@ -12,7 +12,6 @@ and seams between patches do not leak into it. Note on the error: an MAE predict
 sample can beat the squared error of that mean; a sample from the true distribution has twice the error.
 """
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from umd.bench.options import Reproduce
 from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, ScheduleConfig, model_config
 from umd.diffmae import DiffMAE, fill, pixel_mask
 from umd.errors import UserError
+from umd.files import write_json
 from umd.flops import diffmae_encoder_flops
 from umd.images import grid
 from umd.methods import build_objective
@@ -88,7 +88,7 @@ def reproduce(options: Reproduce, console: Console) -> None:
     draw_spectra(spectra, options.figures / "filling-spectrum.png")
     draw_grid(filled, options.figures / "filling.png")
     stored = {"numbers": numbers, "spectra": {name: values.tolist() for name, values in spectra.items()}}
-    (options.figures / "filling.json").write_text(json.dumps(stored, indent=1) + "\n")
+    write_json(options.figures / "filling.json", stored)
     print_numbers(numbers, console)
 
 

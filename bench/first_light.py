@@ -12,8 +12,8 @@ Parts, in this order. Each is a process with its own time limit; if one fails or
              that it never waits for the GPU; captured steps (also with DDP) and captured sampling against eager ones
     step     the training step: eager, captured, with reference ops, compared with plain DiTs; host time, a profile
     cli      `umd pretrain` on synthetic pictures: the loss falls; SIGTERM, resume, finish
-    tests    the project's own tests for a GPU
     sample   guided sampling, compared with diffusers' pipeline
+    tests    the project's own tests for a GPU
     timing   each op, timed as in `umd bench kernels`
     compile  training steps under torch.compile, in the remaining time
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from umd import ops
 from umd.bench.first_light import Part
+from umd.bench.kernels import BACKENDS
+from umd.bench.op_cases import SHAPES
 from umd.bench.options import StepBench
 from umd.bench.step import images, network
 from umd.bench.training import on_batch, train_step, with_modulation
@@ -30,11 +32,6 @@ from umd.train.evaluate import denoiser
 from umd.train.parallel import DDP, Alone
 from umd.train.step import TrainStep
 
-SHAPES: dict[str, dict] = {
-    "UMD-B/4": dict(image_size=(64, 64), channels=3),
-    "UMD-L/2": dict(image_size=(32, 32), channels=4),
-    "UMD-Ti/4": dict(image_size=(16, 16), channels=3),
-}
 SETTINGS = ("umd", "mae", "maskdit", "dit")
 Tensors = dict[str, Tensor]
 
@@ -205,7 +202,7 @@ def check_attention(part: Part, model: str, batch: int, device: torch.device) ->
         qkv = torch.randn(packing.num_tokens, 3, H, d, generator=generator, device=device).bfloat16()
         part.note(f"{model} {where}", "auto is {}: it {}".format(*ops.attention_backend(device, qkv.dtype, d, packing)))
         exact, douts = gradients_of(lambda qkv, p=packing: ops.varlen_attention(qkv, p, "sdpa"), dict(qkv=qkv.double()))
-        for backend in ("flash_attn", "varlen_attn", "sdpa", "matmul"):
+        for backend in BACKENDS:
 
             def call(qkv, packing=packing, backend=backend):
                 return ops.varlen_attention(qkv, packing, backend)

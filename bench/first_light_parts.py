@@ -23,13 +23,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from umd import ops
 from umd.bench import kernels
-from umd.bench.device_time import time_calls
+from umd.bench.count_bytes import tensor_bytes
+from umd.bench.device_time import copies_beyond, time_calls
 from umd.bench.first_light import Part, Row, read_rows
 from umd.bench.first_light_checks import setting_of, synchronize
 from umd.bench.op_cases import OPS, Inputs, Side
 from umd.bench.options import StepBench
 from umd.bench.plain_dit import plain_dit_step
-from umd.bench.step import count_flops, dit_step, images, network, umd_step
+from umd.bench.step import count_flops, diffusers_dit, dit_step, images, network, umd_step
 from umd.bench.training import Step, host_time, on_batch, timed, train_step, with_modulation
 from umd.config import OBJECTIVES, Capture, ModelConfig
 from umd.machine.device import peak_flops, take_device
@@ -131,7 +132,7 @@ def step(part: Part, device: torch.device) -> None:
     row("plain DiT", plain_dit(), small, less)
     for setting in ("mae", "maskdit"):
         row(setting, umd(setting))
-    row("diffusers DiT", diffusers_dit())
+    row("diffusers DiT", dit_of_diffusers())
 
 
 Kind = tuple[Callable[[StepBench], Step], Callable[[StepBench], int]]  # makes the step; counts its FLOPs
@@ -163,7 +164,7 @@ def plain_dit(compiled: bool = False) -> Kind:
     )
 
 
-def diffusers_dit(compiled: bool = False) -> Kind:
+def dit_of_diffusers(compiled: bool = False) -> Kind:
     return lambda b: dit_step(b, compiled), lambda b: count_flops(lambda: dit_step(b), b.device)
 
 
@@ -272,18 +273,10 @@ def sample(part: Part, device: torch.device) -> None:
 
 def dit_pipeline(config: ModelConfig, labels: Tensor, num_steps: int) -> Callable[..., object]:
     """diffusers' DiTPipeline with a small VAE, run as its users do: bf16, DDIM, one step per call."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
     with labels.device:
-        transformer = DiTTransformer2DModel(
-            num_attention_heads=config.num_heads,
-            attention_head_dim=config.hidden_size // config.num_heads,
-            in_channels=config.channels,
-            out_channels=2 * config.channels,
-            num_layers=config.depth + config.decoder_depth,
-            sample_size=config.image_size[0],
-            patch_size=config.patch_size,
-        )
+        transformer = diffusers_dit(config, config.depth + config.decoder_depth, out_channels=2 * config.channels)
     vae = AutoencoderKL(latent_channels=config.channels, block_out_channels=(32,), norm_num_groups=8)
     pipeline = DiTPipeline(transformer, vae, DDIMScheduler()).to(labels.device, torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
@@ -302,7 +295,7 @@ def compile_(part: Part, device: torch.device) -> None:
     take_device(str(device), "bf16")
     ours = umd("umd", compiled=True)
     rows = [("umd", ours, 256), ("plain DiT", plain_dit(compiled=True), 256), ("umd", ours, 64)]
-    rows += [("diffusers DiT", diffusers_dit(compiled=True), 256), ("dit", umd("dit", compiled=True), 256)]
+    rows += [("diffusers DiT", dit_of_diffusers(compiled=True), 256), ("dit", umd("dit", compiled=True), 256)]
     rows += [("umd", ours, 16), ("umd", ours, 128)]
     for what, kind, batch in rows:
         bench = StepBench(batch=batch, device=str(device))
@@ -350,12 +343,14 @@ def time_attention(part: Part, model: str, batch: int, device: torch.device) -> 
     H, d = config.num_heads, config.hidden_size // config.num_heads
     layout = objective.corrupt(batch, 0, device).layout
     for where, packing in (("encoder", layout.encoder_blocks), ("decoder", layout.decoder_blocks)):
-        qkv = torch.randn(packing.num_tokens, 3, H, d, device=device).bfloat16().requires_grad_()
+        qkvs = [torch.randn(packing.num_tokens, 3, H, d, device=device).bfloat16().requires_grad_()]
+        for _ in range(copies_beyond(kernels.cache_bytes(str(device)), tensor_bytes(*qkvs)) - 1):
+            qkvs.append(qkvs[0].detach().clone().requires_grad_())
         lengths = " and ".join(f"{samples} x {length}" for samples, length in packing.runs)
         for backend in kernels.BACKENDS:
-            side = Side(partial(attend, qkv, packing, backend), (qkv,))
+            sides = [Side(partial(attend, qkv, packing, backend), (qkv,)) for qkv in qkvs]
             try:
-                found = kernels.time_side([side], backward=True)
+                found = kernels.time_side(sides, backward=True)
             except ValueError as refusal:  # says why the backend cannot run
                 part.row("refused", backend=backend, why=str(refusal))
                 continue

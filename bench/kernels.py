@@ -7,7 +7,6 @@
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,6 +22,7 @@ from torch import Tensor
 from umd.bench.count_bytes import interpreted, tensor_bytes
 from umd.bench.device_time import Timing, copies_beyond, time_calls
 from umd.bench.options import ATTENTION, KernelBench
+from umd.files import write_json
 from umd.machine.device import take_device
 
 with interpreted(not torch.cuda.is_available()):  # Triton reads the variable when a kernel is defined
@@ -257,8 +257,7 @@ def run(bench: KernelBench, console: Console) -> list[Row]:
     for note in dict.fromkeys(notes):
         console.print(note, highlight=False, markup=False)
     if bench.json is not None:
-        bench.json.parent.mkdir(parents=True, exist_ok=True)
-        bench.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        write_json(bench.json, [asdict(row) for row in rows])
     return rows
 
 

@@ -1,14 +1,14 @@
 """`umd bench reproduce layers`: few-shot accuracy of every block of a UMD, at several noise levels."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 
 from umd.bench.options import Reproduce
+from umd.bench.paper_plan import FASHION
 from umd.config import OBJECTIVES, model_config
 from umd.errors import UserError
+from umd.files import write_json
 from umd.report.figures import layer_curves
 from umd.train.layers import Layers
 from umd.train.loop import train
@@ -18,7 +18,6 @@ from umd.train.run import RunConfig
 from umd.train.settings import DataConfig, OptimConfig
 from umd.train.shards import share
 
-SOURCE = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
 STEPS = 2000
 SHOTS = 100
 TIMES = (0, 10, 50, 100, 200, 400, 700)
@@ -29,14 +28,14 @@ NETWORK = dict(image_size=(28, 28), channels=1, hidden_size=96, depth=6, decoder
 
 def layers_config(options: Reproduce) -> RunConfig:
     """A UMD of 6 + 6 blocks, 96 wide, on Fashion-MNIST in patches of 4x4."""
-    if not SOURCE.exists():
-        raise UserError(f"there is no {SOURCE}: apt-get install dataset-fashion-mnist (Debian, Ubuntu)")
+    if not FASHION.exists():
+        raise UserError(f"there is no {FASHION}: apt-get install dataset-fashion-mnist (Debian, Ubuntu)")
     return replace(
         PRESETS["umd-tiny"][1],
         out=options.out / "layers-umd",
         model=model_config("UMD-Ti/4", **NETWORK),
         objective=OBJECTIVES["umd"],
-        data=DataConfig(str(SOURCE), num_workers=0),
+        data=DataConfig(str(FASHION), num_workers=0),
         optim=OptimConfig(lr=2e-3),
         batch_size=128,
         minutes=0,
@@ -61,6 +60,6 @@ def reproduce(options: Reproduce, console: Console) -> None:
         console.print(f"t = {time}: best {best} {most:.3f}", highlight=False)
     accuracy = {"UMD": {str(time): row for time, row in found.items()}}
     record = {"steps": config.steps, "shots": SHOTS, "accuracy": accuracy}
-    (options.figures / "layers.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(options.figures / "layers.json", record)
     layer_curves({"UMD": found}, options.figures / "layers.png", SHOTS)
     console.print(f"written: {options.figures / 'layers.json'} and .png", highlight=False)

@@ -4,7 +4,6 @@ Each case runs in a process of its own, as in a training. In every round, each c
 the ratios, not the seconds: a ratio is the median of the ratios within each round.
 """
 
-import json
 import statistics
 import tarfile
 import tempfile
@@ -25,9 +24,10 @@ from rich.table import Table
 from torch import Tensor
 
 from umd.bench.options import LoaderBench
-from umd.bench.step import WARMUP, count_flops, machine, own_process
+from umd.bench.step import WARMUP, count_flops, diffusers_dit, machine, own_process
 from umd.bench.training import LR, Step, train_step, with_modulation
 from umd.config import ObjectiveConfig
+from umd.files import write_json
 from umd.machine.device import keep_freed_memory, pick_device, seconds_of, take_device
 from umd.model import UMD
 from umd.objective import Objective
@@ -74,16 +74,18 @@ def reading(bench: LoaderBench) -> Iterator[Case]:
 def step_on_stored(bench: LoaderBench) -> Iterator[Case]:
     """Make a training step on stored latents, and wait for its batch."""
     umd = umd_step(bench)
+    # More steps than batches wait in the loader's queue, which fills up between two measurements.
+    in_a_row = 1 if bench.device == "cpu" else 8
     with stored_batches(bench, bench.num_workers, bench.batch) as batches:
 
         def measure() -> dict[str, float]:
-            start = time.perf_counter()
-            latents = next(batches).x_start
-            wait = time.perf_counter() - start
-            return {
-                "umd, stored latents": wait + seconds_of(lambda: umd(latents), bench.device),
-                "waiting for them": wait,
-            }
+            wait = step = 0.0
+            for _ in range(in_a_row):
+                start = time.perf_counter()
+                latents = next(batches).x_start
+                wait += time.perf_counter() - start
+                step += seconds_of(partial(umd, latents), bench.device)
+            return {"umd, stored latents": (wait + step) / in_a_row, "waiting for them": wait / in_a_row}
 
         yield Case(measure, bench.batch, {"umd, stored latents": lambda: partial(umd_step(bench), latents(bench))})
 
@@ -194,7 +196,7 @@ RATIOS = [
 
 
 def autocast(bench: LoaderBench):
-    return torch.autocast(bench.device, dtype=torch.bfloat16, enabled=bench.dtype == "bf16")
+    return torch.autocast(torch.device(bench.device).type, dtype=torch.bfloat16, enabled=bench.dtype == "bf16")
 
 
 def pictures(bench: LoaderBench, count: int) -> Tensor:
@@ -257,17 +259,8 @@ def umd_step(bench: LoaderBench) -> Callable[[Tensor], object]:
 
 def dit_step(bench: LoaderBench) -> Callable[[Tensor], None]:
     """Training step of diffusers' DiT: as many blocks as UMD's encoder plus decoder, noise-prediction loss."""
-    from diffusers import DiTTransformer2DModel
-
     config, schedule = bench.config(), NoiseSchedule("linear")
-    model = DiTTransformer2DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.hidden_size // config.num_heads,
-        in_channels=config.channels,
-        num_layers=config.depth + config.decoder_depth,
-        sample_size=bench.latent_size,
-        patch_size=config.patch_size,
-    ).to(bench.device)
+    model = diffusers_dit(config, config.depth + config.decoder_depth).to(bench.device)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
 
@@ -332,8 +325,7 @@ def run(bench: LoaderBench, console: Console) -> dict:
     result = {"settings": settings, "rows": rows, "ratios": ratios}
     show(bench, result, console)
     if bench.json is not None:
-        bench.json.parent.mkdir(parents=True, exist_ok=True)
-        bench.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(bench.json, result)
     return result
 
 

@@ -69,7 +69,8 @@ METHODS = (
     Method("UMD", UMD_OBJECTIVE),
 )
 # Table 2. Two numbers are unreadable in our copy of the paper. The hours in the table's first row bound them, as time
-# is proportional to (3 · visible + 256) tokens: 70 h for 60 means a share of 0.15 to 0.2, and 48 h a ratio of 0.7.
+# is proportional to (3 · visible + 256) tokens. With fewer noise-free samples the hours rise from 60 to 70: a share of
+# 0.15 to 0.2. With more of the noised ones masked they fall to 48: a ratio of 0.7.
 ABLATIONS = (
     Method("UMD, only x0", UMD_OBJECTIVE, head="x0", ablation=True),
     Method("UMD, only noise", UMD_OBJECTIVE, head="eps", ablation=True),

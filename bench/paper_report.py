@@ -1,6 +1,5 @@
 """Write docs/results/paper.json, .md and .png from what `umd bench reproduce paper` has finished so far."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from umd.files import write_whole
+from umd.files import write_json, write_whole
 from umd.images import grid, save_png
 from umd.report.figures import COLOURS, STYLE
 
@@ -316,7 +315,7 @@ def spent(record: Mapping[str, Any]) -> list[str]:
 def write_report(record: Mapping[str, Any], out: Path, figures: Path) -> None:
     """Write paper.json, the figures, and the part of paper.md between two marks. The text around it stays."""
     figures.mkdir(parents=True, exist_ok=True)
-    write_whole(figures / "paper.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_json(figures / "paper.json", record)
     file = figures / "paper.md"
     text = file.read_text("utf-8") if file.exists() else f"# The paper in small\n\n{BEGIN}\n{END}\n"
     before, after = text.split(BEGIN)[0], text.split(END)[-1]

@@ -4,7 +4,6 @@ The folder consists of hard links to a few JPEGs, so it needs little disk space.
 like a separate file. The network is small and untrained, as the benchmark is about everything but the network.
 """
 
-import json
 import os
 import tempfile
 import time
@@ -20,6 +19,7 @@ from umd.bench.options import ProbeBench
 from umd.bench.step import machine
 from umd.checkpoint import save_checkpoint
 from umd.config import model_config
+from umd.files import write_json
 from umd.machine.device import peak_memory
 from umd.methods import build_model
 from umd.train.options import Probe
@@ -40,7 +40,7 @@ def run(bench: ProbeBench, console: Console) -> dict[str, float]:
         console.print(f"{name:28} {value:12,.1f}", highlight=False)
     if bench.json is not None:
         record = {"machine": machine("cpu"), "bench": {k: str(v) for k, v in asdict(bench).items()}, "figures": figures}
-        bench.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(bench.json, record)
     return figures
 
 

@@ -4,7 +4,6 @@ Run it on the disk you train from: `--folder /network/disk`. Cold means that the
 before each measurement the system is told to drop them (`posix_fadvise`, needs no privileges). Linux only.
 """
 
-import json
 import multiprocessing
 import os
 import statistics
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache, partial
 from itertools import islice
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from rich.table import Table
 
 from umd.bench.options import ReadsBench
 from umd.bench.step import machine
-from umd.files import flush
+from umd.files import flush, write_json
 from umd.train.data import sample_keys
 from umd.train.latent_batches import StoredViews
 from umd.train.latents import BLOCK, LatentDataset, finish, open_latents, shard_bytes, shard_name
@@ -96,9 +96,10 @@ def first_batches(bench: ReadsBench, dataset: LatentDataset, way: str) -> list[K
     return list(islice(keys, bench.count // bench.batch))
 
 
-def read_share(dataset: LatentDataset, way: str, batches: list[Keys], rank: int, size: int) -> None:
-    """Read the share of the batches of process `rank` of `size`."""
+def read_share(dataset: LatentDataset, way: str, batches: list[Keys], rank: int, size: int, ready: Barrier) -> None:
+    """Read the share of the batches of process `rank` of `size`, once all are ready."""
     read = WAYS[way][0](dataset)
+    ready.wait()
     for keys in batches:
         read(keys[rank * len(keys) // size : (rank + 1) * len(keys) // size])
 
@@ -113,11 +114,13 @@ def measure(bench: ReadsBench, dataset: LatentDataset, way: str, size: int, cold
             os.close(descriptor)
     batches = first_batches(bench, dataset, way)
     fork = multiprocessing.get_context("fork")
-    readers = [fork.Process(target=read_share, args=(dataset, way, batches, rank, size)) for rank in range(size)]
-    begun, cpu_before, bytes_before = time.perf_counter(), cpu_seconds(), bytes_read()
-    requests_before = requests(files[0])
+    ready = fork.Barrier(size + 1)
+    readers = [fork.Process(target=read_share, args=(dataset, way, batches, rank, size, ready)) for rank in range(size)]
     for reader in readers:
         reader.start()
+    cpu_before, bytes_before, requests_before = cpu_seconds(), bytes_read(), requests(files[0])
+    ready.wait()
+    begun = time.perf_counter()
     for reader in readers:
         reader.join()
         assert reader.exitcode == 0, f"a process that reads by {way} failed"
@@ -163,8 +166,7 @@ def run(bench: ReadsBench, console: Console) -> list[dict]:
     show(rows, console)
     if bench.json is not None:
         settings = {name: value for name, value in asdict(bench).items() if name not in ("json", "folder")}
-        bench.json.parent.mkdir(parents=True, exist_ok=True)
-        bench.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+        write_json(bench.json, {"settings": settings, "rows": rows})
     return rows
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from umd.bench.options import Reproduce
 from umd.config import OBJECTIVES, ClassifierConfig, ClassifierObjectiveConfig, ModelConfig, model_config
+from umd.files import write_json
 from umd.report.figures import COLOURS, STYLE
 from umd.train.emoji import GROUPS, load
 from umd.train.log import read_metrics
@@ -157,7 +158,7 @@ def reproduce(options: Reproduce, console: Console) -> None:
     draw(plan, rows, options.figures / "recognition.png")
     stored = {"shots": plan.shots, "steps": plan.steps, "pretraining": plan.pretraining, "seeds": plan.seeds}
     stored |= {"minutes": minutes(plan), "rows": [asdict(row) for row in rows]}
-    (options.figures / "recognition.json").write_text(json.dumps(stored, indent=1) + "\n")
+    write_json(options.figures / "recognition.json", stored)
 
 
 def compare(plan: Comparison, console: Console) -> list[Row]:

@@ -6,7 +6,6 @@ files that the first has kept.
 """
 
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -25,6 +25,7 @@ from umd.bench.options import ProbeBench, ScaleBench
 from umd.bench.probe import link_pictures
 from umd.bench.step import machine
 from umd.errors import UserError
+from umd.files import write_json
 
 TINY = "--model.hidden-size 32 --model.depth 1 --model.decoder-depth 1 --model.num-heads 2 --model.image-size 32 32"
 TINY += " --batch-size 64 --save-every 1 --draw-every 0 --device cpu --data.num-workers 2"
@@ -61,7 +62,7 @@ def run(bench: ScaleBench, console: Console) -> list[Row]:
     if bench.json is not None:
         settings = {**asdict(bench), "folder": None, "json": None}
         record = {"machine": machine("cpu"), "settings": settings, "rows": [asdict(row) for row in rows]}
-        bench.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(bench.json, record)
     return rows
 
 
@@ -104,15 +105,19 @@ def command(line: str, cache: Path, until: Path | None = None, shows: str = "") 
     with tempfile.TemporaryFile() as said:
         began = time.perf_counter()
         process = subprocess.Popen([sys.executable, "-m", "umd.cli", *line.split()], env=env, stdout=said, stderr=said)
-        while until is not None and process.poll() is None and not any(until.glob(shows)):
+        # Left for wait4, which alone tells the memory.
+        exited = partial(os.waitid, os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        shown = False
+        while until is not None and not shown and exited() is None:
             time.sleep(0.05)
+            shown = any(until.glob(shows))
         seconds = time.perf_counter() - began
         if until is not None:
             process.kill()
         _, status, usage = os.wait4(process.pid, 0)
         if until is None:
             seconds = time.perf_counter() - began
-        if status and until is None:
+        if status and not shown:
             said.seek(0)
             raise UserError(f"umd {line} failed: {said.read().decode()[-2000:]}")
     return seconds, usage.ru_maxrss * 1024 / 1e9

@@ -13,7 +13,6 @@ seconds.
 """
 
 import itertools
-import json
 import multiprocessing
 import os
 import statistics
@@ -23,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from umd import ops
 from umd.bench.options import StepBench
 from umd.bench.training import Step, host_time, on_batch, our_optimizer, timed, train_step, with_modulation
-from umd.config import ObjectiveConfig
+from umd.config import ModelConfig, ObjectiveConfig
 from umd.errors import UserError
+from umd.files import write_json
 from umd.machine.device import keep_freed_memory, pick_device, pick_dtype, take_device
 from umd.model import UMD
 from umd.objective import Objective
@@ -126,19 +127,21 @@ def baseline_step(bench: StepBench, model: torch.nn.Module, loss: Callable[[], T
     return step
 
 
-def dit_step(bench: StepBench, compiled: bool = False) -> Step:
-    """Make a training step of diffusers' DiT with the noise-prediction loss."""
+def diffusers_dit(config: ModelConfig, depth: int, **more: Any) -> Any:
+    """diffusers' DiT of a network's widths, with `depth` blocks. Raises ImportError."""
     from diffusers import DiTTransformer2DModel
 
+    return DiTTransformer2DModel(
+        num_attention_heads=config.num_heads, attention_head_dim=config.hidden_size // config.num_heads,
+        in_channels=config.channels, num_layers=depth, sample_size=config.image_size[0], patch_size=config.patch_size,
+        **more,
+    )  # fmt: skip
+
+
+def dit_step(bench: StepBench, compiled: bool = False) -> Step:
+    """Make a training step of diffusers' DiT with the noise-prediction loss."""
     config = bench.config()
-    model = DiTTransformer2DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.hidden_size // config.num_heads,
-        in_channels=config.channels,
-        num_layers=config.depth,
-        sample_size=bench.image_size,
-        patch_size=config.patch_size,
-    ).to(bench.device)
+    model = diffusers_dit(config, config.depth).to(bench.device)
     model.train()
     network = static_compile(model) if compiled else model
     x, schedule = images(bench), NoiseSchedule("cosine")
@@ -360,8 +363,7 @@ def run(bench: StepBench, console: Console) -> list[Row]:
     rows = measure(bench, console)
     print_rows(bench, rows, console)
     if bench.json is not None:
-        bench.json.parent.mkdir(parents=True, exist_ok=True)
-        bench.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        write_json(bench.json, [asdict(row) for row in rows])
     return rows
 
 

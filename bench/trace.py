@@ -3,7 +3,6 @@
 In GPU traces kernels are compared, in CPU traces ops, each without the ops inside it. All times are per step.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from rich.text import Text
 
 from umd.bench.options import TraceBench
 from umd.errors import UserError
+from umd.files import write_json
 from umd.train.trace import Trace, read_trace, readable
 
 TOTAL, IDLE, LAUNCHING, STEP = WHOLE = ("total", "GPU idle", "host, launching", "step")  # groups with a single row
@@ -117,8 +117,7 @@ def run(options: TraceBench, console: Console) -> list[Row]:
         console.print(f"{letter}: {trace.path}: {marked}", highlight=False, markup=False, soft_wrap=True)
     print_rows(rows, a.on_gpu, console)
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        write_json(options.json, [asdict(row) for row in rows])
     return rows
 
 

@@ -9,10 +9,9 @@ without training: the nearest visible frame in time, and the mean of the visible
 """
 
 import importlib.util
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from umd.bench.options import Reproduce
 from umd.config import DiffMAEConfig, DiffMAEObjectiveConfig
 from umd.diffmae import DiffMAE, fill
 from umd.errors import UserError
+from umd.files import write_json
 from umd.images import grid, save_png, to_uint8
 from umd.train.clips import decode_clip
 from umd.train.data import center_view, open_dataset
@@ -33,11 +33,10 @@ from umd.train.evaluate import open_run_of, schedule_of
 from umd.train.inpaint import hole_mask, save_gif, save_mp4
 from umd.train.log import read_metrics
 from umd.train.loop import train
+from umd.train.pixels import Split
 from umd.train.presets import PRESETS
 from umd.train.run import RunConfig
 from umd.train.settings import DataConfig, OptimConfig
-
-Split = Literal["train", "test"]
 
 FRAMES, TUBELET = 8, 2
 SIZE = {"video": (16, 32), "real-video": (32, 32)}
@@ -153,8 +152,9 @@ def places(x: Tensor, emoji: Tensor) -> Tensor:
     Returns left edges [B, F].
     """
     B, C, F, H, W = x.shape
-    ink = (1 - x).transpose(1, 2).reshape(1, B * F * C, H, W)  # zero where white, so the squared error is least where
-    kernel = (1 - emoji).repeat_interleave(F, 0)  # [B·F, C, H, EMOJI]           this correlates most
+    # Zero where white: the squared error is least where this correlates most.
+    ink = (1 - x).transpose(1, 2).reshape(1, B * F * C, H, W)
+    kernel = (1 - emoji).repeat_interleave(F, 0)  # [B·F, C, H, EMOJI]
     return torch.nn.functional.conv2d(ink, kernel, groups=B * F).view(B, F, -1).argmax(-1)
 
 
@@ -235,7 +235,7 @@ def reproduce(options: Reproduce, console: Console) -> None:
         "minutes": read_metrics(config.out / "metrics.jsonl")[-1]["seconds"] / 60,
         "rows": [asdict(row) for row in rows],
     }  # fmt: skip
-    (options.figures / f"{options.part}.json").write_text(json.dumps(stored, indent=1) + "\n")
+    write_json(options.figures / f"{options.part}.json", stored)
     shown, n = 4, len(drawn[0][0])
     # The first real clips are from Big Buck Bunny, which may be shown: (c) Blender Foundation, CC BY 3.0.
     chosen = np.linspace(0, n - 1, shown).astype(int) if options.part == "video" else np.arange(min(3, n))

@@ -18,5 +18,5 @@ if [ -n "$dead" ]; then
     exit 2
 fi
 # The first word may be another command of umd than pretrain: finetune RUN, evaluate RUN, encode-latents.
-case ${1-} in finetune | evaluate | sample | probe | encode-latents | encode-pixels) ;; *) set -- pretrain "$@" ;; esac
+case ${1-} in finetune | evaluate | sample | probe | transfer | embed | encode-latents | encode-pixels) ;; *) set -- pretrain "$@" ;; esac
 exec deepspeed --hostfile "$HOSTFILE" --module umd.cli "$@"

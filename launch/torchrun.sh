@@ -5,6 +5,6 @@
 set -euo pipefail
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 # The first word may be another command of umd than pretrain: finetune RUN, evaluate RUN, encode-latents.
-case ${1-} in finetune | evaluate | sample | probe | encode-latents | encode-pixels) ;; *) set -- pretrain "$@" ;; esac
+case ${1-} in finetune | evaluate | sample | probe | transfer | embed | encode-latents | encode-pixels) ;; *) set -- pretrain "$@" ;; esac
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 exec torchrun --standalone --nproc_per_node "$GPUS" -m umd.cli "$@"

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 import time
@@ -71,6 +72,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # a folder that is missing or read-only holds no temporary file
             unfinished.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON, in a folder that is made where it is missing. Raises UserError and OSError."""
+    make_folder(path.parent)
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def check_place(*files: Path, instead: str = "give another --out") -> None:

@@ -23,7 +23,7 @@ def idx_files(folder):
 
 
 def test_the_command_trains_measures_and_draws(tmp_path, monkeypatch):
-    monkeypatch.setattr("umd.bench.layers.SOURCE", idx_files(tmp_path))
+    monkeypatch.setattr("umd.bench.layers.FASHION", idx_files(tmp_path))
     monkeypatch.setattr("umd.bench.layers.SHOTS", 3)
     monkeypatch.setattr("umd.bench.layers.TIMES", (0, 50))
     options = f"--steps 2 --out {tmp_path / 'runs'} --figures {tmp_path / 'figures'} --device cpu"
@@ -46,6 +46,6 @@ def test_pictures_that_are_not_there_are_named(tmp_path, monkeypatch):
     from umd.bench.layers import reproduce
     from umd.bench.options import Reproduce
 
-    monkeypatch.setattr("umd.bench.layers.SOURCE", tmp_path / "none.gz")
+    monkeypatch.setattr("umd.bench.layers.FASHION", tmp_path / "none.gz")
     with pytest.raises(UserError, match="apt-get install dataset-fashion-mnist"):
         reproduce(Reproduce("layers", figures=tmp_path / "figures"), Console(quiet=True))

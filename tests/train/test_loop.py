@@ -74,7 +74,7 @@ def tiny(tmp_path, source):
 
 
 def start(config: RunConfig, prefix: tuple[str, ...] = ("nice",)) -> subprocess.Popen:
-    """`umd pretrain config.yaml` in a process group of its own, as in a terminal; niced, so tests see each of its steps."""
+    """`umd pretrain config.yaml` in a process group of its own, as in a terminal; niced, so tests see each step."""
     file = Path(f"{config.out}.yaml")
     file.parent.mkdir(exist_ok=True)
     file.write_text(yaml.safe_dump(to_plain(config)))
