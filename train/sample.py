@@ -12,6 +12,7 @@ import shutil
 import socket
 import zipfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from glob import escape
 from pathlib import Path
@@ -184,7 +185,10 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
         except FileNotFoundError:  # another rank also found all parts done, and was faster
             if not is_there(files, recipe):
                 raise
-        shutil.rmtree(folder, ignore_errors=True)
+        removed = folder.with_name(f"{folder.name}-removed")
+        with suppress(OSError):  # another rank was faster
+            folder.rename(removed)  # at once, so that a rank still at work leaves nothing in it
+        shutil.rmtree(removed, ignore_errors=True)
     where = f"{files[0]} and {files[1]}"
     console.print(f"{count} samples in {where}", highlight=False, markup=False, soft_wrap=True)
 
