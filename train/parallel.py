@@ -15,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from umd.checkpoint import load_optimizer_tensors, optimizer_tensors
+from umd.classifier import BatchNorm
 from umd.ema import EMA, HasParameters
 from umd.machine.device import autocast
 from umd.methods import AnyCorruption, AnyModel
@@ -199,7 +200,17 @@ class DDP(Alone):
         self.loss.require_backward_grad_sync = last  # the flag behind DDP's no_sync()
         return super().forward_backward(x_start, corruption, last)
 
+    def average_moments(self) -> None:
+        """Average the running moments of batch norms, which each rank counts on its own, over the ranks.
+
+        So the network that is scored is that of the checkpoint, on every rank.
+        """
+        for norm in (module for module in self.model.modules() if isinstance(module, BatchNorm)):
+            for moment in norm.parameters():
+                self.weights.world.mean_(moment)
+
     def tensors(self, ema: EMA | None) -> dict[str, Tensors]:
+        self.average_moments()
         return super().tensors(None) | ({} if ema is None else {"ema": self.weights.gather(ema.state_dict(), "ema")})
 
     def load(self, parts: Mapping[str, Tensors], ema: EMA | None) -> None:
@@ -209,6 +220,7 @@ class DDP(Alone):
 
     @contextmanager
     def averaged(self, ema: EMA | None) -> Iterator[AnyModel]:
+        self.average_moments()
         if ema is None:
             yield self.model
             return

@@ -25,6 +25,7 @@ from umd.config import ClassifierConfig, ClassifierObjectiveConfig, ModelConfig
 from umd.errors import UserError
 from umd.methods import build_model
 from umd.metrics import FeatureStatistics
+from umd.train.classify import open_held_out, score
 from umd.train.data import open_dataset
 from umd.train.distributed import Watch, World, trace_exchanges
 from umd.train.log import NoLog, read_metrics
@@ -34,6 +35,7 @@ from umd.train.run import RunConfig, to_plain
 from umd.train.saves import BackgroundSave, finished, save_last
 from umd.train.settings import DataConfig, OptimConfig, ParallelConfig
 from umd.train.spread import spread
+from umd.train.weights import load_model
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=2, decoder_depth=1, num_heads=2)
@@ -306,7 +308,8 @@ def test_ranks_draw_and_score_together(folder):
         folder, "draws-classifier", "ddp", model=CLASSIFIER, optim=OptimConfig(lr=0.03),
         objective=ClassifierObjectiveConfig(), **changes,
     )  # fmt: skip
-    train_on(2, [*cases, classifier])
+    linear = replace(classifier, out=folder / "draws-linear", model=replace(CLASSIFIER, linear=True))
+    train_on(2, [*cases, classifier, linear])
     alone = replace(cases[0], out=folder / "draws-alone", accumulate=2)
     train(alone, QUIET)
     for config in cases:
@@ -336,6 +339,10 @@ def test_ranks_draw_and_score_together(folder):
     ours, theirs = (json.loads((c.out / "scores.json").read_text()) for c in (classifier, one))
     assert ours["confusion"] == theirs["confusion"] and ours["top-1"] == theirs["top-1"]
     assert np.sum(ours["confusion"]) == ours["images"] > 0
+
+    logged = json.loads((linear.out / "scores.json").read_text())["confusion"]
+    saved = score(load_model(linear.out, ema=False), open_held_out(linear), linear.data, torch.float32)
+    assert logged == saved.confusion.tolist()  # with the batch norm's moments of both ranks
 
 
 def test_every_rank_has_the_averaged_network_whole(runs):
