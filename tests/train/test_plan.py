@@ -17,7 +17,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from umd import ops
-from umd.config import OBJECTIVES, ModelConfig
+from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, ModelConfig, ScheduleConfig
 from umd.errors import UserError
 from umd.methods import build_model, build_objective
 from umd.schedule import NoiseSchedule
@@ -95,6 +95,13 @@ def test_counting_leaves_nothing_behind_and_meets_nothing_left():
     corrupt = build_objective(TINY, run_config().objective, NoiseSchedule("cosine"))
     layout = corrupt.corrupt(4, 0, torch.device("cpu")).layout
     assert layout.encoder.cu_seqlens.tolist() == [0, 11, 22, 27, 32]
+
+
+def test_the_schedule_planned_with_is_the_runs():
+    model = DiffMAEConfig((8, 8), 3, 2, 32, 1, 2, decoder_hidden_size=32, decoder_depth=1, decoder_num_heads=2)
+    objective, schedule = DiffMAEObjectiveConfig(min_time=2000), ScheduleConfig(num_steps=4000)
+    config = run_config(model=model, objective=objective, schedule=schedule)
+    assert make_plan(config, Cluster(gpus=1)).peak > 0
 
 
 # Peak memory of a real process: three optimisation steps of the training loop's parts.
