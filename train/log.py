@@ -57,7 +57,7 @@ class RunLog:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(name, total=1.0, note="")
-        self._beside = Comparison(reference)
+        self._beside = Comparison(reference, start)
         self._last_line = 0.0
 
     def __enter__(self) -> "RunLog":
