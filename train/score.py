@@ -337,11 +337,12 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 def error_lines(entry: Mapping[str, Any]) -> list[str]:
     """Write the errors by timestep as a table."""
-    curves = entry["curves"]
+    curves, settings = entry["curves"], entry["settings"]
+    split = {"train": "training", "test": "held-out"}[settings["data"]["split"]]
     what = (
-        f"On {entry['pictures']} held-out pictures, with the same noise and masks for every network; ± standard error."
+        f"On {entry['pictures']} {split} pictures, with the same noise and masks for every network; ± standard error."
     )
-    lines = [f"## Squared error by model time, step {entry['settings']['weights']['step']}", "", what, ""]
+    lines = [f"## Squared error by model time, step {settings['weights']['step']}", "", what, ""]
     lines += table_head(["t", *(NAMES[name] for name in curves)])
     for i, time in enumerate(entry["times"]):
         cells = [(curve["mean"][i], curve["se"][i]) for curve in curves.values()]
