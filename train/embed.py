@@ -14,9 +14,9 @@ from rich.console import Console
 
 from umd.errors import UserError
 from umd.files import check_apart, check_place
-from umd.train.data import open_dataset
+from umd.train.data import Dataset, open_dataset
 from umd.train.evaluate import open_run
-from umd.train.features import Dataset, Features, pictures_of
+from umd.train.features import Features, pictures_of
 from umd.train.options import Embed
 from umd.train.probe import names_of, of, probe_recipe, published_zoom, representation
 from umd.train.run import RunConfig, at_size

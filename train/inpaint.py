@@ -29,7 +29,7 @@ from umd.pixel_stats import unstandardize
 from umd.sampler import inpaint, model_times
 from umd.schedule import NoiseSchedule
 from umd.train.crops import centered_box
-from umd.train.data import center_view, centered_view_of_file, open_dataset
+from umd.train.data import center_view, centered_view_of_file, evenly, open_dataset
 from umd.train.evaluate import denoiser, open_run, sampling_progress, schedule_of
 from umd.train.fingerprint import check_trained_on
 from umd.train.options import Inpaint
@@ -82,7 +82,7 @@ def pictures_and_mask(
             raise UserError(f"{dataset.name} has no held-out images to inpaint; name pictures with --image")
         if (config.out / "checkpoints").is_dir():
             check_trained_on(config.out, config, "name pictures with --image", log.warning)
-        x = center_view(dataset, np.linspace(0, len(dataset) - 1, DEFAULT_IMAGES).astype(int), config.data)
+        x = center_view(dataset, evenly(len(dataset), DEFAULT_IMAGES), config.data)
     tubelet_size = getattr(config.model, "tubelet_size", 1)
     return x, hole_mask(mask, x, config.model.patch_size, seed, mask_ratio, tubelet_size, images if x.ndim == 4 else ())
 

@@ -24,16 +24,16 @@ from umd.layers import set_recompute_gelu
 from umd.machine.device import keep_freed_memory, take_device
 from umd.methods import AnyModel, AnyObjective, build_model, build_objective
 from umd.objective import Part
-from umd.schedule import NoiseSchedule
 from umd.spans import span
 from umd.train.classify import open_held_out
 from umd.train.curves import reference_of
-from umd.train.data import ImageDataset, derive_seed, describe, open_dataset, reader, train_loader
+from umd.train.data import Dataset, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import GO_ON, World, end_all, join
 from umd.train.diverged import check_finite, check_weights
+from umd.train.evaluate import schedule_of
 from umd.train.fingerprint import agreed_fingerprint
 from umd.train.heads import keep_heads
-from umd.train.latents import LatentDataset, with_vae
+from umd.train.latents import with_vae
 from umd.train.lock import alone_in
 from umd.train.log import NoLog, RunLog, check_wandb
 from umd.train.monitor import Distance, Rate, announce, draw, evaluate, shower
@@ -124,7 +124,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str, bui
 class Run:
     """The state of a training run on one rank: its parts, and how far it is."""
 
-    def __init__(self, config: RunConfig, world: World, dataset: ImageDataset | LatentDataset):
+    def __init__(self, config: RunConfig, world: World, dataset: Dataset):
         self.config, self.world, self.dataset = config, world, dataset
         self.number, self.seconds = 0, 0.0  # steps done, seconds of training
         self.saved_path: Path | None = None
@@ -145,7 +145,7 @@ class Run:
     saved: dict  # state of the checkpoint that the run resumes from; {} for a new run
     source: dict  # fingerprint of the dataset
     background: BackgroundSave | None
-    held_out: ImageDataset | LatentDataset | None
+    held_out: Dataset | None
     preview: Tensor | None
 
     @property
@@ -255,8 +255,7 @@ def set_up(
         say(note)
     run = Run(config, world, dataset)
     run.dtype = dtype
-    schedule = NoiseSchedule(config.schedule.name, config.schedule.num_steps, config.schedule.rho)
-    run.objective = objective = build(config.model, config.objective, schedule, len(dataset))
+    run.objective = objective = build(config.model, config.objective, schedule_of(config.schedule), len(dataset))
     if config.model.num_classes > 0 and len(dataset.class_names) != config.model.num_classes:
         raise UserError(
             f"the model has {config.model.num_classes} classes but {dataset.name} has {len(dataset.class_names)}; "

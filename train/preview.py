@@ -17,7 +17,7 @@ from umd.model import UMD
 from umd.objective import DiffMAEObjective, Objective
 from umd.peers import mae_pixels
 from umd.sampler import ddim_sample, model_times
-from umd.train.data import center_view, open_dataset
+from umd.train.data import center_view, evenly, open_held_out_or_train
 from umd.train.latents import tokenizer_of
 from umd.train.run import RunConfig
 from umd.train.settings import DataConfig
@@ -145,11 +145,8 @@ def rgb(x: Tensor) -> np.ndarray:
 
 def preview_images(config: RunConfig, device: torch.device) -> Tensor:
     """Read a few held-out images, or training images if none are held out: [n, C, H, W]."""
-    dataset = open_dataset(config.data, "test")
-    if len(dataset) == 0:
-        dataset = open_dataset(config.data, "train")
-    chosen = np.linspace(0, len(dataset) - 1, min(PREVIEW_IMAGES, len(dataset))).astype(int)
-    return center_view(dataset, chosen, config.data).to(device)
+    dataset = open_held_out_or_train(config.data)
+    return center_view(dataset, evenly(len(dataset), PREVIEW_IMAGES), config.data).to(device)
 
 
 def preview_rows(

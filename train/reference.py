@@ -21,7 +21,8 @@ from umd.files import sha256, written_whole
 from umd.images import from_uint8, to_uint8
 from umd.metrics import FeatureStatistics, frechet_distance, inception_score, kernel_distance, precision_recall
 from umd.tokenizer import Tokenizer
-from umd.train.features import Dataset, Extract, Features, Pictures, identity_of, name_of, pictures_of
+from umd.train.data import Dataset
+from umd.train.features import Extract, Features, Pictures, identity_of, name_of, pictures_of
 from umd.train.latents import LatentDataset
 from umd.train.settings import DataConfig
 
