@@ -30,6 +30,7 @@ SamplerName = Literal["ddim", "ddpm", "dpm++", "heun", "unipc"]
 Prediction = Literal["eps", "x_start", "both"]
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
 Capture = Literal["auto", "on", "off"]
+ScheduleName = Literal["cosine", "linear", "linear_rho", "edm"]
 
 
 @dataclass(frozen=True)
@@ -404,7 +405,7 @@ class ClassifierObjectiveConfig:
 class ScheduleConfig:
     """Noise schedule."""
 
-    name: Literal["cosine", "linear", "linear_rho", "edm"] = "cosine"
+    name: ScheduleName = "cosine"
     """How noise grows with time. cosine: for pixels. linear: for latents. linear_rho: for DiffMAE. edm: for MaskDiT
     as published."""
     num_steps: Count = 1000
