@@ -16,6 +16,7 @@ from umd.heads import between, head_products, head_times, head_weights
 from umd.model import UMD
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
+from umd.train.console import say
 from umd.train.data import center_view, evenly, open_held_out_or_train
 from umd.train.evaluate import denoiser, schedule_of
 from umd.train.fingerprint import check_trained_on
@@ -101,7 +102,7 @@ def heads_of(config: RunConfig, weights: dict[str, Any], network: UMD, dtype: to
     file = heads_file(config.out, weights)
     if (heads := read_heads(file)) is not None:
         return heads
-    check_trained_on(config.out, config, "leave out --predict both", partial(console.print, highlight=False))
+    check_trained_on(config.out, config, "leave out --predict both", partial(say, console))
     schedule = schedule_of(config.schedule)
     products, about = measured(network, config, schedule, dtype)
     heads = Heads.of(products, schedule)
@@ -110,10 +111,7 @@ def heads_of(config: RunConfig, weights: dict[str, Any], network: UMD, dtype: to
         where = f"kept in {file}"
     except OSError as error:  # a read-only run
         where = f"not kept ({error.strerror or error})"
-    console.print(
-        f"the heads of these weights were not measured yet: done on {about['pictures']} pictures, {where}",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+    say(console, f"the heads of these weights were not measured yet: done on {about['pictures']} pictures, {where}")
     return heads
 
 

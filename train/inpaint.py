@@ -28,6 +28,7 @@ from umd.model import UMD
 from umd.pixel_stats import unstandardize
 from umd.sampler import inpaint, model_times
 from umd.schedule import NoiseSchedule
+from umd.train.console import say
 from umd.train.crops import centered_box
 from umd.train.data import center_view, centered_view_of_file, evenly, open_dataset
 from umd.train.evaluate import denoiser, open_run, sampling_progress, schedule_of
@@ -58,7 +59,7 @@ def inpaint_run(run: Path, options: Inpaint, config: RunConfig, console: Console
         f"masked, {filled.samples.shape[1]} samples, original, a row an image: {out}",
         f"the samples on their way: {out.with_name(f'{out.stem}-steps.png')}; one by one: {out.with_suffix('')}",
     ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
 
 
 class Fillings(NamedTuple):
@@ -114,7 +115,7 @@ def check_out(out: Path, options: Inpaint, source: str, console: Console) -> Non
     if found := next((path for path in (out, steps) if path.resolve() in given), None):
         raise UserError(f"{found} is a picture that is given, and would be written over; give another --out")
     if out.exists():
-        console.print(f"{out} is there, and will be replaced", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{out} is there, and will be replaced")
 
 
 def check_mp4(config: RunConfig) -> None:

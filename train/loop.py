@@ -26,6 +26,7 @@ from umd.methods import AnyModel, AnyObjective, build_model, build_objective
 from umd.objective import Part
 from umd.spans import span
 from umd.train.classify import open_held_out
+from umd.train.console import say
 from umd.train.curves import reference_of
 from umd.train.data import Dataset, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import GO_ON, World, end_all, join
@@ -90,11 +91,11 @@ def train(
 def train_rank(config: RunConfig, world: World, console: Console, name: str, build: BuildObjective) -> Path:
     """Run `train` on one rank. Only rank 0 prints, logs, draws and writes."""
 
-    def say(text: str) -> None:
+    def tell(text: str) -> None:
         if world.main:
-            console.print(f"{name}: {text}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{name}: {text}")
 
-    run = set_up(config, world, build, say)
+    run = set_up(config, world, build, tell)
     settings = to_plain(run.config)
     reference = reference_of(config)
     writer: RunLog | NoLog = NoLog()

@@ -3,7 +3,6 @@
 Imports no torch, so that `--help` and a mistyped option are answered at once.
 """
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +11,7 @@ from tyro.conf import Positional, arg
 
 from umd.config import Capture, GuidanceSchedule, SamplerName
 from umd.errors import UserError
+from umd.machine.environment import own_cores
 from umd.ranges import (
     Count,
     CountOrZero,
@@ -59,7 +59,7 @@ class CheckData:
 
     min_side: Count = 16
     """Smallest allowed length of a picture's shorter side, in pixels."""
-    workers: Processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers: Processes = own_cores()
     """Number of reader processes. Default: one per core."""
     out: Path | None = None
     """File for the list. Default: quarantine.json in the source, where every run finds it."""

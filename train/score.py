@@ -28,6 +28,7 @@ from umd.files import check_place, write_whole
 from umd.images import from_uint8
 from umd.model import UMD
 from umd.train import classify, evaluate
+from umd.train.console import say
 from umd.train.data import open_dataset
 from umd.train.errors import NAMES, Errors, draw_errors
 from umd.train.features import CALL, Features, name_of, spans
@@ -94,7 +95,7 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
     text = markdown(record)
     write_whole(table, text.encode())
     console.print(Markdown(text))
-    console.print(f"written: {file} and {table}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"written: {file} and {table}")
 
 
 def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
@@ -135,7 +136,7 @@ def score_classifier(run: Path, options: Evaluate, config: RunConfig, console: C
         raise UserError(f"{run} tells {model.config.num_classes} classes apart, and {dataset.name} has {found}")
     scores = classify.score(model, dataset, config.data, dtype)
     line = classify.write_scores(scores, dataset, weights_identity(run, options.ema)["step"], file, options.split)
-    console.print(line, f"written: {file}", sep="\n", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{line}\nwritten: {file}")
 
 
 class Generation:
