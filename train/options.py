@@ -170,9 +170,10 @@ class Inspect:
     """Print what a folder of latents or stored pictures holds, verify its checksums, and draw a few of them."""
 
     decode: CountOrZero = 16
-    """Number of latents to decode, spread over the split. 0: none; no VAE is needed then."""
+    """Number of latents to decode, or of stored pictures to draw, spread over the split. 0: none; no VAE is needed
+    then."""
     split: Literal["train", "test"] = "train"
-    """Split to decode from."""
+    """Split to take them from."""
     check: bool = True
     """Read every shard and compare it with its checksum."""
     vae: str = ""
@@ -180,7 +181,7 @@ class Inspect:
     device: str = "auto"
     """Device that decodes: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
-    """PNG file to write. Default: FOLDER/decoded.png."""
+    """PNG file to write. Default: FOLDER/decoded.png; for stored pictures FOLDER/pictures.png."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

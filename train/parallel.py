@@ -62,7 +62,7 @@ class LossStep(nn.Module):
         self.network, self.objective, self.dtype = network, objective, dtype
 
     def forward(self, x_start: Tensor, corruption: AnyCorruption) -> tuple[Tensor, Tensor]:
-        """x_start: [B, C, H, W]. Returns (loss [], its parts [3])."""
+        """x_start: [B, C, H, W], clips [B, C, F, H, W]. Returns (loss [], its parts: [3] of a UMD, else [0])."""
         with span("forward"), autocast(x_start.device, self.dtype):
             return self.objective(self.network, x_start, corruption)
 
@@ -83,7 +83,7 @@ class Alone:
         return str(device)
 
     def forward_backward(self, x_start: Tensor, corruption: AnyCorruption, last: bool) -> tuple[Tensor, Tensor]:
-        """Add the gradient of one micro-batch. last: it is the last one of the step. Returns (loss [], parts [3])."""
+        """Add the gradient of one micro-batch. last: it is the last one of the step. Returns (loss [], its parts)."""
         loss, parts = self.loss(x_start, corruption)
         with span("backward"):
             (loss / self.accumulate).backward()

@@ -183,9 +183,9 @@ def scores(
     if spatial is not None and reference.spatial is not None and len(spatial) > spatial.shape[1]:
         values[names["sfd"]] = frechet_distance(*moments(spatial), *reference.spatial)
     if logits is not None:
-        values[names["is"]] = inception_score(logits)[0]
+        values[names["is"]] = inception_score(logits)
     if reference.features is not None:
-        values[names["kd"]] = kernel_distance(pooled, reference.features)[0]
+        values[names["kd"]] = kernel_distance(pooled, reference.features)
     if reference.features is not None and min(len(pooled), len(reference.features)) > NEIGHBOURS:
         precision, recall = precision_recall(reference.features.to(device), pooled.to(device))
         values |= {"precision": precision, "recall": recall}

@@ -230,14 +230,6 @@ def as_on_gpu() -> Iterator[None]:
         yield
 
 
-def count_step(
-    config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype, attention: ops.Attention
-) -> StepCounts:
-    """`run_step` on fake tensors. attention: a backend of `ops.attention`."""
-    with without_data(), ops.attention(attention):
-        return run_step(config, micro, dtype, weights)
-
-
 def count_gpu_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> StepCounts:
     """Count a step as it would run on a GPU, without a GPU."""
     with as_on_gpu(), ops.attention("auto"), ops.gelu_by(config.gelu):

@@ -132,16 +132,15 @@ def checkpoint_path(root: Path | str, step: int) -> Path:
 def load_checkpoint(
     path_or_root: Path | str,
     parts: Sequence[str] | None = None,
-    device: str | torch.device = "cpu",
     verify: bool = True,
 ) -> Checkpoint:
     """Read one checkpoint, or the newest complete one in a root, and verify its checksums.
 
+    Tensors are memory-mapped copy-on-write: changing one never changes the file.
+
     Args:
         path_or_root: a checkpoint, or a folder of checkpoints.
         parts: the entries of `tensors` to load; default: all.
-        device: where to put the tensors. On the CPU they are memory-mapped copy-on-write: changing one never changes
-            the file.
         verify: False checks only the files' sizes. Of many ranks that read the same files, only one needs to verify.
 
     Raises:
@@ -168,7 +167,7 @@ def load_checkpoint(
             raise CheckpointError(f"Checkpoint {path} has no part {part!r}; it holds {', '.join(files)}.")
         if verify and sha256(files[part]) != document["files"][files[part].name]["sha256"]:
             raise _damaged(files[part], "differs from its checksum")
-        with safe_open(files[part], framework="pt", device=str(device)) as opened:
+        with safe_open(files[part], framework="pt") as opened:
             tensors[part] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
     return Checkpoint(path, document["step"], tensors, document["state"])
 

@@ -37,7 +37,7 @@ from umd.train.plan import (
 from umd.train.presets import PRESETS
 from umd.train.run import RunConfig, to_plain
 from umd.train.settings import DataConfig, ParallelConfig
-from umd.train.step_counts import Ledger, StepCounts, count_gpu_step, count_step
+from umd.train.step_counts import Ledger, StepCounts, count_gpu_step, run_step, without_data
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(image_size=(16, 16), hidden_size=64, depth=2, decoder_depth=1, num_heads=4)
@@ -47,6 +47,14 @@ NOTHING = StepCounts(1000, 0, 0, [(10**9, 10**6)], [(1000, 1)])
 
 def run_config(**changes) -> RunConfig:
     return RunConfig(**{"model": TINY, "batch_size": 8, "precision": "fp32", "device": "cpu"} | changes)
+
+
+def count_step(
+    config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype, attention: ops.Attention
+) -> StepCounts:
+    """`run_step` on fake tensors. attention: a backend of `ops.attention`."""
+    with without_data(), ops.attention(attention):
+        return run_step(config, micro, dtype, weights)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
