@@ -170,8 +170,7 @@ class Inspect:
     """Print what a folder of latents or stored pictures holds, verify its checksums, and draw a few of them."""
 
     decode: CountOrZero = 16
-    """Number of latents to decode, or of stored pictures to draw, spread over the split. 0: none; no VAE is needed
-    then."""
+    """Number of latents to decode, or of stored pictures to draw, spread over the split. 0: none, without a VAE."""
     split: Literal["train", "test"] = "train"
     """Split to take them from."""
     check: bool = True

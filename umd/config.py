@@ -424,8 +424,7 @@ AnyObjectiveConfig: TypeAlias = ObjectiveConfig | DiffMAEObjectiveConfig | Class
 def classifier_config(source: ViTConfig, **changes) -> ClassifierConfig:
     """Configuration of a classifier on the encoder of `source`, the configuration of a UMD or DiffMAE.
 
-    changes: fields of `ClassifierConfig` that override those of the encoder. `pool` is "mean" by default if there are
-    no CLS tokens.
+    changes: fields of `ClassifierConfig` that override the encoder's. Without CLS tokens, `pool` is "mean" by default.
     """
     same = (
         "image_size", "channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_cls",
