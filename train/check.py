@@ -18,6 +18,7 @@ from rich.table import Table
 
 from umd.errors import UserError
 from umd.files import check_place, write_whole
+from umd.train.console import say
 from umd.train.folders import level_note, scan
 from umd.train.listing import listing
 from umd.train.options import CheckData
@@ -150,7 +151,7 @@ def check_data(source: Path, options: CheckData, console: Console) -> Path:
             raise UserError(f"{out} is there and is no list of umd check-data; give another --out, or remove it")
     files, classes, findings, notes = files_of(source)
     for note in notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        say(console, note)
     jobs = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
     with processes_explained(options.workers, source, "close other programs"):
         pool = ProcessPoolExecutor(options.workers, get_context("spawn"), end_when_orphaned)
@@ -200,4 +201,4 @@ def print_findings(report: dict, out: Path, console: Console) -> None:
     if report["counts"]:
         console.print(table)
     lost = f"{report['left_out']} of {report['images']} images in quarantine ({report['share']:.2%})"
-    console.print(f"{lost}; written: {out}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{lost}; written: {out}")

@@ -16,15 +16,13 @@ from umd.errors import UserError
 from umd.files import write_whole
 from umd.machine.device import autocast
 from umd.probe import confusion
-from umd.train.data import ImageDataset, center_view, open_dataset
+from umd.train.data import Dataset, center_view, open_dataset
 from umd.train.distributed import World
-from umd.train.latents import LatentDataset, check_run_vae
+from umd.train.latents import check_run_vae
 from umd.train.log import NoLog, RunLog
 from umd.train.run import RunConfig, differences, to_plain
 from umd.train.settings import DataConfig
 from umd.train.weights import load_model
-
-Dataset = ImageDataset | LatentDataset
 
 
 class Scores(NamedTuple):

@@ -83,8 +83,9 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 class Comparison:
     """Compares a run with its reference: add logged losses, read from `note` how far the run is from the curve."""
 
-    def __init__(self, curve: Curve | None):
-        self.curve = curve
+    def __init__(self, curve: Curve | None, start: int = 0):
+        """start: steps done before. A window that began before is not compared, as its first losses are missing."""
+        self.curve, self.start = curve, start
         self.losses: deque[float] = deque()
         self.note = ""  # about the last finished window
 
@@ -97,7 +98,7 @@ class Comparison:
             return None
         ours, error = mean_and_error(self.losses)
         self.losses.clear()
-        if (reference := self.curve.at(step)) is None:
+        if step - WINDOW < self.start or (reference := self.curve.at(step)) is None:
             return None
         mean, spread = reference
         self.note = f"{ours:.4f} ± {error:.4f}, of the reference {mean:.4f} ± {spread:.4f} ({ours / mean - 1:+.1%})"

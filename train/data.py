@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from umd.errors import UserError
 from umd.machine.device import beside, pick_device, to_device
@@ -64,10 +63,11 @@ class Batch:
     indices: Tensor
 
 
+Dataset = ImageDataset | LatentDataset
 Batches = Generator[Batch, None, None]  # endless; `.close()` or drop it to end its workers
 
 
-def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDataset | LatentDataset:
+def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> Dataset:
     """Open the pictures or stored latents of one split.
 
     Raises UserError if the source is missing, empty, damaged, of an unknown kind, or does not fit the model.
@@ -112,11 +112,22 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"]) -> ImageDa
     )
 
 
+def open_held_out_or_train(config: DataConfig) -> Dataset:
+    """Open the held-out pictures, or the training ones if none are held out."""
+    held_out = open_dataset(config, "test")
+    return held_out if len(held_out) else open_dataset(config, "train")
+
+
+def evenly(total: int, count: int) -> np.ndarray:
+    """Indices of up to `count` of `total` things, evenly spread, from the first to the last: int64 [n]."""
+    return np.linspace(0, total - 1, min(count, total)).astype(int)
+
+
 # As tested
 
 
 def center_view(
-    dataset: ImageDataset | LatentDataset, indices: Sequence[int] | np.ndarray | Tensor, config: DataConfig,
+    dataset: Dataset, indices: Sequence[int] | np.ndarray | Tensor, config: DataConfig,
     zoom: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Read pictures for testing: resize the short side to `zoom` times the model's size, then center-crop.
@@ -217,7 +228,7 @@ def choose_loader(dataset: ImageDataset, wanted: str) -> str:
     raise UserError(f"DALI reads JPEG files, and {found}: set --data.loader auto.")
 
 
-def reader(dataset: ImageDataset | LatentDataset, config: DataConfig) -> str:
+def reader(dataset: Dataset, config: DataConfig) -> str:
     """Say in words how training batches are read, for the log."""
     if isinstance(dataset, LatentDataset):
         return "read from shards" + (f" in blocks of {BLOCK}" if config.shuffle == "blocks" else "")
@@ -228,7 +239,7 @@ def reader(dataset: ImageDataset | LatentDataset, config: DataConfig) -> str:
     return f"read by Pillow, {config.workers} processes" if config.workers else "read by Pillow"
 
 
-class TrainViews(Dataset):
+class TrainViews(torch.utils.data.Dataset):
     """(epoch, index) -> (view uint8 [H, W, C], requested index, used index), or the UserError that was raised."""
 
     def __init__(self, dataset: ImageDataset, config: DataConfig, seed: int):
@@ -257,7 +268,7 @@ def collate(items: list) -> tuple[Tensor, np.ndarray, np.ndarray] | UserError:
 
 
 def train_loader(
-    dataset: ImageDataset | LatentDataset,
+    dataset: Dataset,
     config: DataConfig,
     *,
     batch_size: int,
@@ -316,7 +327,7 @@ def train_loader(
 
 
 def batches(
-    start: Callable[[], Prepared], dataset: ImageDataset | LatentDataset, device: torch.device,
+    start: Callable[[], Prepared], dataset: Dataset, device: torch.device,
     convert: Callable[..., Tensor],
 ) -> Batches:  # fmt: skip
     """Yield prepared batches, moved to `device` and converted to the model's input by `convert`.

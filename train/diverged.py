@@ -23,6 +23,7 @@ def check_weights(run: "Run", weights: Mapping[str, Tensor]) -> None:
     """Raise Diverged if weights are NaN or infinite, after the last step's update. All ranks call this together."""
     finite = [weight.isfinite().all() for weight in weights.values()]  # none on ranks that do not write
     if not run.world.agree(bool(torch.stack(finite).all()) if finite else True):
+        run.settle_save()
         raise Diverged(
             f"the weights are not finite after step {run.number} and are not saved; last good checkpoint: "
             f"{run.saved_path or 'none'}; start again with a lower lr"
@@ -35,6 +36,7 @@ def check_finite(run: "Run", step: "Sent", values: list[float]) -> None:
     if all(map(math.isfinite, values)):
         return
     indices = run.world.gather(step.indices)
+    lost = run.settle_save()
     dump = run.config.out / "nan-dump.json"
     names = zip(run.objective.part_names(), numbers[1:], strict=True)
     record = {
@@ -50,6 +52,7 @@ def check_finite(run: "Run", step: "Sent", values: list[float]) -> None:
         write_whole(dump, json.dumps(record, indent=1).encode())
     raise Diverged(
         f"the loss or its gradient is not finite at step {step.number} (loss {numbers[0]}, gradient norm {norm}; "
-        f"images {indices[:8].tolist()}...); {dump} has the batch, last good checkpoint: {run.saved_path or 'none'}; "
+        f"images {indices[:8].tolist()}...); {dump} has the batch, last good checkpoint: {run.saved_path or 'none'}"
+        f"{f' ({lost})' if lost else ''}; "
         "go on with --precision fp32, or start another run from its weights (--init) with a lower lr"
     )

@@ -1,11 +1,8 @@
 """`umd embed RUN SOURCE`: write the representation of pictures as .npz and Parquet."""
 
 import os
-import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +10,12 @@ import numpy as np
 from rich.console import Console
 
 from umd.errors import UserError
-from umd.files import check_apart, check_place
-from umd.train.data import open_dataset
+from umd.files import check_apart, check_place, written_whole
+from umd.tensor_files import write_npz
+from umd.train.console import say
+from umd.train.data import Dataset, open_dataset
 from umd.train.evaluate import open_run
-from umd.train.features import Dataset, Features, pictures_of
+from umd.train.features import Features, pictures_of
 from umd.train.options import Embed
 from umd.train.probe import names_of, of, probe_recipe, published_zoom, representation
 from umd.train.run import RunConfig, at_size
@@ -42,7 +41,7 @@ def embed(run: Path, source: Path, options: Embed, config: RunConfig, console: C
         check_apart(file, source)
     check_place(*files)
     if rank_and_size()[0] == 0 and (there := [str(file) for file in files if file.exists()]):
-        console.print(f"{' and '.join(there)} will be replaced", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{' and '.join(there)} will be replaced")
     kept = run if os.access(run, os.W_OK) else out.parent  # for a read-only run
     config = replace(config, data=replace(config.data, source=str(source), holdout=0.0))
     found = [part for part in (open_dataset(config.data, "train"), open_dataset(config.data, "test")) if len(part)]
@@ -62,8 +61,11 @@ def embed(run: Path, source: Path, options: Embed, config: RunConfig, console: C
     names = [name for part in found for name in names_in(part, len(found) > 1)]
     labels = None if any(part.labels is None for part in found) else np.concatenate([p.labels for p in found])
     parts = lambda: (x.numpy() for part in features for _, x in part.parts(names_of(config)[0]))  # noqa: E731
-    write_npz(files[0], parts(), names, labels, found[0].class_names)
+    others = {"names": np.array(names)}
+    if labels is not None:
+        others |= {"labels": labels.astype(np.int64), "classes": np.array(found[0].class_names)}
     D = write_parquet(files[1], parts(), names, labels, found[0].class_names)
+    write_npz(files[0], "features", "<f4", (len(names), D), parts(), others)
     console.print(f"{len(names)} pictures, {D} numbers each: {files[0]} and {files[1]}", highlight=False)
 
 
@@ -77,28 +79,6 @@ def names_in(dataset: Dataset, splits: bool) -> list[str]:
     numbered = isinstance(pictures, np.ndarray | Rows | range)
     names = map(str, range(len(dataset)) if numbered else pictures)
     return [f"{dataset.split}/{name}" for name in names] if splits and numbered else list(names)
-
-
-def write_npz(
-    path: Path, parts: Iterator[np.ndarray], names: Sequence[str], labels: np.ndarray | None, classes: Sequence[str]
-) -> None:
-    """Write features fp32 [N, D], names, labels int64 [N] and classes to a .npz, atomically.
-
-    parts: the features in parts [n, D], one in memory at a time.
-    """
-    first = next(parts)
-    others = {"names": np.array(names)}
-    if labels is not None:
-        others |= {"labels": labels.astype(np.int64), "classes": np.array(classes)}
-    with unfinished(path) as made, zipfile.ZipFile(made, "w") as archive:
-        with archive.open("features.npy", "w", force_zip64=True) as member:
-            shape = (len(names), first.shape[1])
-            np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            for part in chain([first], parts):
-                member.write(np.ascontiguousarray(part, "<f4").data)
-        for name, array in others.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def utf8(name: str) -> str:
@@ -117,7 +97,7 @@ def write_parquet(
     import pyarrow.parquet as pq
 
     writer, done, D = None, 0, 0
-    with unfinished(path) as made:
+    with written_whole(path) as made:
         for part in parts:
             here, D = slice(done, done + len(part)), part.shape[1]
             done += len(part)
@@ -134,14 +114,3 @@ def write_parquet(
         assert writer is not None, "features are of some pictures"
         writer.close()
     return D
-
-
-@contextmanager
-def unfinished(path: Path) -> Iterator[Path]:
-    """Temporary path for writing `path`, renamed to it at the end of the block."""
-    made = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield made
-        made.replace(path)
-    finally:
-        made.unlink(missing_ok=True)

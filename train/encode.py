@@ -25,8 +25,9 @@ from umd.files import check_place, sha256
 from umd.images import grid, png_path, save_png, to_uint8
 from umd.machine.device import autocast, pick_dtype, take_device
 from umd.tokenizer import Tokenizer, load_tokenizer
+from umd.train.console import say
 from umd.train.crops import centered, train_view, view_rng
-from umd.train.data import as_model_input, derive_seed, open_dataset
+from umd.train.data import as_model_input, derive_seed, evenly, open_dataset
 from umd.train.latents import (
     DTYPES,
     FORMAT,
@@ -103,10 +104,6 @@ def encode(options: EncodeLatents, console: Console) -> Path:
     else:
         say(console, others_work())
     return options.out
-
-
-def say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Encoder:
@@ -254,8 +251,7 @@ def inspect(folder: Path, options: Inspect, console: Console) -> None:
 
 
 def decoded(dataset: LatentDataset, tokenizer: Tokenizer, count: int) -> np.ndarray:
-    chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
-    return grid(to_uint8(tokenizer.decode(dataset.means(chosen))), columns=min(count, 8))
+    return grid(to_uint8(tokenizer.decode(dataset.means(evenly(len(dataset), count)))), columns=min(count, 8))
 
 
 def crops_in_words(crop: dict) -> str:

@@ -23,7 +23,7 @@ from umd.model import UMD
 from umd.objective import Objective
 from umd.ops import philox_randn_rows
 from umd.peers import mae_pixels, mae_target
-from umd.train.data import open_dataset
+from umd.train.data import evenly, open_held_out_or_train
 from umd.train.evaluate import open_run, schedule_of
 from umd.train.features import Extract, Features, identity_of, name_of, pictures_of
 from umd.train.run import RunConfig
@@ -42,8 +42,7 @@ class Errors:
     """Errors of a run on up to `count` held-out pictures, or training pictures if none are held out."""
 
     def __init__(self, config: RunConfig, count: int, ema: bool, out: Path | None = None):
-        dataset = open_dataset(config.data, "test")
-        self.dataset = dataset if len(dataset) else open_dataset(config.data, "train")
+        self.dataset = open_held_out_or_train(config.data)
         weights = weights_identity(config.out, ema)
         model, self.device, self.dtype = open_run(config, ema, weights["step"])
         assert isinstance(model, UMD), "`reasons` leaves the others out"
@@ -52,7 +51,7 @@ class Errors:
         objective = build_objective(model.config, config.objective, schedule)
         assert isinstance(objective, Objective), "a UMD's"
         self.objective, self.times = objective, error_times(schedule.num_steps)
-        ids = np.unique(np.linspace(0, len(self.dataset) - 1, min(count, len(self.dataset))).astype(int))
+        ids = evenly(len(self.dataset), count)
         recipe = {
             "weights": weights, "errors": 1, "times": self.times, "data": identity_of(self.dataset, ids),
             "mask_ratios": [objective.config.mask_ratio_no_noise, objective.config.mask_ratio],

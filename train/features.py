@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from umd.errors import UserError
 from umd.files import write_whole
 from umd.machine.environment import own_cores
-from umd.train.data import ImageDataset, center_view
+from umd.train.data import Dataset, center_view
 from umd.train.latents import LatentDataset
 from umd.train.pixels import PixelDataset
 from umd.train.settings import DataConfig
@@ -34,7 +34,6 @@ from umd.train.sources import Rows
 
 CALL = 64  # pictures per network call
 
-Dataset = ImageDataset | LatentDataset
 Pictures = Callable[[np.ndarray], Tensor]  # indices int64 [n] -> float32 [n, C, H, W]
 Extract = Callable[[Tensor, Tensor], Mapping[str, Tensor]]  # pictures [CALL, C, H, W], indices [CALL] -> features
 
@@ -95,7 +94,11 @@ class Features:
                     part = opened.get_tensor(name)
                 if len(part) != last - first:
                     raise ValueError(f"{len(part)} features of {last - first} pictures")
-            except Exception as error:
+            except FileNotFoundError as error:  # safetensors says so of every file that cannot be opened
+                raise UserError(
+                    f"{file} cannot be opened; run the same command again, which makes what is missing"
+                ) from error
+            except (SafetensorError, ValueError) as error:
                 file.unlink(missing_ok=True)
                 raise UserError(
                     f"the features in {file} were damaged ({error}) and are removed: run the same command again, which "

@@ -1,6 +1,7 @@
 """`umd finetune`: its options, and the recipe of each task."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -8,6 +9,7 @@ from rich.console import Console
 from tyro.conf import arg
 
 from umd.errors import UserError
+from umd.train.console import say
 from umd.train.run import RunConfig, classify_config, finetune_config, with_classes
 
 Task = Literal["generate", "classify", "linear"]
@@ -70,12 +72,8 @@ def finetune(init: Path, options: Finetune, named: bool, console: Console) -> No
     config = options.run
     dataset = open_dataset(config.data, "train")
 
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    check_trained_on(
-        init, config, f"give --data.source {config.data.source} to fine-tune on these", say, named, dataset
-    )
+    mend = f"give --data.source {config.data.source} to fine-tune on these"
+    check_trained_on(init, config, mend, partial(say, console), named, dataset)
     if options.task != "generate":
         train(with_classes(config, check_classes(dataset)), console, options.task)
         return

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from umd.errors import UserError
-from umd.train.data import ImageDataset, open_dataset
+from umd.train.data import Dataset, evenly, open_dataset
 from umd.train.distributed import World
 from umd.train.index import Names, sums_of
 from umd.train.latents import LatentDataset
@@ -30,8 +30,6 @@ SAMPLE = 256  # pictures compared one by one: those whose names have the smalles
 HEAD = 4096  # bytes read from each of them
 READERS = 16  # threads, which wait for the disk
 NAMED = 3  # most classes that a message names
-
-Dataset = ImageDataset | LatentDataset
 
 
 def fingerprint(dataset: Dataset) -> dict[str, Any]:
@@ -53,7 +51,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     labels = b"" if dataset.labels is None else np.ascontiguousarray(dataset.labels, dtype=np.int64).data
     digest = hashlib.sha256(repr(dataset.class_names).encode("utf-8", "surrogateescape"))
     digest.update(labels)
-    for index in np.linspace(0, len(dataset) - 1, min(8, len(dataset))).astype(int).tolist():
+    for index in evenly(len(dataset), 8).tolist():
         digest.update(stored(dataset, index))
     found = {
         "images": len(dataset),

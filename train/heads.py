@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -17,7 +16,8 @@ from umd.heads import between, head_products, head_times, head_weights
 from umd.model import UMD
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
-from umd.train.data import center_view, open_dataset
+from umd.train.console import say
+from umd.train.data import center_view, evenly, open_held_out_or_train
 from umd.train.evaluate import denoiser, schedule_of
 from umd.train.fingerprint import check_trained_on
 from umd.train.log import NoLog, RunLog
@@ -77,11 +77,9 @@ def measured(
 
     Returns the products, float64 [times, 3], and {pictures, split}. Raises UserError if a picture cannot be read.
     """
-    dataset = open_dataset(config.data, "test")
-    if len(dataset) == 0:
-        dataset = open_dataset(config.data, "train")
+    dataset = open_held_out_or_train(config.data)
     device = next(network.parameters()).device
-    chosen = np.linspace(0, len(dataset) - 1, min(PICTURES, len(dataset))).astype(int)
+    chosen = evenly(len(dataset), PICTURES)
     known = dataset.labels if network.config.num_classes > 0 else None
     times = head_times(schedule.num_steps)
     share = share_of(len(chosen), rank, size)
@@ -104,7 +102,7 @@ def heads_of(config: RunConfig, weights: dict[str, Any], network: UMD, dtype: to
     file = heads_file(config.out, weights)
     if (heads := read_heads(file)) is not None:
         return heads
-    check_trained_on(config.out, config, "leave out --predict both", partial(console.print, highlight=False))
+    check_trained_on(config.out, config, "leave out --predict both", partial(say, console))
     schedule = schedule_of(config.schedule)
     products, about = measured(network, config, schedule, dtype)
     heads = Heads.of(products, schedule)
@@ -113,10 +111,7 @@ def heads_of(config: RunConfig, weights: dict[str, Any], network: UMD, dtype: to
         where = f"kept in {file}"
     except OSError as error:  # a read-only run
         where = f"not kept ({error.strerror or error})"
-    console.print(
-        f"the heads of these weights were not measured yet: done on {about['pictures']} pictures, {where}",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+    say(console, f"the heads of these weights were not measured yet: done on {about['pictures']} pictures, {where}")
     return heads
 
 

@@ -15,12 +15,12 @@ from umd.config import (
     ModelConfig,
     ObjectiveConfig,
     ScheduleConfig,
+    ScheduleName,
 )
 from umd.convert import from_small_vision, load_small_vision
 from umd.errors import UserError
 from umd.files import check_place
 from umd.published import Published, load_published
-from umd.schedule import ScheduleName
 from umd.train.options import Import
 from umd.train.run import RunConfig, write_config
 from umd.train.settings import DataConfig, OptimConfig

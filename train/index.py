@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from umd.files import write_whole
+from umd.files import cache_folder, write_whole
 
 log = logging.getLogger("umd")
 
@@ -106,6 +106,8 @@ def kept(what: str, source: Path, make: Callable[[], tuple[Arrays, list[Path], i
     make: returns the arrays, the folders or files that they were made from, and the number of files listed. The next
         call maps the arrays from disk, unless one of these folders or files has changed.
     what: distinguishes several lists of one source.
+
+    Hosts that share a cache folder list a source once.
     """
     name = hashlib.sha256(f"{what} {os.path.abspath(source)}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
     try:
@@ -130,11 +132,6 @@ def kept(what: str, source: Path, make: Callable[[], tuple[Arrays, list[Path], i
         log.warning("the list of %d files is not kept (%s): each process lists them anew", count, error)
         return arrays
     return mapped(file) or arrays
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/umd, or ~/.cache/umd. Hosts that share it list a source once. RuntimeError without a home."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "umd"
 
 
 def mapped(file: Path) -> Arrays | None:

@@ -28,8 +28,9 @@ from umd.model import UMD
 from umd.pixel_stats import unstandardize
 from umd.sampler import inpaint, model_times
 from umd.schedule import NoiseSchedule
+from umd.train.console import say
 from umd.train.crops import centered_box
-from umd.train.data import center_view, centered_view_of_file, open_dataset
+from umd.train.data import center_view, centered_view_of_file, evenly, open_dataset
 from umd.train.evaluate import denoiser, open_run, sampling_progress, schedule_of
 from umd.train.fingerprint import check_trained_on
 from umd.train.options import Inpaint
@@ -58,7 +59,7 @@ def inpaint_run(run: Path, options: Inpaint, config: RunConfig, console: Console
         f"masked, {filled.samples.shape[1]} samples, original, a row an image: {out}",
         f"the samples on their way: {out.with_name(f'{out.stem}-steps.png')}; one by one: {out.with_suffix('')}",
     ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
 
 
 class Fillings(NamedTuple):
@@ -82,7 +83,7 @@ def pictures_and_mask(
             raise UserError(f"{dataset.name} has no held-out images to inpaint; name pictures with --image")
         if (config.out / "checkpoints").is_dir():
             check_trained_on(config.out, config, "name pictures with --image", log.warning)
-        x = center_view(dataset, np.linspace(0, len(dataset) - 1, DEFAULT_IMAGES).astype(int), config.data)
+        x = center_view(dataset, evenly(len(dataset), DEFAULT_IMAGES), config.data)
     tubelet_size = getattr(config.model, "tubelet_size", 1)
     return x, hole_mask(mask, x, config.model.patch_size, seed, mask_ratio, tubelet_size, images if x.ndim == 4 else ())
 
@@ -114,7 +115,7 @@ def check_out(out: Path, options: Inpaint, source: str, console: Console) -> Non
     if found := next((path for path in (out, steps) if path.resolve() in given), None):
         raise UserError(f"{found} is a picture that is given, and would be written over; give another --out")
     if out.exists():
-        console.print(f"{out} is there, and will be replaced", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{out} is there, and will be replaced")
 
 
 def check_mp4(config: RunConfig) -> None:

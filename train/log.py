@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from umd.errors import UserError
 from umd.files import write_whole
 from umd.images import save_png
+from umd.train.console import say
 from umd.train.curves import WINDOW, Comparison, Curve
 
 PLAIN_SECONDS = 10.0  # between progress lines if there is no terminal for a bar
@@ -57,7 +58,7 @@ class RunLog:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(name, total=1.0, note="")
-        self._beside = Comparison(reference)
+        self._beside = Comparison(reference, start)
         self._last_line = 0.0
 
     def __enter__(self) -> "RunLog":
@@ -131,8 +132,7 @@ class RunLog:
             self._wandb.log({name: wandb.Image(sheet)}, step=step)
 
     def say(self, text: str) -> None:
-        # unformatted, so that rich neither wraps a path nor takes its brackets for markup
-        self.console.print(f"{self.name}: {text}", highlight=False, markup=False, soft_wrap=True)
+        say(self.console, f"{self.name}: {text}")
 
     def _drop_rows_after(self, start: int) -> None:
         """Keep the rows up to `start`. If others are more than a kill leaves, keep the whole old file as well."""

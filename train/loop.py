@@ -3,8 +3,8 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from umd import ops
-from umd.checkpoint import BackgroundSave, checkpoint_path, load_model_state, save_checkpoint, split
+from umd.checkpoint import checkpoint_path, load_model_state, save_checkpoint, split
 from umd.classifier import Classifier
 from umd.ema import EMA, ema_rate
 from umd.errors import UserError
@@ -24,16 +24,17 @@ from umd.layers import set_recompute_gelu
 from umd.machine.device import keep_freed_memory, take_device
 from umd.methods import AnyModel, AnyObjective, build_model, build_objective
 from umd.objective import Part
-from umd.schedule import NoiseSchedule
 from umd.spans import span
 from umd.train.classify import open_held_out
+from umd.train.console import say
 from umd.train.curves import reference_of
-from umd.train.data import ImageDataset, derive_seed, describe, open_dataset, reader, train_loader
+from umd.train.data import Dataset, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import GO_ON, World, end_all, join
 from umd.train.diverged import check_finite, check_weights
+from umd.train.evaluate import schedule_of
 from umd.train.fingerprint import agreed_fingerprint
 from umd.train.heads import keep_heads
-from umd.train.latents import LatentDataset, with_vae
+from umd.train.latents import with_vae
 from umd.train.lock import alone_in
 from umd.train.log import NoLog, RunLog, check_wandb
 from umd.train.monitor import Distance, Rate, announce, draw, evaluate, shower
@@ -44,6 +45,7 @@ from umd.train.profile import NoProfiler, Profiler, profiled
 from umd.train.quarantine import record_quarantine
 from umd.train.resume import DRAWS, load_pretrained, newest_checkpoint, with_ema_of
 from umd.train.run import RunConfig, absolute, to_plain, write_config
+from umd.train.saves import BackgroundSave, finished, save_last
 from umd.train.signals import StopRequest, stop_signal
 from umd.train.spread import check_attention, check_gelu, spread
 from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type, side_stream
@@ -89,11 +91,11 @@ def train(
 def train_rank(config: RunConfig, world: World, console: Console, name: str, build: BuildObjective) -> Path:
     """Run `train` on one rank. Only rank 0 prints, logs, draws and writes."""
 
-    def say(text: str) -> None:
+    def tell(text: str) -> None:
         if world.main:
-            console.print(f"{name}: {text}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{name}: {text}")
 
-    run = set_up(config, world, build, say)
+    run = set_up(config, world, build, tell)
     settings = to_plain(run.config)
     reference = reference_of(config)
     writer: RunLog | NoLog = NoLog()
@@ -103,7 +105,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str, bui
         world.watch.farewell = run.background.linger
     left = math.inf if run.by_clock else run.total_steps - run.number
     with (
-        writer as log, finished(run.background), stop_signal() as stop,
+        writer as log, finished(run.background, log.say), stop_signal() as stop,
         ops.attention(config.attention), ops.gelu_by(config.gelu),
         profiled(config.profile and world.main, config.out, world.device, log.say, left) as profiler,
     ):  # fmt: skip
@@ -123,11 +125,12 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str, bui
 class Run:
     """The state of a training run on one rank: its parts, and how far it is."""
 
-    def __init__(self, config: RunConfig, world: World, dataset: ImageDataset | LatentDataset):
+    def __init__(self, config: RunConfig, world: World, dataset: Dataset):
         self.config, self.world, self.dataset = config, world, dataset
         self.number, self.seconds = 0, 0.0  # steps done, seconds of training
         self.saved_path: Path | None = None
         self.saved_step: int | None = None
+        self.saved_before: tuple[int | None, Path | None] = None, None  # step and path of the save before
         self.show: Callable[[Tensor], np.ndarray] = rgb
         self.distance: Distance | None = None
         self.looked = 0.0  # `seconds` at the last check of what is due
@@ -143,7 +146,7 @@ class Run:
     saved: dict  # state of the checkpoint that the run resumes from; {} for a new run
     source: dict  # fingerprint of the dataset
     background: BackgroundSave | None
-    held_out: ImageDataset | LatentDataset | None
+    held_out: Dataset | None
     preview: Tensor | None
 
     @property
@@ -180,6 +183,7 @@ class Run:
         state |= {"micro_batches": self.micro_batches, "source": self.source}
         check_weights(self, tensors["model"])
         write = save_checkpoint if self.background is None else self.background.save
+        self.saved_before = self.saved_step, self.saved_path
         self.saved_step, self.saved_path = self.number, checkpoint_path(self.config.checkpoints, self.number)
         if self.world.main:
             write(self.config.checkpoints, self.number, tensors, state, keep=self.config.keep)
@@ -192,6 +196,26 @@ class Run:
         if self.background is not None:
             self.background.wait()
             self.world.barrier()
+
+    def check_save(self, log: RunLog | NoLog, wait: bool) -> None:
+        """Say it if the last save in the background failed (wait: wait for its end). Raises the second in a row.
+
+        Only rank 0, which writes, hears of it; `settle_save` tells the others.
+        """
+        if self.background is not None and (lost := self.background.check(wait)):
+            self.saved_step, self.saved_path = self.saved_before
+            log.say(f"{lost}; training goes on, and the next checkpoint is tried when it is due")
+
+    def settle_save(self) -> str:
+        """Wait for the save in the background; if it failed, the save before is the last. Returns its error, or "".
+
+        All ranks call this together.
+        """
+        lost = "" if self.background is None else str(self.background.lost() or "")
+        if lost:
+            self.saved_step, self.saved_path = self.saved_before
+        self.saved_step, self.saved_path, lost = self.world.agree((self.saved_step, self.saved_path, lost))
+        return lost
 
     def due(self, minutes: float, every: int | None) -> bool:
         """Whether something periodic is due: every `every` steps, or, if that is None, every `minutes` of training.
@@ -232,8 +256,7 @@ def set_up(
         say(note)
     run = Run(config, world, dataset)
     run.dtype = dtype
-    schedule = NoiseSchedule(config.schedule.name, config.schedule.num_steps, config.schedule.rho)
-    run.objective = objective = build(config.model, config.objective, schedule, len(dataset))
+    run.objective = objective = build(config.model, config.objective, schedule_of(config.schedule), len(dataset))
     if config.model.num_classes > 0 and len(dataset.class_names) != config.model.num_classes:
         raise UserError(
             f"the model has {config.model.num_classes} classes but {dataset.name} has {len(dataset.class_names)}; "
@@ -365,8 +388,7 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
             draws = run.due(config.draw_minutes, config.draw_every) and run.progress() < 1
             evaluates = run.due(config.evaluate_minutes, None) and run.progress() < 1
             run.looked = run.seconds
-            if run.background is not None and (lost := run.background.check(wait=saves)):
-                log.say(f"{lost}; training goes on, and the next checkpoint is tried when it is due")
+            run.check_save(log, wait=saves)
             if saves or draws or evaluates:
                 settle()  # so that weights with a non-finite loss are never saved
                 with rate.paused():
@@ -388,9 +410,7 @@ def end(run: Run, log: RunLog | NoLog, stop: StopRequest, stopped: bool, before:
     before: number of steps done when this process started.
     Raises KeyboardInterrupt or SystemExit(128 + signal) if the run was stopped.
     """
-    if run.saved_path is None or run.saved_step != run.number:
-        run.save()
-    run.written()
+    save_last(run, log)
     assert run.saved_path is not None
     if stopped:
         reason = stop.requested or signal.SIGTERM  # None here: another rank was asked to stop
@@ -412,28 +432,15 @@ def keep_work(run: Run, log: RunLog | NoLog, before: int) -> None:
     """Save the last step when no more batches come. Only in a single process: other ranks would wait in a step."""
     if run.world.size > 1 or run.number == before:
         return
-    if run.saved_step != run.number:
-        run.save()
-    run.written()
+    save_last(run, log)
     log.say(f"step {run.number} is saved: {run.saved_path}; the same command goes on from there")
 
 
 def give_up(run: Run, stop: StopRequest, error: Stopped) -> None:
     """End all ranks without saving: this rank was asked to stop and has no batch, and the others wait for it."""
-    if run.background is not None:
-        run.background.wait()
+    lost = "" if run.background is None else run.background.lost() or ""
     reason = stop.requested or signal.SIGTERM
     end_all(
         f"rank {run.world.rank} was asked to stop by {reason.name}, and {error}; every rank stops where the last "
-        f"checkpoint is. {GO_ON}", 128 + reason,
+        f"checkpoint is. {lost or GO_ON}", 128 + reason,
     )  # fmt: skip
-
-
-@contextmanager
-def finished(background: BackgroundSave | None) -> Iterator[None]:
-    """However the block ends, finish writing the checkpoint in the background."""
-    try:
-        yield
-    finally:
-        if background is not None:
-            background.wait()

@@ -23,7 +23,7 @@ from umd.model import UMD
 from umd.objective import Objective
 from umd.train.classify import show_scores
 from umd.train.curves import reference_of
-from umd.train.data import open_dataset
+from umd.train.data import open_held_out_or_train
 from umd.train.distributed import World
 from umd.train.features import read_ahead, spans
 from umd.train.fingerprint import difference
@@ -124,9 +124,7 @@ class Distance:
         with self.world.main_first():
             self.network = open_features().to(run.world.device).eval()
             self.tokenizer = tokenizer_of(config.data, run.world.device)
-            dataset = open_dataset(config.data, "test")
-            if len(dataset) == 0:
-                dataset = open_dataset(config.data, "train")
+            dataset = open_held_out_or_train(config.data)
         if len(dataset) < 2:
             raise UserError(
                 f"{dataset.name} holds out {len(dataset)} picture, and a Fréchet distance needs 2 or more; hold more "

@@ -124,7 +124,7 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """Clip the gradient to a global norm of `max_norm` (0: no clipping) and make a step. Returns the norm before, [].
 
-    AdamW's kernel scales the gradient as it reads it. clip_grad_norm_ would read and write all gradients once more.
+    AdamW's kernel scales the gradients on its way; it reads and writes them once. clip_grad_norm_ would once more.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     with span("clip"):

@@ -3,7 +3,6 @@
 Imports no torch, so that `--help` and a mistyped option are answered at once.
 """
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +11,7 @@ from tyro.conf import Positional, arg
 
 from umd.config import Capture, GuidanceSchedule, SamplerName
 from umd.errors import UserError
+from umd.machine.environment import own_cores
 from umd.ranges import (
     Count,
     CountOrZero,
@@ -59,7 +59,7 @@ class CheckData:
 
     min_side: Count = 16
     """Smallest allowed length of a picture's shorter side, in pixels."""
-    workers: Processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers: Processes = own_cores()
     """Number of reader processes. Default: one per core."""
     out: Path | None = None
     """File for the list. Default: quarantine.json in the source, where every run finds it."""
@@ -170,9 +170,9 @@ class Inspect:
     """Print what a folder of latents or stored pictures holds, verify its checksums, and draw a few of them."""
 
     decode: CountOrZero = 16
-    """Number of latents to decode, spread over the split. 0: none; no VAE is needed then."""
+    """Number of latents to decode, or of stored pictures to draw, spread over the split. 0: none, without a VAE."""
     split: Literal["train", "test"] = "train"
-    """Split to decode from."""
+    """Split to take them from."""
     check: bool = True
     """Read every shard and compare it with its checksum."""
     vae: str = ""
@@ -180,7 +180,7 @@ class Inspect:
     device: str = "auto"
     """Device that decodes: auto, cpu, cuda or cuda:N."""
     out: Path | None = None
-    """PNG file to write. Default: FOLDER/decoded.png."""
+    """PNG file to write. Default: FOLDER/decoded.png; for stored pictures FOLDER/pictures.png."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

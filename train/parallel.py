@@ -15,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from umd.checkpoint import load_optimizer_tensors, optimizer_tensors
+from umd.classifier import BatchNorm
 from umd.ema import EMA, HasParameters
 from umd.machine.device import autocast
 from umd.methods import AnyCorruption, AnyModel
@@ -61,7 +62,7 @@ class LossStep(nn.Module):
         self.network, self.objective, self.dtype = network, objective, dtype
 
     def forward(self, x_start: Tensor, corruption: AnyCorruption) -> tuple[Tensor, Tensor]:
-        """x_start: [B, C, H, W]. Returns (loss [], its parts [3])."""
+        """x_start: [B, C, H, W], clips [B, C, F, H, W]. Returns (loss [], its parts: [3] of a UMD, else [0])."""
         with span("forward"), autocast(x_start.device, self.dtype):
             return self.objective(self.network, x_start, corruption)
 
@@ -82,7 +83,7 @@ class Alone:
         return str(device)
 
     def forward_backward(self, x_start: Tensor, corruption: AnyCorruption, last: bool) -> tuple[Tensor, Tensor]:
-        """Add the gradient of one micro-batch. last: it is the last one of the step. Returns (loss [], parts [3])."""
+        """Add the gradient of one micro-batch. last: it is the last one of the step. Returns (loss [], its parts)."""
         loss, parts = self.loss(x_start, corruption)
         with span("backward"):
             (loss / self.accumulate).backward()
@@ -199,7 +200,17 @@ class DDP(Alone):
         self.loss.require_backward_grad_sync = last  # the flag behind DDP's no_sync()
         return super().forward_backward(x_start, corruption, last)
 
+    def average_moments(self) -> None:
+        """Average the running moments of batch norms, which each rank counts on its own, over the ranks.
+
+        So the network that is scored is that of the checkpoint, on every rank.
+        """
+        for norm in (module for module in self.model.modules() if isinstance(module, BatchNorm)):
+            for moment in norm.parameters():
+                self.weights.world.mean_(moment)
+
     def tensors(self, ema: EMA | None) -> dict[str, Tensors]:
+        self.average_moments()
         return super().tensors(None) | ({} if ema is None else {"ema": self.weights.gather(ema.state_dict(), "ema")})
 
     def load(self, parts: Mapping[str, Tensors], ema: EMA | None) -> None:
@@ -209,6 +220,7 @@ class DDP(Alone):
 
     @contextmanager
     def averaged(self, ema: EMA | None) -> Iterator[AnyModel]:
+        self.average_moments()
         if ema is None:
             yield self.model
             return

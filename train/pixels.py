@@ -279,6 +279,7 @@ def shard_of(
 
 def inspect_pixels(folder: Path, split: Split, count: int, check: bool, out: Path, console: Console) -> None:
     """Print what a folder holds, compare every picture with its checksum, and draw a few center crops."""
+    from umd.train.data import evenly  # here: it imports this file
     from umd.train.encode import SPLITS
     from umd.train.settings import DataConfig
 
@@ -299,7 +300,7 @@ def inspect_pixels(folder: Path, split: Split, count: int, check: bool, out: Pat
         console.print("every picture is as it was written", highlight=False)
     dataset = datasets[split]
     if count := min(count, len(dataset)):
-        chosen = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()
+        chosen = evenly(len(dataset), count).tolist()
         views = np.stack([centered(dataset.picture(index), replace(config, image_size=size)) for index in chosen])
         save_png(grid(views, columns=min(count, 8)), out)
         console.print(f"{count} of them: {out}", highlight=False, soft_wrap=True)

@@ -21,9 +21,9 @@ from umd.errors import UserError
 from umd.machine.gpus import GPUS, GiB
 from umd.methods import build_objective
 from umd.objective import Part
-from umd.schedule import NoiseSchedule
 from umd.tensor_files import write_safetensors
 from umd.train.distributed import World
+from umd.train.evaluate import schedule_of
 from umd.train.options import Cluster
 from umd.train.parallel import strategy
 from umd.train.run import RunConfig
@@ -168,7 +168,7 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
         both = gradients + counts.with_gradients
     peak = weights + optimizer + ema + buckets + both
 
-    objective = build_objective(config.model, config.objective, NoiseSchedule(config.schedule.name))
+    objective = build_objective(config.model, config.objective, schedule_of(config.schedule))
     flops = objective.step_flops(micro, Part(0, ranks))
     rate = gpu.bf16 if bf16 else gpu.fp32
     state_traffic = 2 * optimizer + gradients + weights + 2 * ema

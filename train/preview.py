@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from umd import ops
-from umd.conditions import make_conditions
 from umd.diffmae import DiffMAE, fill, pixel_mask
 from umd.images import grid, masked_view, to_uint8
 from umd.machine.device import autocast
@@ -17,7 +16,8 @@ from umd.model import UMD
 from umd.objective import DiffMAEObjective, Objective
 from umd.peers import mae_pixels
 from umd.sampler import ddim_sample, model_times
-from umd.train.data import center_view, open_dataset
+from umd.train.data import center_view, evenly, open_held_out_or_train
+from umd.train.evaluate import denoiser
 from umd.train.latents import tokenizer_of
 from umd.train.run import RunConfig
 from umd.train.settings import DataConfig
@@ -145,11 +145,8 @@ def rgb(x: Tensor) -> np.ndarray:
 
 def preview_images(config: RunConfig, device: torch.device) -> Tensor:
     """Read a few held-out images, or training images if none are held out: [n, C, H, W]."""
-    dataset = open_dataset(config.data, "test")
-    if len(dataset) == 0:
-        dataset = open_dataset(config.data, "train")
-    chosen = np.linspace(0, len(dataset) - 1, min(PREVIEW_IMAGES, len(dataset))).astype(int)
-    return center_view(dataset, chosen, config.data).to(device)
+    dataset = open_held_out_or_train(config.data)
+    return center_view(dataset, evenly(len(dataset), PREVIEW_IMAGES), config.data).to(device)
 
 
 def preview_rows(
@@ -176,17 +173,10 @@ def preview_rows(
     share = share_of(min(classes, MOST_CLASSES), rank, size)
     if share.start < share.stop:
         labels = torch.arange(share.start, share.stop, device=x.device)
-        conditions = make_conditions(model, model_times(25, T), labels)
-
-        def denoise(x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-            with autocast(x_t.device, dtype):
-                x_start, eps, *_ = model.denoise(x_t, t, y, conditions)
-            return x_start, eps
-
         samples = ddim_sample(
-            denoise, (len(labels), *x.shape[1:]), objective.schedule, num_steps=25, labels=labels,
-            null_label=classes, cfg_scale=2.0, clip=clip, first_sample=share.start, device=x.device,
-            capture="off",  # a failed recording would end the run
+            denoiser(model, dtype, model_times(25, T), labels), (len(labels), *x.shape[1:]), objective.schedule,
+            num_steps=25, labels=labels, null_label=classes, cfg_scale=2.0, clip=clip, first_sample=share.start,
+            device=x.device, capture="off",  # a failed recording would end the run
         )  # fmt: skip
         rows["samples"] = [show(samples)]
     return rows

@@ -27,9 +27,10 @@ from umd.model import UMD
 from umd.ops import philox_randn_rows
 from umd.probe import ProbeResult, draw_shots, fewshot_accuracy
 from umd.schedule import NoiseSchedule
-from umd.train.data import open_dataset
+from umd.train.console import say
+from umd.train.data import Dataset, open_dataset
 from umd.train.evaluate import open_run, schedule_of
-from umd.train.features import Dataset, Extract, Features, identity_of, name_of, pictures_of
+from umd.train.features import Extract, Features, identity_of, name_of, pictures_of
 from umd.train.fingerprint import check_trained_on, with_source
 from umd.train.latents import LatentDataset
 from umd.train.options import Probe
@@ -70,7 +71,7 @@ def probe(run: Path, options: Probe, config: RunConfig, console: Console) -> Non
 def tell_notes(console: Console, *datasets: Dataset) -> None:
     """Print the datasets' notes about odd files, each once."""
     for note in dict.fromkeys(note for dataset in datasets for note in getattr(dataset, "notes", ())):
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        say(console, note)
 
 
 def own_pictures(run: Path, config: RunConfig, source: str, console: Console) -> RunConfig:
@@ -81,8 +82,8 @@ def own_pictures(run: Path, config: RunConfig, source: str, console: Console) ->
     config = with_source(config, source)
     if not (source or config.data.source == "emoji" or Path(config.data.source).expanduser().exists()):
         raise UserError(f"the pictures of {run} are not at {config.data.source}: give --source with where they lie now")
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    check_trained_on(run, config, f"give --source {config.data.source} to take these", say, bool(source))
+    mend = f"give --source {config.data.source} to take these"
+    check_trained_on(run, config, mend, partial(say, console), bool(source))
     return config
 
 

@@ -21,7 +21,8 @@ from umd.files import sha256, written_whole
 from umd.images import from_uint8, to_uint8
 from umd.metrics import FeatureStatistics, frechet_distance, inception_score, kernel_distance, precision_recall
 from umd.tokenizer import Tokenizer
-from umd.train.features import Dataset, Extract, Features, Pictures, identity_of, name_of, pictures_of
+from umd.train.data import Dataset
+from umd.train.features import Extract, Features, Pictures, identity_of, name_of, pictures_of
 from umd.train.latents import LatentDataset
 from umd.train.settings import DataConfig
 
@@ -182,9 +183,9 @@ def scores(
     if spatial is not None and reference.spatial is not None and len(spatial) > spatial.shape[1]:
         values[names["sfd"]] = frechet_distance(*moments(spatial), *reference.spatial)
     if logits is not None:
-        values[names["is"]] = inception_score(logits)[0]
+        values[names["is"]] = inception_score(logits)
     if reference.features is not None:
-        values[names["kd"]] = kernel_distance(pooled, reference.features)[0]
+        values[names["kd"]] = kernel_distance(pooled, reference.features)
     if reference.features is not None and min(len(pooled), len(reference.features)) > NEIGHBOURS:
         precision, recall = precision_recall(reference.features.to(device), pooled.to(device))
         values |= {"precision": precision, "recall": recall}

@@ -15,6 +15,7 @@ from tyro.conf import AvoidSubcommands
 from umd.config import (
     AnyModelConfig,
     AnyObjectiveConfig,
+    Capture,
     ClassifierConfig,
     ClassifierObjectiveConfig,
     DiffMAEConfig,
@@ -72,7 +73,7 @@ class RunConfig:
     """GELU: our kernels, or Transformer Engine fused into the MLP's products. `umd doctor` shows if it works here."""
     compile: bool = False
     """Run the network through torch.compile."""
-    capture: Literal["auto", "on", "off"] = "auto"
+    capture: Capture = "auto"
     """Record the whole step as a CUDA graph and replay it. auto: on one GPU. on: also with DDP. Not with ZeRO."""
     checkpointing: bool = False
     """Recompute activations in the backward pass. Saves memory, costs a third more FLOPs."""

@@ -7,11 +7,9 @@ network sees the same `GROUP` images per call (all, if fewer are drawn), as a pr
 import difflib
 import io
 import json
-import os
 import shutil
-import socket
-import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from glob import escape
 from pathlib import Path
@@ -22,18 +20,18 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from umd.conditions import make_conditions
 from umd.config import Capture, Prediction, SamplerName
 from umd.errors import UserError
-from umd.files import check_place, flush, write_whole
+from umd.files import check_place, write_whole
 from umd.guidance import Denoise, Guidance
 from umd.images import grid, png_path, save_png, to_uint8
-from umd.machine.device import autocast
 from umd.model import UMD
 from umd.schedule import NoiseSchedule
 from umd.schedulers import open_sampler, sampler_times
+from umd.tensor_files import write_npz
 from umd.tokenizer import Tokenizer
 from umd.train import evaluate
+from umd.train.console import say
 from umd.train.features import name_of, spans
 from umd.train.heads import Heads
 from umd.train.options import Sample
@@ -80,12 +78,7 @@ class Drawer:
         # Conditions of all labels, not only of a batch's, as the rounding of this product also depends on its size.
         known = None if labels is None else labels.unique()
         times = list(dict.fromkeys(sampler_times(sampler, num_steps, schedule)))
-        conditions = make_conditions(model, times, known)
-
-        def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
-            with autocast(x_t.device, dtype):
-                return model.denoise(x_t, timesteps, labels, conditions)
-
+        denoise = evaluate.denoiser(model, dtype, times, known)
         self.shape = (model.config.channels, *model.config.image_size)
         self.sampler = open_sampler(
             sampler, in_calls_of(self.group, denoise), (self.batch, *self.shape), schedule, num_steps=num_steps,
@@ -184,9 +177,12 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
         except FileNotFoundError:  # another rank also found all parts done, and was faster
             if not is_there(files, recipe):
                 raise
-        shutil.rmtree(folder, ignore_errors=True)
+        removed = folder.with_name(f"{folder.name}-removed")
+        with suppress(OSError):  # another rank was faster
+            folder.rename(removed)  # at once, so that a rank still at work leaves nothing in it
+        shutil.rmtree(removed, ignore_errors=True)
     where = f"{files[0]} and {files[1]}"
-    console.print(f"{count} samples in {where}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{count} samples in {where}")
 
 
 def places(run: Path, options: Sample) -> tuple[Path, Path, Path]:
@@ -220,7 +216,7 @@ def tell_replaced(files: Sequence[Path], recipe: dict[str, Any], console: Consol
     if rank_and_size()[0] == 0 and (before := settings_in(files[-1])):
         differ = ", ".join(name for name, *_ in differences(before, json.loads(json.dumps(recipe)))) or "nothing"
         text = f"{files[1]} holds other samples, and will be replaced; what differs: {differ}"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(console, text)
 
 
 def check_classes(config: RunConfig, asked: Sequence[str], balanced: bool) -> tuple[int, ...]:
@@ -271,7 +267,8 @@ def put_together(
     shown = np.concatenate([read_part(part) for part in parts[: -(-MOST_SHOWN // SHARD)]])[:MOST_SHOWN]
     settings.unlink(missing_ok=True)
     class_ids = np.full(count, -1) if labels is None else labels.numpy()  # -1: unconditional
-    write_npz(npz, (count, *shown.shape[1:]), map(read_part, parts), class_ids, names)
+    others = {"arr_1": class_ids} | ({"classes": np.array(names)} if names else {})
+    write_npz(npz, "arr_0", "|u1", (count, *shown.shape[1:]), map(read_part, parts), others)
     save_png(grid(shown, columns=min(columns, len(shown))), png, scale=max(1, 128 // shown.shape[1]))
     write_whole(settings, json.dumps(recipe, indent=1).encode())
 
@@ -287,30 +284,6 @@ def read_part(part: Path) -> np.ndarray:
         raise UserError(
             f"{part} was damaged and is removed: run the same command again, which draws it anew"
         ) from error
-
-
-def write_npz(
-    path: Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], labels: np.ndarray, names: Sequence[str] = ()
-) -> None:
-    """Write what `np.savez(path, images, labels, classes=names)` would, without holding all images in memory.
-
-    arr_0: uint8 `shape`, from `parts`. arr_1: int64 labels. classes: name of each label, if `names` are given.
-    """
-    unfinished = path.with_name(f".unfinished-{path.name}-{socket.gethostname()}-{os.getpid()}")
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    try:
-        with zipfile.ZipFile(unfinished, "w") as archive:  # uncompressed, so the same bytes everywhere
-            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
-                for part in parts:
-                    member.write(np.ascontiguousarray(part).data)
-            for name, array in {"arr_1": labels, **({"classes": np.array(names)} if names else {})}.items():
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-        flush(unfinished)
-        unfinished.rename(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def picture_bytes(drawer: Drawer, first: int, last: int, advance: Advance) -> bytes:

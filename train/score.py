@@ -28,6 +28,7 @@ from umd.files import check_place, write_whole
 from umd.images import from_uint8
 from umd.model import UMD
 from umd.train import classify, evaluate
+from umd.train.console import say
 from umd.train.data import open_dataset
 from umd.train.errors import NAMES, Errors, draw_errors
 from umd.train.features import CALL, Features, name_of, spans
@@ -94,7 +95,7 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
     text = markdown(record)
     write_whole(table, text.encode())
     console.print(Markdown(text))
-    console.print(f"written: {file} and {table}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"written: {file} and {table}")
 
 
 def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
@@ -135,7 +136,7 @@ def score_classifier(run: Path, options: Evaluate, config: RunConfig, console: C
         raise UserError(f"{run} tells {model.config.num_classes} classes apart, and {dataset.name} has {found}")
     scores = classify.score(model, dataset, config.data, dtype)
     line = classify.write_scores(scores, dataset, weights_identity(run, options.ema)["step"], file, options.split)
-    console.print(line, f"written: {file}", sep="\n", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{line}\nwritten: {file}")
 
 
 class Generation:
@@ -337,11 +338,12 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 def error_lines(entry: Mapping[str, Any]) -> list[str]:
     """Write the errors by timestep as a table."""
-    curves = entry["curves"]
+    curves, settings = entry["curves"], entry["settings"]
+    split = {"train": "training", "test": "held-out"}[settings["data"]["split"]]
     what = (
-        f"On {entry['pictures']} held-out pictures, with the same noise and masks for every network; ± standard error."
+        f"On {entry['pictures']} {split} pictures, with the same noise and masks for every network; ± standard error."
     )
-    lines = [f"## Squared error by model time, step {entry['settings']['weights']['step']}", "", what, ""]
+    lines = [f"## Squared error by model time, step {settings['weights']['step']}", "", what, ""]
     lines += table_head(["t", *(NAMES[name] for name in curves)])
     for i, time in enumerate(entry["times"]):
         cells = [(curve["mean"][i], curve["se"][i]) for curve in curves.values()]

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from umd.errors import UserError
-from umd.files import write_whole
+from umd.files import make_folder, write_whole
 
 Advance = Callable[[float], None]  # called with the number of images done
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded, file too large
@@ -55,10 +55,14 @@ class Job:
 def share(jobs: Sequence[Job], console: Console, what: str) -> bool:
     """Make this rank's missing files, then help other ranks. Returns whether all files exist now.
 
+    The jobs' folders are made first. Whoever puts the files together may remove them: ranks still at work then stop.
+
     Raises UserError if a file cannot be written.
     """
     rank, size = rank_and_size()
     total = sum(job.images for job in jobs)
+    for folder in {job.path.parent for job in jobs}:
+        make_folder(folder, "see to it that it can be made, and run the same command again")
     with progress(console, what, total, show=rank == 0) as advance_to:
         done = images_done(jobs)
         advance_to(done)
@@ -66,8 +70,9 @@ def share(jobs: Sequence[Job], console: Console, what: str) -> bool:
         while job := next_job(jobs, listed(jobs) | made, rank, size):
             data = job.make(lambda part, done=done: advance_to(done + part))  # type: ignore[misc]
             try:
-                job.path.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(job.path, data)
+            except FileNotFoundError:  # another rank has put the files together and removed the folder
+                return False
             except OSError as error:
                 if job.path in listed(jobs):  # another rank made it meanwhile
                     continue

@@ -3,6 +3,7 @@
 import torch
 
 from umd import ops
+from umd.config import AnyModelConfig, DiffMAEConfig, ModelConfig
 from umd.errors import UserError
 from umd.methods import AnyModel, AnyObjective
 from umd.train.distributed import World
@@ -55,20 +56,32 @@ def check_strategy(config: RunConfig, how: str) -> None:
 
 def check_attention(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UserError if the configured attention backend cannot run this network on this device."""
+    decoder = getattr(config.model, "decoder", "self")
+    if config.attention == "triton" and decoder in ("cross", "cross_self"):
+        raise UserError(
+            f"attention triton is for self-attention, which decoder {decoder} goes beyond; leave it at auto"
+        )
     try:
-        head_dim = config.model.hidden_size // config.model.num_heads
-        ops.attention_backend(device, dtype, head_dim, backend=config.attention)
+        for width, heads in towers(config.model):
+            ops.attention_backend(device, dtype, width // heads, backend=config.attention)
     except ValueError as error:
         raise UserError(f"attention {error}") from error
+
+
+def towers(model: AnyModelConfig) -> list[tuple[int, int]]:
+    """(width, attention heads) of the encoder, and of the decoder if there is one."""
+    found = [(model.hidden_size, model.num_heads)]
+    if isinstance(model, ModelConfig) and model.decoder_depth:
+        found.append((model.decoder_vit.hidden_size, model.decoder_vit.num_heads))
+    if isinstance(model, DiffMAEConfig):
+        found.append((model.decoder_hidden_size, model.decoder_num_heads))
+    return found
 
 
 def check_gelu(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UserError if the configured GELU cannot run this network on this device."""
     if config.gelu == "ours":
         return
-    model = config.model
-    widths = {model.hidden_size, getattr(model, "decoder_hidden_size", model.hidden_size)}
-    if reason := ops.epilogues_refusal(
-        device, dtype, *sorted({w for n in widths for w in (n, int(n * model.mlp_ratio))})
-    ):
+    widths = {w for n, _ in towers(config.model) for w in (n, int(n * config.model.mlp_ratio))}
+    if reason := ops.epilogues_refusal(device, dtype, *sorted(widths)):
         raise UserError(f"gelu: {config.gelu} {reason}; 'ours' runs anywhere")

@@ -9,12 +9,12 @@ changes between steps. So a GPU can record it once as a CUDA graph and replay it
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from umd import ops
+from umd.config import Capture
 from umd.ema import EMA, warm_rate
 from umd.errors import UserError
 from umd.layers import Linear
@@ -28,7 +28,6 @@ from umd.train.optim import rates_on_device, set_rate
 from umd.train.parallel import DDP, Alone
 from umd.train.zero import Zero
 
-Capture = Literal["auto", "on", "off"]
 WARMUP = 11  # steps before recording; by then torch's DDP has laid out its buckets and libraries are set up
 
 

@@ -164,7 +164,7 @@ def sample_lengths(layout: Iterable) -> Lengths:
 def make_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> TrainStep:
     """Make the step of one rank with `micro` samples: autocast to `dtype`, parameters of dtype `weights`."""
     # Cosine stands for all schedules but EDM's, as they differ in values only, and the linear ones read their values.
-    schedule = NoiseSchedule("edm" if config.schedule.name == "edm" else "cosine")
+    schedule = NoiseSchedule("edm" if config.schedule.name == "edm" else "cosine", config.schedule.num_steps)
     objective = build_objective(config.model, config.objective, schedule)
     torch.set_default_dtype(weights)  # fake parameters cannot be converted
     try:
@@ -228,14 +228,6 @@ def as_on_gpu() -> Iterator[None]:
     """`without_data`, with the ops of a GPU: Triton kernels, if Triton is installed, and flash attention."""
     with ops.cpu_paths(False), ops.kernels("auto"), without_data():
         yield
-
-
-def count_step(
-    config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype, attention: ops.Attention
-) -> StepCounts:
-    """`run_step` on fake tensors. attention: a backend of `ops.attention`."""
-    with without_data(), ops.attention(attention):
-        return run_step(config, micro, dtype, weights)
 
 
 def count_gpu_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype) -> StepCounts:

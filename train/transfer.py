@@ -15,6 +15,7 @@ from rich.console import Console
 
 from umd.errors import UserError
 from umd.files import check_place, write_whole
+from umd.train.console import say
 from umd.train.listing import listing
 from umd.train.options import Probe, Transfer
 from umd.train.probe import Recognition, print_rows
@@ -52,7 +53,7 @@ def transfer(run: Path, folder: Path, options: Transfer, config: RunConfig, cons
             sets[name] = Recognition(replace(config, data=data), probe)
         except UserError as error:
             refused[name] = str(error)
-            console.print(f"{name}: {error}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{name}: {error}")
     if not sets:
         raise UserError(f"none of the {len(names)} sets in {folder} can be probed, as told above")
     if not share([job for one in sets.values() for job in one.jobs()], console, "pictures read"):
@@ -67,4 +68,4 @@ def transfer(run: Path, folder: Path, options: Transfer, config: RunConfig, cons
         console.print(f"of the paper's sets not there: {', '.join(missing)}", highlight=False)
     record = {"sets": entries, "refused": refused}
     write_whole(file, json.dumps(record, indent=1).encode())
-    console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"written: {file}")

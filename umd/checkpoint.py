@@ -18,7 +18,6 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +68,9 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: the disk refuses. Earlier checkpoints are then untouched, and nothing is left of the new one.
+        UserError: the disk's handle stays stale.
+
+    Warns if the new checkpoint is complete and an old one cannot be removed.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, but the checkpoint being written must stay: pass 1 or more.")
@@ -77,9 +79,12 @@ def save_checkpoint(
     path = checkpoint_path(root, step)
     again_if_stale(lambda: _write(path, tensors, document), path)
     replaced = _replaced(path)
-    earlier = [other for other in list_checkpoints(root) if other not in (path, replaced)]
-    for other in [replaced, *earlier[: max(0, len(earlier) - keep + 1)]]:
-        _discard(other)
+    try:
+        earlier = [other for other in list_checkpoints(root) if other not in (path, replaced)]
+        for other in [replaced, *earlier[: max(0, len(earlier) - keep + 1)]]:
+            _discard(other)
+    except (OSError, UserError) as error:  # the new one is whole: no reason to end a run
+        warnings.warn(f"Earlier checkpoints could not be removed, and the next save tries again: {error}", stacklevel=2)
     return path
 
 
@@ -119,70 +124,6 @@ def _write(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], document: di
         raise
 
 
-class BackgroundSave:
-    """Runs `save_checkpoint` in a thread, one save at a time, while training goes on.
-
-    The thread saves copies in host memory, and waits for the GPU to make them. Its error is raised by the next `save`
-    or `wait`, or told by `check`.
-    """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._saving: Future | None = None
-        self._failed = False  # whether the last save did
-        self._host: dict[str, dict[str, Tensor]] = {}  # host copies (pinned for a GPU), reused by each save
-
-    def save(self, root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict, keep: int) -> Path:
-        """Start `save_checkpoint` and return its path, before the checkpoint exists. Waits for an earlier save.
-
-        Pinned tensors, copies from a GPU, are saved without another copy: do not change them before `wait`."""
-        self.wait()
-        for part, named in tensors.items():
-            host = self._host.setdefault(part, {})
-            for name, tensor in named.items():
-                if tensor.is_pinned():
-                    host[name] = tensor
-                    continue
-                if name not in host or host[name].shape != tensor.shape:
-                    host[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-                host[name].copy_(tensor.detach(), non_blocking=True)
-        copied = torch.cuda.Event() if torch.cuda.is_available() else None
-        if copied is not None:
-            copied.record()
-
-        def write() -> None:
-            if copied is not None:
-                copied.synchronize()
-            save_checkpoint(root, step, self._host, state, keep)
-
-        self._saving = self._thread.submit(write)
-        return checkpoint_path(root, step)
-
-    def check(self, wait: bool = False) -> str:
-        """The error of the last save once it has ended (wait: wait for that), or "". Raises the second in a row."""
-        if self._saving is None or not (wait or self._saving.done()):
-            return ""
-        failed, self._failed = self._failed, False
-        try:
-            self.wait()
-        except CheckpointError as error:
-            if failed:
-                raise
-            self._failed = True
-            return str(error)
-        return ""
-
-    def linger(self) -> None:
-        """Give the last save 25 s to end, before this process ends for another's fault. Raises nothing."""
-        wait([self._saving] if self._saving else [], 25.0)  # torchrun and Slurm kill after 30
-
-    def wait(self) -> None:
-        """Wait until the last save has ended; raise its error."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
-
-
 def checkpoint_path(root: Path | str, step: int) -> Path:
     """The path of a step's checkpoint, whether it exists or not."""
     return Path(root) / f"step-{step:08d}"
@@ -191,16 +132,15 @@ def checkpoint_path(root: Path | str, step: int) -> Path:
 def load_checkpoint(
     path_or_root: Path | str,
     parts: Sequence[str] | None = None,
-    device: str | torch.device = "cpu",
     verify: bool = True,
 ) -> Checkpoint:
     """Read one checkpoint, or the newest complete one in a root, and verify its checksums.
 
+    Tensors are memory-mapped copy-on-write: changing one never changes the file.
+
     Args:
         path_or_root: a checkpoint, or a folder of checkpoints.
         parts: the entries of `tensors` to load; default: all.
-        device: where to put the tensors. On the CPU they are memory-mapped copy-on-write: changing one never changes
-            the file.
         verify: False checks only the files' sizes. Of many ranks that read the same files, only one needs to verify.
 
     Raises:
@@ -227,7 +167,7 @@ def load_checkpoint(
             raise CheckpointError(f"Checkpoint {path} has no part {part!r}; it holds {', '.join(files)}.")
         if verify and sha256(files[part]) != document["files"][files[part].name]["sha256"]:
             raise _damaged(files[part], "differs from its checksum")
-        with safe_open(files[part], framework="pt", device=str(device)) as opened:
+        with safe_open(files[part], framework="pt") as opened:
             tensors[part] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
     return Checkpoint(path, document["step"], tensors, document["state"])
 

@@ -136,13 +136,13 @@ def joined_lines() -> Iterator[None]:
         _strings.remove_single_line_breaks = join
 
 
-def parse(cls_or_function, name: str, arguments: list[str], default=None):
+def parse(cls: type, name: str, arguments: list[str], default=None):
     """Parse options with tyro under the program name `umd NAME`.
 
     For an unknown option tyro itself suggests the nearest ones and exits with 2.
 
     Args:
-        cls_or_function: the dataclass or function whose fields or arguments are the options.
+        cls: the dataclass whose fields are the options.
         name: the command and its paths, as shown in help texts.
         arguments: the options as typed.
         default: an instance whose values are the defaults.
@@ -159,7 +159,7 @@ def parse(cls_or_function, name: str, arguments: list[str], default=None):
         if silent(name.split()[0]):
             quiet.enter_context(contextlib.redirect_stderr(quiet.enter_context(open(os.devnull, "w"))))
         try:
-            return tyro.cli(cls_or_function, prog=f"umd {name}", args=arguments, **kwargs)
+            return tyro.cli(cls, prog=f"umd {name}", args=arguments, **kwargs)
         except OutOfRange as error:
             raise named(error, arguments) from None
 

@@ -30,6 +30,7 @@ SamplerName = Literal["ddim", "ddpm", "dpm++", "heun", "unipc"]
 Prediction = Literal["eps", "x_start", "both"]
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
 Capture = Literal["auto", "on", "off"]
+ScheduleName = Literal["cosine", "linear", "linear_rho", "edm"]
 
 
 @dataclass(frozen=True)
@@ -404,7 +405,7 @@ class ClassifierObjectiveConfig:
 class ScheduleConfig:
     """Noise schedule."""
 
-    name: Literal["cosine", "linear", "linear_rho", "edm"] = "cosine"
+    name: ScheduleName = "cosine"
     """How noise grows with time. cosine: for pixels. linear: for latents. linear_rho: for DiffMAE. edm: for MaskDiT
     as published."""
     num_steps: Count = 1000
@@ -423,8 +424,7 @@ AnyObjectiveConfig: TypeAlias = ObjectiveConfig | DiffMAEObjectiveConfig | Class
 def classifier_config(source: ViTConfig, **changes) -> ClassifierConfig:
     """Configuration of a classifier on the encoder of `source`, the configuration of a UMD or DiffMAE.
 
-    changes: fields of `ClassifierConfig` that override those of the encoder. `pool` is "mean" by default if there are
-    no CLS tokens.
+    changes: fields of `ClassifierConfig` that override the encoder's. Without CLS tokens, `pool` is "mean" by default.
     """
     same = (
         "image_size", "channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_cls",

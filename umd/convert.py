@@ -76,14 +76,11 @@ def _read_tensorstore(folder: Path) -> np.ndarray:
     return tensorstore.open(spec, open=True).result().read().result()
 
 
-def from_small_vision(
-    params: Mapping[str, np.ndarray], image_size: tuple[int, int] | None = None
-) -> tuple[ModelConfig, dict[str, Tensor]]:
+def from_small_vision(params: Mapping[str, np.ndarray]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Network and weights from a flat flax tree, with stacked blocks (scan=True) or separate ones.
 
     Args:
-        params: {"embedding/kernel": [P, P, C, D], …}.
-        image_size: height and width; default: square, from the number of positions.
+        params: {"embedding/kernel": [P, P, C, D], …}. Images are taken to be square.
 
     Returns:
         (config, state_dict) with fp32 tensors.
@@ -92,7 +89,7 @@ def from_small_vision(
         UserError: a parameter is missing or unknown, or its shape does not fit the others.
     """
     params = _unstack(params)
-    config = small_vision_config(params, image_size)
+    config = small_vision_config(params)
     with torch.device("meta"):
         expected = UMD(config).state_dict()
     state = {}
@@ -103,7 +100,7 @@ def from_small_vision(
             shapes = ", ".join(f"{path} {list(params[path].shape)}" for path in paths[:3])
             raise UserError(
                 f"small-vision's {shapes} would make our {name} {list(state[name].shape)}, but the others "
-                f"imply {list(expected[name].shape)}; give the image size if it is not square"
+                f"imply {list(expected[name].shape)}; expected the weights of one network, of square images"
             )
     known = {path for paths in _paths(config).values() for path in paths}
     if unknown := sorted(params.keys() - known):
@@ -137,7 +134,7 @@ def to_small_vision(model: UMD) -> dict[str, np.ndarray]:
     return params
 
 
-def small_vision_config(params: Mapping[str, np.ndarray], image_size: tuple[int, int] | None = None) -> ModelConfig:
+def small_vision_config(params: Mapping[str, np.ndarray]) -> ModelConfig:
     """The configuration of the network that parameters with separate blocks belong to, from their shapes."""
     block = "Encoder/Encoder1DBlock_0"
     patch_size, _, channels, D = _shape(params, "embedding/kernel", 4)
@@ -146,7 +143,7 @@ def small_vision_config(params: Mapping[str, np.ndarray], image_size: tuple[int,
     _, hidden = _shape(params, f"{block}/MlpBlock_0/Dense_0/kernel", 2)
     labels = "label_emb/embedding/embedding"
     return ModelConfig(
-        image_size=image_size or (isqrt(L) * patch_size, isqrt(L) * patch_size),
+        image_size=(isqrt(L) * patch_size, isqrt(L) * patch_size),
         channels=channels,
         patch_size=patch_size,
         hidden_size=D,

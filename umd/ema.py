@@ -43,16 +43,10 @@ class EMA:
         if not 0 < rate <= 1:
             raise ValueError(f"An EMA rate of {rate} was given, expected above 0 and at most 1.")
         self.rate = rate
-        self.shadows: dict[str, Tensor] = {}
-        self.track(model)
-
-    @torch.no_grad()
-    def track(self, model: HasParameters) -> None:
-        """Start averaging parameters that have no shadow yet, e.g. label embeddings added for fine-tuning."""
-        for name, parameter in model.named_parameters():
-            if name not in self.shadows:
-                dtype = torch.promote_types(parameter.dtype, torch.float32)
-                self.shadows[name] = parameter.detach().to(dtype, copy=True)
+        self.shadows = {
+            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            for name, p in model.named_parameters()
+        }
 
     @torch.no_grad()
     def update(self, model: HasParameters, rate: float | Tensor | None = None) -> None:
@@ -119,7 +113,7 @@ def _check_same(shadows: Mapping[str, Tensor], other: Mapping[str, Tensor], what
     if missing := shadows.keys() - other.keys():
         raise ValueError(f"{what} lacks {_some(missing)}, which the EMA averages: start the EMA from this model.")
     if extra := other.keys() - shadows.keys():
-        raise ValueError(f"{what} has {_some(extra)}, which the EMA does not average: call `track(model)` first.")
+        raise ValueError(f"{what} has {_some(extra)}, which the EMA does not average: start the EMA from this model.")
     for name, shadow in shadows.items():
         if shadow.shape != other[name].shape:
             raise ValueError(

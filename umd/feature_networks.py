@@ -100,9 +100,9 @@ def cached_inception() -> Path | None:
     return next((cache / name for name in INCEPTION_WEIGHTS if (cache / name).exists()), None)
 
 
-def default_features(inception_weights: Path | str | None = None) -> tuple[nn.Module, str]:
+def default_features() -> tuple[nn.Module, str]:
     """`open_features("auto")`, and the name of its Fréchet distance."""
-    network = open_features("auto", inception_weights)
+    network = open_features("auto")
     assert isinstance(network, nn.Module)
     return network, metric_names(network)["fd"]
 
@@ -317,12 +317,6 @@ class EffLite0Features(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The pooled features, float32 [B, 1280]."""
         return self.outputs(x).pooled
-
-    def logits(self, x: Tensor) -> Tensor:
-        """ImageNet class scores [B, 1000]."""
-        found = self.outputs(x).logits
-        assert found is not None
-        return found
 
 
 class _SameConv(nn.Conv2d):

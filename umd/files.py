@@ -119,6 +119,11 @@ def make_folder(path: Path, instead: str = "give another one to write to") -> No
         raise UserError(f"cannot make the folder {path} ({reason}); {instead}") from error
 
 
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/umd, or ~/.cache/umd. It may not exist yet. Raises RuntimeError for a user without a home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "umd"
+
+
 def sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     return again_if_stale(lambda: _sha256(path), path)

@@ -1,8 +1,11 @@
 """Linear probe and nearest neighbours on features of a frozen network, at ImageNet's size.
 
 The linear probe follows He et al. 2021, "Masked autoencoders are scalable vision learners", appendix A.1, and
-main_linprobe.py of facebookresearch/mae. One difference: MAE crops every image at random in each epoch; here features
-are computed once, from one centre crop per image.
+main_linprobe.py of facebookresearch/mae. Differences:
+
+- MAE crops every image at random in each epoch. Here features are computed once, from one centre crop per image.
+- Batch norm uses mean and variance over all training images, which MAE estimates by running averages.
+- SGD replaces LARS, which torch does not have.
 """
 
 from collections.abc import Sequence
@@ -59,9 +62,6 @@ def linear_probe(
 
     Each learning rate trains its own layer, all on the same batches. A tenth of the training images, 10,000 at most, is
     held out to choose the rate with the best accuracy; these images are not trained on.
-
-    Two differences from MAE: batch norm uses mean and variance over all training images, which MAE estimates by running
-    averages; and SGD replaces LARS, which torch does not have.
 
     Args:
         train_features, test_features: floats [N, D], on any device; they are moved to `device`.

@@ -4,7 +4,7 @@ Fréchet distances are comparable only with the same network and the same number
 estimate is biased upwards. The kernel distance has no such bias.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from umd.errors import UserError
 from umd.files import written_whole
+
+BATCH = 32  # images per call of a feature network
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
@@ -38,8 +40,8 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     return max(distance.item(), 0.0)
 
 
-def inception_score(logits: Tensor, split_size: int = 5000) -> tuple[float, float]:
-    """Inception Score (Salimans et al. 2016): (mean, standard deviation) over splits of 5000 images, as in ADM's code.
+def inception_score(logits: Tensor, split_size: int = 5000) -> float:
+    """Inception Score (Salimans et al. 2016): the mean over splits of 5000 images, as in ADM's code.
 
     The score of a split is exp of the mean KL divergence between an image's class probabilities and their average over
     the split. It lies between 1 (all images alike) and K. The last split may be smaller and counts as much as others.
@@ -54,23 +56,17 @@ def inception_score(logits: Tensor, split_size: int = 5000) -> tuple[float, floa
         p = log_p.exp()
         marginal = p.mean(0).clamp_min(torch.finfo(p.dtype).tiny).log()
         scores.append((p * (log_p - marginal)).sum(1).mean().exp())
-    values = torch.stack(scores)
-    return values.mean().item(), values.std(correction=0).item()
+    return torch.stack(scores).mean().item()
 
 
-def kernel_distance(
-    x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> tuple[float, float, int]:
-    """KID (Bińkowski et al. 2018): `squared_mmd` of subsets drawn without replacement, as in torch-fidelity.
+def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> float:
+    """KID (Bińkowski et al. 2018): mean `squared_mmd` of subsets drawn without replacement, as in torch-fidelity.
 
     Args:
         x, y: features [N, D] and [M, D].
         subsets: number of subsets.
         subset_size: images per subset; at most min(N, M).
         seed: of the draws.
-
-    Returns:
-        (mean, standard deviation) over the subsets, and the size of a subset.
 
     Raises:
         ValueError: a set has fewer than 2 images.
@@ -81,8 +77,7 @@ def kernel_distance(
     def some(features: Tensor) -> Tensor:
         return features[torch.randperm(len(features), generator=generator)[:size].to(features.device)]
 
-    values = torch.tensor([squared_mmd(some(x), some(y)) for _ in range(subsets)], dtype=torch.float64)
-    return values.mean().item(), values.std(correction=0).item(), size
+    return torch.tensor([squared_mmd(some(x), some(y)) for _ in range(subsets)], dtype=torch.float64).mean().item()
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> float:
@@ -190,11 +185,19 @@ class FeatureStatistics:
             raise ValueError("Features hold NaN or infinity: check that the images are finite.")
         mean = features.mean(0)
         centred = features - mean
-        self._add(len(features), mean.cpu(), (centred.T @ centred).cpu())
+        total = self.count + len(features)
+        offset = mean.cpu() - self.mean
+        self.scatter += (centred.T @ centred).cpu() + torch.outer(offset, offset) * (self.count * len(features) / total)
+        self.mean += offset * (len(features) / total)
+        self.count = total
 
     def distance(self, other: "FeatureStatistics") -> float:
         """Fréchet distance to `other`. Raises UserError if the two came from different networks."""
-        self._check_comparable(other)
+        if (self.name, len(self.mean)) != (other.name, len(other.mean)):
+            raise UserError(
+                f"Statistics of {self.name} ({len(self.mean)} features) and {other.name} ({len(other.mean)}) "
+                "do not mix: compute both with the same network."
+            )
         return frechet_distance(self.mean, self.cov, other.mean, other.cov)
 
     def save(self, path: Path | str) -> None:
@@ -222,46 +225,27 @@ class FeatureStatistics:
         statistics.mean, statistics.scatter = mean, scatter
         return statistics
 
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        if count == 0:
-            return
-        total = self.count + count
-        offset = mean - self.mean
-        self.scatter += scatter + torch.outer(offset, offset) * (self.count * count / total)
-        self.mean += offset * (count / total)
-        self.count = total
-
-    def _check_comparable(self, other: "FeatureStatistics") -> None:
-        if (self.name, len(self.mean)) != (other.name, len(other.mean)):
-            raise UserError(
-                f"Statistics of {self.name} ({len(self.mean)} features) and {other.name} ({len(other.mean)}) "
-                "do not mix: compute both with the same network."
-            )
-
 
 def feature_statistics(
-    images: Tensor | Iterable[Tensor],
+    images: Tensor,
     features: nn.Module,
     name: str,
-    batch_size: int = 32,
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> FeatureStatistics:
     """Statistics of the features of images.
 
     Args:
-        images: floats [N, C, H, W] in [-1, 1], or an iterable of such batches.
+        images: floats [N, C, H, W] in [-1, 1].
         features: a module [B, C, H, W] to [B, D] with the attribute `num_features`, e.g. from `default_features`.
         name: of the network.
-        batch_size: images per batch if `images` is one tensor; batches of an iterable are used as they come.
         device: where to compute features.
         progress: called after each batch with the number of images done so far.
     """
-    batches = images.split(batch_size) if isinstance(images, Tensor) else images
     features = features.to(device).eval()
     statistics = FeatureStatistics(int(features.num_features), name)  # type: ignore[arg-type]
     with torch.inference_mode():
-        for batch in batches:
+        for batch in images.split(BATCH):
             statistics.update(features(batch.to(device)))
             if progress is not None:
                 progress(statistics.count)

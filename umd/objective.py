@@ -22,6 +22,7 @@ from umd.config import DiffMAEConfig, DiffMAEObjectiveConfig, ModelConfig, Objec
 from umd.errors import UserError
 from umd.flops import diffmae_flops, step_flops
 from umd.masking import Layout, ids_keep_from_noise, layout, num_keep, ranked_ids
+from umd.pixel_stats import normalized
 from umd.schedule import NoiseSchedule
 from umd.spans import span
 
@@ -410,10 +411,7 @@ class DiffMAEObjective:
                 raise ValueError("indices: expected int64 [B], the pictures whose features are the target, got None")
             return self.features(c.indices).flatten(0, 1).index_select(0, c.ids_masked)
         target = self.clean_patches(images, c.ids_masked)
-        if self.config.target == "normalized":  # unbiased variance and 1e-6, as MAE's norm_pix
-            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) * torch.rsqrt(variance + 1e-6)
-        return target
+        return normalized(target) if self.config.target == "normalized" else target
 
     def clean_patches(self, images: Tensor, ids: Tensor) -> Tensor:
         """Patches `ids` of images, without noise."""

@@ -17,7 +17,7 @@ from umd.kernels.linear import bias_gradient, few_rows_linear, gelu_linear, line
 from umd.kernels.loss import masked_diffusion_loss
 from umd.kernels.packing import Packing, pack
 from umd.kernels.patches import gather_patches, patchify, standard_noise, unpatchify
-from umd.kernels.philox import philox_randn, philox_randn_rows, philox_randn_samples, random_words
+from umd.kernels.philox import philox_randn_rows, philox_randn_samples, random_words
 from umd.kernels.positions import add_positions
 from umd.kernels.posterior import sample_posterior
 from umd.kernels.tokens import prepend_tokens, scatter_tokens, split_tokens
@@ -54,7 +54,6 @@ __all__ = [
     "modulated_layer_norm",
     "pack",
     "patchify",
-    "philox_randn",
     "philox_randn_rows",
     "philox_randn_samples",
     "prepend_tokens",

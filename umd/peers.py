@@ -18,7 +18,7 @@ from umd.config import ModelConfig, ObjectiveConfig
 from umd.errors import UserError
 from umd.model import SIGMA_DATA, edm_denoised
 from umd.objective import WORD, Corruption, Objective
-from umd.pixel_stats import standardize, unstandardize
+from umd.pixel_stats import normalized, standardize, unstandardize
 from umd.schedule import NoiseSchedule
 
 DIT: dict[str, Any] = dict(
@@ -149,12 +149,6 @@ def mae_pixels(predicted: Tensor, patches: Tensor | None, model: ModelConfig, co
         variance, mean = torch.var_mean(standardize(patches) if imagenet else patches, dim=-1, keepdim=True)
         predicted = predicted * (variance + 1e-6).sqrt() + mean
     return unstandardize(predicted) if imagenet else predicted
-
-
-def normalized(patches: Tensor) -> Tensor:
-    """MAE's norm_pix target: each patch [..., values] normalised by its own mean and unbiased standard deviation."""
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return (patches - mean) * torch.rsqrt(variance + 1e-6)
 
 
 def bound_tables(schedule: NoiseSchedule) -> Tensor:

@@ -1,6 +1,7 @@
-"""ImageNet's pixel statistics, by which published MAEs see their pictures. Everything else here is in -1..1.
+"""Normalised patches: by ImageNet's pixel statistics, as published MAEs see pictures, or each by its own.
 
-A network whose `pixel_stats` is "imagenet" converts its input itself, so that the rest of the code need not know.
+Everything else here is in -1..1. A network whose `pixel_stats` is "imagenet" converts its input itself, so that the
+rest of the code need not know.
 """
 
 import torch
@@ -22,3 +23,9 @@ def unstandardize(patches: Tensor) -> Tensor:
     channels = patches.unflatten(-1, (3, -1)).unbind(-2)
     numbers = zip(channels, IMAGENET_MEAN, IMAGENET_STD, strict=True)
     return torch.stack([x * (2 * std) + (2 * mean - 1) for x, mean, std in numbers], -2).flatten(-2)
+
+
+def normalized(patches: Tensor) -> Tensor:
+    """MAE's norm_pix target: each patch [..., values] normalised by its own mean and unbiased standard deviation."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) * torch.rsqrt(variance + 1e-6)

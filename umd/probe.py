@@ -101,11 +101,6 @@ def confusion(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def accuracy(predictions: Tensor, labels: Tensor) -> float:
-    """Share of correct predictions. Both inputs: integers [N]."""
-    return (predictions == labels).double().mean().item()
-
-
 def class_averaged_accuracy(predictions: Tensor, labels: Tensor, num_classes: int) -> float:
     """Mean of the accuracies on each class that occurs in `labels`: every class counts the same, whatever its size."""
     per_class = _per_class_accuracy(confusion(predictions, labels, num_classes))

@@ -269,34 +269,24 @@ def denoising_sequence(
     x_start: Tensor,
     schedule: NoiseSchedule,
     timesteps: Sequence[int],
-    *,
-    labels: Tensor | None = None,
-    predict: Prediction = "x_start",
-    clip: bool = True,
-    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Noise images [B, C, H, W] to each of n model times with the same ε, and denoise each x_t in one call.
+    """Noise images [B, C, H, W] to each of n model times with the same ε, and denoise each x_t in one call, by ε̂.
 
-    Returns (x_t, predicted x_start), each [n, B, C, H, W]. Raises UserError for a time outside 0..T.
+    Returns (x_t, predicted x_start, clamped to [-1, 1]), each [n, B, C, H, W]. Raises UserError for a time outside
+    0..T.
     """
     _check_images("x_start", x_start, x_start.shape)
-    check_labels(labels, len(x_start), None)
     outside = [time for time in timesteps if not 0 <= time <= schedule.num_steps]
     if outside:
         raise UserError(f"time {outside[0]} is outside the noise schedule; expected 0 to {schedule.num_steps}")
-    estimate = Estimator(
-        denoise, timesteps, schedule, predict=predict, labels=labels, null_label=None, cfg_scale=1.0,
-        channels=x_start.shape[1],
-    )  # fmt: skip
-    eps = Noise(seed, 0, x_start.shape, x_start.device).draw(0)
+    eps = Noise(0, 0, x_start.shape, x_start.device).draw(0)
     noised, predicted = [], []
     for time in timesteps:
         t = torch.full((len(x_start),), time, device=x_start.device)
         x_t = schedule.q_sample(x_start, t, eps)
-        prediction = estimate(False, x_t, t[0], estimate.tables[1][0]).cond
-        x_hat = prediction if predict == "x_start" else schedule.xstart_from_eps(x_t, t, prediction)
+        _, eps_hat, *_ = denoise(x_t, t, None)
         noised.append(x_t)
-        predicted.append(x_hat.clamp(-1, 1) if clip else x_hat)
+        predicted.append(schedule.xstart_from_eps(x_t, t, eps_hat).clamp(-1, 1))
     return torch.stack(noised), torch.stack(predicted)
 
 

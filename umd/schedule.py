@@ -1,15 +1,13 @@
-"""Noise schedules: how much of the image is left at each time, and conversions between x_start, ε and v."""
+"""Noise schedules: how much of the image is left at each time, and conversions between x_start and ε."""
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from umd.config import ScheduleName
 from umd.errors import UserError
-
-ScheduleName = Literal["cosine", "linear", "linear_rho", "edm"]
-
 
 EDM_STEPS = 1000
 EDM_SIGMAS = 0.002, 80.0  # smallest and largest σ

@@ -1,13 +1,17 @@
-"""Writes tensor files and computes their checksum on the way."""
+"""Writes files of tensors and arrays that need not be in memory at once."""
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from umd.files import written_whole
 
 # Names of types in safetensors files, in the order in which the library stores tensors: wide types first, so that each
 # tensor begins at a multiple of its element size.
@@ -49,3 +53,23 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
                     block = block[file.write(block) :]
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def write_npz(
+    path: Path, name: str, dtype: str, shape: tuple[int, ...], parts: Iterable[np.ndarray],
+    others: Mapping[str, np.ndarray],
+) -> None:  # fmt: skip
+    """Write what `np.savez` would of the array `name` and of `others`, atomically; equal arrays give equal bytes.
+
+    parts: rows of the array, in order; only one part is in memory at a time. dtype, shape: of the whole array, dtype as
+    in its .npy header, e.g. "<f4". Raises OSError, e.g. for a full disk.
+    """
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    with written_whole(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
+        with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for part in parts:
+                member.write(np.ascontiguousarray(part, dtype).data)
+        for other, array in others.items():
+            with archive.open(zipfile.ZipInfo(f"{other}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)

@@ -29,6 +29,8 @@ def test_a_run_says_how_far_it_is():
     assert beside.add(200, 1.0) == 1.0 and "(+0.0%)" in beside.note
     assert beside.add(300, 1.0) is None  # the reference has ended
     assert Comparison(None).add(100, 1.0) is None
+    resumed = Comparison(curve, start=60)
+    assert [resumed.add(step, 1.0) for step in (100, 150, 200)] == [None, None, 1.0]
 
 
 def test_a_reference_is_of_the_same_recipe(monkeypatch, tmp_path):

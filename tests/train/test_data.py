@@ -28,6 +28,7 @@ from umd.train.data import (
     center_view,
     centered_view_of_file,
     describe,
+    evenly,
     open_dataset,
     sample_keys,
     train_loader,
@@ -498,6 +499,10 @@ def test_a_hash_of_the_name_decides_what_is_held_out(holdout):
 def test_holdout_share():
     share = np.mean([in_test_split(f"{i}.png", 0.2) for i in range(20_000)])
     assert stats.binomtest(round(share * 20_000), 20_000, 0.2).pvalue > 1e-3
+
+
+def test_evenly_spread_indices_repeat_none():
+    assert [evenly(total, 4).tolist() for total in (10, 4, 2, 1, 0)] == [[0, 3, 6, 9], [0, 1, 2, 3], [0, 1], [0], []]
 
 
 def test_unlabelled_folder_and_own_splits(tmp_path):

@@ -20,19 +20,22 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from umd.checkpoint import BackgroundSave, CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
+from umd.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from umd.config import ClassifierConfig, ClassifierObjectiveConfig, ModelConfig
 from umd.errors import UserError
 from umd.methods import build_model
 from umd.metrics import FeatureStatistics
+from umd.train.classify import open_held_out, score
 from umd.train.data import open_dataset
 from umd.train.distributed import Watch, World, trace_exchanges
-from umd.train.log import read_metrics
-from umd.train.loop import train
+from umd.train.log import NoLog, read_metrics
+from umd.train.loop import set_up, train
 from umd.train.parallel import DDP, strategy
 from umd.train.run import RunConfig, to_plain
+from umd.train.saves import BackgroundSave, finished, save_last
 from umd.train.settings import DataConfig, OptimConfig, ParallelConfig
 from umd.train.spread import spread
+from umd.train.weights import load_model
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(image_size=(8, 8), patch_size=2, hidden_size=32, depth=2, decoder_depth=1, num_heads=2)
@@ -305,7 +308,8 @@ def test_ranks_draw_and_score_together(folder):
         folder, "draws-classifier", "ddp", model=CLASSIFIER, optim=OptimConfig(lr=0.03),
         objective=ClassifierObjectiveConfig(), **changes,
     )  # fmt: skip
-    train_on(2, [*cases, classifier])
+    linear = replace(classifier, out=folder / "draws-linear", model=replace(CLASSIFIER, linear=True))
+    train_on(2, [*cases, classifier, linear])
     alone = replace(cases[0], out=folder / "draws-alone", accumulate=2)
     train(alone, QUIET)
     for config in cases:
@@ -335,6 +339,10 @@ def test_ranks_draw_and_score_together(folder):
     ours, theirs = (json.loads((c.out / "scores.json").read_text()) for c in (classifier, one))
     assert ours["confusion"] == theirs["confusion"] and ours["top-1"] == theirs["top-1"]
     assert np.sum(ours["confusion"]) == ours["images"] > 0
+
+    logged = json.loads((linear.out / "scores.json").read_text())["confusion"]
+    saved = score(load_model(linear.out, ema=False), open_held_out(linear), linear.data, torch.float32)
+    assert logged == saved.confusion.tolist()  # with the batch norm's moments of both ranks
 
 
 def test_every_rank_has_the_averaged_network_whole(runs):
@@ -476,6 +484,46 @@ def test_one_lost_save_is_told_and_a_second_in_a_row_is_raised(tmp_path):
     assert save("file")
     with pytest.raises(CheckpointError, match="Could not write checkpoint"):
         save("file")
+
+
+def test_a_lost_save_does_not_hide_why_the_run_ends(tmp_path):
+    (tmp_path / "file").touch()
+    told: list[str] = []
+
+    def ends(error: Exception | None) -> None:
+        saves = BackgroundSave()
+        with finished(saves, told.append):
+            saves.save(tmp_path / "file", 1, {"model": {"w": torch.zeros(3)}}, {}, keep=1)
+            if error is not None:
+                raise error
+
+    with pytest.raises(KeyError):
+        ends(KeyError("another"))
+    assert len(told) == 1 and "Could not write checkpoint" in told[0]
+    with pytest.raises(CheckpointError, match="Could not write checkpoint"):
+        ends(None)
+
+
+def test_after_a_lost_save_the_last_step_is_still_saved(folder):
+    config = tiny(folder, "lost")
+    run = set_up(config, World(0, 1, torch.device("cpu")))
+    run.background = BackgroundSave()
+    run.number = 1
+    run.save()
+    good = run.saved_path
+    run.written()
+    away = config.checkpoints.rename(config.out / "away")
+    config.checkpoints.touch()  # a file in the folder's place: this save fails
+    run.number = 2
+    run.save()
+    assert "Could not write checkpoint" in run.settle_save() and run.saved_path == good
+    run.number = 3
+    run.save()
+    run.background.linger()
+    config.checkpoints.unlink()
+    away.rename(config.checkpoints)
+    save_last(run, NoLog())
+    assert [path.name for path in list_checkpoints(config.checkpoints)] == ["step-00000001", "step-00000003"]
 
 
 # Ranks that end

@@ -7,7 +7,8 @@ from umd.config import ModelConfig, ObjectiveConfig
 from umd.methods import build_objective
 from umd.model import UMD
 from umd.ops import patchify
-from umd.peers import DIT, MAE, normalized
+from umd.peers import DIT, MAE
+from umd.pixel_stats import normalized
 from umd.schedule import NoiseSchedule
 from umd.train.errors import error_times, hidden_error, picture_errors
 

@@ -1,5 +1,7 @@
 """Features on disk: the same on any number of ranks, at any cut, and whatever is in one call with a picture."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -108,9 +110,25 @@ def test_what_is_there_is_not_made_again(tmp_path):
 
 def test_a_disk_that_refuses_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    job = Job(tmp_path / "file" / "part", 1, lambda advance: b"x")
-    with pytest.raises(UserError, match="could not write"):
-        share([job], QUIET, "work")
+    for path, said in (
+        (tmp_path / "file" / "part", "cannot make the folder"),
+        (tmp_path / ("x" * 300), "could not write"),
+    ):
+        with pytest.raises(UserError, match=f"{said} .*run the same command again"):
+            share([Job(path, 1, lambda advance: b"x")], QUIET, "work")
+
+
+def test_a_rank_whose_parts_others_have_put_together_stops(tmp_path):
+    folder, made_now = tmp_path / "parts", []
+
+    def make(i: int) -> bytes:
+        made_now.append(i)
+        if i == 1:
+            shutil.rmtree(folder)  # as the rank does that found all files
+        return b"x"
+
+    assert not share([Job(folder / str(i), 1, lambda advance, i=i: make(i)) for i in range(4)], QUIET, "work")
+    assert made_now == [0, 1] and not folder.exists()
 
 
 def test_spans():

@@ -30,8 +30,9 @@ from umd.config import ModelConfig
 from umd.errors import UserError
 from umd.feature_networks import open_features
 from umd.images import from_uint8, to_uint8
+from umd.kernels.philox import philox_randn
 from umd.metrics import FeatureStatistics
-from umd.ops import philox_randn, sample_posterior
+from umd.ops import sample_posterior
 from umd.tokenizer import load_tokenizer
 from umd.train.crops import train_view, view_rng
 from umd.train.data import as_model_input, center_view, derive_seed, open_dataset, train_loader

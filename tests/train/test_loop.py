@@ -504,6 +504,8 @@ def test_the_attention_backend_is_the_one_asked_for(tiny):
     assert sdpa == pytest.approx(ours, rel=1e-4) and len(ours) > 0
     with pytest.raises(UserError, match="^attention backend: varlen_attn takes bf16 and fp16, not float32"):
         train(tiny(attention="varlen_attn"), QUIET)
+    with pytest.raises(UserError, match="attention triton is for self-attention, which decoder cross goes beyond"):
+        train(tiny(model=replace(TINY, decoder="cross"), attention="triton"), QUIET)
     assert attention_backend(torch.device("cpu"), torch.float32, 16).name == "matmul"  # of this process, as before
 
 

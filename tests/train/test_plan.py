@@ -17,7 +17,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from umd import ops
-from umd.config import OBJECTIVES, ModelConfig
+from umd.config import OBJECTIVES, DiffMAEConfig, DiffMAEObjectiveConfig, ModelConfig, ScheduleConfig
 from umd.errors import UserError
 from umd.methods import build_model, build_objective
 from umd.schedule import NoiseSchedule
@@ -37,7 +37,7 @@ from umd.train.plan import (
 from umd.train.presets import PRESETS
 from umd.train.run import RunConfig, to_plain
 from umd.train.settings import DataConfig, ParallelConfig
-from umd.train.step_counts import Ledger, StepCounts, count_gpu_step, count_step
+from umd.train.step_counts import Ledger, StepCounts, count_gpu_step, run_step, without_data
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(image_size=(16, 16), hidden_size=64, depth=2, decoder_depth=1, num_heads=4)
@@ -47,6 +47,14 @@ NOTHING = StepCounts(1000, 0, 0, [(10**9, 10**6)], [(1000, 1)])
 
 def run_config(**changes) -> RunConfig:
     return RunConfig(**{"model": TINY, "batch_size": 8, "precision": "fp32", "device": "cpu"} | changes)
+
+
+def count_step(
+    config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.dtype, attention: ops.Attention
+) -> StepCounts:
+    """`run_step` on fake tensors. attention: a backend of `ops.attention`."""
+    with without_data(), ops.attention(attention):
+        return run_step(config, micro, dtype, weights)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -95,6 +103,13 @@ def test_counting_leaves_nothing_behind_and_meets_nothing_left():
     corrupt = build_objective(TINY, run_config().objective, NoiseSchedule("cosine"))
     layout = corrupt.corrupt(4, 0, torch.device("cpu")).layout
     assert layout.encoder.cu_seqlens.tolist() == [0, 11, 22, 27, 32]
+
+
+def test_the_schedule_planned_with_is_the_runs():
+    model = DiffMAEConfig((8, 8), 3, 2, 32, 1, 2, decoder_hidden_size=32, decoder_depth=1, decoder_num_heads=2)
+    objective, schedule = DiffMAEObjectiveConfig(min_time=2000), ScheduleConfig(num_steps=4000)
+    config = run_config(model=model, objective=objective, schedule=schedule)
+    assert make_plan(config, Cluster(gpus=1)).peak > 0
 
 
 # Peak memory of a real process: three optimisation steps of the training loop's parts.

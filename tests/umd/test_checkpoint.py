@@ -294,6 +294,14 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         save(tmp_path / "file" / "checkpoints", 1)
 
 
+def test_a_checkpoint_that_cannot_be_removed_is_told_and_the_new_one_stays(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / ".unfinished-removed-step-00000001").write_text("in the way of the name that it gets first")
+    with pytest.warns(UserWarning, match="Earlier checkpoints could not be removed"):
+        save(tmp_path, 2, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
 FILL_THE_DISK = """
 import sys, torch
 from umd.checkpoint import *
