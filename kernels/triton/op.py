@@ -45,6 +45,10 @@ class Op:
 
     def __call__(self, *args):
         if not sees_dispatch():
+            device = next(x for x in args if isinstance(x, Tensor)).device
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):  # Triton launches on the current device
+                    return self.eager(*args)
             return self.eager(*args)
         register(self.name)
         return self.registered(*args)
