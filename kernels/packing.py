@@ -116,6 +116,11 @@ def _pack_once(samples: int, length: int, device: torch.device) -> Packing:
         return pack([length] * samples, device=device)
 
 
+def unit_columns(table: Tensor | None) -> Tensor | None:
+    """The table [R, D] with neighbouring columns side by side in memory; views of one projection stay as they are."""
+    return table if table is None or table.stride(-1) == 1 else table.contiguous()
+
+
 def paired_runs(packing: Packing, kv_packing: Packing) -> list[tuple[int, int, int]]:
     """Runs (samples, query length, key length): consecutive samples that are equal in both lengths.
 

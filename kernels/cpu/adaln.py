@@ -10,7 +10,7 @@ Statistics and sums are in fp32 or wider, in a fixed order.
 import torch
 from torch import Tensor
 
-from ..packing import Packing
+from ..packing import Packing, unit_columns
 from . import compiled
 
 
@@ -20,6 +20,7 @@ class CompiledLayerNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h, gate, alpha, beta, packing, eps):
         x, h = x.contiguous(), None if h is None else h.contiguous()
+        gate, alpha, beta = map(unit_columns, (gate, alpha, beta))
         r, y, mean, rstd = compiled.layer_norm(x, h, gate, alpha, beta, packing, eps)
         ctx.save_for_backward(r, h, gate, alpha, mean, rstd)
         ctx.packing = packing

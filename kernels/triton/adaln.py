@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backend import tl, triton
+from ..packing import unit_columns
 from .op import triton_op, wrap_triton
 from .tiles import load_row, store_row
 
@@ -291,11 +292,6 @@ def _sum_launch(D: int) -> dict[str, int]:
     return {"D": D, "BLOCK_C": 32, "BLOCK_D": 32, "num_warps": 4}
 
 
-def _rows(table: Tensor | None) -> Tensor | None:
-    """The table with contiguous columns; views of one projection stay as they are."""
-    return table if table is None or table.stride(-1) == 1 else table.contiguous()
-
-
 def _stride(table: Tensor | None) -> int:
     return 0 if table is None else table.stride(0)
 
@@ -326,7 +322,7 @@ def layer_norm_fwd(
     h_bias: already included in h; passed only to receive its gradient. dtype: type of y, and of h if given.
     """
     x, h = x.contiguous(), None if h is None else h.contiguous()
-    gate, shift, scale, weight, bias = map(_rows, (gate, shift, scale, weight, bias))
+    gate, shift, scale, weight, bias = map(unit_columns, (gate, shift, scale, weight, bias))
     N, D = x.shape
     C = chunks.shape[0]
     r, y = x.new_empty(0 if h is None else x.shape), x.new_empty(x.shape, dtype=dtype)
@@ -364,7 +360,7 @@ def layer_norm_bwd(
     """
     dy, r = dy.contiguous(), r.contiguous()
     dr, h = (None if t is None else t.contiguous() for t in (dr, h))
-    gate, scale, weight, bias = map(_rows, (gate, scale, weight, bias))
+    gate, scale, weight, bias = map(unit_columns, (gate, scale, weight, bias))
     D, C = r.shape[1], chunks.shape[0]
     like_h = dy if h is None and has_h and dy.dtype != r.dtype else h
     inputs = r, like_h, gate, shift, scale, weight, bias, h_bias
