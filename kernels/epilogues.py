@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .backend import stands_for_gpu, untraced
 from .linear import Cast, bias_sum, product, with_casts
+from .once import once_differentiable
 from .triton.op import opaque_op
 
 Gelu = Literal["ours", "transformer_engine"]
@@ -162,6 +163,7 @@ class ActivatedLinearFunction(torch.autograd.Function):
         return F.linear(a, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         h, a, weight = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes

@@ -10,6 +10,7 @@ Statistics and sums are in fp32 or wider, in a fixed order.
 import torch
 from torch import Tensor
 
+from ..once import once_differentiable
 from ..packing import Packing, unit_columns
 from . import compiled
 
@@ -27,6 +28,7 @@ class CompiledLayerNormFunction(torch.autograd.Function):
         return r if h is not None else None, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dr, dy):
         r, h, gate, alpha, mean, rstd = ctx.saved_tensors
         dr, dy = None if h is None else dr.contiguous(), dy.contiguous()
@@ -104,6 +106,7 @@ class GatedResidualLayerNormFunction(torch.autograd.Function):
         return r, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dr, dy):
         r, h, gate, alpha, beta, mean, rstd = ctx.saved_tensors
         lengths, rows, gates = ctx.lengths, ctx.rows, gate.unbind()

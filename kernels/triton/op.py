@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backend import INTERPRET, sees_dispatch, untraced
+from ..once import once_differentiable
 
 OPS: dict[str, "Op"] = {}  # by the name that dispatch modes see, e.g. umd::layer_norm_fwd
 
@@ -37,6 +38,7 @@ class Op:
         return self.registered
 
     def register_autograd(self, backward, *, setup_context) -> None:
+        backward = once_differentiable(backward)
         methods = dict(forward=self.eager, setup_context=setup_context, backward=backward)
         self.autograd = backward, dict(setup_context=setup_context)
         name = f"{self.eager.__name__}_function"
