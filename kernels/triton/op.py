@@ -1,6 +1,7 @@
 """How a function that launches Triton kernels becomes an op: registration, autograd, fakes, and reports of launches."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def opaque_op(name: str, fake: Callable):
 
 
 Tell = Callable[[str, list[Tensor], tuple[int, ...]], None]
-_tell: Tell | None = None
+_tell: ContextVar[Tell | None] = ContextVar("tell", default=None)  # other threads go on launching
 
 
 def launches(func, tell: Tell) -> Callable | None:
@@ -98,12 +99,11 @@ def _telling(function: Callable, tell: Tell) -> Callable:
     """The function with its launches replaced by calls of `tell`."""
 
     def told(*args):
-        global _tell
-        before, _tell = _tell, tell
+        before = _tell.set(tell)
         try:
             return function(*args)
         finally:
-            _tell = before
+            _tell.reset(before)
 
     return told
 
@@ -120,6 +120,6 @@ class _Told:
 
 def wrap_triton(kernel):
     """Launch a kernel within an `Op`: `wrap_triton(kernel)[grid](...)`. torch finds the source to hash by this name."""
-    if _tell is not None:
-        return _Told(kernel.fn.__name__.strip("_"), _tell)
+    if tell := _tell.get():
+        return _Told(kernel.fn.__name__.strip("_"), tell)
     return torch.library.wrap_triton(kernel) if sees_dispatch() and not INTERPRET else kernel
