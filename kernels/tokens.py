@@ -41,7 +41,7 @@ def split_tokens(x: Tensor, n: int, packing: Packing) -> tuple[Tensor, Tensor]:
 
 
 def _split(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    """The parts of x. Not slices: the backward of each would fill a tensor of x's size with zeros, that of split cats."""
+    """The parts of x. Not slices: the backward of each fills a tensor of x's size with zeros, that of split cats."""
     return [x] if len(sizes) == 1 else x.split(sizes)
 
 

@@ -18,15 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umd import ops
-from umd.blocks import (
-    Block,
-    Blocks,
-    CrossAttention,
-    CrossSelfBlock,
-    Memory,
-    initialize_blocks,
-    per_token,
-)
+from umd.blocks import Block, Blocks, CrossAttention, CrossSelfBlock, Memory, initialize_blocks
 from umd.config import Capture, ClassifierConfig, DiffMAEConfig
 from umd.embedders import TimestepEmbedder, lecun_normal
 from umd.errors import UserError
@@ -208,7 +200,7 @@ class DiffMAE(nn.Module):
         x = x + self.positions(ids_masked, self.decoder_pos_embed, self.decoder_pos_embed_time).to(x.dtype)
         with torch.autocast(timesteps.device.type, enabled=False):
             e_t = self.decoder_t_embedder(timesteps)  # [R, D']
-        x = x + per_token(e_t, batch.masked).to(x.dtype)
+        x = x + ops.per_token(e_t, batch.masked).to(x.dtype)
         if self.decoder_context is not None:
             x = torch.cat([memories[0].to(x.dtype), x]).index_select(0, batch.joint_ids)
             x = self.decoder(x, batch.joint).index_select(0, batch.joint_masked)  # [sum M, D']
