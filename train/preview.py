@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from umd import ops
-from umd.conditions import make_conditions
+from umd.conditions import denoiser
 from umd.diffmae import DiffMAE, fill, pixel_mask
 from umd.images import grid, masked_view, to_uint8
 from umd.machine.device import autocast
@@ -176,16 +176,10 @@ def preview_rows(
     share = share_of(min(classes, MOST_CLASSES), rank, size)
     if share.start < share.stop:
         labels = torch.arange(share.start, share.stop, device=x.device)
-        conditions = make_conditions(model, model_times(25, T), labels)
-
-        def denoise(x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-            with autocast(x_t.device, dtype):
-                x_start, eps, *_ = model.denoise(x_t, t, y, conditions)
-            return x_start, eps
-
         samples = ddim_sample(
-            denoise, (len(labels), *x.shape[1:]), objective.schedule, num_steps=25, labels=labels,
-            null_label=classes, cfg_scale=2.0, clip=clip, first_sample=share.start, device=x.device,
+            denoiser(model, dtype, model_times(25, T), labels), (len(labels), *x.shape[1:]), objective.schedule,
+            num_steps=25, labels=labels, null_label=classes, cfg_scale=2.0, clip=clip, first_sample=share.start,
+            device=x.device,
             capture="off",  # a failed recording would end the run
         )  # fmt: skip
         rows["samples"] = [show(samples)]

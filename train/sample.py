@@ -22,13 +22,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from umd.conditions import make_conditions
+from umd.conditions import denoiser
 from umd.config import Capture, Prediction, SamplerName
 from umd.errors import UserError
 from umd.files import check_place, flush, write_whole
 from umd.guidance import Denoise, Guidance
 from umd.images import grid, png_path, save_png, to_uint8
-from umd.machine.device import autocast
 from umd.model import UMD
 from umd.schedule import NoiseSchedule
 from umd.schedulers import open_sampler, sampler_times
@@ -80,12 +79,7 @@ class Drawer:
         # Conditions of all labels, not only of a batch's, as the rounding of this product also depends on its size.
         known = None if labels is None else labels.unique()
         times = list(dict.fromkeys(sampler_times(sampler, num_steps, schedule)))
-        conditions = make_conditions(model, times, known)
-
-        def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
-            with autocast(x_t.device, dtype):
-                return model.denoise(x_t, timesteps, labels, conditions)
-
+        denoise = denoiser(model, dtype, times, known)
         self.shape = (model.config.channels, *model.config.image_size)
         self.sampler = open_sampler(
             sampler, in_calls_of(self.group, denoise), (self.batch, *self.shape), schedule, num_steps=num_steps,

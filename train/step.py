@@ -8,16 +8,15 @@ changes between steps. So a GPU can record it once as a CUDA graph and replay it
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from umd import ops
 from umd.ema import EMA, warm_rate
 from umd.errors import UserError
-from umd.layers import Linear
+from umd.layers import CastWeights, casts_weights
 from umd.machine.device import pick_device
 from umd.machine.doctor import Row
 from umd.methods import AnyCorruption, AnyObjective
@@ -116,7 +115,7 @@ class TrainStep:
         """Make the step on the loaded batch."""
         assert self.x_start is not None and self.indices is not None, "load comes first"
         self.metrics.zero_()
-        with nullcontext() if self.cast is None else self.cast.fresh():
+        with self.casts():
             for i, part in enumerate(self.parts):
                 here = slice(i * self.micro, (i + 1) * self.micro)
                 with span("corruption"):
@@ -136,30 +135,12 @@ class TrainStep:
                 self.ema.update(self.parallel.weights, self.ema_rate)
         self.step += 1
 
-
-class CastWeights:
-    """Copies of a network's linear weights and biases in a narrower dtype, refreshed by one call per step.
-
-    Autocast would make the copies one by one and cast each gradient back separately.
-    """
-
-    def __init__(self, network: nn.Module, dtype: torch.dtype):
-        self.layers = [module for module in network.modules() if isinstance(module, Linear)]
-        self.weights = [p for layer in self.layers for p in (layer.weight, layer.bias)]
-        self.copies = [torch.empty_like(p, dtype=dtype, requires_grad=False) for p in self.weights]
-
-    @contextmanager
-    def fresh(self) -> Iterator[None]:
-        """Refresh the copies and let the layers use them until the block ends."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.copies, self.weights)
-        for layer, weight, bias in zip(self.layers, self.copies[::2], self.copies[1::2], strict=True):
-            layer.cast = weight, bias
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                layer.cast = None
+    def casts(self) -> AbstractContextManager:
+        """Within it, layers use casts of their weights as they are now, if this step makes casts."""
+        if self.cast is None:
+            return nullcontext()
+        self.cast.refresh()
+        return self.cast.used()
 
 
 class Captured:
@@ -287,6 +268,5 @@ class Told:
 
 def cast_type(dtype: torch.dtype, parallel: Alone | DDP | Zero, compiled: bool) -> torch.dtype | None:
     """dtype to which `TrainStep` copies weights, or None if something else casts them (CPU, compiler, DeepSpeed)."""
-    weight = next(iter(parallel.model.parameters()))
-    wanted = dtype != torch.float32 and weight.dtype == torch.float32 and not ops.use_cpu_path(weight)
-    return dtype if wanted and not compiled and not isinstance(parallel, Zero) else None
+    wanted = casts_weights(parallel.model, dtype) and not compiled and not isinstance(parallel, Zero)
+    return dtype if wanted else None
