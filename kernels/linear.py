@@ -36,7 +36,7 @@ class LinearFunction(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         dweight = product(dy.t(), x, weight_dtype) if ctx.needs_input_grad[1] else None
-        dbias = column_sum(dy, bias_dtype) if ctx.needs_input_grad[2] else None
+        dbias = bias_sum(dy, bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None
 
 
