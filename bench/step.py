@@ -40,7 +40,7 @@ from umd.bench.options import StepBench
 from umd.bench.training import Step, host_time, on_batch, our_optimizer, timed, train_step, with_modulation
 from umd.config import ObjectiveConfig
 from umd.errors import UserError
-from umd.machine.device import keep_freed_memory, pick_device, pick_dtype, take_device
+from umd.machine.device import keep_freed_memory, pick_device, pick_dtype, side_stream, take_device
 from umd.model import UMD
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
@@ -275,7 +275,7 @@ def serve(bench: StepBench, name: str, pipe: Connection) -> None:
     """Process of one row: send FLOPs, peak memory and host time (or the missing package), then one time per request."""
     if name not in AS_THEIR_USERS:
         keep_freed_memory()
-    with training.side_stream(torch.device(bench.device)):
+    with side_stream(torch.device(bench.device)):
         try:
             step, peak = warm_up(bench, name)
         except ImportError as error:

@@ -7,8 +7,8 @@
 changes between steps. So a GPU can record it once as a CUDA graph and replay it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from umd.ema import EMA, warm_rate
 from umd.errors import UserError
 from umd.layers import CastWeights, casts_weights
-from umd.machine.device import pick_device
+from umd.machine.device import pick_device, recorded
 from umd.machine.doctor import Row
 from umd.methods import AnyCorruption, AnyObjective
 from umd.objective import Part
@@ -151,26 +151,17 @@ class Captured:
 
     def __init__(self, run: Callable[[], None]):
         self.run, self.calls = run, 0
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.replay: Callable[[], None] | None = None
 
     def __call__(self) -> None:
         self.calls += 1
         if self.calls <= WARMUP:
             self.run()
             return
-        if self.graph is None:
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            try:
-                # thread_local: NCCL's watchdog thread queries events meanwhile, which would break a global recording.
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    self.run()
-            except RuntimeError as error:
-                raise UserError(
-                    f"the step could not be recorded as a CUDA graph ({str(error).splitlines()[0][:300]}); "
-                    "the same command with --capture off goes on from the last checkpoint"
-                ) from error
-            self.graph = graph
-        self.graph.replay()
+        if self.replay is None:
+            again = "the same command with --capture off goes on from the last checkpoint"
+            self.replay = recorded(self.run, "the step", again)
+        self.replay()
 
 
 ZERO_REFUSES = "does not go with ZeRO, where DeepSpeed decides on the host between launches"
@@ -212,22 +203,6 @@ def capture_row() -> Row:
         return Row("CUDA graphs", "none: recording a training step needs a CUDA GPU")
     other = "not with ZeRO, classifiers, a file of features, --compile and apex"
     return Row("CUDA graphs", f"the training step on one GPU; with DDP, or a profile, by --capture on; {other}")
-
-
-@contextmanager
-def side_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU, run the block on a side stream, which a CUDA graph can record. DDP must be made on it too.
-
-    The side stream waits for work queued before the block, and work queued after the block waits for the side stream.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    outer, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    stream.wait_stream(outer)
-    with torch.cuda.stream(stream):
-        yield
-    outer.wait_stream(stream)
 
 
 class Told:

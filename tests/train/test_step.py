@@ -17,13 +17,14 @@ from umd.ema import EMA
 from umd.errors import UserError
 from umd.kernels import backend
 from umd.layers import CastWeights, Linear
+from umd.machine.device import side_stream
 from umd.model import UMD
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 from umd.train.distributed import World
 from umd.train.optim import adamw, lr_scale
 from umd.train.parallel import DDP, Alone, LossStep
-from umd.train.step import Told, TrainStep, captures, side_stream
+from umd.train.step import Told, TrainStep, captures
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -290,7 +291,7 @@ def test_captured_is_not_captured_to_the_bit(request, accumulate, ddp, determini
                     saved = [{n: t.detach().clone() for n, t in parts[name].items()} for name in names]
             weights = torch.cat([p.detach().flatten() for p in step.parallel.model.parameters()])
             average = torch.cat([shadow.flatten() for shadow in step.ema.shadows.values()])
-            assert (step.start.graph is not None) if capture else (step.start == step.run)
+            assert (step.start.replay is not None) if capture else (step.start == step.run)
             return torch.stack(rows), weights, average, saved
 
     eager, captured = steps(False), steps(True)
