@@ -46,7 +46,7 @@ def windows(run: Callable[[], object]) -> list[float]:
 def time_calls(calls: Sequence[Callable[[], object]]) -> Timing:
     """Time calls that do the same work on different memory (see `copies_beyond`), run in turn.
 
-    The current stream must be one that can be recorded (`umd.train.step.side_stream`). If the calls run a backward
+    The current stream must be one that can be recorded (`umd.machine.device.side_stream`). If the calls run a backward
     pass, its forward pass must have run on the same stream.
     """
 

@@ -233,7 +233,7 @@ def run_part(args: argparse.Namespace) -> int:
 
     from umd.bench.first_light_checks import correct
     from umd.bench.first_light_parts import cli, compile_, env, sample, step, tests, timing
-    from umd.train.step import side_stream
+    from umd.machine.device import side_stream
 
     if not args.smoke and not torch.cuda.is_available():
         print("|   no CUDA GPU here: use --smoke")

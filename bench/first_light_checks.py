@@ -22,13 +22,13 @@ from umd.bench.op_cases import SHAPES
 from umd.bench.options import StepBench
 from umd.bench.step import images, network
 from umd.bench.training import on_batch, train_step, with_modulation
+from umd.conditions import denoiser
 from umd.config import OBJECTIVES, ModelConfig, model_config
 from umd.model import UMD
 from umd.objective import Objective
 from umd.sampler import ddim_sample, model_times
 from umd.schedule import NoiseSchedule
 from umd.train.distributed import World
-from umd.train.evaluate import denoiser
 from umd.train.parallel import DDP, Alone
 from umd.train.step import TrainStep
 

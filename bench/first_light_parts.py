@@ -32,6 +32,7 @@ from umd.bench.options import StepBench
 from umd.bench.plain_dit import plain_dit_step
 from umd.bench.step import count_flops, diffusers_dit, dit_step, images, network, umd_step
 from umd.bench.training import Step, host_time, on_batch, timed, train_step, with_modulation
+from umd.conditions import denoiser
 from umd.config import OBJECTIVES, Capture, ModelConfig
 from umd.machine.device import peak_flops, take_device
 from umd.model import UMD
@@ -39,7 +40,6 @@ from umd.objective import Objective
 from umd.sampler import ddim_sample, model_times
 from umd.schedule import NoiseSchedule
 from umd.spans import spans_on
-from umd.train.evaluate import denoiser
 from umd.train.step import WARMUP
 
 # env

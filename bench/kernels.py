@@ -23,13 +23,12 @@ from umd.bench.count_bytes import interpreted, tensor_bytes
 from umd.bench.device_time import Timing, copies_beyond, time_calls
 from umd.bench.options import ATTENTION, KernelBench
 from umd.files import write_json
-from umd.machine.device import take_device
+from umd.machine.device import side_stream, take_device
 
 with interpreted(not torch.cuda.is_available()):  # Triton reads the variable when a kernel is defined
     from umd import ops
     from umd.bench.op_cases import DTYPES, OPS, Inputs, LayerNorm, OpCase, Side, dtype_name
     from umd.train.parallel import static_compile
-    from umd.train.step import side_stream
 
 # Share of noise-free samples in a packed batch. Of 256 patches, 160 are visible if noised and 64 if noise-free.
 STREAMS = {"noised": 0.0, "noise-free": 1.0, "mixed": 0.5}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from umd.conditions import denoiser
 from umd.config import Prediction
 from umd.feature_networks import EffLite0Features
 from umd.files import write_whole
@@ -24,7 +25,7 @@ from umd.probe import fewshot_accuracy
 from umd.sampler import ddim_sample, model_times
 from umd.train.crops import train_view, view_rng
 from umd.train.data import as_model_input, center_view, open_dataset
-from umd.train.evaluate import denoiser, open_run_of, schedule_of
+from umd.train.evaluate import open_run_of, schedule_of
 from umd.train.features import CALL
 from umd.train.probe import names_of, open_gates, published_zoom, representation
 from umd.train.recipes import AREA_MIN

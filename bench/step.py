@@ -41,7 +41,7 @@ from umd.bench.training import Step, host_time, on_batch, our_optimizer, timed, 
 from umd.config import ModelConfig, ObjectiveConfig
 from umd.errors import UserError
 from umd.files import write_json
-from umd.machine.device import keep_freed_memory, pick_device, pick_dtype, take_device
+from umd.machine.device import keep_freed_memory, pick_device, pick_dtype, side_stream, take_device
 from umd.model import UMD
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
@@ -278,7 +278,7 @@ def serve(bench: StepBench, name: str, pipe: Connection) -> None:
     """Process of one row: send FLOPs, peak memory and host time (or the missing package), then one time per request."""
     if name not in AS_THEIR_USERS:
         keep_freed_memory()
-    with training.side_stream(torch.device(bench.device)):
+    with side_stream(torch.device(bench.device)):
         try:
             step, peak = warm_up(bench, name)
         except ImportError as error:

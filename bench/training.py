@@ -52,7 +52,7 @@ def train_step(
         model: network; it is moved to `device`.
         batch: samples per step.
         dtype: bf16 (autocast) or fp32.
-        capture: record it as a CUDA graph. It must then be called inside `umd.train.step.side_stream`.
+        capture: record it as a CUDA graph. It must then be called inside `umd.machine.device.side_stream`.
         compiled: run the network through torch.compile.
     """
     where = torch.device(device)

@@ -26,13 +26,8 @@ from .checks import check_devices, check_tensor
 from .cpu.adaln import CompiledLayerNormFunction, GatedResidualLayerNormFunction, ModulatedLayerNormFunction
 from .cpu.compiled import use_compiled
 from .linear import bias_gradient
-from .packing import Packing, equal_lengths
+from .packing import Packing, equal_lengths, per_token
 from .triton.adaln import layer_norm_fwd
-
-
-def _per_sample(table: Tensor, x: Tensor, packing: Packing) -> Tensor:
-    """Repeat table rows [R, D] for every token of their samples: [N, D]."""
-    return table.index_select(0, packing.cond_index.repeat_interleave(packing.cu_seqlens.diff(), output_size=len(x)))
 
 
 def modulated_layer_norm_ref(
@@ -55,9 +50,9 @@ def modulated_layer_norm_ref(
     else:
         y = F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)
     if scale is not None:
-        y = y * (1 + _per_sample(scale.to(wide), x, packing))
+        y = y * (1 + per_token(scale.to(wide), packing))
     if shift is not None:
-        y = y + _per_sample(shift.to(wide), x, packing)
+        y = y + per_token(shift.to(wide), packing)
     return y.to(dtype or x.dtype)
 
 
@@ -80,7 +75,7 @@ def gated_residual_layer_norm_ref(
     """
     wide, h_dtype = torch.promote_types(x.dtype, torch.float32), h.dtype
     h = h.to(wide) if h_bias is None else h.to(wide) + (h_bias - h_bias.detach()).to(wide)
-    branch = h if gate is None else h * _per_sample(gate, x, packing)
+    branch = h if gate is None else h * per_token(gate, packing)
     r = (x.to(wide) + branch).to(x.dtype)
     return r, modulated_layer_norm_ref(r, packing, shift, scale, weight, bias, eps, rms, h_dtype)
 

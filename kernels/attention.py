@@ -10,9 +10,6 @@ There are five backends. `attention_backend` tells which one runs and why. `varl
 """
 
 import difflib
-import importlib.metadata
-import inspect
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -26,6 +23,7 @@ from .backend import runs_triton, stands_for_gpu, untraced
 from .checks import check_devices, check_tensor
 from .cpu.attention import BatchedAttentionFunction
 from .linear import bias_gradient
+from .packages import package_refusal
 from .packing import Packing, paired_runs
 from .triton.attention import short_attention_fwd
 
@@ -281,26 +279,7 @@ def _gpu_refusal(device: torch.device) -> str:
 
 @cache
 def _flash_attn_refusal() -> str:
-    """Why flash-attn is unusable: missing, another version, or other signatures than expected; "" if usable."""
-    try:
-        version = importlib.metadata.version("flash-attn")
-    except importlib.metadata.PackageNotFoundError:
-        return "is not installed"
-    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
-    oldest, newest = FLASH_ATTN_VERSIONS
-    if not oldest <= numbers <= newest:
-        return f"is version {version}; expected {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}"
-    try:
-        import flash_attn
-    except Exception as error:  # a build for another torch or CUDA may raise anything
-        return f"{version} does not import ({type(error).__name__}: {error})"
-    for name, expected in FLASH_ATTN_SIGNATURES.items():
-        if not hasattr(flash_attn, name):
-            return f"{version} has no {name}"
-        found = ", ".join(inspect.signature(getattr(flash_attn, name)).parameters)
-        if found != expected:
-            return f"{version}: {name} takes ({found}), expected ({expected})"
-    return ""
+    return package_refusal("flash-attn", "flash_attn", *FLASH_ATTN_VERSIONS, FLASH_ATTN_SIGNATURES)
 
 
 @cache

@@ -13,9 +13,6 @@ DGELU_BGRAD would sum db1 one product earlier, but Transformer Engine allocates 
 many as dh has.
 """
 
-import importlib.metadata
-import inspect
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -27,14 +24,17 @@ from torch import Tensor
 
 from .backend import stands_for_gpu, untraced
 from .linear import Cast, bias_sum, product, with_casts
+from .once import once_differentiable
+from .packages import package_refusal
 from .triton.op import opaque_op
 
 Gelu = Literal["ours", "transformer_engine"]
 VERSIONS = (2, 10), (2, 20)  # first and last version whose `general_gemm` is known to have this signature
-SIGNATURE = (
-    "A, B, out_dtype, quantization_params, gelu, gelu_in, alpha, beta, accumulate, layout, out, bias, "
+MODULE = "transformer_engine.pytorch.cpp_extensions"
+SIGNATURES = {
+    "general_gemm": "A, B, out_dtype, quantization_params, gelu, gelu_in, alpha, beta, accumulate, layout, out, bias, "
     "use_split_accumulator, grad, ub, ub_type, extra_output, bulk_overlap"
-)
+}
 _choice: Gelu = "ours"
 
 
@@ -79,19 +79,7 @@ def _missing(device: torch.device) -> str:
 
 @cache
 def _package_refusal() -> str:
-    """Why Transformer Engine is unusable: missing, another version, or another signature; "" if usable."""
-    try:
-        version = importlib.metadata.version("transformer_engine")
-    except importlib.metadata.PackageNotFoundError:
-        return "is not installed"
-    oldest, newest = VERSIONS
-    if not oldest <= tuple(int(n) for n in re.findall(r"\d+", version)[:2]) <= newest:
-        return f"is version {version}; expected {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}"
-    try:
-        found = ", ".join(inspect.signature(_general_gemm()).parameters)
-    except Exception as error:  # a build for another torch or CUDA may raise anything
-        return f"{version} does not import ({type(error).__name__}: {error})"
-    return "" if found == SIGNATURE else f"{version}: general_gemm takes ({found}), expected ({SIGNATURE})"
+    return package_refusal("transformer_engine", MODULE, *VERSIONS, SIGNATURES)
 
 
 def _general_gemm() -> Callable:
@@ -162,6 +150,7 @@ class ActivatedLinearFunction(torch.autograd.Function):
         return F.linear(a, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         h, a, weight = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes

@@ -14,6 +14,7 @@ from .column_sum import column_sum
 from .cpu.compiled import use_compiled
 from .cpu.linear import BF16LinearFunction, FewRowsLinearFunction, GeluLinearFunction
 from .gelu import check_gelu, gelu
+from .once import once_differentiable
 from .triton.gelu import gelu_bwd, gelu_fwd
 
 Cast = tuple[Tensor, Tensor]  # weight and bias in the type of the products
@@ -29,12 +30,13 @@ class LinearFunction(torch.autograd.Function):
         return F.linear(x, weight_cast, bias_cast)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         dweight = product(dy.t(), x, weight_dtype) if ctx.needs_input_grad[1] else None
-        dbias = column_sum(dy, bias_dtype) if ctx.needs_input_grad[2] else None
+        dbias = bias_sum(dy, bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None
 
 
@@ -49,6 +51,7 @@ class RecomputedGeluLinearFunction(torch.autograd.Function):
         return F.linear(gelu_fwd(x, None).to(weight.dtype), weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         x_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
@@ -68,6 +71,7 @@ class BiasGradientFunction(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dx):
         dbias = column_sum(dx.flatten(1), ctx.dtype, ctx.zeros) if ctx.needs_input_grad[1] else None
         return dx, dbias, None

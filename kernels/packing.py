@@ -11,6 +11,7 @@ from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import multiprocessors, sees_dispatch, untraced
@@ -29,6 +30,7 @@ class Packing(NamedTuple):
 
     cu_seqlens: Tensor  # int32 [S + 1], start of each sample; the last entry is N
     cond_index: Tensor  # int64 [S], the row of the modulation tables that each sample uses
+    num_tokens: int  # N
     max_seqlen: int  # tokens of the longest sample
     num_rows: int  # rows that a modulation table must have: 1 + max(cond_index)
     runs: tuple[tuple[int, int], ...]  # (samples, length): consecutive samples of equal length
@@ -39,10 +41,6 @@ class Packing(NamedTuple):
     @property
     def num_samples(self) -> int:
         return self.cu_seqlens.shape[0] - 1
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(samples * length for samples, length in self.runs)
 
 
 def pack(
@@ -87,6 +85,7 @@ def pack(
     return Packing(
         cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
         cond_index=torch.tensor(list(rows), dtype=torch.int64, device=device),
+        num_tokens=offsets[-1],
         max_seqlen=max(lengths),
         num_rows=1 + max(rows),
         runs=tuple((len(list(group)), length) for length, group in groupby(lengths)),
@@ -114,6 +113,17 @@ def _equal_lengths(samples: int, length: int, device: torch.device) -> tuple:
 def _pack_once(samples: int, length: int, device: torch.device) -> Packing:
     with torch.inference_mode(False):  # kept tensors serve training too
         return pack([length] * samples, device=device)
+
+
+def per_token(rows: Tensor, packing: Packing) -> Tensor:
+    """Repeat each sample's row for its tokens: rows [R, D] to [N, D]."""
+    index = packing.cond_index.repeat_interleave(packing.cu_seqlens.diff(), output_size=packing.num_tokens)
+    return F.embedding(index, rows)  # index_select's backward adds with atomics on a GPU, in any order; this one sorts
+
+
+def unit_columns(table: Tensor | None) -> Tensor | None:
+    """The table [R, D] with neighbouring columns side by side in memory; views of one projection stay as they are."""
+    return table if table is None or table.stride(-1) == 1 else table.contiguous()
 
 
 def paired_runs(packing: Packing, kv_packing: Packing) -> list[tuple[int, int, int]]:

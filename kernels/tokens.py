@@ -6,6 +6,8 @@
     s·(1+L)+1+l   (the token at place l of sample s, or the mask token) + pos_embed[l]
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,25 +19,30 @@ from .triton.tokens import scatter_tokens_fwd, token_slots
 
 def prepend_tokens(front: Tensor, x: Tensor, packing: Packing) -> Tensor:
     """Put front [S, n, D] before each sample of x [N - S·n, D]: [N, D]. packing: of the result."""
-    n, out, start, sample = front.shape[1], [], 0, 0
-    for samples, length in packing.runs:
-        stop = start + samples * (length - n)
-        body = x[start:stop].view(samples, length - n, x.shape[-1])
-        out.append(torch.cat([front[sample : sample + samples].to(x.dtype), body], dim=1).flatten(0, 1))
-        start, sample = stop, sample + samples
+    n, D = front.shape[1], x.shape[-1]
+    fronts = _split(front.to(x.dtype), [samples for samples, _ in packing.runs])
+    bodies = _split(x, [samples * (length - n) for samples, length in packing.runs])
+    out = [
+        torch.cat([first, body.view(samples, length - n, D)], dim=1).flatten(0, 1)
+        for first, body, (samples, length) in zip(fronts, bodies, packing.runs, strict=True)
+    ]
     return _cat(out)
 
 
 def split_tokens(x: Tensor, n: int, packing: Packing) -> tuple[Tensor, Tensor]:
     """The inverse of `prepend_tokens`: x [N, D] to (front [S, n, D], the rest [N - S·n, D]). packing: of x."""
-    front, rest, start = [], [], 0
-    for samples, length in packing.runs:
-        stop = start + samples * length
-        sample = x[start:stop].view(samples, length, x.shape[-1])
-        front.append(sample[:, :n])
-        rest.append(sample[:, n:].flatten(0, 1))
-        start = stop
+    front, rest = [], []
+    parts = _split(x, [samples * length for samples, length in packing.runs])
+    for part, (samples, length) in zip(parts, packing.runs, strict=True):
+        first, body = part.view(samples, length, x.shape[-1]).split([n, length - n], dim=1)
+        front.append(first)
+        rest.append(body.flatten(0, 1))
     return _cat(front), _cat(rest)
+
+
+def _split(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """The parts of x. Not slices: the backward of each fills a tensor of x's size with zeros, that of split cats."""
+    return [x] if len(sizes) == 1 else x.split(sizes)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 import umd
+from umd.conditions import denoiser
 from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, model_config
 from umd.diffmae import DiffMAE
 from umd.errors import UserError
@@ -106,7 +107,7 @@ def make_demo(demo: Demo, console: Console) -> Path:
     noised_triplets = reconstructions(model, objective, held_out, schedule.num_steps // 4, demo.seed, dtype)
     times = [schedule.num_steps * share // 20 for share in (1, 3, 5, 10, 15, 18)]
     with torch.no_grad():
-        x_t, x_start = denoising_sequence(evaluate.denoiser(model, dtype), held_out[:1], schedule, times)
+        x_t, x_start = denoising_sequence(denoiser(model, dtype), held_out[:1], schedule, times)
     denoising = list(zip(times, rgb(x_t.flatten(0, 1)), rgb(x_start.flatten(0, 1)), strict=True))
 
     since = time.monotonic()

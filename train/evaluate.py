@@ -1,7 +1,7 @@
-"""Load what commands on a finished run need: network, noise schedule, VAE, denoiser; and time a network call."""
+"""Load what commands on a finished run need: network, noise schedule, VAE; and time a network call."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,12 +13,11 @@ from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from umd.checkpoint import checkpoint_path
-from umd.conditions import make_conditions
+from umd.conditions import denoiser
 from umd.config import ScheduleConfig
 from umd.errors import UserError
 from umd.feature_networks import default_features
-from umd.guidance import Denoise
-from umd.machine.device import autocast, seconds_of, take_device
+from umd.machine.device import seconds_of, take_device
 from umd.methods import AnyModel
 from umd.metrics import FeatureStatistics, feature_statistics
 from umd.model import UMD
@@ -79,17 +78,6 @@ def open_tokenizer(config: RunConfig, vae: str, device: torch.device) -> Tokeniz
     return tokenizer
 
 
-def denoiser(model: UMD, dtype: torch.dtype, times: Sequence[int] = (), labels: Tensor | None = None) -> Denoise:
-    """`model.denoise` under autocast, as the samplers call it. times, labels: all that will occur, if known."""
-    conditions = make_conditions(model, times, labels) if times else None
-
-    def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
-        with autocast(x_t.device, dtype):
-            return model.denoise(x_t, timesteps, labels, conditions)
-
-    return denoise
-
-
 @contextmanager
 def sampling_progress(console: Console | None, what: str) -> Iterator[Callable[[int, int, Tensor, Tensor], None]]:
     """Show a progress bar; yields the callback for the samplers."""
@@ -109,8 +97,9 @@ def seconds_a_call(model: UMD, batch: int, dtype: torch.dtype, labelled: bool) -
     x = torch.zeros(batch, model.config.channels, *model.config.image_size, device=device)
     t = torch.ones(batch, dtype=torch.int64, device=device)
     labels = torch.zeros(batch, dtype=torch.int64, device=device) if labelled else None
+    denoise = denoiser(model, dtype)
     with torch.no_grad():
-        return timed(lambda: denoiser(model, dtype)(x, t, labels), x.device)
+        return timed(lambda: denoise(x, t, labels), x.device)
 
 
 def show_done(bar: Progress, task: TaskID, done: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from umd import ops
 from umd.classifier import Classifier
+from umd.conditions import denoiser
 from umd.config import Capture
 from umd.diffmae import DiffMAE, fill
 from umd.errors import UserError
@@ -31,7 +32,7 @@ from umd.schedule import NoiseSchedule
 from umd.train.console import say
 from umd.train.crops import centered_box
 from umd.train.data import center_view, centered_view_of_file, evenly, open_dataset
-from umd.train.evaluate import denoiser, open_run, sampling_progress, schedule_of
+from umd.train.evaluate import open_run, sampling_progress, schedule_of
 from umd.train.fingerprint import check_trained_on
 from umd.train.options import Inpaint
 from umd.train.preview import picture_maker, rgb

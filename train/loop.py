@@ -21,7 +21,7 @@ from umd.ema import EMA, ema_rate
 from umd.errors import UserError
 from umd.files import check_apart
 from umd.layers import set_recompute_gelu
-from umd.machine.device import keep_freed_memory, take_device
+from umd.machine.device import keep_freed_memory, side_stream, take_device
 from umd.methods import AnyModel, AnyObjective, build_model, build_objective
 from umd.objective import Part
 from umd.spans import span
@@ -48,7 +48,7 @@ from umd.train.run import RunConfig, absolute, to_plain, write_config
 from umd.train.saves import BackgroundSave, finished, save_last
 from umd.train.signals import StopRequest, stop_signal
 from umd.train.spread import check_attention, check_gelu, spread
-from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type, side_stream
+from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type
 from umd.train.waiting import Stopped
 from umd.train.zero import Zero
 

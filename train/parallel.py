@@ -86,7 +86,7 @@ class Alone:
         """Add the gradient of one micro-batch. last: it is the last one of the step. Returns (loss [], its parts)."""
         loss, parts = self.loss(x_start, corruption)
         with span("backward"):
-            (loss / self.accumulate).backward()
+            (loss if self.accumulate == 1 else loss / self.accumulate).backward()
         return loss.detach(), parts
 
     def update(self) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from umd import ops
+from umd.conditions import denoiser
 from umd.diffmae import DiffMAE, fill, pixel_mask
 from umd.images import grid, masked_view, to_uint8
 from umd.machine.device import autocast
@@ -17,7 +18,6 @@ from umd.objective import DiffMAEObjective, Objective
 from umd.peers import mae_pixels
 from umd.sampler import ddim_sample, model_times
 from umd.train.data import center_view, evenly, open_held_out_or_train
-from umd.train.evaluate import denoiser
 from umd.train.latents import tokenizer_of
 from umd.train.run import RunConfig
 from umd.train.settings import DataConfig

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from umd.conditions import denoiser
 from umd.config import Capture, Prediction, SamplerName
 from umd.errors import UserError
 from umd.files import check_place, write_whole
@@ -78,7 +79,7 @@ class Drawer:
         # Conditions of all labels, not only of a batch's, as the rounding of this product also depends on its size.
         known = None if labels is None else labels.unique()
         times = list(dict.fromkeys(sampler_times(sampler, num_steps, schedule)))
-        denoise = evaluate.denoiser(model, dtype, times, known)
+        denoise = denoiser(model, dtype, times, known)
         self.shape = (model.config.channels, *model.config.image_size)
         self.sampler = open_sampler(
             sampler, in_calls_of(self.group, denoise), (self.batch, *self.shape), schedule, num_steps=num_steps,

@@ -7,18 +7,17 @@
 changes between steps. So a GPU can record it once as a CUDA graph and replay it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from umd import ops
 from umd.config import Capture
 from umd.ema import EMA, warm_rate
 from umd.errors import UserError
-from umd.layers import Linear
-from umd.machine.device import pick_device
+from umd.layers import CastWeights, casts_weights
+from umd.machine.device import pick_device, recorded
 from umd.machine.doctor import Row
 from umd.methods import AnyCorruption, AnyObjective
 from umd.objective import Part
@@ -115,7 +114,7 @@ class TrainStep:
         """Make the step on the loaded batch."""
         assert self.x_start is not None and self.indices is not None, "load comes first"
         self.metrics.zero_()
-        with nullcontext() if self.cast is None else self.cast.fresh():
+        with self.casts():
             for i, part in enumerate(self.parts):
                 here = slice(i * self.micro, (i + 1) * self.micro)
                 with span("corruption"):
@@ -135,30 +134,12 @@ class TrainStep:
                 self.ema.update(self.parallel.weights, self.ema_rate)
         self.step += 1
 
-
-class CastWeights:
-    """Copies of a network's linear weights and biases in a narrower dtype, refreshed by one call per step.
-
-    Autocast would make the copies one by one and cast each gradient back separately.
-    """
-
-    def __init__(self, network: nn.Module, dtype: torch.dtype):
-        self.layers = [module for module in network.modules() if isinstance(module, Linear)]
-        self.weights = [p for layer in self.layers for p in (layer.weight, layer.bias)]
-        self.copies = [torch.empty_like(p, dtype=dtype, requires_grad=False) for p in self.weights]
-
-    @contextmanager
-    def fresh(self) -> Iterator[None]:
-        """Refresh the copies and let the layers use them until the block ends."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.copies, self.weights)
-        for layer, weight, bias in zip(self.layers, self.copies[::2], self.copies[1::2], strict=True):
-            layer.cast = weight, bias
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                layer.cast = None
+    def casts(self) -> AbstractContextManager:
+        """Within it, layers use casts of their weights as they are now, if this step makes casts."""
+        if self.cast is None:
+            return nullcontext()
+        self.cast.refresh()
+        return self.cast.used()
 
 
 class Captured:
@@ -169,26 +150,17 @@ class Captured:
 
     def __init__(self, run: Callable[[], None]):
         self.run, self.calls = run, 0
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.replay: Callable[[], None] | None = None
 
     def __call__(self) -> None:
         self.calls += 1
         if self.calls <= WARMUP:
             self.run()
             return
-        if self.graph is None:
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            try:
-                # thread_local: NCCL's watchdog thread queries events meanwhile, which would break a global recording.
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    self.run()
-            except RuntimeError as error:
-                raise UserError(
-                    f"the step could not be recorded as a CUDA graph ({str(error).splitlines()[0][:300]}); "
-                    "the same command with --capture off goes on from the last checkpoint"
-                ) from error
-            self.graph = graph
-        self.graph.replay()
+        if self.replay is None:
+            again = "the same command with --capture off goes on from the last checkpoint"
+            self.replay = recorded(self.run, "the step", again)
+        self.replay()
 
 
 ZERO_REFUSES = "does not go with ZeRO, where DeepSpeed decides on the host between launches"
@@ -232,22 +204,6 @@ def capture_row() -> Row:
     return Row("CUDA graphs", f"the training step on one GPU; with DDP, or a profile, by --capture on; {other}")
 
 
-@contextmanager
-def side_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU, run the block on a side stream, which a CUDA graph can record. DDP must be made on it too.
-
-    The side stream waits for work queued before the block, and work queued after the block waits for the side stream.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    outer, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    stream.wait_stream(outer)
-    with torch.cuda.stream(stream):
-        yield
-    outer.wait_stream(stream)
-
-
 class Told:
     """Bring the metrics of a step to the host, averaged over the ranks, without keeping the device waiting.
 
@@ -286,6 +242,5 @@ class Told:
 
 def cast_type(dtype: torch.dtype, parallel: Alone | DDP | Zero, compiled: bool) -> torch.dtype | None:
     """dtype to which `TrainStep` copies weights, or None if something else casts them (CPU, compiler, DeepSpeed)."""
-    weight = next(iter(parallel.model.parameters()))
-    wanted = dtype != torch.float32 and weight.dtype == torch.float32 and not ops.use_cpu_path(weight)
-    return dtype if wanted and not compiled and not isinstance(parallel, Zero) else None
+    wanted = casts_weights(parallel.model, dtype) and not compiled and not isinstance(parallel, Zero)
+    return dtype if wanted else None

@@ -7,7 +7,7 @@ code: whatever an op saves for its backward pass is counted, and no constants ha
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,7 +199,7 @@ def run_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: torch.d
 
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         parameter.register_post_accumulate_grad_hook(hook)
-    with ledger, nullcontext() if step.cast is None else step.cast.fresh():
+    with ledger, step.casts():
         frames = [config.data.num_frames] if config.data.num_frames > 1 else []
         x_start = torch.zeros(micro, config.model.channels, *frames, *config.model.image_size)
         step.parallel.forward_backward(x_start, corruption, last=True)

@@ -240,13 +240,7 @@ def add_branch(x: Tensor, branch: tuple[Tensor, Tensor | None, Tensor | None], p
     """x + gate·h [N, D], for places where no norm follows that would add the branch."""
     h, h_bias, gate = branch
     h = ops.bias_gradient(h, h_bias)
-    return x + h if gate is None else x + per_token(gate, packing).to(x.dtype) * h
-
-
-def per_token(rows: Tensor, packing: Packing) -> Tensor:
-    """Repeat each sample's row for its tokens: rows [R, D] to [N, D]."""
-    lengths = packing.cu_seqlens.diff()
-    return rows.index_select(0, packing.cond_index.repeat_interleave(lengths, output_size=packing.num_tokens))
+    return x + h if gate is None else x + ops.per_token(gate, packing).to(x.dtype) * h
 
 
 def initialize_blocks(model: nn.Module) -> None:

@@ -1,4 +1,7 @@
-"""Conditions and modulation tables of a whole sampling run, computed once: a sampler's times are known beforehand."""
+"""What a whole sampling run computes once, as its times and weights are known beforehand.
+
+Conditions, modulation tables, and the weights in the type of the products.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +10,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from umd.guidance import Denoise
+from umd.layers import computing_in
 from umd.model import UMD
 
 MOST_BYTES = 2**29  # largest size of the tables; the projections that a step no longer reads are of about this size
@@ -62,3 +67,18 @@ def make_conditions(model: UMD, times: Sequence[int], labels: Tensor | None = No
     time_rows[of_times] = m * torch.arange(n, device=device)
     label_rows[known] = torch.arange(m, device=device)
     return Conditions(cond, tables, time_rows, label_rows)
+
+
+def denoiser(model: UMD, dtype: torch.dtype, times: Sequence[int] = (), labels: Tensor | None = None) -> Denoise:
+    """`model.denoise` in `dtype`, as the samplers call it. The model's weights must stay as they are.
+
+    times, labels: all that will occur, if known.
+    """
+    conditions = make_conditions(model, times, labels) if times else None
+    context = computing_in(model, dtype)
+
+    def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
+        with context():
+            return model.denoise(x_t, timesteps, labels, conditions)
+
+    return denoise

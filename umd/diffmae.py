@@ -18,20 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umd import ops
-from umd.blocks import (
-    Block,
-    Blocks,
-    CrossAttention,
-    CrossSelfBlock,
-    Memory,
-    initialize_blocks,
-    per_token,
-)
+from umd.blocks import Block, Blocks, CrossAttention, CrossSelfBlock, Memory, initialize_blocks
 from umd.config import Capture, ClassifierConfig, DiffMAEConfig
 from umd.embedders import TimestepEmbedder, lecun_normal
 from umd.errors import UserError
-from umd.layers import Linear, residual
-from umd.machine.device import autocast
+from umd.layers import Linear, computing_in, residual
 from umd.ops import Packing, pack
 from umd.sampler import Callback, Denoise, ddim_sample
 from umd.schedule import NoiseSchedule
@@ -208,7 +199,7 @@ class DiffMAE(nn.Module):
         x = x + self.positions(ids_masked, self.decoder_pos_embed, self.decoder_pos_embed_time).to(x.dtype)
         with torch.autocast(timesteps.device.type, enabled=False):
             e_t = self.decoder_t_embedder(timesteps)  # [R, D']
-        x = x + per_token(e_t, batch.masked).to(x.dtype)
+        x = x + ops.per_token(e_t, batch.masked).to(x.dtype)
         if self.decoder_context is not None:
             x = torch.cat([memories[0].to(x.dtype), x]).index_select(0, batch.joint_ids)
             x = self.decoder(x, batch.joint).index_select(0, batch.joint_masked)  # [sum M, D']
@@ -310,14 +301,15 @@ def filling_denoiser(
     known = ops.patchify(to_images(x_known, config), P).view(-1, L, config.patch_dim)  # [B, L, C·p·P·P]
     ids_keep = (~mask).flatten().nonzero()[:, 0]
     ids_masked = mask.repeat_interleave(n, 0).flatten().nonzero()[:, 0]  # among the B·n·L patches of all fillings
-    with torch.no_grad(), autocast(x_known.device, dtype):
+    context = computing_in(model, dtype)
+    with torch.no_grad(), context():
         memories = model.encode(known.flatten(0, 1).index_select(0, ids_keep), ids_keep, batch)
     known = known.repeat_interleave(n, 0).flatten(0, 1)  # [B·n·L, C·p·P·P]
 
     def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         images = to_images(x_t.unflatten(2, (config.num_frames, -1)), config)  # [B·n·f, C·p, H, W]
         patches = ops.patchify(images, P).flatten(0, 1).index_select(0, ids_masked).to(known.dtype)
-        with autocast(x_t.device, dtype):
+        with context():
             prediction = model.decode(patches, ids_masked, batch, timesteps[:1], memories)
         filled = known.index_copy(0, ids_masked, prediction.to(known.dtype))
         images = ops.unpatchify(filled.view(len(images), -1, filled.shape[-1]), config.image_size, P)

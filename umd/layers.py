@@ -1,10 +1,15 @@
 """Linear layers of the network. The op after a layer may compute the layer's bias gradient."""
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from umd import ops
 from umd.config import ViTConfig
+from umd.machine.device import autocast
 
 
 def residual(x: Tensor, config: ViTConfig) -> Tensor:
@@ -15,7 +20,7 @@ def residual(x: Tensor, config: ViTConfig) -> Tensor:
 class Linear(nn.Linear):
     """A linear layer that runs `ops.linear`."""
 
-    cast: tuple[Tensor, Tensor] | None = None  # weight and bias in bf16, while a training step runs (train/step.py)
+    cast: tuple[Tensor, Tensor] | None = None  # weight and bias in bf16, lent by `CastWeights`
     splits = True  # False under ZeRO 3, where a parameter exists only while its own layer runs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,3 +72,57 @@ def set_recompute_gelu(network: nn.Module, on: bool) -> None:
     for module in network.modules():
         if isinstance(module, GeluLinear):
             module.recompute = on
+
+
+class CastWeights:
+    """Copies of a network's linear weights and biases in a narrower dtype, made by one call.
+
+    Autocast would make the copies one by one, in every pass, and cast each gradient back separately.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype):
+        self.layers = [module for module in network.modules() if isinstance(module, Linear)]
+        self.weights = [p for layer in self.layers for p in (layer.weight, layer.bias)]
+        self.copies = [torch.empty_like(p, dtype=dtype, requires_grad=False) for p in self.weights]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the weights as they are now."""
+        torch._foreach_copy_(self.copies, self.weights)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Let the layers use the copies until the block ends."""
+        for layer, weight, bias in zip(self.layers, self.copies[::2], self.copies[1::2], strict=True):
+            layer.cast = weight, bias
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.cast = None
+
+
+def casts_weights(network: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether layers that compute in `dtype` need casts of their weights. The CPU's own layers make them themselves."""
+    weight = next(network.parameters())
+    return dtype != torch.float32 and weight.dtype == torch.float32 and not ops.use_cpu_path(weight)
+
+
+def computing_in(network: nn.Module, dtype: torch.dtype) -> Callable[[], AbstractContextManager]:
+    """Makes contexts for calls of a network whose weights do not change: autocast, with the weights cast here, once.
+
+    The bits are those of autocast alone, which casts the weights in every context. Memory: a copy of the linear layers'
+    weights in `dtype`.
+    """
+    plain = partial(autocast, next(network.parameters()).device, dtype)
+    if not casts_weights(network, dtype):
+        return plain
+    cast = CastWeights(network, dtype)
+    cast.refresh()
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with plain(), cast.used():
+            yield
+
+    return context

@@ -5,8 +5,8 @@ gets the same noise in any batch.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from umd.config import Capture, Prediction
 from umd.errors import UserError
 from umd.guidance import Denoise, Estimator, Guidance, check_labels
+from umd.machine.device import recorded, side_stream
 from umd.noise import Noise
 from umd.ops import ddim_step
 from umd.schedule import NoiseSchedule
@@ -328,7 +329,9 @@ class _Step:
     def call(self, guided: bool) -> None:
         """Take one step: by `run`, or by replay once the step is recorded."""
         if self.captures and self.ran[guided] == WARM_UP and guided not in self.recorded:
-            self.recorded[guided] = _record(partial(self.run, guided))
+            self.recorded[guided] = recorded(
+                partial(self.run, guided), "a denoising step", "--capture off samples without"
+            )
         if guided in self.recorded:
             self.recorded[guided]()
         else:
@@ -348,39 +351,13 @@ class _Step:
         self.start(x_T)
         assert self.x_t is not None and self.x_start is not None
         n = len(self.tables[0])
-        with _side_stream(self.device) if self.captures else nullcontext():
+        with side_stream(self.device) if self.captures else nullcontext():
             for i, guided in enumerate(self.guided):
                 x_t = None if callback is None else self.x_t.clone()
                 self.call(guided)
                 if callback is not None and x_t is not None:
                     callback(i, n, x_t, self.x_start.clone())
         return self.x_t.clone()
-
-
-def _record(run: Callable[[], None]) -> Callable[[], None]:
-    """Capture `run` as a CUDA graph on the current stream; returns the function that replays it."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        # thread_local: other threads of a training run (loader, saves, NCCL) may use CUDA during the capture.
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            run()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0][:300]
-        raise UserError(
-            f"a denoising step could not be recorded as a CUDA graph ({reason}); --capture off samples without"
-        ) from error
-    return graph.replay
-
-
-@contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """Run the block on a new CUDA stream, after the current stream's earlier work and before its later work."""
-    with torch.cuda.device(device):
-        before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-        stream.wait_stream(before)
-        with torch.cuda.stream(stream):
-            yield
-        before.wait_stream(stream)
 
 
 def _step_coefficients(schedule: NoiseSchedule, times: list[int], eta: float) -> Tensor:

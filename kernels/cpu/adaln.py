@@ -10,7 +10,8 @@ Statistics and sums are in fp32 or wider, in a fixed order.
 import torch
 from torch import Tensor
 
-from ..packing import Packing
+from ..once import once_differentiable
+from ..packing import Packing, unit_columns
 from . import compiled
 
 
@@ -20,12 +21,14 @@ class CompiledLayerNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h, gate, alpha, beta, packing, eps):
         x, h = x.contiguous(), None if h is None else h.contiguous()
+        gate, alpha, beta = map(unit_columns, (gate, alpha, beta))
         r, y, mean, rstd = compiled.layer_norm(x, h, gate, alpha, beta, packing, eps)
         ctx.save_for_backward(r, h, gate, alpha, mean, rstd)
         ctx.packing = packing
         return r if h is not None else None, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dr, dy):
         r, h, gate, alpha, mean, rstd = ctx.saved_tensors
         dr, dy = None if h is None else dr.contiguous(), dy.contiguous()
@@ -103,6 +106,7 @@ class GatedResidualLayerNormFunction(torch.autograd.Function):
         return r, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dr, dy):
         r, h, gate, alpha, beta, mean, rstd = ctx.saved_tensors
         lengths, rows, gates = ctx.lengths, ctx.rows, gate.unbind()

@@ -7,6 +7,8 @@ softmax at these lengths (64 to 257 tokens).
 import torch
 from torch import Tensor
 
+from ..once import once_differentiable
+
 
 def scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale·(a @ b), with the scale applied inside the product instead of in a pass of its own."""
@@ -55,6 +57,7 @@ class BatchedAttentionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         d = dout.shape[-1]
         gradients = [dout.new_empty(shape) for shape in ctx.shapes]

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..once import once_differentiable
 from . import compiled
 
 # Whether this build of PyTorch and this processor (AVX-512 or better) support oneDNN's bf16.
@@ -69,6 +70,7 @@ class BF16LinearFunction(torch.autograd.Function):
         return _linear(x16, w16, bias.to(torch.bfloat16))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
@@ -114,6 +116,7 @@ class GeluLinearFunction(torch.autograd.Function):
         return _linear(_gelu(x), w16, bias.to(torch.bfloat16))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
@@ -144,6 +147,7 @@ class FewRowsLinearFunction(torch.autograd.Function):
         return compiled.few_rows_linear(x, weight, bias.contiguous())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx, dweight = compiled.few_rows_linear_backward(x, weight, dy.contiguous(), ctx.grad_dtype)

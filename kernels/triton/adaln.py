@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backend import tl, triton
+from ..packing import unit_columns
 from .op import triton_op, wrap_triton
 from .tiles import load_row, store_row
 
@@ -97,7 +98,7 @@ def _layer_norm_bwd_kernel(
     dy_ptr,  # [N, D]
     dr_ptr,  # [N, D] or None
     r_ptr,  # [N, D], what was normalised
-    h_ptr,  # [N, D], None without gate
+    h_ptr,  # [N, D], None if dgate is not wanted
     gate_ptr,  # [R, D] or None
     scale_ptr,  # [R, D] or None
     weight_ptr,  # [D] or None
@@ -106,7 +107,7 @@ def _layer_norm_bwd_kernel(
     chunks_ptr,  # int32 [C, 3]: start, stop, row
     dx_ptr,  # [N, D]
     dh_ptr,  # [N, D], None if it equals dx
-    dgate_ptr,  # fp32 [C, D], the chunk's sums of dx·h; None without gate
+    dgate_ptr,  # fp32 [C, D], the chunk's sums of dx·h; None without h
     dbeta_ptr,  # fp32 [C, D] or None, sums of dy
     dalpha_ptr,  # fp32 [C, D] or None, sums of dy·x̂
     dh_bias_ptr,  # fp32 [C, D] or None, sums of dh
@@ -143,7 +144,7 @@ def _layer_norm_bwd_kernel(
         rstd = tl.load(rstd_ptr + start + first + tile_rows, row_mask, other=0.0)
         if dr_ptr is not None:
             dr = tl.load(dr_ptr + offset + tile, mask, other=0.0)
-        if gate_ptr is not None:
+        if h_ptr is not None:
             h = tl.load(h_ptr + offset + tile, mask, other=0.0)
         dy = dy.to(tl.float32)
         x_hat = r.to(tl.float32)
@@ -163,8 +164,9 @@ def _layer_norm_bwd_kernel(
         dx = (g - x_hat * along_x_hat[:, None]) * rstd[:, None]
         if dr_ptr is not None:
             dx += dr.to(tl.float32)
-        if gate_ptr is not None:
+        if h_ptr is not None:
             dgate += tl.sum(dx * h.to(tl.float32), 0)
+        if gate_ptr is not None:
             tl.store(dh_ptr + offset + tile, (dx * gate[None, :]).to(dh_ptr.dtype.element_ty), mask)
         elif dh_ptr is not None:
             tl.store(dh_ptr + offset + tile, dx.to(dh_ptr.dtype.element_ty), mask)
@@ -291,11 +293,6 @@ def _sum_launch(D: int) -> dict[str, int]:
     return {"D": D, "BLOCK_C": 32, "BLOCK_D": 32, "num_warps": 4}
 
 
-def _rows(table: Tensor | None) -> Tensor | None:
-    """The table with contiguous columns; views of one projection stay as they are."""
-    return table if table is None or table.stride(-1) == 1 else table.contiguous()
-
-
 def _stride(table: Tensor | None) -> int:
     return 0 if table is None else table.stride(0)
 
@@ -326,7 +323,7 @@ def layer_norm_fwd(
     h_bias: already included in h; passed only to receive its gradient. dtype: type of y, and of h if given.
     """
     x, h = x.contiguous(), None if h is None else h.contiguous()
-    gate, shift, scale, weight, bias = map(_rows, (gate, shift, scale, weight, bias))
+    gate, shift, scale, weight, bias = map(unit_columns, (gate, shift, scale, weight, bias))
     N, D = x.shape
     C = chunks.shape[0]
     r, y = x.new_empty(0 if h is None else x.shape), x.new_empty(x.shape, dtype=dtype)
@@ -360,14 +357,15 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dh, dgate, dshift, dscale, dweight, dbias, dh_bias), each empty if there is no such argument.
 
-    h is passed only together with gate. Without gate dh equals dx; it is made only if h's type (dy's) differs from x's.
+    h is passed only for dgate, which is empty without it. dh has dy's type; without gate it equals dx, and is made only
+    if x has another type.
     """
     dy, r = dy.contiguous(), r.contiguous()
     dr, h = (None if t is None else t.contiguous() for t in (dr, h))
-    gate, scale, weight, bias = map(_rows, (gate, scale, weight, bias))
+    gate, scale, weight, bias = map(unit_columns, (gate, scale, weight, bias))
     D, C = r.shape[1], chunks.shape[0]
-    like_h = dy if h is None and has_h and dy.dtype != r.dtype else h
-    inputs = r, like_h, gate, shift, scale, weight, bias, h_bias
+    like_h = dy if has_h and (gate is not None or dy.dtype != r.dtype) else None
+    inputs = r, like_h, None if h is None else gate, shift, scale, weight, bias, h_bias
     gradients = tuple(_empty(like, r) for like in inputs)
     dx, dh, *dtables = (None if like is None else d for like, d in zip(inputs, gradients, strict=True))
 
@@ -375,7 +373,7 @@ def layer_norm_bwd(
         return r.new_empty(C, D, dtype=torch.float32) if needed else None
 
     parts = (
-        partial(gate is not None),
+        partial(h is not None),
         partial(shift is not None or bias is not None),
         partial(scale is not None or weight is not None),
         partial(h_bias is not None),
@@ -385,7 +383,7 @@ def layer_norm_bwd(
             dy, dr, r, h, gate, scale, weight, mean, rstd, chunks, dx, dh, *parts,
             _stride(gate), _stride(scale), **_bwd_launch(D),
         )  # fmt: skip
-    R = max(0 if table is None else table.shape[0] for table in (gate, shift, scale))
+    R = max(0 if d is None else d.shape[0] for d in dtables[:3])
     for_all = int(any(t is not None for t in (weight, bias, h_bias)))
     if for_all + R > 0:
         launch = _sum_launch(D)
@@ -404,19 +402,18 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     statistics = None if rms else mean, rstd
-    ctx.save_for_backward(
-        r if ctx.has_h else x, None if gate is None else h, gate, *tables, *statistics, chunks, row_chunks
-    )
+    kept = h if gate is not None and gate.requires_grad else None  # h is read for dgate alone
+    ctx.save_for_backward(r if ctx.has_h else x, kept, gate, *tables, *statistics, chunks, row_chunks)
 
 
 def _backward(ctx, dr, dy, *_):
-    r, h, *tables_and_rest = ctx.saved_tensors
-    tables = tables_and_rest[:6]
+    r, h, gate, *tables_and_rest = ctx.saved_tensors
+    tables = gate if h is not None else None, *tables_and_rest[:5]
     dy = torch.zeros_like(r, dtype=ctx.dtype) if dy is None else dy
-    dx, dh, *dtables = layer_norm_bwd(dy, dr if ctx.has_h else None, r, h, *tables_and_rest, ctx.has_h)
+    dx, dh, *dtables = layer_norm_bwd(dy, dr if ctx.has_h else None, r, h, gate, *tables_and_rest, ctx.has_h)
     if not ctx.has_h:
         dh = None
-    elif h is None and dy.dtype == r.dtype:  # no gate
+    elif gate is None and dy.dtype == r.dtype:
         dh = dx
     return dx, dh, *(None if t is None else d for t, d in zip(tables, dtables, strict=True)), *(None,) * 5
 

@@ -287,11 +287,13 @@ def _setup_context(ctx, inputs, output):
     qkv, cu_seqlens, ctx.max_seqlen = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # lse has no gradient: do not fill one with zeros
     ctx.save_for_backward(qkv, out, lse, cu_seqlens)
 
 
 def _backward(ctx, dout, _):
-    return short_attention_bwd(dout, *ctx.saved_tensors, ctx.max_seqlen), None, None
+    dqkv = None if dout is None else short_attention_bwd(dout, *ctx.saved_tensors, ctx.max_seqlen)
+    return dqkv, None, None
 
 
 short_attention_fwd.register_autograd(_backward, setup_context=_setup_context)

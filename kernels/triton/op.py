@@ -1,12 +1,14 @@
 """How a function that launches Triton kernels becomes an op: registration, autograd, fakes, and reports of launches."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backend import INTERPRET, sees_dispatch, untraced
+from ..once import once_differentiable
 
 OPS: dict[str, "Op"] = {}  # by the name that dispatch modes see, e.g. umd::layer_norm_fwd
 
@@ -37,6 +39,7 @@ class Op:
         return self.registered
 
     def register_autograd(self, backward, *, setup_context) -> None:
+        backward = once_differentiable(backward)
         methods = dict(forward=self.eager, setup_context=setup_context, backward=backward)
         self.autograd = backward, dict(setup_context=setup_context)
         name = f"{self.eager.__name__}_function"
@@ -45,6 +48,10 @@ class Op:
 
     def __call__(self, *args):
         if not sees_dispatch():
+            device = next(x for x in args if isinstance(x, Tensor)).device
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):  # Triton launches on the current device
+                    return self.eager(*args)
             return self.eager(*args)
         register(self.name)
         return self.registered(*args)
@@ -75,7 +82,7 @@ def opaque_op(name: str, fake: Callable):
 
 
 Tell = Callable[[str, list[Tensor], tuple[int, ...]], None]
-_tell: Tell | None = None
+_tell: ContextVar[Tell | None] = ContextVar("tell", default=None)  # other threads go on launching
 
 
 def launches(func, tell: Tell) -> Callable | None:
@@ -92,12 +99,11 @@ def _telling(function: Callable, tell: Tell) -> Callable:
     """The function with its launches replaced by calls of `tell`."""
 
     def told(*args):
-        global _tell
-        before, _tell = _tell, tell
+        before = _tell.set(tell)
         try:
             return function(*args)
         finally:
-            _tell = before
+            _tell.reset(before)
 
     return told
 
@@ -114,6 +120,6 @@ class _Told:
 
 def wrap_triton(kernel):
     """Launch a kernel within an `Op`: `wrap_triton(kernel)[grid](...)`. torch finds the source to hash by this name."""
-    if _tell is not None:
-        return _Told(kernel.fn.__name__.strip("_"), _tell)
+    if tell := _tell.get():
+        return _Told(kernel.fn.__name__.strip("_"), tell)
     return torch.library.wrap_triton(kernel) if sees_dispatch() and not INTERPRET else kernel

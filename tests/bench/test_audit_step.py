@@ -144,7 +144,7 @@ def test_a_block_launches_little_more_than_it_must(objective):
         attention               1               2: dq; dk and dv
         qkv's bias gradient                     2
 
-    Today 9 + 24; the least is 9 + 21.
+    Today 9 + 23; the least is 9 + 21.
     """
     block = block_of(Network(TINY, OBJECTIVES[objective]), B)
     products, _ = block.launches["products"]

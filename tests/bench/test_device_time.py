@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from umd.bench.device_time import MOST_COPIES, copies_beyond, time_calls, turns_of
-from umd.train.step import side_stream
+from umd.machine.device import side_stream
 
 MB = 10**6
 

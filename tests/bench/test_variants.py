@@ -42,7 +42,7 @@ def patches() -> list[tuple[str, str]]:
 
 def norms() -> list[tuple[str, str]]:
     """Without a table, with some of them, with all: h, gate, shift, scale, weight, bias, h_bias. RMSNorm, and an fp32
-    stream with 16-bit branches, gated and not."""
+    stream with 16-bit branches, gated and not; fixed gates."""
     D, calls = 256, []
     chunks = "torch.tensor([[0, 3, 0], [3, 6, 1]], dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32)"
     h, rows, row = "h", zeros("float32", 2, D), zeros("float32", D)
@@ -53,6 +53,7 @@ def norms() -> list[tuple[str, str]]:
         ("h", "bfloat16", "bfloat16", False),
         ("h gate", "float16", "float16", False),
         ("h gate shift scale h_bias", "bfloat16", "bfloat16", False),
+        ("h gate fixed shift scale", "bfloat16", "bfloat16", False),
         ("shift scale", "bfloat16", "bfloat16", True),
         ("h gate shift scale weight", "float16", "float16", True),
         ("shift scale weight bias", "float32", "bfloat16", False),
@@ -64,7 +65,11 @@ def norms() -> list[tuple[str, str]]:
         h, gate, *tables = (text if name in which.split() else "None" for name, text in given.items())
         forward = f"layer_norm_fwd({x}, {', '.join([h, gate, *tables])}, {chunks}, 1e-6, {rms}, torch.{narrow})"
         calls.append(("adaln:_layer_norm_fwd_kernel", forward))
-        dr, kept, mean = "None" if h == "None" else x, "None" if gate == "None" else h, "None" if rms else stat
+        dr, kept, mean = (
+            "None" if h == "None" else x,
+            "None" if gate == "None" or "fixed" in which else h,
+            "None" if rms else stat,
+        )
         arguments = [y, dr, x, kept, gate, *tables, mean, stat]
         backward = f"layer_norm_bwd({', '.join(arguments)}, {chunks}, {h != 'None'})"
         calls.append(("adaln:_layer_norm_bwd_kernel", backward))

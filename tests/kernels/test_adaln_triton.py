@@ -282,6 +282,28 @@ def test_registration(device, which):
 
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_gate_without_gradient_keeps_no_h(device, affine):
+    """Drop path's gates: the other gradients are the same bits, and h is not kept for dgate."""
+    packing = pack(*RAGGED, device)
+    args = inputs(packing, 16, torch.bfloat16, torch.float32, affine)
+    gate = args.pop("gate")
+    found, kept = [], []
+    for wanted in (True, False):
+        fixed = gate.detach().requires_grad_(wanted)
+        leaves = {name: x.detach().requires_grad_() for name, x in args.items()}
+        r, y = gated_residual_layer_norm(packing=packing, gate=fixed, **leaves)
+        kept.append(sum(x is not None and x.data_ptr() == leaves["h"].data_ptr() for x in r.grad_fn.saved_tensors))
+        found.append(torch.autograd.grad(r.float().sum() + y.float().square().sum(), list(leaves.values())))
+    assert kept == [1, 0] and all(map(torch.equal, *found))
+    with torch.no_grad():
+        r, _, mean, rstd = kernels.layer_norm_fwd(*operands(packing)[:-1], torch.float32)
+    alone = [torch.ones_like(r), None, r, None, gate[:, :16], None, None, None, None, None, mean, rstd]
+    dgate, *rest = kernels.layer_norm_bwd(*alone, packing.chunks, packing.row_chunks, True)[2:]
+    assert dgate.numel() == 0 and all(d.numel() == 0 for d in rest)
+
+
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_is_eager(device, compiler):
     packing = pack(*RAGGED, device)

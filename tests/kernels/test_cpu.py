@@ -110,6 +110,18 @@ def test_the_norms_are_as_exact_as_bf16_lets_them(lengths, D, one_row, gated, se
             assert (a.double() - b).abs().max() <= limit, name
 
 
+def test_tables_whose_columns_lie_apart():
+    """A table may have any strides, e.g. those of a transposed one."""
+    x, packing = torch.randn(6, 40).to(BF16), pack([2, 4])
+    gate, shift, scale = (torch.randn(40, 2).t() for _ in range(3))
+    turned = gated_residual_layer_norm(x, x, packing, gate, shift, scale)
+    plain = gated_residual_layer_norm(x, x, packing, *(t.contiguous() for t in (gate, shift, scale)))
+    assert torch.equal(turned[0], plain[0]) and torch.equal(turned[1], plain[1])
+    y = modulated_layer_norm(x, packing, shift=shift)
+    exact = F.layer_norm(x.double(), (40,), eps=1e-6) + shift.double()[[0, 0, 1, 1, 1, 1]]
+    assert (y.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
 def test_the_same_bits_on_any_number_of_threads():
     generator = torch.Generator().manual_seed(0)
     packing = pack([130, 70, 5])

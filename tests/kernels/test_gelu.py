@@ -77,6 +77,16 @@ def test_grid(compare, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_gpu_that_is_not_the_current_one():
+    h = torch.randn(64, 32)
+    with backend.kernels("triton"), torch.cuda.device(0):
+        there, here = (gelu.gelu(h.to(device)) for device in ("cuda:1", "cuda:0"))
+        assert there.device.index == 1 and torch.cuda.current_device() == 0
+    assert torch.equal(there.cpu(), here.cpu())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_grid_on_a_gpu(compare, device):
     grid(compare, device)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from umd.conditions import denoiser
 from umd.errors import UserError
 from umd.sampler import ddim_sample
 from umd.train import evaluate
@@ -83,7 +84,7 @@ def test_samples_are_those_of_the_sampler(run, tmp_path):
     with np.load(tmp_path / "one.npz") as arrays:
         pictures, labels = arrays["arr_0"], torch.from_numpy(arrays["arr_1"])
     alone = ddim_sample(
-        evaluate.denoiser(model, dtype), (70, 3, 8, 8), evaluate.schedule_of(config.schedule), num_steps=3,
+        denoiser(model, dtype), (70, 3, 8, 8), evaluate.schedule_of(config.schedule), num_steps=3,
         labels=labels, null_label=3, cfg_scale=2.0, seed=5,
     )  # fmt: skip
     expected = ((alone + 1) * 127.5).permute(0, 2, 3, 1).numpy()

@@ -16,14 +16,15 @@ from umd.config import ModelConfig, ObjectiveConfig
 from umd.ema import EMA
 from umd.errors import UserError
 from umd.kernels import backend
-from umd.layers import Linear
+from umd.layers import CastWeights, Linear
+from umd.machine.device import side_stream
 from umd.model import UMD
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
 from umd.train.distributed import World
 from umd.train.optim import adamw, lr_scale
 from umd.train.parallel import DDP, Alone, LossStep
-from umd.train.step import CastWeights, Told, TrainStep, captures, side_stream
+from umd.train.step import Told, TrainStep, captures
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -212,7 +213,8 @@ def test_cast_weights_are_those_of_now_and_gone_afterwards():
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_()
-        with cast.fresh():
+        cast.refresh()
+        with cast.used():
             for layer in layers:
                 assert torch.equal(layer.cast[0], layer.weight.bfloat16())
                 assert torch.equal(layer.cast[1], layer.bias.bfloat16())
@@ -289,7 +291,7 @@ def test_captured_is_not_captured_to_the_bit(request, accumulate, ddp, determini
                     saved = [{n: t.detach().clone() for n, t in parts[name].items()} for name in names]
             weights = torch.cat([p.detach().flatten() for p in step.parallel.model.parameters()])
             average = torch.cat([shadow.flatten() for shadow in step.ema.shadows.values()])
-            assert (step.start.graph is not None) if capture else (step.start == step.run)
+            assert (step.start.replay is not None) if capture else (step.start == step.run)
             return torch.stack(rows), weights, average, saved
 
     eager, captured = steps(False), steps(True)

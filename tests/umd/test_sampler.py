@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from umd.conditions import make_conditions
+from umd import ops
+from umd.conditions import denoiser, make_conditions
 from umd.config import ModelConfig
 from umd.errors import UserError
 from umd.guidance import Guidance
+from umd.layers import Linear
 from umd.model import UMD
 from umd.ops import ddim_step
 from umd.sampler import (
@@ -287,6 +289,39 @@ def test_conditions_that_are_not_held_are_no_others():
             model.denoise(x, torch.tensor([time]), torch.tensor([label]), conditions)
     assert make_conditions(UMD(replace(UMD_CONFIG, adaLN=False)), [1]) is None
     assert make_conditions(UMD(UMDS["labels"]), range(1, 100_001), torch.arange(5)) is None  # more than half a GiB
+
+
+class CastsOf(TorchDispatchMode):
+    """Counts casts of some tensors."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.places, self.count = {x.data_ptr() for x in tensors}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten._foreach_copy_):
+            sources = args[:1] if func.overloadpacket == torch.ops.aten._to_copy else args[1]
+            self.count += sum(x.data_ptr() in self.places for x in sources)
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_for_all_calls():
+    """As the layers of a GPU compute: the bits of autocast, which casts in every call."""
+    model, x = random_umd(UMDS["labels"], torch.float32), torch.randn(2, 3, 8, 8)
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, Linear)]
+    t, labels = torch.tensor([7, 900]), torch.tensor([1, 4])
+    with ops.cpu_paths(False), ops.attention("sdpa"), torch.no_grad():
+        with CastsOf(weights) as casts:
+            denoise = denoiser(model, torch.bfloat16)
+            found = [denoise(x, t, labels) for _ in range(3)]
+        assert casts.count == len(weights)
+        with CastsOf(weights) as casts:
+            for ours in found:
+                with torch.autocast("cpu", torch.bfloat16):
+                    plain = model.denoise(x, t, labels)
+                assert all(map(torch.equal, ours, plain))
+        assert casts.count == 3 * len(weights)
+    assert all(layer.cast is None for layer in model.modules() if isinstance(layer, Linear))
 
 
 class NothingWaits(TorchDispatchMode):

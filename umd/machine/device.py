@@ -96,6 +96,40 @@ def copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """On a GPU, run the block on a side stream, which a CUDA graph can record. DDP must be made on it too.
+
+    The side stream waits for work queued before the block, and work queued after the block waits for the side stream.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        outer, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(outer)
+        with torch.cuda.stream(stream):
+            yield
+        outer.wait_stream(stream)
+
+
+def recorded(run: Callable[[], None], what: str, instead: str) -> Callable[[], None]:
+    """Record `run` as a CUDA graph on the current stream, a side stream. Returns the function that replays it.
+
+    Raises UserError if that fails: `what` could not be recorded; `instead` says what to do.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # thread_local: other threads (NCCL's watchdog, the loader, saves) use CUDA meanwhile and would break a global
+        # recording.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            run()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:300]
+        raise UserError(f"{what} could not be recorded as a CUDA graph ({reason}); {instead}") from error
+    return graph.replay
+
+
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The autocast type for a precision: auto, bf16 or fp32.
 
