@@ -13,7 +13,7 @@ from umd.kernels.packing import pack
 
 
 class Seen(TorchDispatchMode):
-    """Ops are called through torch.library under a mode."""
+    """With a mode on, ops are called as operators that torch knows by name."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
