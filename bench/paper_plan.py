@@ -236,15 +236,17 @@ def pieces(plan: Plan, chain: Chain, out: Path) -> list[Piece]:
         return [Piece("floors", "floors", FEATURE_SECONDS * count, partial(floors, pretrain, reference, sizes))]
     cost = step_flops(plan, chain)
     last, found, before = ends(plan, chain), [], 0
-    stops = {round(pretrain.steps * mark) for mark in plan.marks if chain.rate == 1} | set(last.values())
+    # All chains stop at the first mark: the warm-up is a share of the steps until there.
+    stops = {round(pretrain.steps * mark) for mark in plan.marks} | set(last.values())
     length = plan.finetune_steps * chain.longer
     for step in sorted(stops):
         config = replace(pretrain, steps=step)
         make: Callable[[], dict[str, Any]] = partial(trained, config, method)
         found.append(Piece(f"pretrain-{step}", "pretrain", (step - before) * cost / FLOPS, make))
         before = step
-        make = partial(probe, config, pretrain, step, sizes)
-        found.append(Piece(f"probe-{step}", "probe", PROBE_SECONDS, make))
+        if chain.rate == 1 or step in last.values():
+            make = partial(probe, config, pretrain, step, sizes)
+            found.append(Piece(f"probe-{step}", "probe", PROBE_SECONDS, make))
         if step not in last.values():
             continue
         images = step == last["images"]

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from umd.errors import UserError
+from umd.errors import TemporaryError, UserError
 from umd.machine.device import pick_device
 from umd.train.settings import ParallelConfig
 
@@ -99,7 +99,7 @@ class World:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn torch's exception into a UserError if another rank ended or hangs.
+        """Turn torch's exception into a TemporaryError if another rank ended or hangs.
 
         Gloo raises whenever an exchange fails or takes too long. NCCL raises only while its ranks connect. Later, its
         watchdog thread aborts the process, and `Watch` prints the reason before that.
@@ -109,7 +109,7 @@ class World:
         except RuntimeError as error:
             if self.size == 1 or not is_lost_connection(error):
                 raise
-            raise UserError(
+            raise TemporaryError(
                 f"rank {self.rank} lost the others ({str(error).splitlines()[0][:200]}): one of them ended or hangs; "
                 "its own message tells why. The same command goes on from the last checkpoint"
             ) from error
@@ -139,7 +139,7 @@ def join(device: str, config: ParallelConfig, out: Path) -> World:
     If an NCCL exchange fails or takes longer than `config.timeout` seconds, each rank's last exchanges are written to
     `out`/nccl.
 
-    Raises UserError if not all ranks connect within that time, or if a host has more processes than GPUs.
+    Raises TemporaryError if not all ranks connect within that time, UserError if a host has more processes than GPUs.
     """
     global _world, _meeting
     rank, size, local = launched()
@@ -170,7 +170,7 @@ def join(device: str, config: ParallelConfig, out: Path) -> World:
                 f"rank 0 cannot wait for the others at {meeting}, a port that another program has: set MASTER_PORT to "
                 "a free one (`export MASTER_PORT=29501`) for all of them"
             ) from error
-        raise UserError(
+        raise TemporaryError(
             f"rank {rank} on {socket.gethostname()} waited {config.timeout:.0f} s at {meeting} and not all {size} "
             f"ranks came ({str(error).splitlines()[0][:200]}): a host is down, or cannot reach that "
             "address. Try `ssh HOST true` for each host of a hostfile, and take dead ones out"
@@ -332,6 +332,9 @@ class Watch(threading.Thread):
     def fail(self, message: str, code: int) -> None:
         """End this process and make the others end. The first rank to fail prints its message."""
         self.leaving.set()
+        last = threading.Timer(60, os._exit, (code,))  # if the store's host is gone, an exchange may not return
+        last.daemon = True
+        last.start()
         try:
             first = self.store.add("told", 1) == 1
             if first:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from umd.errors import UserError
-from umd.files import OpenFile, sha256
+from umd.files import OpenFile, again_if_lost, sha256
 from umd.tokenizer import VAE, Tokenizer, load_tokenizer
 from umd.train import store
 from umd.train.recipes import encode_command
@@ -218,7 +218,15 @@ class LatentDataset:
         Raises:
             UserError: a shard cannot be read or a row is damaged. The message names the shard, and the picture of a
                 damaged row.
+            TemporaryError: a network disk was lost and did not come back.
         """
+        try:
+            return again_if_lost(lambda: self._read(indices, epochs, block), self.folder)
+        except OSError as error:
+            raise unreadable(error.filename, error, self.command) from error
+
+    def _read(self, indices: np.ndarray, epochs: np.ndarray, block: int) -> np.ndarray:
+        """`read`. Raises OSError, naming the shard, and forgets the open files: the next try opens them anew."""
         shards, views = np.searchsorted(self.ends, indices, "right") - 1, epochs % len(self.crc32)
         images, crc32 = indices - self.ends[shards], self.crc32[views, indices].tolist()
         found = np.empty((len(indices), *self.row_shape), BITS[self.dtype])
@@ -244,7 +252,10 @@ class LatentDataset:
                     name = f"{shard.about['names'][images[i]]} (row {(start - self.starts[number]) // nbytes})"
                     raise damaged(shard.path, f"{what} view {views[i]} of picture {name}", self.command)
         except OSError as error:
-            raise unreadable(self.shards[number].path, error, self.command) from error
+            self.opened.cache_clear()
+            self.expect.cache_clear()
+            error.filename = str(self.shards[number].path)
+            raise
         return found
 
     @property

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from umd.errors import UserError
-from umd.files import again_if_stale
+from umd.files import again_if_lost
 
 COMMON_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow lists them but cannot decode them by itself
@@ -85,7 +85,7 @@ def listing(folder: Path) -> tuple[list[str], list[str]]:
 def entries(folder: Path, is_read: Callable[[str], bool] = is_image) -> Entries:
     """List the entries directly in a folder. is_read: file name -> bool. Raises UserError if it cannot be listed."""
     try:
-        return again_if_stale(lambda: look_at(folder, is_read), folder)
+        return again_if_lost(lambda: look_at(folder, is_read), folder)
     except OSError as error:
         where = error.filename or folder
         raise UserError(f"cannot list folder {where} ({error.strerror}): check that it can be read.") from error

@@ -6,8 +6,8 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -29,6 +29,8 @@ PLAIN_SECONDS = 10.0  # between progress lines if there is no terminal for a bar
 class RunLog:
     """Writes metrics and pictures of a run from step `start` on. Rows of later steps, of a killed run, are removed.
 
+    If the disk or W&B fails later, training goes on without what could not be written.
+
     Args:
         project: Weights & Biases project to log to as well, with `settings`. "": none.
         reference: curve to compare losses with, or None.
@@ -46,8 +48,15 @@ class RunLog:
         with self._writes():
             self._drop_rows_after(start)
             self._rows = (out / "metrics.jsonl").open("a")
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1 if start else None)
-        self._wandb = open_wandb(out, project, settings) if project else None
+            self._board: SummaryWriter | None = self._open_board(purge_step=start + 1 if start else None)
+        self._wandb = None
+        if project:
+            try:
+                self._wandb = open_wandb(out, project, settings)
+            except UserError as error:
+                if not start:
+                    raise
+                self.say(f"{error}; the run goes on without")  # it may have been started again at night
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -60,25 +69,32 @@ class RunLog:
         self._task = self._bar.add_task(name, total=1.0, note="")
         self._beside = Comparison(reference, start)
         self._last_line = 0.0
+        self._failing: set[str] = set()  # what could not be written last time
+
+    def _open_board(self, purge_step: int | None = None) -> SummaryWriter:
+        return SummaryWriter(str(self.out / "tensorboard"), purge_step=purge_step)
 
     def __enter__(self) -> "RunLog":
-        # TensorBoard's thread would print a traceback for a full disk, though this thread raises the error too.
+        # TensorBoard's thread would print a traceback for a full disk, though this thread tells it too.
         threading.excepthook = lambda hook: issubclass(hook.exc_type, OSError) or threading.__excepthook__(hook)
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        """Close all files. Raise an error of writing unless another error ended the run."""
+    def __exit__(self, *_: object) -> None:
+        """Close all files."""
+        closes = [("metrics.jsonl", self._rows.close)]
+        if self._board is not None:
+            closes.append(("tensorboard/", self._board.close))
+        if self._wandb is not None:
+            closes.append(("W&B's log", self._wandb.finish))
         try:
-            with self._writes(), ExitStack() as last_first:
-                last_first.callback(setattr, threading, "excepthook", threading.__excepthook__)
-                if self._wandb is not None:
-                    last_first.callback(self._wandb.finish)
-                for close in (self._board.close, self._rows.close, self._bar.stop):
-                    last_first.callback(close)
-        except UserError:
-            if kind is None:
-                raise
+            with suppress(SystemExit, OSError):  # the terminal may be closed
+                self._bar.stop()
+            for what, close in closes:
+                with self._tries(what, Exception):
+                    close()
+        finally:
+            threading.excepthook = threading.__excepthook__
 
     @contextmanager
     def _writes(self) -> Iterator[None]:
@@ -95,6 +111,27 @@ class RunLog:
                 "last checkpoint"
             ) from error
 
+    @contextmanager
+    def _tries(self, what: str, *others: type[Exception]) -> Iterator[None]:
+        """A log that cannot be written ends no run. Say so, once until `what` is written again."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, (OSError, UserError, *others)):
+                raise
+            if what not in self._failing:
+                self.say(f"cannot write {what} ({error}): training goes on without; make room, or mount the disk again")
+            self._failing.add(what)
+        else:
+            self._failing.discard(what)
+
+    def _to_board(self, add: Callable[[SummaryWriter], object]) -> None:
+        """Call `add` with TensorBoard's writer. After an error its thread is dead: the next call opens another."""
+        with self._tries("tensorboard/"):
+            board, self._board = self._board or self._open_board(), None
+            add(board)
+            self._board = board
+
     def row(self, row: dict) -> None:
         """Log one step. The row is flushed, so it survives a kill right after."""
         if (loss := self._beside.add(row["step"], row["loss"])) is not None:
@@ -109,27 +146,33 @@ class RunLog:
 
     def scores(self, row: dict, **settings: float) -> None:
         """Log values of a step without printing a line. settings: how they were made; kept in the row, not plotted."""
-        with self._writes():
+        with self._tries("metrics.jsonl"):
             self._rows.write(json.dumps(row | settings) + "\n")
             self._rows.flush()
-            for key, value in row.items():
-                if key not in ("step", "seconds"):
-                    self._board.add_scalar(key, value, row["step"])
+        scalars = [(key, value) for key, value in row.items() if key not in ("step", "seconds")]
+
+        def add(board: SummaryWriter) -> None:
+            for key, value in scalars:
+                board.add_scalar(key, value, row["step"])
+
+        self._to_board(add)
         if self._wandb is not None:
-            self._wandb.log(row, step=row["step"])
+            with self._tries("W&B's log", Exception):
+                self._wandb.log(row, step=row["step"])
 
     def progress(self, share: float) -> None:
         self._bar.update(self._task, completed=min(share, 1.0))
 
     def picture(self, name: str, sheet: np.ndarray, step: int) -> None:
         """Write a picture, uint8 [H, W, 3], to images/NAME-STEP.png and to TensorBoard."""
-        with self._writes():
+        with self._tries("images/"):
             save_png(sheet, self.out / "images" / f"{name}-{step:08d}.png")
-            self._board.add_image(name, sheet, step, dataformats="HWC")
+        self._to_board(lambda board: board.add_image(name, sheet, step, dataformats="HWC"))
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Image(sheet)}, step=step)
+            with self._tries("W&B's log", Exception):
+                self._wandb.log({name: wandb.Image(sheet)}, step=step)
 
     def say(self, text: str) -> None:
         say(self.console, f"{self.name}: {text}")

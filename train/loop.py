@@ -53,7 +53,6 @@ from umd.train.waiting import Stopped
 from umd.train.zero import Zero
 
 BuildObjective = Callable[..., AnyObjective]  # signature of `build_objective`
-PATIENCE = 15.0  # seconds that a rank asked to stop still waits for its batch, which the other ranks need
 
 
 def train(
@@ -131,6 +130,7 @@ class Run:
         self.saved_path: Path | None = None
         self.saved_step: int | None = None
         self.saved_before: tuple[int | None, Path | None] = None, None  # step and path of the save before
+        self.saved_seconds = 0.0  # `seconds` at the last save
         self.show: Callable[[Tensor], np.ndarray] = rgb
         self.distance: Distance | None = None
         self.looked = 0.0  # `seconds` at the last check of what is due
@@ -181,9 +181,11 @@ class Run:
         state = {"config": to_plain(self.config), "seconds": self.seconds, "draws": DRAWS}
         state |= {"images_seen": self.number * self.config.batch_size}
         state |= {"micro_batches": self.micro_batches, "source": self.source}
+        hours = 3600 * self.config.keep_hours
+        state["kept"] = hours > 0 and self.seconds // hours > self.saved_seconds // hours
         check_weights(self, tensors["model"])
         write = save_checkpoint if self.background is None else self.background.save
-        self.saved_before = self.saved_step, self.saved_path
+        self.saved_before, self.saved_seconds = (self.saved_step, self.saved_path), self.seconds
         self.saved_step, self.saved_path = self.number, checkpoint_path(self.config.checkpoints, self.number)
         if self.world.main:
             write(self.config.checkpoints, self.number, tensors, state, keep=self.config.keep)
@@ -283,7 +285,7 @@ def set_up(
     if saved is not None:
         parallel.load(saved.tensors, run.ema)
         run.number, run.seconds, run.saved_step, run.saved = saved.step, saved.state["seconds"], saved.step, saved.state
-        run.looked = run.seconds
+        run.looked = run.saved_seconds = run.seconds
     refusal = capture_refusal(device, objective, parallel, config.compile)
     run.captured = captures(config.capture, refusal, parallel, config.profile)
     run.step = TrainStep(
@@ -327,7 +329,7 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
         run.dataset, config.data, batch_size=config.batch_size, seed=derive_seed(config.seed, 1),
         start=run.number * config.batch_size, places=places, device=world.device, stop=stop,
     )  # fmt: skip
-    stop.patience = 0.0 if world.size == 1 else PATIENCE
+    stop.alone = world.size == 1
     told = Told(world, len(run.step.metrics))
     rate = Rate(run)
     sent: Sent | None = None

@@ -25,6 +25,7 @@ from rich.table import Table
 from torch.utils.data import Dataset
 
 from umd.errors import UserError
+from umd.files import again_if_lost
 from umd.images import grid, save_png
 from umd.train.crops import centered, draw_view, resized, shrink_for, view_rng
 from umd.train.latents import is_latents, shard_name
@@ -81,7 +82,19 @@ class PixelRows(Rows):
         return found if np.ndim(index) else found[0]
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Read pictures at indices int64 [n]: uint8 [n, S, S', 3]. Raises UserError if a shard is gone or damaged."""
+        """Read pictures at indices int64 [n]: uint8 [n, S, S', 3].
+
+        Raises UserError if a shard is gone or damaged, TemporaryError if a network disk was lost and did not come back.
+        """
+        if not len(indices):
+            return np.empty((0, *self.shape), np.uint8)
+        try:
+            return again_if_lost(lambda: self._read(indices), self.shards[0].path.parent)
+        except OSError as error:
+            raise unreadable(error.filename, error, self.command) from error
+
+    def _read(self, indices: np.ndarray) -> np.ndarray:
+        """`read`. Raises OSError, naming the shard, and forgets the open files: the next try opens them anew."""
         out = np.empty((len(indices), *self.shape), np.uint8)
         size, buffer = math.prod(self.shape), out.reshape(-1).data
         numbers = np.searchsorted(self.ends, indices, "right")
@@ -101,7 +114,9 @@ class PixelRows(Rows):
                         raise damaged(path, f"differs from its checksums in row {row}", self.command)
                     self.checked[index] = 1
         except OSError as error:
-            raise unreadable(path, error, self.command) from error
+            opened.cache_clear()
+            error.filename = path
+            raise
         return out
 
 

@@ -1,10 +1,18 @@
 """Start a run from its own newest checkpoint, if it is still the same run, or from the weights of another run."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from umd.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint, load_model_state
+from umd.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_model_state,
+)
 from umd.classifier import Classifier
 from umd.diffmae import DiffMAE
 from umd.errors import UserError
@@ -41,7 +49,21 @@ def newest_checkpoint(config: RunConfig, world: World, source: dict) -> tuple[Pa
         raise UserError(f"rank {world.rank} does not see {path}; all hosts must share the folder of the run")
     check_same_run(load_checkpoint(path, parts=[]), config, source)
     parts = ["model", "optimizer"] + (["ema"] if config.ema > 0 else [])
-    return path, load_checkpoint(path, parts=parts, verify=world.main)
+    path = world.agree(newest_undamaged(config.checkpoints, parts) if world.main else None)
+    return path, load_checkpoint(path, parts=parts, verify=False)
+
+
+def newest_undamaged(checkpoints: Path, parts: list[str]) -> Path:
+    """The newest checkpoint whose files are what was written. Warns of damaged ones. Raises if all are."""
+    damaged: list[CheckpointError] = []
+    for path in reversed(list_checkpoints(checkpoints)):
+        try:
+            load_checkpoint(path, parts=parts)
+            return path
+        except CheckpointError as error:
+            warnings.warn(f"Skipped: {error}", stacklevel=2)
+            damaged.append(error)
+    raise damaged[0]
 
 
 def with_ema_of(config: RunConfig) -> RunConfig:

@@ -86,6 +86,8 @@ class RunConfig:
     """Steps between checkpoints, instead of --save-minutes."""
     keep: Count = 3
     """Number of checkpoints to keep; older ones are deleted."""
+    keep_hours: NonNegative = 0
+    """Hours of training after which a checkpoint is kept for good, beside the newest. 0: none."""
     log_every: Count = 10
     """Steps between log lines."""
     wandb: str = ""

@@ -12,6 +12,7 @@ from torch import Tensor
 from umd.checkpoint import checkpoint_path, save_checkpoint
 from umd.errors import UserError
 from umd.train.log import NoLog, RunLog
+from umd.train.pools import awaited
 
 if TYPE_CHECKING:
     from umd.train.loop import Run
@@ -82,7 +83,7 @@ class BackgroundSave:
         """Wait until the last save has ended; raise its error."""
         saving, self._saving = self._saving, None
         if saving is not None:
-            saving.result()
+            awaited(saving, "the checkpoints")
 
 
 def save_last(run: "Run", log: RunLog | NoLog) -> None:

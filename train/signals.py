@@ -10,17 +10,30 @@ from contextlib import contextmanager
 
 STOPS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGUSR1"):  # not on Windows
-    STOPS.append(signal.SIGUSR1)
+    STOPS += [signal.SIGUSR1, signal.SIGHUP]
 
 
 class StopRequest:
     requested: signal.Signals | None = None
-    patience = 0.0  # seconds to keep waiting for a batch after the request
+    alone = True  # whether no other rank waits for the step that this process makes
+
+    @property
+    def patience(self) -> float:
+        """Seconds to keep waiting for a batch after the request. Without it, other ranks could not save.
+
+        The process is killed 30 s after SIGTERM; launch/slurm.sbatch sends SIGUSR1 300 s before.
+        """
+        if self.alone:
+            return 0.0
+        return 150.0 if self.requested is not None and self.requested.name == "SIGUSR1" else 15.0
 
 
 @contextmanager
 def stop_signal() -> Iterator[StopRequest]:
-    """Note Ctrl-C, SIGTERM and SIGUSR1, so that the loop stops after its step. A second Ctrl-C interrupts at once."""
+    """Note Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal, so that the loop stops after its step.
+
+    A second Ctrl-C interrupts at once. SIGHUP stays ignored under nohup.
+    """
     stop = StopRequest()
 
     def note(number: int, _frame: object) -> None:
@@ -29,7 +42,7 @@ def stop_signal() -> Iterator[StopRequest]:
         stop.requested = signal.Signals(number)
 
     try:
-        before = {s: signal.signal(s, note) for s in STOPS}
+        before = {s: signal.signal(s, note) for s in STOPS if signal.getsignal(s) is not signal.SIG_IGN}
     except ValueError:  # not in the main thread, where signals never arrive
         before = {}
     try:
@@ -40,7 +53,7 @@ def stop_signal() -> Iterator[StopRequest]:
 
 
 def heed_parent_alone() -> None:
-    """In a worker: ignore Ctrl-C, SIGTERM and SIGUSR1, except a SIGTERM from the parent process.
+    """In a worker: ignore Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP, except a SIGTERM from the parent process.
 
     Terminals send signals to the whole process group, and Slurm's proctrack/linuxproc to every process of a step. But
     the training process may need one more batch before it saves, and torch raises when a worker dies, even in the
@@ -50,7 +63,7 @@ def heed_parent_alone() -> None:
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
     if hasattr(signal, "sigwaitinfo"):  # it says who sent a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP})
         threading.Thread(target=end_with_parent, daemon=True).start()
 
 

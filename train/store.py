@@ -25,8 +25,8 @@ import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
-from umd.errors import UserError
-from umd.files import check_apart, check_place, write_whole
+from umd.errors import TemporaryError, UserError
+from umd.files import LOST, check_apart, check_place, write_whole
 from umd.train.run import differences
 
 log = logging.getLogger("umd")
@@ -65,7 +65,8 @@ def damaged(path: Path | str, what: str, command: str = "") -> UserError:
 def unreadable(path: Path | str, error: OSError, command: str = "") -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"{kind_of(path)} shard {path} is not there; run {command or same_command(path)}")
-    return UserError(
+    kind = TemporaryError if error.errno in LOST else UserError
+    return kind(
         f"cannot read {kind_of(path)} shard {path} ({error.strerror or error}); see to the disk that it lies on, then "
         "run the same command again"
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
-from umd.errors import UserError
+from umd.errors import TemporaryError, UserError
 from umd.train.pools import DEATHS, MORE_SHM, STALL_SECONDS, processes_explained
 from umd.train.signals import StopRequest, heed_parent_alone
 
@@ -110,7 +110,7 @@ class Prepared(Iterator[Any]):
     def __next__(self) -> Any:
         """Wait for the next batch, with a warning each minute that the disk stalls.
 
-        Raises UserError if it stalls for an hour or a worker has died, and `Stopped` if the run was asked to stop.
+        Raises TemporaryError if it stalls for an hour or a worker has died, `Stopped` if the run was asked to stop.
         """
         began, told, asked = time.monotonic(), 0, 0.0
         while True:
@@ -124,7 +124,7 @@ class Prepared(Iterator[Any]):
                 if now - asked >= self.stop.patience:
                     raise Stopped(f"no batch for {now - began:.0f} s: the disk of {self.source} has stalled")
             if now - began >= STALLS * STALL_SECONDS:
-                raise UserError(
+                raise TemporaryError(
                     f"no batch for {STALLS * STALL_SECONDS} s: the disk of {self.source} has stalled; check it"
                 )
             if now - began >= (told + 1) * STALL_SECONDS:
@@ -168,7 +168,7 @@ class Prepared(Iterator[Any]):
         if dead.exitcode < 0:
             name = signal.Signals(-dead.exitcode).name
             how, why = f"by {name}", f": {DEATHS[name]}" if name in DEATHS else ""
-        raise UserError(f"a process that reads {self.source} (pid {dead.pid}) was ended {how}{why}.") from None
+        raise TemporaryError(f"a process that reads {self.source} (pid {dead.pid}) was ended {how}{why}.") from None
 
     def close(self) -> None:
         """End the workers. Call it explicitly, as a traceback may keep this object alive."""

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from umd.errors import UserError
-from umd.files import again_if_stale, flush, sha256
+from umd.files import LOST, again_if_lost, flush, sha256
 from umd.tensor_files import write_safetensors
 
 FORMAT = 1
@@ -55,6 +55,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint `root/step-{step:08d}`, then remove all complete checkpoints except the newest `keep`.
 
+    A checkpoint whose `state` says `"kept": true` is never removed, nor counted.
+
     Args:
         root: folder of the run's checkpoints; made if missing.
         step: number in the folder's name. An earlier save of the same step is replaced.
@@ -77,10 +79,14 @@ def save_checkpoint(
     # A round trip through JSON: unsuitable data fails before anything is written, and the digest is what a reader gets.
     document = {"format": FORMAT, "step": step, "state": json.loads(json.dumps(state))}
     path = checkpoint_path(root, step)
-    again_if_stale(lambda: _write(path, tensors, document), path)
+    again_if_lost(lambda: _write(path, tensors, document), path)
     replaced = _replaced(path)
     try:
-        earlier = [other for other in list_checkpoints(root) if other not in (path, replaced)]
+        earlier = [
+            other
+            for other in list_checkpoints(root)
+            if other not in (path, replaced) and not _document(other)["state"].get("kept")
+        ]
         for other in [replaced, *earlier[: max(0, len(earlier) - keep + 1)]]:
             _discard(other)
     except (OSError, UserError) as error:  # the new one is whole: no reason to end a run
@@ -175,7 +181,7 @@ def load_checkpoint(
 def list_checkpoints(root: Path | str) -> list[Path]:
     """The complete checkpoints in `root`, lowest step first. A damaged one is skipped with a warning."""
     complete = []
-    for path in again_if_stale(lambda: list(Path(root).glob("step-*")), Path(root)):
+    for path in again_if_lost(lambda: list(Path(root).glob("step-*")), Path(root)):
         if match := _FOLDER.fullmatch(path.name):
             try:
                 _document(path)
@@ -323,7 +329,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
 
 def _document(path: Path) -> dict:
     """Read `state.json`. Raises CheckpointError if format, checksum or a file's size is wrong."""
-    return again_if_stale(lambda: _read_document(path), path)
+    return again_if_lost(lambda: _read_document(path), path)
 
 
 def _read_document(path: Path) -> dict:
@@ -333,7 +339,7 @@ def _read_document(path: Path) -> dict:
     except FileNotFoundError:
         raise _damaged(path, f"has no {STATE}") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ESTALE:
+        if isinstance(error, OSError) and error.errno in LOST:
             raise
         raise _damaged(path / STATE, f"is not what was written ({error})") from None
     if version != FORMAT:

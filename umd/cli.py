@@ -6,7 +6,6 @@ each from a dataclass.
 
 import contextlib
 import difflib
-import errno
 import json
 import os
 import re
@@ -24,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from umd.errors import UserError
+from umd.errors import TemporaryError, UserError
+from umd.files import LOST
 from umd.machine.environment import prepare
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"unknown command {name!r}; {hint}")
         run(name, rest)
     except UserError as error:
-        fail(str(error), name)
+        fail(str(error), name, error.code)
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
             raise
@@ -81,25 +81,25 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:  # a full disk, a folder that cannot be written, a file that went away
         where = f"cannot use {error.filename}: " if error.filename else ""
         what = "check the path, its permissions and the room on the disk"
-        if error.errno == errno.ESTALE:
-            what = "a network disk lost it: mount it again on this host, and repeat the command"
-        fail(f"{where}{error.strerror or error}; {what}", name)
+        if error.errno in LOST:
+            what = "the disk lost it: if it is a network disk, mount it again on this host; then repeat the command"
+        fail(f"{where}{error.strerror or error}; {what}", name, TemporaryError.code if error.errno in LOST else 2)
 
 
 def silent(command: str = "") -> bool:  # a rank other than 0 of a command of TOGETHER
     return int(os.environ.get("RANK", 0)) > 0 and command in TOGETHER
 
 
-def fail(message: str, command: str) -> None:
-    """Print the message as an error and exit with status 2. With several ranks, all end and one prints."""
+def fail(message: str, command: str, code: int = 2) -> None:
+    """Print the message as an error and exit with status `code`. With several ranks, all end and one prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and command in TOGETHER:
         from umd.train.distributed import end_all
 
-        if not end_all(message, 2):
-            sys.exit(2)
+        if not end_all(message, code):
+            sys.exit(code)
     line = Text.assemble(("umd:", "bold red"), " ", message)
     Console(stderr=True, highlight=False).print(line, soft_wrap=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def say(text: str) -> None:

@@ -11,27 +11,29 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from umd.errors import UserError
+from umd.errors import TemporaryError, UserError
 
-STALE_WAITS = (0.1, 1.0, 5.0)  # seconds between attempts
+# What a network disk reports when its server was restarted or has dropped this host, as Lustre does.
+LOST = (errno.ESTALE, errno.EIO, errno.ESHUTDOWN, errno.ENOTCONN, errno.ETIMEDOUT)
+WAITS = (0.1, 1.0, 5.0, 20.0)  # seconds between attempts
 T = TypeVar("T")
 
 
-def again_if_stale(call: Callable[[], T], path: Path) -> T:
-    """Return `call()`; repeat it if a network disk reports a stale handle (ESTALE).
+def again_if_lost(call: Callable[[], T], path: Path) -> T:
+    """Return `call()`; repeat it if a network disk is lost for a moment (an OSError of `LOST`).
 
-    This happens when a file was replaced on another host or the server was restarted: a new call looks names up again.
-    Raises UserError naming `path` if the handle is still stale after the waits of `STALE_WAITS`.
+    A handle gets stale (ESTALE) also when a file was replaced on another host: a new call looks names up again.
+    Raises the OSError if it remains after the waits of `WAITS`, a stale handle as TemporaryError naming `path`.
     """
-    for seconds in (*STALE_WAITS, None):
+    for seconds in (*WAITS, None):
         try:
             return call()
         except OSError as error:
-            if error.errno != errno.ESTALE:
+            if error.errno not in LOST or (seconds is None and error.errno != errno.ESTALE):
                 raise
         if seconds is not None:
             time.sleep(seconds)
-    raise UserError(
+    raise TemporaryError(
         f"{path} is on a network disk whose handle stays stale (ESTALE): the server was restarted, or the folder there "
         "was replaced; mount it again on this host and repeat the command, which goes on from what is finished"
     )
@@ -43,7 +45,7 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises OSError with that path, e.g. for a full disk; nothing is left behind then.
     """
     try:
-        again_if_stale(lambda: _write_whole(path, data), path)
+        again_if_lost(lambda: _write_whole(path, data), path)
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
@@ -113,7 +115,7 @@ def check_apart(out: Path, source: str | Path, instead: str = "give another --ou
 def make_folder(path: Path, instead: str = "give another one to write to") -> None:
     """Make a folder and its parents. Raises UserError if that fails, e.g. below a file."""
     try:
-        again_if_stale(lambda: path.mkdir(parents=True, exist_ok=True), path)
+        again_if_lost(lambda: path.mkdir(parents=True, exist_ok=True), path)
     except OSError as error:
         reason = "it is a file" if path.is_file() else error.strerror or error
         raise UserError(f"cannot make the folder {path} ({reason}); {instead}") from error
@@ -126,7 +128,7 @@ def cache_folder() -> Path:
 
 def sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
-    return again_if_stale(lambda: _sha256(path), path)
+    return again_if_lost(lambda: _sha256(path), path)
 
 
 def _sha256(path: Path) -> str:

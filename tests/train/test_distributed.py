@@ -643,11 +643,11 @@ try:
     with world.explained():
         world.mean_(torch.ones(3))
 except UserError as error:
-    end_all(str(error), 2)
+    end_all(str(error), error.code)
 """
     )
     codes, _, errors = ends(start_ranks(["-c", code], 2, env={"MEETING": str(tmp_path)}), timeout=60)
-    assert codes == [2, 1]
+    assert codes == [75, 1]
     assert errors[0].startswith("umd: rank 0 lost the others (") and "one of them ended or hangs" in errors[0]
 
 
@@ -671,11 +671,11 @@ try:
                     os.kill(os.getpid(), signal.SIGKILL)
             print(world.collect({"rank": world.rank}), flush=True)
 except UserError as error:
-    end_all(str(error), 2)
+    end_all(str(error), error.code)
 """
     )
     codes, out, errors = ends(start_ranks(["-c", code], 2, env={"MEETING": str(tmp_path)}), timeout=60)
-    assert codes == [2, -signal.SIGKILL]
+    assert codes == [75, -signal.SIGKILL]
     assert out == ["[{'rank': 0}, {'rank': 1}]\n", "[]\n"]
     assert errors[0].startswith("umd: rank 0 lost the others (")
 

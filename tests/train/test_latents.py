@@ -1,6 +1,7 @@
 """Stored latents: encoding that survives kill -9, the reading stream, the posterior, and training on them."""
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -25,10 +26,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from scipy import stats
 
+from umd import files
 from umd.cli import main
 from umd.config import ModelConfig
-from umd.errors import UserError
+from umd.errors import TemporaryError, UserError
 from umd.feature_networks import open_features
+from umd.files import OpenFile
 from umd.images import from_uint8, to_uint8
 from umd.kernels.philox import philox_randn
 from umd.metrics import FeatureStatistics
@@ -668,6 +671,30 @@ def test_a_damaged_shard_is_named_by_training_and_by_inspect(spoil, copy, run):
         mend = "run" if spoil is removed else "remove it and run"
         with pytest.raises(UserError, match=rf"latents shard .*train-00003-of-00007.*; {mend} (the same )?umd encode-"):
             use()
+
+
+@pytest.mark.parametrize("times", [2, 9])
+def test_a_network_disk_that_is_lost_for_a_moment_is_read_again(times, copy, monkeypatch):
+    """EIO is what Lustre answers a host that it has dropped. After that a file must be opened anew."""
+    dataset = open_latents(copy, "train")
+    whole = dataset.read(np.arange(9), np.zeros(9, np.int64))
+    monkeypatch.setattr(files, "WAITS", (0.0, 0.0, 0.0))
+    left, read, lost = [times], OpenFile.read_into, set()
+
+    def read_into(self, buffer, start):
+        if left[0]:
+            left[0] -= 1
+            lost.add(self)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        assert self not in lost
+        return read(self, buffer, start)
+
+    monkeypatch.setattr(OpenFile, "read_into", read_into)
+    if times < 4:
+        assert np.array_equal(dataset.read(np.arange(9), np.zeros(9, np.int64)), whole)
+    else:
+        with pytest.raises(TemporaryError, match="cannot read latents shard .*train-00000-of-00007.*; see to the disk"):
+            dataset.read(np.arange(9), np.zeros(9, np.int64))
 
 
 @pytest.mark.parametrize("spoil", DAMAGES)

@@ -19,34 +19,41 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of a fil
 
 
 @contextmanager
-def full_after_a_row(folder):
-    """A log whose files take no byte more from its second row on, also when it is closed."""
+def full_disk():
+    """Files take no byte more."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
-        with RunLog(folder, Console(quiet=True), 0, "test") as log:
-            log.row(ROW)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-            yield log
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("what", ["row", "picture", "scalar"])
-def test_a_full_disk_is_told(tmp_path, what):
+def test_training_goes_on_where_the_log_finds_no_room(tmp_path):
+    """Each file is told once. Rows wait in memory, and are written when there is room again."""
     threads = threading.active_count()
-    with (
-        pytest.raises(UserError, match=f"cannot write to {tmp_path}.*make room.*the same command goes on"),
-        full_after_a_row(tmp_path) as log,
-    ):
-        if what == "row":
-            log.row(ROW | {"step": 2})
-        elif what == "picture":
-            log.picture("samples", np.zeros((8, 8, 3), np.uint8), 2)
-        else:
-            log._board.add_scalar("loss", 0.5, 2)  # TensorBoard's thread writes it, now or at the end
-    assert read_metrics(tmp_path / "metrics.jsonl") == [ROW]
+    sheet = np.zeros((8, 8, 3), np.uint8)
+    with RunLog(tmp_path, console := Console(file=StringIO(), width=500), 0, "test") as log:
+        log.row(ROW)
+        with full_disk():
+            for step in range(2, 5):
+                log.row(ROW | {"step": step})
+                log.picture("samples", sheet, step)
+        log.row(ROW | {"step": 5})
+        log.picture("samples", sheet, 5)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [file.name for file in tmp_path.rglob("*.png")] == ["samples-00000005.png"]
+    told = console.file.getvalue()
+    assert told.count("cannot write metrics.jsonl (") == told.count("cannot write images/ (") == 1
+    assert "File too large" in told and "training goes on without; make room" in told
     assert threading.active_count() == threads and threading.excepthook is threading.__excepthook__
-    assert not [*tmp_path.rglob("*.png"), *tmp_path.rglob(".unfinished*")]
+    assert not [*tmp_path.rglob(".unfinished*")]
+
+
+def test_a_log_that_cannot_be_begun_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path}.*make room.*the same command goes on"):
+        RunLog(tmp_path, Console(quiet=True), 0, "test")
 
 
 def test_damaged_rows_are_left_out_and_the_whole_file_kept(tmp_path):
@@ -63,6 +70,8 @@ def test_damaged_rows_are_left_out_and_the_whole_file_kept(tmp_path):
     assert read_metrics(tmp_path / "metrics-old-2.jsonl") == rows[:2]
 
 
-def test_what_ended_the_run_is_what_is_told(tmp_path):
-    with pytest.raises(ZeroDivisionError), full_after_a_row(tmp_path):
+def test_a_log_that_cannot_be_closed_hides_no_error(tmp_path):
+    log = RunLog(tmp_path, Console(quiet=True), 0, "test")
+    with full_disk(), pytest.raises(ZeroDivisionError), log:
+        log.row(ROW)
         raise ZeroDivisionError

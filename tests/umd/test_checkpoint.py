@@ -28,7 +28,7 @@ from umd.checkpoint import (
     save_checkpoint,
 )
 from umd.errors import UserError
-from umd.files import again_if_stale, sha256
+from umd.files import again_if_lost, sha256
 from umd.tensor_files import SAFETENSORS_TYPES, write_safetensors
 
 ROOT = Path(__file__).parents[2]
@@ -240,15 +240,17 @@ class Disk:
 
 
 def test_a_stale_handle_is_tried_again_and_then_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "STALE_WAITS", (0, 0, 0))
+    monkeypatch.setattr(files, "WAITS", (0, 0, 0))
     for times in range(4):
         disk = Disk(times)
-        assert again_if_stale(lambda disk=disk: disk.answer("there"), tmp_path) == "there"
+        assert again_if_lost(lambda disk=disk: disk.answer("there"), tmp_path) == "there"
     with pytest.raises(UserError, match="handle stays stale .ESTALE.*mount it again on this host and repeat"):
-        again_if_stale(lambda: Disk(1).answer("there"), tmp_path)
-    disk = Disk(2, errno.EIO)
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        again_if_stale(lambda: disk.answer("there"), tmp_path)
+        again_if_lost(lambda: Disk(1).answer("there"), tmp_path)
+    disk = Disk(3, errno.EIO)  # as Lustre answers a host that it has dropped
+    assert again_if_lost(lambda: disk.answer("there"), tmp_path) == "there"
+    disk = Disk(2, errno.ENOSPC)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        again_if_lost(lambda: disk.answer("there"), tmp_path)
     assert disk.times == 1  # other errors are not tried again
 
 
@@ -264,7 +266,7 @@ class Weights(dict):
 
 
 def test_a_save_that_meets_a_stale_handle_begins_anew_or_leaves_the_one_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "STALE_WAITS", (0, 0))
+    monkeypatch.setattr(files, "WAITS", (0, 0))
     save(tmp_path, 1)
     for times, step in ((2, 2), (3, 3)):
         tensors = {"ema": {"w": torch.ones(3)}, "model": Weights(Disk(times), w=torch.full((10,), float(step)))}
