@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 from umd.bench.options import Reproduce
-from umd.bench.paper_plan import Chain, Name, Plan, chains, ends, pieces, ship, step_flops
+from umd.bench.paper_plan import NAMES, Chain, Name, Plan, chains, ends, pieces, ship, step_flops
 from umd.bench.paper_report import write_report
 from umd.errors import UserError
 from umd.files import write_whole
@@ -54,12 +54,20 @@ def make_chain(plan: Plan, chain: Chain, out: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "failed.txt").unlink(missing_ok=True)
     for piece in pieces(plan, chain, out):
-        file = folder / f"{piece.name}.json"
-        if not file.exists():
-            began, used = time.perf_counter(), time.process_time()
+        file, stopped = folder / f"{piece.name}.json", folder / f"{piece.name}.stopped.json"
+        if file.exists():
+            continue
+        spent = json.loads(stopped.read_text("utf-8")) if stopped.exists() else {"seconds": 0.0, "cpu_seconds": 0.0}
+        began, used = time.perf_counter(), time.process_time()
+        result: dict[str, Any] | None = None
+        try:
             result = piece.make()
-            result |= {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}
-            write_whole(file, json.dumps(result, indent=1).encode())
+        finally:  # a training that is stopped is saved, and its time counts
+            spent["seconds"] += time.perf_counter() - began
+            spent["cpu_seconds"] += time.process_time() - used
+            if result is None:
+                write_whole(stopped, json.dumps(spent).encode())
+        write_whole(file, json.dumps(result | spent, indent=1).encode())
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
@@ -147,7 +155,7 @@ def reproduce(options: Reproduce, console: Console) -> None:
     finetune_steps = max(round(Plan.finetune_steps * steps / Plan.steps), 4)  # the same share of the work
     plan = Plan(steps=steps, finetune_steps=finetune_steps, device=device)
     plan = replace(plan, seeds=tuple(options.seed + seed for seed in plan.seeds))
-    names: tuple[Name, ...] = ("fashion", "emoji") if options.data == "all" else (options.data,)
+    names = NAMES if options.data == "all" else (options.data,)
     if "fashion" in names and not Path(plan.fashion).exists():
         raise UserError(f"there is no {plan.fashion}: apt-get install dataset-fashion-mnist (Debian, Ubuntu)")
     carry_out(plan, names, options.out / "paper", options.figures, own_cores() if device == "cpu" else 1, console)
@@ -160,7 +168,7 @@ def carry_out(
     todo = chains(plan, names)
 
     def report() -> None:
-        write_report(gather(plan, todo, out), out, figures)
+        write_report(gather(plan, chains(plan, NAMES), out), out, figures)  # with the other dataset's finished pieces
         ship(plan, out, figures / "paper-umd")
 
     with alone_in(out, "bench reproduce paper"):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from umd.train.weights import weights_identity
 
 FASHION = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
 Name = Literal["fashion", "emoji"]
+NAMES: tuple[Name, ...] = get_args(Name)
 Head = Literal["both", "x0", "eps"]
 SHIPPED_PICTURES: dict[Split, int] = {"train": 200, "test": 100}  # of each class
 WARMUP = 0.5  # fraction of the steps up to the first mark
@@ -237,7 +238,7 @@ def pieces(plan: Plan, chain: Chain, out: Path) -> list[Piece]:
     cost = step_flops(plan, chain)
     last, found, before = ends(plan, chain), [], 0
     # All chains stop at the first mark: the warm-up is a share of the steps until there.
-    stops = {round(pretrain.steps * mark) for mark in plan.marks} | set(last.values())
+    stops = {max(round(pretrain.steps * mark), 1) for mark in plan.marks} | set(last.values())
     length = plan.finetune_steps * chain.longer
     for step in sorted(stops):
         config = replace(pretrain, steps=step)

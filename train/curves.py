@@ -5,7 +5,6 @@ whatever its seed.
 """
 
 import json
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from umd.train.run import RunConfig, to_plain
 
 FOLDER = Path(__file__).parent / "curves"
-WINDOW = 100  # steps per point of a curve; the losses logged in them are averaged
+WINDOW = 100  # steps per point of a curve: the mean of the losses logged in them
 
 
 def recipe_of(config: RunConfig) -> dict[str, Any]:
@@ -62,14 +61,12 @@ def reference_of(config: RunConfig) -> Curve | None:
 
 def windows(rows: Sequence[Mapping[str, float]]) -> list[tuple[int, float, float]]:
     """Average the rows of a metrics.jsonl to points (last step, mean, standard error). Omits an unfinished window."""
-    points = []
-    losses: list[float] = []
+    losses: dict[int, list[float]] = {}  # last step of a window -> its losses
+    step = 0
     for row in (row for row in rows if "loss" in row):
-        losses.append(row["loss"])
-        if row["step"] % WINDOW == 0:
-            points.append((int(row["step"]), *mean_and_error(losses)))
-            losses = []
-    return points
+        step = int(row["step"])
+        losses.setdefault(-(-step // WINDOW) * WINDOW, []).append(row["loss"])
+    return [(last, *mean_and_error(values)) for last, values in losses.items() if last <= step]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -86,20 +83,23 @@ class Comparison:
     def __init__(self, curve: Curve | None, start: int = 0):
         """start: steps done before. A window that began before is not compared, as its first losses are missing."""
         self.curve, self.start = curve, start
-        self.losses: deque[float] = deque()
+        self.last = start // WINDOW * WINDOW  # step at which the last finished window ended
+        self.losses: list[tuple[int, float]] = []  # (step, loss) after that
         self.note = ""  # about the last finished window
 
     def add(self, step: int, loss: float) -> float | None:
-        """Add one logged loss. Returns the reference's mean if a window ends at this step, else None."""
+        """Add one logged loss. Returns the reference's mean if a window has ended since the last call, else None."""
         if self.curve is None:
             return None
-        self.losses.append(loss)
-        if step % WINDOW:
+        self.losses.append((step, loss))
+        last = step // WINDOW * WINDOW
+        if last == self.last:
             return None
-        ours, error = mean_and_error(self.losses)
-        self.losses.clear()
-        if step - WINDOW < self.start or (reference := self.curve.at(step)) is None:
+        inside = [loss for step, loss in self.losses if last - WINDOW < step <= last]
+        self.last, self.losses = last, [(step, loss) for step, loss in self.losses if step > last]
+        reference = self.curve.at(last)
+        if last - WINDOW < self.start or len(inside) < 2 or reference is None:  # a single loss has no error
             return None
-        mean, spread = reference
+        (ours, error), (mean, spread) = mean_and_error(inside), reference
         self.note = f"{ours:.4f} ± {error:.4f}, of the reference {mean:.4f} ± {spread:.4f} ({ours / mean - 1:+.1%})"
         return mean

@@ -34,7 +34,8 @@ def embed(run: Path, source: Path, options: Embed, config: RunConfig, console: C
     except ImportError:
         raise UserError("Parquet is written by pyarrow: pip install pyarrow") from None
     config = at_size(config, options.image_size)
-    out = options.out or run / f"features-{source.stem}"
+    name = source.resolve().name if source.is_dir() else source.stem  # a folder may have dots in its name
+    out = options.out or run / f"features-{name}"
     out = out.with_suffix("") if out.suffix in (".npz", ".parquet") else out
     files = out.with_name(f"{out.name}.npz"), out.with_name(f"{out.name}.parquet")
     for file in files:

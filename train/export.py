@@ -34,6 +34,7 @@ from umd.train import evaluate
 from umd.train.evaluate import schedule_of
 from umd.train.options import Export
 from umd.train.run import RunConfig, to_plain
+from umd.train.sampling import clips
 from umd.train.weights import load_model, saved_weights, weights_identity
 
 
@@ -172,7 +173,7 @@ def write_diffusers(model: UMD, folder: Path, config: RunConfig, options: Export
     tokenizer = evaluate.open_tokenizer(config, options.vae, torch.device("cpu"))
     scheduler = dict(
         num_train_timesteps=schedule.num_steps, trained_betas=schedule.betas.tolist(),
-        clip_sample=not learned and tokenizer is None, prediction_type="epsilon", timestep_spacing="trailing",
+        clip_sample=clips(config, tokenizer), prediction_type="epsilon", timestep_spacing="trailing",
     )  # fmt: skip
     cls: Any = diffusers.DDPMScheduler if learned else diffusers.DDIMScheduler
     extra = {"variance_type": "learned_range"} if learned else {"set_alpha_to_one": True}

@@ -53,13 +53,18 @@ def import_run(options: Import, console: Console) -> None:
     weights = sum(tensor.numel() for tensor in tensors["model"].values())
     what = f"{weights / 1e6:.1f} M weights{', and their EMA' if 'ema' in tensors else ''}"
     console.print(f"written: {written}, {what}", highlight=False, soft_wrap=True)
+    if options.kind == "mae" and isinstance(model, ModelConfig) and model.decoder_depth and "norm_pix" not in told:
+        console.print(
+            "the file does not tell whether this MAE predicts normalised patches (--norm_pix_loss): taken as pixels; "
+            f"if it does, set norm_pix: true under objective in {out / 'config.yaml'}", highlight=False, soft_wrap=True,
+        )  # fmt: skip
     console.print(what_next(config), highlight=False, soft_wrap=True)
 
 
 def weights_to_import(options: Import) -> Published:
     """Read the published weights. Raises UserError as `load_published` and `from_small_vision`."""
     if options.kind != "small-vision":
-        return load_published(options.kind, options.path, options.num_heads)
+        return load_published(options.kind, options.path, options.num_heads, options.decoder_num_heads)
     model, state = from_small_vision(load_small_vision(options.path))
     tensors = {"model": state}
     if ema := load_small_vision(options.path, "ema_params"):

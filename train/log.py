@@ -136,7 +136,7 @@ class RunLog:
         """Log one step. The row is flushed, so it survives a kill right after."""
         if (loss := self._beside.add(row["step"], row["loss"])) is not None:
             row = row | {"loss_reference": loss}
-            self.say(f"mean loss of the last {WINDOW} steps {self._beside.note}")
+            self.say(f"mean of the losses logged in {WINDOW} steps: {self._beside.note}")
         self.scores(row)
         note = f"step {row['step']}  loss {row['loss']:.4f}  {row['images_per_second']:.0f} img/s  MFU {row['mfu']:.0%}"
         self._bar.update(self._task, note=note)

@@ -421,6 +421,8 @@ class Import:
     """Pictures to probe and evaluate the run with, as in --data.source."""
     num_heads: CountOrZero = 0
     """Number of attention heads; the weights do not contain it. 0: as in the published network of this width."""
+    decoder_num_heads: CountOrZero = 0
+    """The same for a decoder narrower than the encoder, in mae and maskdit files. 0: 16, if it is 512 wide."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -67,8 +67,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
         """(h [N, D], bias): bias is included in h and still needs its gradient, or is None (see `Linear.split`)."""
         N, D = x.shape
-        qkv, bias = self.qkv.split(x)
-        qkv = qkv.view(N, 3, self.num_heads, D // self.num_heads)
+        qkv, bias = self.qkv.split(x)  # [N, 3·D]
+        qkv = qkv.view(N, 3, self.num_heads, D // self.num_heads)  # [N, 3, H, d]
         return self.proj.split(ops.varlen_attention(qkv, packing, bias=bias).view(N, D))
 
 
@@ -108,16 +108,15 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int, exact: bool = False):
         """exact: GELU by the error function. Else the tanh approximation, for which this package has kernels."""
         super().__init__()
-        self.exact = exact
         self.fc1 = Linear(dim, hidden)
-        self.fc2 = GeluLinear(hidden, dim)
+        self.fc2: Linear = Linear(hidden, dim) if exact else GeluLinear(hidden, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [N, D] to (h [N, D], bias), as `Attention.forward`."""
-        if self.exact:
-            return Linear.split(self.fc2, F.gelu(self.fc1(x)))
-        if ops.gelu_in_products():
-            h, a = self.fc1.with_gelu(x)
+        if not isinstance(self.fc2, GeluLinear):
+            return self.fc2.split(F.gelu(self.fc1(x)))
+        if ops.gelu_in_products() and self.fc1.splits:
+            h, a = self.fc1.with_gelu(x)  # [N, hidden] each
             return self.fc2.split(h, gelu=a)
         return self.fc2.split(*self.fc1.split(x))
 

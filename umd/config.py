@@ -302,7 +302,7 @@ def model_config(name: str, **changes) -> ModelConfig:
         UserError: the name has another form or an unknown size.
     """
     size, _, patch = name.removeprefix("UMD-").partition("/")
-    if size not in SIZES or not patch.isdigit() or not name.startswith("UMD-"):
+    if size not in SIZES or not patch.isdecimal() or not name.startswith("UMD-"):
         raise UserError(f"unknown model {name!r}; expected UMD-SIZE/PATCH with SIZE one of {', '.join(SIZES)}")
     return ModelConfig(**{**SIZES[size], "patch_size": int(patch), **changes})
 
@@ -325,7 +325,7 @@ def diffmae_config(name: str, **changes) -> DiffMAEConfig:
         UserError: the name has another form or an unknown size.
     """
     size, _, patch = name.removeprefix("DiffMAE-").partition("/")
-    if size not in SIZES or not patch.isdigit() or not name.startswith("DiffMAE-"):
+    if size not in SIZES or not patch.isdecimal() or not name.startswith("DiffMAE-"):
         raise UserError(f"unknown model {name!r}; expected DiffMAE-SIZE/PATCH with SIZE one of {', '.join(SIZES)}")
     encoder = {key: value for key, value in SIZES[size].items() if key != "decoder_depth"}
     return DiffMAEConfig(**{**encoder, **DIFFMAE_DECODERS.get(size, {}), "patch_size": int(patch), **changes})

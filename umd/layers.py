@@ -34,11 +34,11 @@ class Linear(nn.Linear):
         gradient, which it reads anyway.
         """
         if not (self.splits and ops.splits_bias(x)):
-            return Linear.forward(self, x), None
+            return self(x), None
         return ops.linear(x, self.weight, self.bias.detach(), self.cast), self.bias
 
     def with_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(y, gelu(y)). Pass both to `GeluLinear.split`, which gives y its gradient."""
+        """(y, gelu(y)). Pass both to `GeluLinear.split`, which gives y its gradient. Not under ZeRO 3."""
         return ops.linear_gelu(x, self.weight, self.bias, self.cast)
 
 

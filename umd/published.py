@@ -30,6 +30,7 @@ from umd.peers import DIT, MAE, MASKDIT
 
 State = dict[str, Tensor]
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16}  # published width -> heads, which weights do not tell
+DECODER_WIDTH = 512  # of all published decoders that are narrower than their encoder; they have 16 heads
 
 
 def read_weights(path: Path) -> dict[str, Any]:
@@ -327,9 +328,9 @@ def from_mae(state: State, num_heads: int = 0, decoder_num_heads: int = 0) -> tu
     ours = take(state, mae_links(config), config, source)
     ours["cls_token"] = ours["cls_token"] + tables[0]
     if not config.decoder_depth:
-        with torch.device("cpu"):
+        with torch.device("meta"):
             head = UMD(config).head.state_dict()
-        ours |= {f"head.{name}": torch.zeros_like(value) for name, value in head.items()}
+        ours |= {f"head.{name}": torch.zeros(value.shape, device="cpu") for name, value in head.items()}
     return config, ours
 
 
@@ -355,16 +356,18 @@ class Published(NamedTuple):
     objective: dict[str, Any] = {}  # what the file tells of an MAE's training: fields of `ObjectiveConfig`
 
 
-def load_published(kind: str, path: Path, num_heads: int = 0) -> Published:
+def load_published(kind: str, path: Path, num_heads: int = 0, decoder_num_heads: int = 0) -> Published:
     """Load published weights.
 
     Args:
         kind: dit, mae or maskdit.
         path: the authors' checkpoint; or a folder of diffusers (dit) or transformers (mae).
-        num_heads: attention heads; 0: those of the published network of this width.
+        num_heads, decoder_num_heads: attention heads of the encoder and of a narrower decoder; 0: those of the
+            published network of this width.
 
     Raises:
-        UserError: the file is missing or damaged, contains code, or holds another network.
+        UserError: the file is missing or damaged, contains code, holds another network, or one of unpublished width
+            whose heads are not given.
     """
     if path.is_dir():
         return from_folder(kind, path)
@@ -378,6 +381,11 @@ def load_published(kind: str, path: Path, num_heads: int = 0) -> Published:
         averaged, tensors["ema"] = take_state(weights_of(found, "ema"), num_heads)
         if averaged != config:
             raise UserError(f"{path} holds two networks: the average of its weights has other shapes than the weights")
+    if isinstance(config, ModelConfig) and config.decoder_hidden_size:
+        if not decoder_num_heads and config.decoder_hidden_size != DECODER_WIDTH:
+            what = f"a decoder {config.decoder_hidden_size} wide"
+            raise UserError(f"weights do not tell how many heads {what} has; give --decoder-num-heads")
+        config = replace(config, decoder_num_heads=decoder_num_heads or config.decoder_num_heads)
     if kind == "mae" and config.channels == 3:
         config = replace(config, pixel_stats="imagenet")
     options = found.get("args")

@@ -113,6 +113,8 @@ class Solver:
     ) -> Tensor:  # fmt: skip
         """Draw a batch [B, C, H, W]: images first_sample .. first_sample + B - 1 of the seed."""
         check_labels(labels, self.shape[0], self.null_label)
+        if (labels is None) != (self.labels is None):
+            raise ValueError(f"labels: expected {'None' if self.labels is None else 'int64 [B]'}, as `labelled` said")
         if self.labels is not None and labels is not None:
             self.labels.copy_(labels)
         self.noise.start_at(first_sample)

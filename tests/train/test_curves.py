@@ -17,6 +17,8 @@ def test_points_are_means_with_their_error():
         {"step": 311},
     ]
     assert windows(rows) == [(100, 75.0, 25.0), (200, 175.0, 25.0), (300, 275.0, 25.0)]
+    sparse = [{"step": step, "loss": float(step)} for step in range(40, 241, 40)]
+    assert windows(sparse) == [(100, 60.0, 20.0), (200, 160.0, 23.1)]
     assert mean_and_error([1.0, 2.0, 3.0, 4.0]) == (2.5, float(f"{math.sqrt(5 / 3 / 4):.3g}"))
     assert mean_and_error([3.0]) == (3.0, 0.0)
 
@@ -29,6 +31,16 @@ def test_a_run_says_how_far_it_is():
     assert beside.add(200, 1.0) == 1.0 and "(+0.0%)" in beside.note
     assert beside.add(300, 1.0) is None  # the reference has ended
     assert Comparison(None).add(100, 1.0) is None
+    sparse = Comparison(curve)  # --log-every 40: a window ends between two lines
+    assert [sparse.add(step, 2.0 if step <= 100 else 1.0) for step in (40, 80, 120, 160, 200)] == [
+        None,
+        None,
+        2.0,
+        None,
+        1.0,
+    ]
+    assert "(+0.0%)" in sparse.note
+    assert Comparison(curve).add(200, 1.0) is None  # a mean of one loss
     resumed = Comparison(curve, start=60)
     assert [resumed.add(step, 1.0) for step in (100, 150, 200)] == [None, None, 1.0]
 

@@ -134,6 +134,8 @@ def test_a_maskdit_samples_and_goes_on_training(pictures, tmp_path):
             f"{run}",
             "--num-heads",
             "2",
+            "--decoder-num-heads",
+            "2",
             "--source",
             f"{pictures}",
         ]
@@ -149,7 +151,14 @@ def test_a_maskdit_samples_and_goes_on_training(pictures, tmp_path):
 def test_an_mae_probes_and_classifies(pictures, tmp_path, decoder, capsys):
     torch.save({"model": weights(mae_shapes(decoder))}, tmp_path / "mae.pth")
     run = tmp_path / "mae"
-    main(["import", "mae", f"{tmp_path / 'mae.pth'}", "--out", f"{run}", "--num-heads", "2", "--source", f"{pictures}"])
+    command = ["import", "mae", f"{tmp_path / 'mae.pth'}", "--out", f"{run}", "--num-heads", "2"]
+    if decoder:  # any number of heads fits the weights
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "how many heads a decoder 16 wide has; give --decoder-num-heads" in capsys.readouterr().err
+    main([*command, "--decoder-num-heads", "4", "--source", f"{pictures}"])
+    assert ("does not tell whether this MAE predicts normalised patches" in capsys.readouterr().out) == decoder
+    assert read_config(run).model.decoder_num_heads == (4 if decoder else 0)
     main(["evaluate", f"{run}", "--shots", "5", "--errors", "4"])
     assert ("no decoder" in capsys.readouterr().out) != decoder
     options = ["--steps", "1", "--batch-size", "8", "--draw-every", "0", "--data.num-workers", "0"]
@@ -199,7 +208,8 @@ def test_holes_are_filled_in_pixels(pictures, tmp_path, capsys):
         args = argparse.Namespace(norm_pix_loss=norm_pix, mask_ratio=0.6)
         torch.save({"model": state, "args": args}, tmp_path / "mae.pth")
         run = tmp_path / f"mae-{norm_pix}"
-        main(["import", "mae", f"{tmp_path / 'mae.pth'}", "--out", f"{run}", "--num-heads", "2"])
+        heads = ["--num-heads", "2", "--decoder-num-heads", "2"]
+        main(["import", "mae", f"{tmp_path / 'mae.pth'}", "--out", f"{run}", *heads])
         assert read_config(run).objective.mask_ratio_no_noise == 0.6
         command = ["inpaint", f"{run}", "--image", f"{pictures / 'dark' / '0.png'}", "--mask", "left"]
         if norm_pix:

@@ -10,6 +10,7 @@ from umd import ops
 from umd.config import SIZES, ModelConfig, model_config
 from umd.embedders import timestep_features
 from umd.errors import UserError
+from umd.layers import Linear
 from umd.masking import layout
 from umd.model import UMD
 from umd.ops import patchify
@@ -75,6 +76,18 @@ def run(model, args, dout):
     prediction = model(**args)
     gradients = torch.autograd.grad(prediction, list(model.parameters()), dout.to(prediction.dtype))
     return prediction.detach(), dict(zip(dict(model.named_parameters()), gradients, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{}, {"gelu": "exact"}, {"decoder": "cross"}], ids=str)
+def test_every_layer_runs_its_hooks_where_no_bias_is_split_off(changes):
+    """ZeRO 3 fetches the weights of a layer in its forward pre-hook."""
+    model, ran = randomised(changes), set()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    for name, layer in layers.items():
+        layer.splits = False
+        layer.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
+    model(**batch(model, [9, 16]))
+    assert ran == set(layers)
 
 
 def douts(model, S):
