@@ -37,6 +37,7 @@ from umd.methods import build_objective
 from umd.model import UMD
 from umd.objective import DiffMAEObjective
 from umd.report.figures import COLOURS, STYLE
+from umd.schedule import schedule_of
 from umd.train import evaluate
 from umd.train.data import center_view, open_dataset
 from umd.train.inpaint import reconstruct
@@ -96,7 +97,7 @@ def facts(configs: dict[str, RunConfig]) -> dict[str, float]:
     """Facts of each training: steps, minutes, GFLOP per image of a step, and of the encoder's forward pass."""
     numbers: dict[str, float] = {}
     for name, config in configs.items():
-        schedule = evaluate.schedule_of(config.schedule)
+        schedule = schedule_of(config.schedule)
         objective = build_objective(config.model, config.objective, schedule)
         last = read_metrics(config.out / "metrics.jsonl")[-1]
         numbers[f"{name}: steps"] = last["step"]
@@ -119,7 +120,7 @@ def fill_held_out(configs: dict[str, RunConfig], options: Reproduce, console: Co
     config = configs["DiffMAE"]
     mae, device, dtype = evaluate.open_run_of(UMD, configs["MAE"])
     diffmae, _, _ = evaluate.open_run_of(DiffMAE, config)
-    schedule = evaluate.schedule_of(config.schedule)
+    schedule = schedule_of(config.schedule)
     objective = DiffMAEObjective(*config.parts(DiffMAEConfig, DiffMAEObjectiveConfig), schedule)
     dataset = open_dataset(config.data, "test")
     ids = np.random.default_rng(options.seed).permutation(len(dataset))[: options.pictures]

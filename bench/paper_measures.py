@@ -23,9 +23,10 @@ from umd.metrics import frechet_distance, squared_mmd
 from umd.model import UMD
 from umd.probe import fewshot_accuracy
 from umd.sampler import ddim_sample, model_times
+from umd.schedule import schedule_of
 from umd.train.crops import train_view, view_rng
 from umd.train.data import as_model_input, center_view, open_dataset
-from umd.train.evaluate import open_run_of, schedule_of
+from umd.train.evaluate import open_run_of
 from umd.train.features import CALL
 from umd.train.probe import names_of, open_gates, published_zoom, representation
 from umd.train.recipes import AREA_MIN

@@ -21,9 +21,9 @@ from umd.flops import forward_flops
 from umd.methods import build_objective
 from umd.model import UMD
 from umd.objective import Corruption, Objective
-from umd.schedule import NoiseSchedule
+from umd.schedule import NoiseSchedule, schedule_of
 from umd.train.data import open_dataset
-from umd.train.evaluate import open_run_of, schedule_of
+from umd.train.evaluate import open_run_of
 from umd.train.heads import heads_of
 from umd.train.loop import train
 from umd.train.pixels import Split

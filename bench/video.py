@@ -26,10 +26,11 @@ from umd.diffmae import DiffMAE, fill
 from umd.errors import UserError
 from umd.files import write_json
 from umd.images import grid, save_png, to_uint8
+from umd.schedule import schedule_of
 from umd.train.clips import decode_clip
 from umd.train.data import center_view, open_dataset
 from umd.train.emoji import open_emoji
-from umd.train.evaluate import open_run_of, schedule_of
+from umd.train.evaluate import open_run_of
 from umd.train.inpaint import hole_mask, save_gif, save_mp4
 from umd.train.log import read_metrics
 from umd.train.loop import train

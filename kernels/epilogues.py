@@ -133,7 +133,7 @@ def _backward(ctx, dh, _):
     x, weight, bias = ctx.saved_tensors
     weight_dtype, bias_dtype = ctx.dtypes
     dweight, dbias = _weight_and_bias_gradient(dh, x, bias, weight_dtype)
-    return dh @ weight if ctx.needs_input_grad[0] else None, dweight, dbias.to(bias_dtype), None, None
+    return (dh @ weight if ctx.needs_input_grad[0] else None), dweight, dbias.to(bias_dtype), None, None
 
 
 _linear_gelu.register_autograd(_backward, setup_context=_setup_context)
@@ -156,7 +156,8 @@ class ActivatedLinearFunction(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         dh = _gelu_gradient(dy, weight, h)
         dweight = product(dy.t(), a, weight_dtype) if ctx.needs_input_grad[2] else None
-        return dh, None, dweight, bias_sum(dy, bias_dtype) if ctx.needs_input_grad[3] else None, None, None
+        dbias = bias_sum(dy, bias_dtype) if ctx.needs_input_grad[3] else None
+        return dh, None, dweight, dbias, None, None
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, cast: Cast | None = None) -> tuple[Tensor, Tensor]:

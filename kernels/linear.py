@@ -45,7 +45,7 @@ class RecomputedGeluLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, x_bias, weight, bias, weight_cast, bias_cast):
-        ctx.dtypes = None if x_bias is None else x_bias.dtype, weight.dtype, bias.dtype
+        ctx.dtypes = (None if x_bias is None else x_bias.dtype), weight.dtype, bias.dtype
         weight, bias = (weight, bias) if weight_cast is None else (weight_cast, bias_cast)
         ctx.save_for_backward(x, weight)
         return F.linear(gelu_fwd(x, None).to(weight.dtype), weight, bias)
@@ -112,8 +112,8 @@ def with_casts(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(weight, bias, weight cast, bias cast), the arguments of an autograd Function.
 
-    Without `cast` the casts are None, and weight and bias are cast as autocast does, or are the parameters themselves
-    and not views: under ZeRO 3 a view would keep memory that must be freed.
+    Without `cast` the last two are None. Autocast, if it is on, has then cast weight and bias; otherwise they are the
+    parameters themselves. They are never views: a view would keep memory that ZeRO 3 must free.
     """
     if cast is not None:
         return weight, bias, *cast

@@ -53,7 +53,7 @@ def curves() -> list[Curve]:
     return found
 
 
-def reference_of(config: RunConfig) -> Curve | None:
+def reference_curve(config: RunConfig) -> Curve | None:
     """The reference curve of a run's recipe, None if there is none."""
     recipe = recipe_of(config)
     return next((curve for curve in curves() if curve.recipe == recipe), None)

@@ -22,7 +22,7 @@ from umd.model import UMD
 from umd.objective import Objective
 from umd.report.page import DemoRecord, Part, ProbeRow, save_record, write_report
 from umd.sampler import denoising_sequence
-from umd.schedule import NoiseSchedule
+from umd.schedule import NoiseSchedule, schedule_of
 from umd.train import evaluate
 from umd.train.data import center_view, describe, open_dataset
 from umd.train.heads import heads_file, read_heads
@@ -88,7 +88,7 @@ def make_demo(demo: Demo, console: Console) -> Path:
         raise UserError(f"{train_set.name} has no labels; the demo needs one subfolder a class")
     classes = train_set.class_names
     device, dtype = take_device("auto", "auto")
-    schedule = evaluate.schedule_of(pre.schedule)
+    schedule = schedule_of(pre.schedule)
     console.rule(f"UMD demo: {demo.minutes:g} minutes, {describe(train_set)}")
 
     since = time.monotonic()
@@ -235,7 +235,7 @@ def shipped_samples(seed: int, console: Console) -> dict[str, np.ndarray]:
     labels = torch.arange(model.config.num_classes).repeat_interleave(2)
     heads = read_heads(heads_file(SHIPPED, weights_identity(SHIPPED)))
     drawer = Drawer(
-        model, evaluate.schedule_of(config.schedule), labels, len(labels), num_steps=50, cfg_scale=1.5, eta=1.0,
+        model, schedule_of(config.schedule), labels, len(labels), num_steps=50, cfg_scale=1.5, eta=1.0,
         seed=seed, clip=True, dtype=dtype, predict="both" if heads else "eps", heads=heads,
     )  # fmt: skip
     with progress(console, "samples of the repository's model", len(labels)) as advance:
@@ -323,7 +323,7 @@ def fill_holes(
     hole = torch.cat(holes).to(x.device)
     call = evaluate.seconds_a_call(generator, len(x), dtype, labelled=True)
     num_steps = int(np.clip(clock.share("inpaint") / (5 * call), 10, 50))  # 2 fillings with 2 calls a step, and DiffMAE
-    noise = evaluate.schedule_of(PRESETS["diffmae-tiny"][1].schedule)
+    noise = schedule_of(PRESETS["diffmae-tiny"][1].schedule)
     drawn = {
         name: fillings(
             model, of, x, hole, samples=2, num_steps=num_steps, resample=2, seed=seed, dtype=dtype, console=console

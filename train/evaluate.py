@@ -14,14 +14,12 @@ from torch import Tensor
 
 from umd.checkpoint import checkpoint_path
 from umd.conditions import denoiser
-from umd.config import ScheduleConfig
 from umd.errors import UserError
 from umd.feature_networks import default_features
 from umd.machine.device import seconds_of, take_device
 from umd.methods import AnyModel
 from umd.metrics import FeatureStatistics, feature_statistics
 from umd.model import UMD
-from umd.schedule import NoiseSchedule
 from umd.tokenizer import Tokenizer, load_tokenizer
 from umd.train.latents import tokenizer_of
 from umd.train.run import RunConfig
@@ -29,10 +27,6 @@ from umd.train.shards import own_device
 from umd.train.weights import load_model
 
 M = TypeVar("M", bound=AnyModel)
-
-
-def schedule_of(config: ScheduleConfig) -> NoiseSchedule:
-    return NoiseSchedule(config.name, config.num_steps, config.rho)
 
 
 def open_run(

@@ -30,8 +30,8 @@ from umd.files import check_place
 from umd.hugging_face import statistics, to_vit, to_vit_mae
 from umd.model import UMD
 from umd.published import give, mae_links, vit_links
+from umd.schedule import schedule_of
 from umd.train import evaluate
-from umd.train.evaluate import schedule_of
 from umd.train.options import Export
 from umd.train.run import RunConfig, to_plain
 from umd.train.sampling import clips

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, cast, get_args
 
 from rich.console import Console
 from tyro.conf import arg
@@ -50,11 +50,9 @@ def task_of(arguments: list[str]) -> Task:
         name, has_value, value = argument.partition("=")
         if name == "--task":
             value = value if has_value else (arguments[i + 1 : i + 2] or [""])[0]
-            tasks: tuple[Task, ...] = get_args(Task)
-            for task in tasks:
-                if task == value:
-                    return task
-            raise UserError(f"unknown task {value!r}; it is one of {', '.join(tasks)}")
+            if value not in get_args(Task):
+                raise UserError(f"unknown task {value!r}; it is one of {', '.join(get_args(Task))}")
+            return cast(Task, value)
     return "generate"
 
 

@@ -16,10 +16,9 @@ from umd.files import write_whole
 from umd.heads import between, head_products, head_times, head_weights
 from umd.model import UMD
 from umd.objective import Objective
-from umd.schedule import NoiseSchedule
+from umd.schedule import NoiseSchedule, schedule_of
 from umd.train.console import say
 from umd.train.data import center_view, evenly, open_held_out_or_train
-from umd.train.evaluate import schedule_of
 from umd.train.fingerprint import check_trained_on
 from umd.train.log import NoLog, RunLog
 from umd.train.preview import share_of

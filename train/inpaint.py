@@ -28,11 +28,11 @@ from umd.methods import AnyModel
 from umd.model import UMD
 from umd.pixel_stats import unstandardize
 from umd.sampler import inpaint, model_times
-from umd.schedule import NoiseSchedule
+from umd.schedule import NoiseSchedule, schedule_of
 from umd.train.console import say
 from umd.train.crops import centered_box
 from umd.train.data import center_view, centered_view_of_file, evenly, open_dataset
-from umd.train.evaluate import open_run, sampling_progress, schedule_of
+from umd.train.evaluate import open_run, sampling_progress
 from umd.train.fingerprint import check_trained_on
 from umd.train.options import Inpaint
 from umd.train.preview import picture_maker, rgb

@@ -15,7 +15,7 @@ from umd.machine.device import autocast
 from umd.model import UMD
 from umd.probe import fewshot_accuracy
 from umd.representation import layer_features, layer_names
-from umd.train.evaluate import schedule_of
+from umd.schedule import schedule_of
 from umd.train.features import Extract, Features, pictures_of
 from umd.train.options import Probe
 from umd.train.probe import Recognition, noised, own_pictures, published_zoom, tell_notes

@@ -24,14 +24,14 @@ from umd.layers import set_recompute_gelu
 from umd.machine.device import keep_freed_memory, side_stream, take_device
 from umd.methods import AnyModel, AnyObjective, build_model, build_objective
 from umd.objective import Part
+from umd.schedule import schedule_of
 from umd.spans import span
 from umd.train.classify import open_held_out
 from umd.train.console import say
-from umd.train.curves import reference_of
+from umd.train.curves import reference_curve
 from umd.train.data import Dataset, derive_seed, describe, open_dataset, reader, train_loader
 from umd.train.distributed import GO_ON, World, end_all, join
 from umd.train.diverged import check_finite, check_weights
-from umd.train.evaluate import schedule_of
 from umd.train.fingerprint import agreed_fingerprint
 from umd.train.heads import keep_heads
 from umd.train.latents import with_vae
@@ -48,7 +48,7 @@ from umd.train.run import RunConfig, absolute, to_plain, write_config
 from umd.train.saves import BackgroundSave, finished, save_last
 from umd.train.signals import StopRequest, stop_signal
 from umd.train.spread import check_attention, check_gelu, spread
-from umd.train.step import Told, TrainStep, capture_refusal, captures, cast_type
+from umd.train.step import MetricsReader, TrainStep, capture_refusal, captures, cast_type
 from umd.train.waiting import Stopped
 from umd.train.zero import Zero
 
@@ -96,7 +96,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str, bui
 
     run = set_up(config, world, build, tell)
     settings = to_plain(run.config)
-    reference = reference_of(config)
+    reference = reference_curve(config)
     writer: RunLog | NoLog = NoLog()
     if world.main:
         writer = RunLog(config.out, console, run.number, name, config.wandb, settings, reference)
@@ -311,7 +311,7 @@ def set_up(
 class Sent(NamedTuple):
     """A step that was queued, with the host's part of its log line."""
 
-    turn: int  # as returned by `Told.send`
+    turn: int  # as returned by `MetricsReader.send`
     number: int
     indices: Tensor
     row: dict[str, float] | None  # None: this step has no log line
@@ -330,7 +330,7 @@ def make_steps(run: Run, log: RunLog | NoLog, stop: StopRequest, profiler: Profi
         start=run.number * config.batch_size, places=places, device=world.device, stop=stop,
     )  # fmt: skip
     stop.alone = world.size == 1
-    told = Told(world, len(run.step.metrics))
+    told = MetricsReader(world, len(run.step.metrics))
     rate = Rate(run)
     sent: Sent | None = None
     elapsed, asked = 0.0, False  # seconds of the last step; whether any rank has been asked to stop

@@ -22,7 +22,7 @@ from umd.metrics import FeatureStatistics
 from umd.model import UMD
 from umd.objective import Objective
 from umd.train.classify import show_scores
-from umd.train.curves import reference_of
+from umd.train.curves import reference_curve
 from umd.train.data import open_held_out_or_train
 from umd.train.distributed import World
 from umd.train.features import read_ahead, spans
@@ -53,7 +53,7 @@ def announce(run: "Run", log: RunLog | NoLog) -> None:
         + (", the step a CUDA graph" if run.captured else "")
         + (f"; goes on at step {run.number}" if run.number else "")
     )
-    if (curve := reference_of(config)) is not None:
+    if (curve := reference_curve(config)) is not None:
         log.say(f"a reference run of this recipe was made here: {curve.name}, {curve.made['device']}")
     if not run.saved:
         return

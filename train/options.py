@@ -100,8 +100,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class EncodeLatents:
-    """Encode pictures to latents once, so that runs on latents need no VAE in each step. To resume, repeat the command.
-    Under torchrun the ranks share the work."""
+    """Encode pictures to latents once, for all epochs. To resume, repeat. Under torchrun the ranks share the work."""
 
     data: DataConfig = field(default_factory=DataConfig)
     recipe: Literal["pretrain", "finetune"] | None = None
@@ -142,8 +141,7 @@ class EncodeLatents:
 
 @dataclass(frozen=True)
 class EncodePixels:
-    """Decode and shrink pictures once, so that runs at 64x64 or so read fast. To resume, repeat the command. Under
-    torchrun the ranks share the work."""
+    """Decode and shrink pictures once, for all epochs. To resume, repeat. Under torchrun the ranks share the work."""
 
     source: Annotated[str, arg(name="data.source")] = "emoji"
     """A folder of images, .tar files, or any other source that pretrain reads."""

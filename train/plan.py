@@ -21,9 +21,9 @@ from umd.errors import UserError
 from umd.machine.gpus import GPUS, GiB
 from umd.methods import build_objective
 from umd.objective import Part
+from umd.schedule import schedule_of
 from umd.tensor_files import write_safetensors
 from umd.train.distributed import World
-from umd.train.evaluate import schedule_of
 from umd.train.options import Cluster
 from umd.train.parallel import strategy
 from umd.train.run import RunConfig

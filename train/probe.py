@@ -26,10 +26,10 @@ from umd.methods import AnyModel, build_model
 from umd.model import UMD
 from umd.ops import philox_randn_rows
 from umd.probe import ProbeResult, draw_shots, fewshot_accuracy
-from umd.schedule import NoiseSchedule
+from umd.schedule import NoiseSchedule, schedule_of
 from umd.train.console import say
 from umd.train.data import Dataset, open_dataset
-from umd.train.evaluate import open_run, schedule_of
+from umd.train.evaluate import open_run
 from umd.train.features import Extract, Features, identity_of, name_of, pictures_of
 from umd.train.fingerprint import check_trained_on, with_source
 from umd.train.latents import LatentDataset

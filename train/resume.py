@@ -156,7 +156,7 @@ def load_pretrained(model: AnyModel, init: Path, data: DataConfig) -> None:
     if not isinstance(model, DiffMAE):
         grid = tuple(side // now["patch_size"] for side in before["image_size"])
         weights = resized_state(weights, grid, model.config.grid_size)
-    load_model_state(model, weights, allow_missing=("y_embedder.",), saved_config=before, config=now)
+    load_model_state(model, weights, allow_missing=("y_embedder.",))
 
 
 def check_kind(before: Mapping, now: Mapping, folder: Path) -> None:

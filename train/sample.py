@@ -27,7 +27,7 @@ from umd.files import check_place, write_whole
 from umd.guidance import Denoise, Guidance
 from umd.images import grid, png_path, save_png, to_uint8
 from umd.model import UMD
-from umd.schedule import NoiseSchedule
+from umd.schedule import NoiseSchedule, schedule_of
 from umd.schedulers import open_sampler, sampler_times
 from umd.tensor_files import write_npz
 from umd.tokenizer import Tokenizer
@@ -134,7 +134,7 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
     files = places(run, options)
     if config.is_diffmae:
         raise UserError("a DiffMAE fills holes in pictures and draws none without: use `umd inpaint`")
-    classes = check_classes(config, options.classes, options.balanced)
+    classes = chosen_classes(config, options.classes, options.balanced)
     count = options.count or options.per_class * max(len(classes), 1)
     check_sampling(options, config)
     weights = weights_identity(config.out, options.ema)  # fixed now, as a run that still trains may save newer ones
@@ -157,7 +157,7 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
     if not is_there(files, recipe):
         tell_replaced(files, recipe, console)
         drawer = Drawer(
-            model, evaluate.schedule_of(config.schedule), labels, count, num_steps=recipe["steps"],
+            model, schedule_of(config.schedule), labels, count, num_steps=recipe["steps"],
             cfg_scale=cfg_scale, eta=options.eta, seed=options.seed, clip=clips(config, tokenizer), dtype=dtype,
             batch=options.batch, capture=options.capture, tokenizer=tokenizer, sampler=options.sampler,
             predict=predict, heads=heads, guidance=chosen_guidance(options),
@@ -182,8 +182,7 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
         with suppress(OSError):  # another rank was faster
             folder.rename(removed)  # at once, so that a rank still at work leaves nothing in it
         shutil.rmtree(removed, ignore_errors=True)
-    where = f"{files[0]} and {files[1]}"
-    say(console, f"{count} samples in {where}")
+    say(console, f"{count} samples in {files[0]} and {files[1]}")
 
 
 def places(run: Path, options: Sample) -> tuple[Path, Path, Path]:
@@ -216,11 +215,10 @@ def tell_replaced(files: Sequence[Path], recipe: dict[str, Any], console: Consol
     """Say before drawing which existing samples will be replaced."""
     if rank_and_size()[0] == 0 and (before := settings_in(files[-1])):
         differ = ", ".join(name for name, *_ in differences(before, json.loads(json.dumps(recipe)))) or "nothing"
-        text = f"{files[1]} holds other samples, and will be replaced; what differs: {differ}"
-        say(console, text)
+        say(console, f"{files[1]} holds other samples, and will be replaced; what differs: {differ}")
 
 
-def check_classes(config: RunConfig, asked: Sequence[str], balanced: bool) -> tuple[int, ...]:
+def chosen_classes(config: RunConfig, asked: Sequence[str], balanced: bool) -> tuple[int, ...]:
     """Numbers of the classes to draw, () for a run without labels.
 
     asked: names or numbers. A text that is both counts as a name. Raises UserError if one is unknown or given twice.
@@ -248,12 +246,7 @@ def check_classes(config: RunConfig, asked: Sequence[str], balanced: bool) -> tu
 
 def is_there(files: Sequence[Path], recipe: dict[str, Any]) -> bool:
     """Whether grid, samples and settings exist and were made with this recipe."""
-    if not all(file.exists() for file in files):
-        return False
-    try:
-        return json.loads(files[-1].read_text("utf-8")) == recipe
-    except (OSError, ValueError):
-        return False
+    return all(file.exists() for file in files) and settings_in(files[-1]) == recipe
 
 
 def put_together(

@@ -11,9 +11,9 @@ from umd.config import ModelConfig, Prediction
 from umd.errors import UserError
 from umd.guidance import Guidance
 from umd.model import UMD
-from umd.schedulers import CLASSES, FULL_NAMES, check_settings, sampler_times
+from umd.schedule import schedule_of
+from umd.schedulers import FULL_NAMES, SCHEDULERS, check_settings, sampler_times
 from umd.tokenizer import Tokenizer
-from umd.train.evaluate import schedule_of
 from umd.train.heads import Heads, heads_file, heads_of, read_heads
 from umd.train.options import Sampling
 from umd.train.run import RunConfig
@@ -43,7 +43,7 @@ def check_sampling(options: Sampling, config: RunConfig) -> None:
     guidance.scales(1.0, times, schedule.num_steps)
     guidance.check(config.model.channels)
     assert isinstance(config.model, ModelConfig)
-    if options.predict in ("eps", "x_start") and options.predict not in config.model.heads:
+    if options.predict in ("eps", "x_start") and options.predict not in config.model.predictions:
         raise UserError(f"this network predicts no {options.predict}; leave out --predict {options.predict}")
 
 
@@ -100,4 +100,4 @@ def draw_recipe(
         "vae": None if tokenizer is None else tokenizer.vae.sha256,
         "rounding": "127.5 (x + 1) to the nearest of 0..255",
     }
-    return recipe | ({"diffusers": version("diffusers")} if options.sampler in CLASSES else {})
+    return recipe | ({"diffusers": version("diffusers")} if options.sampler in SCHEDULERS else {})

@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 from safetensors.torch import save
-from torch import Tensor
 
 import umd
 from umd.classifier import Classifier
@@ -27,6 +26,7 @@ from umd.feature_networks import identity, open_features
 from umd.files import check_place, write_whole
 from umd.images import from_uint8
 from umd.model import UMD
+from umd.schedule import schedule_of
 from umd.train import classify, evaluate
 from umd.train.console import say
 from umd.train.data import open_dataset
@@ -48,7 +48,7 @@ from umd.train.reference import (
     stored_pictures,
 )
 from umd.train.run import RunConfig
-from umd.train.sample import Drawer, check_classes, drawn_labels
+from umd.train.sample import Drawer, chosen_classes, drawn_labels
 from umd.train.sampling import check_sampling, chosen_guidance, clips, draw_recipe, prediction_of, steps_of
 from umd.train.shards import Advance, Job, others_work, rank_and_size, share
 from umd.train.weights import weights_identity
@@ -67,7 +67,7 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
         raise UserError(f"there is no file {options.reference}, which --reference names")
     left_out = reasons(run, config, options)
     for what, reason in left_out.items():
-        console.print(f"{what} is left out: {reason}", highlight=False)
+        console.print(f"left out: {what} ({reason})", highlight=False)
     if len(left_out) == 3:
         raise UserError(f"nothing is left to score in {run}")
     if not {"recognition", "errors"} <= left_out.keys() or not (options.reference or options.pictures):
@@ -102,19 +102,19 @@ def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
     """The parts of the scores that are left out, each with the reason."""
     found = {}
     if not options.generation:
-        found["generation"] = "it was not asked for"
+        found["generation"] = "not asked for"
     elif config.is_diffmae:
         found["generation"] = "a DiffMAE fills holes in pictures and draws none without"
     elif getattr(config.objective, "no_noise_prob", 0) == 1:
         found["generation"] = "the network never saw noise"
     if not options.recognition:
-        found["recognition"] = "it was not asked for"
+        found["recognition"] = "not asked for"
     elif len(classes := open_dataset(config.data, "train").class_names) < 2:
         found["recognition"] = f"the pictures have {'one class, ' + classes[0] if classes else 'no labels'}"
     if not options.errors:
-        found["errors"] = "they were not asked for"
+        found["errors"] = "not asked for"
     elif config.is_diffmae:
-        found["errors"] = "those of a DiffMAE are not measured"
+        found["errors"] = "a DiffMAE's errors are not measured"
     elif isinstance(config.model, ModelConfig) and config.model.outputs == "x_start" and not config.model.decoder_depth:
         found["errors"] = "the network has no decoder and predicts nothing"
     return found
@@ -143,7 +143,7 @@ class Generation:
     """Samples of a run at each guidance scale, and the reference that they are measured against."""
 
     def __init__(self, config: RunConfig, options: Evaluate, console: Console):
-        classes = check_classes(config, (), options.balanced)
+        classes = chosen_classes(config, (), options.balanced)
         check_sampling(options, config)
         self.config, self.options = config, options
         weights = weights_identity(config.out, options.ema)  # fixed now, as a run that still trains may save newer ones
@@ -232,7 +232,7 @@ class Generation:
     def drawer(self, cfg_scale: float) -> Drawer:
         options = self.options
         return Drawer(
-            self.model, evaluate.schedule_of(self.config.schedule), self.labels, options.count,
+            self.model, schedule_of(self.config.schedule), self.labels, options.count,
             num_steps=steps_of(options, self.config), cfg_scale=cfg_scale, eta=options.eta, seed=options.seed,
             clip=clips(self.config, self.tokenizer), dtype=self.dtype, batch=options.batch, capture=options.capture,
             tokenizer=self.tokenizer, sampler=options.sampler, predict=self.predict, heads=self.heads,
@@ -263,10 +263,9 @@ class Generation:
         found = []
         for recipe in self.recipes:
             features = self.samples(recipe)
-            parts: dict[str, Tensor | None] = {"spatial": None, "logits": None}
-            for name, size in (("spatial", self.network.num_spatial), ("logits", self.network.num_logits)):
-                parts[name] = features.read(name) if size else None
-            values = scores(reference, features.read("pooled"), parts["spatial"], parts["logits"], self.network)
+            spatial = features.read("spatial") if self.network.num_spatial else None
+            logits = features.read("logits") if self.network.num_logits else None
+            values = scores(reference, features.read("pooled"), spatial, logits, self.network)
             about = {"name": reference.name, "count": reference.count or None, **reference.settings}
             few = min(self.options.count, reference.count or self.options.count) < self.network.num_features
             found.append(
@@ -389,8 +388,9 @@ def sampler_of(samples: Mapping[str, Any]) -> str:
     parts = [f"{samples['sampler']}, {samples['steps']} steps"]
     if samples["eta"] is not None:
         parts.append(f"η {samples['eta']:g}")
-    heads = {"x_start": "from x̂0", "both": "from both heads"}
-    return ", ".join([*parts, *filter(None, [heads.get(samples.get("predict", "eps"))])])
+    if heads := {"x_start": "from x̂0", "both": "from both heads"}.get(samples.get("predict", "eps")):
+        parts.append(heads)
+    return ", ".join(parts)
 
 
 def described(about: Mapping[str, Any]) -> str:

@@ -204,7 +204,7 @@ def capture_row() -> Row:
     return Row("CUDA graphs", f"the training step on one GPU; with DDP, or a profile, by --capture on; {other}")
 
 
-class Told:
+class MetricsReader:
     """Bring the metrics of a step to the host, averaged over the ranks, without keeping the device waiting.
 
     They are sent when the step is queued and read one step later. So whenever the host waits, the device has another

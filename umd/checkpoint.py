@@ -200,8 +200,6 @@ def load_model_state(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     allow_missing: Sequence[str] = (),
-    saved_config: Mapping | None = None,
-    config: Mapping | None = None,
 ) -> None:
     """Copy `tensors` into the model's parameters and buffers.
 
@@ -209,7 +207,6 @@ def load_model_state(
         model: the model.
         tensors: by parameter name, as saved.
         allow_missing: beginnings of names that may be absent from `tensors`; those parameters keep their values.
-        saved_config, config: settings of the checkpoint and of the model; the error message tells their differences.
 
     Raises:
         CheckpointError: names or shapes differ. Nothing is changed then; the message tells the first differences.
@@ -226,9 +223,8 @@ def load_model_state(
             for name in both
             if saved[name].shape != own[name].shape
         ],
-        "settings changed": _changes(saved_config or {}, config or {}),
     }
-    if any(names for what, names in found.items() if what != "settings changed"):
+    if any(found.values()):
         listed = (
             f"{len(names)} {what}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
             for what, names in found.items()
@@ -282,7 +278,7 @@ def _as_in_files(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimiser's state as `{"exp_avg::blocks.0.fc1.weight": tensor, …}`, independent of its parameter groups.
+    """The optimiser's state as `{"exp_avg::encoder.layers.0.mlp.fc1.weight": tensor, …}`, whatever its groups.
 
     apex keeps one step count per group; it is written once for each parameter, as torch's optimisers keep it.
     """
@@ -360,18 +356,6 @@ def _read_document(path: Path) -> dict:
 
 def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged: it {what}; remove that checkpoint, or pass an earlier one.")
-
-
-def _changes(saved: Mapping, here: Mapping, prefix: str = "") -> list[str]:
-    """Differences between nested mappings in the fields that both have: `["model.depth (12 saved, 6 here)", …]`."""
-    found = []
-    for key in sorted(saved.keys() & here.keys()):
-        a, b = saved[key], here[key]
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += _changes(a, b, f"{prefix}{key}.")
-        elif a != (list(b) if isinstance(b, tuple) else b):  # JSON turns tuples into lists
-            found.append(f"{prefix}{key} ({a} saved, {b} here)")
-    return found
 
 
 def _replaced(path: Path) -> Path:

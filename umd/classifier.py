@@ -18,7 +18,7 @@ from umd.config import ClassifierConfig
 from umd.diffmae import DiffMAE, to_images
 from umd.embedders import lecun_normal
 from umd.errors import UserError
-from umd.layers import Linear, residual
+from umd.layers import Linear, to_residual
 from umd.model import UMD
 from umd.ops import Packing, pack
 from umd.pixel_stats import standardize
@@ -120,18 +120,18 @@ class Classifier(nn.Module):
         patches = ops.patchify(to_images(x, config), config.patch_size).flatten(0, 1)  # [B·L, C·p·P·P]
         if config.pixel_stats == "imagenet":
             patches = standardize(patches)
-        y = residual(self.x_embedder(patches), config)  # [B·L, D]
+        y = to_residual(self.x_embedder(patches), config)  # [B·L, D]
         y = y + self.pos_embed.to(y.dtype).repeat(B, 1)
         if self.cls_token is not None:
             y = ops.prepend_tokens(self.cls_token.expand(B, -1, -1), y, packing)
         cond = None if self.cond_token is None else self.cond_token.expand(B, -1)
-        last = config.pool == "mean_norm"
-        y = self.encoder(y, block_packing, self.modulation(gates), cond, normed=not last)  # [B·(num_cls + L), D]
+        fc_norm = config.pool == "mean_norm"
+        y = self.encoder(y, block_packing, self.modulation(gates), cond, normed=not fc_norm)  # [B·(num_cls + L), D]
         if config.num_cls:
             cls, y = ops.split_tokens(y, config.num_cls, packing)
         y = cls if config.pool == "cls" else y.view(B, -1, config.hidden_size)
         y = y.to(torch.promote_types(y.dtype, torch.float32)).mean(dim=1)
-        if not last:
+        if not fc_norm:
             return y
         norm = self.encoder.norm
         with torch.autocast(y.device.type, enabled=False):

@@ -14,12 +14,12 @@ from umd.guidance import Denoise
 from umd.layers import computing_in
 from umd.model import UMD
 
-MOST_BYTES = 2**29  # largest size of the tables; the projections that a step no longer reads are of about this size
+MOST_BYTES = 2**29  # for the tables: about the size of the adaLN weights, which a step then need not read
 
 
 @dataclass(frozen=True, eq=False)
-class Conditions:
-    """All conditions that a sampler will need, with their modulation: those of n times and m labels."""
+class ConditionTable:
+    """Conditions and modulation tables of n times and m labels: all that a sampler will need."""
 
     cond: Tensor  # [n·m, D]
     tables: Tensor  # [n·m, M·D], M tables: 6 per block, 2 per modulated final norm
@@ -37,7 +37,7 @@ class Conditions:
 
 
 @torch.no_grad()
-def make_conditions(model: UMD, times: Sequence[int], labels: Tensor | None = None) -> Conditions | None:
+def make_conditions(model: UMD, times: Sequence[int], labels: Tensor | None = None) -> ConditionTable | None:
     """Precompute the conditions of `model.denoise` at model times `times`, for the given labels and the null class.
 
     This needs one product per block in all, instead of one per block and step.
@@ -66,7 +66,7 @@ def make_conditions(model: UMD, times: Sequence[int], labels: Tensor | None = No
     label_rows = torch.full((1 + config.num_classes,), -n * m, device=device)
     time_rows[of_times] = m * torch.arange(n, device=device)
     label_rows[known] = torch.arange(m, device=device)
-    return Conditions(cond, tables, time_rows, label_rows)
+    return ConditionTable(cond, tables, time_rows, label_rows)
 
 
 def denoiser(model: UMD, dtype: torch.dtype, times: Sequence[int] = (), labels: Tensor | None = None) -> Denoise:

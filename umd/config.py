@@ -132,11 +132,11 @@ class ModelConfig(ViTConfig):
     into an image (MaskDiT)."""
 
     @property
-    def heads(self) -> tuple[str, ...]:
+    def predictions(self) -> tuple[str, ...]:
         """Which of x_start and eps the network gives at every time, directly or computed from its output."""
-        return {"x_start_eps": ("x_start", "eps"), "x_start": ("x_start",), "edm": ("eps", "x_start")}.get(
-            self.outputs, ("eps",)
-        )
+        if self.outputs == "x_start":
+            return ("x_start",)
+        return ("x_start", "eps") if self.outputs in ("x_start_eps", "edm") else ("eps",)
 
     @property
     def out_channels(self) -> int:
@@ -192,14 +192,35 @@ class ModelConfig(ViTConfig):
 
 
 @dataclass(frozen=True)
-class DiffMAEConfig(ViTConfig):
-    """The DiffMAE network: the encoder reads clean visible patches, the decoder reads noised masked patches."""
+class VideoConfig(ViTConfig):
+    """Settings of networks that take clips as well as images: a patch may span several frames."""
 
-    kind: Suppress[Literal["diffmae"]] = "diffmae"  # tells the configurations apart in files
     num_frames: Count = 1
     """Frames of a clip. 1: images."""
     tubelet_size: Count = 1
     """Frames per patch, 2 for video. Must divide num_frames."""
+
+    @property
+    def num_patches(self) -> int:
+        """L, the patches of one image or clip, over all frames."""
+        return self.num_frames // self.tubelet_size * self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in one patch, C·p·P·P."""
+        return self.channels * self.tubelet_size * self.patch_size**2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_frames % self.tubelet_size:
+            raise UserError(f"num_frames {self.num_frames} is not divisible by tubelet_size {self.tubelet_size}")
+
+
+@dataclass(frozen=True)
+class DiffMAEConfig(VideoConfig):
+    """The DiffMAE network: the encoder reads clean visible patches, the decoder reads noised masked patches."""
+
+    kind: Suppress[Literal["diffmae"]] = "diffmae"  # tells the configurations apart in files
     decoder: Literal["joint", "cross", "cross_self"] = "cross_self"
     """What the noised tokens attend to. joint: noised and visible tokens together. cross: visible tokens only.
     cross_self: visible tokens first, then the noised tokens, in every block."""
@@ -217,22 +238,10 @@ class DiffMAEConfig(ViTConfig):
 
     num_classes = 0  # no label embedding
 
-    @property
-    def num_patches(self) -> int:
-        """L, the patches of one image or clip, over all frames."""
-        return self.num_frames // self.tubelet_size * self.grid_size[0] * self.grid_size[1]
-
-    @property
-    def patch_dim(self) -> int:
-        """Values in one patch, C·p·P·P."""
-        return self.channels * self.tubelet_size * self.patch_size**2
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.num_cls:
             raise UserError("a DiffMAE has at least one CLS token; num_cls is 0")
-        if self.num_frames % self.tubelet_size:
-            raise UserError(f"num_frames {self.num_frames} is not divisible by tubelet_size {self.tubelet_size}")
         if self.decoder_hidden_size % self.decoder_num_heads or self.decoder_hidden_size % 2:
             raise UserError(
                 f"decoder width {self.decoder_hidden_size} must be even and divisible by {self.decoder_num_heads} heads"
@@ -240,14 +249,10 @@ class DiffMAEConfig(ViTConfig):
 
 
 @dataclass(frozen=True)
-class ClassifierConfig(ViTConfig):
+class ClassifierConfig(VideoConfig):
     """A ViT encoder with a linear layer on top. Its size is that of the pre-trained encoder it starts from."""
 
     kind: Suppress[Literal["classifier"]] = "classifier"
-    num_frames: Count = 1
-    """Frames of a clip. 1: images."""
-    tubelet_size: Count = 1
-    """Frames per patch. Must divide num_frames."""
     num_classes: Suppress[CountOrZero] = 0  # not an option: a run takes it from its data
     """Number of classes."""
     pool: Literal["cls", "mean", "mean_norm"] = "cls"
@@ -262,20 +267,8 @@ class ClassifierConfig(ViTConfig):
     linear: bool = False
     """Linear probing: freeze the encoder and train the linear layer alone, behind a batch norm."""
 
-    @property
-    def num_patches(self) -> int:
-        """L, the patches of one image or clip, over all frames."""
-        return self.num_frames // self.tubelet_size * self.grid_size[0] * self.grid_size[1]
-
-    @property
-    def patch_dim(self) -> int:
-        """Values in one patch, C·p·P·P."""
-        return self.channels * self.tubelet_size * self.patch_size**2
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_frames % self.tubelet_size:
-            raise UserError(f"num_frames {self.num_frames} is not divisible by tubelet_size {self.tubelet_size}")
         if self.pool == "cls" and not self.num_cls:
             raise UserError("there are no CLS tokens to classify by; use --model.pool mean")
 
@@ -296,7 +289,7 @@ def model_config(name: str, **changes) -> ModelConfig:
 
     Args:
         name: UMD-SIZE/PATCH with a SIZE of `SIZES`.
-        changes: other fields of `ModelConfig`; they override those of the size.
+        changes: other fields of `ModelConfig`; they override the size's fields.
 
     Raises:
         UserError: the name has another form or an unknown size.
@@ -319,7 +312,7 @@ def diffmae_config(name: str, **changes) -> DiffMAEConfig:
 
     Args:
         name: DiffMAE-SIZE/PATCH with a SIZE of `SIZES`.
-        changes: other fields of `DiffMAEConfig`; they override those of the size.
+        changes: other fields of `DiffMAEConfig`; they override the size's fields.
 
     Raises:
         UserError: the name has another form or an unknown size.

@@ -4,7 +4,7 @@ The encoder reads clean visible patches and has no time embedding. The decoder d
 encoder's output. Filling a hole therefore runs the encoder once, and only the decoder in every step.
 
 Video: a patch is p frames long, and f patches follow each other in time. A batch of B clips is treated as B·f images
-with C·p channels, so patches and noise of video are those of images.
+with C·p channels, so the code for images also cuts patches and draws noise for video.
 
 Letters as in `umd/model.py`, and M masked patches per image, D' the decoder's width.
 """
@@ -22,7 +22,7 @@ from umd.blocks import Block, Blocks, CrossAttention, CrossSelfBlock, Memory, in
 from umd.config import Capture, ClassifierConfig, DiffMAEConfig
 from umd.embedders import TimestepEmbedder, lecun_normal
 from umd.errors import UserError
-from umd.layers import Linear, computing_in, residual
+from umd.layers import Linear, computing_in, to_residual
 from umd.ops import Packing, pack
 from umd.sampler import Callback, Denoise, ddim_sample
 from umd.schedule import NoiseSchedule
@@ -68,7 +68,7 @@ def layout(
         visible=pack(counts, [0] * len(counts), device),
         masked=pack(masked, rows, device),
         queries=pack([fillings * (L - k) for k in keep], None, device),
-        joint=pack([config.num_cls + L - m + m for m in masked], rows, device),
+        joint=pack([config.num_cls + L] * len(masked), rows, device),
         joint_ids=torch.cat(ids).to(device),
         joint_masked=torch.cat(places).to(device),
     )
@@ -140,7 +140,7 @@ class DiffMAE(nn.Module):
         self.encoder.checkpointing = self.decoder.checkpointing = on
 
     def forward(
-        self, visible: Tensor, ids_keep: Tensor, masked: Tensor, ids_masked: Tensor, batch: Layout, timesteps: Tensor
+        self, visible: Tensor, ids_keep: Tensor, masked: Tensor, ids_masked: Tensor, packings: Layout, timesteps: Tensor
     ) -> Tensor:
         """Predict the target of every masked patch.
 
@@ -149,30 +149,30 @@ class DiffMAE(nn.Module):
             ids_keep: int64 [sum K], indices of the visible patches among the B·L patches of the batch.
             masked: [sum M, C·p·P·P], noised masked patches.
             ids_masked: int64 [sum M], indices of the masked patches.
-            batch: the packings.
+            packings: the packings.
             timesteps: int64 [R], model times 1..T of the distinct conditions.
 
         Returns:
             [sum M, C·p·P·P or target_size].
         """
         with span("encoder"):
-            memories = self.encode(visible, ids_keep, batch)
+            memories = self.encode(visible, ids_keep, packings)
         with span("decoder"):
-            return self.decode(masked, ids_masked, batch, timesteps, memories)
+            return self.decode(masked, ids_masked, packings, timesteps, memories)
 
-    def encode(self, visible: Tensor, ids_keep: Tensor, batch: Layout) -> list[Tensor]:
+    def encode(self, visible: Tensor, ids_keep: Tensor, packings: Layout) -> list[Tensor]:
         """Run the encoder and return what the decoder needs of the visible patches.
 
         cross and cross_self: for each decoder block, keys and values [sum (num_cls + K), 2, H, d].
         joint: a single entry, the encoder's tokens [sum (num_cls + K), D'].
         """
-        levels = self.encoder_levels(visible, ids_keep, batch.visible)
+        levels = self.encoder_levels(visible, ids_keep, packings.visible)
         if self.decoder_context is not None:
             return [self.decoder_context(levels[-1])]
         depth = len(levels)
         read = [max(depth - 1 - i, 0) if self.config.links else depth - 1 for i in range(self.config.decoder_depth)]
         return [
-            cross_attention(block).memory(levels[level], batch.visible)
+            cross_attention(block).memory(levels[level], packings.visible)
             for block, level in zip(self.decoder.layers, read, strict=True)
         ]
 
@@ -181,7 +181,7 @@ class DiffMAE(nn.Module):
 
         The last entry is taken after the final norm.
         """
-        x = residual(self.x_embedder(visible), self.config)  # [sum K, D]
+        x = to_residual(self.x_embedder(visible), self.config)  # [sum K, D]
         x = x + self.positions(ids_keep, self.pos_embed, self.pos_embed_time).to(x.dtype)
         x = ops.prepend_tokens(self.cls_token.expand(packing.num_samples, -1, -1), x, packing)
         levels: list[Tensor] = []
@@ -189,28 +189,28 @@ class DiffMAE(nn.Module):
         return [*levels[:-1], y]
 
     def decode(
-        self, masked: Tensor, ids_masked: Tensor, batch: Layout, timesteps: Tensor, memories: list[Tensor]
+        self, masked: Tensor, ids_masked: Tensor, packings: Layout, timesteps: Tensor, memories: list[Tensor]
     ) -> Tensor:
         """Predict the target of noised patches [sum M, C·p·P·P], given `encode`'s output.
 
         Returns [sum M, C·p·P·P or target_size].
         """
-        x = residual(self.decoder_embed(masked), self.config)  # [sum M, D']
+        x = to_residual(self.decoder_embed(masked), self.config)  # [sum M, D']
         x = x + self.positions(ids_masked, self.decoder_pos_embed, self.decoder_pos_embed_time).to(x.dtype)
         with torch.autocast(timesteps.device.type, enabled=False):
             e_t = self.decoder_t_embedder(timesteps)  # [R, D']
-        x = x + ops.per_token(e_t, batch.masked).to(x.dtype)
+        x = x + ops.per_token(e_t, packings.masked).to(x.dtype)
         if self.decoder_context is not None:
-            x = torch.cat([memories[0].to(x.dtype), x]).index_select(0, batch.joint_ids)
-            x = self.decoder(x, batch.joint).index_select(0, batch.joint_masked)  # [sum M, D']
+            x = torch.cat([memories[0].to(x.dtype), x]).index_select(0, packings.joint_ids)
+            x = self.decoder(x, packings.joint).index_select(0, packings.joint_masked)  # [sum M, D']
         else:
-            memory = [Memory(kv, batch.queries, batch.visible) for kv in memories]
-            x = self.decoder(x, batch.masked, memories=memory)  # [sum M, D']
+            memory = [Memory(kv, packings.queries, packings.visible) for kv in memories]
+            x = self.decoder(x, packings.masked, memories=memory)  # [sum M, D']
         with span("head"):
             return self.head(x)
 
     def positions(self, ids: Tensor, space: Tensor, time: Tensor | None) -> Tensor:
-        """Position embeddings [N, width] of the patches `ids` among the B·L: the sum of those of place and time."""
+        """Position embeddings [N, width] of the patches `ids` among the B·L: place plus time."""
         table = space if time is None else (time[:, None] + space).flatten(0, 1)  # [L, width]
         return F.embedding(ids % self.config.num_patches, table)
 
@@ -297,20 +297,20 @@ def filling_denoiser(
     L, P, n = config.num_patches, config.patch_size, fillings
     mask = patch_mask(hole, config)  # [B, L], 1 remove
     keep = tuple((L - mask.sum(1)).tolist())
-    batch = layout(config, keep, x_known.device, n, same_time=True)
+    packings = layout(config, keep, x_known.device, n, same_time=True)
     known = ops.patchify(to_images(x_known, config), P).view(-1, L, config.patch_dim)  # [B, L, C·p·P·P]
     ids_keep = (~mask).flatten().nonzero()[:, 0]
     ids_masked = mask.repeat_interleave(n, 0).flatten().nonzero()[:, 0]  # among the B·n·L patches of all fillings
     context = computing_in(model, dtype)
     with torch.no_grad(), context():
-        memories = model.encode(known.flatten(0, 1).index_select(0, ids_keep), ids_keep, batch)
+        memories = model.encode(known.flatten(0, 1).index_select(0, ids_keep), ids_keep, packings)
     known = known.repeat_interleave(n, 0).flatten(0, 1)  # [B·n·L, C·p·P·P]
 
     def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         images = to_images(x_t.unflatten(2, (config.num_frames, -1)), config)  # [B·n·f, C·p, H, W]
         patches = ops.patchify(images, P).flatten(0, 1).index_select(0, ids_masked).to(known.dtype)
         with context():
-            prediction = model.decode(patches, ids_masked, batch, timesteps[:1], memories)
+            prediction = model.decode(patches, ids_masked, packings, timesteps[:1], memories)
         filled = known.index_copy(0, ids_masked, prediction.to(known.dtype))
         images = ops.unpatchify(filled.view(len(images), -1, filled.shape[-1]), config.image_size, P)
         x_start = from_images(images, config).reshape(x_t.shape).to(x_t.dtype)

@@ -26,7 +26,7 @@ def warm_rate(rate: float, step: int) -> float:
 
 
 class HasParameters(Protocol):
-    """A module, or one rank's share of it."""
+    """A module, or one rank's shard of its parameters."""
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
 

@@ -113,7 +113,7 @@ class Estimator:
         guidance.check(channels)
         scales = guidance.scales(cfg_scale, times, schedule.num_steps)
         self.denoise, self.schedule, self.predict = denoise, schedule, predict
-        self.labels, self.null_label, self.cfg_scale = labels, null_label, cfg_scale
+        self.labels, self.null_label = labels, null_label
         self.channels = guidance.channels if guidance.channels < channels else 0
         self.guided = [scale != 1 for scale in scales]
         # With one scale for all times and channels, the sampler's step itself applies guidance.

@@ -12,7 +12,7 @@ from umd.config import ViTConfig
 from umd.machine.device import autocast
 
 
-def residual(x: Tensor, config: ViTConfig) -> Tensor:
+def to_residual(x: Tensor, config: ViTConfig) -> Tensor:
     """Cast x to the type of the residual stream: at least fp32 if `config.residual_in_fp32`."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) if config.residual_in_fp32 else x
 
@@ -109,10 +109,10 @@ def casts_weights(network: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def computing_in(network: nn.Module, dtype: torch.dtype) -> Callable[[], AbstractContextManager]:
-    """Makes contexts for calls of a network whose weights do not change: autocast, with the weights cast here, once.
+    """A function that makes a context for calls of a network with fixed weights.
 
-    The bits are those of autocast alone, which casts the weights in every context. Memory: a copy of the linear layers'
-    weights in `dtype`.
+    The context is autocast, with the linear layers' weights cast once, here. Autocast alone would cast them in every
+    context, to the same bits. Memory: a copy of these weights in `dtype`.
     """
     plain = partial(autocast, next(network.parameters()).device, dtype)
     if not casts_weights(network, dtype):

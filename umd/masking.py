@@ -38,8 +38,8 @@ class Layout(NamedTuple):
     patches: Packing  # K tokens per sample
     encoder: Packing  # num_cls + K tokens per sample
     decoder: Packing  # 1 + L tokens per sample; L without CLS tokens
-    encoder_blocks: Packing  # in the encoder's blocks: as encoder; without adaLN one more, the condition token
-    decoder_blocks: Packing  # in the decoder's blocks: likewise; in a cross decoder only the predicted patches
+    encoder_blocks: Packing  # as encoder; without adaLN with the condition token in front
+    decoder_blocks: Packing  # as decoder, with the condition token too; in a cross decoder the predicted patches only
 
 
 @lru_cache(maxsize=64)
@@ -64,7 +64,7 @@ def layout(
         return pack([extra + length for length in lengths], cond_index, device)
 
     whole, cond = (config.num_patches,) * len(keep), config.cond_tokens
-    summary = min(config.num_cls, 1)
+    summary = min(config.num_cls, 1)  # the averaged CLS token in front of the decoder's patches
     encoder, decoder = packing(config.num_cls, keep), packing(summary, whole)
     encoder_blocks = packing(config.num_cls + cond, keep) if cond else encoder
     if config.decoder == "cross":

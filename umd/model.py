@@ -20,7 +20,7 @@ from umd.blocks import Block, Blocks, CrossAttention, Memory, Tables, initialize
 from umd.config import ModelConfig
 from umd.embedders import LabelEmbedder, TimestepEmbedder, lecun_normal
 from umd.errors import UserError
-from umd.layers import Linear, residual
+from umd.layers import Linear, to_residual
 from umd.masking import Layout, layout
 from umd.modulation import build_modulation
 from umd.pixel_stats import standardize
@@ -126,7 +126,7 @@ class UMD(nn.Module):
         self,
         patches: Tensor,
         ids_keep: Tensor,
-        batch: Layout,
+        packings: Layout,
         timesteps: Tensor,
         labels: Tensor | None = None,
         ids_predict: Tensor | None = None,
@@ -137,11 +137,11 @@ class UMD(nn.Module):
         Args:
             patches: [sum K, C·P·P], visible patches, sample after sample.
             ids_keep: int64 [sum K], indices of the visible patches among the S·L patches of the batch.
-            batch: the packings; sample s uses condition row `cond_index[s]`.
+            packings: the packings; sample s uses condition row `cond_index[s]`.
             timesteps: int64 [R], model times 0..T of the distinct conditions. EDM also takes fp32 [R], ln(σ)/4.
             labels: int64 [R] in 0..num_classes, where num_classes is the null class; None: the null class.
             ids_predict: int64, indices of the patches that a cross decoder predicts, sample after sample, as many as
-                `batch` was made for; None: all patches.
+                `packings` was made for; None: all patches.
             conditions: precomputed conditions that include `timesteps` and `labels`; None: compute them here.
 
         Returns:
@@ -154,21 +154,21 @@ class UMD(nn.Module):
             cond, tables = conditions(timesteps, labels)  # [R, D], [R, M·D]
             encoder_mod, decoder_mod = self.modulation(tables.split(self.config.modulation_widths, dim=1).__getitem__)
         with span("encoder"):
-            tokens = self.encode(patches, ids_keep, batch, cond, encoder_mod)  # [sum (num_cls + K), D]
+            tokens = self.encode(patches, ids_keep, packings, cond, encoder_mod)  # [sum (num_cls + K), D]
         if self.decoder is None:
-            return self.predict_visible(tokens, ids_keep, batch)
+            return self.predict_visible(tokens, ids_keep, packings)
         with span("decoder"):
-            x = self.fill(tokens, ids_keep, batch)  # [S·(1 + L), D]
+            x = self.fill(tokens, ids_keep, packings)  # [S·(1 + L), D]
             if self.config.decoder == "cross":
-                return self.decode_cross(x, tokens, batch, cond, decoder_mod, ids_predict)
+                return self.decode_cross(x, tokens, packings, cond, decoder_mod, ids_predict)
             token = cond if self.config.cond_tokens else None
-            x = self.decoder(x, batch.decoder_blocks, decoder_mod, token)  # same shape
+            x = self.decoder(x, packings.decoder_blocks, decoder_mod, token)  # same shape
             if self.config.num_cls:
-                _, x = ops.split_tokens(x, 1, batch.decoder)  # [S·L, D]
+                _, x = ops.split_tokens(x, 1, packings.decoder)  # [S·L, D]
         with span("head"):
             return self.head(x)  # [S·L, O·P·P]
 
-    def fill(self, tokens: Tensor, ids_keep: Tensor, batch: Layout) -> Tensor:
+    def fill(self, tokens: Tensor, ids_keep: Tensor, packings: Layout) -> Tensor:
         """Build the decoder's input: encoder tokens [sum (num_cls + K), D] to [S·(1 + L), D'], D' the decoder's width.
 
         Visible patches go to their places, mask tokens to all other places, and positions are added. In front of each
@@ -176,25 +176,31 @@ class UMD(nn.Module):
         """
         if self.decoder_embed is not None:
             tokens = self.decoder_embed(tokens)
-        tokens = residual(tokens, self.config)
+        tokens = to_residual(tokens, self.config)
         tables = self.mask_token, self.decoder_pos_embed
         if self.config.num_cls:
-            return ops.scatter_tokens(tokens, batch.encoder, ids_keep, self.config.num_cls, *tables)
-        S = batch.patches.num_samples
+            return ops.scatter_tokens(tokens, packings.encoder, ids_keep, self.config.num_cls, *tables)
+        S = packings.patches.num_samples
         x = self.mask_token.to(tokens.dtype).repeat(S * self.config.num_patches, 1)
         return x.index_copy(0, ids_keep, tokens) + self.decoder_pos_embed.to(tokens.dtype).repeat(S, 1)
 
-    def predict_visible(self, tokens: Tensor, ids_keep: Tensor, batch: Layout) -> Tensor:
+    def predict_visible(self, tokens: Tensor, ids_keep: Tensor, packings: Layout) -> Tensor:
         """Apply the head to the encoder's tokens, for a network without decoder: [S·L, O·P·P], 0 for hidden patches."""
         with span("head"):
             if self.config.num_cls:
-                _, tokens = ops.split_tokens(tokens, self.config.num_cls, batch.encoder)
+                _, tokens = ops.split_tokens(tokens, self.config.num_cls, packings.encoder)
             seen = self.head(tokens)  # [sum K, O·P·P]
-            whole = seen.new_zeros(batch.patches.num_samples * self.config.num_patches, seen.shape[1])
+            whole = seen.new_zeros(packings.patches.num_samples * self.config.num_patches, seen.shape[1])
             return whole.index_copy(0, ids_keep, seen)
 
     def decode_cross(
-        self, x: Tensor, tokens: Tensor, batch: Layout, cond: Tensor, modulation: Iterator[Tables], ids: Tensor | None
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        packings: Layout,
+        cond: Tensor,
+        modulation: Iterator[Tables],
+        ids: Tensor | None,
     ) -> Tensor:
         """Run the cross decoder and the head: [S·L, O·P·P], 0 for patches that are not predicted.
 
@@ -202,17 +208,17 @@ class UMD(nn.Module):
         is predicted, as their own tokens. Keys are the encoder's tokens and, without adaLN, the condition token.
         """
         assert self.decoder is not None
-        S, L = batch.patches.num_samples, self.config.num_patches
+        S, L = packings.patches.num_samples, self.config.num_patches
         if not self.config.adaLN:
-            rows = cond.index_select(0, batch.encoder_blocks.cond_index).to(tokens.dtype)  # [S, D]
-            tokens = ops.prepend_tokens(rows[:, None], tokens, batch.encoder_blocks)
+            rows = cond.index_select(0, packings.encoder_blocks.cond_index).to(tokens.dtype)  # [S, D]
+            tokens = ops.prepend_tokens(rows[:, None], tokens, packings.encoder_blocks)
         places = torch.arange(S * L, device=x.device) if ids is None else ids
-        x = x.index_select(0, places + places // L + 1)  # [Q, D]
+        x = x.index_select(0, places + places // L + 1)  # [Q, D]; + …: a CLS token precedes each sample's L patches
         memories = [
-            Memory(attention.memory(tokens, batch.encoder_blocks), batch.decoder_blocks, batch.encoder_blocks)
+            Memory(attention.memory(tokens, packings.encoder_blocks), packings.decoder_blocks, packings.encoder_blocks)
             for attention in (cast(CrossAttention, block.attn) for block in self.decoder.layers)
         ]
-        x = self.decoder(x, batch.decoder_blocks, modulation, memories=memories)  # [Q, D]
+        x = self.decoder(x, packings.decoder_blocks, modulation, memories=memories)  # [Q, D]
         with span("head"):
             prediction = self.head(x)  # [Q, O·P·P]
         if ids is None:
@@ -261,7 +267,7 @@ class UMD(nn.Module):
         return map(block, range(first)), map(block, range(first, count))
 
     def encode(
-        self, patches: Tensor, ids_keep: Tensor, batch: Layout, cond: Tensor, modulation: Iterator[Tables],
+        self, patches: Tensor, ids_keep: Tensor, packings: Layout, cond: Tensor, modulation: Iterator[Tables],
         levels: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """Run the encoder on visible patches [sum K, C·P·P].
@@ -271,13 +277,13 @@ class UMD(nn.Module):
         """
         if self.config.pixel_stats == "imagenet":
             patches = standardize(patches)
-        x = residual(self.x_embedder(patches), self.config)  # [sum K, D]
-        x = ops.add_positions(x, ids_keep, self.pos_embed, batch.patches.num_samples)
+        x = to_residual(self.x_embedder(patches), self.config)  # [sum K, D]
+        x = ops.add_positions(x, ids_keep, self.pos_embed, packings.patches.num_samples)
         if self.cls_token is not None:
-            cls = self.cls_token.expand(batch.patches.num_samples, -1, -1)
-            x = ops.prepend_tokens(cls, x, batch.encoder)
+            cls = self.cls_token.expand(packings.patches.num_samples, -1, -1)
+            x = ops.prepend_tokens(cls, x, packings.encoder)
         tokens = cond if self.config.cond_tokens else None
-        return self.encoder(x, batch.encoder_blocks, modulation, tokens, levels=levels)
+        return self.encoder(x, packings.encoder_blocks, modulation, tokens, levels=levels)
 
     def represent(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """The representation of whole images: [B, C, H, W] to fp32 [B, D] (fp64 stays fp64).
@@ -288,11 +294,11 @@ class UMD(nn.Module):
         B = len(x)
         self._check_image(x)
         timesteps = torch.zeros(1, dtype=torch.int64, device=x.device) if timesteps is None else timesteps
-        batch, patches, ids = self.whole(x, timesteps, (0,) * B)
+        packings, patches, ids = self.whole(x, timesteps, (0,) * B)
         cond, encoder_mod, _ = self.condition(timesteps)
-        tokens = self.encode(patches, ids, batch, cond, encoder_mod)
+        tokens = self.encode(patches, ids, packings, cond, encoder_mod)
         if self.config.num_cls:
-            tokens, _ = ops.split_tokens(tokens, self.config.num_cls, batch.encoder)
+            tokens, _ = ops.split_tokens(tokens, self.config.num_cls, packings.encoder)
         tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         return tokens.view(B, -1, self.config.hidden_size).mean(dim=1)
 
@@ -306,9 +312,9 @@ class UMD(nn.Module):
         B, L = len(x), self.config.num_patches
         if self.config.outputs == "edm":
             x = x * self.input_scale(timesteps).to(x).view(-1, 1, 1, 1)
-        batch = layout(self.config, (L,) * B, cond_index, x.device)
+        packings = layout(self.config, (L,) * B, cond_index, x.device)
         patches = ops.patchify(x, self.config.patch_size).flatten(0, 1)
-        return batch, patches, torch.arange(B * L, device=x.device)
+        return packings, patches, torch.arange(B * L, device=x.device)
 
     def input_scale(self, timesteps: Tensor) -> Tensor:
         """Factor on x_t at the network's input, fp64 [B] at model times [B]: c_in/√ᾱ with EDM, else 1."""
@@ -341,8 +347,8 @@ class UMD(nn.Module):
             raise UserError("an MAE fills hidden patches; it cannot denoise, and draws no samples")
         if labels is not None and self.y_embedder is None:
             raise UserError("this model was trained without labels; fine-tune it with labels first (umd finetune)")
-        batch, patches, ids = self.whole(x_t, timesteps)
-        prediction = self(patches, ids, batch, timesteps, labels, conditions=conditions)
+        packings, patches, ids = self.whole(x_t, timesteps)
+        prediction = self(patches, ids, packings, timesteps, labels, conditions=conditions)
         parts = self.to_images(prediction.to(x_t.dtype))
         if self.config.outputs == "x_start_eps":
             return parts

@@ -17,7 +17,7 @@ from umd import ops
 from umd.config import ModelConfig
 from umd.spans import span
 
-Tables = Callable[[int], Tensor]  # i to the tables of block i; after the last block, those of the final norm
+BlockTables = Callable[[int], Tensor]  # i to the tables of block i; after the last block, those of the final norm
 
 
 class BlockModulation(nn.Linear):
@@ -46,7 +46,7 @@ class Modulation(nn.ModuleList):
         """Each block's tables for a condition of zeros: [6·D]; for the last final norm [2·D]."""
         return [p for name, p in self.named_parameters() if name.endswith("bias")]
 
-    def forward(self, x: Tensor) -> Tables:
+    def forward(self, x: Tensor) -> BlockTables:
         """Tables of conditions x [R, D]; block i's are computed when they are asked for."""
         return lambda i: self[i](x)
 
@@ -72,7 +72,7 @@ class SingleModulation(nn.Module):
     def offsets(self) -> Sequence[Tensor]:
         return self.bias.split(self.widths)
 
-    def forward(self, x: Tensor) -> Tables:
+    def forward(self, x: Tensor) -> BlockTables:
         """Tables of conditions x [R, D], all computed at once."""
         shared = F.linear(x, self.weight)  # [R, 6·D]
         whole = torch.cat([shared.repeat(1, len(self.widths) - 1), shared[:, : self.widths[-1]]], dim=1) + self.bias
@@ -95,7 +95,7 @@ class LowRankModulation(nn.Module):
     def offsets(self) -> list[Tensor]:
         return self.up.offsets
 
-    def forward(self, x: Tensor) -> Tables:
+    def forward(self, x: Tensor) -> BlockTables:
         """Tables of conditions x [R, D]; block i's are computed when they are asked for."""
         return self.up(self.down(x))
 

@@ -153,9 +153,8 @@ class Objective:
 
     def step_flops(self, batch_size: int, part: Part = WHOLE) -> int:
         """FLOPs of the forward and backward pass of one part of `batch_size` samples."""
-        noised, clean = self.split(batch_size, part)
-        predict = self._predict(noised, clean) if self.model.decoder == "cross" else None
-        return step_flops(self.model, self._keep(noised, clean), noised + min(clean, 1), predict)
+        counts = noised, clean = self.split(batch_size, part)
+        return step_flops(self.model, self._keep(*counts), noised + min(clean, 1), self._predict(*counts))
 
     on_device = True  # nothing is drawn on the host: `step` may be a tensor
 
@@ -183,26 +182,25 @@ class Objective:
         L, keep = self.model.num_patches, self._keep(noised, clean)
         samples = self._samples(batch_size, part, device)
         words = ops.random_words(seed, as_step(step, device), samples, FIRST_PATCH + L)  # [B, 4 + L]
-        of_noised, order = words[:noised], words[:, FIRST_PATCH:]
-        rows = None
+        drawn, order = words[:noised], words[:, FIRST_PATCH:]  # [n, 4 + L], [B, L]
+        noised_labels = None  # int64 [n]
         if labels is not None:
-            drop = of_noised[:, 1] < int(self.config.class_dropout_prob * WORD)
-            rows = torch.where(drop, self.model.num_classes, labels[:noised])
-        c = self.corruption(
-            timesteps=self.times(of_noised[:, 0]),
-            ids_keep=ids_keep_from_noise(order, keep),
-            noise=seeds_from_words(of_noised[:, 2], of_noised[:, 3]),
-            clean=clean,
-            labels=rows,
-        )
-        if self.model.decoder != "cross":
-            return c
+            drop = drawn[:, 1] < int(self.config.class_dropout_prob * WORD)
+            noised_labels = torch.where(drop, self.model.num_classes, labels[:noised])
         predict = self._predict(noised, clean)
+        c = self.corruption(
+            timesteps=self.times(drawn[:, 0]),
+            ids_keep=ids_keep_from_noise(order, keep),
+            noise=seeds_from_words(drawn[:, 2], drawn[:, 3]),
+            clean=clean,
+            labels=noised_labels,
+            predict=predict,
+        )
+        if predict is None:
+            return c
         first = (0,) * noised + (self.keep_clean,) * clean  # visible patches of noise-free samples are not predicted
         stop = tuple(a + n for a, n in zip(first, predict, strict=True))
-        rows_of = (*range(noised), *(noised for _ in range(clean)))
         return c._replace(
-            layout=layout(self.model, keep, rows_of, device, predict),
             ids_predict=ranked_ids(order, first, stop),
             ids_ignored=ranked_ids(order, stop, (L,) * batch_size) if self.config.predict_ratio < 1 else None,
             num_ignored_noised=noised * self.spare_noised,
@@ -216,11 +214,13 @@ class Objective:
         return self._places[key]
 
     def corruption(
-        self, timesteps: Tensor, ids_keep: Tensor, noise: Tensor, clean: int, labels: Tensor | None = None
-    ) -> Corruption:
+        self, timesteps: Tensor, ids_keep: Tensor, noise: Tensor, clean: int, labels: Tensor | None = None,
+        predict: tuple[int, ...] | None = None,
+    ) -> Corruption:  # fmt: skip
         """Build the corruption from given draws; the tensors are as in `Corruption`.
 
         timesteps, labels: int64 [n], of the noised samples. clean: number of noise-free samples behind them.
+        predict: patches of each sample that a cross decoder predicts; None: all.
         """
         n = len(timesteps)
         cond_index = (*range(n), *(n for _ in range(clean)))  # the noise-free samples share one condition
@@ -234,7 +234,7 @@ class Objective:
             timesteps=timesteps,
             labels=labels,
             noise=noise,
-            layout=layout(self.model, self._keep(n, clean), cond_index, ids_keep.device),
+            layout=layout(self.model, self._keep(n, clean), cond_index, ids_keep.device, predict),
         )
 
     def times(self, words: Tensor) -> Tensor:
@@ -279,8 +279,10 @@ class Objective:
     def _keep(self, noised: int, clean: int) -> tuple[int, ...]:
         return (self.keep_noised,) * noised + (self.keep_clean,) * clean
 
-    def _predict(self, noised: int, clean: int) -> tuple[int, ...]:
-        """Patches per sample that a cross decoder predicts; in noised samples also the visible ones, for their ε."""
+    def _predict(self, noised: int, clean: int) -> tuple[int, ...] | None:
+        """Patches per sample that a cross decoder predicts; in noised samples also the visible, for ε. None: all."""
+        if self.model.decoder != "cross":
+            return None
         L = self.model.num_patches
         return (L - self.spare_noised,) * noised + (L - self.keep_clean - self.spare_clean,) * clean
 

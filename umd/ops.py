@@ -2,6 +2,7 @@
 
 No other module of umd/ imports `umd.kernels`.
 """
+# ruff: noqa: F401  (other modules take these names from here)
 
 from umd.kernels.adaln import gated_residual_layer_norm, modulated_layer_norm
 from umd.kernels.attention import Attention, attention, attention_backend, varlen_attention
@@ -22,53 +23,3 @@ from umd.kernels.positions import add_positions
 from umd.kernels.posterior import sample_posterior
 from umd.kernels.tokens import prepend_tokens, scatter_tokens, split_tokens
 from umd.kernels.triton.op import launches
-
-__all__ = [
-    "Attention",
-    "Gelu",
-    "Packing",
-    "activated_linear",
-    "adamw_",
-    "add_positions",
-    "attention",
-    "attention_backend",
-    "bias_gradient",
-    "column_sum",
-    "compiler_lacks",
-    "cpu_paths",
-    "ddim_step",
-    "epilogues_refusal",
-    "few_rows_linear",
-    "forget",
-    "gated_residual_layer_norm",
-    "gather_patches",
-    "gelu",
-    "gelu_by",
-    "gelu_in_products",
-    "gelu_linear",
-    "kernels",
-    "launches",
-    "linear",
-    "linear_gelu",
-    "masked_diffusion_loss",
-    "modulated_layer_norm",
-    "pack",
-    "patchify",
-    "per_token",
-    "philox_randn_rows",
-    "philox_randn_samples",
-    "prepend_tokens",
-    "products_dtype",
-    "random_words",
-    "sample_posterior",
-    "scatter_tokens",
-    "split_tokens",
-    "splits_bias",
-    "square_sum",
-    "standard_noise",
-    "unpatchify",
-    "use_cpu_path",
-    "use_triton",
-    "varlen_attention",
-    "varlen_cross_attention",
-]

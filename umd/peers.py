@@ -92,17 +92,17 @@ class PeerObjective(Objective):
         visible = torch.zeros(len(x0) * L, dtype=wide, device=x0.device).index_fill(0, c.ids_keep, 1).view(len(x0), L)
         hidden, zero = 1 - visible, x0.new_zeros(())
         if self.model.outputs == "x_start":
-            loss = over(hidden, (out[0] - mae_target(x0, self.model, self.config)) ** 2)
+            loss = masked_mean(hidden, (out[0] - mae_target(x0, self.model, self.config)) ** 2)
             return loss, torch.stack([zero, zero, loss]).detach()
         eps = ops.patchify(ops.standard_noise(c.noise, x_start.to(wide)), P)
         if self.model.outputs == "edm":
             dsm, mae = self.edm_losses(out[0], x0, eps, edm_sigma_of(c).to(wide), visible)
             return dsm + MASKDIT_MAE_WEIGHT * mae, torch.stack([dsm, mae, zero]).detach()
-        mse, vb = over(visible, (out[0] - eps) ** 2), zero
+        mse, vb = masked_mean(visible, (out[0] - eps) ** 2), zero
         if self.model.outputs == "eps_sigma":
             if self.tables.device != x0.device:  # copied once: a captured step must not copy from the host
                 self.tables = self.tables.to(x0.device)
-            vb = over(visible, variational_bound(self.tables, x0, eps, c.timesteps, *out))
+            vb = masked_mean(visible, variational_bound(self.tables, x0, eps, c.timesteps, *out))
         return mse + vb, torch.stack([mse, vb, zero]).detach()
 
     def edm_losses(self, F_x: Tensor, x0: Tensor, eps: Tensor, sigma: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,10 +116,10 @@ class PeerObjective(Objective):
         x = x0 + s * eps
         denoised = edm_denoised(x, F_x, s)
         weight = (s**2 + SIGMA_DATA**2) / (s * SIGMA_DATA) ** 2
-        dsm = over(visible, weight * (denoised - x0) ** 2)
+        dsm = masked_mean(visible, weight * (denoised - x0) ** 2)
         if not self.config.mask_ratio:
             return dsm, dsm.new_zeros(())
-        return dsm, over(1 - visible, (denoised - normalized(x)) ** 2)
+        return dsm, masked_mean(1 - visible, (denoised - normalized(x)) ** 2)
 
 
 def edm_sigma_of(c: Corruption) -> Tensor:
@@ -127,7 +127,7 @@ def edm_sigma_of(c: Corruption) -> Tensor:
     return (4 * c.timesteps[: c.num_noised].double()).exp()
 
 
-def over(weight: Tensor, error: Tensor) -> Tensor:
+def masked_mean(weight: Tensor, error: Tensor) -> Tensor:
     """Mean of an error [B, L, values] over the patches whose weight [B, L] is 1."""
     return (error.mean(-1) * weight).sum() / weight.sum()
 

@@ -137,7 +137,7 @@ def dit_links(config: ModelConfig) -> dict[str, Link]:
 
 
 def maskdit_links(config: ModelConfig) -> dict[str, Link]:
-    """Links for Anima-Lab/MaskDiT: DiT's, and those of a decoder.
+    """Links for Anima-Lab/MaskDiT: DiT's links, and links for a decoder.
 
     MaskDiT embeds one-hot labels by a layer without bias. Its null class is all zeros, which is a row of zeros here.
     """

@@ -25,11 +25,11 @@ def layer_features(model: UMD, x: Tensor, timesteps: Tensor | None = None) -> li
     """
     config, B, L = model.config, len(x), model.config.num_patches
     timesteps = torch.zeros(1, dtype=torch.int64, device=x.device) if timesteps is None else timesteps
-    batch, patches, ids = model.whole(x, timesteps, (0,) * B)
+    packings, patches, ids = model.whole(x, timesteps, (0,) * B)
     cond, encoder_mod, decoder_mod = model.condition(timesteps)
     levels: list[Tensor] = []
-    tokens = model.encode(patches, ids, batch, cond, encoder_mod, levels)  # [B·(num_cls + L), D]
+    tokens = model.encode(patches, ids, packings, cond, encoder_mod, levels)  # [B·(num_cls + L), D]
     if model.decoder is not None and config.decoder == "self":
-        stream = model.fill(tokens, ids, batch)  # [B·(1 + L), D]
-        model.decoder(stream, batch.decoder_blocks, decoder_mod, cond if config.cond_tokens else None, levels=levels)
+        stream = model.fill(tokens, ids, packings)  # [B·(1 + L), D]
+        model.decoder(stream, packings.decoder_blocks, decoder_mod, cond if config.cond_tokens else None, levels=levels)
     return [level.view(B, -1, level.shape[-1])[:, -L:].float().mean(1) for level in levels]  # patches come last

@@ -26,35 +26,35 @@ Callback = Callable[[int, int, Tensor, Tensor], None]
 WARM_UP = 3  # steps run before one is captured, as in PyTorch's CUDA graph recipe
 
 
-def ddim_timesteps(num_sample_steps: int, T: int = 1000) -> list[int]:
+def ddim_timesteps(num_steps: int, T: int = 1000) -> list[int]:
     """Diffusion indices (model time - 1) of DDIM's calls: T-1, T-1-s, T-1-2s, … and 0, with s = ⌈T / steps⌉.
 
-    The indices are those of the released UMD code. If the steps divide T and are fewer, there is one index more than
+    The released UMD code uses the same indices. If the steps divide T and are fewer, there is one index more than
     steps: 999, 991, …, 7, 0 for 125. Otherwise there may be fewer: 60 for 62 steps. In that case the released code
     repeats the call at 0, to no effect, until it has made 63 calls; this function does not.
 
     Raises UserError if the steps are outside 1..T.
     """
-    if not 1 <= num_sample_steps <= T:
-        raise UserError(f"cannot sample in {num_sample_steps} steps; the noise schedule allows 1 to {T}")
-    return [*range(T - 1, 0, -math.ceil(T / num_sample_steps)), 0]
+    if not 1 <= num_steps <= T:
+        raise UserError(f"cannot sample in {num_steps} steps; the noise schedule allows 1 to {T}")
+    return [*range(T - 1, 0, -math.ceil(T / num_steps)), 0]
 
 
-def model_times(num_sample_steps: int, T: int = 1000) -> list[int]:
+def model_times(num_steps: int, T: int = 1000) -> list[int]:
     """Model times at which `ddim_sample` and `inpaint` call the denoiser, the noisiest first."""
-    return [index + 1 for index in ddim_timesteps(num_sample_steps, T)]
+    return [index + 1 for index in ddim_timesteps(num_steps, T)]
 
 
-def ddpm_times(num_sample_steps: int, T: int = 1000) -> list[int]:
+def ddpm_times(num_steps: int, T: int = 1000) -> list[int]:
     """Model times of DDPM's calls, evenly spaced from T to 1 (Nichol and Dhariwal 2021), as diffusers' "linspace".
 
     DiT has the same times for 10, 25, 50, 100, 125, 250, 500 and 1000 steps. For 283 other numbers its accumulated
     rounding errors decide a half the other way, e.g. index 499 for our 500 in 21 steps.
     Raises UserError if the steps are outside 1..T.
     """
-    if not 1 <= num_sample_steps <= T:
-        raise UserError(f"cannot sample in {num_sample_steps} steps; the noise schedule allows 1 to {T}")
-    return [int(index) + 1 for index in np.linspace(T - 1, 0, num_sample_steps).round()]
+    if not 1 <= num_steps <= T:
+        raise UserError(f"cannot sample in {num_steps} steps; the noise schedule allows 1 to {T}")
+    return [int(index) + 1 for index in np.linspace(T - 1, 0, num_steps).round()]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from umd.config import ScheduleName
+from umd.config import ScheduleConfig, ScheduleName
 from umd.errors import UserError
 
 EDM_STEPS = 1000
@@ -50,7 +50,7 @@ class NoiseSchedule:
             raise UserError(f"a noise schedule has at least one step; num_steps is {num_steps}")
         if rho <= 0:
             raise UserError(f"rho is {rho}; the exponent of linear_rho must be above 0")
-        self.name, self.num_steps, self.rho = name, num_steps, rho
+        self.name, self.num_steps = name, num_steps
         if name == "cosine":
             u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
             f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -107,3 +107,8 @@ class NoiseSchedule:
         a, b = self.coefficients(timesteps, dtype)
         shape = (-1,) + (1,) * (x.ndim - 1)
         return a.view(shape), b.view(shape)
+
+
+def schedule_of(config: ScheduleConfig) -> NoiseSchedule:
+    """The noise schedule of a configuration."""
+    return NoiseSchedule(config.name, config.num_steps, config.rho)

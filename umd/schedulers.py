@@ -21,7 +21,7 @@ from umd.schedule import NoiseSchedule
 FULL_NAMES: dict[SamplerName, str] = {
     "ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM-Solver++ (2M)", "heun": "Heun", "unipc": "UniPC (2)"
 }  # fmt: skip
-CLASSES = {
+SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler", "heun": "HeunDiscreteScheduler", "unipc": "UniPCMultistepScheduler"
 }  # fmt: skip
 # Smallest log(√ᾱ/√(1-ᾱ)) at which solvers begin, as DPM-Solver's authors do: below it ε says nothing about the image.
@@ -160,4 +160,4 @@ def _scheduler(name: SamplerName, schedule: NoiseSchedule) -> Any:
         raise UserError(f"the sampler {name} is diffusers': pip install diffusers") from error
     T = _num_times(schedule)
     betas = schedule.betas[:T].numpy()
-    return getattr(diffusers, CLASSES[name])(num_train_timesteps=T, trained_betas=betas, prediction_type="sample")
+    return getattr(diffusers, SCHEDULERS[name])(num_train_timesteps=T, trained_betas=betas, prediction_type="sample")

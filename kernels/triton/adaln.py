@@ -196,21 +196,21 @@ def _partials(partial_ptr, chunk, stop, cols, D: tl.constexpr):
 
 @triton.jit
 def _layer_norm_bwd_sum_kernel(
-    dgate_part_ptr,  # fp32 [C, D] or None, the chunks' sums; so are the next three
-    dbeta_part_ptr,
-    dalpha_part_ptr,
-    dh_bias_part_ptr,
+    dgate_part_ptr,  # fp32 [C, D] or None, each chunk's sums
+    dbeta_part_ptr,  # fp32 [C, D] or None
+    dalpha_part_ptr,  # fp32 [C, D] or None
+    dh_bias_part_ptr,  # fp32 [C, D] or None
     scale_ptr,  # [R, D] or None
     weight_ptr,  # [D] or None
     bias_ptr,  # [D] or None
     chunks_ptr,  # int32 [C, 3]: start, stop, row
     row_chunks_ptr,  # int32 [num_rows + 1], the chunks of each row
-    dgate_ptr,  # [R, D] or None, as are the other gradients
-    dshift_ptr,  # [R, D]
-    dscale_ptr,  # [R, D]
-    dweight_ptr,  # [D]
-    dbias_ptr,  # [D]
-    dh_bias_ptr,  # [D]
+    dgate_ptr,  # [R, D] or None
+    dshift_ptr,  # [R, D] or None
+    dscale_ptr,  # [R, D] or None
+    dweight_ptr,  # [D] or None
+    dbias_ptr,  # [D] or None
+    dh_bias_ptr,  # [D] or None
     stride_scale,
     C,
     num_rows,
@@ -401,14 +401,14 @@ def _setup_context(ctx, inputs, output):
     ctx.has_h = h is not None
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    statistics = None if rms else mean, rstd
+    statistics = (None if rms else mean), rstd
     kept = h if gate is not None and gate.requires_grad else None  # h is read for dgate alone
     ctx.save_for_backward(r if ctx.has_h else x, kept, gate, *tables, *statistics, chunks, row_chunks)
 
 
 def _backward(ctx, dr, dy, *_):
     r, h, gate, *tables_and_rest = ctx.saved_tensors
-    tables = gate if h is not None else None, *tables_and_rest[:5]
+    tables = (gate if h is not None else None), *tables_and_rest[:5]
     dy = torch.zeros_like(r, dtype=ctx.dtype) if dy is None else dy
     dx, dh, *dtables = layer_norm_bwd(dy, dr if ctx.has_h else None, r, h, gate, *tables_and_rest, ctx.has_h)
     if not ctx.has_h:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from umd.train import curves as module
-from umd.train.curves import Comparison, Curve, curves, mean_and_error, recipe_of, reference_of, windows
+from umd.train.curves import Comparison, Curve, curves, mean_and_error, recipe_of, reference_curve, windows
 from umd.train.presets import PRESETS
 
 
@@ -51,12 +51,12 @@ def test_a_reference_is_of_the_same_recipe(monkeypatch, tmp_path):
     record = {"name": "x", "recipe": recipe_of(config), "made": {}, "points": [[100, 1.0, 0.1]]}
     (tmp_path / "x.json").write_text(json.dumps(record))
     monkeypatch.setattr(module, "FOLDER", tmp_path)
-    assert reference_of(replace(config, seed=5, device="cpu", out=tmp_path, save_every=1)).at(100) == (1.0, 0.1)
+    assert reference_curve(replace(config, seed=5, device="cpu", out=tmp_path, save_every=1)).at(100) == (1.0, 0.1)
     for other in (
         replace(config, steps=401), replace(config, batch_size=32),
         replace(config, optim=replace(config.optim, lr=1e-3)), replace(config, data=replace(config.data, hflip=False)),
     ):  # fmt: skip
-        assert reference_of(other) is None
+        assert reference_curve(other) is None
 
 
 @pytest.mark.parametrize("curve", curves(), ids=lambda curve: curve.name)

@@ -13,7 +13,7 @@ from umd.checkpoint import save_checkpoint
 from umd.config import ModelConfig, ObjectiveConfig
 from umd.errors import UserError
 from umd.heads import head_products, head_times, head_weights
-from umd.train import evaluate
+from umd.schedule import schedule_of
 from umd.train.data import center_view, open_dataset
 from umd.train.heads import heads_file, heads_of, measured, read_heads
 from umd.train.loop import train
@@ -62,7 +62,7 @@ def test_a_run_that_ends_weighs_its_heads(pictures, tmp_path):
     assert record["weights"] == weights and record["split"] == "test"
 
     config, network = read_config(config.out), load_model(config.out)
-    held_out, schedule = open_dataset(config.data, "test"), evaluate.schedule_of(config.schedule)
+    held_out, schedule = open_dataset(config.data, "test"), schedule_of(config.schedule)
     x, labels = center_view(held_out, np.arange(len(held_out)), config.data), torch.from_numpy(held_out.labels)
     products = head_products(network.denoise, x, schedule, head_times(1000), labels)
     assert record["pictures"] == len(x)
@@ -82,7 +82,7 @@ def test_networks_without_two_trained_heads_are_left(pictures, tmp_path):
 
 
 def test_ranks_add_up(run):
-    network, schedule = load_model(run.out), evaluate.schedule_of(run.schedule)
+    network, schedule = load_model(run.out), schedule_of(run.schedule)
     whole, about = measured(network, run, schedule, torch.float32)
     parts = [measured(network, run, schedule, torch.float32, rank, 3)[0] for rank in range(3)]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-5)
@@ -120,7 +120,7 @@ def test_what_cannot_be_weighed(run, monkeypatch):
 
     def one_head(x_t, t, labels=None, conditions=None):
         eps = 0.9 * x_t
-        return evaluate.schedule_of(run.schedule).xstart_from_eps(x_t, t, eps), eps
+        return schedule_of(run.schedule).xstart_from_eps(x_t, t, eps), eps
 
     monkeypatch.setattr(network, "denoise", one_head)
     with pytest.raises(UserError, match="this network has one head"):

@@ -15,6 +15,7 @@ from rich.console import Console
 from umd.conditions import denoiser
 from umd.errors import UserError
 from umd.sampler import ddim_sample
+from umd.schedule import schedule_of
 from umd.train import evaluate
 from umd.train.options import Sample
 from umd.train.run import read_config
@@ -84,7 +85,7 @@ def test_samples_are_those_of_the_sampler(run, tmp_path):
     with np.load(tmp_path / "one.npz") as arrays:
         pictures, labels = arrays["arr_0"], torch.from_numpy(arrays["arr_1"])
     alone = ddim_sample(
-        denoiser(model, dtype), (70, 3, 8, 8), evaluate.schedule_of(config.schedule), num_steps=3,
+        denoiser(model, dtype), (70, 3, 8, 8), schedule_of(config.schedule), num_steps=3,
         labels=labels, null_label=3, cfg_scale=2.0, seed=5,
     )  # fmt: skip
     expected = ((alone + 1) * 127.5).permute(0, 2, 3, 1).numpy()
@@ -96,7 +97,7 @@ def test_progress_counts_what_is_asked_for(run):
     config, seen = read_config(run), []
     model, _, dtype = evaluate.open_run(config)
     drawer = Drawer(
-        model, evaluate.schedule_of(config.schedule), torch.arange(40) % 3, 40, num_steps=2, cfg_scale=1.0, eta=0.0,
+        model, schedule_of(config.schedule), torch.arange(40) % 3, 40, num_steps=2, cfg_scale=1.0, eta=0.0,
         seed=0, clip=True, dtype=dtype,
     )  # fmt: skip
     assert len(drawer.pictures(0, 40, seen.append)) == 40 == max(seen) and seen == sorted(seen)

@@ -24,7 +24,7 @@ from umd.schedule import NoiseSchedule
 from umd.train.distributed import World
 from umd.train.optim import adamw, lr_scale
 from umd.train.parallel import DDP, Alone, LossStep
-from umd.train.step import Told, TrainStep, captures
+from umd.train.step import MetricsReader, TrainStep, captures
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -306,7 +306,7 @@ def test_a_step_never_waits():
     device = torch.device("cuda")
     with backend.kernels("auto"):
         step = make(device, autocast=torch.bfloat16, cast=torch.bfloat16)
-        told = Told(World(0, 1, device), len(step.metrics))
+        told = MetricsReader(World(0, 1, device), len(step.metrics))
         everything = list(batches(6, device))
         for batch in everything[:3]:
             step(*batch, 1e-3)
@@ -345,7 +345,7 @@ def test_what_is_captured():
 
 
 def test_told_gives_each_step_its_own_numbers():
-    told = Told(World(0, 1, CPU), 2)
+    told = MetricsReader(World(0, 1, CPU), 2)
     first = told.send(torch.tensor([1.0, 2.0]), 0.25, True)
     second = told.send(torch.tensor([3.0, 4.0]), 0.5, False)
     assert told.read(first) == [1.0, 2.0, 0.25, 1.0] and told.read(second) == [3.0, 4.0, 0.5, 0.0]

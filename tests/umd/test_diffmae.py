@@ -160,7 +160,7 @@ def batch_of(config: DiffMAEConfig, keep: tuple[int, ...]) -> dict:
     ids = [torch.cat([torch.arange(k) + s * L for s, k in enumerate(ks)]) for ks in (keep, [L - k for k in keep])]
     visible, masked = (draw(config, len(i), config.patch_dim, seed=len(i)).float() for i in ids)
     return dict(
-        visible=visible, ids_keep=ids[0], masked=masked, ids_masked=ids[1], batch=layout(config, keep, CPU),
+        visible=visible, ids_keep=ids[0], masked=masked, ids_masked=ids[1], packings=layout(config, keep, CPU),
         timesteps=torch.arange(1, 1 + len(keep)),
     )  # fmt: skip
 

@@ -53,7 +53,7 @@ def batch(model, keep, cond_index=None, seed=1):
     return dict(
         patches=torch.randn(sum(keep), width, generator=generator, dtype=torch.float64).to(model.head.weight.dtype),
         ids_keep=torch.cat(ids),
-        batch=layout(config, tuple(keep), cond_index, CPU),
+        packings=layout(config, tuple(keep), cond_index, CPU),
         timesteps=torch.randint(1001, (rows,), generator=generator),
         labels=labels if config.num_classes else None,
     )
@@ -65,7 +65,7 @@ def sub_batch(model, whole, keep, start, stop):
     return dict(
         patches=whole["patches"][first:last],
         ids_keep=whole["ids_keep"][first:last] - start * L,
-        batch=layout(model.config, tuple(keep[start:stop]), None, CPU),
+        packings=layout(model.config, tuple(keep[start:stop]), None, CPU),
         timesteps=whole["timesteps"][start:stop],
         labels=None if whole["labels"] is None else whole["labels"][start:stop],
     )
@@ -146,7 +146,7 @@ def test_shared_condition(changes):
     shared = batch(model, keep, cond_index=(0, 1, 2, 2, 2))
     rows = torch.tensor([0, 1, 2, 2, 2])
     own = shared | dict(
-        batch=layout(model.config, tuple(keep), None, CPU),
+        packings=layout(model.config, tuple(keep), None, CPU),
         timesteps=shared["timesteps"][rows],
         labels=None if shared["labels"] is None else shared["labels"][rows],
     )
@@ -228,7 +228,7 @@ def test_blocks_start_as_the_identity():
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     args = batch(model, [16] * 3)
     cond, encoder_mod, _ = model.condition(args["timesteps"])
-    tokens = model.encode(args["patches"], args["ids_keep"], args["batch"], cond, encoder_mod)
+    tokens = model.encode(args["patches"], args["ids_keep"], args["packings"], cond, encoder_mod)
     places = model.pos_embed[args["ids_keep"] % 16]
     embedded = F.layer_norm(model.x_embedder(args["patches"]) + places, (16,), eps=1e-6)
     torch.testing.assert_close(tokens.view(3, 17, 16)[:, 1:], embedded.view(3, 16, 16))
