@@ -38,7 +38,7 @@ from umd.model import UMD
 from umd.objective import DiffMAEObjective
 from umd.report.figures import COLOURS, STYLE
 from umd.schedule import schedule_of
-from umd.train import evaluate
+from umd.train import opened
 from umd.train.data import center_view, open_dataset
 from umd.train.inpaint import reconstruct
 from umd.train.log import read_metrics
@@ -118,8 +118,8 @@ def encoder_flops(model, keep: int) -> float:
 @torch.no_grad()
 def fill_held_out(configs: dict[str, RunConfig], options: Reproduce, console: Console) -> Filled:
     config = configs["DiffMAE"]
-    mae, device, dtype = evaluate.open_run_of(UMD, configs["MAE"])
-    diffmae, _, _ = evaluate.open_run_of(DiffMAE, config)
+    mae, device, dtype = opened.open_run_of(UMD, configs["MAE"])
+    diffmae, _, _ = opened.open_run_of(DiffMAE, config)
     schedule = schedule_of(config.schedule)
     objective = DiffMAEObjective(*config.parts(DiffMAEConfig, DiffMAEObjectiveConfig), schedule)
     dataset = open_dataset(config.data, "test")
@@ -222,7 +222,7 @@ def summary(filled: Filled, spectra: dict[str, Tensor], console: Console) -> dic
     numbers["distance of sample and original, rms"] = float((a - filled.original)[hidden].square().mean().sqrt())
     try:
         for name, x in (("MAE", filled.mae), ("DiffMAE, a sample", filled.samples[:, 0])):
-            distance, value = evaluate.frechet(x, filled.original, console)
+            distance, value = opened.frechet(x, filled.original, console)
             numbers[f"{distance} to the originals: {name}"] = value
     except UserError as error:  # the feature network is not installed
         console.print(f"no Fréchet distance: {error}", highlight=False)

@@ -26,8 +26,8 @@ from umd.sampler import ddim_sample, model_times
 from umd.schedule import schedule_of
 from umd.train.crops import train_view, view_rng
 from umd.train.data import as_model_input, center_view, open_dataset
-from umd.train.evaluate import open_run_of
 from umd.train.features import CALL
+from umd.train.opened import open_run_of
 from umd.train.probe import names_of, open_gates, published_zoom, representation
 from umd.train.recipes import AREA_MIN
 from umd.train.reference import moments

@@ -23,9 +23,9 @@ from umd.model import UMD
 from umd.objective import Corruption, Objective
 from umd.schedule import NoiseSchedule, schedule_of
 from umd.train.data import open_dataset
-from umd.train.evaluate import open_run_of
 from umd.train.heads import heads_of
 from umd.train.loop import train
+from umd.train.opened import open_run_of
 from umd.train.pixels import Split
 from umd.train.run import RunConfig, finetune_config, read_config, to_plain, write_config
 from umd.train.settings import DataConfig, OptimConfig

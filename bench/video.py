@@ -30,10 +30,10 @@ from umd.schedule import schedule_of
 from umd.train.clips import decode_clip
 from umd.train.data import center_view, open_dataset
 from umd.train.emoji import open_emoji
-from umd.train.evaluate import open_run_of
 from umd.train.inpaint import hole_mask, save_gif, save_mp4
 from umd.train.log import read_metrics
 from umd.train.loop import train
+from umd.train.opened import open_run_of
 from umd.train.pixels import Split
 from umd.train.presets import PRESETS
 from umd.train.run import RunConfig

@@ -132,4 +132,4 @@ def colours(monkeypatch) -> None:
             mean, middle = x.mean((2, 3)) @ self.weight, x[:, :, 3:5, 3:5].mean((2, 3))
             return Outputs(torch.cat([mean, middle], 1), x[:, :, 0:8:4, 0:8:4].flatten(1), 3 * mean)
 
-    monkeypatch.setattr("umd.train.score.open_features", lambda which, weights: Colours())
+    monkeypatch.setattr("umd.train.evaluate.open_features", lambda which, weights: Colours())

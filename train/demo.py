@@ -23,7 +23,7 @@ from umd.objective import Objective
 from umd.report.page import DemoRecord, Part, ProbeRow, save_record, write_report
 from umd.sampler import denoising_sequence
 from umd.schedule import NoiseSchedule, schedule_of
-from umd.train import evaluate
+from umd.train import opened
 from umd.train.data import center_view, describe, open_dataset
 from umd.train.heads import heads_file, read_heads
 from umd.train.inpaint import fillings, hole_mask, reconstruct
@@ -100,7 +100,7 @@ def make_demo(demo: Demo, console: Console) -> Path:
         "Pre-training", since, f"{rows[-1]['step']} steps of {pre.batch_size} images without labels" if rows else "",
         f"umd pretrain umd-tiny --minutes {pre.minutes:.2g} --out {pre.out}",
     )  # fmt: skip
-    model, _, _ = evaluate.open_run_of(UMD, pre)
+    model, _, _ = opened.open_run_of(UMD, pre)
     held_out = center_view(test_set, spread(test_set.labels, SHOWN), pre.data).to(device)
     objective = Objective(*pre.parts(ModelConfig, ObjectiveConfig), schedule)
     triplets = reconstructions(model, objective, held_out, 0, demo.seed, dtype)
@@ -115,7 +115,7 @@ def make_demo(demo: Demo, console: Console) -> Path:
     seconds = clock.share("probe")
     x = held_out.repeat(8, 1, 1, 1)
     with torch.no_grad(), autocast(device, dtype):
-        rate = len(x) / evaluate.timed(lambda: model.represent(x), device)
+        rate = len(x) / opened.timed(lambda: model.represent(x), device)
     most = int(seconds * rate / 3)  # two networks read each image; a third of the time is for the probe itself
     candidates = first_of_each(train_set.labels, 2 * shots)  # twice the shots, so that draws differ between seeds
     test_ids = first_of_each(test_set.labels, len(test_set))[: max(most - len(candidates), 400)]
@@ -149,13 +149,13 @@ def make_demo(demo: Demo, console: Console) -> Path:
         f"umd finetune {pre.out} --minutes {fine.minutes:.2g} --batch-size {fine.batch_size} --optim.lr 1.2e-2 "
         f"--out {fine.out}",
     )  # fmt: skip
-    generator, _, _ = evaluate.open_run_of(UMD, fine)
+    generator, _, _ = opened.open_run_of(UMD, fine)
 
     since = time.monotonic()
     seconds = clock.share("sample")
     for shown in (SHOWN, SHOWN // 2, SHOWN // 4):  # fewer pictures on a slow machine, rather than too few steps
         labels = torch.arange(len(classes)).repeat_interleave(shown)
-        call = evaluate.seconds_a_call(generator, len(labels), dtype, labelled=True)
+        call = opened.seconds_a_call(generator, len(labels), dtype)
         num_steps = int(np.clip(seconds / (3.2 * call), 10, 125))  # one call per step without guidance, two with it
         if num_steps >= 25:
             break
@@ -231,7 +231,7 @@ def shipped_samples(seed: int, console: Console) -> dict[str, np.ndarray]:
     if not (SHIPPED / "config.yaml").exists():
         return {}
     config = read_config(SHIPPED)
-    model, _, dtype = evaluate.open_run_of(UMD, config)
+    model, _, dtype = opened.open_run_of(UMD, config)
     labels = torch.arange(model.config.num_classes).repeat_interleave(2)
     heads = read_heads(heads_file(SHIPPED, weights_identity(SHIPPED)))
     drawer = Drawer(
@@ -305,7 +305,7 @@ def train_other(config: RunConfig, clock: Clock, console: Console) -> AnyModel:
         f"{title}, to compare", since, f"{rows[-1]['step']} steps without labels" if rows else "",
         f"umd pretrain {preset} --minutes {config.minutes:.2g} --out {config.out}",
     )  # fmt: skip
-    return evaluate.open_run(config)[0]
+    return opened.open_run(config)[0]
 
 
 def fill_holes(
@@ -321,7 +321,7 @@ def fill_holes(
     P, half = generator.config.patch_size, len(x) // 2
     holes = [hole_mask("center", x[:half], P), hole_mask("random", x[half:], P, seed, 0.75)]
     hole = torch.cat(holes).to(x.device)
-    call = evaluate.seconds_a_call(generator, len(x), dtype, labelled=True)
+    call = opened.seconds_a_call(generator, len(x), dtype)
     num_steps = int(np.clip(clock.share("inpaint") / (5 * call), 10, 50))  # 2 fillings with 2 calls a step, and DiffMAE
     noise = schedule_of(PRESETS["diffmae-tiny"][1].schedule)
     drawn = {
@@ -360,7 +360,7 @@ def frechet_distances(
     try:
         start = time.monotonic()
         small = center_view(test_set, np.arange(min(8, len(test_set))), config.data).to(device)
-        evaluate.frechet(small, small)
+        opened.frechet(small, small)
         rate = 16 / (time.monotonic() - start)
     except UserError as error:
         console.print(f"Fréchet distance left out: {error}", highlight=False)
@@ -375,7 +375,7 @@ def frechet_distances(
         (f"{count} samples without guidance", chosen),
         (f"{count} training pictures (the floor)", real),
     ):
-        name, value = evaluate.frechet(images, reference, console)
+        name, value = opened.frechet(images, reference, console)
         rows.append((name, f"{what} against {count} held-out pictures", value))
     return rows
 

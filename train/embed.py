@@ -14,8 +14,8 @@ from umd.files import check_apart, check_place, written_whole
 from umd.tensor_files import write_npz
 from umd.train.console import say
 from umd.train.data import Dataset, open_dataset
-from umd.train.evaluate import open_run
 from umd.train.features import Features, pictures_of
+from umd.train.opened import open_run
 from umd.train.options import Embed
 from umd.train.probe import names_of, of, probe_recipe, published_zoom, representation
 from umd.train.run import RunConfig, at_size

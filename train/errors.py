@@ -25,8 +25,8 @@ from umd.ops import philox_randn_rows
 from umd.peers import mae_pixels, mae_target
 from umd.schedule import schedule_of
 from umd.train.data import evenly, open_held_out_or_train
-from umd.train.evaluate import open_run
 from umd.train.features import Extract, Features, identity_of, name_of, pictures_of
+from umd.train.opened import open_run
 from umd.train.run import RunConfig
 from umd.train.shards import Job
 from umd.train.weights import weights_identity

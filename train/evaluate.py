@@ -1,119 +1,414 @@
-"""Load what commands on a finished run need: network, noise schedule, VAE; and time a network call."""
+"""`umd evaluate RUN`: score a run's samples and its representation, in one table.
 
-import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+The long work is cut into files (`train/shards.py`). Ranks share them without communicating, a repeated command makes
+only missing ones, and a rank that finds all of them computes the scores.
+"""
+
+import json
+import platform
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from typing import TypeVar
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress, TaskID
-from torch import Tensor
+from rich.markdown import Markdown
+from safetensors.torch import save
 
-from umd.checkpoint import checkpoint_path
-from umd.conditions import denoiser
+import umd
+from umd.classifier import Classifier
+from umd.config import ModelConfig
 from umd.errors import UserError
-from umd.feature_networks import default_features
-from umd.machine.device import seconds_of, take_device
-from umd.methods import AnyModel
-from umd.metrics import FeatureStatistics, feature_statistics
+from umd.feature_networks import identity, open_features
+from umd.files import check_place, write_whole
+from umd.images import from_uint8
 from umd.model import UMD
-from umd.tokenizer import Tokenizer, load_tokenizer
-from umd.train.latents import tokenizer_of
+from umd.schedule import schedule_of
+from umd.train import classify, opened
+from umd.train.console import say
+from umd.train.data import open_dataset
+from umd.train.errors import NAMES, Errors, draw_errors
+from umd.train.features import CALL, Features, name_of, spans
+from umd.train.fingerprint import with_source
+from umd.train.latents import pixel_config
+from umd.train.options import Evaluate, Probe
+from umd.train.probe import Recognition, own_pictures, tell_notes
+from umd.train.reference import (
+    DECODED,
+    RESIZE,
+    Reference,
+    load_reference,
+    outputs_of,
+    real_pictures,
+    reference_of,
+    scores,
+    stored_pictures,
+)
 from umd.train.run import RunConfig
-from umd.train.shards import own_device
-from umd.train.weights import load_model
-
-M = TypeVar("M", bound=AnyModel)
-
-
-def open_run(
-    config: RunConfig, ema: bool = True, step: int | None = None
-) -> tuple[AnyModel, torch.device, torch.dtype]:
-    """Load the network of a run. Returns network, device and autocast dtype.
-
-    ema: use the EMA weights if the run has them. step: step of the checkpoint; None: the newest.
-    """
-    device, dtype = take_device(own_device(config.device), config.precision)
-    path = config.out if step is None else checkpoint_path(config.checkpoints, step)
-    return load_model(path, ema, device, config.model.image_size), device, dtype
+from umd.train.sample import Drawer, chosen_classes, drawn_labels
+from umd.train.sampling import check_sampling, chosen_guidance, clips, draw_recipe, prediction_of, steps_of
+from umd.train.shards import Advance, Job, others_work, rank_and_size, share
+from umd.train.weights import weights_identity
 
 
-def open_run_of(
-    kind: type[M], config: RunConfig, ema: bool = True, step: int | None = None
-) -> tuple[M, torch.device, torch.dtype]:
-    """`open_run` for a network known to be of class `kind`, which is asserted."""
-    model, device, dtype = open_run(config, ema, step)
-    assert isinstance(model, kind)
-    return model, device, dtype
+def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Console) -> None:
+    """Do this rank's share of the work. A rank that finds all of it done writes and prints the scores."""
+    config = with_source(config, options.source)
+    out = options.out or run
+    if config.is_classifier:
+        score_classifier(run, options, config, console)
+        return
+    file, table, curves = out / "scores.json", out / "scores.md", out / "errors.png"
+    check_place(file, table, curves)
+    if options.reference is not None and not options.reference.is_file():
+        raise UserError(f"there is no file {options.reference}, which --reference names")
+    left_out = reasons(run, config, options)
+    for what, reason in left_out.items():
+        console.print(f"left out: {what} ({reason})", highlight=False)
+    if len(left_out) == 3:
+        raise UserError(f"nothing is left to score in {run}")
+    if not {"recognition", "errors"} <= left_out.keys() or not (options.reference or options.pictures):
+        own_pictures(run, config, options.source, console)
+    generation = None if "generation" in left_out else Generation(config, options, console)
+    probe = Probe(shots=options.shots, allow_fewer=options.allow_fewer, linear=options.linear, out=options.out)
+    recognition = None if "recognition" in left_out else Recognition(config, probe)
+    if recognition is not None:
+        tell_notes(console, recognition.train, recognition.test)
+    errors = None if "errors" in left_out else Errors(config, options.errors, options.ema, options.out)
+    jobs = [job for part in (generation, recognition, errors) if part is not None for job in part.jobs()]
+    if not share(jobs, console, "images"):
+        console.print(others_work(), highlight=False)
+        return
+    record = read_record(file)
+    record["environment"] = environment()
+    if generation is not None:
+        put(record["generation"], generation.entries())
+    if recognition is not None:
+        put(record["recognition"], [recognition.entry()])
+    if errors is not None:
+        put(record.setdefault("errors", []), [errors.entry()])
+        draw_errors(record["errors"], curves)
+    write_whole(file, json.dumps(record, indent=1).encode())
+    text = markdown(record)
+    write_whole(table, text.encode())
+    console.print(Markdown(text))
+    say(console, f"written: {file} and {table}")
 
 
-def open_tokenizer(config: RunConfig, vae: str, device: torch.device) -> Tokenizer | None:
-    """Load the VAE that decodes a run's samples, from `vae` if given. None for a run on pixels.
+def reasons(run: Path, config: RunConfig, options: Evaluate) -> dict[str, str]:
+    """The parts of the scores that are left out, each with the reason."""
+    found = {}
+    if not options.generation:
+        found["generation"] = "not asked for"
+    elif config.is_diffmae:
+        found["generation"] = "a DiffMAE fills holes in pictures and draws none without"
+    elif getattr(config.objective, "no_noise_prob", 0) == 1:
+        found["generation"] = "the network never saw noise"
+    if not options.recognition:
+        found["recognition"] = "not asked for"
+    elif len(classes := open_dataset(config.data, "train").class_names) < 2:
+        found["recognition"] = f"the pictures have {'one class, ' + classes[0] if classes else 'no labels'}"
+    if not options.errors:
+        found["errors"] = "not asked for"
+    elif config.is_diffmae:
+        found["errors"] = "a DiffMAE's errors are not measured"
+    elif isinstance(config.model, ModelConfig) and config.model.outputs == "x_start" and not config.model.decoder_depth:
+        found["errors"] = "the network has no decoder and predicts nothing"
+    return found
 
-    Raises UserError if the VAE is missing or not the run's.
-    """
-    if not vae or config.data.vae_hash:
-        tokenizer = tokenizer_of(replace(config.data, vae=vae or config.data.vae), device)
-        if tokenizer is None and config.model.channels not in (1, 3):
-            raise UserError(
-                f"{config.out} makes latents of {config.model.channels} channels, which a VAE turns into pictures; "
-                "give it, e.g. --vae stabilityai/sd-vae-ft-ema"
+
+def score_classifier(run: Path, options: Evaluate, config: RunConfig, console: Console) -> None:
+    """Score a classifier on the pictures of --split. The first rank alone does it, and writes scores.json."""
+    file = (options.out or run) / "scores.json"
+    check_place(file)
+    if rank_and_size()[0]:
+        return
+    own_pictures(run, config, options.source, console)
+    dataset = open_dataset(config.data, options.split)
+    if not len(dataset) or dataset.labels is None:
+        what = "no labels" if len(dataset) else f"no {options.split} pictures"
+        raise UserError(f"{dataset.name} has {what} to score a classifier on; give --source, or --split train")
+    model, _, dtype = opened.open_run_of(Classifier, config, options.ema)
+    if (found := len(dataset.class_names)) != model.config.num_classes:
+        raise UserError(f"{run} tells {model.config.num_classes} classes apart, and {dataset.name} has {found}")
+    scores = classify.score(model, dataset, config.data, dtype)
+    line = classify.write_scores(scores, dataset, weights_identity(run, options.ema)["step"], file, options.split)
+    say(console, f"{line}\nwritten: {file}")
+
+
+class Generation:
+    """Samples of a run at each guidance scale, and the reference that they are measured against."""
+
+    def __init__(self, config: RunConfig, options: Evaluate, console: Console):
+        classes = chosen_classes(config, (), options.balanced)
+        check_sampling(options, config)
+        self.config, self.options = config, options
+        weights = weights_identity(config.out, options.ema)  # fixed now, as a run that still trains may save newer ones
+        self.model, self.device, self.dtype = opened.open_run_of(UMD, config, options.ema, weights["step"])
+        self.tokenizer = opened.open_tokenizer(config, options.vae, self.device)
+        self.network = open_features(options.features, options.weights).to(self.device).eval()
+        self.check_count(options.count, "samples", f"give --count {self.network.num_features} or more")
+        factor = 1 if self.tokenizer is None else self.tokenizer.vae.factor
+        self.size = [side * factor for side in config.model.image_size]
+        self.predict, self.heads = prediction_of(options, config, weights, self.model, self.dtype, console)
+        self.out = options.out or config.out
+        self.root = self.out / "features"
+        self.labels = drawn_labels(classes, options.count, options.balanced, options.seed) if classes else None
+        order = "none" if not classes else "in turn" if options.balanced else "at random"
+        self.recipes = [
+            draw_recipe(
+                config, weights, self.device, self.dtype, self.tokenizer, options.count, options, classes=classes,
+                order=order, cfg_scale=cfg_scale, seed=options.seed, predict=self.predict, heads=self.heads,
             )
-        return tokenizer
-    on_pixels = UserError(f"{config.out} is a run on pixels; leave out --vae")
-    if config.model.channels in (1, 3):
-        raise on_pixels
-    tokenizer = load_tokenizer(vae, device)  # imported weights do not record their VAE
-    if tokenizer.vae.channels != config.model.channels:
-        raise on_pixels
-    return tokenizer
+            for cfg_scale in (options.cfg_scale if classes else (1.0,))
+        ]  # fmt: skip
+        self.open_reference()
+
+    def check_count(self, count: int, what: str, mend: str) -> None:
+        """Raise UserError if the covariance of `count` pictures is singular, unless --few allows it."""
+        D = self.network.num_features
+        if count == 1:
+            raise UserError(f"{count} {what} have no covariance; {mend}")
+        if 0 < count < D and not self.options.few:
+            raise UserError(
+                f"{count} {what} are fewer than the {D} features of {self.network.name}: their covariance is singular, "
+                f"and the distance says as much of the count as of the pictures; {mend}, or take it anyway with --few "
+                "and compare at equal counts only"
+            )
+
+    def open_reference(self) -> None:
+        """Open the reference: a file, or features of real pictures that jobs will compute."""
+        options, data = self.options, self.config.data
+        self.given: Reference | None = None
+        self.made: Features | None = None
+        if options.reference is not None:
+            self.given = self.load(options.reference)
+            if self.given.features is None:
+                found = stored_pictures(self.root, options.reference, self.network, self.size)
+                if found is not None:
+                    self.made, self.read = found
+            self.check_count(self.given.count, "pictures of the reference", "give a larger one")
+            return
+        tokenizer = self.tokenizer
+        if options.pictures:
+            if tokenizer is None:
+                raise UserError("--pictures is for runs on latents; this run's own pictures are the real ones")
+            data, tokenizer = replace(pixel_config(data, tokenizer.vae), source=options.pictures), None
+        dataset = open_dataset(data, options.split)
+        mend = "give --split train, or --reference FILE"
+        if len(dataset) == 0:
+            raise UserError(f"{dataset.name} has no held-out pictures to measure against; {mend}")
+        self.check_count(len(dataset), f"real pictures ({options.split})", mend)
+        self.made, self.read = real_pictures(self.root, dataset, data, self.network, tokenizer)
+        if (kept := self.kept(self.made)).exists():
+            self.given, self.made = self.load(kept), None
+
+    def load(self, file: Path) -> Reference:
+        vae = None if self.tokenizer is None else self.tokenizer.vae.sha256
+        return load_reference(file, self.network, self.size, [RESIZE] if vae is None else [RESIZE, *DECODED], vae)
+
+    def kept(self, made: Features) -> Path:
+        """The file that keeps a reference made by this command."""
+        return self.out / f"reference-{name_of(made.settings)}.npz"
+
+    def samples(self, recipe: Mapping[str, Any]) -> Features:
+        return Features(self.root, {**recipe, "features": identity(self.network)}, np.arange(self.options.count), CALL)
+
+    def jobs(self) -> list[Job]:
+        found = [] if self.made is None else self.made.jobs(self.read, outputs_of(self.network))
+        for recipe in self.recipes:
+            features = self.samples(recipe)
+            drawer = cache(partial(self.drawer, recipe["cfg_scale"]))  # made only if a job is not done
+            found += [
+                Job(file, last - first, partial(self.drawn, drawer, first, last))
+                for file, (first, last) in zip(features.files, spans(self.options.count, CALL), strict=True)
+            ]
+            features.write_recipe()
+        return found
+
+    def drawer(self, cfg_scale: float) -> Drawer:
+        options = self.options
+        return Drawer(
+            self.model, schedule_of(self.config.schedule), self.labels, options.count,
+            num_steps=steps_of(options, self.config), cfg_scale=cfg_scale, eta=options.eta, seed=options.seed,
+            clip=clips(self.config, self.tokenizer), dtype=self.dtype, batch=options.batch, capture=options.capture,
+            tokenizer=self.tokenizer, sampler=options.sampler, predict=self.predict, heads=self.heads,
+            guidance=chosen_guidance(options),
+        )  # fmt: skip
+
+    def drawn(self, drawer: Any, first: int, last: int, advance: Advance) -> bytes:
+        """Draw samples first..last-1. Returns their features as the bytes of a safetensors file."""
+        x = from_uint8(drawer().pictures(first, last, advance))
+        whole = torch.cat([x, x[:1].expand(CALL - len(x), -1, -1, -1)])
+        outputs = outputs_of(self.network)(whole, torch.arange(first, first + CALL))
+        return save({name: value[: last - first].cpu().contiguous() for name, value in outputs.items()})
+
+    def reference(self) -> Reference:
+        """The reference. If it was made by this command, also keep it as a file."""
+        if self.made is None:
+            assert self.given is not None
+            return self.given
+        made = reference_of(self.made, self.network)
+        if self.given is not None:  # an ADM file: its statistics, and features of its pictures
+            return replace(self.given, features=made.features, floor=made.floor)
+        made.save(self.kept(self.made))
+        return made
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The scores at each guidance scale, with everything that they depend on."""
+        reference = self.reference()
+        found = []
+        for recipe in self.recipes:
+            features = self.samples(recipe)
+            spatial = features.read("spatial") if self.network.num_spatial else None
+            logits = features.read("logits") if self.network.num_logits else None
+            values = scores(reference, features.read("pooled"), spatial, logits, self.network)
+            about = {"name": reference.name, "count": reference.count or None, **reference.settings}
+            few = min(self.options.count, reference.count or self.options.count) < self.network.num_features
+            found.append(
+                {
+                    "key": name_of({"samples": features.settings, "reference": reference.settings}),
+                    "samples": {**recipe, "features": identity(self.network)},
+                    "reference": about,
+                    "scores": values,
+                    "floor": reference.floor,
+                    "few": few,
+                }
+            )
+        return found
 
 
-@contextmanager
-def sampling_progress(console: Console | None, what: str) -> Iterator[Callable[[int, int, Tensor, Tensor], None]]:
-    """Show a progress bar; yields the callback for the samplers."""
-    with Progress(console=console, transient=True, disable=console is None or not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda i, n, x_t, x_start: bar.update(task, completed=i + 1, total=n)
+# The record
 
 
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Median time of three calls, in seconds."""
-    return statistics.median(seconds_of(call, device) for _ in range(3))
+def read_record(file: Path) -> dict[str, Any]:
+    """Read the record of earlier evaluations of this run, or an empty one."""
+    empty: dict[str, Any] = {"format": 1, "environment": {}, "generation": [], "recognition": []}
+    try:
+        record = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        return empty
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}); remove it and run the same command again") from error
+    return record if isinstance(record, dict) and record.get("format") == 1 else empty
 
 
-def seconds_a_call(model: UMD, batch: int, dtype: torch.dtype, labelled: bool) -> float:
-    """Measure one network call on `batch` images, in seconds."""
-    device = next(model.parameters()).device
-    x = torch.zeros(batch, model.config.channels, *model.config.image_size, device=device)
-    t = torch.ones(batch, dtype=torch.int64, device=device)
-    labels = torch.zeros(batch, dtype=torch.int64, device=device) if labelled else None
-    denoise = denoiser(model, dtype)
-    with torch.no_grad():
-        return timed(lambda: denoise(x, t, labels), x.device)
+def put(entries: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
+    """Add new entries. They replace entries with the same settings."""
+    for entry in new:
+        entries[:] = [other for other in entries if other["key"] != entry["key"]] + [entry]
 
 
-def show_done(bar: Progress, task: TaskID, done: int) -> None:
-    bar.update(task, completed=done)
+def environment() -> dict[str, str]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    return {"umd": umd.__version__, "torch": torch.__version__, "device": device}
 
 
-def frechet(samples: Tensor, reference: Tensor, console: Console | None = None) -> tuple[str, float]:
-    """Fréchet distance between samples and reference images, both [N, C, H, W] in [-1, 1].
-
-    Returns (name, distance). The name is FID only with InceptionV3.
-    """
-    network, name = default_features()
-    statistics: list[FeatureStatistics] = []
-    for what, images in (("samples", samples), ("reference", reference)):
-        with Progress(console=console, transient=True, disable=console is None or not console.is_terminal) as bar:
-            task = bar.add_task(f"{name} features of {what}", total=len(images))
-            statistics.append(
-                feature_statistics(
-                    images, network, name, device=samples.device,
-                    progress=partial(show_done, bar, task),
+def markdown(record: Mapping[str, Any]) -> str:
+    """Write the scores as tables: one per reference, as distances to different ones do not compare; then the probes."""
+    lines = []
+    by_reference: dict[str, list[dict[str, Any]]] = {}
+    for entry in record["generation"]:
+        by_reference.setdefault(entry["reference"]["name"], []).append(entry)
+    for name, entries in by_reference.items():
+        lines += [f"## Samples against reference {name}", "", described(entries[0]["reference"]), ""]
+        lines += columns(entries)
+        if any(entry["few"] for entry in entries):
+            lines += ["", "† fewer pictures than features: these distances compare at equal counts only."]
+        lines.append("")
+    if record["recognition"]:
+        lines += ["## Representation", ""]
+        lines += table_head(["weights", "probe", "features", "accuracy", "spread"])
+        for entry in record["recognition"]:
+            for row in entry["rows"]:
+                spread = "" if row["spread"] is None else f"± {100 * row['spread']:.1f}"
+                weights = f"step {entry['settings']['weights']['step']}"
+                lines.append(
+                    table_row([weights, row["probe"], row["features"], f"{100 * row['accuracy']:.1f} %", spread])
                 )
-            )  # fmt: skip
-    return name, statistics[0].distance(statistics[1])
+        lines.append("")
+    for entry in record.get("errors", []):
+        lines += error_lines(entry)
+    return "\n".join(lines)
+
+
+def error_lines(entry: Mapping[str, Any]) -> list[str]:
+    """Write the errors by timestep as a table."""
+    curves, settings = entry["curves"], entry["settings"]
+    split = {"train": "training", "test": "held-out"}[settings["data"]["split"]]
+    what = (
+        f"On {entry['pictures']} {split} pictures, with the same noise and masks for every network; ± standard error."
+    )
+    lines = [f"## Squared error by model time, step {settings['weights']['step']}", "", what, ""]
+    lines += table_head(["t", *(NAMES[name] for name in curves)])
+    for i, time in enumerate(entry["times"]):
+        cells = [(curve["mean"][i], curve["se"][i]) for curve in curves.values()]
+        lines.append(table_row([str(time), *("" if m is None else f"{m:.4f} ± {s:.4f}" for m, s in cells)]))
+    return [*lines, ""]
+
+
+def columns(entries: list[dict[str, Any]]) -> list[str]:
+    """Write a table with one column per entry. The last column is the noise floor."""
+    drawn = [entry["samples"] for entry in entries]
+    rows = {
+        "samples": [f"{s['count']}{' †' * e['few']}" for s, e in zip(drawn, entries, strict=True)],
+        "labels": [s["labels"] for s in drawn],
+        "guidance": [guidance_of(s) for s in drawn],
+        "sampler": [sampler_of(s) for s in drawn],
+        "weights": [f"step {s['weights']['step']}{', EMA' * (s['weights']['part'] == 'ema')}" for s in drawn],
+    }
+    floor = entries[0]["floor"]
+    lines = table_head(["", *("samples" for _ in entries), "real pictures: half against half"])
+    lines += [table_row([name, *cells, ""]) for name, cells in rows.items()]
+    found = [*(entry["scores"] for entry in entries), floor]
+    for name in dict.fromkeys(name for values in found for name in values):
+        cells = [number(entry["scores"].get(name)) for entry in entries]
+        lines.append(table_row([f"**{name}**", *cells, number(floor.get(name))]))
+    return lines
+
+
+def guidance_of(samples: Mapping[str, Any]) -> str:
+    """Describe a recipe's guidance: its scale, and settings other than the default. Older records have fewer."""
+    if samples["cfg_scale"] == 1:
+        return "none"
+    parts = [f"{samples['cfg_scale']:g}"]
+    if (schedule := samples.get("cfg_schedule", "constant")) != "constant":
+        parts.append(schedule)
+    if "times" in samples and samples["cfg_interval"] != [1, samples["times"]]:
+        parts.append("t {} to {}".format(*samples["cfg_interval"]))
+    if samples.get("cfg_channels"):
+        parts.append(f"{samples['cfg_channels']} channels")
+    return ", ".join(parts)
+
+
+def sampler_of(samples: Mapping[str, Any]) -> str:
+    parts = [f"{samples['sampler']}, {samples['steps']} steps"]
+    if samples["eta"] is not None:
+        parts.append(f"η {samples['eta']:g}")
+    if heads := {"x_start": "from x̂0", "both": "from both heads"}.get(samples.get("predict", "eps")):
+        parts.append(heads)
+    return ", ".join(parts)
+
+
+def described(about: Mapping[str, Any]) -> str:
+    """Describe a reference in one sentence."""
+    network = about["features"]
+    count = f"{about['count']} pictures" if about.get("count") else "pictures whose number the file does not tell"
+    size = "x".join(map(str, about["image_size"]))
+    made = about.get("resize") or f"as in the file of sha256 {about['file'][:12]}"
+    return f"{count} of {size}, {made}. Features: {network['name']} ({network['input']})."
+
+
+def table_head(columns: list[str]) -> list[str]:
+    return [table_row(columns), "|" + "---|" * len(columns)]
+
+
+def table_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

@@ -31,7 +31,7 @@ from umd.hugging_face import statistics, to_vit, to_vit_mae
 from umd.model import UMD
 from umd.published import give, mae_links, vit_links
 from umd.schedule import schedule_of
-from umd.train import evaluate
+from umd.train import opened
 from umd.train.options import Export
 from umd.train.run import RunConfig, to_plain
 from umd.train.sampling import clips
@@ -170,7 +170,7 @@ def write_diffusers(model: UMD, folder: Path, config: RunConfig, options: Export
         )  # fmt: skip
     schedule = schedule_of(config.schedule)
     learned = model.config.outputs == "eps_sigma"
-    tokenizer = evaluate.open_tokenizer(config, options.vae, torch.device("cpu"))
+    tokenizer = opened.open_tokenizer(config, options.vae, torch.device("cpu"))
     scheduler = dict(
         num_train_timesteps=schedule.num_steps, trained_betas=schedule.betas.tolist(),
         clip_sample=clips(config, tokenizer), prediction_type="epsilon", timestep_spacing="trailing",

@@ -29,10 +29,10 @@ from umd.probe import ProbeResult, draw_shots, fewshot_accuracy
 from umd.schedule import NoiseSchedule, schedule_of
 from umd.train.console import say
 from umd.train.data import Dataset, open_dataset
-from umd.train.evaluate import open_run
 from umd.train.features import Extract, Features, identity_of, name_of, pictures_of
 from umd.train.fingerprint import check_trained_on, with_source
 from umd.train.latents import LatentDataset
+from umd.train.opened import open_run
 from umd.train.options import Probe
 from umd.train.run import RunConfig, at_size
 from umd.train.shards import Job, others_work, share

@@ -31,7 +31,7 @@ from umd.schedule import NoiseSchedule, schedule_of
 from umd.schedulers import open_sampler, sampler_times
 from umd.tensor_files import write_npz
 from umd.tokenizer import Tokenizer
-from umd.train import evaluate
+from umd.train import opened
 from umd.train.console import say
 from umd.train.features import name_of, spans
 from umd.train.heads import Heads
@@ -138,8 +138,8 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
     count = options.count or options.per_class * max(len(classes), 1)
     check_sampling(options, config)
     weights = weights_identity(config.out, options.ema)  # fixed now, as a run that still trains may save newer ones
-    model, device, dtype = evaluate.open_run_of(UMD, config, options.ema, weights["step"])
-    tokenizer = evaluate.open_tokenizer(config, options.vae, device)
+    model, device, dtype = opened.open_run_of(UMD, config, options.ema, weights["step"])
+    tokenizer = opened.open_tokenizer(config, options.vae, device)
     cfg_scale = options.cfg_scale if classes else 1.0
     predict, heads = prediction_of(options, config, weights, model, dtype, console)
     if not classes:

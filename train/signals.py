@@ -32,7 +32,7 @@ class StopRequest:
 def stop_signal() -> Iterator[StopRequest]:
     """Note Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal, so that the loop stops after its step.
 
-    A second Ctrl-C interrupts at once. SIGHUP stays ignored under nohup.
+    A second Ctrl-C interrupts at once. Under nohup, SIGHUP stays ignored.
     """
     stop = StopRequest()
 
@@ -42,7 +42,8 @@ def stop_signal() -> Iterator[StopRequest]:
         stop.requested = signal.Signals(number)
 
     try:
-        before = {s: signal.signal(s, note) for s in STOPS if signal.getsignal(s) is not signal.SIG_IGN}
+        ignored = [s for s in STOPS if s.name == "SIGHUP" and signal.getsignal(s) is signal.SIG_IGN]
+        before = {s: signal.signal(s, note) for s in STOPS if s not in ignored}
     except ValueError:  # not in the main thread, where signals never arrive
         before = {}
     try:

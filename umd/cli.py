@@ -403,7 +403,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "FID and its kin of samples, and probes of the representation, in one table",
-        "umd.train.score:run_evaluation", "Evaluate", "RUN",
+        "umd.train.evaluate:run_evaluation", "Evaluate", "RUN",
     ),
     "embed": Command(
         "the representation of pictures as .npz and Parquet", "umd.train.embed:embed", "Embed", "RUN SOURCE"

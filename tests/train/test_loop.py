@@ -213,12 +213,16 @@ def test_a_closed_pipe_ends_no_run(tiny):
     assert process.wait(120) == 0 and load_checkpoint(config.checkpoints, parts=[]).step == 3
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_saves_says_how_to_go_on_and_ends(tiny, number, code):
     """Also where it comes to every process, as from Slurm: first those that prepare pictures, then the group."""
     config = tiny(steps=100_000)
     config = replace(config, data=replace(config.data, num_workers=2))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the run would inherit that it is ignored, as under nohup
     process = start(config)
+    signal.signal(signal.SIGHUP, before)
     wait_for(process, lambda: logged_step(config) >= 3)
     for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         os.kill(int(worker), number)

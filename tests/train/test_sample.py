@@ -16,7 +16,7 @@ from umd.conditions import denoiser
 from umd.errors import UserError
 from umd.sampler import ddim_sample
 from umd.schedule import schedule_of
-from umd.train import evaluate
+from umd.train import opened
 from umd.train.options import Sample
 from umd.train.run import read_config
 from umd.train.sample import Drawer, draw, drawn_labels, in_calls_of
@@ -81,7 +81,7 @@ def test_samples_are_those_of_the_sampler(run, tmp_path):
     """Drawn at once, without parts: up to rounding."""
     sample(run, tmp_path / "one", count=70, steps=3, cfg_scale=2.0, seed=5)
     config = read_config(run)
-    model, device, dtype = evaluate.open_run(config)
+    model, device, dtype = opened.open_run(config)
     with np.load(tmp_path / "one.npz") as arrays:
         pictures, labels = arrays["arr_0"], torch.from_numpy(arrays["arr_1"])
     alone = ddim_sample(
@@ -95,7 +95,7 @@ def test_samples_are_those_of_the_sampler(run, tmp_path):
 def test_progress_counts_what_is_asked_for(run):
     """40 images are two groups of 32."""
     config, seen = read_config(run), []
-    model, _, dtype = evaluate.open_run(config)
+    model, _, dtype = opened.open_run(config)
     drawer = Drawer(
         model, schedule_of(config.schedule), torch.arange(40) % 3, 40, num_steps=2, cfg_scale=1.0, eta=0.0,
         seed=0, clip=True, dtype=dtype,

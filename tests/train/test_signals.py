@@ -22,7 +22,7 @@ def test_a_worker_heeds_its_parent_and_no_one_else():
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", WORKER], text=True, bufsize=1, **pipes) as worker:
         assert worker.stdout.readline() == "ready\n"
-        for name in ("TERM", "USR1", "INT"):  # from a process that is not its parent
+        for name in ("TERM", "USR1", "INT", "HUP"):  # from a process that is not its parent
             subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
             worker.stdin.write("still there?\n")
             assert worker.stdout.readline() == "ready\n", name

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from umd.errors import UserError
 from umd.metrics import FeatureStatistics, frechet_distance, kernel_distance
+from umd.train.evaluate import markdown, put, run_evaluation
 from umd.train.features import Features
 from umd.train.options import Evaluate
 from umd.train.reference import DECODED, RESIZE, Reference, load_reference, moments, reference_of, stored_pictures
 from umd.train.run import read_config
-from umd.train.score import markdown, put, run_evaluation
 from umd.train.settings import DataConfig
 from umd.train.shards import share
 
