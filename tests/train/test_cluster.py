@@ -144,7 +144,15 @@ def test_a_script_starts_a_preset_or_another_command(given, run, tmp_path):
 
 @pytest.mark.parametrize(
     ("status", "seconds", "queued"),
-    [(0, 9999, False), (2, 9999, False), (143, 9999, False), (1, 9999, True), (134, 9999, True), (1, 0, False)],
+    [
+        (0, 9999, False),
+        (2, 9999, False),
+        (143, 9999, False),
+        (1, 9999, True),
+        (134, 9999, True),
+        (1, 0, False),
+        (75, 0, True),
+    ],
 )
 def test_a_job_that_a_fault_ended_is_queued_again(status, seconds, queued, tmp_path):
     """srun ends with the status of the ranks; what the script asks of Slurm is written down."""
