@@ -4,6 +4,7 @@ The three classes have the same methods and the same checkpoint files: whole fp3
 So a run may be resumed with another number of ranks, another ZeRO stage, or in one process.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -209,8 +210,23 @@ class DDP(Alone):
             for moment in norm.parameters():
                 self.weights.world.mean_(moment)
 
+    def check_replicas(self) -> None:
+        """Warn if the weights of ranks differ. All ranks call this together.
+
+        All make the same updates, so other weights come from a faulty GPU, or from a bad read when the run was resumed.
+        """
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()]))  # [parameters]
+        bits = self.weights.world.gather(norms.double().sum()[None].view(torch.int64))  # [ranks]
+        if others := (bits != bits[0]).nonzero().flatten().tolist():
+            warnings.warn(
+                f"the weights of ranks {', '.join(map(str, others))} differ from rank 0's: a GPU computes or reads "
+                "wrongly. Stop the run, take it out, and go on from an earlier checkpoint",
+                stacklevel=2,
+            )
+
     def tensors(self, ema: EMA | None) -> dict[str, Tensors]:
         self.average_moments()
+        self.check_replicas()
         return super().tensors(None) | ({} if ema is None else {"ema": self.weights.gather(ema.state_dict(), "ema")})
 
     def load(self, parts: Mapping[str, Tensors], ema: EMA | None) -> None:

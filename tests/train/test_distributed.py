@@ -651,6 +651,25 @@ except UserError as error:
     assert errors[0].startswith("umd: rank 0 lost the others (") and "one of them ended or hangs" in errors[0]
 
 
+def test_ranks_whose_weights_differ_are_told():
+    code = """
+from pathlib import Path
+import torch
+from umd.train.distributed import ParallelConfig, join
+from umd.train.parallel import DDP
+world = join("cpu", ParallelConfig(timeout=60), Path("unused"))
+model = torch.nn.Linear(4, 4)
+parallel = DDP(model, model, None, 1, 0.0, world, "fp32")
+parallel.check_replicas()
+print("equal", flush=True)
+if world.rank == 1:
+    model.weight.data[2, 3] += 1e-3
+parallel.check_replicas()
+"""
+    codes, out, errors = ends(start_ranks(["-c", code], 2), timeout=120)
+    assert codes == [0, 0] and out == ["equal\n"] * 2 and errors[0].count("the weights of ranks 1 differ") == 1
+
+
 def test_ranks_wait_longer_for_what_one_does_alone_but_not_for_one_that_is_gone(tmp_path):
     """Rank 1 takes twice as long as an exchange of a step may, and is killed the second time."""
     code = (
