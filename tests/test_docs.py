@@ -49,7 +49,7 @@ SMALL = {
     "encode-latents": "--image-size 16 16 --out {out}",
     "encode-pixels": "--size 12 12 --out {out}",
     "export": "--image-size 8 8 --out {out}",
-    "import": "--num-heads 4 --out {out}",
+    "import": "--num-heads 4 --decoder-num-heads 4 --out {out}",
     "check-data": "--workers 1 --min-side 8 --out {out}",
     "embed": "--out {out}",
 }  # fmt: skip
