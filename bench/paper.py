@@ -68,6 +68,7 @@ def make_chain(plan: Plan, chain: Chain, out: Path) -> None:
             if result is None:
                 write_whole(stopped, json.dumps(spent).encode())
         write_whole(file, json.dumps(result | spent, indent=1).encode())
+        stopped.unlink(missing_ok=True)
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:

@@ -334,12 +334,16 @@ class Watch(threading.Thread):
         self.leaving.set()
         last = threading.Timer(60, os._exit, (code,))  # if the store's host is gone, an exchange may not return
         last.daemon = True
-        last.start()
+        with contextlib.suppress(RuntimeError):  # Python 3.12 starts no threads at exit
+            last.start()
         try:
             first = self.store.add("told", 1) == 1
             if first:
                 self._say(message)
             else:
+                code = (
+                    1 if code == TemporaryError.code else code
+                )  # it lost the rank that tells, for a reason of its own
                 time.sleep(1)  # the launcher kills all once one ends, and another rank is still printing
             self.store.add("ended", 1)
             if self.rank == 0:  # this process may host the store
@@ -360,8 +364,9 @@ class Watch(threading.Thread):
 
     @staticmethod
     def _say(message: str) -> None:
-        sys.stdout.flush()
-        print(f"umd: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a closed terminal
+            sys.stdout.flush()
+            print(f"umd: {message}", file=sys.stderr, flush=True)
 
 
 def modified(file: Path | None) -> int | None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from rich.console import Console
@@ -47,13 +48,13 @@ class RunLog:
         self.out, self.console, self.name = out, console, name
         with self._writes():
             self._drop_rows_after(start)
-            self._rows = (out / "metrics.jsonl").open("a")
+            self._rows: BinaryIO | None = self._open_rows()
             self._board: SummaryWriter | None = self._open_board(purge_step=start + 1 if start else None)
         self._wandb = None
         if project:
             try:
                 self._wandb = open_wandb(out, project, settings)
-            except UserError as error:
+            except Exception as error:
                 if not start:
                     raise
                 self.say(f"{error}; the run goes on without")  # it may have been started again at night
@@ -70,6 +71,15 @@ class RunLog:
         self._beside = Comparison(reference, start)
         self._last_line = 0.0
         self._failing: set[str] = set()  # what could not be written last time
+        self._board_at = 0.0  # when TensorBoard's writer may be opened again
+
+    def _open_rows(self) -> BinaryIO:
+        """Open metrics.jsonl to append lines, after a line that a full disk or a kill cut short."""
+        rows = (self.out / "metrics.jsonl").open("ab+")
+        if rows.tell():
+            rows.seek(-1, os.SEEK_END)
+            rows.write(b"" if rows.read() == b"\n" else b"\n")
+        return rows
 
     def _open_board(self, purge_step: int | None = None) -> SummaryWriter:
         return SummaryWriter(str(self.out / "tensorboard"), purge_step=purge_step)
@@ -82,7 +92,9 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         """Close all files."""
-        closes = [("metrics.jsonl", self._rows.close)]
+        closes = []
+        if self._rows is not None:
+            closes.append(("metrics.jsonl", self._rows.close))
         if self._board is not None:
             closes.append(("tensorboard/", self._board.close))
         if self._wandb is not None:
@@ -120,14 +132,18 @@ class RunLog:
             if not isinstance(error, (OSError, UserError, *others)):
                 raise
             if what not in self._failing:
-                self.say(f"cannot write {what} ({error}): training goes on without; make room, or mount the disk again")
+                mend = "; make room, or mount the disk again" if isinstance(error, (OSError, UserError)) else ""
+                self.say(f"cannot write {what} ({error}): training goes on without{mend}")
             self._failing.add(what)
         else:
             self._failing.discard(what)
 
     def _to_board(self, add: Callable[[SummaryWriter], object]) -> None:
-        """Call `add` with TensorBoard's writer. After an error its thread is dead: the next call opens another."""
-        with self._tries("tensorboard/"):
+        """Call `add` with TensorBoard's writer. After an error its thread is dead: another is opened a minute later."""
+        if self._board is None and time.monotonic() < self._board_at:
+            return
+        self._board_at = time.monotonic() + 60  # each one that is opened leaves a file
+        with self._tries("tensorboard/", Exception):
             board, self._board = self._board or self._open_board(), None
             add(board)
             self._board = board
@@ -147,8 +163,10 @@ class RunLog:
     def scores(self, row: dict, **settings: float) -> None:
         """Log values of a step without printing a line. settings: how they were made; kept in the row, not plotted."""
         with self._tries("metrics.jsonl"):
-            self._rows.write(json.dumps(row | settings) + "\n")
-            self._rows.flush()
+            rows, self._rows = self._rows or self._open_rows(), None  # after an error it is opened anew
+            rows.write(json.dumps(row | settings).encode() + b"\n")
+            rows.flush()
+            self._rows = rows
         scalars = [(key, value) for key, value in row.items() if key not in ("step", "seconds")]
 
         def add(board: SummaryWriter) -> None:

@@ -129,8 +129,8 @@ class Run:
         self.number, self.seconds = 0, 0.0  # steps done, seconds of training
         self.saved_path: Path | None = None
         self.saved_step: int | None = None
-        self.saved_before: tuple[int | None, Path | None] = None, None  # step and path of the save before
         self.saved_seconds = 0.0  # `seconds` at the last save
+        self.saved_before: tuple[int | None, Path | None, float] = None, None, 0.0  # these of the save before
         self.show: Callable[[Tensor], np.ndarray] = rgb
         self.distance: Distance | None = None
         self.looked = 0.0  # `seconds` at the last check of what is due
@@ -185,7 +185,7 @@ class Run:
         state["kept"] = hours > 0 and self.seconds // hours > self.saved_seconds // hours
         check_weights(self, tensors["model"])
         write = save_checkpoint if self.background is None else self.background.save
-        self.saved_before, self.saved_seconds = (self.saved_step, self.saved_path), self.seconds
+        self.saved_before, self.saved_seconds = (self.saved_step, self.saved_path, self.saved_seconds), self.seconds
         self.saved_step, self.saved_path = self.number, checkpoint_path(self.config.checkpoints, self.number)
         if self.world.main:
             write(self.config.checkpoints, self.number, tensors, state, keep=self.config.keep)
@@ -205,7 +205,7 @@ class Run:
         Only rank 0, which writes, hears of it; `settle_save` tells the others.
         """
         if self.background is not None and (lost := self.background.check(wait)):
-            self.saved_step, self.saved_path = self.saved_before
+            self.saved_step, self.saved_path, self.saved_seconds = self.saved_before
             log.say(f"{lost}; training goes on, and the next checkpoint is tried when it is due")
 
     def settle_save(self) -> str:
@@ -215,7 +215,7 @@ class Run:
         """
         lost = "" if self.background is None else str(self.background.lost() or "")
         if lost:
-            self.saved_step, self.saved_path = self.saved_before
+            self.saved_step, self.saved_path, self.saved_seconds = self.saved_before
         self.saved_step, self.saved_path, lost = self.world.agree((self.saved_step, self.saved_path, lost))
         return lost
 

@@ -215,11 +215,12 @@ class DDP(Alone):
 
         All make the same updates, so other weights come from a faulty GPU, or from a bad read when the run was resumed.
         """
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()]))  # [parameters]
-        bits = self.weights.world.gather(norms.double().sum()[None].view(torch.int64))  # [ranks]
+        weights = [p.detach().view(torch.int32) for p in self.model.parameters()]
+        sums = torch.stack([bits.sum(dtype=torch.int64) for bits in weights])  # exact in any order
+        bits = self.weights.world.gather(sums.sum()[None])  # [ranks]
         if others := (bits != bits[0]).nonzero().flatten().tolist():
             warnings.warn(
-                f"the weights of ranks {', '.join(map(str, others))} differ from rank 0's: a GPU computes or reads "
+                f"the weights of ranks {', '.join(map(str, others))} differ from rank 0's: a device computes or reads "
                 "wrongly. Stop the run, take it out, and go on from an earlier checkpoint",
                 stacklevel=2,
             )

@@ -110,7 +110,7 @@ class Prepared(Iterator[Any]):
     def __next__(self) -> Any:
         """Wait for the next batch, with a warning each minute that the disk stalls.
 
-        Raises TemporaryError if it stalls for an hour or a worker has died, `Stopped` if the run was asked to stop.
+        Raises TemporaryError if it stalls for an hour, UserError if a worker died, `Stopped` on a request to stop.
         """
         began, told, asked = time.monotonic(), 0, 0.0
         while True:
@@ -168,7 +168,9 @@ class Prepared(Iterator[Any]):
         if dead.exitcode < 0:
             name = signal.Signals(-dead.exitcode).name
             how, why = f"by {name}", f": {DEATHS[name]}" if name in DEATHS else ""
-        raise TemporaryError(f"a process that reads {self.source} (pid {dead.pid}) was ended {how}{why}.") from None
+        ended = UserError(f"a process that reads {self.source} (pid {dead.pid}) was ended {how}{why}.")
+        ended.code = 1  # as of a rank that was killed
+        raise ended from None
 
     def close(self) -> None:
         """End the workers. Call it explicitly, as a traceback may keep this object alive."""

@@ -11,7 +11,6 @@ Files hold the adaLN projections of all blocks as one tensor, `adaLN_modulation.
 own, e.g. `adaLN_modulation.3.weight`. `joined` and `split` convert weights, averages and optimiser state.
 """
 
-import errno
 import hashlib
 import json
 import re
@@ -79,7 +78,10 @@ def save_checkpoint(
     # A round trip through JSON: unsuitable data fails before anything is written, and the digest is what a reader gets.
     document = {"format": FORMAT, "step": step, "state": json.loads(json.dumps(state))}
     path = checkpoint_path(root, step)
-    again_if_lost(lambda: _write(path, tensors, document), path)
+    try:
+        again_if_lost(lambda: _write(path, tensors, document), path)
+    except OSError as error:
+        raise _refused(path, error) from error
     replaced = _replaced(path)
     try:
         earlier = [
@@ -95,7 +97,7 @@ def save_checkpoint(
 
 
 def _write(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], document: dict) -> None:
-    """Write the folder of a checkpoint. Raises OSError for a stale handle (ESTALE), else CheckpointError."""
+    """Write the folder of a checkpoint. Raises OSError if a network disk was lost, else CheckpointError."""
     root, replaced = path.parent, _replaced(path)
     unfinished = root / f"{_UNFINISHED}{path.name}"
     document = document | {"files": {}}
@@ -119,15 +121,19 @@ def _write(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], document: di
         flush(root)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if error.errno == errno.ESTALE:
+        if error.errno in LOST:
             raise
-        raise CheckpointError(
-            f"Could not write checkpoint {path}: {error.strerror or error}; "
-            "make room there or choose another run folder (earlier checkpoints are untouched)."
-        ) from error
+        raise _refused(path, error) from error
     except BaseException:  # Ctrl-C in the middle of a save
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _refused(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"Could not write checkpoint {path}: {error.strerror or error}; "
+        "make room there or choose another run folder (earlier checkpoints are untouched)."
+    )
 
 
 def checkpoint_path(root: Path | str, step: int) -> Path:
@@ -171,7 +177,7 @@ def load_checkpoint(
     for part in files if parts is None else parts:
         if part not in files:
             raise CheckpointError(f"Checkpoint {path} has no part {part!r}; it holds {', '.join(files)}.")
-        if verify and sha256(files[part]) != document["files"][files[part].name]["sha256"]:
+        if verify and _sha256(files[part]) != document["files"][files[part].name]["sha256"]:
             raise _damaged(files[part], "differs from its checksum")
         with safe_open(files[part], framework="pt") as opened:
             tensors[part] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
@@ -325,7 +331,17 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
 
 def _document(path: Path) -> dict:
     """Read `state.json`. Raises CheckpointError if format, checksum or a file's size is wrong."""
-    return again_if_lost(lambda: _read_document(path), path)
+    try:
+        return again_if_lost(lambda: _read_document(path), path)
+    except OSError as error:
+        raise _damaged(path / STATE, f"cannot be read ({error.strerror or error})") from error
+
+
+def _sha256(file: Path) -> str:
+    try:
+        return sha256(file)
+    except OSError as error:
+        raise _damaged(file, f"cannot be read ({error.strerror or error})") from error
 
 
 def _read_document(path: Path) -> dict:

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from umd.errors import TemporaryError, UserError
-from umd.files import LOST
+from umd.errors import UserError
+from umd.files import LOST, exit_status
 from umd.machine.environment import prepare
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"unknown command {name!r}; {hint}")
         run(name, rest)
     except UserError as error:
-        fail(str(error), name, error.code)
+        fail(str(error), name, exit_status(error))
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
             raise
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         what = "check the path, its permissions and the room on the disk"
         if error.errno in LOST:
             what = "the disk lost it: if it is a network disk, mount it again on this host; then repeat the command"
-        fail(f"{where}{error.strerror or error}; {what}", name, TemporaryError.code if error.errno in LOST else 2)
+        fail(f"{where}{error.strerror or error}; {what}", name, exit_status(error))
 
 
 def silent(command: str = "") -> bool:  # a rank other than 0 of a command of TOGETHER

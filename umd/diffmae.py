@@ -149,7 +149,7 @@ class DiffMAE(nn.Module):
             ids_keep: int64 [sum K], indices of the visible patches among the B·L patches of the batch.
             masked: [sum M, C·p·P·P], noised masked patches.
             ids_masked: int64 [sum M], indices of the masked patches.
-            packings: the packings.
+            packings: where the tokens of each image lie.
             timesteps: int64 [R], model times 1..T of the distinct conditions.
 
         Returns:

@@ -39,6 +39,16 @@ def again_if_lost(call: Callable[[], T], path: Path) -> T:
     )
 
 
+def exit_status(error: Exception) -> int:
+    """The exit status for an error: that of a TemporaryError if a lost network disk is its cause."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in LOST:
+            return TemporaryError.code
+        cause = cause.__cause__
+    return getattr(error, "code", UserError.code)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write `data` to `path` atomically: readers see the old file or the whole new one, even if this process is killed.
 

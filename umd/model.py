@@ -137,7 +137,7 @@ class UMD(nn.Module):
         Args:
             patches: [sum K, C·P·P], visible patches, sample after sample.
             ids_keep: int64 [sum K], indices of the visible patches among the S·L patches of the batch.
-            packings: the packings; sample s uses condition row `cond_index[s]`.
+            packings: where the tokens of each sample lie; sample s uses condition row `cond_index[s]`.
             timesteps: int64 [R], model times 0..T of the distinct conditions. EDM also takes fp32 [R], ln(σ)/4.
             labels: int64 [R] in 0..num_classes, where num_classes is the null class; None: the null class.
             ids_predict: int64, indices of the patches that a cross decoder predicts, sample after sample, as many as

@@ -12,6 +12,7 @@ import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -295,14 +296,16 @@ def from_dit(state: State, num_heads: int = 0) -> tuple[ModelConfig, State]:
     return config, take(state, dit_links(config), config, source)
 
 
-def from_maskdit(state: State, num_heads: int = 0) -> tuple[ModelConfig, State]:
+def from_maskdit(state: State, num_heads: int = 0, decoder_num_heads: int = 0) -> tuple[ModelConfig, State]:
     """Network and weights from MaskDiT's state dict. Raises UserError as `take`."""
     source = "a MaskDiT of Anima-Lab"
     state = {name if name.startswith("model.") else f"model.{name}": value for name, value in state.items()}
     fields = vit_fields(state, "model.x_embedder.proj.weight", "model.pos_embed", "model.blocks", 0, num_heads, source)
     width = shape_of(state, "model.decoder_layer.linear.weight", 2, source)[0]
     classes = shape_of(state, "model.y_embedder.embedding_table.weight", 2, source)[1]
-    decoder = dict(decoder_hidden_size=width, decoder_depth=depth_of(state, "model.decoder_blocks"))
+    heads = decoder_num_heads or MASKDIT["decoder_num_heads"]
+    depth = depth_of(state, "model.decoder_blocks")
+    decoder = dict(decoder_hidden_size=width, decoder_num_heads=heads, decoder_depth=depth)
     config = ModelConfig(**MASKDIT | fields | decoder | dict(num_classes=classes))
     return config, take(state, maskdit_links(config), config, source)
 
@@ -372,20 +375,23 @@ def load_published(kind: str, path: Path, num_heads: int = 0, decoder_num_heads:
     if path.is_dir():
         return from_folder(kind, path)
     found = read_weights(path)
-    take_state = {"dit": from_dit, "maskdit": from_maskdit, "mae": from_mae}[kind]
+    takes: dict[str, Callable[..., Any]] = {
+        "dit": from_dit,
+        "maskdit": partial(from_maskdit, decoder_num_heads=decoder_num_heads),
+        "mae": partial(from_mae, decoder_num_heads=decoder_num_heads),
+    }
+    take_state = takes[kind]
     if kind == "mae" and "head.weight" in weights_of(found, "model"):
-        take_state = from_mae_classifier  # type: ignore[assignment]
+        take_state = from_mae_classifier
     config, model = take_state(weights_of(found, "model", "ema"), num_heads)
     tensors = {"model": model}
     if isinstance(found.get("ema"), Mapping):
         averaged, tensors["ema"] = take_state(weights_of(found, "ema"), num_heads)
         if averaged != config:
             raise UserError(f"{path} holds two networks: the average of its weights has other shapes than the weights")
-    if isinstance(config, ModelConfig) and config.decoder_hidden_size:
-        if not decoder_num_heads and config.decoder_hidden_size != DECODER_WIDTH:
-            what = f"a decoder {config.decoder_hidden_size} wide"
-            raise UserError(f"weights do not tell how many heads {what} has; give --decoder-num-heads")
-        config = replace(config, decoder_num_heads=decoder_num_heads or config.decoder_num_heads)
+    width = config.decoder_hidden_size if isinstance(config, ModelConfig) else 0
+    if width not in (0, DECODER_WIDTH) and not decoder_num_heads:
+        raise UserError(f"weights do not tell how many heads a decoder {width} wide has; give --decoder-num-heads")
     if kind == "mae" and config.channels == 3:
         config = replace(config, pixel_stats="imagenet")
     options = found.get("args")

@@ -28,7 +28,7 @@ from umd.checkpoint import (
     save_checkpoint,
 )
 from umd.errors import UserError
-from umd.files import again_if_lost, sha256
+from umd.files import again_if_lost, exit_status, sha256
 from umd.tensor_files import SAFETENSORS_TYPES, write_safetensors
 
 ROOT = Path(__file__).parents[2]
@@ -252,6 +252,17 @@ def test_a_stale_handle_is_tried_again_and_then_told(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         again_if_lost(lambda: disk.answer("there"), tmp_path)
     assert disk.times == 1  # other errors are not tried again
+
+
+def test_the_exit_status_tells_whether_a_repetition_may_succeed(tmp_path, monkeypatch):
+    """Whatever sentence a lost disk is told in: 75 is what a scheduler may try again."""
+    monkeypatch.setattr(files, "WAITS", (0,))
+    for number, status in ((errno.EIO, 75), (errno.ESTALE, 75), (errno.ENOSPC, 2)):
+        tensors = {"model": Weights(Disk(9, number), w=torch.ones(3))}
+        with pytest.raises(UserError) as caught:
+            save_checkpoint(tmp_path, 1, tensors, {})
+        assert exit_status(caught.value) == status
+    assert exit_status(UserError("a mistake")) == exit_status(ValueError()) == 2
 
 
 class Weights(dict):
