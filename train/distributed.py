@@ -340,10 +340,9 @@ class Watch(threading.Thread):
             first = self.store.add("told", 1) == 1
             if first:
                 self._say(message)
-            else:
-                code = (
-                    1 if code == TemporaryError.code else code
-                )  # it lost the rank that tells, for a reason of its own
+            elif code == TemporaryError.code:
+                code = 1  # this rank lost the one that tells, and that one's status says why
+            if not first:
                 time.sleep(1)  # the launcher kills all once one ends, and another rank is still printing
             self.store.add("ended", 1)
             if self.rank == 0:  # this process may host the store
