@@ -76,7 +76,7 @@ def train(
         UserError: settings do not fit together, data cannot be read, or `config.out` holds another run or one that is
             still at work.
         Diverged: the loss is NaN or infinite. The last good checkpoint is kept; `nan-dump.json` describes the batch.
-        KeyboardInterrupt, SystemExit(143), SystemExit(138): on Ctrl-C, SIGTERM or SIGUSR1, after saving.
+        KeyboardInterrupt, or SystemExit(128 + signal): on Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP, after saving.
     """
     if config.data.source and Path(config.data.source).expanduser().exists():
         check_apart(config.out, config.data.source)

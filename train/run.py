@@ -87,7 +87,7 @@ class RunConfig:
     keep: Count = 3
     """Number of checkpoints to keep; older ones are deleted."""
     keep_hours: NonNegative = 0
-    """Hours of training after which a checkpoint is kept for good, beside the newest. 0: none."""
+    """Every so many hours of training, one checkpoint is kept for good, beside the newest. 0: none."""
     log_every: Count = 10
     """Steps between log lines."""
     wandb: str = ""

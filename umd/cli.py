@@ -39,8 +39,8 @@ TOGETHER = ("pretrain", "finetune")  # commands that all ranks run together; onl
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; `arguments` default to those of the process.
 
-    Exit status: 0 on success, 2 with one sentence for an error that the user can mend, 1 if the reader of standard
-    output is gone, 130 after Ctrl-C.
+    Exit status: 0 on success, 2 with one sentence for an error that the user can mend, 75 with one if it may be gone
+    when the command is repeated, 1 if the reader of standard output is gone, 130 after Ctrl-C.
     """
     prepare(restart=arguments is None)
     arguments = sys.argv[1:] if arguments is None else arguments
