@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from umd.machine.device import recording
+
 WINDOWS = 20  # measurements; the result is their median
 WINDOW_MS = 2.0  # work per window in ms; the few µs of a replay itself do not count beside it
 MOST_COPIES = 32  # if these still fit into the cache, a training step would find its data there too
@@ -75,7 +77,6 @@ def time_calls(calls: Sequence[Callable[[], object]]) -> Timing:
 
 def recorded(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """Record what a call launches on the current stream."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+    with recording() as graph:
         run()
     return graph

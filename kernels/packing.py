@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, groupby
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -100,8 +101,8 @@ def equal_lengths(samples: int, length: int, device: torch.device) -> Packing:
     # Tensors made under a dispatch mode serve that mode only: they are not kept.
     if not torch.compiler.is_compiling() and sees_dispatch():
         return pack([length] * samples, device=device)
-    # hash() makes sizes plain numbers for torch.compile: it recompiles for other values, with no symbolic size.
-    return Packing(*_equal_lengths(hash(samples), hash(length), device))
+    # index() makes sizes plain numbers for torch.compile: it recompiles for other values, with no symbolic size.
+    return Packing(*_equal_lengths(index(samples), index(length), device))
 
 
 @untraced  # torch.compile keeps the plain tuple of tensors as a constant

@@ -218,6 +218,7 @@ def _layer_norm_bwd_sum_kernel(
     D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     if tl.program_id(0) >= FOR_ALL:
@@ -251,7 +252,8 @@ def _layer_norm_bwd_sum_kernel(
         dweight = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
         dbias = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
         dh_bias = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
-        for first in range(0, C, BLOCK_C):
+        # A thousand chunks in a row: tiles are loaded ahead, or each would wait for memory.
+        for first in tl.range(0, C, BLOCK_C, num_stages=STAGES):
             chunk = first + tl.arange(0, BLOCK_C)
             if dh_bias_ptr is not None:
                 dh_bias += _partials(dh_bias_part_ptr, chunk, C, cols, D)
@@ -290,7 +292,7 @@ def _bwd_launch(D: int) -> dict[str, int]:
 
 
 def _sum_launch(D: int) -> dict[str, int]:
-    return {"D": D, "BLOCK_C": 32, "BLOCK_D": 32, "num_warps": 4}
+    return {"D": D, "BLOCK_C": 32, "BLOCK_D": 32, "STAGES": 6, "num_warps": 4}
 
 
 def _stride(table: Tensor | None) -> int:

@@ -6,8 +6,9 @@ it sums by atomics, and leaves the gradients of q, k and v to be copied together
 
     tiles     A program has one head and one tile of a sample's queries (forward, dq) or keys (dk, dv). Ragged lengths
               need no padding: programs beyond a sample's end return.
-    token 0   It is not part of the tiles. Each program handles it first, as a vector, so that 1 + 64·n tokens (a CLS
-              token and patches) fill their tiles.
+    token 0   With 1 + 64·n tokens (a CLS token and patches), one token would need a tile of its own among the queries,
+              and one more among the keys of each. Token 0 of such a sample stands alone: it has a program of its own,
+              which works on 16 columns, and the others handle it first, as a vector.
     backward  dq is computed by tiles of queries, dk and dv by tiles of keys. The weights are computed twice, and no sum
               needs atomics: the bits are the same each time. Gradients are written in place in [N, 3, H, d].
 
@@ -22,9 +23,10 @@ from torch import Tensor
 from ..backend import tl, triton
 from .op import triton_op, wrap_triton
 
+# Measured on an H200 (docs/performance-gpu.md). Tiles of 128 rows are slower, as fewer programs share a multiprocessor.
 FWD = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3)
 BWD_Q = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
-BWD_KV = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2)
+BWD_KV = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=1)
 LOG2E = math.log2(math.e)
 
 
@@ -39,6 +41,25 @@ def _rows(ptr, first, stop, cols, stride, d: tl.constexpr, BLOCK: tl.constexpr):
 def _row(ptr, cols, d: tl.constexpr):
     """Load row 0 of a head in fp32: [BLOCK_D]."""
     return tl.load(ptr + cols, cols < d, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _as_column(row, dtype: tl.constexpr):
+    """[BLOCK_D] as column 0 of [BLOCK_D, 16], the narrowest tile of tensor cores. The other columns are 0."""
+    return tl.where(tl.arange(0, 16)[None, :] == 0, row[:, None], 0.0).to(dtype)
+
+
+@triton.jit
+def _column(tile):
+    """Column 0 of [M, 16]: [M]."""
+    return tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, tile, 0.0), 1)
+
+
+@triton.jit
+def _first_row(tile, L, BLOCK: tl.constexpr):
+    """(whether token 0 stands alone, the first row of the program's tile)."""
+    alone = (L - 1) % BLOCK == 0
+    return alone, tl.where(alone, 1 + (tile - 1) * BLOCK, tile * BLOCK)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -63,31 +84,37 @@ def _attention_fwd_kernel(
     k_ptr, v_ptr = q_ptr + H * d, q_ptr + 2 * H * d
     out_ptr += start * (H * d) + head * d
     lse_ptr += head.to(tl.int64) * N + start
-    i = 1 + (tile - 1) * BLOCK_M
-    if tile == 0:
-        if L > 0:
-            q0 = _row(q_ptr, cols, d) * scale
-            top = tl.sum(q0 * _row(k_ptr, cols, d), 0)
-            total = 1.0
-            out0 = _row(v_ptr, cols, d)
-            for j in range(1, L, BLOCK_N):
-                k = _rows(k_ptr, j, L, cols, 3 * H * d, d, BLOCK_N).to(tl.float32)
-                v = _rows(v_ptr, j, L, cols, 3 * H * d, d, BLOCK_N).to(tl.float32)
-                s = tl.where(j + tl.arange(0, BLOCK_N) < L, tl.sum(k * q0[None, :], 1), float("-inf"))
-                higher = tl.maximum(top, tl.max(s, 0))
-                p, shrink = tl.exp2(s - higher), tl.exp2(top - higher)
-                total = total * shrink + tl.sum(p, 0)
-                out0 = out0 * shrink + tl.sum(p[:, None] * v, 0)
-                top = higher
-            tl.store(out_ptr + cols, (out0 / total).to(out_ptr.dtype.element_ty), cols < d)
-            tl.store(lse_ptr, top + tl.log2(total))
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    alone, i = _first_row(tile, L, BLOCK_M)
+    if i < 1 and alone:
+        k0, v0, q0 = _row(k_ptr, cols, d), _row(v_ptr, cols, d), _row(q_ptr, cols, d)
+        top = tl.full([16], 0.0, tl.float32) + tl.sum(q0 * k0, 0) * scale
+        total = tl.full([16], 1.0, tl.float32)
+        out0 = tl.broadcast_to(v0[:, None], [BLOCK_D, 16])
+        q0 = _as_column(q0, dtype)
+        for j in range(1, L, BLOCK_N):
+            k = _rows(k_ptr, j, L, cols, 3 * H * d, d, BLOCK_N)
+            v = _rows(v_ptr, j, L, cols, 3 * H * d, d, BLOCK_N)
+            s = tl.dot(k, q0) * scale  # [BLOCK_N, 16]
+            s = tl.where((j + tl.arange(0, BLOCK_N) < L)[:, None], s, float("-inf"))
+            higher = tl.maximum(top, tl.max(s, 0))
+            p, shrink = tl.exp2(s - higher[None, :]), tl.exp2(top - higher)
+            total = total * shrink + tl.sum(p, 0)
+            out0 = tl.dot(tl.trans(v), p.to(dtype), out0 * shrink[None, :])
+            top = higher
+        tl.store(out_ptr + cols, _column(out0 / total[None, :]).to(dtype), cols < d)
+        tl.store(lse_ptr + tl.arange(0, 16), top + tl.log2(total), tl.arange(0, 16) == 0)
     elif i < L:
         rows = i + tl.arange(0, BLOCK_M)
         q = _rows(q_ptr, i, L, cols, 3 * H * d, d, BLOCK_M)  # [BLOCK_M, BLOCK_D]
-        top = tl.sum(q.to(tl.float32) * _row(k_ptr, cols, d)[None, :], 1) * scale
-        total = tl.full([BLOCK_M], 1.0, tl.float32)
-        out = tl.broadcast_to(_row(v_ptr, cols, d)[None, :], [BLOCK_M, BLOCK_D])
-        for j in range(1, L, BLOCK_N):
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if alone:
+            top = tl.sum(q.to(tl.float32) * _row(k_ptr, cols, d)[None, :], 1) * scale
+            total += 1.0
+            out += _row(v_ptr, cols, d)[None, :]
+        for j in range(tl.where(alone, 1, 0), L, BLOCK_N):
             k = _rows(k_ptr, j, L, cols, 3 * H * d, d, BLOCK_N)
             v = _rows(v_ptr, j, L, cols, 3 * H * d, d, BLOCK_N)
             s = tl.dot(q, tl.trans(k)) * scale  # [BLOCK_M, BLOCK_N]
@@ -140,21 +167,23 @@ def _attention_bwd_q_kernel(
     dout_ptr += start * (H * d) + head * d
     lse_ptr += head.to(tl.int64) * N + start
     delta_ptr += head.to(tl.int64) * N + start
-    i = 1 + (tile - 1) * BLOCK_M
-    if tile == 0:
-        if L > 0:
-            q0, dout0 = _row(q_ptr, cols, d), _row(dout_ptr, cols, d)
-            k0, v0 = _row(k_ptr, cols, d), _row(v_ptr, cols, d)
-            lse0, delta0 = tl.load(lse_ptr), tl.sum(dout0 * _row(out_ptr, cols, d), 0)
-            dq0 = k0 * (tl.exp2(tl.sum(q0 * k0, 0) * scale - lse0) * (tl.sum(dout0 * v0, 0) - delta0))
-            for j in range(1, L, BLOCK_N):
-                k = _rows(k_ptr, j, L, cols, 3 * H * d, d, BLOCK_N).to(tl.float32)
-                v = _rows(v_ptr, j, L, cols, 3 * H * d, d, BLOCK_N).to(tl.float32)
-                p = tl.exp2(tl.sum(k * q0[None, :], 1) * scale - lse0)
-                p = tl.where(j + tl.arange(0, BLOCK_N) < L, p, 0.0)
-                dq0 += tl.sum((p * (tl.sum(v * dout0[None, :], 1) - delta0))[:, None] * k, 0)
-            tl.store(dq_ptr + cols, (dq0 * softmax_scale).to(dq_ptr.dtype.element_ty), cols < d)
-            tl.store(delta_ptr, delta0)
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    alone, i = _first_row(tile, L, BLOCK_M)
+    if i < 1 and alone:
+        q0, dout0 = _row(q_ptr, cols, d), _row(dout_ptr, cols, d)
+        k0, v0 = _row(k_ptr, cols, d), _row(v_ptr, cols, d)
+        lse0, delta0 = tl.load(lse_ptr), tl.sum(dout0 * _row(out_ptr, cols, d), 0)
+        tl.store(delta_ptr, delta0)
+        ds0 = tl.exp2(tl.sum(q0 * k0, 0) * scale - lse0) * (tl.sum(dout0 * v0, 0) - delta0)
+        dq0 = tl.broadcast_to((k0 * ds0)[:, None], [BLOCK_D, 16])
+        q0, dout0 = _as_column(q0, dtype), _as_column(dout0, dtype)
+        for j in range(1, L, BLOCK_N):
+            k = _rows(k_ptr, j, L, cols, 3 * H * d, d, BLOCK_N)
+            v = _rows(v_ptr, j, L, cols, 3 * H * d, d, BLOCK_N)
+            weights = tl.exp2(tl.dot(k, q0) * scale - lse0)  # [BLOCK_N, 16]
+            weights = tl.where((j + tl.arange(0, BLOCK_N) < L)[:, None], weights, 0.0)
+            dq0 = tl.dot(tl.trans(k), (weights * (tl.dot(v, dout0) - delta0)).to(dtype), dq0)
+        tl.store(dq_ptr + cols, (_column(dq0) * softmax_scale).to(dtype), cols < d)
     elif i < L:
         rows = i + tl.arange(0, BLOCK_M)
         q = _rows(q_ptr, i, L, cols, 3 * H * d, d, BLOCK_M)  # [BLOCK_M, BLOCK_D]
@@ -163,10 +192,12 @@ def _attention_bwd_q_kernel(
         lse = tl.load(lse_ptr + rows, rows < L, other=float("inf"))
         delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
         tl.store(delta_ptr + rows, delta, rows < L)
-        k0, v0 = _row(k_ptr, cols, d)[None, :], _row(v_ptr, cols, d)[None, :]
-        p = tl.exp2(tl.sum(q.to(tl.float32) * k0, 1) * scale - lse)
-        dq = (p * (tl.sum(dout.to(tl.float32) * v0, 1) - delta))[:, None] * k0
-        for j in range(1, L, BLOCK_N):
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if alone:
+            k0, v0 = _row(k_ptr, cols, d)[None, :], _row(v_ptr, cols, d)[None, :]
+            p = tl.exp2(tl.sum(q.to(tl.float32) * k0, 1) * scale - lse)
+            dq += (p * (tl.sum(dout.to(tl.float32) * v0, 1) - delta))[:, None] * k0
+        for j in range(tl.where(alone, 1, 0), L, BLOCK_N):
             k = _rows(k_ptr, j, L, cols, 3 * H * d, d, BLOCK_N)
             v = _rows(v_ptr, j, L, cols, 3 * H * d, d, BLOCK_N)
             weights = tl.exp2(tl.dot(q, tl.trans(k)) * scale - lse[:, None])  # [BLOCK_M, BLOCK_N]
@@ -204,33 +235,39 @@ def _attention_bwd_kv_kernel(
     dout_ptr += start * (H * d) + head * d
     lse_ptr += head.to(tl.int64) * N + start
     delta_ptr += head.to(tl.int64) * N + start
-    j = 1 + (tile - 1) * BLOCK_M
-    if tile == 0:
-        if L > 0:
-            q0, dout0 = _row(q_ptr, cols, d), _row(dout_ptr, cols, d)
-            k0, v0 = _row(k_ptr, cols, d), _row(v_ptr, cols, d)
-            p0 = tl.exp2(tl.sum(q0 * k0, 0) * scale - tl.load(lse_ptr))
-            dk0 = q0 * (p0 * (tl.sum(dout0 * v0, 0) - tl.load(delta_ptr)))
-            dv0 = dout0 * p0
-            for i in range(1, L, BLOCK_N):
-                rows = i + tl.arange(0, BLOCK_N)
-                q = _rows(q_ptr, i, L, cols, 3 * H * d, d, BLOCK_N).to(tl.float32)
-                dout = _rows(dout_ptr, i, L, cols, H * d, d, BLOCK_N).to(tl.float32)
-                lse = tl.load(lse_ptr + rows, rows < L, other=float("inf"))  # beyond the end: p = 0
-                delta = tl.load(delta_ptr + rows, rows < L, other=0.0)
-                p = tl.exp2(tl.sum(q * k0[None, :], 1) * scale - lse)
-                dk0 += tl.sum((p * (tl.sum(dout * v0[None, :], 1) - delta))[:, None] * q, 0)
-                dv0 += tl.sum(p[:, None] * dout, 0)
-            tl.store(dk_ptr + cols, (dk0 * softmax_scale).to(dk_ptr.dtype.element_ty), cols < d)
-            tl.store(dv_ptr + cols, dv0.to(dv_ptr.dtype.element_ty), cols < d)
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    alone, j = _first_row(tile, L, BLOCK_M)
+    if j < 1 and alone:
+        q0, dout0 = _row(q_ptr, cols, d), _row(dout_ptr, cols, d)
+        k0, v0 = _row(k_ptr, cols, d), _row(v_ptr, cols, d)
+        p0 = tl.exp2(tl.sum(q0 * k0, 0) * scale - tl.load(lse_ptr))
+        ds0 = p0 * (tl.sum(dout0 * v0, 0) - tl.load(delta_ptr))
+        dk0 = tl.broadcast_to((q0 * ds0)[:, None], [BLOCK_D, 16])
+        dv0 = tl.broadcast_to((dout0 * p0)[:, None], [BLOCK_D, 16])
+        k0, v0 = _as_column(k0, dtype), _as_column(v0, dtype)
+        for i in range(1, L, BLOCK_N):
+            rows = i + tl.arange(0, BLOCK_N)
+            q = _rows(q_ptr, i, L, cols, 3 * H * d, d, BLOCK_N)
+            dout = _rows(dout_ptr, i, L, cols, H * d, d, BLOCK_N)
+            lse = tl.load(lse_ptr + rows, rows < L, other=float("inf"))  # beyond the end: weights of 0
+            delta = tl.load(delta_ptr + rows, rows < L, other=0.0)
+            weights = tl.exp2(tl.dot(q, k0) * scale - lse[:, None])  # [BLOCK_N, 16]
+            dv0 = tl.dot(tl.trans(dout), weights.to(dtype), dv0)
+            ds = weights * (tl.dot(dout, v0) - delta[:, None])
+            dk0 = tl.dot(tl.trans(q), ds.to(dtype), dk0)
+        tl.store(dk_ptr + cols, (_column(dk0) * softmax_scale).to(dtype), cols < d)
+        tl.store(dv_ptr + cols, _column(dv0).to(dtype), cols < d)
     elif j < L:
         k = _rows(k_ptr, j, L, cols, 3 * H * d, d, BLOCK_M)  # [BLOCK_M, BLOCK_D]
         v = _rows(v_ptr, j, L, cols, 3 * H * d, d, BLOCK_M)
-        q0, dout0 = _row(q_ptr, cols, d)[None, :], _row(dout_ptr, cols, d)[None, :]
-        p = tl.exp2(tl.sum(k.to(tl.float32) * q0, 1) * scale - tl.load(lse_ptr))
-        dk = (p * (tl.sum(v.to(tl.float32) * dout0, 1) - tl.load(delta_ptr)))[:, None] * q0
-        dv = p[:, None] * dout0
-        for i in range(1, L, BLOCK_N):
+        dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if alone:
+            q0, dout0 = _row(q_ptr, cols, d)[None, :], _row(dout_ptr, cols, d)[None, :]
+            p = tl.exp2(tl.sum(k.to(tl.float32) * q0, 1) * scale - tl.load(lse_ptr))
+            dk += (p * (tl.sum(v.to(tl.float32) * dout0, 1) - tl.load(delta_ptr)))[:, None] * q0
+            dv += p[:, None] * dout0
+        for i in range(tl.where(alone, 1, 0), L, BLOCK_N):
             rows = i + tl.arange(0, BLOCK_N)
             q = _rows(q_ptr, i, L, cols, 3 * H * d, d, BLOCK_N)
             dout = _rows(dout_ptr, i, L, cols, H * d, d, BLOCK_N)
@@ -250,7 +287,7 @@ def _shape(qkv: Tensor) -> dict:
 
 
 def _grid(launch: dict, H: int, cu_seqlens: Tensor, max_seqlen: int) -> tuple[int, int, int]:
-    return 1 + triton.cdiv(max_seqlen - 1, launch["BLOCK_M"]), H, len(cu_seqlens) - 1
+    return triton.cdiv(max_seqlen, launch["BLOCK_M"]), H, len(cu_seqlens) - 1
 
 
 @triton_op("short_attention_fwd")

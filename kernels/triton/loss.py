@@ -9,6 +9,14 @@ from .patches import patch_corner, patch_noise, patch_pixel, patch_tiles
 
 
 @triton.jit
+def _tile(num_patches, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A program's (rows [BLOCK_M], columns [BLOCK_D], mask, offsets into the prediction's x̂0 half)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    return row, col, (row < num_patches)[:, None] & (col < D)[None, :], row[:, None] * (2 * D) + col[None, :]
+
+
+@triton.jit
 def _errors(
     prediction_ptr,
     x_ptr,
@@ -25,15 +33,12 @@ def _errors(
     BLOCK_D: tl.constexpr,
     FROM_SEED: tl.constexpr,
 ):
-    """For a program's tile [BLOCK_M, BLOCK_D]: (x̂0 - x0, ε̂ - ε, noised rows, offsets, mask).
+    """For a program's tile [BLOCK_M, BLOCK_D]: (x̂0 - x0, ε̂ - ε, noised rows).
 
-    Errors are 0 where they are not scored. Offsets, and their mask, point into the prediction's x̂0 half.
+    Errors are 0 where they are not scored.
     """
     D: tl.constexpr = C * P * P
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_col = tl.program_id(1) * BLOCK_D
-    col = first_col + tl.arange(0, BLOCK_D)
-    mask = (row < num_patches)[:, None] & (col < D)[None, :]
+    row, col, mask, at = _tile(num_patches, D, BLOCK_M, BLOCK_D)
     role = tl.load(roles_ptr + row, row < num_patches, other=2)
     visible = role == 1
     noised = row < num_noised
@@ -41,17 +46,17 @@ def _errors(
     # num_eps == num_noised: noised samples hide nothing, so x̂0 is scored on all their patches.
     score_x0 = mask & ((role == 0) | (noised & (num_eps == num_noised)))[:, None]
 
-    at = row[:, None] * (2 * D) + col[None, :]
     corner, sample = patch_corner(row, C, H, W, P)
     pixel = corner[:, None] + patch_pixel(col, H, W, P)[None, :]
     error_x0 = tl.load(prediction_ptr + at, score_x0, other=0).to(tl.float32)
     error_x0 -= tl.load(x_ptr + pixel, score_x0, other=0).to(tl.float32)
     error_eps = tl.load(prediction_ptr + at + D, score_eps, other=0).to(tl.float32)
     L: tl.constexpr = (H // P) * (W // P)
+    first_col = tl.program_id(1) * BLOCK_D
     error_eps -= patch_noise(
         noise_ptr, corner, sample, score_eps, num_noised // L, first_col, C, H, W, P, BLOCK_D, FROM_SEED
     )
-    return error_x0, tl.where(score_eps, error_eps, 0.0), noised, at, mask
+    return error_x0, tl.where(score_eps, error_eps, 0.0), noised
 
 
 @triton.jit
@@ -74,7 +79,7 @@ def _masked_diffusion_loss_fwd_kernel(
     BLOCK_D: tl.constexpr,
     FROM_SEED: tl.constexpr,
 ):
-    error_x0, error_eps, noised, _, _ = _errors(
+    error_x0, error_eps, noised = _errors(
         prediction_ptr, x_ptr, roles_ptr, noise_ptr, num_patches, num_noised, num_eps,
         C, H, W, P, BLOCK_M, BLOCK_D, FROM_SEED,
     )  # fmt: skip
@@ -113,7 +118,7 @@ def _masked_diffusion_loss_bwd_kernel(
     BLOCK_D: tl.constexpr,
     FROM_SEED: tl.constexpr,
 ):
-    error_x0, error_eps, noised, at, mask = _errors(
+    error_x0, error_eps, noised = _errors(
         prediction_ptr, x_ptr, roles_ptr, noise_ptr, num_patches, num_noised, num_eps,
         C, H, W, P, BLOCK_M, BLOCK_D, FROM_SEED,
     )  # fmt: skip
@@ -124,6 +129,8 @@ def _masked_diffusion_loss_bwd_kernel(
     deps = (tl.load(dlosses_ptr + 1) + half) * (2.0 / D) / tl.maximum(num_eps, 1)
     dx0 = (tl.load(dlosses_ptr + 2) + half) * (2.0 / D) / tl.maximum(num_x0, 1)
     dclean = (tl.load(dlosses_ptr + 3) + clean_share * dtotal) * (2.0 / D) / tl.maximum(num_clean, 1)
+    # Not from `_errors`: torch.compile would take all of its pointers for written to, and copy them.
+    _, _, mask, at = _tile(num_patches, D, BLOCK_M, BLOCK_D)
     tl.store(dprediction_ptr + at, error_x0 * tl.where(noised, dx0, dclean)[:, None], mask)
     tl.store(dprediction_ptr + at + D, error_eps * deps, mask)
 

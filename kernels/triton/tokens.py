@@ -101,8 +101,9 @@ def _scatter_tokens_bwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)[None, :]  # [1, PLACES]
-    i = tl.arange(0, BLOCK_S)[:, None]
+    # Samples are the second dimension: the compiler gives the first to warps, and each sums its samples in registers.
+    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)[:, None]  # [PLACES, 1]
+    i = tl.arange(0, BLOCK_S)[None, :]
     d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, None, :]
     part = tl.program_id(2)
     first = part * SAMPLES
@@ -112,13 +113,13 @@ def _scatter_tokens_bwd_kernel(
         dpos = tl.zeros((PLACES, BLOCK_D), tl.float32)
         for start in range(first, last, BLOCK_S):
             s = start + i
-            inside = (s < S) & (place < L)  # [BLOCK_S, PLACES]
+            inside = (s < S) & (place < L)  # [PLACES, BLOCK_S]
             slot = tl.load(slots_ptr + place * S + s, mask=inside, other=-1)[:, :, None].to(tl.int64)
             row = (s.to(tl.int64) * (L + 1) + 1 + place)[:, :, None]
             dout = tl.load(dout_ptr + row * D + d, mask=inside[:, :, None] & (d < D), other=0.0)
             tl.store(dtokens_ptr + slot * D + d, dout, (slot >= 0) & (d < D))
-            dpos += tl.sum(dout.to(tl.float32), axis=0)
-            dmask += tl.sum(tl.where(slot < 0, dout.to(tl.float32), 0.0), axis=0)
+            dpos += tl.sum(dout.to(tl.float32), axis=1)
+            dmask += tl.sum(tl.where(slot < 0, dout.to(tl.float32), 0.0), axis=1)
         # Compute the columns again: the compiler does not see that a reshaped d is contiguous.
         here = tl.program_id(0) * PLACES + tl.arange(0, PLACES)[:, None]
         col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -128,7 +129,7 @@ def _scatter_tokens_bwd_kernel(
         store_row(dmask_ptr + row * D, tl.sum(dmask, axis=0), col, D, PLACES)
     else:
         for start in range(first, last, BLOCK_S * PLACES):
-            s = start + i * PLACES + tl.arange(0, PLACES)[None, :]
+            s = start + i * PLACES + tl.arange(0, PLACES)[:, None]
             cls = tl.load(cu_seqlens_ptr + s, mask=s < last, other=0)[:, :, None].to(tl.int64)
             s = s[:, :, None].to(tl.int64)
             mask = (s < last) & (d < D)

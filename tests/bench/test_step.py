@@ -77,6 +77,7 @@ def test_flops_are_counted_where_the_cpu_keeps_gradients_in_bf16():
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(300)  # Inductor compiles three networks
 def test_on_a_gpu_the_step_is_timed_captured_and_compiled_too():
     rows = run(StepBench(model="UMD-Ti/4", image_size=16, batch=16, repeats=2, device="cuda"), Console(quiet=True))
     assert [row.name for row in rows] == ["umd", "umd, captured", "umd, compiled", *NAMES[1:]]

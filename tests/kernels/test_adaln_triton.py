@@ -112,9 +112,12 @@ def test_widths_of_rms_and_mixed_types(compare, device, D):
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
 @pytest.mark.parametrize("rms", [False, True], ids=["LayerNorm", "RMSNorm"])
-@pytest.mark.parametrize("D", [1, 17, 64, 1408, 2304])
+@pytest.mark.parametrize("D", [3, 17, 64, 1408, 2304])
 def test_widths_beyond(compare, device, D, rms):
-    """ViT-g's, another above all tiles that lie ready, and some that nobody has."""
+    """ViT-g's, another above all tiles that lie ready, and some that nobody has.
+
+    Not 1: its dx of 0 is a difference times 1000, of which a fused multiply-add leaves a rounding error.
+    """
     packing = pack([3, 9, 2], [1, 0, 1], device)
     compare(ours(packing, rms), plain(packing, rms), inputs(packing, D, torch.float32, torch.float32))
 

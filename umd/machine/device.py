@@ -1,6 +1,7 @@
 """The device and type that this machine computes with, its peak speed, and memory."""
 
 import ctypes
+import gc
 import importlib.util
 import resource
 import statistics
@@ -113,16 +114,30 @@ def side_stream(device: torch.device) -> Iterator[None]:
         outer.wait_stream(stream)
 
 
+@contextmanager
+def recording() -> Iterator[torch.cuda.CUDAGraph]:
+    """Record what the block launches on the current stream, a side stream, as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    collects = gc.isenabled()
+    gc.collect()  # an earlier graph that Python's collector frees during the recording would break it
+    gc.disable()
+    try:
+        # thread_local: other threads (NCCL's watchdog, the loader, saves) use CUDA meanwhile and would break a global
+        # recording.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            yield graph
+    finally:
+        if collects:
+            gc.enable()
+
+
 def recorded(run: Callable[[], None], what: str, instead: str) -> Callable[[], None]:
     """Record `run` as a CUDA graph on the current stream, a side stream. Returns the function that replays it.
 
     Raises UserError if that fails: `what` could not be recorded; `instead` says what to do.
     """
-    graph = torch.cuda.CUDAGraph()
     try:
-        # thread_local: other threads (NCCL's watchdog, the loader, saves) use CUDA meanwhile and would break a global
-        # recording.
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        with recording() as graph:
             run()
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:300]
