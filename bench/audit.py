@@ -90,6 +90,7 @@ class Row:
     occupancy: float  # minimum over its kernels
     f64: int
     atomics: int  # on floats
+    serialized: bool  # whether a matrix product of Hopper waits for the one before
     min_access_bits: int | None
     predicted_us: float | None
     eager_us: float | None
@@ -182,6 +183,7 @@ def row_of(counted: Counted, arch: str, compiled: list) -> Row:
         occupancy=min(c.occupancy for c in compiled),
         f64=sum(c.f64 for c in compiled),
         atomics=sum(c.atomics for c in compiled),
+        serialized=any(c.serialized for c in compiled),
         min_access_bits=min((b for b in bits if b is not None), default=None),
         predicted_us=None if asked is None or unique is None else max(asked, unique) / rate,
         eager_us=None if counted.eager_bytes is None else counted.eager_bytes / rate,

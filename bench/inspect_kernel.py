@@ -6,6 +6,7 @@ divisibility. Occupancy follows from the limits of the architecture.
 
 import functools
 import importlib
+import os
 import re
 import subprocess
 import tempfile
@@ -63,6 +64,7 @@ class Compiled:
     occupancy: float  # resident warps over the maximum
     f64: int  # number of fp64 instructions
     atomics: int  # on floats
+    serialized: bool  # whether ptxas lets each of Hopper's matrix products wait for the one before
     accesses: tuple[Access, ...]
 
     def access_bits(self) -> dict[str, int | None]:
@@ -145,6 +147,7 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
         occupancy=occupancy(ARCHITECTURES[arch], used["REG"], shared, warps),
         f64=sum(".f64" in line for line in instructions(ptx)),
         atomics=sum(a.kind == "atomic" and a.is_float for a in accesses),
+        serialized="wgmma" in ptx and serialized(ptx),
         accesses=accesses,
     )
 
@@ -159,6 +162,17 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     line = next(line for line in text.splitlines() if "REG:" in line)
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", line)}
+
+
+def serialized(ptx: str) -> bool:
+    """Whether ptxas says that it serializes the asynchronous matrix products of a kernel for sm_90 (its note C7515)."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [str(tool), "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+        notes = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return "wgmma.mma_async instructions are serialized" in notes
 
 
 def occupancy(limits: Limits, registers: int, shared_bytes: int, num_warps: int) -> float:

@@ -44,6 +44,15 @@ def _row(ptr, cols, d: tl.constexpr):
 
 
 @triton.jit
+def _row_if(wanted, ptr, cols, d: tl.constexpr):
+    """Load row 0 of a head, or zeros: [BLOCK_D]. It is loaded before the tiles, so that it arrives with them.
+
+    Accumulators begin with it. Had they two origins in an `if`, ptxas would wait after each of Hopper's products.
+    """
+    return tl.load(ptr + cols, (cols < d) & wanted, other=0.0)
+
+
+@triton.jit
 def _as_column(row, dtype: tl.constexpr):
     """[BLOCK_D] as column 0 of [BLOCK_D, 16], the narrowest tile of tensor cores. The other columns are 0."""
     return tl.where(tl.arange(0, 16)[None, :] == 0, row[:, None], 0.0).to(dtype)
@@ -106,26 +115,27 @@ def _attention_fwd_kernel(
         tl.store(lse_ptr + tl.arange(0, 16), top + tl.log2(total), tl.arange(0, 16) == 0)
     elif i < L:
         rows = i + tl.arange(0, BLOCK_M)
+        k0, v0 = _row_if(alone, k_ptr, cols, d), _row_if(alone, v_ptr, cols, d)
         q = _rows(q_ptr, i, L, cols, 3 * H * d, d, BLOCK_M)  # [BLOCK_M, BLOCK_D]
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         if alone:
-            top = tl.sum(q.to(tl.float32) * _row(k_ptr, cols, d)[None, :], 1) * scale
+            top = tl.sum(q.to(tl.float32) * k0[None, :].to(tl.float32), 1) * scale
             total += 1.0
-            out += _row(v_ptr, cols, d)[None, :]
+        out = tl.broadcast_to(v0[None, :].to(tl.float32), [BLOCK_M, BLOCK_D])
         for j in range(tl.where(alone, 1, 0), L, BLOCK_N):
             k = _rows(k_ptr, j, L, cols, 3 * H * d, d, BLOCK_N)
             v = _rows(v_ptr, j, L, cols, 3 * H * d, d, BLOCK_N)
-            s = tl.dot(q, tl.trans(k)) * scale  # [BLOCK_M, BLOCK_N]
-            s = tl.where((j + tl.arange(0, BLOCK_N) < L)[None, :], s, float("-inf"))
-            higher = tl.maximum(top, tl.max(s, 1))
-            p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
+            s = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+            if j + BLOCK_N > L:
+                s = tl.where((j + tl.arange(0, BLOCK_N) < L)[None, :], s, float("-inf"))
+            higher = tl.maximum(top, tl.max(s, 1) * scale)
+            p, shrink = tl.exp2(s * scale - higher[:, None]), tl.exp2(top - higher)
             total = total * shrink + tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, out * shrink[:, None])
             top = higher
         mask = (rows < L)[:, None] & (cols < d)[None, :]
-        out = (out / total[:, None]).to(out_ptr.dtype.element_ty)
+        out = (out * (1 / total)[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + rows[:, None] * (H * d) + cols[None, :], out, mask)
         tl.store(lse_ptr + rows, top + tl.log2(total), rows < L)
 
@@ -186,17 +196,18 @@ def _attention_bwd_q_kernel(
         tl.store(dq_ptr + cols, (_column(dq0) * softmax_scale).to(dtype), cols < d)
     elif i < L:
         rows = i + tl.arange(0, BLOCK_M)
+        k0, v0 = _row_if(alone, k_ptr, cols, d), _row_if(alone, v_ptr, cols, d)
         q = _rows(q_ptr, i, L, cols, 3 * H * d, d, BLOCK_M)  # [BLOCK_M, BLOCK_D]
         dout = _rows(dout_ptr, i, L, cols, H * d, d, BLOCK_M)
         out = _rows(out_ptr, i, L, cols, H * d, d, BLOCK_M)
         lse = tl.load(lse_ptr + rows, rows < L, other=float("inf"))
         delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
         tl.store(delta_ptr + rows, delta, rows < L)
-        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        ds0 = tl.zeros([BLOCK_M], tl.float32)
         if alone:
-            k0, v0 = _row(k_ptr, cols, d)[None, :], _row(v_ptr, cols, d)[None, :]
-            p = tl.exp2(tl.sum(q.to(tl.float32) * k0, 1) * scale - lse)
-            dq += (p * (tl.sum(dout.to(tl.float32) * v0, 1) - delta))[:, None] * k0
+            p = tl.exp2(tl.sum(q.to(tl.float32) * k0[None, :].to(tl.float32), 1) * scale - lse)
+            ds0 = p * (tl.sum(dout.to(tl.float32) * v0[None, :].to(tl.float32), 1) - delta)
+        dq = ds0[:, None] * k0[None, :].to(tl.float32)
         for j in range(tl.where(alone, 1, 0), L, BLOCK_N):
             k = _rows(k_ptr, j, L, cols, 3 * H * d, d, BLOCK_N)
             v = _rows(v_ptr, j, L, cols, 3 * H * d, d, BLOCK_N)
@@ -258,15 +269,17 @@ def _attention_bwd_kv_kernel(
         tl.store(dk_ptr + cols, (_column(dk0) * softmax_scale).to(dtype), cols < d)
         tl.store(dv_ptr + cols, _column(dv0).to(dtype), cols < d)
     elif j < L:
+        q0, dout0 = _row_if(alone, q_ptr, cols, d), _row_if(alone, dout_ptr, cols, d)
+        lse0, delta0 = tl.load(lse_ptr), tl.load(delta_ptr)
         k = _rows(k_ptr, j, L, cols, 3 * H * d, d, BLOCK_M)  # [BLOCK_M, BLOCK_D]
         v = _rows(v_ptr, j, L, cols, 3 * H * d, d, BLOCK_M)
-        dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        p0 = tl.zeros([BLOCK_M], tl.float32)
+        ds0 = tl.zeros([BLOCK_M], tl.float32)
         if alone:
-            q0, dout0 = _row(q_ptr, cols, d)[None, :], _row(dout_ptr, cols, d)[None, :]
-            p = tl.exp2(tl.sum(k.to(tl.float32) * q0, 1) * scale - tl.load(lse_ptr))
-            dk += (p * (tl.sum(v.to(tl.float32) * dout0, 1) - tl.load(delta_ptr)))[:, None] * q0
-            dv += p[:, None] * dout0
+            p0 = tl.exp2(tl.sum(k.to(tl.float32) * q0[None, :].to(tl.float32), 1) * scale - lse0)
+            ds0 = p0 * (tl.sum(v.to(tl.float32) * dout0[None, :].to(tl.float32), 1) - delta0)
+        dk = ds0[:, None] * q0[None, :].to(tl.float32)
+        dv = p0[:, None] * dout0[None, :].to(tl.float32)
         for i in range(tl.where(alone, 1, 0), L, BLOCK_N):
             rows = i + tl.arange(0, BLOCK_N)
             q = _rows(q_ptr, i, L, cols, 3 * H * d, d, BLOCK_N)

@@ -148,3 +148,4 @@ def test_every_variant_compiles():
         assert not row.note, f"{kernel}: {row.note}"
         assert (row.f64, row.atomics) == (0, 0), f"{kernel} by {call}: fp64, float atomics"
         assert row.spill_bytes == 0, f"{kernel} by {call}: spills"
+        assert not row.serialized, f"{kernel} by {call}: matrix products that wait for each other"
