@@ -36,7 +36,7 @@ NORM_FWD = [
     {}, *(dict(BLOCK_M=m, SPLIT=split) for m in (4, 2, 1) for split in (2, 4, 8)), dict(BLOCK_M=2, SPLIT=2, STAGES=3),
     dict(num_warps=2), dict(num_warps=8),
 ]  # fmt: skip
-NORM_SUM = [{}, dict(STAGES=1), dict(STAGES=4), dict(STAGES=4, BLOCK_C=64), dict(STAGES=1, BLOCK_C=128)]
+NORM_SUM = [{}, dict(STAGES=1), dict(STAGES=3), dict(STAGES=6), dict(STAGES=2, BLOCK_C=64), dict(STAGES=1, BLOCK_C=128)]
 
 
 def attention(device, smoke: bool, model: str, batch: int) -> Iterator[tuple[str, dict, Callable]]:
@@ -79,7 +79,7 @@ def norms(device, smoke: bool, model: str, batch: int) -> Iterator[tuple[str, di
     for name, changes, call in (("_fwd_launch", NORM_FWD, side.call), ("_sum_launch", NORM_SUM, backward)):
         used = getattr(kernels, name)
         for change in changes[: 2 if smoke else None]:
-            setattr(kernels, name, lambda D, used=used, change=change: used(D) | change)
+            setattr(kernels, name, lambda *D, used=used, change=change, **k: used(*D, **k) | change)
             yield f"norm {name}", change, call
         setattr(kernels, name, used)
 

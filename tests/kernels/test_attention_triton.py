@@ -48,7 +48,7 @@ def relative(found, truth):
     return float((found.double() - truth).norm() / truth.norm().clamp(min=1e-30))
 
 
-@pytest.mark.parametrize("H, d", [(2, 64), (3, 16)])
+@pytest.mark.parametrize("H, d", [(2, 64), (1, 32), (3, 16)])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_is_the_definition(kernel_device, lengths, H, d):
     packing, qkv, dout = draw(lengths, H, d, kernel_device)
@@ -65,7 +65,7 @@ def test_is_the_definition(kernel_device, lengths, H, d):
 
 def test_scores_far_apart(kernel_device):
     """Softmax of scores in the hundreds: exponents that overflow unless each row's largest is taken off."""
-    packing, qkv, dout = draw([70, 3], device=kernel_device, spread=8.0)
+    packing, qkv, dout = draw([70, 65, 3], device=kernel_device, spread=8.0)
     found, truth = gradients(ours(packing), qkv, dout), exact(packing, qkv, dout)
     assert relative(found[0], truth[0]) < 0.01 and relative(found[1], truth[1]) < 0.02
 
