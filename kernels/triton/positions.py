@@ -56,19 +56,16 @@ def _add_positions_bwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     place = tl.program_id(0)
-    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, None, :]
-    # Samples of a warp are the second dimension: the compiler gives the first to warps, and sums are made in registers.
-    s = tl.arange(0, BLOCK_S)[None, :] * WARPS + tl.arange(0, WARPS)[:, None]
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    s = tl.arange(0, BLOCK_S * WARPS)  # row r of a tile is of warp r % WARPS, which sums its samples in registers
     row = tl.load(slots_ptr + place * S + s, mask=s < S, other=-1)
     total = tl.zeros((WARPS, BLOCK_D), tl.float32)
     for _ in range(0, S, BLOCK_S * WARPS):
-        here = row[:, :, None].to(tl.int64)
-        dy = tl.load(dy_ptr + here * D + d, mask=(here >= 0) & (d < D), other=0.0).to(tl.float32)
+        here = row[:, None].to(tl.int64)
+        dy = tl.load(dy_ptr + here * D + cols[None, :], mask=(here >= 0) & (cols < D)[None, :], other=0.0)
         s += BLOCK_S * WARPS
         row = tl.load(slots_ptr + place * S + s, mask=s < S, other=-1)  # for the next samples, while dy is in flight
-        total += tl.sum(dy, axis=1)
-    # Compute the columns again: the compiler does not see that a reshaped d is contiguous.
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        total += tl.sum(dy.to(tl.float32).reshape(BLOCK_S, WARPS, BLOCK_D), 0)
     store_row(dpos_ptr + place * D, tl.sum(total, 0), cols, D, WARPS)
 
 

@@ -101,10 +101,12 @@ def _scatter_tokens_bwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Samples are the second dimension: the compiler gives the first to warps, and each sums its samples in registers.
-    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)[:, None]  # [PLACES, 1]
-    i = tl.arange(0, BLOCK_S)[None, :]
-    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, None, :]
+    # Row r of a tile belongs to warp r % PLACES, and so to one place: sums over samples are made in registers. What warps
+    # get of a tile with three dimensions differs between versions of Triton.
+    rows = tl.arange(0, BLOCK_S * PLACES)
+    place = tl.program_id(0) * PLACES + rows % PLACES
+    i = rows // PLACES
+    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     part = tl.program_id(2)
     first = part * SAMPLES
     last = tl.minimum(first + SAMPLES, S)
@@ -113,14 +115,14 @@ def _scatter_tokens_bwd_kernel(
         dpos = tl.zeros((PLACES, BLOCK_D), tl.float32)
         for start in range(first, last, BLOCK_S):
             s = start + i
-            inside = (s < S) & (place < L)  # [PLACES, BLOCK_S]
-            slot = tl.load(slots_ptr + place * S + s, mask=inside, other=-1)[:, :, None].to(tl.int64)
-            row = (s.to(tl.int64) * (L + 1) + 1 + place)[:, :, None]
-            dout = tl.load(dout_ptr + row * D + d, mask=inside[:, :, None] & (d < D), other=0.0)
+            inside = (s < S) & (place < L)  # [BLOCK_S · PLACES]
+            slot = tl.load(slots_ptr + place * S + s, mask=inside, other=-1)[:, None].to(tl.int64)
+            row = (s.to(tl.int64) * (L + 1) + 1 + place)[:, None]
+            dout = tl.load(dout_ptr + row * D + d, mask=inside[:, None] & (d < D), other=0.0)
             tl.store(dtokens_ptr + slot * D + d, dout, (slot >= 0) & (d < D))
-            dpos += tl.sum(dout.to(tl.float32), axis=1)
-            dmask += tl.sum(tl.where(slot < 0, dout.to(tl.float32), 0.0), axis=1)
-        # Compute the columns again: the compiler does not see that a reshaped d is contiguous.
+            dout = dout.to(tl.float32)
+            dpos += tl.sum(dout.reshape(BLOCK_S, PLACES, BLOCK_D), 0)
+            dmask += tl.sum(tl.where(slot < 0, dout, 0.0).reshape(BLOCK_S, PLACES, BLOCK_D), 0)
         here = tl.program_id(0) * PLACES + tl.arange(0, PLACES)[:, None]
         col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         at = (part * L + here).to(tl.int64) * D + col[None, :]
@@ -129,9 +131,9 @@ def _scatter_tokens_bwd_kernel(
         store_row(dmask_ptr + row * D, tl.sum(dmask, axis=0), col, D, PLACES)
     else:
         for start in range(first, last, BLOCK_S * PLACES):
-            s = start + i * PLACES + tl.arange(0, PLACES)[:, None]
-            cls = tl.load(cu_seqlens_ptr + s, mask=s < last, other=0)[:, :, None].to(tl.int64)
-            s = s[:, :, None].to(tl.int64)
+            s = start + rows
+            cls = tl.load(cu_seqlens_ptr + s, mask=s < last, other=0)[:, None].to(tl.int64)
+            s = s[:, None].to(tl.int64)
             mask = (s < last) & (d < D)
             dcls = tl.load(dout_ptr + s * (L + 1) * D + d, mask=mask, other=0.0).to(tl.float32) / NUM_CLS
             for token in tl.static_range(NUM_CLS):

@@ -180,8 +180,8 @@ WRONG = {
     "only the first samples, forward": ("tl.minimum(first + SAMPLES, S), BLOCK_S)", "first + 1, BLOCK_S)"),
     "only the first samples, backward": ("range(0, S, BLOCK_S * WARPS)", "range(0, 1, BLOCK_S * WARPS)"),
     "the same samples again": ("s += BLOCK_S * WARPS", "s += 0"),
-    "absent tokens count": ("(here >= 0) & (d < D), other=0.0", "(here >= 0) & (d < D), other=1.0"),
-    "the last samples only": ("total += tl.sum(dy, axis=1)", "total = tl.sum(dy, axis=1)"),
+    "absent tokens count": ("(cols < D)[None, :], other=0.0", "(cols < D)[None, :], other=1.0"),
+    "the last samples only": ("total += tl.sum(dy", "total = tl.sum(dy"),
 }  # fmt: skip
 
 

@@ -230,10 +230,10 @@ WRONG = {
     "mask token everywhere": ("tl.where(slot >= 0, token, mask_token)", "mask_token", 1),
     "CLS tokens not averaged": ("total / NUM_CLS", "total", 1),
     "gradient of CLS not shared": ("to(tl.float32) / NUM_CLS", "to(tl.float32)", 1),
-    "visible places in the mask token's gradient": ("tl.where(slot < 0, dout.to(tl.float32), 0.0)", "dout", 1),
+    "visible places in the mask token's gradient": ("tl.where(slot < 0, dout, 0.0)", "dout", 1),
     "samples beyond the last": (
-        "dout_ptr + row * D + d, mask=inside[:, :, None] & (d < D), other=0.0",
-        "dout_ptr + row * D + d, mask=inside[:, :, None] & (d < D), other=1.0",
+        "dout_ptr + row * D + d, mask=inside[:, None] & (d < D), other=0.0",
+        "dout_ptr + row * D + d, mask=inside[:, None] & (d < D), other=1.0",
         1,
     ),
     "CLS rows forgotten": ("tl.store(dtokens_ptr + (cls + token)", "tl.store(dtokens_ptr + cls", 1),
