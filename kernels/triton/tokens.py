@@ -101,8 +101,8 @@ def _scatter_tokens_bwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Row r of a tile belongs to warp r % PLACES, and so to one place: sums over samples are made in registers. What warps
-    # get of a tile with three dimensions differs between versions of Triton.
+    # Row r of a tile belongs to warp r % PLACES, and so to one place: sums over samples are made in registers.
+    # What warps get of a tile with three dimensions differs between versions of Triton.
     rows = tl.arange(0, BLOCK_S * PLACES)
     place = tl.program_id(0) * PLACES + rows % PLACES
     i = rows // PLACES
