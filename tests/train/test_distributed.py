@@ -552,8 +552,7 @@ def test_after_kill_9_of_a_rank_all_end_and_the_run_goes_on(folder):
     out, err = process.communicate(timeout=60)  # within a minute
     assert process.returncode != 0
     told = [line for line in err.splitlines() if line.startswith("umd: ")]
-    if "exitcode  : -15" not in err:  # torchrun's SIGTERM may end the other rank before it tells
-        assert len(told) == 1 and "The same command goes on from the last checkpoint" in told[0], err
+    assert len(told) == 1 and "The same command goes on from the last checkpoint" in told[0], err
     assert out.count("tiny.npz train") == 1  # one rank speaks
     assert load_checkpoint(killed.checkpoints).step >= 5
     for path in list_checkpoints(killed.checkpoints):  # whatever was kept is whole
