@@ -39,7 +39,7 @@ NORM_FWD = [
 NORM_SUM = [{}, dict(STAGES=1), dict(STAGES=3), dict(STAGES=6), dict(STAGES=2, BLOCK_C=64), dict(STAGES=1, BLOCK_C=128)]
 
 
-def attention(device, smoke: bool, model: str, batch: int) -> Iterator[tuple[str, dict, Callable]]:
+def attention(device, model: str, batch: int) -> Iterator[tuple[str, dict, Callable]]:
     """(what, settings, call) for each stream, kernel and settings; the call returns what the op makes."""
     import torch
 
@@ -49,7 +49,7 @@ def attention(device, smoke: bool, model: str, batch: int) -> Iterator[tuple[str
     config, objective = setting_of(model, "umd")
     H, d = config.num_heads, config.hidden_size // config.num_heads
     layout = objective.corrupt(batch, 0, device).layout
-    dtype = torch.float16 if smoke else torch.bfloat16  # the interpreter multiplies no bf16
+    dtype = torch.float16 if device.type == "cpu" else torch.bfloat16  # the interpreter multiplies no bf16
     for where, packing in (("encoder", layout.encoder_blocks), ("decoder", layout.decoder_blocks)):
         qkv = torch.randn(packing.num_tokens, 3, H, d, device=device).to(dtype)
         dout = torch.randn(packing.num_tokens, H, d, device=device).to(dtype)
@@ -59,13 +59,13 @@ def attention(device, smoke: bool, model: str, batch: int) -> Iterator[tuple[str
         backward = partial(kernels.short_attention_bwd.launch, dout, qkv, out, lse, *lengths)
         for name, settings, call in (("FWD", FWD, forward), ("BWD_Q", BWD_Q, backward), ("BWD_KV", BWD_KV, backward)):
             used = getattr(kernels, name)
-            for launch in (used, *(one for one in settings[: 1 if smoke else None] if one != used)):
+            for launch in (used, *(one for one in settings if one != used)):
                 setattr(kernels, name, launch)
                 yield f"attention {where} {name}", launch, call
             setattr(kernels, name, used)
 
 
-def norms(device, smoke: bool, model: str, batch: int) -> Iterator[tuple[str, dict, Callable]]:
+def norms(device, model: str, batch: int) -> Iterator[tuple[str, dict, Callable]]:
     """As `attention`, of the norm with gate on the encoder's stream, forward and backward."""
     import torch
 
@@ -78,7 +78,7 @@ def norms(device, smoke: bool, model: str, batch: int) -> Iterator[tuple[str, di
     backward = partial(side.gradients, outputs, douts)
     for name, changes, call in (("_fwd_launch", NORM_FWD, side.call), ("_sum_launch", NORM_SUM, backward)):
         used = getattr(kernels, name)
-        for change in changes[: 2 if smoke else None]:
+        for change in changes:
             setattr(kernels, name, lambda *D, used=used, change=change, **k: used(*D, **k) | change)
             yield f"norm {name}", change, call
         setattr(kernels, name, used)
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         for model, batch in cases:
             for part in (attention, norms):
                 wanted: dict[str, Any] = {}
-                for what, settings, call in part(device, args.smoke, model, batch):
+                for what, settings, call in part(device, model, batch):
                     row: dict[str, Any] = dict(what=what, model=model, images=batch, settings=settings)
                     try:
                         made = call()
