@@ -33,6 +33,9 @@ def stop_signal() -> Iterator[StopRequest]:
     """Note Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal, so that the loop stops after its step.
 
     A second Ctrl-C interrupts at once. Under nohup, SIGHUP stays ignored.
+
+    The handlers before are restored at the end, but not if the body fails while other ranks wait (`not stop.alone`):
+    when one rank ends, torchrun sends SIGTERM to the others, and they must live long enough to print their error.
     """
     stop = StopRequest()
 
@@ -48,6 +51,10 @@ def stop_signal() -> Iterator[StopRequest]:
         before = {}
     try:
         yield stop
+    except Exception:
+        if not stop.alone:
+            before = {}
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

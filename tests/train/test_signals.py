@@ -1,4 +1,4 @@
-"""Who may end the processes that prepare pictures."""
+"""Who may end the processes that prepare pictures, and a rank that failed."""
 
 import os
 import signal
@@ -52,3 +52,22 @@ if __name__ == "__main__":
             return
         time.sleep(0.1)
     raise AssertionError("the pool's process lives on")
+
+
+FAIL = """
+import os, signal, sys
+from umd.train.signals import stop_signal
+try:
+    with stop_signal() as stop:
+        stop.alone = sys.argv[1] == "1"
+        raise RuntimeError
+except RuntimeError:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("its error")
+"""
+
+
+@pytest.mark.parametrize(("ranks", "told"), [(1, (-signal.SIGTERM, "")), (2, (0, "its error\n"))])
+def test_the_launchers_sigterm_does_not_silence_a_rank_that_failed(ranks, told):
+    done = subprocess.run([sys.executable, "-c", FAIL, str(ranks)], stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == told
