@@ -7,7 +7,6 @@
 changes between steps. So a GPU can record it once as a CUDA graph and replay it.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,7 +16,7 @@ from umd.config import Capture
 from umd.ema import EMA, warm_rate
 from umd.errors import UserError
 from umd.layers import CastWeights, casts_weights
-from umd.machine.device import pick_device, recorded
+from umd.machine.device import Captured, pick_device
 from umd.machine.doctor import Row
 from umd.methods import AnyCorruption, AnyObjective
 from umd.objective import Part
@@ -73,11 +72,12 @@ class TrainStep:
         on_device = not isinstance(parallel, Zero) and rates_on_device(parallel.optimizer)
         self.ema_rate = torch.zeros((), dtype=wide, device=self.device) if on_device else None
         self.cast = None if cast is None else CastWeights(parallel.model, cast)
-        self.start: Callable[[], None] = Captured(self.run) if capture else self.run
+        again = "the same command with --capture off goes on from the last checkpoint"
+        self.captured = Captured(WARMUP, "the step", again) if capture else None
 
     def release(self) -> None:
         """Free the CUDA graph. NCCL does not end while a graph holds its exchanges: a rank would hang at exit."""
-        self.start = self.run
+        self.captured = None
 
     def __call__(self, x_start: Tensor, labels: Tensor | None, indices: Tensor, lr: float) -> Tensor:
         """Make one step. Returns `metrics`.
@@ -91,7 +91,10 @@ class TrainStep:
             lr: learning rate.
         """
         self.load(x_start, labels, indices, lr)
-        self.start()
+        if self.captured is None:
+            self.run()
+        else:
+            self.captured(self.run)
         self.number += 1
         return self.metrics
 
@@ -140,27 +143,6 @@ class TrainStep:
             return nullcontext()
         self.cast.refresh()
         return self.cast.used()
-
-
-class Captured:
-    """A function without arguments as a CUDA graph: called `WARMUP` times as it is, then recorded and replayed.
-
-    It must run on a side stream (`side_stream`), as the default stream cannot be recorded.
-    """
-
-    def __init__(self, run: Callable[[], None]):
-        self.run, self.calls = run, 0
-        self.replay: Callable[[], None] | None = None
-
-    def __call__(self) -> None:
-        self.calls += 1
-        if self.calls <= WARMUP:
-            self.run()
-            return
-        if self.replay is None:
-            again = "the same command with --capture off goes on from the last checkpoint"
-            self.replay = recorded(self.run, "the step", again)
-        self.replay()
 
 
 ZERO_REFUSES = "does not go with ZeRO, where DeepSpeed decides on the host between launches"

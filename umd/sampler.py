@@ -17,7 +17,7 @@ from torch import Tensor
 from umd.config import Capture, Prediction
 from umd.errors import UserError
 from umd.guidance import Denoise, Estimator, Guidance, check_labels
-from umd.machine.device import recorded, side_stream
+from umd.machine.device import Captured, side_stream
 from umd.noise import Noise
 from umd.ops import ddim_step
 from umd.schedule import NoiseSchedule
@@ -306,19 +306,18 @@ class _Step:
     ):  # fmt: skip
         """move: maps (guided, x_t, one row of each table) to (x_next, x_start). tables: n rows each, one per step.
 
-        With capture, the first `WARM_UP` steps of a kind run uncaptured, because kernels are chosen and caches filled
-        then. They run on the stream on which later steps are captured and replayed.
+        With capture, the first `WARM_UP` steps of a kind run uncaptured.
         """
         self.device = torch.device(device)
         self.move, self.guided, self.tables = move, list(guided), [table.to(device) for table in tables]
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         self.x_t: Tensor | None = None  # [B, C, H, W], like x_start; allocated by the first loop
         self.x_start: Tensor | None = None
-        self.ran, self.recorded = {False: 0, True: 0}, dict[bool, Callable[[], None]]()
         on_gpu = self.device.type == "cuda"
         if capture == "on" and not on_gpu:
             raise UserError("--capture on needs a CUDA GPU; leave it at auto")
         self.captures = on_gpu and (capture == "on" or (capture == "auto" and len(tables[0]) > 3 * WARM_UP))
+        self.captured = [Captured(WARM_UP, "a denoising step", "--capture off samples without") for _ in range(2)]
 
     def run(self, guided: bool) -> None:
         """Take one step and advance the index."""
@@ -327,18 +326,6 @@ class _Step:
         self.x_t.copy_(x_next)
         self.x_start.copy_(x_start)
         self.index += 1
-
-    def call(self, guided: bool) -> None:
-        """Take one step: by `run`, or by replay once the step is recorded."""
-        if self.captures and self.ran[guided] == WARM_UP and guided not in self.recorded:
-            self.recorded[guided] = recorded(
-                partial(self.run, guided), "a denoising step", "--capture off samples without"
-            )
-        if guided in self.recorded:
-            self.recorded[guided]()
-        else:
-            self.run(guided)
-            self.ran[guided] += 1
 
     def start(self, x_T: Tensor) -> None:
         """Go to the first step, starting from x_T."""
@@ -356,7 +343,10 @@ class _Step:
         with side_stream(self.device) if self.captures else nullcontext():
             for i, guided in enumerate(self.guided):
                 x_t = None if callback is None else self.x_t.clone()
-                self.call(guided)
+                if self.captures:
+                    self.captured[guided](partial(self.run, guided))
+                else:
+                    self.run(guided)
                 if callback is not None and x_t is not None:
                     callback(i, n, x_t, self.x_start.clone())
         return self.x_t.clone()

@@ -291,7 +291,7 @@ def test_captured_is_not_captured_to_the_bit(request, accumulate, ddp, determini
                     saved = [{n: t.detach().clone() for n, t in parts[name].items()} for name in names]
             weights = torch.cat([p.detach().flatten() for p in step.parallel.model.parameters()])
             average = torch.cat([shadow.flatten() for shadow in step.ema.shadows.values()])
-            assert (step.start.replay is not None) if capture else (step.start == step.run)
+            assert (step.captured.graph is not None) if capture else (step.captured is None)
             return torch.stack(rows), weights, average, saved
 
     eager, captured = steps(False), steps(True)

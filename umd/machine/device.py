@@ -131,18 +131,43 @@ def recording() -> Iterator[torch.cuda.CUDAGraph]:
             gc.enable()
 
 
-def recorded(run: Callable[[], None], what: str, instead: str) -> Callable[[], None]:
-    """Record `run` as a CUDA graph on the current stream, a side stream. Returns the function that replays it.
+class Captured:
+    """Calls a function `warmup` times as it is, then records it as a CUDA graph and replays that.
 
-    Raises UserError if that fails: `what` could not be recorded; `instead` says what to do.
+    It must be called on a side stream (`side_stream`), as the default stream cannot be recorded. The first calls, on
+    the same stream, choose kernels and fill caches.
     """
-    try:
-        with recording() as graph:
+
+    def __init__(self, warmup: int, what: str, instead: str):
+        """what, instead: for the error if the recording fails: what could not be recorded, and what to do."""
+        self.warmup, self.what, self.instead = warmup, what, instead
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.calls = 0
+
+    def __call__(self, run: Callable[[], None]) -> None:
+        """Do what `run` does. It must be the same function each time.
+
+        It is not kept: held by the object whose method it is, this one would be freed only by Python's collector, and
+        the graph's memory with it.
+
+        Raises:
+            UserError: `run` could not be recorded.
+        """
+        self.calls += 1
+        if self.calls <= self.warmup:
             run()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0][:300]
-        raise UserError(f"{what} could not be recorded as a CUDA graph ({reason}); {instead}") from error
-    return graph.replay
+            return
+        if self.graph is None:
+            try:
+                with recording() as graph:
+                    run()
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0][:300]
+                raise UserError(
+                    f"{self.what} could not be recorded as a CUDA graph ({reason}); {self.instead}"
+                ) from error
+            self.graph = graph
+        self.graph.replay()
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
