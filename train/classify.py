@@ -13,7 +13,6 @@ from umd.checkpoint import load_checkpoint, load_model_state
 from umd.classifier import Classifier, encoder_weights
 from umd.config import classifier_config
 from umd.errors import UserError
-from umd.files import write_whole
 from umd.machine.device import autocast
 from umd.probe import confusion
 from umd.train.data import Dataset, center_view, open_dataset
@@ -116,14 +115,18 @@ def show_scores(
 
     log.scores({"step": step, "top-1": scores.top1, "top-5": scores.top5, "held_out_loss": scores.loss})
     log.picture("confusion", confusion_sheet(scores.confusion.numpy(), held_out.class_names), step)
-    log.say(write_scores(scores, held_out, step, config.out / "scores.json"))
+    log.say(scores_line(scores, held_out, step))
+    log.file(config.out / "scores.json", scores_json(scores, held_out, step))
 
 
-def write_scores(scores: Scores, dataset: Dataset, step: int, file: Path, split: str = "held-out") -> str:
-    """Write the scores as JSON. Returns them in one line."""
+def scores_json(scores: Scores, dataset: Dataset, step: int) -> bytes:
+    """The content of scores.json."""
     record = {
         "step": step, "top-1": scores.top1, "top-5": scores.top5, "images": len(dataset),
         "classes": list(dataset.class_names), "confusion": scores.confusion.tolist(),
     }  # fmt: skip
-    write_whole(file, json.dumps(record).encode())
+    return json.dumps(record).encode()
+
+
+def scores_line(scores: Scores, dataset: Dataset, step: int, split: str = "held-out") -> str:
     return f"step {step}: top-1 {scores.top1:.3f}, top-5 {scores.top5:.3f} on {len(dataset)} {split} pictures"

@@ -30,6 +30,10 @@ BEAT_SECONDS = 2.0  # between heartbeats
 CONTROL_SECONDS = 7200.0  # longest wait for what one rank does alone; `Watch` notices a dead rank much sooner
 GONE_SECONDS = 20.0  # without a heartbeat: longer than anything holds the GIL, shorter than torchrun waits to kill
 
+# Signs in torch's messages that another rank is at fault; NCCL's own messages tell more.
+LOST = ("gloo", "NCCL", "onnection closed")
+LOST_BY_NCCL = ("ncclRemoteError", "onnection closed", "onnection reset", "onnection refused", "imed out", "imeout")
+
 
 class World:
     """This process among the ranks of a run: `rank` of `size`, computing on `device`."""
@@ -99,25 +103,32 @@ class World:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn torch's exception into a TemporaryError if another rank ended or hangs.
+        """Turn torch's exception into a UserError if an exchange failed: a TemporaryError if another rank is lost.
 
-        Gloo raises whenever an exchange fails or takes too long. NCCL raises only while its ranks connect. Later, its
-        watchdog thread aborts the process, and `Watch` prints the reason before that.
+        Gloo raises whenever an exchange fails or takes too long. NCCL raises only while its ranks connect, also for a
+        fault of this rank (a GPU given to two ranks, an interface that does not exist). Later, its watchdog thread
+        aborts the process, and `Watch` prints the reason before that.
         """
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not is_lost_connection(error):
+            text = " ".join(str(error).split())
+            if self.size == 1 or "out of memory" in text:
+                raise
+            where = f"rank {self.rank} on {socket.gethostname()}"
+            if "NCCL" in text and not any(sign in text for sign in LOST_BY_NCCL):
+                failed = UserError(
+                    f"{where}: NCCL failed ({text[-400:]}); NCCL_DEBUG=INFO shows more. The same command goes on from "
+                    "the last checkpoint"
+                )
+                failed.code = 1
+                raise failed from error
+            if not isinstance(error, dist.DistError) and not any(sign in text for sign in LOST):
                 raise
             raise TemporaryError(
-                f"rank {self.rank} lost the others ({str(error).splitlines()[0][:200]}): one of them ended or hangs; "
-                "its own message tells why. The same command goes on from the last checkpoint"
+                f"{where} lost the others ({text[:200]}): one of them ended or hangs; its own message tells why. The "
+                "same command goes on from the last checkpoint"
             ) from error
-
-
-def is_lost_connection(error: RuntimeError) -> bool:
-    text = str(error)
-    return isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text or "onnection closed" in text
 
 
 def launched() -> tuple[int, int, int]:
@@ -241,15 +252,19 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def end_all(message: str, code: int) -> bool:
+def end_all(message: str, code: int) -> str:
     """End the run because this process failed.
 
-    Once the ranks have connected: end all of them; the first to call this prints the message. Before that: return
-    whether this process should print the message, so that only rank 0 reports wrong arguments.
+    Once the ranks have connected: end all of them; the first to call this prints the message. Before that: return what
+    this process should print, "" for nothing. One process of each host prints, as one host may lack a folder that the
+    others have.
     """
     if _world is not None and _world.watch is not None:
         _world.watch.fail(message, code)
-    return _meeting or launched()[0] == 0
+    rank, _, local = launched()
+    if rank == 0:
+        return message
+    return f"on {socket.gethostname()}: {message}" if _meeting or local == 0 else ""
 
 
 class Watch(threading.Thread):
@@ -310,7 +325,8 @@ class Watch(threading.Thread):
                     f"rank {self.rank}: the host that the ranks met at does not answer; every rank stops. {GO_ON}"
                 )
                 self._exit(1)
-            if modified(self.trace) != self.trace_before:
+            written = modified(self.trace)
+            if written is not None and written != self.trace_before:  # None: rank 0 moved an earlier file away
                 with contextlib.suppress(RuntimeError):  # `run` notices that the store is gone
                     self._tell_of_trace()
 

@@ -48,11 +48,15 @@ def check_finite(run: "Run", step: "Sent", values: list[float]) -> None:
         "draws": {"seed": run.step.seed, "step": step.number - 1, "parts": run.micro_batches},
         "last_good_checkpoint": run.saved_path and str(run.saved_path),
     }
+    where = f"{dump} has the batch"
     if run.world.main:
-        write_whole(dump, json.dumps(record, indent=1).encode())
+        try:
+            write_whole(dump, json.dumps(record, indent=1).encode())
+        except OSError as error:
+            where = f"{dump}, the record of the batch, could not be written: {error.strerror or error}"
     raise Diverged(
         f"the loss or its gradient is not finite at step {step.number} (loss {numbers[0]}, gradient norm {norm}; "
-        f"images {indices[:8].tolist()}...); {dump} has the batch, last good checkpoint: {run.saved_path or 'none'}"
+        f"images {indices[:8].tolist()}...); {where}; last good checkpoint: {run.saved_path or 'none'}"
         f"{f' ({lost})' if lost else ''}; "
         "go on with --precision fp32, or start another run from its weights (--init) with a lower lr"
     )

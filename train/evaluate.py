@@ -135,7 +135,9 @@ def score_classifier(run: Path, options: Evaluate, config: RunConfig, console: C
     if (found := len(dataset.class_names)) != model.config.num_classes:
         raise UserError(f"{run} tells {model.config.num_classes} classes apart, and {dataset.name} has {found}")
     scores = classify.score(model, dataset, config.data, dtype)
-    line = classify.write_scores(scores, dataset, weights_identity(run, options.ema)["step"], file, options.split)
+    step = weights_identity(run, options.ema)["step"]
+    write_whole(file, classify.scores_json(scores, dataset, step))
+    line = classify.scores_line(scores, dataset, step, options.split)
     say(console, f"{line}\nwritten: {file}")
 
 

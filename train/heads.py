@@ -65,9 +65,9 @@ def read_heads(file: Path) -> Heads | None:
         raise UserError(f"{file} is damaged ({error}); remove it, and the heads are measured again") from error
 
 
-def write_heads(file: Path, weights: dict[str, Any], heads: Heads, about: dict[str, Any]) -> None:
+def heads_json(weights: dict[str, Any], heads: Heads, about: dict[str, Any]) -> bytes:
     values = {"weights": weights, **about, "times": heads.times, "x_start": heads.weights}
-    write_whole(file, json.dumps(values, indent=1).encode())
+    return json.dumps(values, indent=1).encode()
 
 
 def measured(
@@ -107,7 +107,7 @@ def heads_of(config: RunConfig, weights: dict[str, Any], network: UMD, dtype: to
     products, about = measured(network, config, schedule, dtype)
     heads = Heads.of(products, schedule)
     try:
-        write_heads(file, weights, heads, about)  # every rank writes the same
+        write_whole(file, heads_json(weights, heads, about))  # every rank writes the same
         where = f"kept in {file}"
     except OSError as error:  # a read-only run
         where = f"not kept ({error.strerror or error})"
@@ -149,6 +149,6 @@ def keep_heads(run: "Run", log: RunLog | NoLog) -> None:
         return  # a network with one head
     weights = weights_identity(config.out)
     file = heads_file(config.out, weights)
-    write_heads(file, weights, heads, about)
+    log.file(file, heads_json(weights, heads, about))
     shown = ", ".join(f"{weight:.2f} at {time}" for time, weight in zip(heads.times, heads.weights, strict=True))
     log.say(f"how much x̂0 counts beside ε̂, kept in {file}: {shown}")

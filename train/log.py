@@ -181,6 +181,11 @@ class RunLog:
     def progress(self, share: float) -> None:
         self._bar.update(self._task, completed=min(share, 1.0))
 
+    def file(self, path: Path, content: bytes) -> None:
+        """Write a file of the run, whole."""
+        with self._tries(path.name):
+            write_whole(path, content)
+
     def picture(self, name: str, sheet: np.ndarray, step: int) -> None:
         """Write a picture, uint8 [H, W, 3], to images/NAME-STEP.png and to TensorBoard."""
         with self._tries("images/"):
@@ -227,6 +232,9 @@ class NoLog:
         pass
 
     def picture(self, name: str, sheet: np.ndarray, step: int) -> None:
+        pass
+
+    def file(self, path: Path, content: bytes) -> None:
         pass
 
     def say(self, text: str) -> None:

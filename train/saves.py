@@ -81,9 +81,11 @@ class BackgroundSave:
 
     def wait(self) -> None:
         """Wait until the last save has ended; raise its error."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            awaited(saving, "the checkpoints")
+        if self._saving is not None:
+            try:
+                awaited(self._saving, "the checkpoints")
+            finally:
+                self._saving = None  # not before: meanwhile `linger` may wait for it too, in another thread
 
 
 def save_last(run: "Run", log: RunLog | NoLog) -> None:

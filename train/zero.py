@@ -53,12 +53,13 @@ class Zero:
             )
         self.model, self.optimizer, self.accumulate, self.stage = model, optimizer, accumulate, stage
         self.flats = flat_tensors(self.engine, optimizer, model, world, stage)
-        self.weights = Shard(
-            model,
-            world,
-            {name: start for _, places in self.flats for name, start, _, _ in places},
-            {name: piece for flat, places in self.flats for name, piece in views(flat, places).items()},
-        )
+        starts = {name: start for _, places in self.flats for name, start, _, _ in places}
+        pieces = {name: piece for flat, places in self.flats for name, piece in views(flat, places).items()}
+        self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        if world.main:  # fixed tables of positions, which DeepSpeed does not optimize: rank 0 holds them whole
+            fixed = {name: p.flatten().to(world.device) for name, p in whole.items() if name not in self.trained}
+            starts, pieces = starts | dict.fromkeys(fixed, 0), pieces | fixed
+        self.weights = Shard(model, world, starts, pieces)
         with torch.no_grad():  # DeepSpeed made the fp32 shards from weights already rounded to bf16
             for name, piece in self.weights.cut(whole).items():
                 self.weights.pieces[name].copy_(piece)
@@ -75,6 +76,9 @@ class Zero:
 
     def update(self) -> Tensor:
         self.engine.step()
+        if self.stage == 3 and self.weights.world.device.type == "cuda":
+            # DeepSpeed gathers weights on a stream of its own, which does not wait for the update on this one.
+            torch.cuda.current_stream().synchronize()
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
 
     def tensors(self, ema: EMA | None) -> dict[str, Tensors]:
@@ -84,16 +88,17 @@ class Zero:
             moments: Tensors = {}
             for flat, places in self.flats:
                 moments |= views(self.optimizer.state[flat][key], places)
-            parts["optimizer"] |= {f"{key}::{name}": whole for name, whole in gather(moments, key).items()}
+            gathered = gather(moments, key)  # {} on ranks other than 0
+            parts["optimizer"] |= {f"{key}::{name}": gathered[name] for name in self.trained if name in gathered}
         steps = next(self.optimizer.state[flat]["step"] for flat, _ in self.flats)
-        parts["optimizer"] |= {f"step::{name}": steps.detach().clone() for name in parts["model"]}
+        parts["optimizer"] |= {f"step::{name}": steps.detach().clone() for name in self.trained if parts["model"]}
         return parts | ({} if ema is None else {"ema": gather(ema.state_dict(), "ema")})
 
     @torch.no_grad()
     def load(self, parts: Mapping[str, Tensors], ema: EMA | None) -> None:
         saved = parts["optimizer"]
         for flat, places in self.flats:
-            state = {"step": saved[f"step::{next(iter(self.weights.shapes))}"].to(flat.device, copy=True)}
+            state = {"step": saved[f"step::{self.trained[0]}"].to(flat.device, copy=True)}
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(flat)
                 for name, view in views(state[key], places).items():
@@ -119,11 +124,12 @@ def flat_tensors(engine: Any, optimizer: Any, model: AnyModel, world: World, sta
     installed DeepSpeed lacks them.
     """
     flats: list[tuple[Tensor, Places]]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     try:
         if stage == 3:
             zero = engine.optimizer
             flats = [(flat, []) for flat in zero.fp32_partitioned_groups_flat]
-            for name, p in model.named_parameters():
+            for name, p in trained:
                 group, place, share = zero.grad_position[zero.get_param_id(p)]
                 whole = p.ds_numel  # type: ignore[attr-defined]  # set by DeepSpeed
                 length = min(share, whole - world.rank * share)  # the last rank's share is padded
@@ -131,7 +137,7 @@ def flat_tensors(engine: Any, optimizer: Any, model: AnyModel, world: World, sta
                     flats[group][1].append((name, world.rank * share, length, place))
             return flats
         flats = [(group["params"][0], []) for group in optimizer.param_groups]
-        for name, p in model.named_parameters():
+        for name, p in trained:
             here = p._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
             if here is not None:
                 lp, hp = here.lp_fragment_address, here.hp_fragment_address

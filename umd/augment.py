@@ -15,6 +15,7 @@ from torch import Tensor
 from umd.config import ClassifierConfig, ClassifierObjectiveConfig
 from umd.errors import UserError
 from umd.flops import classifier_flops
+from umd.machine.device import to_device
 from umd.objective import WHOLE, Part
 
 ERASED_AREA, ERASED_ASPECT, ERASE_TRIES = (0.02, 1 / 3), 1 / 0.3, 10
@@ -92,7 +93,7 @@ class ClassifierObjective:
             targets=share * one_hot + (1 - share) * one_hot.flip(0),
             share=share,
             box=box,
-            erased=torch.tensor(erased, device=device),
+            erased=to_device(torch.tensor(erased), device),
             noise_seed=int(rng.integers(2**62)),
             gates=draw_gates(rng, self.config.drop_path, self.model.depth, batch_size, device),
         )
@@ -175,4 +176,4 @@ def draw_gates(
         return None
     keep = 1 - np.linspace(0, drop_path, depth).repeat(2)[:, None]  # [2·depth, 1]
     gates = (rng.random((2 * depth, batch_size)) < keep) / keep
-    return torch.from_numpy(gates.astype(np.float32)).to(device)
+    return to_device(torch.from_numpy(gates.astype(np.float32)), device)

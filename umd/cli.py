@@ -95,7 +95,8 @@ def fail(message: str, command: str, code: int = 2) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and command in TOGETHER:
         from umd.train.distributed import end_all
 
-        if not end_all(message, code):
+        message = end_all(message, code)
+        if not message:
             sys.exit(code)
     line = Text.assemble(("umd:", "bold red"), " ", message)
     Console(stderr=True, highlight=False).print(line, soft_wrap=True)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +190,24 @@ def test_two_ranks_make_the_steps_of_one_process(runs, name, precision):
         else:
             flat, other = (torch.cat([t[part][key].flatten() for key in saved[part]]) for t in (saved, others))
             assert (flat - other).norm() <= 1e-2 * flat.norm()
+
+
+def test_zero_keeps_fixed_positions(folder):
+    """Those of MAE, MaskDiT and DiT, which the optimizer has no state for."""
+    fixed = replace(TINY, num_classes=3, positions="sincos")
+    one = tiny(folder, "one-fixed", model=fixed, steps=8, accumulate=4)
+    two = [tiny(folder, f"zero{n}-fixed", "zero", n, model=fixed, steps=8, save_every=4) for n in (2, 3)]
+    train(one, QUIET)
+    train_on(2, two)
+    for config in two:
+        shutil.rmtree(config.checkpoints / "step-00000008")
+    train_on(2, two)
+    whole = load_checkpoint(one.checkpoints).tensors
+    for config in two:
+        saved = load_checkpoint(config.checkpoints).tensors
+        assert torch.equal(saved["model"]["pos_embed"], whole["model"]["pos_embed"])
+        assert {part: saved[part].keys() for part in saved} == {part: whole[part].keys() for part in whole}
+        assert np.abs(column(one, "loss") - column(config, "loss")).max() <= 1e-5
 
 
 @pytest.mark.gpu
@@ -487,6 +506,18 @@ def test_one_lost_save_is_told_and_a_second_in_a_row_is_raised(tmp_path):
         save("file")
 
 
+def test_a_rank_that_must_end_waits_for_a_save_that_its_main_thread_waits_for(tmp_path):
+    saves = BackgroundSave()
+    saves.save(tmp_path, 1, {"model": {"w": torch.zeros(1 << 26)}}, {}, keep=1)
+    waiting = threading.Thread(target=saves.wait)
+    waiting.start()
+    while waiting.is_alive() and not any(tmp_path.iterdir()):
+        time.sleep(0.001)
+    saves.linger()
+    assert load_checkpoint(tmp_path).step == 1
+    waiting.join()
+
+
 def test_a_lost_save_does_not_hide_why_the_run_ends(tmp_path):
     (tmp_path / "file").touch()
     told: list[str] = []
@@ -649,7 +680,10 @@ except UserError as error:
     )
     codes, _, errors = ends(start_ranks(["-c", code], 2, env={"MEETING": str(tmp_path)}), timeout=60)
     assert codes == [75, 1]
-    assert errors[0].startswith("umd: rank 0 lost the others (") and "one of them ended or hangs" in errors[0]
+    assert (
+        errors[0].startswith(f"umd: rank 0 on {socket.gethostname()} lost the others (")
+        and "one of them ended or hangs" in errors[0]
+    )
 
 
 def test_ranks_whose_weights_differ_are_told():
@@ -697,7 +731,7 @@ except UserError as error:
     codes, out, errors = ends(start_ranks(["-c", code], 2, env={"MEETING": str(tmp_path)}), timeout=60)
     assert codes == [75, -signal.SIGKILL]
     assert out == ["[{'rank': 0}, {'rank': 1}]\n", "[]\n"]
-    assert errors[0].startswith("umd: rank 0 lost the others (")
+    assert errors[0].startswith(f"umd: rank 0 on {socket.gethostname()} lost the others (")
 
 
 @pytest.mark.timeout(60)

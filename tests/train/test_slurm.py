@@ -223,3 +223,19 @@ def test_five_minutes_before_its_time_is_over_a_job_is_saved_and_queued_again(cl
     saved = max((cluster.root / "long" / "checkpoints").glob("step-*"))
     steps = [json.loads(line)["step"] for line in (cluster.root / "long" / "metrics.jsonl").read_text().splitlines()]
     assert int(saved.name.removeprefix("step-")) == steps[-1]
+
+
+def test_a_rank_that_fails_before_the_ranks_have_met_ends_the_job_at_once(cluster):
+    """Rank 0 would wait for it --parallel.timeout, 600 s, and end with a status that has the job queued again."""
+    folder = cluster.root / "bin"
+    folder.mkdir()
+    (folder / "python").write_text(f'#!/bin/sh\n[ "$SLURM_PROCID" = 1 ] && exit 2\nexec {sys.executable} "$@"\n')
+    (folder / "python").chmod(0o755)
+    before = cluster.env["PATH"]
+    cluster.env["PATH"] = f"{folder}:{before}"
+    try:
+        job = cluster.submit("unmet", steps=400)
+    finally:
+        cluster.env["PATH"] = before
+    cluster.until(lambda: cluster.job(job)["JobState"] == "FAILED", job, seconds=120)
+    assert cluster.job(job)["Restarts"] == "0"
