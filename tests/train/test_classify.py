@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from umd import cli
+from umd.checkpoint import load_checkpoint
 from umd.config import (
     ClassifierConfig,
     ClassifierObjectiveConfig,
@@ -77,6 +78,15 @@ def test_it_learns_sixteen_pictures_by_heart(tiny):
         "confusion-00000030.png",
         "confusion-00000060.png",
     }
+
+
+def test_scores_that_cannot_be_written_end_no_run(tiny, capsys):
+    config = tiny(draw_every=3)
+    (config.out / "scores.json").mkdir(parents=True)
+    train(config, Console(width=500))
+    told = capsys.readouterr().out
+    assert told.count("cannot write scores.json (") == 1 and "done: step 6" in told and "step 3: top-1 " in told
+    assert load_checkpoint(config.checkpoints).step == 6
 
 
 @pytest.mark.parametrize("linear", [False, True])

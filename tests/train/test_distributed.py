@@ -23,7 +23,7 @@ from rich.console import Console
 
 from umd.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from umd.config import ClassifierConfig, ClassifierObjectiveConfig, ModelConfig
-from umd.errors import UserError
+from umd.errors import TemporaryError, UserError
 from umd.methods import build_model
 from umd.metrics import FeatureStatistics
 from umd.train.classify import open_held_out, score
@@ -103,7 +103,7 @@ def start_ranks(command: list[str], size: int, ranks=None, **options) -> list[su
     return [
         subprocess.Popen(
             [sys.executable, *command],
-            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**base, "RANK": str(rank), "LOCAL_RANK": str(options.get("local", rank))},
             cwd=cwd[rank] if isinstance(cwd, list) else cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -665,7 +665,7 @@ def test_an_exchange_of_gloo_that_takes_too_long_is_told(tmp_path):
         + """
 import time, torch
 from pathlib import Path
-from umd.errors import UserError
+from umd.errors import TemporaryError, UserError
 from umd.train.distributed import ParallelConfig, end_all, join
 ready(2)
 world = join("cpu", ParallelConfig(timeout=3), Path("unused"))
@@ -684,6 +684,42 @@ except UserError as error:
         errors[0].startswith(f"umd: rank 0 on {socket.gethostname()} lost the others (")
         and "one of them ended or hangs" in errors[0]
     )
+
+
+NCCL = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, {}, NCCL version 2.28.9\n{}\nLast error:\n{}"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "code", "kept"),
+    [
+        (
+            ("invalid usage", "ncclInvalidUsage: usually a mistake", "Duplicate GPU detected : rank 1 and 0"),
+            UserError, 1, "NCCL failed (",
+        ),
+        (
+            ("remote process exited", "ncclRemoteError: A call failed", "socketProgress: Connection closed by peer"),
+            TemporaryError, 75, "lost the others (",
+        ),
+        (("unhandled cuda error", "ncclUnhandledCudaError", "Cuda failure 2 'out of memory'"), RuntimeError, None, ""),
+    ],
+)  # fmt: skip
+def test_an_error_of_nccl_keeps_its_reason(text, error, code, kept):
+    """The texts are those of C10D_NCCL_CHECK in torch's NCCLUtils.hpp, around what NCCL says."""
+    with pytest.raises(error) as caught, World(0, 2, torch.device("cpu")).explained():
+        raise dist.DistBackendError(NCCL.format(*text))
+    assert kept in str(caught.value) and text[2] in str(caught.value) and getattr(caught.value, "code", None) == code
+
+
+def test_before_the_ranks_have_met_one_process_of_a_host_tells_its_error(folder):
+    command = ["-m", "umd.cli", "pretrain", str(folder / "missing")]
+    codes, out, errors = [], [], []
+    for rank, local in ((8, 0), (9, 1)):
+        [process] = start_ranks(command, 16, ranks=[rank], env={"LOCAL_WORLD_SIZE": "8"}, local=local)
+        for known, more in zip((codes, out, errors), ends([process]), strict=True):
+            known.extend(more)
+    assert codes == [2, 2] and errors[0].startswith(f"umd: on {socket.gethostname()}: ") and not errors[1]
 
 
 def test_ranks_whose_weights_differ_are_told():
@@ -712,7 +748,7 @@ def test_ranks_wait_longer_for_what_one_does_alone_but_not_for_one_that_is_gone(
         + """
 import os, signal, time
 from pathlib import Path
-from umd.errors import UserError
+from umd.errors import TemporaryError, UserError
 from umd.train.distributed import ParallelConfig, end_all, join
 ready(2)
 world = join("cpu", ParallelConfig(timeout=3), Path("unused"))

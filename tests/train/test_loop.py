@@ -261,6 +261,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert load_checkpoint(kept).step == 5 and load_model(good.out)
     assert not any(math.isnan(row["loss"]) for row in read_metrics(good.out / "metrics.jsonl"))
 
+    (good.out / "nan-dump.json").unlink()
+    (good.out / "nan-dump.json").mkdir()  # a disk that does not take it
+    with pytest.raises(Diverged, match="not finite at step 7 .*nan-dump.json, the record of the batch, could not be"):
+        train(replace(good, steps=20, optim=replace(good.optim, lr=1e30), save_every=7, log_every=100), QUIET)
+
     # The dump tells which images and which noise: what the loader and the objective give for them.
     seed = derive_seed(good.seed, 1)
     loader = train_loader(open_dataset(good.data, "train"), good.data, batch_size=8, seed=seed, start=6 * 8)
