@@ -1,14 +1,17 @@
 """`bench/first_light.py` where there is no GPU: it runs to its end, and what hangs or fails stops nothing else."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from umd.bench.first_light import read_rows, run_limited, summary
+from umd.bench.first_light_checks import relative, worst_row
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +52,16 @@ def test_what_hangs_is_ended_with_what_it_started(tmp_path, capsys):
     assert capsys.readouterr().out == "shown\n" and "kept" in (tmp_path / "log").read_text()
     child = Path("/proc", (tmp_path / "child").read_text(), "stat")
     assert not child.exists() or child.read_text().split()[2] == "Z"  # ended, whether or not somebody has noticed
+
+
+def test_a_wrong_row_is_not_lost_in_the_norm_of_a_tensor():
+    truth = torch.randn(4096, 2, 64, generator=torch.Generator().manual_seed(0))
+    found = truth.clone()
+    found[17, 1] = 0
+    assert relative(found, truth) < 0.015 and 0.5 < worst_row(found, truth) < 2
+    found[17, 1, 0] = torch.nan
+    assert relative(found, truth) == worst_row(found, truth) == math.inf
+    assert worst_row(truth[0, 0] * 1.01, truth[0, 0]) == pytest.approx(0.01, rel=1e-4)  # a vector is one row
 
 
 def test_a_row_cut_in_the_middle_is_left_out(tmp_path):
