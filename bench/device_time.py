@@ -5,8 +5,13 @@ launcher take longer than the kernel.
 """
 
 import math
+import os
+import re
+import shutil
 import statistics
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -80,3 +85,22 @@ def recorded(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     with recording() as graph:
         run()
     return graph
+
+
+@contextmanager
+def watched_clocks(on_gpu: bool) -> Iterator[dict[str, float]]:
+    """Yields a dict that after the block holds the GPU's median clock (MHz) and power (W), as nvidia-smi told them."""
+    found: dict[str, float] = {}
+    if not on_gpu or shutil.which("nvidia-smi") is None:
+        yield found
+        return
+    command = "nvidia-smi --query-gpu=clocks.sm,power.draw --format=csv,noheader,nounits -lms 100 -i"
+    process = subprocess.Popen([*command.split(), os.environ.get("CUDA_VISIBLE_DEVICES", "0")], stdout=subprocess.PIPE)
+    try:
+        yield found
+    finally:
+        process.terminate()
+        lines = process.communicate()[0].decode(errors="replace").splitlines()
+    told = [[float(x) for x in line.split(",")] for line in lines if re.fullmatch(r"[\d. ]+,[\d. ]+", line)]
+    if told:
+        found["mhz"], found["watts"] = map(statistics.median, zip(*told, strict=True))

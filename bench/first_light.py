@@ -5,15 +5,16 @@
     PYTHONPATH=. python3 bench/first_light.py --smoke       without a GPU: tiny sizes, to test this script
     PYTHONPATH=. python3 bench/first_light.py --parts env,correct
 
-Parts, in this order. Each is a process with its own time limit; if one fails or hangs, the others still run:
+Parts, in this order. Each is a process with its own time limit; if one fails or hangs, the others still run. With
+eight CPU cores or more, correct, cli and tests run beside one another, as nothing in them is timed:
 
     env      versions, device, `umd doctor`, the speed of a copy and of matrix products
     correct  every op, forward and backward, at real shapes against fp64, and twice for equal bits; the whole step, and
              that it never waits for the GPU; captured steps (also with DDP) and captured sampling against eager ones
-    step     the training step: eager, captured, with reference ops, compared with plain DiTs; host time, a profile
     cli      `umd pretrain` on synthetic pictures: the loss falls; SIGTERM, resume, finish
-    sample   guided sampling, compared with diffusers' pipeline
     tests    the project's own tests for a GPU
+    step     the training step: eager, captured, with reference ops, compared with plain DiTs; host time, a profile
+    sample   guided sampling, compared with diffusers' pipeline
     timing   each op, timed as in `umd bench kernels`
     compile  training steps under torch.compile, in the remaining time
 
@@ -33,12 +34,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
 # Time limits in seconds. If the parts asked for need less than the budget, they grow in proportion. Time that a part
 # does not use goes to the last ones.
-PARTS = {"env": 40, "correct": 105, "step": 105, "cli": 60, "sample": 60, "tests": 105, "timing": 65, "compile": 300}
+PARTS = {
+    "env": 40, "correct": 140, "cli": 100, "tests": 215, "step": 150, "sample": 95, "timing": 65, "compile": 300,
+}  # fmt: skip
+CHECKS = ("correct", "cli", "tests")  # they time nothing, and may run beside one another
 Row = dict[str, Any]
 
 
@@ -47,7 +53,7 @@ def run_parts(args: argparse.Namespace) -> int:
     began = time.monotonic()
     out = Path(os.environ.get("OUT") or "out").resolve()
     out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"argv": sys.argv[1:], "parts": {}}
+    results: dict[str, Any] = {"made": made(), "argv": sys.argv[1:], "parts": {}}
     (out / "first_light.log").unlink(missing_ok=True)  # as this process and the parts append to it
     with tempfile.TemporaryDirectory(prefix="first-light-") as folder, open(out / "first_light.log", "a") as log:
         scratch = Path(folder)
@@ -56,41 +62,68 @@ def run_parts(args: argparse.Namespace) -> int:
             print(text, flush=True)
             print(text, file=log, flush=True)
 
-        names = args.parts.split(",")
-        longer = max(1, args.budget / sum(PARTS[name] for name in names))
-        for name in names:
-            left = args.budget - (time.monotonic() - began)
-            limit = min(PARTS[name] * (5 if args.smoke else longer), left - 5)
+        def run(name: str, limit: float) -> dict[str, Any]:
             if limit < 15:
-                results["parts"][name] = {"status": "left out: no time", "seconds": 0, "rows": []}
-                say(f"== {name}: left out, {left:.0f} s left")
-                continue
+                say(f"== {name}: left out, no time")
+                return {"status": "left out: no time", "seconds": 0, "rows": []}
             say(f"== {name} (at most {limit:.0f} s)")
-            rows = scratch / f"{name}.jsonl"
+            rows, output = scratch / f"{name}.jsonl", scratch / f"{name}.log"
             command = [sys.executable, "-m", "umd.bench.first_light", "--part", name, "--rows", str(rows)]
             command += ["--limit", f"{limit:.0f}", "--scratch", folder, *["--smoke"] * args.smoke]
             started = time.monotonic()
-            status = run_limited(command, limit, log)
-            took = time.monotonic() - started
-            found = read_rows(rows)
-            results["parts"][name] = {"status": status, "seconds": round(took, 1), "rows": found}
-            (out / "first_light.json").write_text(json.dumps(results, indent=1) + "\n")
+            with open(output, "w") as written:
+                status = run_limited(command, limit, written, deterministic=name in CHECKS)
+            took, found = time.monotonic() - started, read_rows(rows)
+            log.write(output.read_text(errors="replace"))
             say(f"   {name}: {status}, {took:.0f} s, {len(found)} rows")
-        for file in (*scratch.glob("profile.txt"), *scratch.glob("tests.log"), *scratch.glob("trace-*.json.gz")):
-            shutil.copy(file, out / file.name)
+            return {"status": status, "seconds": round(took, 1), "rows": found}
+
+        groups = grouped(args.parts.split(","), together=(os.cpu_count() or 1) >= 8)
+        longer = max(1, args.budget / sum(max(PARTS[name] for name in group) for group in groups))
+        for group in groups:
+            left = args.budget - (time.monotonic() - began) - 5
+            with ThreadPoolExecutor(len(group)) as beside:
+                limits = [min(PARTS[name] * (5 if args.smoke else longer), left) for name in group]
+                results["parts"] |= dict(zip(group, beside.map(run, group, limits), strict=True))
+            for file in (*scratch.glob("profile.txt"), *scratch.glob("tests.log"), *scratch.glob("trace-*.json.gz")):
+                shutil.copy(file, out / file.name)
+            (out / "first_light.json").write_text(json.dumps(results, indent=1) + "\n")
         say(summary(results["parts"]))
     parts = results["parts"].values()
-    bad = any(row["kind"] == "failed" or not row.get("ok", True) for part in parts for row in part["rows"])
-    return int(bad or any(part["status"] != "ok" for part in parts))
+    return int(any(map(is_bad, parts)) or any(part["status"] != "ok" for part in parts))
 
 
-def run_limited(command: list[str], limit: float, log: TextIO) -> str:
+def made() -> dict[str, str]:
+    """Commit, date and machine. Where there is no git folder, the commit is that of $COMMIT."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    commit = os.environ.get("COMMIT") or done.stdout.strip() or "unknown: set COMMIT"
+    return {"commit": commit, "date": datetime.now().isoformat(" ", "minutes"), "cores": str(os.cpu_count())}
+
+
+def grouped(names: list[str], together: bool) -> list[list[str]]:
+    """Cut the parts into groups that run at the same time: neighbours of CHECKS if `together`, else single parts."""
+    groups: list[list[str]] = []
+    for name in names:
+        if together and groups and name in CHECKS and groups[-1][0] in CHECKS:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def is_bad(part: dict[str, Any]) -> bool:
+    """Whether something in a part failed, was wrong, or was left out for lack of time."""
+    return any(row["kind"] in ("failed", "skipped") or not row.get("ok", True) for row in part["rows"])
+
+
+def run_limited(command: list[str], limit: float, log: TextIO, deterministic: bool = False) -> str:
     """Run a part and return how it ended. It and all its child processes are ended after `limit` seconds at the latest.
 
     Its output goes to the log. Lines that begin with | also go to the screen.
     """
-    # cuBLAS is deterministic only if its workspace is set before it starts.
-    environment = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **os.environ}
+    environment = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **os.environ}
+    if deterministic:  # cuBLAS is only if its workspace is set before it starts
+        environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
     start = os.path.getsize(log.name)
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
@@ -159,6 +192,7 @@ def summary(parts: dict[str, dict]) -> str:
     blocks.append(f"correctness: {len(checks) - len(wrong)} of {len(checks)} checks right")
     blocks += [f"  WRONG {row['model']} {row['op']}, {row['what']}: {cell(row['error'], '.1e')}" for row in wrong[:25]]
     blocks += [f"  FAILED {row['what']}: {row['message'][:300]}" for row in rows("failed")[:15]]
+    blocks += [f"  LEFT OUT, no time: {row['what']}" for row in rows("skipped")[:15]]
     for row in rows("tests"):
         blocks.append(f"tests: {row['last']}")
         blocks += [f"  {line[:160]}" for line in row["failures"][:15]]

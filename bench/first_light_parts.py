@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from umd import ops
 from umd.bench import kernels
 from umd.bench.count_bytes import tensor_bytes
-from umd.bench.device_time import copies_beyond, time_calls
+from umd.bench.device_time import copies_beyond, time_calls, watched_clocks
 from umd.bench.first_light import Part, Row, read_rows
 from umd.bench.first_light_checks import setting_of, synchronize
 from umd.bench.op_cases import OPS, Inputs, Side
@@ -34,6 +34,7 @@ from umd.bench.step import count_flops, diffusers_dit, dit_step, umd_step
 from umd.bench.training import Step, host_time, timed, with_modulation
 from umd.conditions import denoiser
 from umd.config import OBJECTIVES, Capture, ModelConfig
+from umd.errors import UserError
 from umd.machine.device import peak_flops, take_device
 from umd.model import UMD
 from umd.objective import Objective
@@ -159,27 +160,31 @@ def time_step(part: Part, what: str, kind: Kind, bench: StepBench, peak: float, 
     on_gpu = bench.device != "cpu"
     call: Step | None
     while True:
-        gc.collect()
-        torch.cuda.empty_cache()
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
         try:
+            flops = flops_of(bench)  # some are counted by making a step
+            gc.collect()
+            torch.cuda.empty_cache()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
             call = make(bench)
             for _ in range(1 if part.smoke else WARMUP + 1):  # if the step is captured, the last one records it
                 call()
             synchronize()
             break
-        except torch.cuda.OutOfMemoryError:
+        except (torch.cuda.OutOfMemoryError, UserError) as error:
+            if "out of memory" not in str(error):  # a UserError: while a graph was recorded
+                raise
             call = None
+            gc.collect()
             part.note(what, f"out of memory at batch {bench.batch}")
             bench = replace(bench, batch=bench.batch // 2)
             if bench.batch < 8:
                 raise
     warm_up = time.perf_counter() - began
-    seconds = timed(call, bench.device)
-    if not part.smoke and seconds < 0.05:
-        seconds = statistics.median([seconds, *(timed(call, bench.device) for _ in range(2))])
+    with watched_clocks(on_gpu) as clocks:
+        windows = [timed(call, bench.device, in_a_row=10) for _ in range(1 if part.smoke else 3)]
+    seconds = statistics.median(windows)
     host = host_time(call, bench.device)
     began, repeats = time.perf_counter(), 1 if part.smoke else 5
     for _ in range(repeats):
@@ -187,16 +192,15 @@ def time_step(part: Part, what: str, kind: Kind, bench: StepBench, peak: float, 
         synchronize()
     synced = (time.perf_counter() - began) / repeats
     gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-    if profiled:
-        part.attempt(f"profile {what}", profile_step, part, f"{what}, {bench.batch}", call, on_gpu)
-    call = None
-    flops = flops_of(bench)
     speed, rate = bench.batch / seconds, flops / seconds
     part.row(
-        "step", what=what, batch=bench.batch, images_per_second=speed, ms=1e3 * seconds, ms_synced=1e3 * synced,
+        "step", what=what, batch=bench.batch, images_per_second=speed, ms=1e3 * seconds,
+        ms_of_windows=[round(1e3 * window, 2) for window in windows], **clocks, ms_synced=1e3 * synced,
         ms_host=None if host is None else 1e3 * host, tflops=rate / 1e12, mfu=rate / peak, gib=gib, warm_up_s=warm_up,
     )  # fmt: skip
-    print(f"|   {what}, {bench.batch}: {speed:.0f} img/s, {1e3 * seconds:.1f} ms, {rate / peak:.1%}")
+    print(f"|   {what}, {bench.batch}: {speed:.0f} img/s, {1e3 * seconds:.1f} ms, {rate / peak:.1%}, {clocks}")
+    if profiled:
+        part.attempt(f"profile {what}", profile_step, part, f"{what}, {bench.batch}", call, on_gpu)
 
 
 def profile_step(part: Part, what: str, call: Step, on_gpu: bool) -> None:
@@ -214,7 +218,11 @@ def profile_step(part: Part, what: str, call: Step, on_gpu: bool) -> None:
             file.write(f"\n##### {what}: two steps, by {key}\n{text}\n")
     place = DeviceType.CUDA if on_gpu else DeviceType.CPU
     time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    found = [(getattr(e, time_of) / 2e3, e.count / 2, e.key) for e in averages if e.device_type == place]
+    found = [
+        (getattr(e, time_of) / 2e3, e.count / 2, e.key)
+        for e in averages
+        if e.device_type == place and not e.is_user_annotation
+    ]
     total, launches = sum(ms for ms, _, _ in found), sum(calls for _, calls, _ in found)
     top = sorted(found, reverse=True)
     part.row("profile", what=what, device_ms=total, launches=launches, top=top)
@@ -246,7 +254,8 @@ def sample(part: Part, device: torch.device) -> None:
     sides: dict[str, Callable] = {"umd": ours}
     part.attempt("diffusers' pipeline", lambda: sides.update({"diffusers": dit_pipeline(config, labels, num_steps)}))
     sides["umd, launched one by one"] = partial(ours, capture="off")
-    for what, draw in sides.items():
+
+    def time_side(what: str, draw: Callable) -> None:
         draw(steps=3)
         synchronize()
         began = time.perf_counter()
@@ -255,6 +264,9 @@ def sample(part: Part, device: torch.device) -> None:
         seconds = time.perf_counter() - began
         part.row("sampling", what=f"{name} {what}", batch=batch, steps=num_steps, seconds=seconds)
         part.note(f"{name} {what}", f"{batch} images in {num_steps} guided steps: {seconds:.2f} s")
+
+    for what, draw in sides.items():
+        part.attempt(f"sampling, {what}", time_side, what, draw)
 
 
 def dit_pipeline(config: ModelConfig, labels: Tensor, num_steps: int) -> Callable[..., object]:
@@ -368,7 +380,7 @@ def tests(part: Part, device: torch.device) -> None:
     lines = file.read_text(errors="replace").splitlines()
     last = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error)", line)), "no result")
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    part.row("tests", status=process.returncode, last=last, failures=failures)
+    part.row("tests", ok=process.returncode == 0, status=process.returncode, last=last, failures=failures)
     for line in (last, *failures[:20], *list(dict.fromkeys(line for line in lines if line.startswith("E  ")))[:12]):
         print(f"|   {line[:200]}")
 
@@ -403,6 +415,8 @@ def cli(part: Part, device: torch.device) -> None:
             time.sleep(0.1)
         if process.poll() is None:
             process.kill()
+            process.wait()
+            raise TimeoutError(f"`umd pretrain` was cut off at {rows[-1] if (rows := logged()) else 'its start'}")
         return process.wait()
 
     ends = ("stopped by SIGTERM", stop_at, 128 + signal.SIGTERM), ("resumed to the end", None, 0)
@@ -412,11 +426,15 @@ def cli(part: Part, device: torch.device) -> None:
         part.check("umd pretrain", "cli", f"{what}: exit status {status}", status == expected)
         if status != expected:
             raise RuntimeError(text[-1500:])
+    part.check("umd pretrain", "cli", "goes on where it was stopped", "goes on at step" in text)
     rows = logged()
+    every = int(options.split()[-1])
+    logs = [row["step"] for row in rows] == list(range(every, steps + 1, every))
+    part.check("umd pretrain", "cli", "each logged step stands once", logs)
     losses, rates = ([row[key] for row in rows] for key in ("loss", "images_per_second"))
     part.row("curve", rows=rows)
     fall = f"{losses[0]:.3f} to {losses[-1]:.3f}"
-    part.check("umd pretrain", "cli", f"the loss falls, {fall}", losses[-1] < losses[0])
+    part.check("umd pretrain", "cli", f"the loss falls, {fall}", losses[-1] < (losses[0] if part.smoke else 0.4))
     part.note("umd pretrain", f"median {statistics.median(rates):.0f} img/s, MFU {rows[-1]['mfu']:.1%}")
 
 

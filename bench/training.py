@@ -71,8 +71,8 @@ def on_batch(step: TrainStep, x_start: Tensor) -> Callable[[], Tensor]:
     return lambda: step(x_start, None, indices, LR)
 
 
-def timed(step: Step, device: str) -> float:
-    """Seconds per step. On the CPU: of one step. On a GPU: of IN_A_ROW steps queued as in training, by its clock."""
+def timed(step: Step, device: str, in_a_row: int = IN_A_ROW) -> float:
+    """Seconds per step. On the CPU: of one step. On a GPU: of `in_a_row` steps queued as in training, by its clock."""
     if torch.device(device).type == "cpu":
         start = time.perf_counter()
         step()
@@ -80,11 +80,11 @@ def timed(step: Step, device: str) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     begin.record()
-    for _ in range(IN_A_ROW):
+    for _ in range(in_a_row):
         step()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / IN_A_ROW
+    return begin.elapsed_time(end) / 1e3 / in_a_row
 
 
 def host_time(step: Step, device: str) -> float | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from umd.bench.first_light import read_rows, run_limited, summary
+from umd.bench.first_light import PARTS, grouped, is_bad, read_rows, run_limited, summary
 from umd.bench.first_light_checks import relative, worst_row
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +62,27 @@ def test_a_wrong_row_is_not_lost_in_the_norm_of_a_tensor():
     found[17, 1, 0] = torch.nan
     assert relative(found, truth) == worst_row(found, truth) == math.inf
     assert worst_row(truth[0, 0] * 1.01, truth[0, 0]) == pytest.approx(0.01, rel=1e-4)  # a vector is one row
+
+
+def test_parts_that_time_nothing_run_beside_one_another():
+    names = list(PARTS)
+    assert grouped(names, True) == [["env"], ["correct", "cli", "tests"], ["step"], ["sample"], ["timing"], ["compile"]]
+    assert grouped(names, False) == [[name] for name in names]
+    assert grouped(["tests", "step", "correct"], True) == [["tests"], ["step"], ["correct"]]
+
+
+@pytest.mark.parametrize(
+    ("row", "bad"),
+    [
+        ({"kind": "tests", "ok": False}, True),
+        ({"kind": "skipped"}, True),
+        ({"kind": "failed"}, True),
+        ({"kind": "check", "ok": True}, False),
+        ({"kind": "note"}, False),
+    ],
+)
+def test_what_was_wrong_or_left_out_is_not_passed_over(row, bad):
+    assert is_bad({"rows": [{"kind": "note"}, row]}) == bad
 
 
 def test_a_row_cut_in_the_middle_is_left_out(tmp_path):
