@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
 """Time kernels in other tiles, warps and stages, on the streams of UMD-B/4 and UMD-L/2.
 
-    PYTHONPATH=. python3 bench/sweep.py [--json FILE]   on a GPU, about a minute
+    PYTHONPATH=. python3 bench/sweep.py --warm          compile all settings; may run beside other work
+    PYTHONPATH=. python3 bench/sweep.py [--json FILE]   time them, alone on a GPU: about a minute after --warm
     PYTHONPATH=. python3 bench/sweep.py --smoke         tiny sizes in Triton's interpreter, to test this script
 
 To time another commit's kernels, put its checkout first on PYTHONPATH. Each line has the time of an op, and how far its
-result is from that of the settings in use (norm of the difference over the norm).
+result is from that of the settings in use (norm of the difference over the norm). A row of BWD_Q or BWD_KV times both
+kernels of the backward pass, one of `_sum_launch` the norm's whole backward pass: compare it with the first of its kind.
+
+Exit status 1: the settings in use failed, or another result differs from theirs by more than 1 %.
 """
 
 # Import only the standard library before `main`: for a script, this folder comes first on sys.path, and its kernels.py
@@ -87,6 +91,7 @@ def norms(device, model: str, batch: int) -> Iterator[tuple[str, dict, Callable]
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes; runs without a GPU")
+    parser.add_argument("--warm", action="store_true", help="only compile and compare")
     parser.add_argument("--json", type=Path, help="file for the rows")
     args = parser.parse_args(argv)
     if args.smoke:
@@ -114,15 +119,17 @@ def main(argv: list[str] | None = None) -> int:
                         made = [x.detach() for x in ((made,) if isinstance(made, torch.Tensor) else made)]
                         truth = wanted.setdefault(what, made)
                         row["difference"] = max(relative(a, b) for a, b in zip(made, truth, strict=True) if b.numel())
-                        row["us"] = None if args.smoke else round(1e3 * time_calls([call]).ms, 1)
+                        row["bad"] = row["difference"] > 1e-2
+                        row["us"] = None if args.smoke or args.warm else round(1e3 * time_calls([call]).ms, 1)
                     except Exception as error:  # settings that do not compile, or need too much of something
                         row["failed"] = f"{type(error).__name__}: {error}"[:200]
+                        row["bad"] = what not in wanted  # the settings in use come first
                     rows.append(row)
                     result = row.get("failed") or f"{row['us']} µs, difference {row['difference']:.0e}"
                     print(f"{model} {batch} {what} {settings}: {result}", flush=True)
                     if args.json is not None:
                         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return int(any("failed" in row for row in rows))
+    return int(any(row["bad"] for row in rows))
 
 
 if __name__ == "__main__":
