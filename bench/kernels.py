@@ -255,13 +255,14 @@ def run(bench: KernelBench, console: Console) -> list[Row]:
         notes.append("*: could not be recorded as a CUDA graph; launched one by one, a short call has the host's time")
     for note in dict.fromkeys(notes):
         console.print(note, highlight=False, markup=False)
-    if bench.json is not None:
-        write_json(bench.json, [asdict(row) for row in rows])
     return rows
 
 
 def measure(bench: KernelBench, console: Console) -> tuple[list[Row], float | None, list[str]]:
-    """Time all ops. Returns rows, the bytes per second of a copy (None on a CPU), and notes on what was left out."""
+    """Time all ops, and write the JSON after each, as the run may be cut off.
+
+    Returns rows, the bytes per second of a copy (None on a CPU), and notes on what was left out.
+    """
     torch._functorch.config.donated_buffer = False  # a compiled backward pass runs many times on one forward pass
     copy = copy_speed(bench.device)
     device = torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
@@ -280,12 +281,14 @@ def measure(bench: KernelBench, console: Console) -> tuple[list[Row], float | No
             with interpreted(bench.device == "cpu"):  # Triton imports parts late and asks again
                 inputs = make()
                 shape = dict(model=model, width=inputs.D, stream=stream, tokens=inputs.tokens, device=device)
-                if name not in OPS:
+                if name in OPS:
+                    cases = beyond_the_cache(name, make)
+                    sides = [implementations(case, norms, bench.device, with_triton) for case in cases]
+                    rows += time_op(cases, sides, copy, **shape)
+                else:
                     rows += time_backends(name, make, notes, **shape)
-                    continue
-                cases = beyond_the_cache(name, make)
-                sides = [implementations(case, norms, bench.device, with_triton) for case in cases]
-                rows += time_op(cases, sides, copy, **shape)
+            if bench.json is not None:
+                write_json(bench.json, [asdict(row) for row in rows])
     return rows, copy, notes
 
 

@@ -7,7 +7,7 @@
 
 To time another commit's kernels, put its checkout first on PYTHONPATH. Each line has the time of an op, and how far its
 result is from that of the settings in use (norm of the difference over the norm). A row of BWD_Q or BWD_KV times both
-kernels of the backward pass, one of `_sum_launch` the norm's whole backward pass: compare it with the first of its kind.
+kernels of the backward pass, one of `_sum_launch` the norm's whole backward pass: compare with the first of its kind.
 
 Exit status 1: the settings in use failed, or another result differs from theirs by more than 1 %.
 """

@@ -44,7 +44,7 @@ def test_a_smoke_run_of_every_op_and_stream(tmp_path):
     file = tmp_path / "kernels.json"
     main(["bench", "kernels", *SMALL.split(), "--json", str(file)])
     rows = json.loads(file.read_text())
-    assert {row["stream"] for row in rows} == {"noised", "noise-free"} and len({row["op"] for row in rows}) == 13
+    assert {row["stream"] for row in rows} == {"noised", "noise-free"} and len({row["op"] for row in rows}) == 14
 
 
 def test_attention_counts_every_pair_once():
