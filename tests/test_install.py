@@ -49,14 +49,16 @@ def site(tmp_path_factory):
 
 
 def test_an_installed_copy_is_complete(site):
-    """Every file that the repository has of them."""
+    """Every file that the repository has of them, but for records, pages and shell scripts."""
     if not (ROOT / ".git").exists():
         pytest.skip("needs the repository")
     for folder, name in {"umd": "umd", "kernels": "umd/kernels", "train": "umd/train", "bench": "umd/bench"}.items():
         tracked = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=True)
         wanted = {str(Path(file).relative_to(folder)) for file in tracked.stdout.splitlines()}
         assert not {
-            file for file in wanted if not re.match(r"results/|.*\.md$", file) and not (site / name / file).exists()
+            file
+            for file in wanted
+            if not re.match(r"results/|.*\.(md|sh)$", file) and not (site / name / file).exists()
         }
 
 
