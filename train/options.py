@@ -149,7 +149,7 @@ class EncodePixels:
     """Folder to write."""
     size: tuple[Count, Count] = (96, 96)
     """Height and width to which each picture is squeezed. Take 1.5 times the model's image size:
-    the narrowest crop (2/3 of a side, 4/5 of the area) then has as many pixels as the model sees."""
+    a crop has at least 2/3 of each side of a picture up to 2:1, and then as many pixels as the model sees."""
     shard_images: Count = 4096
     """Pictures per shard."""
     holdout: Annotated[Share, arg(name="data.holdout")] = 0.2
