@@ -9,7 +9,7 @@ Parts, in this order. Each is a process with its own time limit; if one fails or
 eight CPU cores or more, correct, cli and tests run beside one another, as nothing in them is timed:
 
     env      versions, device, `umd doctor`, the speed of a copy and of matrix products
-    correct  every op, forward and backward, at real shapes against fp64, and twice for equal bits; the whole step, and
+    correct  the ops of training and sampling at real shapes against fp64, and twice for equal bits; the whole step, and
              that it never waits for the GPU; captured steps (also with DDP) and captured sampling against eager ones
     cli      `umd pretrain` on synthetic pictures: the loss falls; SIGTERM, resume, finish
     tests    the project's own tests for a GPU
@@ -94,10 +94,16 @@ def run_parts(args: argparse.Namespace) -> int:
 
 
 def made() -> dict[str, str]:
-    """Commit, date and machine. Where there is no git folder, the commit is that of $COMMIT."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    commit = os.environ.get("COMMIT") or done.stdout.strip() or "unknown: set COMMIT"
-    return {"commit": commit, "date": datetime.now().isoformat(" ", "minutes"), "cores": str(os.cpu_count())}
+    """Commit ($COMMIT, or git's), date and number of cores."""
+    commit = os.environ.get("COMMIT", "")
+    if not commit and shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "commit": commit or "unknown: set COMMIT",
+        "date": datetime.now().isoformat(" ", "minutes"),
+        "cores": str(os.cpu_count()),
+    }
 
 
 def grouped(names: list[str], together: bool) -> list[list[str]]:

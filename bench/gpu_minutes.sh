@@ -30,6 +30,7 @@ case ${1-} in
 steps)
     # Beside the checks, which leave most cores idle.
     timeout 220 python3 bench/sweep.py --warm >"$OUT/sweep-warm.log" 2>&1 &
+    [ ! -d before ] || PYTHONPATH=$PWD/before:$PYTHONPATH timeout 220 python3 bench/sweep.py --warm >"$OUT/sweep-before.log" 2>&1 &
     timeout 500 python3 bench/first_light.py --parts env,correct,cli,tests,step,sample --budget 480
     status=$?
     wait

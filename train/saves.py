@@ -77,7 +77,8 @@ class BackgroundSave:
 
     def linger(self) -> None:
         """Give the last save 25 s to end, before this process ends for another's fault. Raises nothing."""
-        wait([self._saving] if self._saving else [], 25.0)  # torchrun and Slurm kill after 30
+        saving = self._saving  # the main thread may set it to None meanwhile
+        wait([saving] if saving else [], 25.0)  # torchrun and Slurm kill after 30
 
     def wait(self) -> None:
         """Wait until the last save has ended; raise its error."""

@@ -96,6 +96,8 @@ def fail(message: str, command: str, code: int = 2) -> None:
         from umd.train.distributed import end_all
 
         message = end_all(message, code)
+        if code == 2:  # The ranks have not met. The others will end with 75, and srun tells the highest status.
+            code = 78
         if not message:
             sys.exit(code)
     line = Text.assemble(("umd:", "bold red"), " ", message)

@@ -147,6 +147,7 @@ def test_a_script_starts_a_preset_or_another_command(given, run, tmp_path):
     [
         (0, 9999, False),
         (2, 9999, False),
+        (78, 9999, False),
         (143, 9999, False),
         (1, 9999, True),
         (134, 9999, True),

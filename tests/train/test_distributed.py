@@ -508,7 +508,7 @@ def test_one_lost_save_is_told_and_a_second_in_a_row_is_raised(tmp_path):
 
 def test_a_rank_that_must_end_waits_for_a_save_that_its_main_thread_waits_for(tmp_path):
     saves = BackgroundSave()
-    saves.save(tmp_path, 1, {"model": {"w": torch.zeros(1 << 26)}}, {}, keep=1)
+    saves.save(tmp_path, 1, {"model": {"w": torch.zeros(1 << 24)}}, {}, keep=1)
     waiting = threading.Thread(target=saves.wait)
     waiting.start()
     while waiting.is_alive() and not any(tmp_path.iterdir()):
@@ -719,7 +719,7 @@ def test_before_the_ranks_have_met_one_process_of_a_host_tells_its_error(folder)
         [process] = start_ranks(command, 16, ranks=[rank], env={"LOCAL_WORLD_SIZE": "8"}, local=local)
         for known, more in zip((codes, out, errors), ends([process]), strict=True):
             known.extend(more)
-    assert codes == [2, 2] and errors[0].startswith(f"umd: on {socket.gethostname()}: ") and not errors[1]
+    assert codes == [78, 78] and errors[0].startswith(f"umd: on {socket.gethostname()}: ") and not errors[1]
 
 
 def test_ranks_whose_weights_differ_are_told():
@@ -918,5 +918,5 @@ def test_a_port_that_is_taken_is_told(folder):
         port = str(other.getsockname()[1])
         command = ["-m", "umd.cli", "pretrain", as_file(tiny(folder, "port"))]
         codes, _, errors = ends(start_ranks(command, 2, ranks=[0], env={"MASTER_PORT": port}))
-    assert codes == [2]
+    assert codes == [78]
     assert errors[0].startswith(f"umd: rank 0 cannot wait for the others at 127.0.0.1:{port}, a port that another")

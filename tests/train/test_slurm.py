@@ -225,11 +225,15 @@ def test_five_minutes_before_its_time_is_over_a_job_is_saved_and_queued_again(cl
     assert int(saved.name.removeprefix("step-")) == steps[-1]
 
 
-def test_a_rank_that_fails_before_the_ranks_have_met_ends_the_job_at_once(cluster):
-    """Rank 0 would wait for it --parallel.timeout, 600 s, and end with a status that has the job queued again."""
+def test_a_mistake_of_one_rank_before_the_ranks_have_met_is_not_queued_again(cluster):
+    """The other one waits in vain, and its status alone would have the job queued again."""
     folder = cluster.root / "bin"
     folder.mkdir()
-    (folder / "python").write_text(f'#!/bin/sh\n[ "$SLURM_PROCID" = 1 ] && exit 2\nexec {sys.executable} "$@"\n')
+    call = f'exec {sys.executable} "$@" --parallel.timeout 5'
+    wrong = (
+        '[ "$SLURM_PROCID" = 0 ] || set -- -m umd.cli pretrain /missing'  # as on a host that lacks the configuration
+    )
+    (folder / "python").write_text(f"#!/bin/sh\n{wrong}\n{call}\n")
     (folder / "python").chmod(0o755)
     before = cluster.env["PATH"]
     cluster.env["PATH"] = f"{folder}:{before}"
@@ -238,4 +242,4 @@ def test_a_rank_that_fails_before_the_ranks_have_met_ends_the_job_at_once(cluste
     finally:
         cluster.env["PATH"] = before
     cluster.until(lambda: cluster.job(job)["JobState"] == "FAILED", job, seconds=120)
-    assert cluster.job(job)["Restarts"] == "0"
+    assert cluster.job(job)["Restarts"] == "0" and cluster.job(job)["ExitCode"] == "78:0"
