@@ -254,7 +254,7 @@ def model_card(options: Export, model: UMD, config: RunConfig, usage: str) -> st
     return environment.get_template("model_card.md").render(
         library=LIBRARIES.get(options.kind, "umd"), usage=usage.format(folder="FOLDER"),
         run=options.run.resolve().name, weights=weights, count=sum(p.numel() for p in model.parameters()),
-        model=model.config, config=config, length=length_of(config), source=Path(config.data.source).name,
+        model=model.config, config=config, length=config.length, source=Path(config.data.source).name,
         version=umd.__version__, commit=commit(), scores=read_scores(options.run),
         imported=saved_weights(options.run)[0].state.get("imported"),
         settings=json.dumps(to_plain(config), indent=1),
@@ -262,13 +262,6 @@ def model_card(options: Export, model: UMD, config: RunConfig, usage: str) -> st
 
 
 LIBRARIES = {"timm": "timm", "transformers": "transformers", "diffusers": "diffusers"}
-
-
-def length_of(config: RunConfig) -> str:
-    for unit in ("steps", "minutes", "epochs"):  # the order in which a run obeys them
-        if value := getattr(config, unit):
-            return f"{value:g} {unit}"
-    return ""
 
 
 def read_scores(run: Path) -> str:

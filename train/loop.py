@@ -102,7 +102,7 @@ def train_rank(config: RunConfig, world: World, console: Console, name: str, bui
         writer = RunLog(config.out, console, run.number, name, config.wandb, settings, reference)
     if world.watch is not None and run.background is not None:
         world.watch.farewell = run.background.linger
-    left = math.inf if run.by_clock else run.total_steps - run.number
+    left = math.inf if run.config.by_clock else run.total_steps - run.number
     with (
         writer as log, finished(run.background, log.say), stop_signal() as stop,
         ops.attention(config.attention), ops.gelu_by(config.gelu),
@@ -156,16 +156,11 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        return self.config.steps or math.ceil(self.config.epochs * len(self.dataset) / self.config.batch_size)
-
-    @property
-    def by_clock(self) -> bool:
-        """Whether the run's length is given in minutes."""
-        return self.config.minutes > 0 and self.config.steps == 0
+        return self.config.total_steps(len(self.dataset))
 
     def progress(self) -> float:
         """Fraction of the run that is done."""
-        if self.by_clock:
+        if self.config.by_clock:
             return self.seconds / (60 * self.config.minutes)
         return self.number / self.total_steps
 

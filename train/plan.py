@@ -248,6 +248,17 @@ def overrun(ready: Sequence[tuple[int, float]], end: float, bucket: int, per_wei
     return max(0.0, free - end)
 
 
+def whole_run(config: RunConfig, cluster: Cluster, steps: Sequence[float]) -> str:
+    """How long the run takes if a step takes from steps[0] to steps[1] seconds; by the clock, how far it comes."""
+    if config.by_clock:
+        slow, fast = (60 * config.minutes / s * config.batch_size / cluster.images for s in (steps[1], steps[0]))
+        return f"{slow:.2g} to {fast:.2g} epochs"
+    seconds = [config.total_steps(cluster.images) * s for s in steps]
+    units = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
+    size, unit = next((u for u in units if seconds[1] >= u[0]), units[-1])
+    return f"{seconds[0] / size:.1f} to {seconds[1] / size:.1f} {unit}"
+
+
 def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console) -> Plan:
     plan = make_plan(config, cluster)
     other = None
@@ -259,8 +270,6 @@ def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console)
     steps = [s + unhidden for s in plan.seconds]
     rates = [config.batch_size / s for s in steps]
     mfu = [plan.flops_per_image * config.batch_size / cluster.gpus / s / peak_rate for s in steps]
-    epochs = config.epochs if not (config.steps or config.minutes) else 800
-    total_steps = math.ceil(epochs * cluster.images / config.batch_size)
 
     memory = Table(title="memory of one GPU, GiB", box=None, show_header=False, padding=(0, 2), title_justify="left")
     memory.add_column(min_width=24)
@@ -282,7 +291,7 @@ def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console)
         ("images/s", f"{rates[1]:.0f} to {rates[0]:.0f}"),
         ("loader must give", f"{rates[0] * per_node / cluster.gpus:.0f} images/s on each node"),
         ("checkpoint", checkpoint_line(config, cluster, plan, steps[1])),
-        (f"{epochs:g} epochs", f"{total_steps * steps[0] / 86400:.1f} to {total_steps * steps[1] / 86400:.1f} days"),
+        (config.length, whole_run(config, cluster, steps)),
     ):
         rest.add_row(label, value)
     what = f"{name} on {cluster.gpus} x {cluster.gpu}: {plan.how}, {plan.micro} images a GPU"

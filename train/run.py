@@ -136,6 +136,22 @@ class RunConfig:
         return replace(self, optim=replace(self.optim, ema=self.ema))
 
     @property
+    def by_clock(self) -> bool:
+        """Whether the run's length is given in minutes."""
+        return self.minutes > 0 and self.steps == 0
+
+    def total_steps(self, images: int) -> int:
+        """Steps of the run on a training split of `images`, unless it goes by the clock."""
+        return self.steps or math.ceil(self.epochs * images / self.batch_size)
+
+    @property
+    def length(self) -> str:
+        """The length in the unit that the run obeys: "800 epochs"."""
+        if self.steps:
+            return f"{self.steps} steps"
+        return f"{self.minutes:g} minutes" if self.minutes else f"{self.epochs:g} epochs"
+
+    @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up: `optim.lr`, which is for a batch of 256, scaled to the batch size."""
         return self.optim.lr * self.batch_size / 256

@@ -13,12 +13,14 @@ from rich.console import Console
 from umd.cli import main
 from umd.config import ModelConfig
 from umd.errors import UserError
+from umd.methods import build_model
 from umd.peers import DIT, MASKDIT
 from umd.published import load_published
 from umd.train.imports import imported_config
 from umd.train.options import Cluster
 from umd.train.plan import print_plan
 from umd.train.run import read_config
+from umd.train.step_counts import count_gpu_step
 from umd.train.weights import load_model
 
 WIDTH, SIDE, PATCH = 32, 8, 4
@@ -297,4 +299,9 @@ def test_at_another_size(pictures, tmp_path):
 def test_a_run_of_it_is_planned(network, tmp_path):
     """Its fixed positions have no gradient to wait for."""
     model = ModelConfig(**network | dict(image_size=(8, 8), patch_size=4, hidden_size=32, depth=1, num_heads=2))
-    print_plan(imported_config(model, tmp_path), Cluster(), "dit", Console(quiet=True))
+    config = imported_config(model, tmp_path)
+    print_plan(config, Cluster(), "dit", Console(quiet=True))
+    network = build_model(model)
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    counts = count_gpu_step(config, 1, torch.float32, torch.float32)
+    assert sum(n for n, _ in counts.gradients) == trained < counts.weights

@@ -1,6 +1,7 @@
 """`umd plan` against what training really does: counted operations, and the memory of real steps."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -442,6 +443,32 @@ def test_the_printed_plan_of_a_preset_holds_together():
     assert f"{plan.peak / 2**30:.2f} of 80" in text
     parts = plan.weights + plan.gradients + plan.optimizer + plan.ema + plan.activations
     assert plan.peak == pytest.approx(parts)  # under DDP all are full at once
+
+
+@pytest.mark.parametrize("length, row", [
+    (dict(steps=100), "100 steps"), (dict(steps=100, minutes=3.0), "100 steps"), (dict(epochs=2.5), "2.5 epochs"),
+])  # fmt: skip
+def test_the_plan_is_for_the_length_of_the_run(length, row):
+    """Steps times seconds, as printed for the step itself (1024 images, on ImageNet 1251.1 steps an epoch)."""
+    console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
+    config = replace(PRESETS["umd-b4"][1], **length)
+    print_plan(config, Cluster(gpus=8), "umd-b4", console)
+    text = console.export_text()
+    slow = int(re.search(r"images/s +(\d+) to", text).group(1))
+    steps = length.get("steps") or math.ceil(length["epochs"] * 1_281_167 / 1024)
+    found = re.search(rf"{row} +[\d.]+ to ([\d.]+) (minutes|hours|seconds)", text)
+    seconds = float(found.group(1)) * {"seconds": 1, "minutes": 60, "hours": 3600}[found.group(2)]
+    assert seconds == pytest.approx(steps * 1024 / slow, rel=0.05)
+
+
+def test_the_plan_of_a_run_by_the_clock_tells_its_epochs():
+    console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
+    print_plan(replace(PRESETS["umd-b4"][1], minutes=60.0), Cluster(gpus=8), "umd-b4", console)
+    text = console.export_text()
+    slow = int(re.search(r"images/s +(\d+) to", text).group(1))
+    assert float(re.search(r"60 minutes +([\d.]+) to", text).group(1)) == pytest.approx(
+        3600 * slow / 1_281_167, rel=0.06
+    )
 
 
 def test_clips_are_planned_too():
