@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+
+from umd.train.step_counts import FREE, moved
 
 SECTOR = 32  # bytes: the smallest transfer of a GPU's memory
 
@@ -191,26 +192,12 @@ def _argument(name: str, value: Any) -> Argument:
     )
 
 
-def tensor_bytes(*tensors: Tensor | None) -> int:
-    """Bytes of all elements of these tensors. A broadcast dimension (stride 0) counts once."""
-    total = 0
-    for x in tensors:
-        if x is not None:
-            held = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride != 0 or size == 0]
-            total += x.element_size() * int(np.prod(held, dtype=np.int64))
-    return total
-
-
 class TorchBytes(TorchDispatchMode):
     """Sum the bytes that PyTorch's ops read and write.
 
     Each tensor of an op counts once. Views and allocations count nothing. Our own ops (`umd::`) count as the ops that
     run inside them.
     """
-
-    FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "set_")
-    PICKS = ("index_select", "index", "gather", "embedding")  # read only as much as they return
-    WRITES = ("copy_", "fill_", "zero_")  # do not read the tensor they change
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,14 +209,6 @@ class TorchBytes(TorchDispatchMode):
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         out = func(*args, **kwargs)
-        name = func.overloadpacket.__name__
-        if func.is_view or name in self.FREE:
-            return out
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if name in self.PICKS:
-            inputs = inputs[1:] + outputs
-        elif name in self.WRITES:
-            inputs = inputs[1:]
-        self.total += tensor_bytes(*inputs, *outputs)
+        if not func.is_view and func.overloadpacket.__name__ not in FREE:
+            self.total += moved(func, args, kwargs, out)
         return out

@@ -23,7 +23,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from umd import ops
 from umd.bench import kernels
-from umd.bench.count_bytes import tensor_bytes
 from umd.bench.device_time import copies_beyond, time_calls, watched_clocks
 from umd.bench.first_light import Part, Row, read_rows
 from umd.bench.first_light_checks import setting_of, synchronize
@@ -42,6 +41,7 @@ from umd.sampler import ddim_sample, model_times
 from umd.schedule import NoiseSchedule
 from umd.spans import spans_on
 from umd.train.step import WARMUP
+from umd.train.step_counts import tensor_bytes
 
 # env
 

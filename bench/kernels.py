@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from umd.bench.count_bytes import interpreted, tensor_bytes
+from umd.bench.count_bytes import interpreted
 from umd.bench.device_time import Timing, copies_beyond, time_calls
 from umd.bench.options import ATTENTION, KernelBench
 from umd.files import write_json
 from umd.machine.device import side_stream, take_device
+from umd.train.step_counts import tensor_bytes
 
 with interpreted(not torch.cuda.is_available()):  # Triton reads the variable when a kernel is defined
     from umd import ops

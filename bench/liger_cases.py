@@ -2,8 +2,8 @@
 
 import torch.nn.functional as F
 
-from umd.bench.count_bytes import tensor_bytes
 from umd.bench.op_cases import Inputs, OpCase, Side
+from umd.train.step_counts import tensor_bytes
 
 
 def layer_norm(i: Inputs) -> OpCase:

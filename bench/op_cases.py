@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from umd import ops
-from umd.bench.count_bytes import tensor_bytes
 from umd.config import ModelConfig, ObjectiveConfig, model_config
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
+from umd.train.step_counts import tensor_bytes
 
 # Models of the paper: pixels for B/4, latents for L/2 and XL/2. Each has 256 patches.
 SHAPES: dict[str, dict] = {

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from umd import ops
 from umd.spans import PARTS, spans_on
-from umd.train.step_counts import EPILOGUES, STAND_INS, Lengths, flops_of, moved, tensor_bytes, tensors
+from umd.train.step_counts import EPILOGUES, FREE, STAND_INS, Lengths, flops_of, moved, tensor_bytes, tensors
 
 # PyTorch operations that launch more than one kernel, according to its CUDA sources.
 LAUNCHES = {
@@ -33,9 +33,6 @@ LAUNCHES = {
     "aten.slice_backward": 2,
     "aten.sort": 3,  # the numbers 0 to n, sorting, values
 }
-FREE = (
-    "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh", "_unsafe_view",
-)  # fmt: skip
 # Limits of one multi_tensor_apply launch: blocks of 65536 elements, and tensors per list for 1 to 5 lists.
 CHUNK, BLOCKS, TENSORS = 65536, 320, (110, 64, 48, 36, 30)
 CAT_INPUTS = 128  # most tensors that one launch concatenates

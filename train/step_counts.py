@@ -1,7 +1,8 @@
 """Count a training step's memory and operations by running it on tensors without data (torch's fake tensors).
 
-Model, autograd functions and optimizer run unchanged; only shapes and lifetimes are real. So the counts follow the
-code: whatever an op saves for its backward pass is counted, and no constants have to be maintained.
+Model, autograd functions and optimizer run unchanged; only shapes and lifetimes are real. So memory follows the code:
+whatever an op saves for its backward pass is counted. FLOPs of our own ops, and which ops read less than their inputs,
+are written down by hand (`flops_of`, `moved`).
 """
 
 import math
@@ -35,6 +36,11 @@ STAND_INS = {
     aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
 }
+# These ops make or name a tensor and move no bytes.
+FREE = (
+    "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh", "_unsafe_view",
+    "set_",
+)  # fmt: skip
 # These ops write their first argument without reading it.
 OVERWRITES = (aten.copy_, aten.fill_, aten.zero_, aten._foreach_copy_)
 # These ops read no more of their first argument than they return.
@@ -105,22 +111,26 @@ def tensors(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
-def tensor_bytes(x: Tensor) -> int:
-    """Bytes of a tensor's distinct elements: an expanded dimension counts once."""
-    sizes = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride]
-    return math.prod(sizes) * x.element_size() if x.numel() else 0
+def tensor_bytes(*tensors: Tensor | None) -> int:
+    """Bytes of all distinct elements of these tensors: an expanded dimension (stride 0) counts once."""
+    total = 0
+    for x in tensors:
+        if x is not None and x.numel():
+            sizes = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride]
+            total += math.prod(sizes) * x.element_size()
+    return total
 
 
 def moved(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
     """Bytes that an operation reads and writes: each input once, plus each tensor that it makes or changes."""
-    total = sum(tensor_bytes(x) for x in tensors((args, kwargs)))
+    total = tensor_bytes(*tensors((args, kwargs)))
     for argument, x in zip(func._schema.arguments, args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            total += sum(tensor_bytes(y) for y in tensors(x))
+            total += tensor_bytes(*tensors(x))
     if func.overloadpacket in OVERWRITES:
-        total -= sum(tensor_bytes(x) for x in tensors(args[0]))
+        total -= tensor_bytes(*tensors(args[0]))
     new = [x for x, kind in zip(as_tuple(out), func._schema.returns, strict=False) if kind.alias_info is None]
-    made = sum(tensor_bytes(x) for x in tensors(new))
+    made = tensor_bytes(*tensors(new))
     if func.overloadpacket in LOOKUPS:
         total -= max(0, tensor_bytes(args[0]) - made)
     return total + made

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="the audit compiles kernels: pip install triton")
 
 from umd.bench.audit import audit, compile_counted, count_call, count_op, run_apart  # noqa: E402
-from umd.bench.count_bytes import TorchBytes, tensor_bytes  # noqa: E402
+from umd.bench.count_bytes import TorchBytes  # noqa: E402
 from umd.bench.inspect_kernel import ARCHITECTURES, global_accesses, occupancy  # noqa: E402
 from umd.bench.op_cases import OPS  # noqa: E402
 from umd.bench.options import Audit  # noqa: E402
 from umd.cli import main  # noqa: E402
+from umd.train.step_counts import tensor_bytes  # noqa: E402
 
 pytestmark = pytest.mark.timeout(1500)  # every kernel compiles for three architectures, beside seven other tests
 

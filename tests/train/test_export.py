@@ -21,7 +21,7 @@ from umd.model import UMD
 from umd.peers import DIT, MAE
 from umd.published import load_published
 from umd.tokenizer import load_tokenizer
-from umd.train.export import export, length_of
+from umd.train.export import export
 from umd.train.imports import import_run, imported_config
 from umd.train.options import Export, Import
 from umd.train.presets import PRESETS
@@ -288,6 +288,6 @@ def test_what_has_no_counterpart_is_refused(tmp_path):
 
 
 def test_a_card_names_the_length_that_the_run_obeys():
-    assert length_of(PRESETS["umd-tiny"][1]) == "10 minutes"
-    assert length_of(replace(PRESETS["umd-tiny"][1], steps=7)) == "7 steps"
-    assert length_of(PRESETS["umd-b4"][1]) == "800 epochs"
+    assert PRESETS["umd-tiny"][1].length == "10 minutes"
+    assert replace(PRESETS["umd-tiny"][1], steps=7).length == "7 steps"
+    assert PRESETS["umd-b4"][1].length == "800 epochs"
