@@ -19,13 +19,13 @@ from rich.table import Table
 from umd.errors import UserError
 from umd.files import check_place, write_whole
 from umd.train.console import say
+from umd.train.decoding import FLOATS, BrokenPicture, flatten, read_file
 from umd.train.folders import level_note, scan
 from umd.train.listing import listing
 from umd.train.options import CheckData
 from umd.train.pools import in_order, processes_explained
 from umd.train.quarantine import default_path
 from umd.train.signals import end_when_orphaned
-from umd.train.sources import FLOATS, flatten
 from umd.train.tars import beside, is_tars, samples, split_tars
 
 CHUNK = 32  # files that a process takes at a time
@@ -77,9 +77,10 @@ def examine_files(files: list[tuple[str, Any]], min_side: int) -> list[Finding]:
     findings = []
     for path, file in files:
         try:
-            found = examine(Path(file).read_bytes() if isinstance(file, str) else file.read(), min_side)
-        except OSError as error:
-            found = "unreadable", error.strerror or str(error)
+            found = examine(read_file(file), min_side)
+        except BrokenPicture as error:
+            cause = error.__cause__
+            found = "unreadable", getattr(cause, "strerror", None) or str(cause)
         if found:
             findings.append(Finding(path, *found))
     return findings

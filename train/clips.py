@@ -10,17 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from umd.errors import UserError
+from umd.train.decoding import BrokenPicture, Picture, Shrink, decode, whole
 from umd.train.folders import Found, level_note
 from umd.train.index import Names
 from umd.train.listing import above, entries, files_below, is_hidden, is_image, notes_of
-from umd.train.sources import (
-    ImageDataset,
-    Picture,
-    Shrink,
-    check_labels,
-    decode,
-    whole,
-)
+from umd.train.sources import ImageDataset, check_labels
 from umd.train.splits import choose_split, hashes_of
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif", ".mpg", ".m4v")
@@ -36,7 +30,7 @@ class ClipDataset(ImageDataset):
     """Take every n-th frame."""
 
     def picture(self, index: int, shrink: Shrink | None = None) -> Picture:
-        """Read a clip as stored, uint8 [F', h, w, C]. Raises UserError if it cannot be read or is too short."""
+        """Read a clip as stored, uint8 [F', h, w, C]. Raises BrokenPicture if it cannot be decoded or is too short."""
         clip = self.pictures[index]
         if isinstance(clip, np.ndarray):
             return whole(clip)
@@ -109,7 +103,7 @@ def open_clip_arrays(path: Path, split: str, holdout: float) -> ClipDataset:
             labels = [check_labels(stored[f"{part}labels"], str(path)) for part in parts if f"{part}labels" in stored]
             own_labels = check_labels(stored[f"{mine}labels"], str(path)) if f"{mine}labels" in stored else None
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise UserError(f"cannot read clips from {path} ({error}): expected an array `clips` in it") from error
+        raise BrokenPicture(f"cannot read clips from {path} ({error}): expected an array `clips` in it") from error
     clips = clips[..., None] if clips.ndim == 4 else clips
     if clips.ndim != 5 or clips.dtype != np.uint8 or clips.shape[-1] not in (1, 3):
         raise UserError(
@@ -134,7 +128,7 @@ def open_clip_arrays(path: Path, split: str, holdout: float) -> ClipDataset:
 def decode_clip(path: Path) -> np.ndarray:
     """Decode all frames of a video file or a folder of frames: uint8 [F', h, w, 1 or 3].
 
-    Raises UserError, naming the clip, if it cannot be decoded.
+    Raises BrokenPicture, naming the clip, if it cannot be decoded. Raises UserError if PyAV is missing.
     """
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if is_image(file.name))
@@ -143,7 +137,7 @@ def decode_clip(path: Path) -> np.ndarray:
         frames = decode_video(path)
     if len({frame.shape for frame in frames}) != 1:
         problem = "it has no frames" if not frames else "its frames differ in size or colour"
-        raise UserError(f"cannot read clip {path} ({problem}): replace or remove it")
+        raise BrokenPicture(f"cannot read clip {path} ({problem}): replace or remove it")
     return np.stack(frames)
 
 
@@ -157,7 +151,7 @@ def decode_video(path: Path) -> list[np.ndarray]:
             return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
+        raise BrokenPicture(
             f"cannot read video {path} ({reason}): replace or remove it; training leaves it out with --data.skip-broken"
         ) from error
 
@@ -166,7 +160,7 @@ def take_frames(clip: np.ndarray, num_frames: int, stride: int, rng: np.random.G
     """Take every `stride`-th frame of a clip [F', h, w, C]: from a random start, or without `rng` from the middle.
 
     Raises:
-        UserError: the clip is too short.
+        BrokenPicture: the clip is too short.
     """
     check_length(len(clip), num_frames, stride, "a clip")
     spare = len(clip) - ((num_frames - 1) * stride + 1)
@@ -177,7 +171,7 @@ def take_frames(clip: np.ndarray, num_frames: int, stride: int, rng: np.random.G
 def check_length(frames: int, num_frames: int, stride: int, what: str) -> None:
     if frames < (num_frames - 1) * stride + 1:
         every = f", every {stride}" if stride > 1 else ""
-        raise UserError(
+        raise BrokenPicture(
             f"{what} has {frames} frame{'' if frames == 1 else 's'}, and the model takes {num_frames}{every}: take it "
             "out or give a longer one; in training --data.skip-broken leaves it out, and --data.frame-stride or "
             "--model.num-frames can be lower"

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from umd.train.clips import take_frames
-from umd.train.sources import Picture, flatten, pixels
+from umd.train.decoding import Picture, flatten, pixels
 
 if TYPE_CHECKING:
     from umd.train.settings import DataConfig

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,10 +25,11 @@ from umd.errors import UserError
 from umd.machine.device import to_device
 from umd.train.crops import draw_view, view_rng
 from umd.train.data import Batch, Batches
+from umd.train.decoding import ORIENTATION, BrokenPicture, read_file, unreadable, upright_jpeg
 from umd.train.latent_batches import as_read
 from umd.train.settings import DataConfig
 from umd.train.signals import StopRequest
-from umd.train.sources import LEAVE_OUT, ORIENTATION, Changed, ImageDataset, unreadable, upright_jpeg
+from umd.train.sources import LEAVE_OUT, ImageDataset
 from umd.train.waiting import Prepared
 
 READERS = 8  # threads per reader process, which wait for the disk
@@ -212,7 +212,7 @@ def read_sample(dataset: ImageDataset, config: DataConfig, seed: int, epoch: int
         used, _ = dataset.read(index)
     try:
         encoded, (height, width) = read_encoded(dataset.pictures[used])
-    except UserError:
+    except BrokenPicture:
         if not dataset.skip_broken:
             raise
         used, _ = dataset.read(index)  # Pillow finds it broken too, and takes a replacement or raises
@@ -235,9 +235,12 @@ def read_sample(dataset: ImageDataset, config: DataConfig, seed: int, epoch: int
 
 
 def read_encoded(file: Any) -> tuple[bytes, tuple[int, int]]:
-    """Read an image file. Returns its bytes, and height and width of the upright picture. Raises UserError."""
+    """Read an image file. Returns its bytes, and height and width of the upright picture. Raises as `decode`."""
     try:
-        encoded = Path(file).read_bytes() if isinstance(file, str) else file.read()
+        encoded = read_file(file)
+    except BrokenPicture as error:
+        raise BrokenPicture(f"{error}. {LEAVE_OUT}") from error
+    try:
         if (size := upright_jpeg(encoded)) is not None:
             return encoded, size
         with Image.open(BytesIO(encoded)) as image:  # also accepts other formats with the suffix .jpg
@@ -249,10 +252,8 @@ def read_encoded(file: Any) -> tuple[bytes, tuple[int, int]]:
             segment = exif.tobytes()
             encoded = b"\xff\xd8\xff\xe1" + (2 + len(segment)).to_bytes(2, "big") + segment + encoded[2:]
         return encoded, (width, height) if orientation >= 5 else (height, width)
-    except Changed:
-        raise
     except Exception as error:  # as in `decode`
-        raise UserError(f"{unreadable(file, error)}. {LEAVE_OUT}") from error
+        raise BrokenPicture(f"{unreadable(file, error)}. {LEAVE_OUT}") from error
 
 
 def leave_out_broken(dataset: ImageDataset, indices: list[int], error: RuntimeError) -> None:
@@ -264,7 +265,7 @@ def leave_out_broken(dataset: ImageDataset, indices: list[int], error: RuntimeEr
     for index in set(indices):
         try:
             dataset.picture(index)
-        except UserError:
+        except BrokenPicture:
             if not dataset.skip_broken:
                 raise
             dataset.mark_broken(index)

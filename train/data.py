@@ -21,6 +21,7 @@ from umd.errors import UserError
 from umd.machine.device import beside, pick_device, to_device
 from umd.train.clips import ClipDataset, check_length, decode_clip, open_clips
 from umd.train.crops import centered, crop_batch, draw_view, shrink_for, train_view, view_rng
+from umd.train.decoding import decode, whole
 from umd.train.emoji import open_emoji
 from umd.train.folders import open_folder
 from umd.train.index import Names
@@ -32,16 +33,7 @@ from umd.train.quarantine import read_quarantine
 from umd.train.recipes import check_crops
 from umd.train.settings import DataConfig
 from umd.train.signals import StopRequest
-from umd.train.sources import (
-    IDX_NAME,
-    ImageDataset,
-    Rows,
-    decode,
-    describe,
-    open_arrays,
-    open_idx,
-    whole,
-)
+from umd.train.sources import IDX_NAME, ImageDataset, Rows, describe, open_arrays, open_idx
 from umd.train.tars import Members, is_tars, open_tars
 from umd.train.waiting import Prepared
 

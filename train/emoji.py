@@ -19,7 +19,8 @@ from PIL import Image
 
 from umd.errors import UserError
 from umd.files import cache_folder, written_whole
-from umd.train.sources import ImageDataset, decode
+from umd.train.decoding import decode
+from umd.train.sources import ImageDataset
 from umd.train.splits import choose_split, hashes_of
 
 log = logging.getLogger("umd")

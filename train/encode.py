@@ -28,6 +28,7 @@ from umd.tokenizer import Tokenizer, load_tokenizer
 from umd.train.console import say
 from umd.train.crops import centered, train_view, view_rng
 from umd.train.data import as_model_input, derive_seed, evenly, open_dataset
+from umd.train.decoding import BrokenPicture
 from umd.train.latents import (
     DTYPES,
     FORMAT,
@@ -46,7 +47,7 @@ from umd.train.pools import in_order
 from umd.train.recipes import encode_command
 from umd.train.settings import DataConfig
 from umd.train.shards import Advance, Job, others_work, own_device, share
-from umd.train.sources import Changed, ImageDataset, Rows
+from umd.train.sources import ImageDataset, Rows
 from umd.train.store import check_folder, damaged
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
@@ -140,8 +141,8 @@ class Encoder:
         """Read a picture's views, uint8 [V, H, W, C]. None if it cannot be read and `skip_broken` is set."""
         try:
             picture = self.dataset.picture(index)
-        except UserError as error:
-            if not self.config.skip_broken or isinstance(error, Changed):
+        except BrokenPicture:
+            if not self.config.skip_broken:
                 raise
             return index, None
         if self.split == "test" or self.options.crop == "center":

@@ -11,12 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from umd.errors import UserError
+from umd.errors import TemporaryError, UserError
+from umd.files import LOST, again_if_lost
+from umd.train.decoding import unreadable
 from umd.train.index import Arrays, Names, kept
 from umd.train.listing import COMMON_SUFFIXES, above, entries, files_below, listing, named, no_pictures, notes_of
 from umd.train.pools import in_order
 from umd.train.quarantine import Quarantine
-from umd.train.sources import LEAVE_OUT, ImageDataset, unreadable
+from umd.train.sources import LEAVE_OUT, ImageDataset
 from umd.train.splits import choose_split, hashes_of, in_test_split
 
 log = logging.getLogger("umd")
@@ -201,9 +203,19 @@ def check_headers(paths: Names, skip_broken: bool) -> np.ndarray:
 
 
 def header_error(path: str) -> str | None:
-    """Say what is wrong with the header of an image file, None if nothing. Reads no pixels."""
-    try:
+    """Say what is wrong with the header of an image file, None if nothing. Reads no pixels.
+
+    Raises OSError if the disk is lost.
+    """
+
+    def look() -> None:
         with Image.open(path):
-            return None
+            pass
+
+    try:
+        again_if_lost(look, Path(path))
+        return None
     except Exception as error:
+        if isinstance(error, TemporaryError) or (isinstance(error, OSError) and error.errno in LOST):
+            raise
         return unreadable(path, error)

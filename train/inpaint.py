@@ -32,12 +32,12 @@ from umd.schedule import NoiseSchedule, schedule_of
 from umd.train.console import say
 from umd.train.crops import centered_box
 from umd.train.data import center_view, centered_view_of_file, evenly, open_dataset
+from umd.train.decoding import flatten
 from umd.train.fingerprint import check_trained_on
 from umd.train.opened import open_run, sampling_progress
 from umd.train.options import Inpaint
 from umd.train.preview import picture_maker, rgb
 from umd.train.run import RunConfig
-from umd.train.sources import flatten
 
 log = logging.getLogger("umd")
 

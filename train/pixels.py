@@ -28,12 +28,13 @@ from umd.errors import UserError
 from umd.files import again_if_lost
 from umd.images import grid, save_png
 from umd.train.crops import centered, draw_view, resized, shrink_for, view_rng
+from umd.train.decoding import BrokenPicture, Picture
 from umd.train.latents import is_latents, shard_name
 from umd.train.options import EncodePixels
 from umd.train.pools import in_order
 from umd.train.recipes import encode_command
 from umd.train.shards import Advance, Job, others_work, share
-from umd.train.sources import Changed, ImageDataset, Picture, Rows, opened
+from umd.train.sources import ImageDataset, Rows, opened
 from umd.train.store import (
     Shard,
     check_folder,
@@ -261,8 +262,8 @@ def shard_of(
     def load(index: int) -> tuple[int, np.ndarray, tuple[int, int]] | None:
         try:
             picture = dataset.picture(index, lambda h, w: shrink_for((0, 0, w, h), config))
-        except UserError as error:
-            if not config.skip_broken or isinstance(error, Changed):
+        except BrokenPicture:
+            if not config.skip_broken:
                 raise
             return None
         height, width = picture.size

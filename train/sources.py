@@ -1,53 +1,38 @@
-"""`ImageDataset`, which every source of pictures becomes; reading of image files, numpy files and idx files."""
+"""`ImageDataset`, which every source of pictures becomes; reading of numpy files and idx files."""
 
-import contextlib
 import gzip
 import logging
 import math
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from io import SEEK_CUR, BytesIO
+from io import SEEK_CUR
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from umd.errors import UserError
 from umd.files import OpenFile
+from umd.train.decoding import BrokenPicture, Picture, Shrink, decode, whole
 from umd.train.quarantine import summary
 from umd.train.splits import choose_split, hashes_of
 
 if TYPE_CHECKING:
     from umd.train.latents import LatentDataset
 
-with contextlib.suppress(ImportError):  # at import, so that every process that decodes has it
-    from pillow_heif import register_heif_opener
-
-    register_heif_opener()
-
 log = logging.getLogger("umd")
 
-ORIENTATION = 0x0112  # EXIF tag; 1: as stored; from 5 on, height and width are swapped
 MAX_CLASSES = 1_000_000  # a label beyond is a mistake, and class names would fill the memory
-FLOATS = "its pixels are floating-point numbers, with no word on which is black or white: convert it to 8 or 16 bits"
 LEAVE_OUT = (
     "`umd check-data` lists such files, which all commands then leave out; training, with --data.skip-broken, too"
 )
 CHECKED = 512 << 20  # bytes; the checksum of a larger mapped array is not checked, as that would delay the start
 IDX_NAME = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
-
-
-class Stored(Protocol):
-    """An image file inside another file, such as a tar. str() gives its location."""
-
-    def read(self) -> bytes: ...
 
 
 class Rows(Sequence[np.ndarray]):
@@ -63,25 +48,10 @@ class Rows(Sequence[np.ndarray]):
         return np.asarray(self.array[self.rows[index]])
 
 
-class Changed(UserError):
-    """A source changed while it is read. Other than a broken picture, this ends a run also with `skip_broken`."""
-
-
 @lru_cache(maxsize=512)  # more than the shards of ImageNet's pictures: 313
 def opened(path: str, stamp: tuple[int, int] | None = None) -> OpenFile:
     """Open a file, once per process; forked workers share it. stamp: tells its versions apart."""
     return OpenFile(Path(path))
-
-
-class Picture(NamedTuple):
-    """A whole picture, possibly decoded at a fraction of its size. Crops are in pixels of the original size."""
-
-    pixels: np.ndarray  # uint8 [h, w, C]; of a clip [F, h, w, C]
-    size: tuple[int, int]  # original height and width
-    scale: tuple[float, float] = (1.0, 1.0)  # h and w over the original ones
-
-
-Shrink = Callable[[int, int], int]  # height, width -> 1, 2, 4 or 8: factor by which a JPEG may be decoded smaller
 
 
 @dataclass
@@ -111,16 +81,14 @@ class ImageDataset:
         return self.left_out + len(self.broken)
 
     def picture(self, index: int, shrink: Shrink | None = None) -> Picture:
-        """Read a picture. shrink: allows decoding at a fraction of its size. Raises UserError if it cannot be read."""
+        """Read a picture. shrink: allows decoding at a fraction of its size. Raises as `decode`."""
         picture = self.pictures[index]
         if isinstance(picture, np.ndarray):
             return whole(picture)
         try:
             return decode(picture, shrink)
-        except Changed:
-            raise
-        except UserError as error:
-            raise UserError(f"{error}. {LEAVE_OUT}") from error
+        except BrokenPicture as error:
+            raise BrokenPicture(f"{error}. {LEAVE_OUT}") from error
 
     def read(self, index: int, shrink: Shrink | None = None) -> tuple[int, Picture]:
         """Read a picture. Returns (index, picture). With `skip_broken`, the next of its class replaces a broken one."""
@@ -130,8 +98,8 @@ class ImageDataset:
                 continue
             try:
                 return candidate, self.picture(candidate, shrink)
-            except UserError as error:
-                if not self.skip_broken or isinstance(error, Changed):
+            except BrokenPicture:
+                if not self.skip_broken:
                     raise
                 self.mark_broken(candidate)
         raise UserError(f"no image can stand in for the unreadable {self.pictures[index]}: replace it.")
@@ -151,93 +119,6 @@ def describe(dataset: "ImageDataset | LatentDataset") -> str:
     left_out = f", {summary(quarantined, len(dataset))}" if quarantined else ""
     left_out += f", {dataset.num_broken} unreadable left out" if dataset.num_broken else ""
     return f"{dataset.name} {dataset.split}: {len(dataset)} images, {classes}{left_out}"
-
-
-# Pictures
-
-
-def decode(file: str | Path | Stored, shrink: Shrink | None = None) -> Picture:
-    """Read an image file: uint8 [h, w, 1 or 3], rotated by its EXIF tag, transparent parts on white.
-
-    shrink: see `Shrink`. A JPEG decoder gives 1/2, 1/4 or 1/8 of the size from fewer frequencies.
-    """
-    try:
-        encoded = Path(file).read_bytes() if isinstance(file, str | Path) else file.read()
-        if shrink is not None and (size := upright_jpeg(encoded)) is not None and (factor := shrink(*size)) > 1:
-            height, width = (-(-side // factor) for side in size)
-            # strict raises for anything unusual in a file; Pillow then decides
-            with contextlib.suppress(ValueError):
-                small = simplejpeg.decode_jpeg(
-                    encoded, "RGB", min_height=height, min_width=width, min_factor=1, strict=True
-                )
-                if small.shape[:2] == (height, width):
-                    return Picture(small, size, (1 / factor, 1 / factor))
-        with Image.open(BytesIO(encoded)) as image:
-            return whole(pixels(flatten(ImageOps.exif_transpose(image))))
-    except Changed:
-        raise
-    except Exception as error:  # Pillow's readers raise many kinds of exceptions on damaged data
-        raise UserError(unreadable(file, error)) from error
-
-
-def whole(array: np.ndarray) -> Picture:
-    """Wrap a picture [h, w, C] or clip [F, h, w, C] in its original size."""
-    return Picture(array, (array.shape[-3], array.shape[-2]))
-
-
-def upright_jpeg(encoded: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG that needs no rotation. None for all other files, and damaged ones."""
-    if encoded[:2] != b"\xff\xd8":
-        return None
-    try:
-        if may_be_turned(encoded):
-            with Image.open(BytesIO(encoded)) as image:
-                if image.getexif().get(ORIENTATION, 1) != 1:
-                    return None
-        return simplejpeg.decode_jpeg_header(encoded)[:2]
-    except Exception:
-        return None
-
-
-def may_be_turned(encoded: bytes) -> bool:
-    """Whether a JPEG may need rotation: it has an APP1 segment (Exif, XMP) before its pixels, or an unusual layout."""
-    at = 2
-    while encoded[at] == 0xFF and 0xC0 <= encoded[at + 1] < 0xFF and not 0xD0 <= encoded[at + 1] <= 0xD9:
-        if (marker := encoded[at + 1]) in (0xDA, 0xE1):  # SOS, APP1
-            return marker == 0xE1
-        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
-    return True
-
-
-def flatten(image: Image.Image) -> Image.Image:
-    """Convert any Pillow image to mode L or RGB; transparent parts become white."""
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
-        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError(FLOATS)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        return white.convert("RGB")
-    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    """Convert an image of mode L or RGB to uint8 [h, w, 1 or 3]."""
-    array = np.asarray(image)
-    return array if array.ndim == 3 else array[..., None]
-
-
-def unreadable(file: str | Path | Stored, error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if isinstance(error, UnidentifiedImageError):
-        reason = "it is not an image"
-    mends: dict[type, str] = {
-        FileNotFoundError: "check its path",
-        PermissionError: "give yourself the right to read it (chmod)",
-    }
-    mend = mends.get(type(error), "replace or remove it")
-    return f"cannot read image {file} ({reason}): {mend}"
 
 
 # Arrays

@@ -21,8 +21,12 @@ from umd.errors import UserError
 from umd.train.index import Arrays, Names, kept, stamp, sums_of
 from umd.train.listing import is_hidden, is_image, listing, named, no_pictures, suffix_of, unread
 from umd.train.quarantine import Quarantine
-from umd.train.sources import MAX_CLASSES, Changed, ImageDataset, opened
+from umd.train.sources import MAX_CLASSES, ImageDataset, opened
 from umd.train.splits import choose_split, hashes_of
+
+
+class Changed(UserError):
+    """A source changed while it is read."""
 
 
 class TarMember(NamedTuple):
@@ -38,10 +42,17 @@ class TarMember(NamedTuple):
         return f"{self.tar}/{self.name}"
 
     def read(self) -> bytes:
-        """Read the bytes. Raises Changed if the tar is not as it was when it was listed, OSError if it is gone."""
-        data, file = bytearray(self.size), opened(self.tar, self.stamp)
-        whole = file.read_into(memoryview(data), self.offset)
-        status = os.fstat(file.descriptor)  # after reading: what was read before a change is right
+        """Read the bytes. Raises Changed if the tar is not as it was when it was listed, OSError if the disk fails."""
+        data = bytearray(self.size)
+        try:
+            file = opened(self.tar, self.stamp)
+            whole = file.read_into(memoryview(data), self.offset)
+            status = os.fstat(file.descriptor)  # after reading: what was read before a change is right
+        except FileNotFoundError as error:
+            raise Changed(f"{self.tar} is gone since it was listed; give the command again") from error
+        except OSError:
+            opened.cache_clear()  # a stale handle stays stale: the next attempt opens the tar anew
+            raise
         if not whole or (status.st_size, status.st_mtime_ns) != self.stamp:
             how = "was replaced or changed" if whole else "has shrunk"
             raise Changed(f"{self.tar} {how} since it was listed, seen at {self.name}; give the command again")

@@ -33,8 +33,8 @@ from umd.train.data import (
     sample_keys,
     train_loader,
 )
+from umd.train.decoding import decode
 from umd.train.settings import DataConfig
-from umd.train.sources import decode
 from umd.train.splits import hashes_of, held_out, in_test_split
 
 

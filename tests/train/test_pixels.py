@@ -13,10 +13,10 @@ from rich.console import Console
 from umd.errors import UserError
 from umd.train.crops import bicubic_weights, crop_batch, draw_view, resized
 from umd.train.data import center_view, open_dataset, train_loader
+from umd.train.decoding import whole
 from umd.train.options import EncodePixels
 from umd.train.pixels import encode_pixels, inspect_pixels, open_pixels
 from umd.train.settings import DataConfig
-from umd.train.sources import whole
 
 QUIET = Console(quiet=True)
 
