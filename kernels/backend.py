@@ -99,7 +99,12 @@ def stands_for_gpu() -> bool:
     """
     if _cpu_paths or torch.compiler.is_compiling():
         return False
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    return fake_mode() is not None
+
+
+def fake_mode() -> object | None:
+    """The FakeTensorMode in force, whose tensors have no data; None if there is none."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
 
 
 def untraced(function):

@@ -5,17 +5,20 @@ tensors that kernels need, and the same facts as Python numbers. No op therefore
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, wraps
 from itertools import accumulate, groupby
 from operator import index
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import multiprocessors, sees_dispatch, untraced
+from .backend import fake_mode, multiprocessors, sees_dispatch, untraced
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # For the norm's backward pass, the heaviest user of chunks. RESIDENT: programs that run on a multiprocessor at a time.
 # ENOUGH: programs per multiprocessor that saturate its share of the memory bandwidth.
@@ -96,6 +99,39 @@ def pack(
     )
 
 
+def kept(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Keep the packings that a function makes, for its last `maxsize` arguments.
+
+    The same tensors serve inference, training and CUDA graphs. A FakeTensorMode has packings of its own.
+    """
+
+    def decorate(make: Callable[P, T]) -> Callable[P, T]:
+        @lru_cache(maxsize)
+        def cached(mode: object | None, *args: P.args, **kwargs: P.kwargs) -> T:
+            with torch.inference_mode(False):
+                return make(*args, **kwargs)
+
+        @wraps(make)
+        def get(*args: P.args, **kwargs: P.kwargs) -> T:
+            if torch.compiler.is_compiling():
+                return make(*args, **kwargs)
+            return _keep_if_recorded(cached(fake_mode(), *args, **kwargs))  # type: ignore[arg-type]  # hashable
+
+        return get
+
+    return decorate
+
+
+def _keep_if_recorded(packings: T) -> T:
+    """Keep packings for good if a CUDA graph is being recorded: its replays read their memory."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        _recorded[id(packings)] = packings
+    return packings
+
+
+_recorded: dict[int, object] = {}
+
+
 def equal_lengths(samples: int, length: int, device: torch.device) -> Packing:
     """The packing of [samples, length, D] with one modulation row per sample; made once, then kept."""
     # Tensors made under a dispatch mode serve that mode only: they are not kept.
@@ -107,7 +143,7 @@ def equal_lengths(samples: int, length: int, device: torch.device) -> Packing:
 
 @untraced  # torch.compile keeps the plain tuple of tensors as a constant
 def _equal_lengths(samples: int, length: int, device: torch.device) -> tuple:
-    return tuple(_pack_once(samples, length, device))
+    return tuple(_keep_if_recorded(_pack_once(samples, length, device)))
 
 
 @lru_cache(maxsize=64)

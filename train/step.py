@@ -18,7 +18,7 @@ from umd.errors import UserError
 from umd.layers import CastWeights, casts_weights
 from umd.machine.device import Captured, pick_device
 from umd.machine.doctor import Row
-from umd.methods import AnyCorruption, AnyObjective
+from umd.methods import AnyObjective
 from umd.objective import Part
 from umd.spans import span
 from umd.train.distributed import World
@@ -67,8 +67,6 @@ class TrainStep:
         self.x_start: Tensor | None = None  # this and the next two are allocated for the first batch
         self.labels: Tensor | None = None
         self.indices: Tensor | None = None
-        # Kept alive because a replayed graph reads their layouts, which a cache might evict.
-        self.corruptions: list[AnyCorruption | None] = [None] * parallel.accumulate
         on_device = not isinstance(parallel, Zero) and rates_on_device(parallel.optimizer)
         self.ema_rate = torch.zeros((), dtype=wide, device=self.device) if on_device else None
         self.cast = None if cast is None else CastWeights(parallel.model, cast)
@@ -128,7 +126,6 @@ class TrainStep:
                         step=self.step if self.objective.on_device else self.number,  # type: ignore[arg-type]
                         part=part,
                     )  # fmt: skip
-                self.corruptions[i] = corruption
                 loss, parts = self.parallel.forward_backward(self.x_start[here], corruption, part is self.parts[-1])
                 self.metrics[:-1] += self.shares[i] * torch.cat([loss[None], parts])
         self.metrics[-1] = self.parallel.update()

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from umd import classifier, diffmae, masking, ops
+from umd import ops
 from umd.ema import EMA
 from umd.layers import set_recompute_gelu
 from umd.methods import build_model, build_objective
@@ -224,13 +224,13 @@ def labels_of(config: RunConfig, micro: int) -> Tensor | None:
 
 @contextmanager
 def without_data() -> Iterator[None]:
-    """Make tensors inside the block fake. Caches are cleared, as fake and real tensors do not mix."""
-    forget()
+    """Make tensors inside the block fake. The CPU ops' cached matrices are dropped, as fake and real do not mix."""
+    ops.forget()
     try:
         with FakeTensorMode():
             yield
     finally:
-        forget()
+        ops.forget()
 
 
 @contextmanager
@@ -244,9 +244,3 @@ def count_gpu_step(config: RunConfig, micro: int, dtype: torch.dtype, weights: t
     """Count a step as it would run on a GPU, without a GPU."""
     with as_on_gpu(), ops.attention("auto"), ops.gelu_by(config.gelu):
         return run_step(config, micro, dtype, weights)
-
-
-def forget() -> None:
-    for module in (masking, diffmae, classifier):
-        module.layout.cache_clear()
-    ops.forget()

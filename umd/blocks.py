@@ -212,7 +212,7 @@ class Blocks(nn.Module):
         branch: Branch = None
         modulation = iter(()) if modulation is None else modulation
         if cond is not None:
-            rows = cond.index_select(0, packing.cond_index).to(x.dtype)  # [S, D]
+            rows = F.embedding(packing.cond_index, cond).to(x.dtype)  # [S, D]
             x = ops.prepend_tokens(rows[:, None], x, packing)
             first = packing.cu_seqlens[:-1].long()
         for i, block in enumerate(self.layers):

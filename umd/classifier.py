@@ -6,7 +6,6 @@ Only the condition token of a UMD without adaLN, which stands in front of each i
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +19,11 @@ from umd.embedders import lecun_normal
 from umd.errors import UserError
 from umd.layers import Linear, to_residual
 from umd.model import UMD
-from umd.ops import Packing, pack
+from umd.ops import Packing, kept, pack
 from umd.pixel_stats import standardize
 
 
-@lru_cache(maxsize=16)
+@kept(16)
 def layout(config: ClassifierConfig, batch_size: int, device: torch.device) -> tuple[Packing, Packing]:
     """Packings of whole images: (CLS and patch tokens; the same in the blocks, with the condition token if any)."""
     length = config.num_cls + config.num_patches

@@ -10,7 +10,6 @@ Letters as in `umd/model.py`, and M masked patches per image, D' the decoder's w
 """
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from umd.config import Capture, ClassifierConfig, DiffMAEConfig
 from umd.embedders import TimestepEmbedder, lecun_normal
 from umd.errors import UserError
 from umd.layers import Linear, computing_in, to_residual
-from umd.ops import Packing, pack
+from umd.ops import Packing, kept, pack
 from umd.sampler import Callback, Denoise, ddim_sample
 from umd.schedule import NoiseSchedule
 from umd.spans import span
@@ -40,7 +39,7 @@ class Layout(NamedTuple):
     joint_masked: Tensor  # int64 [sum M], indices of the masked tokens in `joint`
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def layout(
     config: DiffMAEConfig, keep: tuple[int, ...], device: torch.device, fillings: int = 1, same_time: bool = False
 ) -> Layout:

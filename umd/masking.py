@@ -1,6 +1,5 @@
 """Which patches are visible, and the packing of a batch whose samples have different numbers of visible patches."""
 
-from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from umd.config import ModelConfig
 from umd.errors import UserError
-from umd.ops import Packing, pack
+from umd.ops import Packing, kept, pack
 
 
 def num_keep(num_patches: int, mask_ratio: float) -> int:
@@ -42,7 +41,7 @@ class Layout(NamedTuple):
     decoder_blocks: Packing  # as decoder, with the condition token too; in a cross decoder the predicted patches only
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def layout(
     config: ModelConfig,
     keep: tuple[int, ...],

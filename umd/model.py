@@ -210,7 +210,7 @@ class UMD(nn.Module):
         assert self.decoder is not None
         S, L = packings.patches.num_samples, self.config.num_patches
         if not self.config.adaLN:
-            rows = cond.index_select(0, packings.encoder_blocks.cond_index).to(tokens.dtype)  # [S, D]
+            rows = F.embedding(packings.encoder_blocks.cond_index, cond).to(tokens.dtype)  # [S, D]
             tokens = ops.prepend_tokens(rows[:, None], tokens, packings.encoder_blocks)
         places = torch.arange(S * L, device=x.device) if ids is None else ids
         x = x.index_select(0, places + places // L + 1)  # [Q, D]; + …: a CLS token precedes each sample's L patches

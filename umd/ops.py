@@ -16,7 +16,7 @@ from umd.kernels.epilogues import Gelu, activated_linear, epilogues_refusal, gel
 from umd.kernels.gelu import gelu
 from umd.kernels.linear import bias_gradient, few_rows_linear, gelu_linear, linear, splits_bias
 from umd.kernels.loss import masked_diffusion_loss
-from umd.kernels.packing import Packing, pack, per_token
+from umd.kernels.packing import Packing, kept, pack, per_token
 from umd.kernels.patches import gather_patches, patchify, standard_noise, unpatchify
 from umd.kernels.philox import philox_randn_rows, philox_randn_samples, random_words
 from umd.kernels.positions import add_positions

@@ -1,10 +1,14 @@
 """The objective: the paper's formulas written out with loops, and what the random draws must be like."""
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy.stats import binomtest, chisquare
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig
 from umd.errors import UserError
@@ -337,3 +341,43 @@ def test_masks_that_leave_nothing_are_refused():
             ObjectiveConfig(**changes)
     # No noise-free sample is trained here, so nothing is missing.
     Objective(TINY, ObjectiveConfig(no_noise_prob=0.0, mask_ratio_no_noise=0.0), schedule)
+
+
+class Repeated(TorchDispatchMode):
+    """The ops that add rows to places that repeat. On a GPU they use atomics: the order, and so the sum, varies."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("index_add", "index_add_", "scatter_add", "scatter_add_"):
+            places = args[2]
+            self.found += [name] * (len(places.unique()) < len(places))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(decoder="cross"), dict(adaLN=False), dict(adaLN=False, decoder="cross")])
+def test_the_backward_pass_adds_in_one_order(changes):
+    """Without adaLN all noise-free samples share one condition row, whose gradient is a sum over all of them."""
+    config = replace(TINY, num_classes=0, **changes)
+    objective = Objective(config, ObjectiveConfig(no_noise_prob=0.5), NoiseSchedule())
+    loss, _ = objective(randomised(config), images(config, 8), objective.corrupt(8, 0, CPU))
+    with Repeated() as repeated:
+        loss.backward()
+    assert not repeated.found
+
+
+def test_a_layout_kept_serves_whoever_comes_next():
+    """Validation before training, and a mode of tensors without data before and behind real ones."""
+    for keep, modes in (((3, 5), (torch.inference_mode, nullcontext)), ((4, 5), (FakeTensorMode, nullcontext))):
+        kept = []
+        for mode in (*modes, *modes):
+            with mode():
+                made = layout(TINY, keep, None, CPU).encoder
+            assert isinstance(made.chunks, FakeTensor) == (mode is FakeTensorMode)
+            if mode is not FakeTensorMode:
+                assert not made.chunks.is_inference() and made.cu_seqlens.tolist() == [0, 1 + keep[0], 2 + sum(keep)]
+                kept.append(made.chunks)
+        assert all(chunks is kept[0] for chunks in kept)

@@ -1,5 +1,7 @@
 """Sampling against the UMD authors' code, and against data whose exact denoiser is a formula."""
 
+import gc
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from umd.config import ModelConfig
 from umd.errors import UserError
 from umd.guidance import Guidance
 from umd.layers import Linear
+from umd.masking import layout
 from umd.model import UMD
 from umd.ops import ddim_step
 from umd.sampler import (
@@ -385,6 +388,25 @@ def test_one_sampler_serves_batch_after_batch(device):
         labels = torch.tensor(labels, device=device)
         alone = ddim_sample(model.denoise, shape, COSINE, labels=labels, first_sample=first, **arguments)
         assert torch.equal(sampler(labels, first_sample=first), alone)
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_keeps_the_layouts_that_it_reads():
+    """A replay reads the memory of its packings; caches of them hold the last 64."""
+    model, shape = random_umd(UMDS["plain"], torch.float32).cuda(), (2, 3, 8, 8)
+    sampler = DDIM(
+        model.denoise, shape, COSINE, num_steps=20, eta=0.0, clip=True, labelled=False, null_label=None, cfg_scale=1.0,
+        seed=3, device="cuda", capture="on",
+    )  # fmt: skip
+    first = sampler()
+    chunks = weakref.ref(
+        layout(model.config, (model.config.num_patches,) * 2, None, torch.device("cuda")).encoder.chunks
+    )
+    for samples in range(3, 80):
+        layout(model.config, (model.config.num_patches,) * samples, None, torch.device("cuda"))
+    gc.collect()
+    assert chunks() is not None
+    assert torch.equal(sampler(), first)
 
 
 def test_the_noise_to_start_from_is_left_as_it_is():
