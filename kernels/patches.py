@@ -96,13 +96,18 @@ def gather_patches(
 
 
 def check_patches(x_start: Tensor, ids_keep: Tensor, patch_size: int) -> None:
-    """Raise ValueError unless x_start is [B, C, H, W] with patch_size dividing H and W, and ids_keep int64 [N]."""
+    """Raise ValueError unless x_start is [B, C, H, W] with patch_size dividing H and W, and ids_keep int64 [N].
+
+    Also where x_start requires a gradient, which kernels do not compute.
+    """
     if x_start.ndim != 4 or x_start.numel() == 0 or not x_start.is_floating_point():
         raise ValueError(f"x_start: expected floating [B, C, H, W], got {tuple(x_start.shape)} {x_start.dtype}")
     H, W = x_start.shape[2:]
     if patch_size < 1 or H % patch_size or W % patch_size:
         raise ValueError(f"patch_size: expected a divisor of H = {H} and W = {W}, got {patch_size}")
     check_tensor("ids_keep", ids_keep, ("N",), torch.int64)
+    if torch.is_grad_enabled() and x_start.requires_grad:
+        raise ValueError("x_start: expected a tensor that requires no gradient, as none is computed; detach it")
 
 
 def check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:

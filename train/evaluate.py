@@ -35,6 +35,7 @@ from umd.train.features import CALL, Features, name_of, spans
 from umd.train.fingerprint import with_source
 from umd.train.latents import pixel_config
 from umd.train.options import Evaluate, Probe
+from umd.train.pixels import is_pixels, pixels_header, squeezed
 from umd.train.probe import Recognition, own_pictures, tell_notes
 from umd.train.reference import (
     DECODED,
@@ -196,9 +197,10 @@ class Generation:
             return
         tokenizer = self.tokenizer
         if options.pictures:
-            if tokenizer is None:
-                raise UserError("--pictures is for runs on latents; this run's own pictures are the real ones")
-            data, tokenizer = replace(pixel_config(data, tokenizer.vae), source=options.pictures), None
+            if tokenizer is None and not is_pixels(Path(data.source).expanduser()):
+                raise UserError("--pictures is for runs on a store; this run's own pictures are the real ones")
+            data = data if tokenizer is None else pixel_config(data, tokenizer.vae)
+            data, tokenizer = replace(data, source=options.pictures), None
         dataset = open_dataset(data, options.split)
         mend = "give --split train, or --reference FILE"
         if len(dataset) == 0:
@@ -210,7 +212,9 @@ class Generation:
 
     def load(self, file: Path) -> Reference:
         vae = None if self.tokenizer is None else self.tokenizer.vae.sha256
-        return load_reference(file, self.network, self.size, [RESIZE] if vae is None else [RESIZE, *DECODED], vae)
+        source = Path(self.config.data.source).expanduser()
+        stored = [squeezed(pixels_header(source)) + RESIZE] if is_pixels(source) else []
+        return load_reference(file, self.network, self.size, [RESIZE, *(stored if vae is None else DECODED)], vae)
 
     def kept(self, made: Features) -> Path:
         """The file that keeps a reference made by this command."""

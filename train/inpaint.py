@@ -244,7 +244,7 @@ def fillings(
             with sampling_progress(console, f"filling {i + 1} of {samples}") as update, torch.no_grad():
                 filled = inpaint(
                     denoise, x, hole, schedule, num_steps=num_steps, resample=resample, eta=eta,
-                    clip=clip, seed=seed + i, callback=watch(update), capture=capture,
+                    clip=clip, seed=seed, first_sample=i * len(x), callback=watch(update), capture=capture,
                 )  # fmt: skip
             drawn.append(filled)
             seen.append(torch.stack(steps, 2))

@@ -343,7 +343,7 @@ class Evaluate(Sampling):
     source: str = ""
     """Pictures to use instead of the run's, as in --data.source. Default: the run's training source."""
     pictures: str = ""
-    """For a run on latents: source of the real pictures. Default: its stored latents, decoded by the VAE."""
+    """For a run on a store: source of the real pictures. Default: the store; its latents are decoded by the VAE."""
     few: bool = False
     """Allow distances of fewer pictures than the network has features. Compare them only at equal counts."""
     generation: bool = True

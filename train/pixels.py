@@ -11,7 +11,7 @@ that it would see of the files, resampled in two steps.
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -134,9 +134,20 @@ class PixelDataset(ImageDataset):
         return Picture(pixels, (height, width), (pixels.shape[0] / height, pixels.shape[1] / width))
 
 
+def pixels_header(folder: Path) -> dict[str, Any]:
+    """The header of a folder of stored pictures. Raises UserError if it is missing or damaged."""
+    return read_header(folder / HEADER, PATTERN, (FORMAT,))
+
+
+def squeezed(header: Mapping[str, Any]) -> str:
+    """What happened to stored pictures before a run reads them, for records. header: of the folder."""
+    height, width = header["recipe"]["size"]
+    return f"squeezed to {height}x{width}, then "
+
+
 def open_pixels(folder: Path, split: Split, config: "DataConfig") -> PixelDataset:
     """Open the stored pictures of a split. Raises UserError if they are damaged or smaller than the model's images."""
-    header = read_header(folder / HEADER, PATTERN, (FORMAT,))
+    header = pixels_header(folder)
     size, entries = header["recipe"]["size"], header["splits"][split]["shards"]
     if config.channels != 3:
         raise UserError(f"{folder} holds colour pictures, and the model sees {config.channels} channel: set 3")

@@ -34,6 +34,7 @@ from umd.train.fingerprint import check_trained_on, with_source
 from umd.train.latents import LatentDataset
 from umd.train.opened import open_run
 from umd.train.options import Probe
+from umd.train.pixels import PixelDataset, squeezed
 from umd.train.run import RunConfig, at_size
 from umd.train.shards import Job, others_work, share
 from umd.train.weights import weights_identity
@@ -243,7 +244,11 @@ def probe_recipe(
 
 def of(dataset: Dataset, ids: np.ndarray) -> dict[str, Any]:
     """What identifies pictures as features see them: the pictures, and how they are cropped."""
-    crop = "stored" if isinstance(dataset, LatentDataset) else "short side to int(256/246 size), centre"
+    crop = "short side to int(256/246 size), centre"
+    if isinstance(dataset, LatentDataset):
+        crop = "stored"
+    elif isinstance(dataset, PixelDataset):
+        crop = squeezed(dataset.header) + crop
     return {"data": identity_of(dataset, ids), "crop": crop}
 
 

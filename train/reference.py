@@ -24,6 +24,7 @@ from umd.tokenizer import Tokenizer
 from umd.train.data import Dataset
 from umd.train.features import Extract, Features, Pictures, identity_of, name_of, pictures_of
 from umd.train.latents import LatentDataset
+from umd.train.pixels import PixelDataset, squeezed
 from umd.train.settings import DataConfig
 
 MOST_KEPT = 10_000  # most pictures whose features a reference keeps, for precision, recall and kernel distances
@@ -78,7 +79,7 @@ def real_pictures(
 ) -> tuple[Features, Pictures]:
     """Features of a split's pictures at the size of a run's samples, to be computed by jobs."""
     if tokenizer is None:
-        resize, vae = RESIZE, None
+        resize, vae = (squeezed(dataset.header) if isinstance(dataset, PixelDataset) else "") + RESIZE, None
     else:
         resize = DECODED[0 if isinstance(dataset, LatentDataset) else 1]
         vae = tokenizer.vae.sha256

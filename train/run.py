@@ -64,7 +64,8 @@ class RunConfig:
     """Seed of weights, data order, crops, masks and noise."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast dtype. auto: bf16 where the device multiplies it, else fp32.
-    With bf16, a GPU computes the products left in fp32 (adaLN's) in TF32. With fp32, TF32 is off."""
+    With bf16, a GPU computes the products left in fp32 (adaLN's) in TF32. With fp32, TF32 is off.
+    Convolutions, those of a VAE, keep PyTorch's default: TF32."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. With several processes, each takes the GPU of its local rank."""
     attention: Literal["auto", "triton", "flash_attn", "varlen_attn", "sdpa", "matmul"] = "auto"

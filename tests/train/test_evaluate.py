@@ -15,7 +15,8 @@ from umd.errors import UserError
 from umd.metrics import FeatureStatistics, frechet_distance, kernel_distance
 from umd.train.evaluate import markdown, put, run_evaluation
 from umd.train.features import Features
-from umd.train.options import Evaluate
+from umd.train.options import EncodePixels, Evaluate
+from umd.train.pixels import encode_pixels
 from umd.train.reference import DECODED, RESIZE, Reference, load_reference, moments, reference_of, stored_pictures
 from umd.train.run import read_config
 from umd.train.settings import DataConfig
@@ -121,8 +122,26 @@ def test_what_cannot_be_scored(make_run, run, tmp_path):
         evaluate(plain, generation=False, errors=0)
     with pytest.raises(UserError, match="trained without labels, so there are none to balance"):
         evaluate(plain, balanced=True)
-    with pytest.raises(UserError, match="--pictures is for runs on latents"):
+    with pytest.raises(UserError, match="--pictures is for runs on a store"):
         evaluate(run, count=2000, features="efficientnet", pictures="somewhere", few=True)
+
+
+def test_squeezed_pictures_are_told_from_the_originals(colours, make_run, pictures, tmp_path):
+    """A run on `umd encode-pixels`: the store is resampled twice. A distance to it says so, and mixes with no other."""
+    encode_pixels(EncodePixels(str(pictures), tmp_path / "store", (12, 10)), QUIET)
+    run = make_run(tmp_path / "run", data=DataConfig(source=str(tmp_path / "store")))
+    options = dict(count=40, cfg_scale=(1.0,), steps=1, recognition=False, errors=0, few=True)
+    evaluate(run, **options)
+    record = evaluate(run, pictures=str(pictures), **options)
+    references = [entry["reference"] for entry in record["generation"]]
+    files = {entry["resize"]: run / f"reference-{entry['name']}.npz" for entry in references}
+    squeezed = f"squeezed to 12x10, then {RESIZE}"
+    assert files.keys() == {squeezed, RESIZE}
+    evaluate(run, reference=files[squeezed], **options)
+    other = make_run(tmp_path / "other", data=DataConfig(source=str(pictures)))
+    evaluate(other, reference=files[RESIZE], **options)
+    with pytest.raises(UserError, match=r"is of another resize: squeezed to 12x10, then"):
+        evaluate(other, reference=files[squeezed], **options)
 
 
 def test_a_class_without_pictures_is_named(make_run, run, tmp_path):

@@ -93,6 +93,9 @@ def test_a_gpu_is_known_by_its_name_in_the_driver():
     """NVIDIA's data sheets, dense bf16; a name that holds another's is not taken for it."""
     known = {
         "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA GH200 480GB": 989e12, "NVIDIA A100-SXM4-40GB": 312e12,
-        "NVIDIA L40S": 362e12, "NVIDIA L40": 181e12, "NVIDIA A40": 150e12, "Tesla T4": None,
+        "NVIDIA L40S": 362e12, "NVIDIA L40": 181e12, "NVIDIA A40": 150e12, "Tesla T4": None, "NVIDIA H200": 989e12,
+        "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H200 NVL": 835e12, "NVIDIA RTX A4000": None,
+        "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA H100 80GB HBM3 MIG 3g.40gb": None,
+        "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4090 Laptop GPU": None,
     }  # fmt: skip
     assert {name: sheet_flops(name) for name in known} == known
