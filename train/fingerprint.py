@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from umd.errors import UserError
+from umd.files import again_if_lost
 from umd.train.data import Dataset, evenly, open_dataset
 from umd.train.distributed import World
 from umd.train.index import Names, sums_of
@@ -29,6 +30,7 @@ from umd.train.weights import saved_weights
 SAMPLE = 256  # pictures compared one by one: those whose names have the smallest CRC-32
 HEAD = 4096  # bytes read from each of them
 READERS = 16  # threads, which wait for the disk
+OTHERS = {"target": "another file of targets", "shards": "other shards"}  # what ranks must share beside pictures
 NAMED = 3  # most classes that a message names
 
 
@@ -77,19 +79,31 @@ def file_digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def agreed_fingerprint(dataset: Dataset, world: World, target: str = "") -> dict[str, Any]:
-    """Rank 0's fingerprint, on every rank. target: what the objective predicts, perhaps a .npy file.
+def agreed_fingerprint(dataset: Dataset, world: World, target: str = "", vae_hash: str = "") -> dict[str, Any]:
+    """The fingerprint of the data, which is the same on every rank.
 
-    Raises UserError on a rank that sees other data, e.g. on a local disk.
+    target: what the objective predicts, perhaps a .npy file. vae_hash: of the VAE that made latents.
+
+    Raises UserError on a rank that sees other data than rank 0, e.g. an older copy on a local disk.
     """
-    found = world.agree(fingerprint(dataset) if world.main else None)
+    here = fingerprint(dataset)
     if target.endswith(".npy"):
-        found["target"] = world.agree(file_digest(Path(target)) if world.main else None)
-    here = len(dataset), list(dataset.class_names)
-    if here != (found["images"], found["classes"]):
+        here["target"] = file_digest(Path(target))
+    found, vae = world.agree((here, vae_hash))
+    sizes = [(data["images"], data["classes"]) for data in (here, found)]
+    if sizes[0] != sizes[1]:
         raise UserError(
-            f"rank {world.rank} sees {in_words(here[0], here[1])} in {dataset.name}, and rank 0 "
-            f"{in_words(found['images'], found['classes'])}: give all hosts the same pictures"
+            f"rank {world.rank} sees {in_words(*sizes[0])} in {dataset.name}, and rank 0 {in_words(*sizes[1])}: "
+            "give all hosts the same pictures"
+        )
+    said = [what for key, what in OTHERS.items() if here.get(key) != found.get(key)]
+    said += ["another VAE"] if vae_hash != vae else []
+    if not said and (differs := difference(found, here)):
+        said = [differs.said]
+    if said:
+        raise UserError(
+            f"rank {world.rank} does not see the data of rank 0 in {dataset.name} ({', '.join(said)}): give all hosts "
+            "the same pictures or latents"
         )
     return found
 
@@ -121,13 +135,17 @@ def contents(dataset: Dataset) -> tuple[Callable[[int], str], np.ndarray, Callab
 
 def head_of(picture: str | TarMember) -> int:
     """CRC-32 of a file's size and first `HEAD` bytes, or of the names in a folder of frames. -1 if unreadable."""
-    try:
+
+    def head() -> int:
         if isinstance(picture, TarMember):
             return zlib.crc32(picture.read()[:HEAD], picture.size & 0xFFFFFFFF)
         if os.path.isdir(picture):
             return zlib.crc32(repr(sorted(os.listdir(picture))).encode())
         with open(picture, "rb", buffering=0) as file:
             return zlib.crc32(file.read(HEAD), os.fstat(file.fileno()).st_size & 0xFFFFFFFF)
+
+    try:
+        return again_if_lost(head, Path(str(picture)))
     except OSError:
         return -1
 

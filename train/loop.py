@@ -265,7 +265,8 @@ def set_up(
     run.model = model = build_model(config.model)
     model.set_checkpointing(config.checkpointing)
     set_recompute_gelu(model, config.recompute_gelu and not config.checkpointing)
-    run.source = agreed_fingerprint(dataset, world, getattr(config.objective, "target", ""))
+    target = getattr(config.objective, "target", "")
+    run.source = agreed_fingerprint(dataset, world, target, config.data.vae_hash)
     run.saved_path, saved = newest_checkpoint(config, world, run.source)
     world.barrier()  # rank 0 takes longer: it reads the files twice, to check them
     if saved is not None:

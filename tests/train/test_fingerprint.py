@@ -173,20 +173,28 @@ def test_a_fingerprint_of_an_earlier_version_is_compared_as_far_as_it_goes(photo
     assert difference(old | {"sha256": ""}, now) == ("other classes, labels or pictures", False)
 
 
-def test_a_rank_that_sees_other_pictures_is_told(photos, tmp_path):
+def test_a_rank_that_sees_other_data_is_told(photos, tmp_path):
     class Two(World):
         """Rank 1 of two, whose rank 0 sees the photos."""
 
         def agree(self, value):
-            return found(photos)
+            return found(photos), "a VAE"
 
-    pictures(tmp_path / "other", "bird", "cat")
     world = Two(1, 2, None)
-    assert agreed_fingerprint(opened(photos), world) == found(photos)
+    assert agreed_fingerprint(opened(photos), world, vae_hash="a VAE") == found(photos)
+    pictures(tmp_path / "other", "bird", "cat")
     with pytest.raises(
         UserError, match=r"rank 1 sees \d+ pictures in 2 classes in other, and rank 0 \d+ pictures in 3"
     ):
         agreed_fingerprint(opened(tmp_path / "other"), world)
+    copy = shutil.copytree(photos, tmp_path / "older copy")
+    assert agreed_fingerprint(opened(copy), world, vae_hash="a VAE") == found(photos)
+    with pytest.raises(UserError, match=r"rank 1 does not see the data of rank 0 in older copy \(another VAE\)"):
+        agreed_fingerprint(opened(copy), world, vae_hash="another")
+    first = sorted(copy.glob("*/*.*"))[0]
+    first.write_bytes(first.read_bytes() + b"1")
+    with pytest.raises(UserError, match=rf"\(1 of \d+ looked at are others, e.g. .*{first.name}\): give all hosts the"):
+        agreed_fingerprint(opened(copy), world, vae_hash="a VAE")
 
 
 # Runs
