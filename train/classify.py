@@ -14,7 +14,7 @@ from umd.classifier import Classifier, encoder_weights
 from umd.config import classifier_config
 from umd.errors import UserError
 from umd.machine.device import autocast
-from umd.probe import confusion
+from umd.probe import MOST_CONFUSED, confusion
 from umd.train.data import Dataset, center_view, open_dataset
 from umd.train.distributed import World
 from umd.train.latents import check_run_vae
@@ -28,7 +28,7 @@ class Scores(NamedTuple):
     top1: float
     top5: float
     loss: float
-    confusion: Tensor  # int64 [classes, classes]: row = label, column = prediction
+    confusion: Tensor | None  # int64 [classes, classes]: label, prediction; None beyond `MOST_CONFUSED` classes
 
 
 def check_classes(dataset: Dataset) -> int:
@@ -83,21 +83,26 @@ def score(
     training = model.training
     model.eval()
     assert dataset.labels is not None, "open_held_out asks for them"
-    counts, sums = torch.zeros(K, K, dtype=torch.int64), torch.zeros(2, dtype=torch.float64)  # top-5, loss
+    sums = torch.zeros(3, dtype=torch.float64)  # top-1, top-5, loss
+    predicted = [torch.empty(0, dtype=torch.int64)]
     rank, size = (0, 1) if world is None else (world.rank, world.size)
     mine = np.arange(len(dataset))[rank::size]
     for ids in np.array_split(mine, -(-len(mine) // batch)) if len(mine) else ():
         x, labels = center_view(dataset, ids, data).to(device), torch.from_numpy(dataset.labels[ids]).long()
         with autocast(device, dtype):
             logits = model(x).float().cpu()
-        counts += confusion(logits.argmax(1), labels, K)
-        sums[0] += (logits.topk(min(5, K)).indices == labels[:, None]).sum()
-        sums[1] += F.cross_entropy(logits, labels, reduction="sum")
+        predicted.append(logits.argmax(1))
+        sums[0] += (predicted[-1] == labels).sum()
+        sums[1] += (logits.topk(min(5, K)).indices == labels[:, None]).sum()
+        sums[2] += F.cross_entropy(logits, labels, reduction="sum")
     model.train(training)
+    counts = None
+    if K <= MOST_CONFUSED:
+        counts = confusion(torch.cat(predicted), torch.from_numpy(dataset.labels[mine]), K)
     if world is not None:
-        counts, sums = world.sum(counts), world.sum(sums)
-    n = len(dataset)
-    return Scores(float(counts.trace()) / n, float(sums[0]) / n, float(sums[1]) / n, counts)
+        sums, counts = world.sum(sums), None if counts is None else world.sum(counts)
+    top1, top5, loss = (sums / len(dataset)).tolist()
+    return Scores(top1, top5, loss, counts)
 
 
 def show_scores(
@@ -114,7 +119,8 @@ def show_scores(
     from umd.report.figures import confusion_sheet  # late: importing matplotlib takes a second
 
     log.scores({"step": step, "top-1": scores.top1, "top-5": scores.top5, "held_out_loss": scores.loss})
-    log.picture("confusion", confusion_sheet(scores.confusion.numpy(), held_out.class_names), step)
+    if scores.confusion is not None:
+        log.picture("confusion", confusion_sheet(scores.confusion.numpy(), held_out.class_names), step)
     log.say(scores_line(scores, held_out, step))
     log.file(config.out / "scores.json", scores_json(scores, held_out, step))
 
@@ -123,7 +129,8 @@ def scores_json(scores: Scores, dataset: Dataset, step: int) -> bytes:
     """The content of scores.json."""
     record = {
         "step": step, "top-1": scores.top1, "top-5": scores.top5, "images": len(dataset),
-        "classes": list(dataset.class_names), "confusion": scores.confusion.tolist(),
+        "classes": list(dataset.class_names),
+        "confusion": None if scores.confusion is None else scores.confusion.tolist(),
     }  # fmt: skip
     return json.dumps(record).encode()
 

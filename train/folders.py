@@ -57,7 +57,8 @@ def open_folder(root: Path, split: str, holdout: float, skip_broken: bool, quara
             deeper = next((name.split("/")[1] for name in found.files if name.count("/") > 1), "")
             mend = f"move what is in it up into {folder}" if deeper in train_names else "add one"
             raise UserError(f"class folder {folder / unknown[0]} has no counterpart in {root / 'train'}: {mend}.")
-        labels = np.array([train_names.index(name) for name in class_names])[labels]
+        numbers = {name: number for number, name in enumerate(train_names)}
+        labels = np.array([numbers[name] for name in class_names])[labels]
         class_names = train_names
     paths = Names(found.files.data, found.files.ends, found.files.rows, f"{folder}{os.sep}")
     good = check_headers(paths, skip_broken)
