@@ -5,9 +5,11 @@ rank that finds all files done does the work that needs all of them.
 """
 
 import errno
+import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from umd.files import make_folder, write_whole
 
 Advance = Callable[[float], None]  # called with the number of images done
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded, file too large
+LOOK_SECONDS = 10.0  # between looks at what other ranks have made
 LINE_SECONDS = 30.0  # between progress lines if there is no terminal
 
 
@@ -63,11 +66,21 @@ def share(jobs: Sequence[Job], console: Console, what: str) -> bool:
     total = sum(job.images for job in jobs)
     for folder in {job.path.parent for job in jobs}:
         make_folder(folder, "see to it that it can be made, and run the same command again")
+    own = deque(jobs[rank::size])
+    made: set[Path] = set()
+    looked, there, done = -math.inf, made, 0
     with progress(console, what, total, show=rank == 0) as advance_to:
-        done = images_done(jobs)
-        advance_to(done)
-        made: set[Path] = set()
-        while job := next_job(jobs, listed(jobs) | made, rank, size):
+        while True:
+            # Each look lists the folders and goes through all jobs: 0.1 s for the files of ImageNet-21k.
+            if not own or time.monotonic() - looked > LOOK_SECONDS:
+                there = listed(jobs) | made
+                looked, done = time.monotonic(), sum(job.images for job in jobs if job.path in there)
+                advance_to(done)
+            job = own.popleft() if own else next_job(jobs, there, rank, size)
+            if job is not None and job.path in there:
+                continue
+            if job is None:
+                break
             data = job.make(lambda part, done=done: advance_to(done + part))  # type: ignore[misc]
             try:
                 write_whole(job.path, data)
@@ -82,9 +95,8 @@ def share(jobs: Sequence[Job], console: Console, what: str) -> bool:
                     "which keeps what is finished"
                 ) from error
             made.add(job.path)
-            if rank == 0:
-                done = images_done(jobs)
-                advance_to(done)
+            done += job.images
+            advance_to(done)
     return images_done(jobs) == total
 
 
