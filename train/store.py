@@ -16,7 +16,7 @@ import os
 import re
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from umd.errors import TemporaryError, UserError
 from umd.files import LOST, check_apart, check_place, write_whole
+from umd.train.index import Names
 from umd.train.run import differences
 
 log = logging.getLogger("umd")
@@ -206,7 +207,10 @@ def open_shards(folder: Path, entries: Sequence[Mapping], recipe: dict, command:
             if impossible(shard, len(recipe.get("class_names", ()))):
                 raise damaged(path, "has a label or a size that is none", command)
         last = int(indices[-1]) if len(indices) else last
-        shards.append(shard)
+        # Thousands of shards share one recipe, with its class names, and hold their names in one array each.
+        about = shard.about | {"recipe": recipe, "crc32": found}
+        about |= {"names": Names.of(about["names"])} if "names" in about else {}
+        shards.append(replace(shard, about=about))
     if without_sum:
         tell_without_sum(folder)
     return shards
@@ -277,7 +281,7 @@ def finished(folder: Path, names: Sequence[str], recipe: dict) -> tuple[list[Sha
     shards = open_shards(folder, [{"file": name} for name in names], recipe)
     for shard in shards:
         check_rows(shard)
-    return shards, [{"file": s.path.name, "images": s.images, "crc32": s.sum()} for s in shards]
+    return shards, [{"file": s.path.name, "images": s.images, "crc32": s.about["crc32"]} for s in shards]
 
 
 def write_header(path: Path, header: dict[str, Any]) -> dict[str, Any]:
