@@ -27,6 +27,7 @@ from umd.schedule import schedule_of
 from umd.train.data import evenly, open_held_out_or_train
 from umd.train.features import Extract, Features, identity_of, name_of, pictures_of
 from umd.train.opened import open_run
+from umd.train.options import Evaluate
 from umd.train.run import RunConfig
 from umd.train.shards import Job
 from umd.train.weights import weights_identity
@@ -40,25 +41,25 @@ def error_times(T: int) -> list[int]:
 
 
 class Errors:
-    """Errors of a run on up to `count` held-out pictures, or training pictures if none are held out."""
+    """Errors of a run on up to `options.errors` held-out pictures, or training pictures if none are held out."""
 
-    def __init__(self, config: RunConfig, count: int, ema: bool, out: Path | None = None):
+    def __init__(self, config: RunConfig, options: Evaluate):
         self.dataset = open_held_out_or_train(config.data)
-        weights = weights_identity(config.out, ema)
-        model, self.device, self.dtype = open_run(config, ema, weights["step"])
+        weights = weights_identity(config.out, options.ema, options.step)
+        model, self.device, self.dtype = open_run(config, options.ema, weights["step"])
         assert isinstance(model, UMD), "`reasons` leaves the others out"
         self.config, self.model = config, model
         schedule = schedule_of(config.schedule)
         objective = build_objective(model.config, config.objective, schedule)
         assert isinstance(objective, Objective), "a UMD's"
         self.objective, self.times = objective, error_times(schedule.num_steps)
-        ids = evenly(len(self.dataset), count)
+        ids = evenly(len(self.dataset), options.errors)
         recipe = {
             "weights": weights, "errors": 1, "times": self.times, "data": identity_of(self.dataset, ids),
             "mask_ratios": [objective.config.mask_ratio_no_noise, objective.config.mask_ratio],
             "precision": "bf16" if self.dtype == torch.bfloat16 else "fp32", "device": self.device.type,
         }  # fmt: skip
-        self.features = Features((out or config.out) / "features", recipe, ids)
+        self.features = Features((options.out or config.out) / "features", recipe, ids)
 
     def jobs(self) -> list[Job]:
         return self.features.jobs(pictures_of(self.dataset, self.config.data), self.extract())

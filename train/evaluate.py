@@ -66,6 +66,8 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
     check_place(file, table, curves)
     if options.reference is not None and not options.reference.is_file():
         raise UserError(f"there is no file {options.reference}, which --reference names")
+    # One step for all parts: a run that still trains saves newer ones.
+    options = replace(options, step=weights_identity(run, options.ema, options.step)["step"])
     left_out = reasons(run, config, options)
     for what, reason in left_out.items():
         console.print(f"left out: {what} ({reason})", highlight=False)
@@ -74,11 +76,13 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
     if not {"recognition", "errors"} <= left_out.keys() or not (options.reference or options.pictures):
         own_pictures(run, config, options.source, console)
     generation = None if "generation" in left_out else Generation(config, options, console)
-    probe = Probe(shots=options.shots, allow_fewer=options.allow_fewer, linear=options.linear, out=options.out)
+    probe = Probe(
+        shots=options.shots, allow_fewer=options.allow_fewer, linear=options.linear, step=options.step, out=options.out
+    )  # fmt: skip
     recognition = None if "recognition" in left_out else Recognition(config, probe)
     if recognition is not None:
         tell_notes(console, recognition.train, recognition.test)
-    errors = None if "errors" in left_out else Errors(config, options.errors, options.ema, options.out)
+    errors = None if "errors" in left_out else Errors(config, options)
     jobs = [job for part in (generation, recognition, errors) if part is not None for job in part.jobs()]
     if not share(jobs, console, "images"):
         console.print(others_work(), highlight=False)
@@ -132,11 +136,11 @@ def score_classifier(run: Path, options: Evaluate, config: RunConfig, console: C
     if not len(dataset) or dataset.labels is None:
         what = "no labels" if len(dataset) else f"no {options.split} pictures"
         raise UserError(f"{dataset.name} has {what} to score a classifier on; give --source, or --split train")
-    model, _, dtype = opened.open_run_of(Classifier, config, options.ema)
+    step = weights_identity(run, options.ema, options.step)["step"]
+    model, _, dtype = opened.open_run_of(Classifier, config, options.ema, step)
     if (found := len(dataset.class_names)) != model.config.num_classes:
         raise UserError(f"{run} tells {model.config.num_classes} classes apart, and {dataset.name} has {found}")
     scores = classify.score(model, dataset, config.data, dtype)
-    step = weights_identity(run, options.ema)["step"]
     write_whole(file, classify.scores_json(scores, dataset, step))
     line = classify.scores_line(scores, dataset, step, options.split)
     say(console, f"{line}\nwritten: {file}")
@@ -149,7 +153,8 @@ class Generation:
         classes = chosen_classes(config, (), options.balanced)
         check_sampling(options, config)
         self.config, self.options = config, options
-        weights = weights_identity(config.out, options.ema)  # fixed now, as a run that still trains may save newer ones
+        # Fixed now, as a run that still trains may save newer ones.
+        weights = weights_identity(config.out, options.ema, options.step)
         self.model, self.device, self.dtype = opened.open_run_of(UMD, config, options.ema, weights["step"])
         self.tokenizer = opened.open_tokenizer(config, options.vae, self.device)
         self.network = open_features(options.features, options.weights).to(self.device).eval()

@@ -186,8 +186,16 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Sampling:
-    """The sampler and its guidance."""
+    """The checkpoint, the sampler and its guidance."""
 
+    step: CountOrZero | None = None
+    """Step of the checkpoint to use, one of those in RUN/checkpoints. Default: the newest."""
+    vae: str = ""
+    """For a run on latents: hub id or folder of its VAE. Needed only if the VAE has moved."""
+    seed: Seed = 0
+    """Seed. Sample i of a seed has the same bytes on any number of ranks and with any --batch."""
+    batch: Count = 64
+    """Images per denoising loop: at most 64, rounded up to a multiple of 32. The network sees 32 a call, or all."""
     sampler: SamplerName = "ddim"
     """ddim, ddpm, or a solver of diffusers for few deterministic steps: dpm++, heun (2 network calls a step), unipc."""
     steps: Count | None = None
@@ -226,14 +234,8 @@ class Sample(Sampling):
     """With --count: take the classes in turn, so that each gets the same number."""
     cfg_scale: Scale = 4.0
     """Guidance scale. 1: no guidance. The paper uses 1.5 for scores and 4.0 for pictures."""
-    seed: Seed = 0
-    """Seed. Sample i of a seed has the same bytes on any number of ranks and with any --batch."""
-    batch: Count = 64
-    """Images per denoising loop: at most 64, rounded up to a multiple of 32. The network sees 32 a call, or all."""
     ema: bool = True
     """Use the EMA weights if the run has them."""
-    vae: str = ""
-    """For a run on latents: hub id or folder of its VAE. Needed only if the VAE has moved."""
     out: Path | None = None
     """PNG file to write; the .npz and .json go beside it. Default: RUN/samples.png."""
 
@@ -299,6 +301,8 @@ class Probe:
     """Probe every block at the timesteps of --times instead, and write a table and a curve."""
     times: tuple[CountOrZero, ...] = (0, 1, 10, 25, 50, 100, 200, 400, 700)
     """Timesteps for --layers. 0: noise-free."""
+    step: CountOrZero | None = None
+    """Step of the checkpoint to probe, one of those in RUN/checkpoints. Default: the newest."""
     ema: bool = False
     """Use the EMA weights if the run has them."""
     source: str = ""
@@ -320,16 +324,10 @@ class Evaluate(Sampling):
     """Number of samples."""
     cfg_scale: tuple[Scale, ...] = (1.0, 1.5)
     """Guidance scales, each scored separately. 1: no guidance. A run without labels takes only 1."""
-    seed: Seed = 0
-    """Seed of the samples."""
     balanced: bool = False
     """Take the classes in turn, so that each gets the same number of samples. Off: draw classes at random."""
     ema: bool = True
     """Sample with the EMA weights if the run has them. The representation is always read without EMA."""
-    batch: Count = 64
-    """Images per denoising loop. Affects speed and memory, not the scores."""
-    vae: str = ""
-    """For a run on latents: hub id or folder of its VAE. Needed only if the VAE has moved."""
     features: Literal["auto", "inception", "dinov2", "efficientnet"] = "auto"
     """Feature network of the distances. Each distance is named after it; only InceptionV3 gives FID.
     auto: InceptionV3 if its weights are found, else EfficientNet-Lite0."""

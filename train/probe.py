@@ -123,7 +123,8 @@ class Recognition:
         drawn = [candidates[torch.cat(draw).numpy()] for draw in draws]
         chosen = np.unique(np.concatenate(drawn))
         self.draws = [[torch.from_numpy(np.searchsorted(chosen, candidates[i.numpy()])) for i in d] for d in draws]
-        weights = weights_identity(config.out, options.ema)  # fixed now, as a run that still trains may save newer ones
+        # Fixed now, as a run that still trains may save newer ones.
+        weights = weights_identity(config.out, options.ema, options.step)
         self.model, self.device, self.dtype = open_run(config, options.ema, weights["step"])
         recipe = probe_recipe(config, weights, self.device, self.dtype)
         root = (options.out or config.out) / "features"

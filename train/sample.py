@@ -137,7 +137,8 @@ def draw(run: Path, options: Sample, config: RunConfig, console: Console) -> Non
     classes = chosen_classes(config, options.classes, options.balanced)
     count = options.count or options.per_class * max(len(classes), 1)
     check_sampling(options, config)
-    weights = weights_identity(config.out, options.ema)  # fixed now, as a run that still trains may save newer ones
+    # Fixed now, as a run that still trains may save newer ones.
+    weights = weights_identity(config.out, options.ema, options.step)
     model, device, dtype = opened.open_run_of(UMD, config, options.ema, weights["step"])
     tokenizer = opened.open_tokenizer(config, options.vae, device)
     cfg_scale = options.cfg_scale if classes else 1.0

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from umd.checkpoint import STATE, Checkpoint, load_checkpoint, load_model_state
+from umd.checkpoint import STATE, Checkpoint, checkpoint_path, list_checkpoints, load_checkpoint, load_model_state
 from umd.config import ClassifierConfig, DiffMAEConfig, ModelConfig
 from umd.errors import UserError
 from umd.methods import AnyModel, build_model
@@ -28,8 +28,17 @@ def saved_weights(path: Path, ema: bool = True) -> tuple[Checkpoint, str]:
     return saved, "ema" if ema and (saved.path / "ema.safetensors").exists() else "model"
 
 
-def weights_identity(path: Path, ema: bool = True) -> dict[str, Any]:
-    """Identify the weights that `load_model` would load: {step, part, sha256}."""
+def weights_identity(path: Path, ema: bool = True, step: int | None = None) -> dict[str, Any]:
+    """Identify the weights that `load_model` would load: {step, part, sha256}.
+
+    step: of a run's checkpoint; None: the newest. Raises UserError if there is none, and as `load_model`.
+    """
+    if step is not None:
+        kept = list_checkpoints(path / "checkpoints")
+        path = checkpoint_path(path / "checkpoints", step)
+        if path not in kept:
+            steps = ", ".join(str(int(other.stem.removeprefix("step-"))) for other in kept) or "none"
+            raise UserError(f"there is no checkpoint of step {step}: {path.parent} has {steps}")
     saved, part = saved_weights(path, ema)
     files = json.loads((saved.path / STATE).read_text("utf-8"))["files"]
     return {"step": saved.step, "part": part, "sha256": files[f"{part}.safetensors"]["sha256"]}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from umd.checkpoint import load_checkpoint, save_checkpoint
 from umd.conditions import denoiser
 from umd.errors import UserError
 from umd.sampler import ddim_sample
@@ -49,6 +51,22 @@ def test_the_same_bytes_on_any_number_of_ranks_and_at_any_batch(run, tmp_path):
         assert list(arrays) == ["arr_0", "arr_1"]
         assert arrays["arr_0"].shape == (150, 8, 8, 3) and arrays["arr_0"].dtype == np.uint8
         assert len(np.unique(arrays["arr_0"].reshape(150, -1), axis=0)) == 150
+
+
+def test_a_checkpoint_is_taken_by_its_step(run, tmp_path):
+    """As the newest is another one for each rank of a command, while the run still trains."""
+    options = dict(count=3, steps=3)
+    before = sample(run, tmp_path / "before", **options)
+    longer = shutil.copytree(run, tmp_path / "longer")
+    newest = load_checkpoint(longer / "checkpoints")
+    tensors = {part: {name: 2 * x for name, x in named.items()} for part, named in newest.tensors.items()}
+    save_checkpoint(longer / "checkpoints", newest.step + 5, tensors, newest.state)
+    assert sample(longer, tmp_path / "newest", **options)[1] != before[1]
+    assert sample(longer, tmp_path / "named", step=newest.step, **options)[1] == before[1]
+    with pytest.raises(
+        UserError, match=rf"no checkpoint of step 3: .*checkpoints has {newest.step}, {newest.step + 5}$"
+    ):
+        sample(longer, tmp_path / "none", step=3, **options)
 
 
 @pytest.mark.parametrize(
