@@ -33,12 +33,9 @@ from umd.train.quarantine import read_quarantine
 from umd.train.recipes import check_crops
 from umd.train.settings import DataConfig
 from umd.train.signals import StopRequest
-from umd.train.sources import IDX_NAME, ImageDataset, Rows, describe, open_arrays, open_idx
+from umd.train.sources import IDX_NAME, ImageDataset, Rows, open_arrays, open_idx
 from umd.train.tars import Members, is_tars, open_tars
 from umd.train.waiting import Prepared
-
-__all__ = ["Batch", "DataConfig", "ImageDataset", "center_view", "centered_view_of_file"]
-__all__ += ["derive_seed", "describe", "open_dataset", "train_loader"]
 
 GROUP = 256  # with --data.shuffle blocks: blocks whose images are mixed, 16,384 images
 

@@ -24,7 +24,7 @@ from umd.report.page import DemoRecord, Part, ProbeRow, save_record, write_repor
 from umd.sampler import denoising_sequence
 from umd.schedule import NoiseSchedule, schedule_of
 from umd.train import opened
-from umd.train.data import center_view, describe, open_dataset
+from umd.train.data import center_view, open_dataset
 from umd.train.heads import heads_file, read_heads
 from umd.train.inpaint import fillings, hole_mask, reconstruct
 from umd.train.lock import LOCK_FILE, alone_in
@@ -38,6 +38,7 @@ from umd.train.run import RunConfig, finetune_config, read_config
 from umd.train.sample import Drawer
 from umd.train.settings import OptimConfig
 from umd.train.shards import progress, share
+from umd.train.sources import describe
 from umd.train.weights import weights_identity
 
 # Fractions of the time budget, in the order of the parts. The rest is for start-up, reading data and the page.
@@ -214,6 +215,8 @@ def make_demo(demo: Demo, console: Console) -> Path:
         inpainting_columns=["given", "MAE", "UMD, 1", "UMD, 2", "DiffMAE, 1", "DiffMAE, 2", "original"],
         probe=probe_rows,
         frechet=distances,
+        mask_ratio_no_noise=objective.config.mask_ratio_no_noise,
+        mask_ratio=objective.config.mask_ratio,
     )  # fmt: skip
     save_record(record, demo.out)
     page = write_report(record, demo.out / "report.html")

@@ -328,8 +328,10 @@ def save_gif(frames: np.ndarray, path: Path, seconds_a_frame: float = 0.1) -> No
     write_whole(path, encoded.getvalue())
 
 
-def save_mp4(frames: np.ndarray, path: Path, frames_a_second: int = 10) -> None:
-    """Write uint8 [F, H, W, 3] as an H.264 MP4. An odd side repeats its last row or column, as players want even sides.
+def save_mp4(frames: np.ndarray, path: Path) -> None:
+    """Write uint8 [F, H, W, 3] as an H.264 MP4 of 10 frames a second.
+
+    An odd side repeats its last row or column, as players want even sides.
 
     Raises UserError without PyAV or its H.264 encoder.
     """
@@ -338,7 +340,7 @@ def save_mp4(frames: np.ndarray, path: Path, frames_a_second: int = 10) -> None:
     frames = np.pad(frames, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), mode="edge")
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=frames_a_second, options={"crf": "12"})
+        stream = container.add_stream("libx264", rate=10, options={"crf": "12"})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -17,12 +17,13 @@ from umd.machine.doctor import Row
 from umd.train.data import has_dali, open_dataset, train_loader
 from umd.train.settings import DataConfig
 
-BATCH = 32
+BATCH, BATCHES = 32, 8
 
 
 @contextmanager
-def photographs(count: int, height: int = 375, width: int = 500) -> Iterator[Path]:
+def photographs(count: int) -> Iterator[Path]:
     """Make a temporary folder of JPEGs as large and detailed as ImageNet's, about 110 kB each."""
+    height, width = 375, 500
     with TemporaryDirectory() as folder:
         for seed in range(count):
             rng = np.random.default_rng(seed)
@@ -34,7 +35,7 @@ def photographs(count: int, height: int = 375, width: int = 500) -> Iterator[Pat
         yield Path(folder)
 
 
-def rates(folder: Path, loader: str, size: int, workers: int, batches: int = 8) -> tuple[float, float]:
+def rates(folder: Path, loader: str, size: int, workers: int) -> tuple[float, float]:
     """(images per second, CPU seconds per image) of a loader in steady state, workers included."""
     config = DataConfig(str(folder), (size, size), holdout=0, num_workers=workers)
     config = replace(config, loader=loader)  # type: ignore[arg-type]
@@ -43,12 +44,12 @@ def rates(folder: Path, loader: str, size: int, workers: int, batches: int = 8) 
         for _ in islice(stream, 3):  # skip the batches that were read ahead
             pass
         start, cpu = time.perf_counter(), cpu_seconds()
-        for _ in islice(stream, batches):
+        for _ in islice(stream, BATCHES):
             pass
         seconds = time.perf_counter() - start
     finally:
         stream.close()
-    return batches * BATCH / seconds, (cpu_seconds() - cpu) / (batches * BATCH)
+    return BATCHES * BATCH / seconds, (cpu_seconds() - cpu) / (BATCHES * BATCH)
 
 
 def cpu_seconds() -> float:

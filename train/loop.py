@@ -29,7 +29,7 @@ from umd.spans import span
 from umd.train.classify import open_held_out
 from umd.train.console import say
 from umd.train.curves import reference_curve
-from umd.train.data import Dataset, derive_seed, describe, open_dataset, reader, train_loader
+from umd.train.data import Dataset, derive_seed, open_dataset, reader, train_loader
 from umd.train.distributed import GO_ON, World, end_all, join
 from umd.train.diverged import check_finite, check_weights
 from umd.train.fingerprint import agreed_fingerprint
@@ -47,6 +47,7 @@ from umd.train.resume import DRAWS, load_pretrained, newest_checkpoint, with_ema
 from umd.train.run import RunConfig, absolute, to_plain, write_config
 from umd.train.saves import BackgroundSave, finished, save_last
 from umd.train.signals import StopRequest, stop_signal
+from umd.train.sources import describe
 from umd.train.spread import check_attention, check_gelu, spread
 from umd.train.step import MetricsReader, TrainStep, capture_refusal, captures, cast_type
 from umd.train.waiting import Stopped

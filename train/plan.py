@@ -41,6 +41,7 @@ SIGNAL_SECONDS = 300  # launch/slurm.sbatch asks for the signal this long before
 
 # Fractions of the data sheet's (FLOP/s, bandwidth): reached by large operations, and usual for the operations here.
 BEST, USUAL = (0.75, 0.85), (0.45, 0.65)
+LINK_SHARE = 0.8  # of a link that exchanges reach
 
 
 @dataclass(frozen=True)
@@ -184,18 +185,18 @@ def make_plan(config: RunConfig, cluster: Cluster, counts: StepCounts | None = N
         link = min(link, cluster.gpus_per_node * cluster.network * 1e9 / 8)
     ready = [(weights_of, passes[0][n]) for weights_of, n in counts.gradients]
     wire = 2 if config.parallel.wire == "bf16" else 4
-    sent, exposed = communication(
+    sent, rest = communication(
         how, counts.weights, cluster.gpus, config.accumulate, wire if how == "ddp" else 2 if bf16 else 4,
-        ready, passes[0][-1], bucket, 0.8 * link,
+        ready, passes[0][-1], bucket, LINK_SHARE * link,
     )  # fmt: skip
-    exchange = sent / (0.8 * link)
+    exchange = sent / (LINK_SHARE * link)
     return Plan(
         how=how, micro=micro, weights=weights, gradients=gradients, optimizer=optimizer, ema=ema,
         activations=counts.activations, buckets=buckets, peak=peak, flops_per_image=flops / micro,
         moved=config.accumulate * sum(b for _, b in counts.operations) + state_traffic,
         seconds=(seconds[0], seconds[1]), kernels=config.accumulate * len(counts.operations), captured=captured,
         sent=sent, exchange=exchange,
-        hidden=exchange - exposed, checkpoint=checkpoint_bytes(counts.weights, config.ema > 0),
+        hidden=exchange - rest, checkpoint=checkpoint_bytes(counts.weights, config.ema > 0),
     )  # fmt: skip
 
 
@@ -287,7 +288,7 @@ def print_plan(config: RunConfig, cluster: Cluster, name: str, console: Console)
         *([] if other is None else [("GELU's output", gelu_choice(config, plan, other))]),
         ("MFU", f"{mfu[1]:.0%} to {mfu[0]:.0%}"),
         ("launches", launches(plan)),
-        ("communication", f"{plan.sent / 1e9:.2f} GB from each GPU, {1e3 * plan.exchange:.0f} ms; " + hides(plan)),
+        ("communication", f"{plan.sent / 1e9:.2f} GB from each GPU, {1e3 * plan.exchange:.0f} ms; " + exposed(plan)),
         ("images/s", f"{rates[1]:.0f} to {rates[0]:.0f}"),
         ("loader must give", f"{rates[0] * per_node / cluster.gpus:.0f} images/s on each node"),
         ("checkpoint", checkpoint_line(config, cluster, plan, steps[1])),
@@ -344,7 +345,8 @@ def gelu_choice(config: RunConfig, plan: Plan, other: Plan) -> str:
     )
 
 
-def hides(plan: Plan) -> str:
+def exposed(plan: Plan) -> str:
+    """Say how much of the communication does not overlap with the backward pass."""
     if not plan.sent:
         return "one GPU has no one to talk to"
     return f"{1e3 * (plan.exchange - plan.hidden):.1f} ms of it behind the backward pass, where nothing hides it"

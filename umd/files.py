@@ -115,11 +115,11 @@ def check_place(*files: Path, instead: str = "give another --out") -> None:
             raise UserError(f"cannot write {file} ({error.strerror or error}); {instead}") from error
 
 
-def check_apart(out: Path, source: str | Path, instead: str = "give another --out") -> None:
+def check_apart(out: Path, source: str | Path) -> None:
     """Raise UserError where an output would lie among the pictures of a source, or write over them."""
     here, data = out.expanduser().resolve(), Path(source).expanduser().resolve()
     if here == data or (data.is_dir() and data in here.parents):
-        raise UserError(f"{out} lies in the data that are read ({source}), which would be spoiled; {instead}")
+        raise UserError(f"{out} lies in the data that are read ({source}), which would be spoiled; give another --out")
 
 
 def make_folder(path: Path, instead: str = "give another one to write to") -> None:

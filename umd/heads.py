@@ -26,17 +26,17 @@ def head_times(T: int) -> list[int]:
 @torch.no_grad()
 def head_products(
     denoise: Denoise, x_start: Tensor, schedule: NoiseSchedule, times: Sequence[int], labels: Tensor | None = None,
-    first_sample: int = 0, seed: int = 0,
+    first_sample: int = 0,
 ) -> Tensor:  # fmt: skip
     """The sums from which `head_weights` computes the weights, for images x_start [B, C, H, W] at n model times.
 
-    Image i gets the noise of sample first_sample + i of the seed, the same at every time.
+    Image i gets the noise of sample first_sample + i of seed 0, the same at every time.
 
     Returns:
         float64 [n, 3] on the CPU: the sums over all pixels of d·e, d² and y², where y is the image that ε̂ gives,
         d = x̂0 - y and e = x0 - y. Sums of several batches may be added.
     """
-    eps = Noise(seed, first_sample, x_start.shape, x_start.device).draw(0)
+    eps = Noise(0, first_sample, x_start.shape, x_start.device).draw(0)
     found = []
     for time in times:
         t = torch.full((len(x_start),), time, device=x_start.device)

@@ -14,10 +14,11 @@ from rich.console import Console
 from umd.cli import main
 from umd.errors import UserError
 from umd.train.check import check_data, examine
-from umd.train.data import describe, has_dali, open_dataset, train_loader
+from umd.train.data import has_dali, open_dataset, train_loader
 from umd.train.decoding import decode
 from umd.train.options import CheckData
 from umd.train.settings import DataConfig
+from umd.train.sources import describe
 
 LOADERS = ["python", pytest.param("dali", marks=pytest.mark.skipif(not has_dali(), reason="DALI is not installed"))]
 

@@ -23,18 +23,10 @@ from scipy import stats
 
 from umd.errors import UserError
 from umd.train.crops import CROP_TRIES, crop_box, resized, shrink_for, train_view
-from umd.train.data import (
-    ImageDataset,
-    center_view,
-    centered_view_of_file,
-    describe,
-    evenly,
-    open_dataset,
-    sample_keys,
-    train_loader,
-)
+from umd.train.data import center_view, centered_view_of_file, evenly, open_dataset, sample_keys, train_loader
 from umd.train.decoding import decode
 from umd.train.settings import DataConfig
+from umd.train.sources import ImageDataset, describe
 from umd.train.splits import hashes_of, held_out, in_test_split
 
 
@@ -148,7 +140,9 @@ def test_interrupted_program_ends_quietly():
     program = """
 import signal
 import numpy as np
-from umd.train.data import DataConfig, ImageDataset, train_loader
+from umd.train.data import train_loader
+from umd.train.settings import DataConfig
+from umd.train.sources import ImageDataset
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what nohup or a shell's & starts ignores Ctrl-C
 dataset = ImageDataset("tiny", "train", np.zeros((9, 8, 8, 3), np.uint8))
 loader = train_loader(dataset, DataConfig(), batch_size=4, seed=0)

@@ -403,7 +403,7 @@ import sys, torch
 from pathlib import Path
 from types import SimpleNamespace
 from umd.tokenizer import load_tokenizer
-from umd.train.data import DataConfig
+from umd.train.settings import DataConfig
 from umd.train.distributed import ParallelConfig, join
 from umd.train.monitor import shower
 world = join("cpu", ParallelConfig(), Path("unused"))

@@ -91,8 +91,8 @@ class DemoRecord:
     probe: list[ProbeRow] = field(default_factory=list)
     # (name of the distance, what was measured, value); the first one is also shown at the top.
     frechet: list[tuple[str, str, float]] = field(default_factory=list)
-    mask_ratio_no_noise: float = 0.75  # mask ratio of `triplets`
-    mask_ratio: float = 0.375  # mask ratio of `noised_triplets`
+    mask_ratio_no_noise: float = 0.0  # mask ratio of `triplets`
+    mask_ratio: float = 0.0  # mask ratio of `noised_triplets`
 
 
 def save_record(record: DemoRecord, folder: Path) -> Path:
