@@ -177,6 +177,7 @@ def deepspeed_config(
             "allgather_bucket_size": 2**27,
         },
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
     }
 
 

@@ -19,7 +19,7 @@ from umd.positions import sincos_positions
 
 State = dict[str, Tensor]
 
-# (pattern of their name, the authors' name), applied in order. Of several alternatives `to_vit_mae` writes the first.
+# (pattern of their name, the authors' name), applied in order, to read. `to_vit_mae` has the names that are written.
 MAE_NAMES = [
     (r"vit\.embeddings\.cls_token", "cls_token"),
     (r"vit\.embeddings\.position_embeddings", "pos_embed"),

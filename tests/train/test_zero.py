@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 # ZeRO of one process: what it holds is the whole network.
 ENGINES = """
-import torch, torch.distributed as dist
+import deepspeed, torch, torch.distributed as dist
+from unittest import mock
 from umd.config import ModelConfig, ObjectiveConfig, ScheduleConfig
 from umd.errors import UserError
 from umd.methods import build_model, build_objective
@@ -55,6 +56,14 @@ for stage, dtype in ((1, BF16), (2, FP32), (2, BF16), (3, FP32), (3, BF16)):
         for name, p in model.named_parameters():
             assert torch.equal(p.detach().float(), tensors["model"][name].to(dtype).float()), name
     print(stage, dtype, len(moved), flush=True)
+
+    # From its third step on, DeepSpeed's throughput timer would wait for the device twice a micro-batch.
+    waits = []
+    with mock.patch.object(deepspeed.accelerator.get_accelerator(), "synchronize", lambda *_: waits.append(1)):
+        for _ in range(3):
+            zero.forward_backward(x, objective.corrupt(4, 0, x.device), last=True)
+            zero.update()
+    assert not waits
 
     parameter = next(iter(model.parameters()))
     if stage < 3:
