@@ -322,7 +322,7 @@ def ship(plan: Plan, out: Path, folder: Path) -> None:
         return
     shutil.rmtree(folder, ignore_errors=True)  # of another plan, or left unfinished
     saved = load_checkpoint(tuned.checkpoints, parts=["ema"])
-    state = {"config": to_plain(config), "images_seen": saved.state["images_seen"], "draws": saved.state["draws"]}
+    state = {"config": to_plain(config), "images_seen": saved.state["images_seen"]}
     save_checkpoint(folder / "checkpoints", saved.step, {"model": saved.tensors["ema"]}, state, keep=1)
     kept: dict[str, Any] = {}
     for split, count in SHIPPED_PICTURES.items():

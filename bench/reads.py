@@ -9,11 +9,9 @@ import os
 import statistics
 import tempfile
 import time
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import lru_cache, partial
 from itertools import islice
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -32,6 +30,7 @@ from umd.train.latents import BLOCK, LatentDataset, finish, open_latents, shard_
 from umd.train.loader_rate import cpu_seconds
 
 Keys = list[tuple[int, int]]
+WAYS = {"pread, global": 1, "pread, blocks": BLOCK}  # neighbours in a shard that are read together
 
 
 @contextmanager
@@ -52,56 +51,22 @@ def stored(bench: ReadsBench) -> Iterator[LatentDataset]:
         yield open_latents(folder, "train")
 
 
-# Ways
-
-
-def by_mmap(dataset: LatentDataset) -> Callable[[Keys], np.ndarray]:
-    """Read row by row from memory-mapped shards, as before format 2."""
-    rows = lru_cache(None)(lambda number: np.memmap(dataset.shards[number].path, "<i2", "r", *_place(dataset, number)))
-
-    def read(keys: Keys) -> np.ndarray:
-        found = []
-        for _, index in keys:
-            row = np.array(rows(index // 4096)[index % 4096])
-            assert zlib.crc32(row.data) == dataset.crc32[0, index]
-            found.append(row)
-        return np.stack(found)
-
-    return read
-
-
-def _place(dataset: LatentDataset, number: int) -> tuple[int, tuple[int, ...]]:
-    (_, *shape), start = dataset.shards[number].tensors["moments"]
-    return start, tuple(shape)
-
-
-def by_pread(dataset: LatentDataset, block: int) -> Callable[[Keys], object]:
-    return StoredViews(dataset, block).__getitems__
-
-
-WAYS: dict[str, tuple[Callable[[LatentDataset], Callable[[Keys], object]], bool]] = {  # (reader, whether in blocks)
-    "mmap, global": (by_mmap, False),
-    "pread, global": (partial(by_pread, block=1), False),
-    "pread, blocks": (partial(by_pread, block=BLOCK), True),
-}
-
-
 # Measuring
 
 
 def first_batches(bench: ReadsBench, dataset: LatentDataset, way: str) -> list[Keys]:
     """The first batches of an epoch, in the order of a way."""
-    blocks = dataset.blocks if WAYS[way][1] else None
+    blocks = dataset.blocks if WAYS[way] > 1 else None
     keys = sample_keys(len(dataset), batch_size=bench.batch, seed=0, blocks=blocks)
     return list(islice(keys, bench.count // bench.batch))
 
 
 def read_share(dataset: LatentDataset, way: str, batches: list[Keys], rank: int, size: int, ready: Barrier) -> None:
     """Read the share of the batches of process `rank` of `size`, once all are ready."""
-    read = WAYS[way][0](dataset)
+    views = StoredViews(dataset, WAYS[way])
     ready.wait()
     for keys in batches:
-        read(keys[rank * len(keys) // size : (rank + 1) * len(keys) // size])
+        views.__getitems__(keys[rank * len(keys) // size : (rank + 1) * len(keys) // size])
 
 
 def measure(bench: ReadsBench, dataset: LatentDataset, way: str, size: int, cold: bool) -> dict[str, float]:

@@ -94,7 +94,7 @@ def run_evaluation(run: Path, options: Evaluate, config: RunConfig, console: Con
     if recognition is not None:
         put(record["recognition"], [recognition.entry()])
     if errors is not None:
-        put(record.setdefault("errors", []), [errors.entry()])
+        put(record["errors"], [errors.entry()])
         draw_errors(record["errors"], curves)
     write_whole(file, json.dumps(record, indent=1).encode())
     text = markdown(record)
@@ -297,7 +297,7 @@ class Generation:
 
 def read_record(file: Path) -> dict[str, Any]:
     """Read the record of earlier evaluations of this run, or an empty one."""
-    empty: dict[str, Any] = {"format": 1, "environment": {}, "generation": [], "recognition": []}
+    empty: dict[str, Any] = {"format": 1, "environment": {}, "generation": [], "recognition": [], "errors": []}
     try:
         record = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
@@ -341,7 +341,7 @@ def markdown(record: Mapping[str, Any]) -> str:
                     table_row([weights, row["probe"], row["features"], f"{100 * row['accuracy']:.1f} %", spread])
                 )
         lines.append("")
-    for entry in record.get("errors", []):
+    for entry in record["errors"]:
         lines += error_lines(entry)
     return "\n".join(lines)
 
@@ -382,15 +382,15 @@ def columns(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def guidance_of(samples: Mapping[str, Any]) -> str:
-    """Describe a recipe's guidance: its scale, and settings other than the default. Older records have fewer."""
+    """Describe a recipe's guidance: its scale, and settings other than the default."""
     if samples["cfg_scale"] == 1:
         return "none"
     parts = [f"{samples['cfg_scale']:g}"]
-    if (schedule := samples.get("cfg_schedule", "constant")) != "constant":
-        parts.append(schedule)
-    if "times" in samples and samples["cfg_interval"] != [1, samples["times"]]:
+    if samples["cfg_schedule"] != "constant":
+        parts.append(samples["cfg_schedule"])
+    if samples["cfg_interval"] != [1, samples["times"]]:
         parts.append("t {} to {}".format(*samples["cfg_interval"]))
-    if samples.get("cfg_channels"):
+    if samples["cfg_channels"]:
         parts.append(f"{samples['cfg_channels']} channels")
     return ", ".join(parts)
 
@@ -399,7 +399,7 @@ def sampler_of(samples: Mapping[str, Any]) -> str:
     parts = [f"{samples['sampler']}, {samples['steps']} steps"]
     if samples["eta"] is not None:
         parts.append(f"η {samples['eta']:g}")
-    if heads := {"x_start": "from x̂0", "both": "from both heads"}.get(samples.get("predict", "eps")):
+    if heads := {"x_start": "from x̂0", "both": "from both heads"}.get(samples["predict"]):
         parts.append(heads)
     return ", ".join(parts)
 

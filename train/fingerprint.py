@@ -17,7 +17,7 @@ import numpy as np
 
 from umd.errors import UserError
 from umd.files import again_if_lost
-from umd.train.data import Dataset, evenly, open_dataset
+from umd.train.data import Dataset, open_dataset
 from umd.train.distributed import World
 from umd.train.index import Names, sums_of
 from umd.train.latents import LatentDataset
@@ -41,7 +41,6 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     - classes: class names in order, [] without labels.
     - labels, names: digests of all labels and all names, in order.
     - sample: name -> CRC-32 for up to `SAMPLE` pictures, over a file's size and first bytes, or over a stored row.
-    - sha256: digest of classes, labels and the bytes of 8 pictures. (Earlier versions kept only this and images.)
     - shards: latents only; digest of the shard sizes, on which --data.shuffle blocks depends.
 
     A run whose `objective.target` is a file also keeps, as `target`, its `file_digest`.
@@ -51,17 +50,12 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     with ThreadPoolExecutor(READERS) as pool:
         heads = list(pool.map(head, rows))
     labels = b"" if dataset.labels is None else np.ascontiguousarray(dataset.labels, dtype=np.int64).data
-    digest = hashlib.sha256(repr(dataset.class_names).encode("utf-8", "surrogateescape"))
-    digest.update(labels)
-    for index in evenly(len(dataset), 8).tolist():
-        digest.update(stored(dataset, index))
     found = {
         "images": len(dataset),
         "classes": list(dataset.class_names),
         "labels": hashlib.sha256(labels).hexdigest(),
         "names": hashlib.sha256(sums.tobytes()).hexdigest(),
         "sample": {names(row): value for row, value in zip(rows, heads, strict=True)},
-        "sha256": digest.hexdigest(),
     }
     if isinstance(dataset, LatentDataset):
         found["shards"] = hashlib.sha256(dataset.sizes.tobytes()).hexdigest()
@@ -150,22 +144,6 @@ def head_of(picture: str | TarMember) -> int:
         return -1
 
 
-def stored(dataset: Dataset, index: int) -> bytes:
-    """A picture's bytes as stored. For a folder of frames: their names. b"" for a file that is gone."""
-    if isinstance(dataset, LatentDataset):
-        return dataset.bits(index).tobytes()
-    picture = dataset.pictures[index]
-    if isinstance(picture, np.ndarray):
-        return picture.tobytes()
-    try:
-        if not isinstance(picture, str | Path):
-            return picture.read()
-        path = Path(picture)
-        return repr(sorted(p.name for p in path.iterdir())).encode() if path.is_dir() else path.read_bytes()
-    except OSError:
-        return b""
-
-
 # Compared
 
 
@@ -175,13 +153,11 @@ class Difference(NamedTuple):
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> Difference | None:
-    """Compare two fingerprints. None if they agree in the entries that both have; earlier versions have fewer."""
+    """Compare two fingerprints. None if they agree in the entries that both have: only a run's has `target`."""
     if all(before[name] == now[name] for name in before.keys() & now.keys() if name != "shards"):
         return None
     more = now["images"] - before["images"]
     count = f"{abs(more):,} picture{'s' if abs(more) != 1 else ''} {'more' if more > 0 else 'fewer'}" if more else ""
-    if "classes" not in before:
-        return Difference(count or "other classes, labels or pictures", False)
     if renamed := classes_differ(before["classes"], now["classes"]):
         return Difference("; ".join(filter(None, [renamed, count])), True)
     gone, new, changed, stayed = compared(before["sample"], now["sample"])
@@ -272,9 +248,8 @@ def check_trained_on(
         return
     told = (
         f"{run} was trained on {in_words(before['images'], before['classes'])} in {source}; {config.data.source} has "
-        if "classes" in before
-        else f"{run} was trained on {before['images']:,} pictures in {source}; {config.data.source} has "
-    ) + f"{in_words(now['images'], now['classes'])}: {found.said}"
+        f"{in_words(now['images'], now['classes'])}: {found.said}"
+    )
     if found.others and not wanted and same_source(source, config.data.source):
         raise UserError(f"{told}. Which are held out may differ too: put them back as they were, or {mend}")
     say(told)

@@ -5,8 +5,7 @@
            latents.json                        the recipe; size, checksum and count of each shard; written last
 
 A shard has n images with V views (crops) each. M = 2 for mean and std of a VAE's posterior, 1 for the latent of a VQ
-model. Each shard's own header repeats the recipe and lists the pictures it was made from. Format 1, which can still be
-read, stores the views of an image next to each other: [n, V, ...].
+model. Each shard's own header repeats the recipe and lists the pictures it was made from.
 
 A row is one view of one image. Rows are read by `pread`, never memory-mapped: the read-ahead of a map would read many
 times the row from the disk, and an I/O error in it would kill the process without a message.
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 HEADER = "latents.json"
 SPLIT = {"images": int, "left_out": [str], "mean": [float | int], "std": [float | int]}
-SPLIT |= {"shards": [{"file": str, "images": int, "bytes": int, "sha256": str, "crc32?": int}]}
+SPLIT |= {"shards": [{"file": str, "images": int, "bytes": int, "sha256": str, "crc32": int}]}
 CROP = {"kind": str, "views": int, "seed": int, "hflip": bool, "area_min": float | int, "area_max": float | int}
 VAE_FIELDS = {"name": str, "kind": str, "sha256": str, "channels": int, "factor": int} | dict.fromkeys(
     ("scale", "shift"), float | int
@@ -150,7 +149,7 @@ def read_header(folder: Path) -> dict:
         raise UserError(f"there is no folder {folder}: expected one that umd encode-latents wrote")
     if not is_latents(folder):
         raise UserError(f"{folder} holds no latents: expected a folder that umd encode-latents wrote")
-    return store.read_header(folder / HEADER, PATTERN, (1, FORMAT))
+    return store.read_header(folder / HEADER, PATTERN, FORMAT)
 
 
 @dataclass
@@ -233,9 +232,7 @@ class LatentDataset:
         rows, nbytes = found.reshape(-1).data.cast("B"), found[:1].nbytes
 
         def first_byte(images: np.ndarray) -> np.ndarray:
-            interleaved = self.header["format"] == 1
-            row = images * len(self.crc32) + views if interleaved else views * self.sizes[shards] + images
-            return self.starts[shards] + row * nbytes
+            return self.starts[shards] + (views * self.sizes[shards] + images) * nbytes
 
         first = images // block * block
         begin, end = first_byte(first), first_byte(np.minimum(first + block, self.sizes[shards]) - 1) + nbytes
@@ -261,10 +258,6 @@ class LatentDataset:
     @property
     def command(self) -> str:
         return encode_command(self.header, self.folder)
-
-    def bits(self, index: int, view: int = 0) -> np.ndarray:
-        """Read one view's moments as stored: integers [M, C, h, w]. Raises UserError if they are damaged."""
-        return self.read(np.array([index]), np.array([view]))[0]
 
     def typed(self, bits: Tensor) -> Tensor:
         """Reinterpret stored integers [...] as floating-point numbers in the dtype of the store."""
@@ -300,7 +293,7 @@ def open_latents(folder: Path, split: str, config: "DataConfig | None" = None) -
     shards = open_shards(folder, header["splits"][split]["shards"], recipe, encode_command(header, folder))
     class_names = recipe["class_names"]
     labels = np.concatenate([s.array("labels") for s in shards] or [np.empty(0, np.int64)]) if class_names else None
-    crc32 = np.concatenate([s.crc32() for s in shards] or [np.empty((1, 0))], axis=1).astype(np.uint32)
+    crc32 = np.concatenate([s.array("crc32") for s in shards] or [np.empty((1, 0))], axis=1).astype(np.uint32)
     return LatentDataset(folder, split, header, shards, labels, class_names, crc32)
 
 

@@ -43,7 +43,7 @@ from umd.train.parallel import DDP, Alone
 from umd.train.preview import preview_images, rgb
 from umd.train.profile import NoProfiler, Profiler, profiled
 from umd.train.quarantine import record_quarantine
-from umd.train.resume import DRAWS, load_pretrained, newest_checkpoint, with_ema_of
+from umd.train.resume import load_pretrained, newest_checkpoint, with_ema_of
 from umd.train.run import RunConfig, absolute, to_plain, write_config
 from umd.train.saves import BackgroundSave, finished, save_last
 from umd.train.signals import StopRequest, stop_signal
@@ -174,7 +174,7 @@ class Run:
         """Write a checkpoint, in the background if there is a background writer. All ranks call this together."""
         self.written()  # the write before must be done: its memory is reused
         tensors = self.parallel.tensors(self.ema)
-        state = {"config": to_plain(self.config), "seconds": self.seconds, "draws": DRAWS}
+        state = {"config": to_plain(self.config), "seconds": self.seconds}
         state |= {"images_seen": self.number * self.config.batch_size}
         state |= {"micro_batches": self.micro_batches, "source": self.source}
         hours = 3600 * self.config.keep_hours

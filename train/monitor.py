@@ -31,7 +31,6 @@ from umd.train.latents import tokenizer_of
 from umd.train.log import NoLog, RunLog
 from umd.train.preview import has_share, picture_maker, preview_rows, rgb, sheets
 from umd.train.reference import real_pictures
-from umd.train.resume import DRAWS
 from umd.train.sample import Drawer, drawn_labels
 from umd.train.sampling import GROUP, clips
 
@@ -57,8 +56,6 @@ def announce(run: "Run", log: RunLog | NoLog) -> None:
         log.say(f"a reference run of this recipe was made here: {curve.name}, {curve.made['device']}")
     if not run.saved:
         return
-    if run.saved.get("draws") != DRAWS and not isinstance(run.model, Classifier):
-        log.say("the run was begun by an earlier version: it goes on with other noise and masks than it would have had")
     before = run.saved["micro_batches"]
     if before != run.micro_batches and isinstance(run.model, Classifier):
         log.say(

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 HEADER = "pixels.json"
 Split = Literal["train", "test"]
-SPLIT = {"images": int, "left_out": int, "shards": [{"file": str, "images": int, "crc32?": int}]}
+SPLIT = {"images": int, "left_out": int, "shards": [{"file": str, "images": int, "crc32": int}]}
 SOURCE = {"path": str, "holdout": float | int}
 RECIPE = {"size": [int], "source": SOURCE, "class_names": [str], "shard_images": int}
 PATTERN = {"recipe": RECIPE, "splits": {"train": SPLIT, "test": SPLIT}, "quarantine?": str}  # see `amiss`
@@ -136,7 +136,7 @@ class PixelDataset(ImageDataset):
 
 def pixels_header(folder: Path) -> dict[str, Any]:
     """The header of a folder of stored pictures. Raises UserError if it is missing or damaged."""
-    return read_header(folder / HEADER, PATTERN, (FORMAT,))
+    return read_header(folder / HEADER, PATTERN, FORMAT)
 
 
 def squeezed(header: Mapping[str, Any]) -> str:

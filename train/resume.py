@@ -25,7 +25,6 @@ from umd.train.latents import check_run_vae
 from umd.train.run import RunConfig, differences, to_plain
 from umd.train.settings import DataConfig
 
-DRAWS = 2  # version of the random draws: 2 keys them by (seed, step, sample), 1 had one generator per micro-batch
 # Settings that define a run. All others (length, saving, logging, device, speed) may change when it is resumed.
 RUN = ("model", "objective", "schedule", "data", "optim", "batch_size", "seed")
 # Exceptions: `source` is compared by its pictures. The others follow from model and VAE, which are compared themselves.
@@ -90,11 +89,9 @@ def check_none_there(checkpoints: Path) -> None:
 def check_same_run(saved: Checkpoint, config: RunConfig, source: dict) -> None:
     """Raise UserError, naming each setting, if `config` differs from the run in `config.out` in what defines a run."""
     before, now = saved.state.get("config", {}), to_plain(config)
-    if had_no_clean_samples(before) and now["objective"].get("no_noise_prob") == 0:
-        before = before | {"objective": before["objective"] | {"no_noise_prob": 0.0}}
     check_kind(before.get("model", {}), now["model"], config.out)
     check_run_vae(saved.state, config.data, config.out)
-    differ = [  # None: one of the two versions lacks this setting
+    differ = [  # None: imported weights know only their network
         f"{name} {a}, not {b}"
         for name, a, b in differences({name: before.get(name) for name in RUN}, {name: now[name] for name in RUN})
         if None not in (a, b)
@@ -121,12 +118,6 @@ def check_same_run(saved: Checkpoint, config: RunConfig, source: dict) -> None:
             f"{config.out} holds a run with {'; '.join(differ)}: give the settings it was trained with to go on with "
             f"it, or another --out for a new run (--init {config.out} starts that from its weights)"
         )
-
-
-def had_no_clean_samples(config: Mapping) -> bool:
-    """Whether no_noise_prob is above 0 but too small for one noise-free sample per batch, so that it acted as 0."""
-    share = config.get("objective", {}).get("no_noise_prob", 0)
-    return share > 0 and int(config.get("batch_size", 0) * share) == 0
 
 
 def load_pretrained(model: AnyModel, init: Path, data: DataConfig) -> None:

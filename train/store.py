@@ -4,20 +4,17 @@ A shard is a safetensors file with large rows (`moments` or `pixels`) and small 
 `sizes`, and `crc32` with the CRC-32 of each row. Its own header says how it was made.
 
 - One more CRC-32, of the shard's header and small tensors, stands in the shard and in the folder's header. It is
-  compared when a shard is opened, so damage there, or a shard from another folder, is noticed. (Shards of earlier
-  versions lack it and are still read.)
+  compared when a shard is opened, so damage there, or a shard from another folder, is noticed.
 - A row is compared with its CRC-32 when it is read.
 """
 
 import json
-import logging
 import math
 import os
 import re
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +27,15 @@ from umd.files import LOST, check_apart, check_place, write_whole
 from umd.train.index import Names
 from umd.train.run import differences
 
-log = logging.getLogger("umd")
-
 SHARD = re.compile(r"(pixels-)?(train|test)-(\d{5})-of-(\d{5})\.safetensors")
 ROWS = {"latents": "moments", "pixels": "pixels"}  # the large tensor of each kind
 BYTES = {"I64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}  # bytes per element of the dtypes in shards
 ABOUT: dict[str, Any] = {  # see `amiss`
     "latents": {
         "format": int, "recipe": {"shape": [int]}, "names": [str], "left_out": [str], "values": int,
-        "sum": [float | int], "sum_of_squares": [float | int],
+        "sum": [float | int], "sum_of_squares": [float | int], "crc32": int,
     },
-    "pixels": {"format": int, "recipe": {"size": [int]}, "left_out": int},
+    "pixels": {"format": int, "recipe": {"size": [int]}, "left_out": int, "crc32": int},
 }  # fmt: skip
 
 
@@ -99,11 +94,6 @@ class Shard:
             return np.fromfile(self.path, "<i8", math.prod(shape), offset=start).reshape(shape)
         except (OSError, ValueError) as error:  # ValueError: the file has become shorter
             raise unreadable(self.path, error) if isinstance(error, OSError) else changed(self.path) from error
-
-    def crc32(self) -> np.ndarray:
-        """CRC-32 of each row of latents: int64 [V, n]."""
-        found = self.array("crc32")
-        return found if self.about["format"] > 1 else found.T
 
     def sum(self) -> int:
         """CRC-32 of everything but the rows, computed from the file as it is now."""
@@ -171,8 +161,7 @@ def check_layout(kind: str, header: dict, about: dict) -> None:
         fits = rows == [n, *about["recipe"]["size"], 3]
     else:
         expected |= {"crc32": rows[:2]}
-        fits = rows[1 if about["format"] > 1 else 0] == n == len(about["names"])
-        fits = fits and len(rows) == 6 and rows[3:] == about["recipe"]["shape"]
+        fits = rows[1] == n == len(about["names"]) and len(rows) == 6 and rows[3:] == about["recipe"]["shape"]
     if "labels" not in shapes:
         del expected["labels"]
     if not fits or shapes != expected:
@@ -182,14 +171,14 @@ def check_layout(kind: str, header: dict, about: dict) -> None:
 def open_shards(folder: Path, entries: Sequence[Mapping], recipe: dict, command: str = "") -> list[Shard]:
     """Open the shards that a header lists, and compare everything but their rows with their checksums.
 
-    entries: one per shard, with its `file` and the rest of its header entry.
+    entries: one per shard: its header entry, or only its `file` while the folder has no header.
     Raises UserError, naming the shard, if one is missing, damaged, made with another recipe, or under a wrong name.
     """
-    shards, last, without_sum = [], -1, False
+    shards, last = [], -1
     for entry in entries:
         shard = read_shard(folder / entry["file"], command)
-        path, size, found, own = shard.path, shard.path.stat().st_size, shard.sum(), shard.about.get("crc32")
-        if own not in (None, found):
+        path, size, found = shard.path, shard.path.stat().st_size, shard.sum()
+        if shard.about["crc32"] != found:
             raise damaged(path, "differs from its checksum", command)
         if differ := [name for name, *_ in differences(shard.about["recipe"], recipe)]:
             raise damaged(path, f"is of another folder, made with another {', '.join(differ)}", command)
@@ -202,33 +191,12 @@ def open_shards(folder: Path, entries: Sequence[Mapping], recipe: dict, command:
             raise damaged(path, "is in the place of another", command)
         if recipe.get("class_names") and "labels" not in shard.tensors:
             raise damaged(path, "has no labels", command)
-        if own is None and "crc32" not in entry:
-            without_sum = True
-            if impossible(shard, len(recipe.get("class_names", ()))):
-                raise damaged(path, "has a label or a size that is none", command)
         last = int(indices[-1]) if len(indices) else last
         # Thousands of shards share one recipe, with its class names, and hold their names in one array each.
-        about = shard.about | {"recipe": recipe, "crc32": found}
+        about = shard.about | {"recipe": recipe}
         about |= {"names": Names.of(about["names"])} if "names" in about else {}
         shards.append(replace(shard, about=about))
-    if without_sum:
-        tell_without_sum(folder)
     return shards
-
-
-def impossible(shard: Shard, classes: int) -> bool:
-    """Whether a label is outside the classes, or a picture has no height or width."""
-    labels = shard.array("labels") if classes else np.zeros(0)
-    sizes = shard.array("sizes") if "sizes" in shard.tensors else np.ones(1)
-    return bool((labels < 0).any() or (labels >= classes).any() or (sizes < 1).any())
-
-
-@lru_cache(None)
-def tell_without_sum(folder: Path) -> None:
-    """Say that shards lack a checksum, once per folder."""
-    log.warning(
-        "%s is of an earlier version, whose labels and sizes have no checksum: only its rows are compared", folder
-    )
 
 
 def check_rows(shard: Shard, command: str = "") -> None:
@@ -297,8 +265,8 @@ def header_sum(header: Mapping) -> int:
     return zlib.crc32(json.dumps({**header, "crc32": None}, sort_keys=True).encode())
 
 
-def read_header(path: Path, pattern: dict[str, Any], formats: Sequence[int]) -> dict[str, Any]:
-    """Read a folder's header. Raises UserError if it is missing, damaged (see `amiss`), or of a later version."""
+def read_header(path: Path, pattern: dict[str, Any], expected: int) -> dict[str, Any]:
+    """Read a folder's header. Raises UserError if it is missing, damaged (see `amiss`), or of another format."""
     kind, what = path.stem, "latents" if path.stem == "latents" else "pictures"
     again = f"run the same umd encode-{kind} command again"
     try:
@@ -310,15 +278,11 @@ def read_header(path: Path, pattern: dict[str, Any], formats: Sequence[int]) -> 
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged (it is no JSON); remove it and {again}") from error
     found = amiss(header, {"format": int})
-    if not found and header.get("crc32", header_sum(header)) != header_sum(header):
+    if not found and header.get("crc32", header_sum(header)) != header_sum(header):  # another format may lack it
         found = "it differs from its checksum"
-    if not found and header["format"] not in formats:
-        numbers = " and ".join(map(str, formats))
-        raise UserError(
-            f"{path.parent} has format {header['format']}, and this version of umd reads "
-            f"format{'s' if len(formats) > 1 else ''} {numbers}"
-        )
-    if found := found or amiss(header, pattern):
+    if not found and header["format"] != expected:
+        raise UserError(f"{path.parent} has format {header['format']}, and this version of umd reads format {expected}")
+    if found := found or amiss(header, pattern | {"crc32": int}):
         raise UserError(f"{path} is damaged ({found}); remove it and {again}")
     return header
 

@@ -301,20 +301,6 @@ def test_a_run_goes_on_with_two_one_and_four_ranks(folder, runs, places):
         torch.testing.assert_close(saved[key], tensor, atol=1e-5, rtol=0, msg=key)
 
 
-def test_a_run_of_a_version_with_other_draws_goes_on_and_says_so(folder, capsys):
-    config = tiny(folder, "told", steps=2)
-    saved = load_checkpoint(train(config, QUIET))
-    train(replace(config, steps=4, accumulate=4), Console(), "pretrain")
-    assert "earlier version" not in capsys.readouterr().out
-    del saved.state["draws"]
-    shutil.rmtree(config.checkpoints)
-    save_checkpoint(config.checkpoints, 2, saved.tensors, saved.state)
-    train(replace(config, steps=4), Console(), "pretrain")
-    assert "begun by an earlier version: it goes on with other noise and masks" in " ".join(
-        capsys.readouterr().out.split()
-    )
-
-
 def test_ranks_draw_and_score_together(folder):
     """Pictures, a classifier's scores and the Fréchet distance of two ranks, each of which does a share, are those of
     one process: so every rank has the averaged network, whole."""

@@ -248,7 +248,7 @@ def test_adms_files(tmp_path):
 
 def test_scores_that_only_one_entry_has_are_shown():
     features = {"name": "InceptionV3", "input": "x"}
-    samples = dict(count=9, labels="none", cfg_scale=1, sampler="DDIM", steps=2, eta=1.0)
+    samples = dict(count=9, labels="none", cfg_scale=1, sampler="DDIM", steps=2, eta=1.0, predict="eps")
     samples["weights"] = {"step": 3, "part": "ema"}
     about = {"name": "one", "count": 5, "image_size": [8, 8], "resize": "r", "features": features}
     entry = {"samples": samples, "reference": about, "floor": {"FID": 0.1, "sFID": 0.2}, "few": False}
@@ -256,7 +256,7 @@ def test_scores_that_only_one_entry_has_are_shown():
         {**entry, "key": "a", "scores": {"FID": 1.0}},
         {**entry, "key": "b", "scores": {"FID": 2.0, "sFID": 3.0}},
     ]
-    text = markdown({"generation": entries, "recognition": []})
+    text = markdown({"generation": entries, "recognition": [], "errors": []})
     assert "| **FID** | 1 | 2 | 0.1 |" in text and "| **sFID** | – | 3 | 0.2 |" in text
 
 
@@ -299,7 +299,7 @@ def test_files_that_are_no_reference(tmp_path):
 def test_tables_keep_references_apart():
     """Two references make two tables; scores of the same settings take each other's place."""
     features = {"name": "InceptionV3", "input": "x"}
-    samples = dict(count=9, labels="none", cfg_scale=1, sampler="DDIM", steps=2, eta=1.0)
+    samples = dict(count=9, labels="none", cfg_scale=1, sampler="DDIM", steps=2, eta=1.0, predict="eps")
     samples["weights"] = {"step": 3, "part": "ema"}
 
     def entry(key: str, name: str, value: float) -> dict:
@@ -312,5 +312,5 @@ def test_tables_keep_references_apart():
     put(entries, [entry("a", "one", 1.0), entry("b", "two", 2.0)])
     put(entries, [entry("a", "one", 3.0)])
     assert [e["scores"]["FID"] for e in entries] == [2.0, 3.0]
-    text = markdown({"generation": entries, "recognition": []})
+    text = markdown({"generation": entries, "recognition": [], "errors": []})
     assert text.count("## Samples against reference") == 2 and "| **FID** | 2 | – |" in text

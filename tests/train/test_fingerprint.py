@@ -11,7 +11,6 @@ from PIL import Image
 from rich.console import Console
 
 from umd import cli
-from umd.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from umd.config import ModelConfig
 from umd.errors import UserError
 from umd.train.data import open_dataset
@@ -165,14 +164,6 @@ def test_stored_pictures_are_known_by_their_checksums(photos, tmp_path):
     assert difference(before, of(tmp_path / "c")).others
 
 
-def test_a_fingerprint_of_an_earlier_version_is_compared_as_far_as_it_goes(photos):
-    now = found(photos)
-    old = {"images": now["images"], "sha256": now["sha256"]}
-    assert difference(old, now) is None
-    assert difference(old | {"images": now["images"] + 2}, now) == ("2 pictures fewer", False)
-    assert difference(old | {"sha256": ""}, now) == ("other classes, labels or pictures", False)
-
-
 def test_a_rank_that_sees_other_data_is_told(photos, tmp_path):
     class Two(World):
         """Rank 1 of two, whose rank 0 sees the photos."""
@@ -239,15 +230,6 @@ def test_other_pictures_in_its_place_are_refused_and_more_are_told(run, photos, 
         train(replace(run, steps=3), QUIET)
 
 
-def test_a_run_of_an_earlier_version_goes_on(run, photos):
-    saved = load_checkpoint(latest_checkpoint(run.checkpoints))
-    old = {name: saved.state["source"][name] for name in ("images", "sha256")}
-    shutil.rmtree(run.checkpoints)
-    save_checkpoint(run.checkpoints, 1, saved.tensors, saved.state | {"source": old})
-    (photos / "cat").rename(photos / "zebra")
-    assert train(replace(run, steps=2), QUIET).name == "step-00000002"
-
-
 @pytest.mark.parametrize("command", ["probe RUN --shots 2", "finetune RUN --steps 1 --draw-every 0", "inpaint RUN"])
 def test_commands_on_a_run_refuse_other_pictures(run, photos, capsys, command):
     (photos / "cat").rename(photos / "kitty")
@@ -288,7 +270,7 @@ def test_a_probe_of_one_class_is_refused_with_the_path_to_give(run, photos, caps
 
 
 def test_weights_without_pictures_of_their_own_are_probed_on_any(make_run, tmp_path, photos, capsys):
-    """Imported weights, and runs of before."""
+    """Such as imported weights."""
     run = make_run(tmp_path / "imported", data=DataConfig(source=str(photos)))
     cli.main(f"probe {run} --shots 2 --seeds 0".split())
     assert "was trained on" not in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """Batches of stored latents: what is read, in which order, on how many ranks; and disks that fail on the way."""
 
-import json
 import math
 import os
 import pickle
@@ -13,11 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load, save
 
 from umd.errors import UserError
 from umd.train.data import GROUP, epoch_order, open_dataset, train_loader
-from umd.train.latents import BLOCK, HEADER, finish, shard_bytes, shard_name
+from umd.train.latents import BLOCK, finish, shard_bytes, shard_name
 from umd.train.settings import DataConfig
 
 SHUFFLES = ["global", "blocks"]
@@ -191,29 +189,12 @@ def test_any_rows_in_any_blocks(folder):
         torch.testing.assert_close(found, torch.from_numpy(indices + epochs % 2 / 10).float())
 
 
-def test_folders_of_format_1_are_read(folder, tmp_path):
-    """Where the views of an image lie beside each other."""
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as shard:
-            about = json.loads(shard.metadata()["umd"]) | {"format": 1}
-        del about["crc32"]
-        tensors = load(file.read_bytes())
-        tensors |= {name: tensors[name].transpose(0, 1).contiguous() for name in ("moments", "crc32")}
-        (tmp_path / file.name).write_bytes(save(tensors, {"umd": json.dumps(about)}))
-    splits = {"train": 302, "test": 0}
-    header = finish(tmp_path, json.loads((folder / HEADER).read_text())["recipe"], splits)
-    del header["crc32"]  # as all sums that the shards do not have, it is of later versions
-    (tmp_path / HEADER).write_text(json.dumps(header | {"format": 1}))
-    for shuffle in SHUFFLES:
-        before, now = (take(each, 90, shuffle, batch_size=12) for each in (tmp_path, folder))
-        assert all(torch.equal(a.x_start, b.x_start) for a, b in zip(before, now, strict=True))
-
-
 def test_a_dataset_goes_to_processes_that_are_not_forked(folder):
     dataset, _ = opened(folder)
-    dataset.bits(3)
+    ids, epochs = np.array([3, 200]), np.array([0, 1])
+    before = dataset.read(ids, epochs)
     sent = pickle.loads(pickle.dumps(dataset))
-    assert np.array_equal(sent.bits(200, 1), dataset.bits(200, 1)) and len(sent) == len(dataset)
+    assert np.array_equal(sent.read(ids, epochs), before) and len(sent) == len(dataset)
 
 
 def flipped(file: Path) -> None:

@@ -31,7 +31,6 @@ from umd.train.diverged import Diverged
 from umd.train.log import read_metrics
 from umd.train.loop import derive_seed, train
 from umd.train.optim import lr_scale
-from umd.train.resume import check_same_run
 from umd.train.run import RunConfig, to_plain
 from umd.train.settings import DataConfig, OptimConfig, ParallelConfig
 from umd.train.weights import load_model
@@ -343,18 +342,6 @@ def test_an_ema_left_open_is_that_of_the_run(tiny):
     assert left_open.ema > 0
     assert not (train(left_open, QUIET) / "ema.safetensors").exists()
     assert (train(replace(left_open, out=config.out / "new"), QUIET) / "ema.safetensors").exists()
-
-
-def test_a_run_that_never_had_a_noise_free_sample_goes_on_without(tiny):
-    """int(8 x 0.05) = 0 of a batch: what such a run trained with was a share of 0."""
-    config = tiny(steps=1, objective=ObjectiveConfig(no_noise_prob=0.0))
-    saved = load_checkpoint(train(config, QUIET), parts=[])
-    state = saved.state
-    state["config"]["objective"]["no_noise_prob"] = 0.05
-    check_same_run(saved, config.resolved(), state["source"])
-    state["config"]["batch_size"] = 20
-    with pytest.raises(UserError, match="objective.no_noise_prob 0.05, not 0.0"):
-        check_same_run(saved, config.resolved(), state["source"])
 
 
 @pytest.mark.parametrize(
