@@ -42,7 +42,7 @@ GUIDANCE = 1.5  # cfg_scale with labels: the paper's for scores
 
 
 def announce(run: "Run", log: RunLog | NoLog) -> None:
-    """Log network, data and device, and, for a resumed run, what differs from before."""
+    """Log network and device and, for a resumed run, what differs from before."""
     config, dataset, device = run.config, run.dataset, run.world.device
     weights = sum(p.numel() for p in run.model.parameters())
     log.say(
@@ -178,7 +178,7 @@ def merged(statistics: FeatureStatistics, world: World) -> FeatureStatistics:
 
 
 def evaluate(run: "Run", log: RunLog | NoLog) -> None:
-    """Log the Fréchet distance of the EMA network. All ranks call this together."""
+    """Log the Fréchet distance of the EMA network, or of the network if there is no EMA. All ranks call this together."""
     made = run.distance
     assert made is not None, "made at the start of every run that has some"
     with run.parallel.averaged(run.ema) as network:
