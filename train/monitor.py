@@ -178,7 +178,7 @@ def merged(statistics: FeatureStatistics, world: World) -> FeatureStatistics:
 
 
 def evaluate(run: "Run", log: RunLog | NoLog) -> None:
-    """Log the Fréchet distance of the EMA network, or of the network if there is no EMA. All ranks call this together."""
+    """Log the Fréchet distance of the EMA network (without an EMA, of the network). All ranks call this together."""
     made = run.distance
     assert made is not None, "made at the start of every run that has some"
     with run.parallel.averaged(run.ema) as network:
