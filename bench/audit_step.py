@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -18,10 +17,11 @@ from torch import Tensor
 
 from umd import ops
 from umd.bench.record_step import KINDS, Call, record
-from umd.bench.step import diffusers_dit
+from umd.bench.step import diffusers_dit, diffusers_eps, dit_loss
 from umd.config import OBJECTIVES, ModelConfig, ObjectiveConfig, model_config
 from umd.errors import UserError
 from umd.files import write_json
+from umd.machine.device import autocast
 from umd.machine.gpus import GPUS, Gpu
 from umd.methods import build_objective
 from umd.schedule import NoiseSchedule
@@ -139,7 +139,7 @@ def record_eager(network: Network, batch: int) -> list[Call]:
 
 
 def eager_step(config: ModelConfig, batch: int) -> Callable[[], None]:
-    """Make a training step of diffusers' DiT: noise-prediction loss, autocast, torch's fused AdamW.
+    """Make a training step of diffusers' DiT: autocast, torch's fused AdamW.
 
     Raises:
         UserError: diffusers is not installed.
@@ -154,15 +154,12 @@ def eager_step(config: ModelConfig, batch: int) -> Callable[[], None]:
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     averages = [p.detach().clone() for p in parameters]
-    x, schedule = torch.zeros(batch, config.channels, *config.image_size), NoiseSchedule("cosine")
-    labels = torch.zeros(batch, dtype=torch.int64)
+    x_start, schedule = torch.zeros(batch, config.channels, *config.image_size), NoiseSchedule("cosine")
+    predict, labels = diffusers_eps(model), torch.zeros(batch, dtype=torch.int64)
 
     def step() -> None:
-        with span("corruption"):
-            t, eps = torch.randint(1, 1001, (batch,)), torch.randn_like(x)
-            x_t = schedule.q_sample(x, t, eps)
-        with span("forward"), torch.autocast("cpu", dtype=BF16):
-            loss = F.mse_loss(model(x_t, timestep=t - 1, class_labels=labels).sample.float(), eps)
+        with autocast(x_start.device, BF16):
+            loss = dit_loss(predict, x_start, schedule, labels)
         with span("backward"):
             loss.backward()
         with span("clip"):

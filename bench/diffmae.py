@@ -19,21 +19,12 @@ from rich.progress import track
 from rich.table import Table
 
 from umd.bench.options import DiffMAEBench
-from umd.bench.step import (
-    WARMUP,
-    autocast,
-    count_flops,
-    images,
-    machine,
-    own_process,
-    umd_step,
-    vit_mae_step,
-)
+from umd.bench.step import WARMUP, count_flops, images, machine, own_process, umd_step, vit_mae_step
 from umd.bench.training import Step, on_batch, timed, train_step
 from umd.config import OBJECTIVES, DiffMAEObjectiveConfig
 from umd.diffmae import DiffMAE
 from umd.files import write_json
-from umd.machine.device import keep_freed_memory, take_device
+from umd.machine.device import autocast, keep_freed_memory, pick_dtype, take_device
 from umd.objective import DiffMAEObjective
 from umd.schedule import NoiseSchedule
 
@@ -55,20 +46,20 @@ class Row:
 
 def filling_steps(bench: DiffMAEBench) -> dict[str, Step]:
     """Make the two ways to compute one denoising step: decoder alone, and encoder and decoder."""
-    model, step_bench = DiffMAE(bench.config()).to(bench.device).eval(), bench.step_bench()
-    objective = diffmae_objective(bench)
-    x = images(step_bench)
+    model, objective = DiffMAE(bench.config()).to(bench.device).eval(), diffmae_objective(bench)
+    x = images(bench.step_bench())
+    dtype = pick_dtype(bench.dtype, x.device)
     c = objective.corrupt(bench.batch, 0, x.device)
     visible, masked = (objective.clean_patches(x, ids) for ids in (c.ids_keep, c.ids_masked))
-    with torch.no_grad(), autocast(step_bench):
+    with torch.no_grad(), autocast(x.device, dtype):
         memories = model.encode(visible, c.ids_keep, c.layout)
 
     def decoder() -> None:
-        with torch.no_grad(), autocast(step_bench):
+        with torch.no_grad(), autocast(x.device, dtype):
             model.decode(masked, c.ids_masked, c.layout, c.timesteps, memories)
 
     def whole() -> None:
-        with torch.no_grad(), autocast(step_bench):
+        with torch.no_grad(), autocast(x.device, dtype):
             model(visible, c.ids_keep, masked, c.ids_masked, c.layout, c.timesteps)
 
     return {"decoder alone": decoder, "whole network": whole}

@@ -17,18 +17,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from umd.bench.options import LoaderBench
-from umd.bench.step import WARMUP, count_flops, diffusers_dit, machine, own_process
+from umd.bench.step import (
+    WARMUP,
+    baseline_step,
+    count_flops,
+    diffusers_dit,
+    diffusers_eps,
+    dit_loss,
+    machine,
+    own_process,
+)
 from umd.bench.training import LR, Step, train_step, with_modulation
 from umd.config import ObjectiveConfig
 from umd.files import write_json
-from umd.machine.device import keep_freed_memory, pick_device, seconds_of, take_device
+from umd.machine.device import autocast, keep_freed_memory, pick_device, pick_dtype, seconds_of, take_device
 from umd.model import UMD
 from umd.objective import Objective
 from umd.ops import sample_posterior
@@ -39,7 +47,6 @@ from umd.train.data import has_dali, open_dataset, sample_keys, train_loader
 from umd.train.latent_batches import StoredViews
 from umd.train.latents import LatentDataset, finish, shard_bytes, shard_name
 from umd.train.loader_rate import cpu_seconds, photographs, rates
-from umd.train.optim import clipped_step
 from umd.train.options import EncodePixels
 from umd.train.pixels import StoredCrops, encode_pixels
 from umd.train.settings import DataConfig
@@ -59,7 +66,7 @@ class Case:
 def encoding(bench: LoaderBench) -> Iterator[Case]:
     """Encode a picture with a VAE of Stable Diffusion's size."""
     tokenizer, x = sd_vae(bench), pictures(bench, 1)
-    with autocast(bench):
+    with autocast(x.device, pick_dtype(bench.dtype, x.device)):
         yield Case(lambda: {"encode with the VAE": seconds_of(lambda: tokenizer.moments(x), bench.device)}, 1)
 
 
@@ -96,7 +103,7 @@ def step_with_vae(bench: LoaderBench) -> Iterator[Case]:
     tokenizer, x, umd = sd_vae(bench), pictures(bench, bench.batch), umd_step(bench)
 
     def step() -> None:
-        with autocast(bench):
+        with autocast(x.device, pick_dtype(bench.dtype, x.device)):
             moments = tokenizer.moments(x)
         umd(sample_posterior(moments, 0, torch.arange(bench.batch, device=x.device)))
 
@@ -195,10 +202,6 @@ RATIOS = [
 # What they measure
 
 
-def autocast(bench: LoaderBench):
-    return torch.autocast(torch.device(bench.device).type, dtype=torch.bfloat16, enabled=bench.dtype == "bf16")
-
-
 def pictures(bench: LoaderBench, count: int) -> Tensor:
     x = torch.rand(count, 3, 8 * bench.latent_size, 8 * bench.latent_size, generator=torch.Generator().manual_seed(0))
     return (x * 2 - 1).to(bench.device)
@@ -258,24 +261,15 @@ def umd_step(bench: LoaderBench) -> Callable[[Tensor], object]:
 
 
 def dit_step(bench: LoaderBench) -> Callable[[Tensor], None]:
-    """Training step of diffusers' DiT: as many blocks as UMD's encoder plus decoder, noise-prediction loss."""
-    config, schedule = bench.config(), NoiseSchedule("linear")
+    """Training step of diffusers' DiT: as many blocks as UMD's encoder plus decoder."""
+    config = bench.config()
     model = diffusers_dit(config, config.depth + config.decoder_depth).to(bench.device)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-
-    def step(x: Tensor) -> None:
-        t = torch.randint(1, 1001, (len(x),), device=x.device)
-        eps = torch.randn_like(x)
-        labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        with autocast(bench):
-            prediction = model(schedule.q_sample(x, t, eps), timestep=t - 1, class_labels=labels).sample
-            loss = F.mse_loss(prediction.float(), eps)
-        loss.backward()
-        clipped_step(optimizer, 1.0)
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    loss = partial(
+        dit_loss, diffusers_eps(model), schedule=NoiseSchedule("linear"),
+        labels=torch.zeros(bench.batch, dtype=torch.int64, device=bench.device),
+    )  # fmt: skip
+    return baseline_step(bench, model, loss, our_clip=True)
 
 
 # Running

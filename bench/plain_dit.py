@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umd.bench.options import StepBench
-from umd.bench.step import baseline_step, images
+from umd.bench.step import dit_baseline
 from umd.bench.training import Step
 from umd.config import ModelConfig
 from umd.embedders import timestep_features
-from umd.schedule import NoiseSchedule
 from umd.train.parallel import static_compile
 
 
@@ -74,17 +73,8 @@ class PlainDiT(nn.Module):
 
 
 def plain_dit_step(bench: StepBench, compiled: bool = False) -> Step:
-    """Make a training step with the noise-prediction loss."""
+    """Make a training step of `PlainDiT`."""
     with torch.device(bench.device):
         model = PlainDiT(bench.config())
     network = static_compile(model) if compiled else model
-    x, schedule = images(bench), NoiseSchedule("cosine")
-    labels = torch.zeros(bench.batch, dtype=torch.int64, device=bench.device)
-
-    def loss() -> Tensor:
-        t = torch.randint(1, 1001, (bench.batch,), device=bench.device)
-        eps = torch.randn_like(x)
-        prediction = network(schedule.q_sample(x, t, eps), t, labels)[:, : x.shape[1]]
-        return F.mse_loss(prediction.float(), eps)
-
-    return baseline_step(bench, model, loss)
+    return dit_baseline(bench, model, lambda x_t, timesteps, labels: network(x_t, timesteps, labels)[:, : x_t.shape[1]])

@@ -36,19 +36,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from umd import ops
-from umd.bench.options import StepBench
+from umd.bench.options import LoaderBench, StepBench
 from umd.bench.training import Step, host_time, on_batch, our_optimizer, timed, train_step, with_modulation
 from umd.config import ModelConfig, ObjectiveConfig
 from umd.errors import UserError
 from umd.files import write_json
-from umd.machine.device import keep_freed_memory, pick_device, pick_dtype, side_stream, take_device
+from umd.machine.device import autocast, keep_freed_memory, pick_device, pick_dtype, side_stream, take_device
 from umd.model import UMD
 from umd.objective import Objective
 from umd.schedule import NoiseSchedule
+from umd.spans import span
 from umd.train import step as training
 from umd.train.optim import clipped_step
 from umd.train.parallel import LossStep, static_compile
 
+PredictEps = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t, timesteps and labels -> ε
 WARMUP = 5  # rounds; before that, memory still grows, and a step's time includes touching new pages
 
 
@@ -65,10 +67,6 @@ class Row:
     peak_memory_bytes: int | None  # of the process, less what it held before the model was made
     time_ratio: float  # seconds over UMD's: median of the ratios within each round, so drift of the machine cancels
     host_seconds: float | None  # time of a step until all its launches are queued; None on a CPU
-
-
-def autocast(bench: StepBench):
-    return torch.autocast(torch.device(bench.device).type, dtype=torch.bfloat16, enabled=bench.dtype == "bf16")
 
 
 def images(bench: StepBench) -> Tensor:
@@ -113,18 +111,46 @@ def two_pass_step(bench: StepBench) -> Step:
     return step
 
 
-def baseline_step(bench: StepBench, model: torch.nn.Module, loss: Callable[[], Tensor]) -> Step:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+def baseline_step(
+    bench: StepBench | LoaderBench, model: torch.nn.Module, loss: Callable[..., Tensor], our_clip: bool = False
+) -> Callable[..., None]:
+    """Make a step as users' scripts do: autocast, torch's clipping and fused AdamW. It hands its arguments to `loss`.
 
-    def step() -> None:
-        with autocast(bench):
-            value = loss()
+    our_clip: clip as `umd pretrain` does, with one pass less over the gradients.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    device = torch.device(bench.device)
+    dtype = pick_dtype(bench.dtype, device)
+
+    def step(*batch: Tensor) -> None:
+        with autocast(device, dtype):
+            value = loss(*batch)
         value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        if our_clip:
+            clipped_step(optimizer, 1.0)
+        else:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def dit_loss(predict: PredictEps, x_start: Tensor, schedule: NoiseSchedule, labels: Tensor) -> Tensor:
+    """DiT's simple loss: the mean squared error of the predicted ε."""
+    with span("corruption"):
+        timesteps = torch.randint(1, 1001, (len(x_start),), device=x_start.device)
+        eps = torch.randn_like(x_start)
+        x_t = schedule.q_sample(x_start, timesteps, eps)
+    with span("forward"):
+        return F.mse_loss(predict(x_t, timesteps, labels).float(), eps)
+
+
+def dit_baseline(bench: StepBench, model: torch.nn.Module, predict: PredictEps) -> Step:
+    """Make a training step of a DiT on the benchmark's images."""
+    x_start, schedule = images(bench), NoiseSchedule("cosine")
+    labels = torch.zeros(bench.batch, dtype=torch.int64, device=bench.device)
+    return baseline_step(bench, model, lambda: dit_loss(predict, x_start, schedule, labels))
 
 
 def diffusers_dit(config: ModelConfig, depth: int, **more: Any) -> Any:
@@ -138,23 +164,17 @@ def diffusers_dit(config: ModelConfig, depth: int, **more: Any) -> Any:
     )  # fmt: skip
 
 
+def diffusers_eps(model: Any) -> PredictEps:
+    """ε as diffusers' DiT predicts it. Its times start at 0, ours at 1."""
+    return lambda x_t, timesteps, labels: model(x_t, timestep=timesteps - 1, class_labels=labels).sample
+
+
 def dit_step(bench: StepBench, compiled: bool = False) -> Step:
-    """Make a training step of diffusers' DiT with the noise-prediction loss."""
+    """Make a training step of diffusers' DiT."""
     config = bench.config()
     model = diffusers_dit(config, config.depth).to(bench.device)
     model.train()
-    network = static_compile(model) if compiled else model
-    x, schedule = images(bench), NoiseSchedule("cosine")
-    labels = torch.zeros(bench.batch, dtype=torch.int64, device=bench.device)
-
-    def loss() -> Tensor:
-        t = torch.randint(1, 1001, (bench.batch,), device=bench.device)
-        eps = torch.randn_like(x)
-        x_t = schedule.q_sample(x, t, eps)
-        prediction = network(x_t, timestep=t - 1, class_labels=labels).sample
-        return F.mse_loss(prediction.float(), eps)
-
-    return baseline_step(bench, model, loss)
+    return dit_baseline(bench, model, diffusers_eps(static_compile(model) if compiled else model))
 
 
 def vit_mae_step(bench: StepBench) -> Step:
