@@ -5,7 +5,8 @@ Rows:
 - UMD; on a GPU also as a CUDA graph, and under torch.compile,
 - the same network without masking,
 - UMD in two passes, one for noised and one for noise-free samples,
-- diffusers' DiT and transformers' ViT-MAE of the same width and depth,
+- diffusers' DiT and transformers' ViT-MAE of the same width and depth, run as in their users' scripts,
+- "dit, our allocator": that DiT with the settings that `umd` makes for the allocator and waiting threads,
 - only the matrix products of UMD's step: a lower bound of its time.
 
 Each row runs in a process of its own, as in a training, and its steps alternate with UMD's. Read the ratios, not the
