@@ -26,6 +26,7 @@ from umd.bench.probe import link_pictures
 from umd.bench.step import machine
 from umd.errors import UserError
 from umd.files import write_json
+from umd.train.console import say
 
 TINY = "--model.hidden-size 32 --model.depth 1 --model.decoder-depth 1 --model.num-heads 2 --model.image-size 32 32"
 TINY += " --batch-size 64 --save-every 1 --draw-every 0 --device cpu --data.num-workers 2"
@@ -151,7 +152,3 @@ def settle(paths: list[Path]) -> None:
     """Set the paths' times a minute back, as the list of a folder that has just changed is not kept."""
     for path in paths:
         os.utime(path, (time.time() - 60, time.time() - 60))
-
-
-def say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
