@@ -29,14 +29,11 @@ from umd.bench.op_cases import DTYPES, OPS, Inputs, dtype_name
 from umd.bench.options import Audit
 from umd.errors import UserError
 from umd.files import write_json
+from umd.machine.gpus import GPUS
 from umd.train.signals import end_when_orphaned
 
-# GPU and its memory bandwidth in bytes per second, from NVIDIA's data sheets.
-GPUS = {
-    "sm_80": ("A100 80GB SXM", 2039e9),
-    "sm_90": ("H100 SXM", 3350e9),
-    "sm_100": ("B200", 8000e9),
-}
+# Bytes per second of the memory of an A100 80GB, an H100 and a B200 (from NVIDIA's data sheet; `umd plan` lacks it).
+BANDWIDTHS = {"sm_80": GPUS["a100-80"].bandwidth, "sm_90": GPUS["h100"].bandwidth, "sm_100": 8e12}
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ def row_of(counted: Counted, arch: str, compiled: list) -> Row:
     launches = counted.launches
     bits = [c.min_access_bits(_of_width(x, counted.width)) for c, x in zip(compiled, launches, strict=True)]
     asked, unique = counted.bytes("asked"), counted.bytes("unique")
-    rate = GPUS[arch][1] / 1e6  # bytes per microsecond
+    rate = BANDWIDTHS[arch] / 1e6  # bytes per microsecond
     return Row(
         op=counted.op,
         direction=counted.direction,

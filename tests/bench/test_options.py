@@ -13,7 +13,7 @@ def test_names_are_those_of_the_tables():
         (options.OPS, op_cases.OPS),
         (options.LIGER_OPS, liger_cases.CASES),
         (options.NETWORKS, audit_step.NETWORKS),
-        (options.ARCHITECTURES, audit.GPUS),
+        (options.ARCHITECTURES, audit.BANDWIDTHS),
         (options.STREAMS, kernels.STREAMS),
         (options.GROUPS, loader.GROUPS),
     ):
