@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from umd.bench.options import LoaderBench
+from umd.bench.reads import write_latents
 from umd.bench.step import (
     WARMUP,
     baseline_step,
@@ -45,7 +46,7 @@ from umd.tokenizer import Tokenizer, identity
 from umd.train import data
 from umd.train.data import has_dali, open_dataset, sample_keys, train_loader
 from umd.train.latent_batches import StoredViews
-from umd.train.latents import LatentDataset, finish, shard_bytes, shard_name
+from umd.train.latents import LatentDataset
 from umd.train.loader_rate import cpu_seconds, photographs, rates
 from umd.train.options import EncodePixels
 from umd.train.pixels import StoredCrops, encode_pixels
@@ -226,17 +227,12 @@ def sd_vae(bench: LoaderBench) -> Tokenizer:
 
 @contextmanager
 def latents_folder(bench: LoaderBench) -> Iterator[DataConfig]:
-    """Write a folder of random latents in the format of umd encode-latents."""
+    """Write a folder of random latents."""
     side = bench.latent_size
     generator = np.random.default_rng(0)
     moments = torch.from_numpy(generator.standard_normal((bench.stored, 1, 2, 4, side, side), np.float32)).half()
-    vae = dict(name="", kind="AutoencoderKL", sha256="", channels=4, factor=8, scale=1.0, shift=0.0)
-    recipe = dict(vae=vae, shape=[4, side, side], dtype="fp16", class_names=["all"])
     with tempfile.TemporaryDirectory() as folder:
-        count = np.arange(bench.stored)
-        shard = shard_bytes(recipe, "train", moments, np.zeros_like(count), count, [""] * bench.stored)
-        (Path(folder) / shard_name("train", 0, 1)).write_bytes(shard)
-        finish(Path(folder), recipe, {"train": 1})
+        write_latents(Path(folder), moments, "fp16")
         yield DataConfig(source=folder, image_size=(side, side), channels=4, num_workers=0)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from umd.bench.options import ReadsBench
 from umd.bench.step import machine
@@ -35,20 +36,23 @@ WAYS = {"pread, global": 1, "pread, blocks": BLOCK}  # neighbours in a shard tha
 
 @contextmanager
 def stored(bench: ReadsBench) -> Iterator[LatentDataset]:
-    """Write a folder of random latents, flushed to the disk."""
-    vae = dict(name="", kind="AutoencoderKL", sha256="", channels=4, factor=8, scale=1.0, shift=0.0)
-    recipe = dict(vae=vae, shape=[4, 32, 32], dtype="bf16", class_names=["all"])
+    """Write a folder of random latents."""
     moments = torch.randn(4096, 1, 2, 4, 32, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    with tempfile.TemporaryDirectory(dir=bench.folder) as name:
-        folder = Path(name)
-        for number in range(bench.shards):
-            index = np.arange(4096) + 4096 * number
-            data = shard_bytes(recipe, "train", moments, np.zeros_like(index), index, list(map(str, index)))
-            file = folder / shard_name("train", number, bench.shards)
-            file.write_bytes(data)
-            flush(file)
-        finish(folder, recipe, {"train": bench.shards})
-        yield open_latents(folder, "train")
+    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+        write_latents(Path(folder), moments, "bf16", bench.shards)
+        yield open_latents(Path(folder), "train")
+
+
+def write_latents(folder: Path, moments: Tensor, dtype: str, shards: int = 1) -> None:
+    """Write latents [n, V, 2, 4, h, w] as `umd encode-latents` does, the same in each shard, flushed to the disk."""
+    vae = dict(name="", kind="AutoencoderKL", sha256="", channels=4, factor=8, scale=1.0, shift=0.0)
+    recipe = dict(vae=vae, shape=list(moments.shape[3:]), dtype=dtype, class_names=["all"])
+    for number in range(shards):
+        index = np.arange(len(moments)) + len(moments) * number
+        file = folder / shard_name("train", number, shards)
+        file.write_bytes(shard_bytes(recipe, "train", moments, np.zeros_like(index), index, list(map(str, index))))
+        flush(file)  # the page cache drops only what is on the disk
+    finish(folder, recipe, {"train": shards})
 
 
 # Measuring
