@@ -32,6 +32,7 @@ from umd.train.step_counts import as_on_gpu, labels_of, make_step, sample_length
 
 LAUNCH_SECONDS = 2e-6  # shortest time of any kernel
 CARDS = {"a100": GPUS["a100-80"], "h100": GPUS["h100"]}
+ByCard = dict[str, float]  # by the keys of CARDS
 BF16 = torch.bfloat16
 EAGER = "eager DiT-L/2"
 
@@ -74,8 +75,7 @@ class Row:
     launches: int
     bytes: int
     flops: int
-    a100_us: float
-    h100_us: float
+    us: ByCard
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,10 @@ class Step:
     bytes: int
     flops: int
     model_flops: int  # as MFU counts: each product once forward and twice backward, no recomputation
-    a100_ms: float
-    h100_ms: float
-    a100_images_per_second: float
-    h100_images_per_second: float
-    a100_mfu: float
-    h100_mfu: float
-    a100_product_share: float  # matrix products' share of the time
-    h100_product_share: float
+    ms: ByCard
+    images_per_second: ByCard
+    mfu: ByCard
+    product_share: ByCard  # matrix products' share of the time
     host_ms: float  # time of a fast host to launch all kernels one by one, without a CUDA graph
     block: Block
     other_blocks: dict[str, Block]  # of `GELU_CHOICES`
@@ -210,8 +206,7 @@ def rows_of(calls: list[Call]) -> tuple[Row, ...]:
             launches=sum(c.launches for c in group),
             bytes=sum(c.bytes for c in group),
             flops=sum(c.flops for c in group),
-            a100_us=1e6 * sum(seconds(c, CARDS["a100"]) for c in group),
-            h100_us=1e6 * sum(seconds(c, CARDS["h100"]) for c in group),
+            us={card: 1e6 * sum(seconds(c, gpu) for c in group) for card, gpu in CARDS.items()},
         )
         for key, group in groups.items()
     )
@@ -249,8 +244,8 @@ def audit_step(name: str, batch: int) -> Step:
     network = NETWORKS[name]
     calls = record_network(network, batch)
     rows, needed = rows_of(calls), model_flops(network, batch, calls)
-    times = {card: sum(getattr(row, f"{card}_us") for row in rows) / 1e6 for card in CARDS}
-    products = {card: sum(getattr(row, f"{card}_us") for row in rows if row.kind == "products") / 1e6 for card in CARDS}
+    times = {card: sum(row.us[card] for row in rows) / 1e6 for card in CARDS}
+    products = {card: sum(row.us[card] for row in rows if row.kind == "products") / 1e6 for card in CARDS}
     launches = sum(row.launches for row in rows)
     return Step(
         network=name, batch=batch, launches=launches,
@@ -261,10 +256,10 @@ def audit_step(name: str, batch: int) -> Step:
             for what, changes in ({} if network.eager else GELU_CHOICES).items()
         },
         programs=programs_of(calls),
-        **{f"{card}_ms": 1e3 * time for card, time in times.items()},
-        **{f"{card}_images_per_second": batch / time for card, time in times.items()},
-        **{f"{card}_mfu": needed / times[card] / gpu.bf16 for card, gpu in CARDS.items()},
-        **{f"{card}_product_share": products[card] / time for card, time in times.items()},
+        ms={card: 1e3 * time for card, time in times.items()},
+        images_per_second={card: batch / time for card, time in times.items()},
+        mfu={card: needed / times[card] / gpu.bf16 for card, gpu in CARDS.items()},
+        product_share={card: products[card] / time for card, time in times.items()},
     )  # fmt: skip
 
 
@@ -294,15 +289,15 @@ def print_rows(step: Step, console: Console, share: float = 0.01) -> None:
     for name in ("part", "op", "launches", "MB", "GFLOP", "A100 µs", "H100 µs"):
         table.add_column(name, justify="left" if name in ("part", "op") else "right", overflow="fold")
     order = {name: i for i, name in enumerate((*PARTS, "rest"))}
-    rows = sorted(step.rows, key=lambda r: (order[r.part.removesuffix(" backward")], r.part, -r.h100_us))
-    large = [r for r in rows if max(r.a100_us / step.a100_ms, r.h100_us / step.h100_ms) >= 1e3 * share]
+    rows = sorted(step.rows, key=lambda r: (order[r.part.removesuffix(" backward")], r.part, -r.us["h100"]))
+    large = [r for r in rows if max(r.us[card] / step.ms[card] for card in CARDS) >= 1e3 * share]
     small = [row for row in rows if row not in large]
     cells = [(row.part, row.op, [row]) for row in large] + [("", f"{len(small)} others", small)]
     for part, op, group in cells:
         table.add_row(
             part, op, str(sum(r.launches for r in group)),
             f"{sum(r.bytes for r in group) / 1e6:.1f}", f"{sum(r.flops for r in group) / 1e9:.1f}",
-            f"{sum(r.a100_us for r in group):.0f}", f"{sum(r.h100_us for r in group):.0f}",
+            *(f"{sum(r.us[card] for r in group):.0f}" for card in CARDS),
         )  # fmt: skip
     console.print(table)
 
@@ -340,18 +335,18 @@ def print_totals(steps: list[Step], console: Console) -> None:
     table = Table(title="A step; times are the roofline's, without overlap")
     for name in ("", *(step.network for step in steps)):
         table.add_column(name, justify="left" if not name else "right")
-    both = {
-        "ms, A100 / H100": ("ms", ".1f"),
-        "images/s": ("images_per_second", ".0f"),
-        "MFU": ("mfu", ".0%"),
-        "of the time in products": ("product_share", ".0%"),
+    both: dict[str, tuple[Callable[[Step], ByCard], str]] = {
+        "ms, A100 / H100": (lambda s: s.ms, ".1f"),
+        "images/s": (lambda s: s.images_per_second, ".0f"),
+        "MFU": (lambda s: s.mfu, ".0%"),
+        "of the time in products": (lambda s: s.product_share, ".0%"),
     }
     table.add_row("launches", *(str(step.launches) for step in steps))
     table.add_row("GB moved", *(f"{step.bytes / 1e9:.1f}" for step in steps))
     table.add_row("TFLOP", *(f"{step.flops / 1e12:.2f}" for step in steps))
     table.add_row("of the model", *(f"{step.model_flops / 1e12:.2f}" for step in steps))
-    for label, (field, form) in both.items():
-        table.add_row(label, *(" / ".join(format(getattr(s, f"{c}_{field}"), form) for c in CARDS) for s in steps))
+    for label, (values, form) in both.items():
+        table.add_row(label, *(" / ".join(format(value, form) for value in values(step).values()) for step in steps))
     table.add_row("ms of the host, uncaptured", *(f"{step.host_ms:.1f}" for step in steps))
     console.print(table)
 
@@ -392,14 +387,14 @@ def draw(steps: list[Step], file: Path) -> None:
         for ax, card in zip(line, CARDS, strict=True):
             left = [0.0] * len(steps)
             for name, color in colors.items():
-                widths = [sum(getattr(r, f"{card}_us") for r in s.rows if key(r) == name) / 1e3 for s in steps]
+                widths = [sum(r.us[card] for r in s.rows if key(r) == name) / 1e3 for s in steps]
                 ax.barh(range(len(steps)), widths, left=left, color=color, label=LABELS.get(name, name), height=0.65)
                 left = [a + b for a, b in zip(left, widths, strict=True)]
             for i, step in enumerate(steps if key is looks[0][0] else []):
-                images, mfu = (getattr(step, f"{card}_{field}") for field in ("images_per_second", "mfu"))
+                images, mfu = step.images_per_second[card], step.mfu[card]
                 text = f" {left[i]:.0f} ms, {images:.0f} images/s, MFU {mfu:.0%}"
                 ax.text(left[i], i, text, va="center", fontsize=8)
-            ax.set_xlim(0, 1.5 * max(getattr(step, f"{card}_ms") for step in steps))
+            ax.set_xlim(0, 1.5 * max(step.ms[card] for step in steps))
             ax.spines[["top", "right"]].set_visible(False)
         line[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     axes[0, 0].set_yticks(range(len(steps)), [step.network for step in steps])

@@ -280,10 +280,11 @@ def test_the_command_writes_table_rows_and_chart(tmp_path, capsys):
           "--chart", str(tmp_path / "a.png")])  # fmt: skip
     (step,) = json.loads((tmp_path / "a.json").read_text())
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    assert {"op", "part", "launches", "bytes", "flops", "a100_us", "h100_us"} <= step["rows"][0].keys()
+    assert {"op", "part", "launches", "bytes", "flops", "us"} <= step["rows"][0].keys()
+    assert step["rows"][0]["us"].keys() == CARDS.keys()
     assert step["launches"] == sum(row["launches"] for row in step["rows"])
-    assert step["a100_ms"] == pytest.approx(sum(row["a100_us"] for row in step["rows"]) / 1e3)
-    assert 0 < step["h100_mfu"] < step["a100_mfu"] < 1
+    assert step["ms"]["a100"] == pytest.approx(sum(row["us"]["a100"] for row in step["rows"]) / 1e3)
+    assert 0 < step["mfu"]["h100"] < step["mfu"]["a100"] < 1
     printed = capsys.readouterr().out
     assert "UMD-B/4" in printed and step["other_blocks"].keys() == set(GELU_CHOICES)
     assert "GELU made again" in printed and "GELU in products" in printed
