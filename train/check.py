@@ -1,6 +1,8 @@
 """`umd check-data`: read and decode every file of a source once, on all cores, and quarantine the unusable ones."""
 
+import errno
 import json
+import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from umd.errors import UserError
+from umd.errors import TemporaryError, UserError
 from umd.files import check_place, write_whole
 from umd.train.console import say
 from umd.train.decoding import FLOATS, BrokenPicture, flatten, read_file
@@ -30,6 +32,7 @@ from umd.train.tars import beside, is_tars, samples, split_tars
 
 CHUNK = 32  # files that a process takes at a time
 OUTSIDE, EMPTY = "outside a class folder", "empty class"
+DISK = "disk error"  # read again at the end: a lost disk has come back by then, a bad sector stays
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def examine_files(files: list[tuple[str, Any]], min_side: int) -> list[Finding]:
         except BrokenPicture as error:
             cause = error.__cause__
             found = "unreadable", getattr(cause, "strerror", None) or str(cause)
+        except TemporaryError as error:
+            found = DISK, os.strerror(getattr(error.__cause__, "errno", None) or errno.ESTALE)
         if found:
             findings.append(Finding(path, *found))
     return findings
@@ -163,6 +168,12 @@ def check_data(source: Path, options: CheckData, console: Console) -> Path:
         )  # fmt: skip
         for found in done:
             findings += found
+    if lost := {finding.path for finding in findings if finding.reason == DISK}:
+        findings = [finding for finding in findings if finding.reason != DISK]
+        for path, file in files[:: max(1, len(files) // 64)]:  # if others cannot be read either, the disk is away
+            if path not in lost:
+                read_file(file)
+        findings += examine_files([file for file in files if file[0] in lost], options.min_side)
     unusable = {finding.path for finding in findings}
     findings += [
         Finding(folder, EMPTY, f"none of its {len(paths)} images is usable")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from umd.errors import UserError
-from umd.train.decoding import BrokenPicture, Picture, Shrink, decode, whole
+from umd.train.decoding import BrokenPicture, Picture, Shrink, decode, read_patiently, whole
 from umd.train.folders import Found, level_note
 from umd.train.index import Names
 from umd.train.listing import above, entries, files_below, is_hidden, is_image, notes_of
@@ -128,11 +128,15 @@ def open_clip_arrays(path: Path, split: str, holdout: float) -> ClipDataset:
 def decode_clip(path: Path) -> np.ndarray:
     """Decode all frames of a video file or a folder of frames: uint8 [F', h, w, 1 or 3].
 
-    Raises BrokenPicture, naming the clip, if it cannot be decoded. Raises UserError if PyAV is missing.
+    Raises BrokenPicture, naming the clip, if it cannot be decoded, UserError if PyAV is missing, and as
+    `read_patiently`.
     """
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if is_image(file.name))
-        frames = [decode(file).pixels for file in files]
+    try:
+        names = read_patiently(lambda: sorted(os.listdir(path)) if path.is_dir() else None, path)
+    except OSError as error:
+        raise BrokenPicture(f"cannot read clip {path} ({error.strerror}): replace or remove it") from error
+    if names is not None:
+        frames = [decode(path / name).pixels for name in names if is_image(name)]
     else:
         frames = decode_video(path)
     if len({frame.shape for frame in frames}) != 1:
@@ -146,9 +150,13 @@ def decode_video(path: Path) -> list[np.ndarray]:
         import av
     except ImportError as error:
         raise UserError(f"reading {path} needs PyAV: pip install av, or give folders of frames or a .npz") from error
-    try:
+
+    def frames() -> list[np.ndarray]:
         with av.open(str(path)) as container:
             return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+    try:
+        return read_patiently(frames, path)
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BrokenPicture(

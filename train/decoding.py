@@ -1,10 +1,11 @@
 """Read and decode one image file: JPEG, PNG and all that Pillow reads, from a disk or out of a tar."""
 
 import contextlib
+import errno
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -18,6 +19,8 @@ with contextlib.suppress(ImportError):  # at import, so that every process that 
 
     register_heif_opener()
 
+T = TypeVar("T")
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this process or host, not of a file
 ORIENTATION = 0x0112  # EXIF tag; 1: as stored; from 5 on, height and width are swapped
 FLOATS = "its pixels are floating-point numbers, with no word on which is black or white: convert it to 8 or 16 bits"
 
@@ -48,7 +51,7 @@ def decode(file: str | Path | Stored, shrink: Shrink | None = None) -> Picture:
 
     shrink: see `Shrink`. A JPEG decoder gives 1/2, 1/4 or 1/8 of the size from fewer frequencies.
 
-    Raises BrokenPicture if it is no picture, and as `read_file`.
+    Raises BrokenPicture if it is no picture or cannot be read, and as `read_patiently`.
     """
     encoded = read_file(file)
     try:
@@ -68,25 +71,34 @@ def decode(file: str | Path | Stored, shrink: Shrink | None = None) -> Picture:
 
 
 def read_file(file: str | Path | Stored) -> bytes:
-    """Read the bytes of an image file; try again if a network disk is lost for a moment.
+    """Read the bytes of an image file. Raises BrokenPicture if that file cannot be read, and as `read_patiently`."""
+    try:
+        return read_patiently(Path(file).read_bytes if isinstance(file, str | Path) else file.read, file)
+    except OSError as error:
+        raise BrokenPicture(unreadable(file, error)) from error
+
+
+def read_patiently(call: Callable[[], T], file: str | Path | Stored) -> T:
+    """Return `call()`, which reads a file; repeat it if a network disk is lost for a moment.
 
     Raises:
-        BrokenPicture: it is missing, is no file or may not be read.
         TemporaryError: the disk stays lost.
-        UserError: the system refuses for another reason, such as too many open files.
-        Changed: the tar that holds it has changed.
+        UserError: this process has no room: too many open files, no memory.
+        OSError: any other, which says something about the file.
     """
     try:
-        return again_if_lost(Path(file).read_bytes if isinstance(file, str | Path) else file.read, Path(str(file)))
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        raise BrokenPicture(unreadable(file, error)) from error
+        return again_if_lost(call, Path(str(file)))
     except OSError as error:
-        if error.errno not in LOST:
-            raise UserError(f"cannot read {file} ({error.strerror or error}); give the command again") from error
-        raise TemporaryError(
-            f"cannot read {file} ({error.strerror}), tried for {sum(WAITS):.0f} s: the disk is lost or damaged there; "
-            "check it and give the command again, or remove this file if it is the only one"
-        ) from error
+        if error.errno in LOST:
+            raise TemporaryError(
+                f"cannot read {file} ({error.strerror}), tried for {sum(WAITS):.0f} s: the disk is lost or damaged "
+                "there; check it and give the command again, or remove this file if it is the only one"
+            ) from error
+        if error.errno in NO_ROOM:
+            raise UserError(
+                f"cannot read {file} ({error.strerror}): raise that limit, or read with fewer workers"
+            ) from error
+        raise
 
 
 def whole(array: np.ndarray) -> Picture:

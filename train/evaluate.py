@@ -304,7 +304,7 @@ def read_record(file: Path) -> dict[str, Any]:
         return empty
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is damaged ({error}); remove it and run the same command again") from error
-    return record if isinstance(record, dict) and record.get("format") == 1 else empty
+    return empty | record if isinstance(record, dict) and record.get("format") == 1 else empty
 
 
 def put(entries: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:

@@ -9,15 +9,14 @@ import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from umd.errors import UserError
-from umd.files import again_if_lost
 from umd.train.data import Dataset, open_dataset
+from umd.train.decoding import read_patiently
 from umd.train.distributed import World
 from umd.train.index import Names, sums_of
 from umd.train.latents import LatentDataset
@@ -110,8 +109,15 @@ def contents(dataset: Dataset) -> tuple[Callable[[int], str], np.ndarray, Callab
     - a function: index -> CRC-32 of the contents, to detect another picture under the same name.
     """
     if isinstance(dataset, LatentDataset):
-        names = list(chain.from_iterable(shard.about["names"] for shard in dataset.shards))
-        return names.__getitem__, sums_of(names), lambda row: int(dataset.crc32[0, row])
+        parts = [shard.about["names"] for shard in dataset.shards]
+        ends = np.cumsum([len(names) for names in parts])
+
+        def name(row: int) -> str:
+            part = int(np.searchsorted(ends, row, side="right"))
+            return parts[part][row - int(ends[part])]  # from the end
+
+        sums = np.concatenate([np.empty(0, np.uint32), *(names.sums() for names in parts)])
+        return name, sums, lambda row: int(dataset.crc32[0, row])
     pictures = dataset.pictures
     if isinstance(pictures, np.ndarray | Rows):
         sums = sums_of(map(str, range(len(pictures))))
@@ -128,7 +134,10 @@ def contents(dataset: Dataset) -> tuple[Callable[[int], str], np.ndarray, Callab
 
 
 def head_of(picture: str | TarMember) -> int:
-    """CRC-32 of a file's size and first `HEAD` bytes, or of the names in a folder of frames. -1 if unreadable."""
+    """CRC-32 of a file's size and first `HEAD` bytes, or of the names in a folder of frames. -1 if unreadable.
+
+    Raises as `read_patiently`, but no OSError.
+    """
 
     def head() -> int:
         if isinstance(picture, TarMember):
@@ -139,7 +148,7 @@ def head_of(picture: str | TarMember) -> int:
             return zlib.crc32(file.read(HEAD), os.fstat(file.fileno()).st_size & 0xFFFFFFFF)
 
     try:
-        return again_if_lost(head, Path(str(picture)))
+        return read_patiently(head, picture)
     except OSError:
         return -1
 

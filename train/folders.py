@@ -11,9 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from umd.errors import TemporaryError, UserError
-from umd.files import LOST, again_if_lost
-from umd.train.decoding import unreadable
+from umd.errors import UserError
+from umd.train.decoding import read_patiently, unreadable
 from umd.train.index import Arrays, Names, kept
 from umd.train.listing import COMMON_SUFFIXES, above, entries, files_below, listing, named, no_pictures, notes_of
 from umd.train.pools import in_order
@@ -206,7 +205,7 @@ def check_headers(paths: Names, skip_broken: bool) -> np.ndarray:
 def header_error(path: str) -> str | None:
     """Say what is wrong with the header of an image file, None if nothing. Reads no pixels.
 
-    Raises OSError if the disk is lost.
+    Raises as `read_patiently`, but no OSError.
     """
 
     def look() -> None:
@@ -214,9 +213,9 @@ def header_error(path: str) -> str | None:
             pass
 
     try:
-        again_if_lost(look, Path(path))
+        read_patiently(look, path)
         return None
+    except UserError:
+        raise
     except Exception as error:
-        if isinstance(error, TemporaryError) or (isinstance(error, OSError) and error.errno in LOST):
-            raise
         return unreadable(path, error)

@@ -185,8 +185,8 @@ class Recognition:
                     "spread": None,
                 },
             ]
-        # Without `source`, as the pictures identify it, and `out`, which no result depends on.
-        shots = {name: value for name, value in asdict(options).items() if name not in ("source", "out")}
+        # Without what pictures and weights identify, and `out`, which no result depends on.
+        shots = {name: value for name, value in asdict(options).items() if name not in ("source", "step", "out")}
         settings = self.held_out.settings | {"shots": shots, "train": self.whole.settings["data"]}
         return {
             "key": name_of(settings),

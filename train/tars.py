@@ -18,6 +18,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from umd.errors import UserError
+from umd.files import again_if_lost
 from umd.train.index import Arrays, Names, kept, stamp, sums_of
 from umd.train.listing import is_hidden, is_image, listing, named, no_pictures, suffix_of, unread
 from umd.train.quarantine import Quarantine
@@ -138,9 +139,9 @@ def members(tar: Path) -> list[TarMember]:
     """List every file of a tar, in order. Raises UserError if the tar or its index is damaged."""
     index = tar.with_suffix(".idx")
     try:
-        status = tar.stat()
-        entries = read_index(index) if index.exists() else None
-        entries = list(walked(tar)) if entries is None else entries
+        status = again_if_lost(tar.stat, tar)
+        entries = again_if_lost(lambda: read_index(index) if index.exists() else None, index)
+        entries = again_if_lost(lambda: list(walked(tar)), tar) if entries is None else entries
     except (OSError, tarfile.TarError, ValueError) as error:
         raise UserError(f"cannot read {tar} ({error}): write or download it again.") from error
     if (end := max((offset + length for _, offset, length in entries), default=0)) > status.st_size:

@@ -4,8 +4,10 @@
 """
 
 import errno
+import json
 import os
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,10 +21,13 @@ from rich.console import Console
 from umd import files
 from umd.errors import TemporaryError, UserError
 from umd.files import OpenFile
-from umd.train.check import examine_files
+from umd.train import check
+from umd.train.clips import decode_clip
 from umd.train.dali import read_sample
 from umd.train.data import open_dataset, train_loader
-from umd.train.options import EncodePixels
+from umd.train.decoding import BrokenPicture, read_file
+from umd.train.fingerprint import fingerprint
+from umd.train.options import CheckData, EncodePixels
 from umd.train.pixels import encode_pixels
 from umd.train.settings import DataConfig
 
@@ -130,7 +135,7 @@ def test_so_does_what_reads_for_dali(folder):
 
 def test_nor_does_opening_leave_any_out(folder):
     lost(folder / "a" / "04.jpg")
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)) as caught:
+    with pytest.raises(TemporaryError, match=r"cannot read .*04\.jpg \(Input/output error\)") as caught:
         open_dataset(config(folder), "train")
     assert files.exit_status(caught.value) == 75
 
@@ -153,10 +158,68 @@ def test_a_store_of_pictures_is_never_made_without_those_on_a_lost_disk(folder, 
     assert sum(map(len, splits)) == 12
 
 
-def test_check_data_puts_no_picture_of_a_lost_disk_on_its_list(folder):
+def test_check_data_lists_one_bad_sector_and_nothing_of_a_lost_disk(folder, tmp_path, monkeypatch):
+    """One file that fails beside others that do not is listed. If the others fail too at the end, nothing is."""
+    monkeypatch.setattr(check, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))  # where no_waiting holds
+    lost(folder / "a" / "04.jpg")
+    options = CheckData(workers=1, out=tmp_path / "list.json")
+    check.check_data(folder, options, QUIET)
+    (found,) = json.loads((tmp_path / "list.json").read_text())["files"]
+    assert found == {"path": "a/04.jpg", "reason": "disk error", "detail": os.strerror(errno.EIO)}
+    (tmp_path / "list.json").unlink()
+    read, calls = Path.read_bytes, []
+
+    def read_bytes(self):
+        calls.append(self)
+        if self.suffix == ".jpg" and len(calls) > 4:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(TemporaryError, match=r"cannot read .*jpg \(Input/output error\)"):
+        check.check_data(folder, options, QUIET)
+    assert not (tmp_path / "list.json").exists()
+
+
+def test_a_link_to_itself_is_a_broken_picture(folder):
+    dataset = open_dataset(config(folder), "train")
+    (folder / "a" / "04.jpg").unlink()
+    (folder / "a" / "04.jpg").symlink_to("04.jpg")
+    with pytest.raises(BrokenPicture, match=r"04\.jpg \(Too many levels of symbolic links\)"):
+        read_file(str(folder / "a" / "04.jpg"))
+    take(dataset, config(folder))
+    assert [dataset.pictures[i][-6:] for i in dataset.broken] == ["04.jpg"]
+
+
+def test_a_process_without_room_breaks_no_picture(folder, monkeypatch):
+    dataset = open_dataset(config(folder), "train")
+
+    def read_bytes(self):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(UserError, match=r"\(Too many open files\): raise that limit"):
+        take(dataset, config(folder))
+    assert not dataset.broken
+
+
+def test_a_video_on_a_lost_disk_is_no_broken_clip(tmp_path):
+    pytest.importorskip("av")
+    lost_video = tmp_path / "a.mp4"
+    lost_video.symlink_to(EIO)
+    with pytest.raises(TemporaryError, match=r"cannot read .*a\.mp4 \(Input/output error\)"):
+        decode_clip(lost_video)
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+    with pytest.raises(BrokenPicture, match=r"cannot read video .*b\.mp4"):
+        decode_clip(tmp_path / "b.mp4")
+
+
+def test_ranks_are_not_told_of_other_pictures_where_one_has_lost_its_disk(folder):
+    """The sample of a fingerprint would hold -1 for every picture that could not be read."""
+    dataset = open_dataset(config(folder), "train")
     lost(folder / "a" / "04.jpg")
     with pytest.raises(TemporaryError, match=r"cannot read .*04\.jpg"):
-        examine_files([("a/04.jpg", str(folder / "a" / "04.jpg"))], 0)
+        fingerprint(dataset)
 
 
 def test_a_tar_that_is_gone_is_no_tar_of_broken_pictures(tar):

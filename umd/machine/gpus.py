@@ -25,7 +25,7 @@ GPUS = {
 }
 # Dense bf16 FLOP/s of GPUs for which `umd plan` has no data, by words of their driver names.
 OTHERS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "GH200": 989e12, "B200": 2250e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "GH200": 989e12, "B200": 2250e12, "GB200": 2500e12,
     "A40": 150e12, "L40": 181e12, "RTX 4090": 165e12,
 }  # fmt: skip
 PARTS = {"MIG", "Laptop", "D"}  # slices and smaller versions, of which the sheet of the whole says nothing
