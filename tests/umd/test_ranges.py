@@ -98,7 +98,7 @@ def test_what_is_outside_is_refused(cls):
 
 
 def options(settings: Any, prefix: str = "--") -> Iterator[list[tuple[str, int]]]:
-    """The numeric options of each part of these settings, as tyro names them, and how many numbers each takes."""
+    """The options of each part of settings that refuse -1, as tyro names them, and how many numbers each takes."""
     cls, own = type(settings), []
     for name, hint in get_type_hints(cls, include_extras=True).items():
         extras, value = getattr(hint, "__metadata__", ()), getattr(settings, name)
@@ -108,7 +108,7 @@ def options(settings: Any, prefix: str = "--") -> Iterator[list[tuple[str, int]]
             continue
         if dataclasses.is_dataclass(value):
             yield from options(value, option + "." * (option != "--"))
-        elif name in ranges_of(cls):
+        elif name in ranges_of(cls) and not ranges_of(cls)[name].holds(-1):
             wrong = outside(name, cls)[0]
             own.append((option, len(wrong) if isinstance(wrong, tuple) else 1))
     yield own
