@@ -103,7 +103,7 @@ def open_clip_arrays(path: Path, split: str, holdout: float) -> ClipDataset:
             labels = [check_labels(stored[f"{part}labels"], str(path)) for part in parts if f"{part}labels" in stored]
             own_labels = check_labels(stored[f"{mine}labels"], str(path)) if f"{mine}labels" in stored else None
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise BrokenPicture(f"cannot read clips from {path} ({error}): expected an array `clips` in it") from error
+        raise UserError(f"cannot read clips from {path} ({error}): expected an array `clips` in it") from error
     clips = clips[..., None] if clips.ndim == 4 else clips
     if clips.ndim != 5 or clips.dtype != np.uint8 or clips.shape[-1] not in (1, 3):
         raise UserError(

@@ -217,9 +217,10 @@ class Generation:
 
     def load(self, file: Path) -> Reference:
         vae = None if self.tokenizer is None else self.tokenizer.vae.sha256
-        source = Path(self.config.data.source).expanduser()
-        stored = [squeezed(pixels_header(source)) + RESIZE] if is_pixels(source) else []
-        return load_reference(file, self.network, self.size, [RESIZE, *(stored if vae is None else DECODED)], vae)
+        resizes, source = [RESIZE] if vae is None else [RESIZE, *DECODED], Path(self.config.data.source).expanduser()
+        if is_pixels(source):
+            resizes += [squeezed(pixels_header(source)) + resize for resize in resizes]
+        return load_reference(file, self.network, self.size, resizes, vae)
 
     def kept(self, made: Features) -> Path:
         """The file that keeps a reference made by this command."""

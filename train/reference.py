@@ -79,10 +79,12 @@ def real_pictures(
 ) -> tuple[Features, Pictures]:
     """Features of a split's pictures at the size of a run's samples, to be computed by jobs."""
     if tokenizer is None:
-        resize, vae = (squeezed(dataset.header) if isinstance(dataset, PixelDataset) else "") + RESIZE, None
+        resize, vae = RESIZE, None
     else:
         resize = DECODED[0 if isinstance(dataset, LatentDataset) else 1]
         vae = tokenizer.vae.sha256
+    if isinstance(dataset, PixelDataset):
+        resize = squeezed(dataset.header) + resize
     factor = 1 if tokenizer is None else tokenizer.vae.factor
     settings = {
         "data": identity_of(dataset, np.arange(len(dataset))),

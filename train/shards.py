@@ -71,16 +71,16 @@ def share(jobs: Sequence[Job], console: Console, what: str) -> bool:
     looked, there, done = -math.inf, made, 0
     with progress(console, what, total, show=rank == 0) as advance_to:
         while True:
-            # Each look lists the folders and goes through all jobs: 0.1 s for the files of ImageNet-21k.
+            # Each look lists the folders and goes through all jobs: 0.8 s for 55,000 files on a slow core.
             if not own or time.monotonic() - looked > LOOK_SECONDS:
                 there = listed(jobs) | made
                 looked, done = time.monotonic(), sum(job.images for job in jobs if job.path in there)
                 advance_to(done)
             job = own.popleft() if own else next_job(jobs, there, rank, size)
-            if job is not None and job.path in there:
-                continue
             if job is None:
                 break
+            if job.path in there:
+                continue
             data = job.make(lambda part, done=done: advance_to(done + part))  # type: ignore[misc]
             try:
                 write_whole(job.path, data)

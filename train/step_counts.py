@@ -111,10 +111,10 @@ def tensors(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
-def tensor_bytes(*tensors: Tensor | None) -> int:
-    """Bytes of all distinct elements of these tensors: an expanded dimension (stride 0) counts once."""
+def tensor_bytes(*given: Tensor | None) -> int:
+    """Bytes of all distinct elements of the given tensors: an expanded dimension (stride 0) counts once."""
     total = 0
-    for x in tensors:
+    for x in given:
         if x is not None and x.numel():
             sizes = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride]
             total += math.prod(sizes) * x.element_size()

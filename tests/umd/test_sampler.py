@@ -399,11 +399,10 @@ def test_a_recorded_step_keeps_the_layouts_that_it_reads():
         seed=3, device="cuda", capture="on",
     )  # fmt: skip
     first = sampler()
-    chunks = weakref.ref(
-        layout(model.config, (model.config.num_patches,) * 2, None, torch.device("cuda")).encoder.chunks
-    )
+    config, device = model.config, first.device  # with its index, as the network's
+    chunks = weakref.ref(layout(config, (config.num_patches,) * 2, None, device).encoder.chunks)
     for samples in range(3, 80):
-        layout(model.config, (model.config.num_patches,) * samples, None, torch.device("cuda"))
+        layout(config, (config.num_patches,) * samples, None, device)
     gc.collect()
     assert chunks() is not None
     assert torch.equal(sampler(), first)
